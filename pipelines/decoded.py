@@ -1,0 +1,53 @@
+"""What a loader hands over: decoded images, each once, and the samples that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """The images of one step of one rank, every image once for all its repeats.
+
+    pixels   (bytes,) uint8: the decoded images one behind another, each (height, width, 3) RGB, C order
+    offset   (images,) int64: where an image starts in `pixels`
+    height, width  (images,) int32
+    source   (samples,) int32: which of the images a sample is made of
+    index    (samples,) int64: dataset index of a sample
+    label    (samples,) int64
+    fallbacks  dataset indices that the loader's own decoder could not read and PIL could
+    """
+
+    epoch: int
+    step: int
+    pixels: np.ndarray
+    offset: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    source: np.ndarray
+    index: np.ndarray
+    label: np.ndarray
+    fallbacks: list[int] = field(default_factory=list)
+
+    def image(self, slot: int) -> np.ndarray:
+        """View of decoded image `slot`, (height, width, 3) uint8."""
+        h, w, start = int(self.height[slot]), int(self.width[slot]), int(self.offset[slot])
+        return self.pixels[start : start + h * w * 3].reshape(h, w, 3)
+
+
+class Loader(Protocol):
+    """Decodes the steps of a run in order, ahead of their use, with bounded memory.
+
+    A loader is opened on a data set and an `Order` (training or evaluation) and is a context manager;
+    closing it ends every thread it started, whatever state it is in.
+    """
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[DecodedBatch]:
+        """The batches of `epoch` from `first_step` on. An exception in a worker is raised here."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,78 @@
+"""The plan: all that is random about a training batch, as a small table of numbers.
+
+A sample's row is a pure function of (seed, epoch, image index, repeat) and of the image's size; a mixing
+group's row of (seed, epoch, step, group). The pixels are then a deterministic function of the JPEG bytes and
+the plan, whatever stage computes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Operations a plan can name. The number is the operation's code in `Plan.op`; `Plan.arg` holds what timm's own
+# function of that name receives (degrees, bits to keep, threshold, level to add, blend factor, shear factor,
+# fraction of the side), so that a plan can be replayed through timm and PIL.
+OPS = (
+    "Identity",
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+    "GaussianBlur",  # arg: PIL's radius
+)
+CODE = {name: code for code, name in enumerate(OPS)}
+
+BILINEAR, BICUBIC = 2, 3  # PIL's own numbers
+NO_MIX, MIXUP, CUTMIX = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Random numbers of one step of one rank. B samples, L layers of operations, G mixing groups.
+
+    index   (B,) int64    dataset index
+    repeat  (B,) int32    which copy of the image
+    crop    (B, 4) int32  top, left, height, width in the decoded image
+    flip    (B,) bool
+    op      (B, L) int8   codes of `OPS`, applied in order after crop, resize and flip; 0: none
+    arg     (B, L) float64
+    interp  (B, L) int8   BILINEAR or BICUBIC, for the geometric operations
+    erase   (B, 4) int32  top, left, height, width in the output; height 0: nothing erased
+    group   (B,) int32    number of the sample's mixing group within the rank; groups are contiguous runs of
+                          equal size, and a sample's partner is its mirror image within the group
+    mix     (G,) int8     NO_MIX, MIXUP or CUTMIX
+    lam     (G,) float64  share of the sample's own label (CutMix: of its own area, after clipping)
+    box     (G, 4) int32  CutMix: top, left, bottom, right of the partner's part
+    seed, epoch           key of the erasing noise, with index and repeat
+    """
+
+    index: np.ndarray
+    repeat: np.ndarray
+    crop: np.ndarray
+    flip: np.ndarray
+    op: np.ndarray
+    arg: np.ndarray
+    interp: np.ndarray
+    erase: np.ndarray
+    group: np.ndarray
+    mix: np.ndarray
+    lam: np.ndarray
+    box: np.ndarray
+    seed: int
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.index)
