@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from fastdeit.pipelines.order import StepSamples
-from fastdeit.pipelines.philox import MIX, SAMPLE, check_seed, normal_pair, philox, unit
+from fastdeit.pipelines.philox import MIX, SAMPLE, Word, check_seed, normal_pair, philox, unit
 from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, NO_MIX, Plan
 
 # Blocks of a sample's stream. A loop of ten attempts uses one block an attempt.
@@ -214,12 +214,12 @@ class PlanDrawer:
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _uniform(word: int, low: float, high: float) -> float:
+def _uniform(word: Word, low: float, high: float) -> float:
     return low + (high - low) * unit(word)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _below(word: int, count: int) -> int:
+def _below(word: Word, count: int) -> int:
     """Uniform integer in [0, count)."""
     return int(unit(word) * count)
 

@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import torch
 
-from fastdeit.pipelines.philox import ORDER, check_seed, philox
+from fastdeit.pipelines.philox import ORDER, Word, check_seed, philox
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class EvalOrder:
 
 
 @numba.njit(cache=True, nogil=True)
-def _order_keys(seed: int, epoch: int, length: int) -> np.ndarray:
+def _order_keys(seed: Word, epoch: int, length: int) -> np.ndarray:
     """(length,) uint64: the sort keys whose order is the epoch's permutation."""
     keys = np.empty(length, np.uint64)
     for i in range(length):

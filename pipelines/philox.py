@@ -21,6 +21,8 @@ import math
 import numba
 import numpy as np
 
+Word = int | np.unsignedinteger  # what compiled code passes as a counter, a key or a drawn word
+
 SAMPLE, NOISE, MIX, ORDER, DROP = (np.uint32(stream << 28) for stream in range(5))
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -30,7 +32,7 @@ _TO_UNIT = 1.0 / 4294967296.0
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
+def philox(seed: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
     """Four uint32 words for a key (uint64) and a counter of four uint32."""
     key = np.uint64(seed)
     k0, k1 = np.uint32(key & _LOW), np.uint32(key >> _32)
@@ -48,13 +50,13 @@ def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def unit(word: int) -> float:
+def unit(word: Word) -> float:
     """Uniform float64 in (0, 1) from a uint32 word: never 0, never 1."""
     return (np.float64(word) + 0.5) * _TO_UNIT
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def normal_pair(a: int, b: int) -> tuple[float, float]:
+def normal_pair(a: Word, b: Word) -> tuple[float, float]:
     """Two standard normal float64 from two uint32 words (Box-Muller)."""
     radius = math.sqrt(-2.0 * math.log(unit(a)))
     angle = 2.0 * math.pi * unit(b)
