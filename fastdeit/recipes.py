@@ -21,8 +21,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`."""
+    """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`.
 
+    With another `arch` a timm model of that name is trained instead, which is how one's own convnet teacher is
+    made; of the other fields only `img_size`, `drop_rate`, `drop_path`, `num_classes` and `init` then count.
+    """
+
+    arch: str = "deit"
     img_size: int = 224  # side of the square input, pixels
     patch_size: int = 16
     embed_dim: int = 384
@@ -246,9 +251,7 @@ class Recipe:
             alpha=alpha if self.objective.alpha is None else self.objective.alpha,
             tau=tau if self.objective.tau is None else self.objective.tau,
         )
-        out = dataclasses.replace(
-            self, departures=dataclasses.replace(self.departures, **filled), objective=objective
-        )
+        out = dataclasses.replace(self, departures=dataclasses.replace(self.departures, **filled), objective=objective)
         out._check()
         return out
 
@@ -258,6 +261,8 @@ class Recipe:
             raise ValueError(
                 f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}"
             )
+        if model.arch != "deit" and model.distilled:
+            raise ValueError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")
         if model.embed_dim % model.num_heads:
             raise ValueError(
                 f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}"
@@ -378,6 +383,18 @@ def deit_small_distilled_384() -> Recipe:
     return _finetune_384(deit_small_distilled())
 
 
+def convnet_teacher() -> Recipe:
+    """A convnet of timm's (`--model.arch`) trained from scratch with the same data path, to be a teacher."""
+    replace = dataclasses.replace
+    recipe = Recipe(name="convnet_teacher", model=ModelConfig(arch="resnet18", drop_path=0.0))
+    return replace(
+        recipe,
+        augment=replace(recipe.augment, policy="plain", erase_prob=0.0, mixup_alpha=0.0, cutmix_alpha=0.0),
+        data=replace(recipe.data, repeats=1),
+        ema=EmaConfig(enabled=False),
+    )
+
+
 def deit_base_transfer() -> Recipe:
     """DeiT-B transferred to a small data set (`--model.init`), 1000 epochs: CIFAR-10 99.1 (paper).
 
@@ -411,5 +428,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         deit_small_distilled_384,
         deit_base_distilled_384,
         deit_base_transfer,
+        convnet_teacher,
     )
 }

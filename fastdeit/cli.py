@@ -1,0 +1,125 @@
+"""From a command line, and a file, to a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+from fastdeit.recipes import RECIPES, Recipe
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; its message is all that is printed."""
+
+
+def run(main: Callable[[], T]) -> T:
+    """Call `main`; an error that a person can mend ends the program with its sentence, without a traceback."""
+    try:
+        return main()
+    except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
+    """The recipe that `RECIPE [--config FILE] [--section.field value ...]` describes, not yet resolved.
+
+    A file is TOML or JSON with the recipe's own sections and fields; it may name its `recipe`, so that the
+    `recipe.json` beside a run starts the same run again. The command line wins over the file, the file over the
+    named recipe.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    args, file = _take_config(args)
+    values = _read_config(file) if file else {}
+    named = values.pop("name", None)
+    if named in RECIPES and (not args or args[0].startswith("-")):
+        args.insert(0, named)
+    if args and not args[0].startswith("-") and args[0] not in RECIPES:
+        raise UserError(f"there is no recipe '{args[0]}': choose one of {', '.join(RECIPES)}")
+    if args and args[0] in RECIPES:
+        args[1:1] = _flatten(values, file)
+    return tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(
+            {name: make() for name, make in RECIPES.items()},
+            {name: (make.__doc__ or "").partition("\n")[0] for name, make in RECIPES.items()},
+        ),
+        args=args,
+        prog="fastdeit-train",
+        description="Train a DeiT, or a convnet teacher. --config FILE reads a recipe from TOML or JSON.",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        use_underscores=True,
+    )
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe that `Recipe.to_dict` wrote. Raises UserError naming a field that is unknown or of a wrong type.
+
+    The values may come from an untrusted file: only plain JSON types are read.
+    """
+    args = _flatten({k: v for k, v in values.items() if k != "name"}, Path("recipe"))
+    try:
+        default = Recipe(name=str(values.get("name", "recipe")))
+        return tyro.cli(
+            Annotated[Recipe, tyro.conf.AvoidSubcommands],
+            args=args,
+            default=default,
+            config=(tyro.conf.FlagConversionOff,),
+            use_underscores=True,
+            console_outputs=False,
+        )
+    except SystemExit as error:
+        raise UserError("the stored recipe does not fit this version of fastdeit") from error
+
+
+def _take_config(args: list[str]) -> tuple[list[str], Path | None]:
+    for i, arg in enumerate(args):
+        if arg == "--config":
+            if i + 1 == len(args):
+                raise UserError("--config needs a file name")
+            return args[:i] + args[i + 2 :], Path(args[i + 1])
+        if arg.startswith("--config="):
+            return args[:i] + args[i + 1 :], Path(arg.partition("=")[2])
+    return args, None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+
+
+def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:
+    """Command-line arguments that say what `values` says. Raises UserError for an unknown section or field."""
+    args: list[str] = []
+    sections = get_type_hints(Recipe)
+    for section, fields in values.items():
+        if section not in sections:
+            raise UserError(f"{file}: '{section}' is not a part of a recipe: {', '.join(sections)}")
+        if not dataclasses.is_dataclass(sections[section]):
+            args += [f"--{section}", str(fields)]
+            continue
+        if not isinstance(fields, dict):
+            raise UserError(f"{file}: '{section}' must be a section with fields, not {fields!r}")
+        known = {f.name for f in dataclasses.fields(sections[section])}
+        for name, value in fields.items():
+            if name not in known:
+                raise UserError(f"{file}: '{section}.{name}' is not a field: {', '.join(sorted(known))}")
+            words = value if isinstance(value, list) else [value]
+            args += [f"--{section}.{name}", *(str(w) for w in words)]
+    return args

@@ -1,0 +1,198 @@
+"""The batches of a run: data set, order, plan, loader and stage put together from a recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdeit.cli import UserError
+from fastdeit.distributed import World
+from fastdeit.pipelines.beton import BetonDataset
+from fastdeit.pipelines.draw import PlanDrawer, Policy
+from fastdeit.pipelines.host.stage import Batch, HostStage
+from fastdeit.pipelines.loading import open_loader
+from fastdeit.pipelines.order import EpochOrder, EvalOrder
+from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
+from fastdeit.recipes import AugmentConfig, Recipe
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A step's share of one process.
+
+    data       images and labels
+    position   (B,) int64 place of each sample in the global batch
+    repeat     (B,) int32 which copy of its image a sample is
+    fallbacks  dataset indices that the loader's decoder refused and PIL read
+    """
+
+    data: Batch
+    position: np.ndarray
+    repeat: np.ndarray
+    fallbacks: list[int]
+
+
+def open_dataset(path: Path | None, option: str) -> BetonDataset:
+    """The data set at `path`. Raises UserError where it is not given or not there."""
+    if path is None:
+        raise UserError(f"no data set: give --{option} FILE.beton (fastdeit-convert makes one)")
+    if not path.is_file():
+        raise UserError(f"--{option} {path}: there is no such file (fastdeit-convert makes one)")
+    return BetonDataset(path)
+
+
+def check_classes(train: BetonDataset, val: BetonDataset) -> None:
+    """Raises UserError unless both data sets name the same classes in the same order."""
+    if train.class_names is None or val.class_names is None:
+        return
+    if train.class_names != val.class_names:
+        pairs = zip(train.class_names, val.class_names, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        how = (
+            f"class {at} is '{train.class_names[at]}' in one and '{val.class_names[at]}' in the other"
+            if at is not None
+            else f"{len(train.class_names)} classes in one and {len(val.class_names)} in the other"
+        )
+        raise UserError(
+            f"{train.path} and {val.path} do not name the same classes in the same order: {how}. "
+            f"Convert both from the same class list."
+        )
+
+
+def worker_threads(recipe: Recipe, world: World) -> int:
+    """Decode and augmentation threads of this process."""
+    return recipe.data.threads or max(1, usable_cores() // world.local_size)
+
+
+def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Policy:
+    """What the plan is drawn from, out of the recipe."""
+    return Policy(
+        img_size=img_size,
+        policy=augment.policy,
+        randaugment=augment.randaugment,
+        crop_scale=augment.crop_scale,
+        crop_ratio=augment.crop_ratio,
+        hflip=augment.hflip,
+        interpolation=augment.interpolation,
+        color_jitter=augment.color_jitter,
+        erase_prob=augment.erase_prob,
+        erase_area=augment.erase_area,
+        erase_aspect=augment.erase_aspect,
+        mixup_alpha=augment.mixup_alpha,
+        cutmix_alpha=augment.cutmix_alpha,
+        mix_prob=augment.mix_prob,
+        cutmix_switch_prob=augment.cutmix_switch_prob,
+        cutmix_box="floor" if cutmix_box == "floor" else "full",
+    )
+
+
+class TrainingData:
+    """Training batches of one process, in the exact order of the recipe.
+
+    `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: BetonDataset, world: World, dtype: torch.dtype = torch.float32) -> None:
+        d = recipe.departures
+        dropped = d.single_process_repeats == "dropped" and world.size == 1
+        self.repeats = 1 if dropped else recipe.data.repeats
+        self.order = EpochOrder(
+            len(dataset),
+            global_batch=recipe.run.global_batch,
+            seed=recipe.run.seed,
+            rank=world.rank,
+            world=world.size,
+            repeats=self.repeats,
+            group_size=64 if d.mix_group is None else d.mix_group,
+            placement=d.placement or "local",
+            cell_groups=recipe.data.cell_groups,
+            epoch_multiple=d.epoch_multiple or 0,
+            order_seed=d.order_seed or "seed_and_epoch",
+        )
+        self.drawer = PlanDrawer(
+            policy(recipe.augment, recipe.model.img_size, d.cutmix_box),
+            recipe.run.seed,
+            dataset.height,
+            dataset.width,
+        )
+        threads = worker_threads(recipe, world)
+        self._pool = make_pool(threads)
+        self.loader = open_loader(recipe.data.loader, dataset, self.order, pool=self._pool, threads=threads)
+        self._stage = HostStage(
+            recipe.model.img_size,
+            recipe.augment.mean,
+            recipe.augment.std,
+            pool=self._pool,
+            threads=threads,
+            dtype=dtype,
+        )
+        self._depth = recipe.data.prefetch
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.order.steps
+
+    def _produce(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
+        for decoded in self.loader.batches(epoch, first_step):
+            samples = self.order.step(epoch, decoded.step)
+            plan = self.drawer.draw(epoch, decoded.step, samples)
+            yield TrainBatch(self._stage(decoded, plan), samples.position, samples.repeat, list(decoded.fallbacks))
+
+    def batches(self, epoch: int, first_step: int = 0) -> Prefetcher[TrainBatch]:
+        """The batches of `epoch` from `first_step` on, prepared ahead; a context manager."""
+        return Prefetcher(self._produce(epoch, first_step), self._depth)
+
+    def close(self) -> None:
+        self.loader.close()
+        self._pool.shutdown()
+
+
+class EvaluationData:
+    """Evaluation batches of one process: every image once over all processes, unless replicated."""
+
+    def __init__(self, recipe: Recipe, dataset: BetonDataset, world: World) -> None:
+        self.replicate = recipe.departures.eval_sharding == "replicate"
+        self.order = EvalOrder(
+            len(dataset),
+            batch=recipe.run.eval_batch,
+            rank=world.rank,
+            world=world.size,
+            replicate=self.replicate,
+        )
+        threads = worker_threads(recipe, world)
+        self._pool = make_pool(threads)
+        self._loader = open_loader(recipe.data.loader, dataset, self.order, pool=self._pool, threads=threads)
+        self._stage = HostStage(
+            recipe.model.img_size,
+            recipe.augment.mean,
+            recipe.augment.std,
+            pool=self._pool,
+            threads=threads,
+        )
+        self._crop = recipe.augment.eval_crop
+        self._depth = recipe.data.prefetch
+
+    @property
+    def steps(self) -> int:
+        return self.order.steps
+
+    def batches(self) -> Prefetcher[Batch]:
+        """All batches, prepared ahead; a context manager."""
+        produce = (self._stage.evaluate(decoded, self._crop) for decoded in self._loader.batches(0))
+        return Prefetcher(produce, self._depth)
+
+    def close(self) -> None:
+        self._loader.close()
+        self._pool.shutdown()
+
+
+def set_compute_threads(world: World) -> None:
+    """Give PyTorch's CPU operators this process's share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ or world.size == 1:
+        torch.set_num_threads(max(1, usable_cores() // world.local_size))

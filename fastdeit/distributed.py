@@ -1,0 +1,67 @@
+"""Processes of a run: joined by torchrun, or one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fastdeit.cli import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank, the number of processes, its device."""
+
+    rank: int
+    size: int
+    local_size: int  # processes on this machine
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over all processes (in place where there are several)."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
+
+    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found): "
+            f"start fewer processes, or set --run.device cpu"
+        )
+    target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(target)
+    if size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=target if cuda else None)
+    try:
+        yield World(rank, size, local_size, target)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,113 @@
+"""`fastdeit-eval`: accuracy of a checkpoint on a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastdeit.cli import UserError, recipe_from_dict, run
+from fastdeit.recipes import RECIPES, Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Top-1, top-5 and loss of every head of a checkpoint."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
+    val: Annotated[Path, tyro.conf.Positional]  # .beton written by fastdeit-convert
+    recipe: str | None = None  # needed where the checkpoint does not hold its own, e.g. deit_small_distilled
+    weights: Literal["model", "ema", "both"] = "both"  # both: ema too where the checkpoint has it
+    img_size: int | None = None  # resolution, where it is not the recipe's; the position embedding is resized
+    batch: int = 256
+    threads: int = 0
+    loader: Literal["auto", "ffcv", "torch"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    json: bool = False  # print one JSON object instead of a table
+
+
+def evaluate_checkpoint(options: Options) -> dict[str, Any]:
+    """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
+    from fastdeit.data import EvaluationData, open_dataset, set_compute_threads
+    from fastdeit.distributed import world
+    from fastdeit.evaluation import evaluate
+    from fastdeit.networks import build_network
+    from fastdeit.precision import resolve
+    from fastdeit.weights import load_weights, read_checkpoint
+
+    stored = read_checkpoint(options.checkpoint)
+    recipe = _recipe(options, stored)
+    kinds = ["model", "ema"] if options.weights == "both" else [options.weights]
+    if options.weights == "both" and not stored.get("ema"):
+        kinds = ["model"]
+    with world(options.device) as joined:
+        set_compute_threads(joined)
+        val = open_dataset(options.val, "val")
+        names = stored.get("class_names")
+        if names and val.class_names and names != val.class_names:
+            raise UserError(f"{options.checkpoint} was trained on other classes, or another order, than {options.val}")
+        data = EvaluationData(recipe, val, joined)
+        precision = resolve(recipe, joined.device)
+        out: dict[str, Any] = {}
+        try:
+            for kind in kinds:
+                classes = recipe.model.num_classes or val.num_classes
+                model = build_network(recipe.model, classes).to(joined.device)
+                for message in load_weights(model, stored, ema=kind == "ema"):
+                    if "reset" in message:
+                        raise UserError(f"{options.checkpoint} cannot be evaluated on {options.val}: {message}")
+                    if joined.main and not options.json:
+                        print(message)
+                out[kind] = evaluate(model, data, joined, precision, progress=joined.main and not options.json)
+        finally:
+            data.close()
+        return out if joined.main else {}
+
+
+def _recipe(options: Options, stored: dict[str, Any]) -> Recipe:
+    if options.recipe is not None:
+        if options.recipe not in RECIPES:
+            raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
+        recipe = RECIPES[options.recipe]()
+    elif isinstance(stored.get("recipe"), dict):
+        recipe = recipe_from_dict(stored["recipe"])
+    else:
+        raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
+    replace = dataclasses.replace
+    model = replace(recipe.model, init=None, num_classes=stored.get("num_classes") or recipe.model.num_classes)
+    if options.img_size is not None:
+        model = replace(model, img_size=options.img_size)
+    return replace(
+        recipe,
+        model=model,
+        data=replace(recipe.data, loader=options.loader, threads=options.threads),
+        run=replace(recipe.run, eval_batch=options.batch, precision=options.precision),
+    ).resolved()
+
+
+def table(results: dict[str, Any]) -> str:
+    """The scores as text, a line a head."""
+    lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}"]
+    for kind, scores in results.items():
+        for head, values in scores.items():
+            if isinstance(values, dict):
+                lines.append(f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {values['loss']:8.4f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    def go() -> None:
+        options = tyro.cli(Options, prog="fastdeit-eval")
+        results = evaluate_checkpoint(options)
+        if results:
+            print(json.dumps(results) if options.json else table(results))
+
+    run(go)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Accuracy of every head of a model on a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from fastdeit.data import EvaluationData
+from fastdeit.distributed import World
+from fastdeit.objective import fuse
+from fastdeit.precision import Precision
+
+Scores = dict[str, Any]
+HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: EvaluationData, world: World, precision: Precision, *, progress: bool = False
+) -> Scores:
+    """Top-1 and top-5 in percent, and the loss, of each head.
+
+    Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
+    fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
+    true label; of `fused_probabilities`, that of the mean probability. With fewer than 5 classes top-5 counts
+    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}.
+    """
+    training = model.training
+    model.eval()
+    # Columns: images, top-1 hits, top-5 hits, loss. A head that the model lacks keeps a row of zeros.
+    totals = torch.zeros(len(HEADS), 4, dtype=torch.float64, device=world.device)
+    with data.batches() as batches:
+        for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=not progress):
+            pixels = batch.images.to(world.device, non_blocking=True)
+            labels = batch.label_a.to(world.device, non_blocking=True)
+            with precision.autocast():
+                output = model(pixels)
+            for head, log_probabilities in _heads(output).items():
+                totals[HEADS.index(head)] += _hits(log_probabilities, labels)
+    model.train(training)
+    if not data.replicate:
+        totals = world.sum(totals)
+    scores: Scores = {"images": int(totals[0, 0])}
+    for head, (count, top1, top5, loss) in zip(HEADS, totals.tolist(), strict=True):
+        if count:
+            scores[head] = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    return scores
+
+
+def _heads(output: Any) -> dict[str, torch.Tensor]:
+    """Log-probabilities (B, K) float32 of each head."""
+    heads = {"class": F.log_softmax(output.cls.float(), -1)}
+    if output.dist is not None:
+        heads["distillation"] = F.log_softmax(output.dist.float(), -1)
+        # `fuse` sums the two softmaxes; half of it is a distribution again.
+        heads["fused_probabilities"] = (fuse(output, "probabilities").float() / 2).clamp_min(1e-30).log()
+        heads["fused_logits"] = F.log_softmax(fuse(output, "logits").float(), -1)
+    return heads
+
+
+def _hits(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(4,) float64 sums over the batch: images, top-1 hits, top-5 hits, loss."""
+    top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices == labels[:, None]
+    loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+    count = torch.tensor(float(len(labels)), device=labels.device)
+    return torch.stack([count, top[:, 0].sum(), top.any(1).sum(), loss]).double()
+
+
+def headline(scores: Scores, late_fusion: str | None) -> float:
+    """The top-1 that a run is known by: of the late fusion where there are two heads, else of the class head."""
+    fused = f"fused_{late_fusion or 'probabilities'}"
+    return scores.get(fused, scores["class"])["top1"]

@@ -1,0 +1,46 @@
+"""The network that a recipe names: a DeiT, or a timm model to become a teacher."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+
+from fastdeit.cli import UserError
+from fastdeit.model import StudentOutput, build_model
+from fastdeit.recipes import ModelConfig
+
+
+class ConvnetStudent(nn.Module):
+    """A timm model behind the student's interface; its state dict is the timm model's own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> StudentOutput:
+        """Logits (B, K) of images (B, 3, S, S)."""
+        return StudentOutput(self.network(images), None)
+
+    def set_drop_path(self, masks: torch.Tensor | None) -> None:
+        """Nothing: a timm model draws its own stochastic depth from PyTorch's generator."""
+
+    def state_dict(self, *args, **kwargs):  # type: ignore[override]
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):  # type: ignore[override]
+        return self.network.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def build_network(cfg: ModelConfig, num_classes: int) -> nn.Module:
+    """A freshly initialised network. Raises UserError where `cfg.arch` is not a model of timm's."""
+    if cfg.arch == "deit":
+        return build_model(cfg, num_classes)
+    if not timm.is_model(cfg.arch):
+        close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]
+        hint = f", such as {', '.join(close)}" if close else ""
+        raise UserError(f"model.arch '{cfg.arch}' is neither 'deit' nor a model of timm's{hint}")
+    options: dict[str, float] = {"drop_rate": cfg.drop_rate}
+    if cfg.drop_path:
+        options["drop_path_rate"] = cfg.drop_path
+    return ConvnetStudent(timm.create_model(cfg.arch, pretrained=False, num_classes=num_classes, **options))

@@ -1,0 +1,97 @@
+"""Optimizer groups, learning-rate schedule and the average of the weights (paper, Table 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fastdeit.recipes import OptimConfig, Recipe
+
+_TOKENS = ("cls_token", "pos_embed")
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_dist_token: bool = False
+) -> list[dict[str, object]]:
+    """Two groups: decayed weights, and those that are not: 1-d parameters, biases, position embedding, tokens.
+
+    `decay_dist_token` is the released code's behaviour: timm 0.3.2 exempted pos_embed and cls_token only.
+    """
+    exempt = _TOKENS if decay_dist_token else (*_TOKENS, "dist_token")
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        without = parameter.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in exempt
+        (plain if without else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW or SGD over `parameter_groups`; fused where the parameters lie on a GPU."""
+    cfg = recipe.optim
+    groups = parameter_groups(model, cfg.weight_decay, decay_dist_token=bool(recipe.departures.decay_dist_token))
+    cuda = next(model.parameters()).is_cuda
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=True, fused=cuda)
+    # On a CPU the foreach form is the one that repeats itself to the bit on any number of threads.
+    return torch.optim.AdamW(
+        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=cuda, foreach=None if cuda else True
+    )
+
+
+def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
+    """The learning rate after warm-up: scaled linearly with the batch (paper: 5e-4 x batch / 512)."""
+    return cfg.lr * global_batch / cfg.lr_batch if cfg.lr_batch else cfg.lr
+
+
+def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine to `min_lr` at the end of the last epoch.
+
+    With `departures.schedule_unit` "epoch" it moves once an epoch, and `schedule_lag` epochs late: the released
+    code's loop runs epochs 0 and 1 at the first value (deit issue 145).
+    """
+    cfg, departures = recipe.optim, recipe.departures
+    if departures.schedule_unit == "epoch":
+        time = float(max(0, epoch - (departures.schedule_lag or 0)))
+    else:
+        time = max(0.0, epoch + step / steps_per_epoch - (departures.schedule_lag or 0))
+    top = peak_lr(cfg, recipe.run.global_batch)
+    if time < cfg.warmup_epochs:
+        return cfg.warmup_lr + (top - cfg.warmup_lr) * time / cfg.warmup_epochs
+    return cfg.min_lr + 0.5 * (top - cfg.min_lr) * (1 + math.cos(math.pi * time / recipe.run.epochs))
+
+
+class Ema:
+    """Exponential moving average of a model's parameters and floating-point buffers.
+
+    `shadow` is a full state dict, in the model's names; integer buffers are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """shadow = decay * shadow + (1 - decay) * model."""
+        state = model.state_dict()
+        names = [n for n, v in self.shadow.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.shadow[n] for n in names], [state[n] for n in names], 1.0 - self.decay)
+        for name, value in self.shadow.items():
+            if not value.is_floating_point():
+                value.copy_(state[name])
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        for name, value in self.shadow.items():
+            value.copy_(state[name])
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> None:
+    """Scale the gradients to a norm of at most `limit`; None leaves them (paper: no clipping)."""
+    if limit is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, limit)

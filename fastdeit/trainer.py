@@ -1,0 +1,385 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdeit import __version__, checkpoint
+from fastdeit.cli import UserError
+from fastdeit.data import (
+    EvaluationData,
+    TrainBatch,
+    TrainingData,
+    check_classes,
+    open_dataset,
+    set_compute_threads,
+)
+from fastdeit.distributed import World
+from fastdeit.drop_path import draw_drop_path
+from fastdeit.evaluation import Scores, evaluate, headline
+from fastdeit.logs import RunLog, duration
+from fastdeit.networks import build_network
+from fastdeit.objective import LossParts, build_objective
+from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
+from fastdeit.precision import resolve
+from fastdeit.recipes import Recipe
+from fastdeit.resume import restore, snapshot, write_recipe
+from fastdeit.teacher import Teacher
+from fastdeit.weights import load_weights
+
+
+class NonFiniteLoss(UserError):
+    """The loss became infinite or NaN; the message says at which step and where the batch was saved."""
+
+
+class Trainer:
+    """One run on one process.
+
+    Everything that is random in a step is a function of (seed, epoch, step), so the state is the weights, their
+    average, the optimizer's moments and the next step.
+    """
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        run, d = recipe.run, recipe.departures
+        set_compute_threads(world)
+        self.precision = resolve(recipe, world.device)
+        self.folder = Path(run.output)
+        self.train_set = open_dataset(recipe.data.train, "data.train")
+        self.num_classes = recipe.model.num_classes or self.train_set.num_classes
+        if self.num_classes < self.train_set.num_classes:
+            raise UserError(
+                f"model.num_classes is {self.num_classes}, but {self.train_set.path} has "
+                f"{self.train_set.num_classes} classes"
+            )
+        self.data = TrainingData(recipe, self.train_set, world)
+        self.val: EvaluationData | None = None
+        if recipe.data.val is not None:
+            val_set = open_dataset(recipe.data.val, "data.val")
+            check_classes(self.train_set, val_set)
+            self.val = EvaluationData(recipe, val_set, world)
+
+        torch.manual_seed(run.seed)
+        self.model = build_network(recipe.model, self.num_classes).to(world.device)
+        self.messages: list[str] = []
+        if recipe.model.init is not None:
+            self.messages += load_weights(self.model, recipe.model.init)
+        self.objective = build_objective(recipe.objective, recipe.model.distilled, d)
+        self.teacher = self._build_teacher()
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.ema = Ema(self.model, recipe.ema.decay) if recipe.ema.enabled else None
+        self.scaler = torch.amp.GradScaler(world.device.type) if self.precision.name == "fp16" else None
+        self.epoch, self.step, self.global_step = 0, 0, 0
+        self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
+        self.student: torch.nn.Module = self.model
+        self.last_scores: dict[str, Scores] = {}
+
+    def _build_teacher(self) -> Teacher | None:
+        if self.recipe.objective.distillation == "none":
+            return None
+        augment = self.recipe.augment
+        teacher = Teacher(self.recipe.teacher, augment.mean, augment.std, self.recipe.model.img_size, self.num_classes)
+        return teacher.to(self.world.device)
+
+    def run(self) -> dict[str, Scores]:
+        """Train from where the run stands to its last epoch; the last scores, by kind of weights."""
+        run, began = self.recipe.run, time.monotonic()
+        try:
+            self._start()
+            if self.world.size > 1:
+                device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+                self.student = DistributedDataParallel(self.model, device_ids=device_ids)
+            while self.epoch < run.epochs:
+                self._train_epoch()
+                self.epoch, self.step = self.epoch + 1, 0
+                self._save()
+                if self.val is not None and (self.epoch % run.eval_every == 0 or self.epoch == run.epochs):
+                    self._evaluate()
+            seconds = time.monotonic() - began
+            self.log.event("end", epoch=self.epoch, global_step=self.global_step, seconds=round(seconds, 3))
+            self.log.say(f"done: {self.epoch} epochs in {duration(seconds)}; {self.folder}")
+        finally:
+            self.close()
+        return self.last_scores
+
+    def close(self) -> None:
+        self.data.close()
+        if self.val is not None:
+            self.val.close()
+        self.log.close()
+
+    def _start(self) -> None:
+        recipe = self.recipe
+        for message in self.messages:
+            self.log.say(message)
+        resumed = restore(self)
+        if self.world.main:
+            write_recipe(self.folder, recipe)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.log.event(
+            "start",
+            recipe=recipe.to_dict(),
+            fastdeit=__version__,
+            torch=torch.__version__,
+            world=self.world.size,
+            device=str(self.world.device),
+            precision=self.precision.name,
+            loader=self.data.loader.name,
+            steps_per_epoch=self.data.steps,
+            parameters=parameters,
+        )
+        self.log.say(
+            f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {self.num_classes} classes, "
+            f"{len(self.train_set)} images, {self.data.steps} steps of {recipe.run.global_batch} an epoch, "
+            f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
+        )
+        self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
+        if self.data.repeats != recipe.data.repeats:
+            self.log.say("repeated augmentation is dropped on one process, as the released code does")
+        if resumed is not None:
+            self.log.event(
+                "resume",
+                path=str(resumed),
+                epoch=self.epoch,
+                step=self.step,
+                global_step=self.global_step,
+            )
+            self.log.say(f"resumed from {resumed}: epoch {self.epoch + 1}, step {self.step}")
+
+    def _train_epoch(self) -> None:
+        run = self.recipe.run
+        finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
+        self.student.train(not finetuning)
+        meter = _Meter(self.world)
+        self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
+        fallbacks: list[int] = []
+        pending: tuple[LossParts, TrainBatch] | None = None
+        with self.data.batches(self.epoch, self.step) as batches:
+            for batch in batches:
+                parts = self._train_step(batch)
+                fallbacks += batch.fallbacks
+                # On a GPU the loss of a step is looked at one step later, when it is there without waiting.
+                deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
+                if not deferred:
+                    self._check(parts, batch, self.step)
+                elif pending is not None:
+                    self._check(*pending, self.step - 1)
+                pending = (parts, batch) if deferred else None
+                meter.add(parts, len(batch.position))
+                self.step += 1
+                self.global_step += 1
+                shown = None
+                if self.global_step % run.log_every == 0:
+                    shown = self._log_train(meter, batches.wait_seconds)
+                self.log.advance(shown)
+                if run.checkpoint_every and self.global_step % run.checkpoint_every == 0:
+                    if pending is not None:
+                        self._check(*pending, self.step - 1)
+                    self._save()
+        if pending is not None:
+            self._check(*pending, self.step - 1)
+        self.log.end_epoch()
+        if fallbacks:
+            unique = sorted(set(fallbacks))
+            self.log.event("fallbacks", epoch=self.epoch, images=unique)
+            self.log.say(
+                f"{len(unique)} images were read by PIL, since {self.data.loader.name} refused them: {unique[:8]}"
+            )
+
+    def _train_step(self, batch: TrainBatch) -> LossParts:
+        """Forward, backward and update for this process's share of a step; the mean losses of the share."""
+        recipe, world = self.recipe, self.world
+        count = len(batch.position)
+        # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step too.
+        torch.manual_seed((recipe.run.seed * 1_000_003 + self.global_step) * 4099 + world.rank)
+        lr = learning_rate(recipe, self.epoch, self.step, self.data.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        images = batch.data.images.to(world.device, non_blocking=True)
+        targets = batch.data.targets(self.num_classes, recipe.augment.label_smoothing)
+        targets = targets.to(world.device, non_blocking=True)
+        masks = self._drop_path(batch.position)
+
+        micro = recipe.run.micro_batch or count
+        total: list[torch.Tensor] = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, count, micro):
+            part = slice(start, min(start + micro, count))
+            share = (part.stop - part.start) / count
+            self.model.set_drop_path(None if masks is None else masks[..., part])
+            last = part.stop == count
+            accumulating = isinstance(self.student, DistributedDataParallel) and not last
+            with self.student.no_sync() if accumulating else nullcontext():
+                with self.precision.autocast():
+                    loss = self.objective(self.student(images[part]), targets[part], self._teach(images[part]))
+                weighted = loss.loss * share
+                (self.scaler.scale(weighted) if self.scaler else weighted).backward()
+            total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
+        self._update()
+        return LossParts(*torch.stack(total).sum(0))
+
+    def _update(self) -> None:
+        cfg = self.recipe.optim
+        if self.scaler is not None:
+            if cfg.clip_grad is not None:
+                self.scaler.unscale_(self.optimizer)
+                clip_gradients(self.model.parameters(), cfg.clip_grad)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            clip_gradients(self.model.parameters(), cfg.clip_grad)
+            self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _drop_path(self, positions: np.ndarray) -> torch.Tensor | None:
+        cfg = self.recipe.model
+        if cfg.arch != "deit" or cfg.drop_path == 0 or not self.student.training:
+            return None
+        masks = draw_drop_path(self.recipe.run.seed, self.global_step, positions, cfg.depth, cfg.drop_path)
+        return torch.from_numpy(masks).to(self.world.device, non_blocking=True)
+
+    def _teach(self, images: torch.Tensor) -> torch.Tensor | None:
+        """The teacher's hard labels (B,) or logits (B, K) of the very images that the student sees."""
+        if self.teacher is None:
+            return None
+        hard = self.recipe.objective.distillation == "hard"
+        return self.teacher.labels(images) if hard else self.teacher.logits(images)
+
+    def _check(self, parts: LossParts, batch: TrainBatch, step: int) -> None:
+        """Stop the run with everything needed to repeat the step, where its loss is not finite."""
+        loss = float(parts.loss)
+        if math.isfinite(loss):
+            return
+        path = self.folder / f"nonfinite-rank{self.world.rank}.pt"
+        checkpoint.save(
+            path,
+            {
+                "format": checkpoint.FORMAT,
+                "recipe": self.recipe.to_dict(),
+                "epoch": self.epoch,
+                "step": step,
+                "rank": self.world.rank,
+                "loss": loss,
+                "index": torch.from_numpy(batch.data.index.numpy().copy()),
+                "repeat": torch.from_numpy(batch.repeat.copy()),
+                "images": batch.data.images,
+                "targets": batch.data.targets(self.num_classes, self.recipe.augment.label_smoothing),
+                "model": self.model.state_dict(),
+            },
+        )
+        indices = batch.data.index.tolist()
+        self.log.event(
+            "nonfinite",
+            epoch=self.epoch,
+            step=step,
+            global_step=self.epoch * self.data.steps + step,
+            loss=str(loss),
+            reproduction=str(path),
+            indices=indices,
+        )
+        raise NonFiniteLoss(
+            f"the loss is {loss} at epoch {self.epoch + 1}, step {step}; samples {indices[:8]}... "
+            f"The batch and the weights are in {path}. Resume from the last checkpoint with a lower "
+            f"--optim.lr, with --optim.clip_grad 1, or with --run.precision bf16 instead of fp16"
+        )
+
+    def _log_train(self, meter: _Meter, wait_seconds: float) -> dict[str, str]:
+        run = self.recipe.run
+        left = run.epochs * self.data.steps - self.global_step
+        seen = meter.read(wait_seconds, run.global_batch)
+        eta = left * run.global_batch / seen["images_per_second"]
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log.event(
+            "train",
+            epoch=self.epoch,
+            step=self.step - 1,
+            global_step=self.global_step,
+            **{k: v for k, v in seen.items() if k.startswith("loss")},
+            lr=lr,
+            images_per_second=round(seen["images_per_second"], 1),
+            data_wait=round(seen["data_wait"], 4),
+            eta_seconds=round(eta),
+        )
+        return {
+            "loss": f"{seen['loss']:.3f}",
+            "im/s": f"{seen['images_per_second']:.0f}",
+            "wait": f"{100 * seen['data_wait']:.0f}%",
+            "run left": duration(eta),
+        }
+
+    def _evaluate(self) -> None:
+        assert self.val is not None
+        kinds = {"model": None}
+        if self.ema is not None and self.recipe.departures.ema_eval:
+            kinds["ema"] = self.ema.shadow
+        plain: dict[str, torch.Tensor] | None = None
+        for kind, weights in kinds.items():
+            if weights is not None:
+                plain = {name: value.clone() for name, value in self.model.state_dict().items()}
+                self.model.load_state_dict(weights)
+            scores = evaluate(
+                self.model,
+                self.val,
+                self.world,
+                self.precision,
+                progress=self.recipe.run.progress and self.world.main,
+            )
+            if plain is not None:
+                self.model.load_state_dict(plain)
+            self.last_scores[kind] = scores
+            self.log.event("eval", epoch=self.epoch - 1, global_step=self.global_step, weights=kind, **scores)
+        shown = "  ".join(
+            f"{kind} {headline(s, self.recipe.departures.late_fusion):.2f}%" for kind, s in self.last_scores.items()
+        )
+        self.log.say(f"epoch {self.epoch}: top-1 {shown}")
+
+    def _save(self) -> None:
+        if self.world.main:
+            path = checkpoint.step_path(self.folder / "checkpoints", self.global_step)
+            checkpoint.save(path, snapshot(self))
+            checkpoint.prune(path.parent, self.recipe.run.keep_checkpoints)
+            self.log.event(
+                "checkpoint",
+                path=str(path),
+                epoch=self.epoch,
+                step=self.step,
+                global_step=self.global_step,
+            )
+        self.world.barrier()
+
+
+class _Meter:
+    """Sums of losses since the last reading, kept on the device, and the rate of steps."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
+
+    def add(self, parts: LossParts, count: int) -> None:
+        self._sums += torch.stack(list(parts)).double()
+        self._steps += 1
+
+    def read(self, wait_seconds: float, global_batch: int) -> dict[str, float]:
+        """Means over the processes and the steps since the last reading; starts the next window."""
+        mean = (self._world.sum(self._sums.clone()) / (self._steps * self._world.size)).tolist()
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        out = {
+            "loss": mean[0],
+            "loss_base": mean[1],
+            "loss_distill": mean[2],
+            "images_per_second": self._steps * global_batch / elapsed,
+            "data_wait": min(1.0, (wait_seconds - self._waited) / elapsed),
+        }
+        self._sums.zero_()
+        self._steps, self._since, self._waited = 0, now, wait_seconds
+        return out

@@ -1,0 +1,112 @@
+"""Checkpoints: whole or absent, safe to read, and named when they are not."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.cli import UserError
+
+
+def state(value=1.0):
+    return {"format": checkpoint.FORMAT, "model": {"w": torch.full((4,), value)}, "ema": None, "step": 3}
+
+
+def test_round_trip(tmp_path):
+    path = checkpoint.step_path(tmp_path, 12)
+    checkpoint.save(path, state())
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"]["w"], torch.ones(4))
+    assert loaded["step"] == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_newest_first_and_pruned(tmp_path):
+    for step in (5, 100, 20):
+        checkpoint.save(checkpoint.step_path(tmp_path, step), state())
+    (tmp_path / "checkpoint-000000200.pt.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint-notes.pt").write_bytes(b"mine")
+    assert [p.name for p in checkpoint.found(tmp_path)] == [
+        "checkpoint-000000100.pt",
+        "checkpoint-000000020.pt",
+        "checkpoint-000000005.pt",
+    ]
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-000000020.pt",
+        "checkpoint-000000100.pt",
+        "checkpoint-notes.pt",
+    ]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo pwned > /tmp/fastdeit-pwned",)
+
+
+@pytest.mark.parametrize("payload", ["torch", "pickle"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, payload):
+    path = tmp_path / "evil.pt"
+    if payload == "torch":
+        torch.save({"format": 1, "model": Evil()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match=r"evil\.pt"):
+        checkpoint.load(path)
+    assert not os.path.exists("/tmp/fastdeit-pwned")
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200, -1])
+def test_damaged_file_is_named(tmp_path, cut):
+    path = tmp_path / "cut.pt"
+    checkpoint.save(path, state())
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"cut\.pt"):
+        checkpoint.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match="not a fastdeit training checkpoint"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        checkpoint.load(tmp_path / "missing.pt")
+
+
+def test_failure_while_writing_leaves_the_old_one(tmp_path):
+    path = tmp_path / "checkpoint-000000001.pt"
+    checkpoint.save(path, state(1.0))
+    with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
+        checkpoint.save(path, {**state(2.0), "bad": lambda: None})
+    assert torch.equal(checkpoint.load(path)["model"]["w"], torch.ones(4))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_while_writing(tmp_path):
+    """A process that does nothing but overwrite one checkpoint is killed; the file is whole each time."""
+    path = tmp_path / "checkpoint-000000001.pt"
+    code = (
+        "import sys, torch; from pathlib import Path; from fastdeit import checkpoint\n"
+        f"path = Path({str(path)!r}); i = 0\n"
+        "while True:\n"
+        "    i += 1\n"
+        "    checkpoint.save(path, {'format': 1, 'model': torch.full((300000,), float(i)), 'step': i})\n"
+    )
+    for delay in (0.02, 0.07, 0.15):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        deadline = time.monotonic() + 60
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while not path.exists() or path.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        loaded = checkpoint.load(path)
+        assert (loaded["model"] == float(loaded["step"])).all()

@@ -1,0 +1,111 @@
+"""Named recipes against the paper's figures; the compat switch; refusal of what cannot be."""
+
+import dataclasses
+import json
+
+import pytest
+import timm
+
+from fastdeit.cli import UserError, parse_recipe, recipe_from_dict
+from fastdeit.recipes import COMPAT, RECIPES, Departures, Recipe
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "convnet_teacher"])
+def test_shapes_are_those_of_timm(name):
+    cfg = RECIPES[name]().model
+    reference = "deit_base" if name == "deit_base_transfer" else name.removesuffix("_384")
+    distilled = "_distilled" in reference
+    size = reference.removeprefix("deit_").removesuffix("_distilled")
+    res = 384 if name.endswith("_384") else 224
+    model = timm.create_model(f"deit_{size}{'_distilled' if distilled else ''}_patch16_224", img_size=res)
+    assert (cfg.embed_dim, cfg.depth, cfg.num_heads) == (
+        model.embed_dim,
+        len(model.blocks),
+        model.blocks[0].attn.num_heads,
+    )
+    assert cfg.distilled == hasattr(model, "dist_token")
+    assert cfg.img_size == model.patch_embed.img_size[0]
+    assert cfg.patch_size == model.patch_embed.patch_size[0]
+
+
+def test_every_departure_is_decided_in_both_columns():
+    for column in COMPAT.values():
+        assert all(getattr(column, f.name) is not None for f in dataclasses.fields(Departures))
+
+
+def test_resolving_keeps_what_was_chosen():
+    recipe = dataclasses.replace(
+        RECIPES["deit_tiny"](), compat="released", departures=Departures(late_fusion="probabilities")
+    ).resolved()
+    assert recipe.departures.late_fusion == "probabilities"
+    assert recipe.departures.schedule_unit == "epoch"
+    assert (recipe.objective.alpha, recipe.objective.tau) == (0.5, 1.0)
+    paper = RECIPES["deit_tiny"]().resolved()
+    assert (paper.objective.alpha, paper.objective.tau) == (0.1, 3.0)
+    assert paper.resolved() == paper
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.patch_size", "15"], "not a multiple of model.patch_size"),
+        (["--model.num_heads", "5"], "not a multiple of model.num_heads"),
+        (["--run.epochs", "0"], "run.epochs is 0"),
+        (["--data.repeats", "0"], "data.repeats is 0"),
+        (["--model.arch", "resnet18"], "needs model.arch 'deit'"),
+        (["--compat", "released", "--model.init", "x.pt"], "refuses distillation while fine-tuning"),
+    ],
+)
+def test_impossible_recipes_are_refused(args, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(["deit_tiny_distilled", *args]).resolved()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_stored_recipe_reads_back_equal(name, tmp_path):
+    recipe = parse_recipe([name, "--data.train", "a b.beton", "--optim.clip_grad", "1.5"]).resolved()
+    text = json.dumps(recipe.to_dict())
+    assert recipe_from_dict(json.loads(text)) == recipe
+    file = tmp_path / "recipe.json"
+    file.write_text(text)
+    assert parse_recipe(["--config", str(file)]) == recipe
+
+
+def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[optim]\nlr = 0.5\nmin_lr = 0.25\nbetas = [0.8, 0.9]\n[ema]\nenabled = false\n")
+    recipe = parse_recipe(["deit_tiny", "--config", str(file), "--optim.lr", "0.125"])
+    assert (recipe.optim.lr, recipe.optim.min_lr, recipe.optim.betas) == (0.125, 0.25, (0.8, 0.9))
+    assert recipe.ema.enabled is False
+    assert recipe.optim.weight_decay == 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlrr = 1", "'optim.lrr' is not a field"),
+        ("[optimizer]\nlr = 1", "'optimizer' is not a part"),
+        ("optim = 3", "must be a section"),
+        ("[optim\n", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        parse_recipe(["deit_tiny", "--config", str(file)])
+    assert str(file) in str(caught.value)
+
+
+def test_unknown_recipe_and_missing_file():
+    with pytest.raises(UserError, match=r"no recipe 'deit_huge'.*deit_base"):
+        parse_recipe(["deit_huge"])
+    with pytest.raises(UserError, match="No such file"):
+        parse_recipe(["deit_tiny", "--config", "/nonexistent.toml"])
+
+
+def test_a_stored_recipe_of_wrong_types_is_refused():
+    values = Recipe(name="x").to_dict()
+    values["optim"]["lr"] = "much"
+    with pytest.raises(UserError, match="does not fit"):
+        recipe_from_dict(values)
