@@ -12,7 +12,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from fastdeit.recipes import RECIPES, Recipe
+from fastdeit.config import Recipe
+from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastdeit.cli import UserError
+from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.distributed import World
 from fastdeit.pipelines.beton import BetonDataset
 from fastdeit.pipelines.draw import PlanDrawer, Policy
@@ -18,7 +19,6 @@ from fastdeit.pipelines.host.stage import Batch, HostStage
 from fastdeit.pipelines.loading import open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
-from fastdeit.recipes import AugmentConfig, Recipe
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastdeit.cli import UserError, recipe_from_dict, run
-from fastdeit.recipes import RECIPES, Recipe
+from fastdeit.config import Recipe
+from fastdeit.recipes import RECIPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fastdeit.cli import UserError
+from fastdeit.config import ModelConfig
 from fastdeit.model import StudentOutput, build_model
-from fastdeit.recipes import ModelConfig
 
 
 class ConvnetStudent(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from fastdeit.recipes import OptimConfig, Recipe
+from fastdeit.config import OptimConfig, Recipe
 
 _TOKENS = ("cls_token", "pos_embed")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdeit.cli import UserError
-from fastdeit.recipes import Recipe
+from fastdeit.config import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeit import checkpoint
 from fastdeit.cli import UserError
-from fastdeit.recipes import Recipe
+from fastdeit.config import Recipe
 
 if TYPE_CHECKING:
     from fastdeit.trainer import Trainer

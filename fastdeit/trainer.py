@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit import __version__, checkpoint
 from fastdeit.cli import UserError
+from fastdeit.config import Recipe
 from fastdeit.data import (
     EvaluationData,
     TrainBatch,
@@ -29,7 +30,6 @@ from fastdeit.networks import build_network
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
 from fastdeit.precision import resolve
-from fastdeit.recipes import Recipe
 from fastdeit.resume import restore, snapshot, write_recipe
 from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights

@@ -48,9 +48,7 @@ _INCREASING = np.array(
     ],
     dtype=np.int8,
 )
-_ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = (
-    CODE[n] for n in ("Rotate", "Posterize", "Solarize", "SolarizeAdd")
-)
+_ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = (CODE[n] for n in ("Rotate", "Posterize", "Solarize", "SolarizeAdd"))
 _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _BLUR = (
     CODE[n] for n in ("Color", "Contrast", "Brightness", "Sharpness", "GaussianBlur")
 )
@@ -89,9 +87,7 @@ class RandAugment:
                 )
             values[match[1]] = float(match[2])
         if not values["inc"]:
-            raise ValueError(
-                f"augment.randaugment '{text}': only the increasing set is supported, add 'inc1'"
-            )
+            raise ValueError(f"augment.randaugment '{text}': only the increasing set is supported, add 'inc1'")
         if not 1 <= values["n"] <= 8:
             raise ValueError(f"augment.randaugment '{text}': n must be from 1 to 8")
         std = math.inf if values["mstd"] > 100 else values["mstd"]
@@ -150,8 +146,7 @@ class PlanDrawer:
         groups = int(samples.group[-1]) + 1 if count else 0
         if self.mixes and count and (count // groups) % 2:
             raise ValueError(
-                f"a mixing group of {count // groups} samples cannot be paired: "
-                f"use an even departures.mix_group"
+                f"a mixing group of {count // groups} samples cannot be paired: use an even departures.mix_group"
             )
         plan = Plan(
             index=samples.index,

@@ -85,9 +85,7 @@ class EpochOrder:
         if repeats < 1:
             raise ValueError(f"repeats is {repeats}: it must be at least 1")
         if global_batch % world:
-            raise ValueError(
-                f"global batch {global_batch} is not a multiple of the {world} processes: change either"
-            )
+            raise ValueError(f"global batch {global_batch} is not a multiple of the {world} processes: change either")
         self.length, self.global_batch, self.repeats = length, global_batch, repeats
         self.seed, self.rank, self.world, self.order_seed = check_seed(seed), rank, world, order_seed
         self.group_size = min(group_size, global_batch) if group_size else global_batch // world
@@ -106,8 +104,7 @@ class EpochOrder:
         self.steps = length // multiple * multiple // global_batch
         if self.steps == 0:
             raise ValueError(
-                f"the data set has {length} images, fewer than a global batch of {global_batch}: "
-                f"lower run.global_batch"
+                f"the data set has {length} images, fewer than a global batch of {global_batch}: lower run.global_batch"
             )
         if length >= 2**32:
             raise ValueError(f"{length} images: an index must fit in 32 bits")
@@ -159,9 +156,7 @@ class EvalOrder:
     replicate   every rank sees every image, as the released code does
     """
 
-    def __init__(
-        self, length: int, *, batch: int, rank: int = 0, world: int = 1, replicate: bool = False
-    ) -> None:
+    def __init__(self, length: int, *, batch: int, rank: int = 0, world: int = 1, replicate: bool = False) -> None:
         self._index = np.arange(length, dtype=np.int64)
         if not replicate:
             self._index = self._index[rank::world]

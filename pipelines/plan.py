@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Operations a plan can name, by code. `Plan.arg` holds what timm's own function of that name receives
-# (degrees, bits to keep, threshold, level to add, blend factor, shear factor, fraction of the side), so that a
-# plan can be replayed through timm and PIL.
+# Operations a plan can name, by code. `Plan.arg` holds what timm's own function of that name receives: degrees,
+# bits to keep, threshold, level to add, blend factor, shear factor, fraction of the side. So a plan can be
+# replayed through timm and PIL.
 OPS = (
     "Identity",
     "AutoContrast",

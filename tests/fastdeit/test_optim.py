@@ -10,8 +10,9 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
+from fastdeit.config import OptimConfig
 from fastdeit.optim import Ema, build_optimizer, learning_rate, parameter_groups, peak_lr
-from fastdeit.recipes import RECIPES, OptimConfig
+from fastdeit.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")

