@@ -123,6 +123,47 @@ def deit_base_transfer() -> Recipe:
     )
 
 
+def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: int) -> Recipe:
+    replace = dataclasses.replace
+    return replace(
+        recipe,
+        model=replace(recipe.model, img_size=28),
+        augment=replace(
+            recipe.augment,
+            policy="plain",
+            crop_scale=(0.7, 1.0),
+            crop_ratio=(0.9, 1.1),
+            eval_crop=1.0,
+            erase_prob=0.1,
+            mean=(0.286, 0.286, 0.286),
+            std=(0.353, 0.353, 0.353),
+        ),
+        optim=replace(recipe.optim, lr=lr, lr_batch=0, warmup_epochs=warmup),
+        run=replace(recipe.run, epochs=epochs, global_batch=256, eval_batch=500),
+    )
+
+
+def fashion_mnist_teacher() -> Recipe:
+    """A ResNet for Fashion-MNIST on a CPU: the convnet teacher of `fashion_mnist_distilled`."""
+    replace = dataclasses.replace
+    recipe = _fashion_mnist(convnet_teacher(), epochs=8, lr=2e-3, warmup=1)
+    return replace(recipe, name="fashion_mnist_teacher", model=replace(recipe.model, arch="resnet10t"))
+
+
+def fashion_mnist_distilled() -> Recipe:
+    """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`)."""
+    replace = dataclasses.replace
+    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=15, lr=1.5e-3, warmup=2)
+    return replace(
+        recipe,
+        name="fashion_mnist_distilled",
+        model=replace(recipe.model, patch_size=4, embed_dim=128, depth=6, num_heads=4, drop_path=0.05),
+        augment=replace(recipe.augment, mixup_alpha=0.2, cutmix_alpha=0.0, mix_prob=0.5, label_smoothing=0.05),
+        teacher=replace(recipe.teacher, name="resnet10t"),
+        ema=replace(recipe.ema, decay=0.998),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
     for f in (
@@ -140,5 +181,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         deit_base_distilled_384,
         deit_base_transfer,
         convnet_teacher,
+        fashion_mnist_teacher,
+        fashion_mnist_distilled,
     )
 }
