@@ -137,9 +137,8 @@ def launch(tmp_path):
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
         command += ["fastdeit.train", recipe.name, "--config", str(file)]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-        )
+        pipe = subprocess.PIPE if wait else subprocess.DEVNULL
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
         if wait:
             process.out, process.err = process.communicate(timeout=300)
         return process

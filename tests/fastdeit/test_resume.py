@@ -1,8 +1,6 @@
 """Resume: killed at random moments, the run ends with the same bits; mismatches are refused."""
 
-import os
 import random
-import signal
 import time
 
 import pytest
@@ -41,58 +39,40 @@ def assert_same_bits(a, b):
             assert value == second[key], key
 
 
-def run_in_child(recipe):
-    """Train in a forked process; its exit status. The parent has started no threads that matter."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with world("cpu") as joined:
-                Trainer(recipe, joined).run()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
-def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events):
-    torch.set_num_threads(1)
+def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events, launch):
     options = {
         "objective": {"distillation": "hard"},
         "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
         "model": {"drop_path": 0.3, "drop_rate": 0.1},
     }
-    run = {"epochs": 12, "checkpoint_every": 3, "eval_every": 12}
+    run = {"epochs": 16, "checkpoint_every": 3, "eval_every": 16}
     straight = tiny(**options, run={**run, "output": tmp_path / "straight"})
-    _, status = os.waitpid(run_in_child(straight), 0)
-    assert status == 0
+    process = launch(straight)
+    assert process.returncode == 0, process.err
 
     killed = tiny(**options, run={**run, "output": tmp_path / "killed"})
-    rng, kills = random.Random(3), 0
-    while True:
-        child = run_in_child(killed)
-        before = len(events(killed.run.output, "train")) if (killed.run.output / "log.jsonl").exists() else 0
-        if kills < KILLS:
-            # Wait until the run trains again, then kill it after a random while.
-            target = before + rng.randint(1, 9)
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline:
-                log = killed.run.output / "log.jsonl"
-                if log.exists() and log.read_text().count('"event": "train"') >= target:
-                    break
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    pytest.fail("the run ended before it could be killed")
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-            continue
-        _, status = os.waitpid(child, 0)
-        assert status == 0
-        break
+    rng = random.Random(3)
+    log = killed.run.output / "log.jsonl"
+
+    def trained():
+        return log.read_text().count('"event": "train"') if log.exists() else 0
+
+    for _ in range(KILLS):
+        # Once the run trains again, it gets a random number of steps and a random moment more.
+        target = trained() + rng.randint(1, 8)
+        process = launch(killed, wait=False)
+        deadline = time.monotonic() + 120
+        while trained() < target:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+    process = launch(killed)
+    assert process.returncode == 0, process.err
     resumes = events(killed.run.output, "resume")
-    assert len(resumes) >= 5
+    assert len(resumes) >= KILLS // 2
     assert any(e["step"] for e in resumes)  # in the middle of an epoch
     assert_same_bits(final_state(straight), final_state(killed))
 
