@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+
 from fastdeit.cli import parse_recipe
 
 ROOT = Path(__file__).parents[1]
