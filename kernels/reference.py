@@ -1,0 +1,78 @@
+"""Plain PyTorch definitions of the fused operations: what a kernel must equal, and the path taken on a CPU.
+
+Whatever the dtype of the inputs, the arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def assemble_tokens(patches: Tensor, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor) -> Tensor:
+    """Put the class token, and the distillation token where there is one, before the patches; add the positions.
+
+    patches     (B, P, C)
+    cls_token   (1, 1, C)
+    dist_token  (1, 1, C) or None
+    pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
+
+    Returns (B, N, C) in the wider of the dtypes of `patches` and `pos_embed`. Raises ValueError where N does not
+    fit. Source: Touvron et al., arXiv 2012.12877, section 4, "distillation token".
+    """
+    tokens = [cls_token] if dist_token is None else [cls_token, dist_token]
+    batch, count, _ = patches.shape
+    if pos_embed.shape[1] != count + len(tokens):
+        raise ValueError(
+            f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {len(tokens)} tokens: "
+            f"give it {count + len(tokens)}"
+        )
+    prefix = [token.float().expand(batch, -1, -1) for token in tokens]
+    assembled = torch.cat([*prefix, patches.float()], dim=1) + pos_embed.float()
+    return assembled.to(torch.promote_types(patches.dtype, pos_embed.dtype))
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with a distribution over the classes, mean over the rows.
+
+    logits, targets  (B, K); the rows of `targets` sum to 1. Returns a float32 scalar.
+    """
+    return -(targets.float() * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def soft_distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tau: float,
+    reduction: Literal["batchmean", "elements"] = "batchmean",
+) -> Tensor:
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)); the gradient reaches the student alone.
+
+    student_logits, teacher_logits  (B, K)
+    reduction  "batchmean": mean over the rows (paper, section 4); "elements": divided by B K, as the released
+               code does, so that it is K times smaller (deit issue 61)
+
+    Returns a float32 scalar. Raises ValueError for another reduction.
+    """
+    student = F.log_softmax(student_logits.float() / tau, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / tau, dim=-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    if reduction == "batchmean":
+        return tau**2 * divergence.mean()
+    if reduction == "elements":
+        return tau**2 * divergence.mean() / student_logits.shape[-1]
+    raise ValueError(f"reduction '{reduction}' is neither 'batchmean' nor 'elements'")
+
+
+def hard_distillation(student_logits: Tensor, teacher_labels: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's decisions, mean over the rows (paper, section 4, "hard-label").
+
+    student_logits  (B, K)
+    teacher_labels  (B,) integers of any width
+
+    Returns a float32 scalar.
+    """
+    return F.cross_entropy(student_logits.float(), teacher_labels.long())
