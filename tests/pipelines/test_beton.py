@@ -1,0 +1,303 @@
+"""The beton format, judged by plain FFCV: it reads what we write and we read what it writes."""
+
+import gc
+import hashlib
+import io
+import pickle
+import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+
+
+def picture(seed, size=(48, 40), mode="RGB"):
+    """A smooth image, (width, height) pixels."""
+    rng = np.random.default_rng(seed)
+    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return noise.filter(ImageFilter.GaussianBlur(2)).convert(mode)
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 92, **options})
+    return file.getvalue()
+
+
+def write(path, images, labels, *, mode=JPEG, page_size=MIN_PAGE):
+    names = [f"class {i}" for i in range(max(labels) + 1)]
+    with BetonWriter(path, len(images), page_size=page_size) as writer:
+        for image, label in zip(images, labels, strict=True):
+            data = jpeg(image) if mode == JPEG else image.tobytes()
+            writer.add(data, height=image.height, width=image.width, label=label, mode=mode)
+        writer.finish(class_names=names, source={}, options={}, counts={})
+    return path
+
+
+@pytest.fixture
+def small(tmp_path):
+    return write(tmp_path / "small.beton", [picture(i) for i in range(6)], [3, 1, 0, 2, 1, 3])
+
+
+@pytest.fixture
+def ffcv(monkeypatch):
+    yield pytest.importorskip("ffcv")
+    # The finalizers of FFCV's compiled pipelines raise within numba; let them do so here, not in another test.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    gc.collect()
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+@pytest.mark.parametrize("mode", [JPEG, RAW])
+def test_ffcv_loads_what_we_write(ffcv, tmp_path, mode, os_cache):
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    # Gray JPEGs are passed through by the conversion; libjpeg must make them RGB.
+    images = [picture(i, (320, 240), "L" if mode == JPEG and i % 4 == 3 else "RGB") for i in range(24)]
+    labels = [int(v) for v in np.random.default_rng(1).integers(0, 1000, 24)]
+    path = write(tmp_path / "data.beton", images, labels, mode=mode)
+    if mode == RAW:  # 24 x 230,400 bytes do not fit two pages
+        assert len(set(BetonDataset(path).offset // MIN_PAGE)) == 3
+    loader = Loader(
+        str(path),
+        batch_size=8,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=os_cache,
+        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
+    )
+    seen, seen_labels = [], []
+    for pixels, label in loader:
+        seen += [p.copy() for p in np.asarray(pixels)]
+        seen_labels += np.asarray(label).ravel().tolist()
+    assert seen_labels == labels
+    for image, pixels in zip(images, seen, strict=True):
+        expected = np.asarray(image if mode == RAW else Image.open(io.BytesIO(jpeg(image))).convert("RGB"))
+        difference = np.abs(pixels.astype(int) - expected)
+        # FFCV asks libjpeg for its fast DCT, PIL for the exact one: measured 4 levels at most, 1.0 on average.
+        assert difference.max() <= (0 if mode == RAW else 5)
+        assert difference.mean() <= 1.5
+
+
+def test_ffcv_crops_images_of_many_sizes(ffcv, tmp_path):
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    images = [Image.new("RGB", (60 + 7 * i, 90 - 5 * i), (20 * i, 255 - 20 * i, 100)) for i in range(8)]
+    path = write(tmp_path / "data.beton", images, list(range(8)))
+    loader = Loader(
+        str(path),
+        batch_size=4,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [CenterCropRGBImageDecoder((32, 32), ratio=0.875)], "label": [IntDecoder()]},
+    )
+    pixels = np.concatenate([np.array(batch[0]) for batch in loader])
+    for image, crop in zip(images, pixels, strict=True):
+        assert np.abs(crop.astype(int) - image.getpixel((0, 0))).max() <= 2
+
+
+def test_ffcv_reader_sees_the_same_tables(ffcv, small):
+    from ffcv.reader import Reader
+
+    reader, ours = Reader(str(small)), BetonDataset(small)
+    assert reader.field_names == ["image", "label"]
+    assert [type(h).__name__ for h in reader.handlers.values()] == ["RGBImageField", "IntField"]
+    assert reader.num_samples == len(ours) == 6
+    image, label = (reader.metadata[name] for name in reader.metadata.dtype.names)
+    np.testing.assert_array_equal(image["height"], ours.height)
+    np.testing.assert_array_equal(image["width"], ours.width)
+    np.testing.assert_array_equal(image["data_ptr"], ours.offset)
+    np.testing.assert_array_equal(label, ours.label)
+    np.testing.assert_array_equal(reader.alloc_table["size"], ours.size)
+
+
+def test_we_read_what_ffcv_writes(ffcv, tmp_path):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import encode_jpeg
+    from ffcv.writer import DatasetWriter
+
+    # Up to 3 MB a raw image, so that the file has several pages; those above 2 MB are compressed.
+    samples = [(picture(i, (1024 - 100 * i, 1000)), (7 * i) % 5) for i in range(5)]
+    path = tmp_path / "ffcv.beton"
+    fields = {
+        "image": RGBImageField(write_mode="smart", smart_threshold=2_000_000, jpeg_quality=95),
+        "label": IntField(),
+    }
+    DatasetWriter(str(path), fields, page_size=2 * MIN_PAGE, num_workers=2).from_indexed_dataset(samples, chunksize=1)
+    with BetonDataset(path) as dataset:
+        assert (dataset.class_names, dataset.content_hash, dataset.num_classes) == (None, None, 5)
+        assert dataset.label.tolist() == [label for _, label in samples]
+        for i, (image, _) in enumerate(samples):
+            assert (dataset.width[i], dataset.height[i]) == image.size
+            expected = encode_jpeg(np.asarray(image), 95) if dataset.is_jpeg(i) else np.asarray(image)
+            np.testing.assert_array_equal(dataset.read(i), expected.ravel())
+        assert {dataset.is_jpeg(i) for i in range(5)} == {True, False}
+
+
+def test_attributes_views_and_sidecar(small):
+    dataset = BetonDataset(str(small))
+    assert dataset.path == small
+    assert dataset.class_names == ["class 0", "class 1", "class 2", "class 3"]
+    assert dataset.num_classes == 4
+    assert [dataset.height.dtype, dataset.width.dtype, dataset.label.dtype] == [np.int32, np.int32, np.int64]
+    digest = hashlib.sha256()
+    for i in range(6):
+        stored = dataset.read(i)
+        assert stored.tobytes() == jpeg(picture(i))
+        assert not stored.flags.writeable
+        assert stored.dtype == np.uint8
+        digest.update(struct.pack("<3q", 40, 48, dataset.label[i]) + stored.tobytes())
+    assert dataset.content_hash == "sha256:" + digest.hexdigest()
+    for index in (-1, 6):
+        with pytest.raises(IndexError, match=f"no sample {index}"):
+            dataset.read(index)
+
+
+def test_views_outlive_closing_and_copies_reopen(small):
+    dataset = BetonDataset(small)
+    view = dataset.read(2)
+    copy = pickle.loads(pickle.dumps(dataset))
+    dataset.close()
+    assert view.tobytes() == copy.read(2).tobytes() == jpeg(picture(2))
+    with pytest.raises(ValueError, match="closed"):
+        dataset.read(2)
+
+
+def test_threads_share_a_dataset(small):
+    with BetonDataset(small) as dataset, ThreadPoolExecutor(4) as pool:
+        reads = list(pool.map(lambda i: dataset.read(i % 6).tobytes(), range(600)))
+    assert all(data == jpeg(picture(i % 6)) for i, data in enumerate(reads[:12]))
+    assert len(set(reads)) == 6
+
+
+def test_a_large_image_enlarges_the_pages(ffcv, tmp_path):
+    from ffcv.reader import Reader
+
+    sizes = [(900, 700), (1100, 1000), (40, 30), (1800, 1000), (60, 50)]  # up to 5.4 MB in pages of 2 MiB
+    images = [Image.new("RGB", size, (i, 2 * i, 3 * i)) for i, size in enumerate(sizes)]
+    path = write(tmp_path / "large.beton", images, [0] * 5, mode=RAW)
+    page = int(Reader(str(path)).page_size)
+    assert page == 4 * MIN_PAGE
+    with BetonDataset(path) as dataset:
+        assert all(dataset.read(i).tobytes() == image.tobytes() for i, image in enumerate(images))
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ({"height": 70000}, "up to 65535"),
+        ({"width": 0}, "up to 65535"),
+        ({"data": b"123"}, "cannot be stored as 2 x 2 pixels"),
+        ({"data": b""}, "cannot be stored"),
+        ({"label": -1}, "label -1 is negative"),
+    ],
+)
+def test_writer_refuses_what_the_format_cannot_hold(tmp_path, sample, reason):
+    good = {"data": bytes(12), "height": 2, "width": 2, "label": 0, "mode": RAW}
+    with pytest.raises(BetonError, match=reason), BetonWriter(tmp_path / "x.beton", 1) as writer:
+        writer.add(**{**good, **sample})
+    assert not list(tmp_path.iterdir())
+
+
+def test_writer_counts_samples(tmp_path):
+    sample = {"data": bytes(3), "height": 1, "width": 1, "label": 0, "mode": RAW}
+    with BetonWriter(tmp_path / "x.beton", 2) as writer:
+        writer.add(**sample)
+        with pytest.raises(BetonError, match="1 samples written of 2"):
+            writer.finish(class_names=["a"])
+        writer.add(**sample)
+        with pytest.raises(BetonError, match="more samples than the 2"):
+            writer.add(**sample)
+    assert not list(tmp_path.iterdir())  # the block was left without finishing
+    with pytest.raises(BetonError, match="page size"):
+        BetonWriter(tmp_path / "x.beton", 1, page_size=3 << 20)
+
+
+# Offsets in the file, as FFCV's types.py lays it out: header of 24 bytes, two fields of 1041, records of 24.
+RECORD = 24 + 2 * 1041
+
+
+@pytest.mark.parametrize(
+    ("at", "patch", "reason"),
+    [
+        (0, "<H", "version"),
+        (2, "<H", "fields"),
+        (4, "<I", "page size"),
+        (8, "<Q", "do not fit a file"),
+        (16, "<Q", "do not fit a file"),
+        (24, "<B", "fields are not"),
+        (RECORD + 24 * 2, "<B", "sample 2: its mode"),
+        (RECORD + 24 * 2 + 5, "<Q", "sample 2: record and allocation table"),
+        (RECORD + 24 * 4 + 16, "<q", "sample 4: its label is negative"),
+        (-24 * 6, "<Q", "allocation table names sample"),
+        (-24 * 3 + 8, "<Q", "sample 3: record and allocation table"),
+        (-24 * 3 + 16, "<Q", "sample 3: its place is outside"),
+    ],
+)
+def test_damaged_tables_are_named(small, at, patch, reason):
+    data = bytearray(small.read_bytes())
+    at %= len(data)
+    for value in (2**64 - 1, 2**63 + 7, 2**40 + 9):
+        width = struct.calcsize(patch)
+        data[at : at + width] = (value % 2 ** (8 * width) if patch != "<q" else 2**64 - 1).to_bytes(width, "little")
+        small.write_bytes(data)
+        with pytest.raises(BetonError, match=reason) as caught:
+            BetonDataset(small)
+        assert str(small) in str(caught.value)
+
+
+def test_no_damaged_byte_of_the_tables_reads_outside(small):
+    """Random damage either is refused or leaves every sample within the file."""
+    good = small.read_bytes()
+    sidecar_path(small).unlink()
+    rng = np.random.default_rng(0)
+    tables = [*range(24), *range(RECORD, RECORD + 6 * 24), *range(len(good) - 6 * 24, len(good))]
+    refused = 0
+    for _ in range(400):
+        data = bytearray(good)
+        for at in rng.choice(tables, rng.integers(1, 4)):
+            data[at] = rng.integers(256)
+        small.write_bytes(data)
+        try:
+            with BetonDataset(small) as dataset:
+                for i in range(len(dataset)):
+                    stored = dataset.read(i).tobytes()
+                    assert len(stored) == dataset.size[i] > 0
+                    assert good.find(stored) >= RECORD + 6 * 24
+        except BetonError:
+            refused += 1
+    assert 200 < refused < 400
+
+
+@pytest.mark.parametrize("length", [0, 10, 24, RECORD, RECORD + 100, -24, -1])
+def test_truncated_files_are_refused(small, length):
+    small.write_bytes(small.read_bytes()[:length])
+    with pytest.raises(BetonError, match=r"small\.beton: "):
+        BetonDataset(small)
+
+
+def test_sidecar_must_belong_to_its_file(small, tmp_path):
+    sidecar = sidecar_path(small)
+    text = sidecar.read_text()
+    other = write(tmp_path / "other.beton", [picture(i) for i in range(6)], [3, 1, 0, 2, 1, 2])
+    sidecar.write_text(sidecar_path(other).read_text())
+    with pytest.raises(BetonError, match="describes another file"):
+        BetonDataset(small)
+    for damaged, reason in (
+        (text[: len(text) // 2], "damaged"),
+        ("[]", "damaged"),
+        (text.replace('"version": 1', '"version": 2'), "not a sidecar of version 1"),
+        (text.replace('"class 0",', "7,"), "not of their type"),
+        (text.replace('"class 0",', ""), "3 class names, but labels up to 3"),
+    ):
+        sidecar.write_text(damaged)
+        with pytest.raises(BetonError, match=reason):
+            BetonDataset(small)

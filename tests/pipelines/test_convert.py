@@ -1,0 +1,317 @@
+"""Conversion, judged by PIL on the very same files."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, ImageOps
+
+from fastdeit.pipelines.beton import BetonDataset
+from fastdeit.pipelines.convert import ConvertError, convert, sample_order
+from fastdeit.pipelines.encode import CHANGES
+from fastdeit.pipelines.sources import SourceError
+
+
+def picture(seed, size=(90, 60)):
+    rng = np.random.default_rng(seed)
+    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return noise.filter(ImageFilter.GaussianBlur(2))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """40 JPEGs of several sizes in four classes."""
+    root = tmp_path_factory.mktemp("tree")
+    for i in range(40):
+        path = root / f"class{i % 4}" / f"{i:02d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        picture(i, (60 + i, 90 - i)).save(path, quality=92)
+    return root
+
+
+class Items:
+    """A source of what it is given; an exception among the items is raised when it is read."""
+
+    class_names = None
+    in_memory = True
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def describe(self):
+        return {"kind": "items"}
+
+    def read(self, index):
+        if isinstance(self.items[index], BaseException):
+            raise self.items[index]
+        return self.items[index], index % 3, f"item {index}"
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def convert_one(tmp_path, item, **options):
+    """The stored image, decoded, the stored bytes, and what was done."""
+    report = convert(Items(item), tmp_path / "one.beton", progress=False, **options)
+    with BetonDataset(tmp_path / "one.beton") as dataset:
+        stored = dataset.read(0).tobytes()
+        shape = (int(dataset.height[0]), int(dataset.width[0]), 3)
+        if dataset.is_jpeg(0):
+            image = Image.open(io.BytesIO(stored))
+            assert image.mode in ("RGB", "L")
+            pixels = np.asarray(image.convert("RGB"))
+        else:
+            pixels = np.frombuffer(stored, np.uint8).reshape(shape)
+        assert pixels.shape == shape
+    return pixels, stored, {change for change in CHANGES if report.counts[change]}
+
+
+def test_jpegs_pass_through_untouched(tree, tmp_path):
+    report = convert(tree, tmp_path / "data.beton", progress=False)
+    files = sorted(tree.rglob("*.jpg"))
+    with BetonDataset(tmp_path / "data.beton") as dataset:
+        assert dataset.class_names == ["class0", "class1", "class2", "class3"]
+        for i, path in enumerate(files):
+            assert dataset.read(i).tobytes() == path.read_bytes()
+            assert (dataset.width[i], dataset.height[i]) == Image.open(path).size
+            assert dataset.class_names[dataset.label[i]] == path.parent.name
+    assert report.counts == {**dict.fromkeys(CHANGES, 0), "passed_through": 40}
+    assert (report.num_samples, report.num_classes) == (40, 4)
+    assert report.bytes == (tmp_path / "data.beton").stat().st_size
+    for word in ("40 images in 4 classes", "40 passed through", str(tree), "images/s", "MB/s"):
+        assert word in str(report)
+
+
+def test_sidecar_says_what_was_done(tree, tmp_path):
+    convert(tree, tmp_path / "data.beton", max_side=80, quality=80, shuffle_seed=3, limit=25, progress=False)
+    sidecar = json.loads((tmp_path / "data.beton.json").read_text())
+    assert sidecar["num_samples"] == 25
+    assert sidecar["source"]["path"] == str(tree)
+    options = {"mode": "auto", "quality": 80, "max_side": 80, "shuffle_seed": 3, "limit": 25}
+    assert sidecar["options"].items() >= options.items()
+    counts = sidecar["counts"]
+    assert counts["passed_through"] + counts["reencoded"] == 25
+    assert counts["reencoded"] == counts["resized"] > 0
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": "4:4:4"}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_kinds_of_jpeg_that_pass(tmp_path, mode, options):
+    file = encoded(picture(0).convert(mode), "JPEG", **options)
+    _, stored, done = convert_one(tmp_path, file)
+    assert stored == file
+    assert done == {"passed_through"}
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    file = encoded(picture(0).convert("CMYK"), "JPEG", quality=95)
+    pixels, _, done = convert_one(tmp_path, file, quality=100)
+    assert done == {"reencoded", "mode_converted"}
+    assert np.abs(pixels.astype(int) - np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))).mean() < 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(picture(0), "JPEG", exif=exif, quality=95)
+    pixels, stored, done = convert_one(tmp_path, file, quality=100)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+    assert np.abs(pixels.astype(int) - np.asarray(upright)).mean() < 1
+    assert done == ({"passed_through"} if orientation == 1 else {"reencoded", "rotated"})
+    assert Image.open(io.BytesIO(stored)).getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGB", "CMYK", "YCbCr", "LAB"])
+def test_every_8_bit_mode_becomes_pils_rgb(tmp_path, mode):
+    image = (picture(0).convert("L") if mode == "PA" else picture(0)).convert(mode)
+    pixels, _, done = convert_one(tmp_path, encoded(image, "TIFF"), mode="raw")
+    np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+    assert done == {"stored_raw", *(() if mode == "RGB" else ("mode_converted",))}
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_16_bit_gray_is_scaled(tmp_path, dtype):
+    gray = np.asarray(picture(0).convert("L"))
+    wide = Image.fromarray(gray.astype(dtype) * 257)
+    pixels, _, _ = convert_one(tmp_path, encoded(wide, "TIFF"), mode="raw")
+    np.testing.assert_array_equal(pixels, np.repeat(gray[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("pixels", [np.full((4, 4), 70000, np.int32), np.full((4, 4), 0.5, np.float32)])
+def test_unknown_ranges_are_refused(tmp_path, pixels):
+    with pytest.raises(ConvertError, match="convert it to 8 bits first"):
+        convert_one(tmp_path, encoded(Image.fromarray(pixels), "TIFF"))
+
+
+@pytest.mark.parametrize("size", [(120, 50), (50, 120), (90, 90), (400, 1)])
+def test_longer_side_is_reduced(tmp_path, size):
+    image = picture(1, size)
+    pixels, _, done = convert_one(tmp_path, encoded(image, "PNG"), max_side=60, mode="raw")
+    expected = image.copy()
+    expected.thumbnail((60, 60), Image.Resampling.LANCZOS, reducing_gap=None)
+    assert pixels.shape == np.asarray(expected).shape
+    np.testing.assert_array_equal(pixels, np.asarray(expected))
+    assert done == {"stored_raw", "resized"}
+
+
+def test_modes(tmp_path):
+    file = encoded(picture(2), "JPEG", quality=70)
+    decoded = np.asarray(Image.open(io.BytesIO(file)))
+    pixels, stored, done = convert_one(tmp_path, file, mode="jpeg", quality=98)
+    assert stored != file
+    assert done == {"reencoded"}
+    assert np.abs(pixels.astype(int) - decoded).mean() < 1
+    pixels, _, done = convert_one(tmp_path, file, mode="raw")
+    np.testing.assert_array_equal(pixels, decoded)
+    assert done == {"stored_raw"}
+    for quality, halved in ((94, True), (95, False)):
+        stored = convert_one(tmp_path, file, mode="jpeg", quality=quality)[1]
+        horizontal = {layer[1] for layer in Image.open(io.BytesIO(stored)).layer}
+        assert (horizontal == {1, 2}) is halved
+
+
+def test_decoded_images_are_raw_where_small(tmp_path):
+    for item, raw in (
+        (np.asarray(picture(0, (64, 64))), True),
+        (np.asarray(picture(0, (28, 28)).convert("L")), True),
+        (picture(0, (32, 32)), True),
+        (np.asarray(picture(0, (65, 20))), False),
+    ):
+        pixels, _, done = convert_one(tmp_path, item, quality=100)
+        assert ("stored_raw" in done) is raw
+        expected = np.asarray(Image.fromarray(np.asarray(item)).convert("RGB"))
+        assert np.abs(pixels.astype(int) - expected).max() <= (0 if raw else 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "jpeg", "max_side": 70, "shuffle_seed": 1}])
+def test_workers_change_no_byte(tree, tmp_path, options):
+    for workers in (1, 2):
+        convert(tree, tmp_path / f"{workers}.beton", workers=workers, progress=False, **options)
+    for suffix in ("beton", "beton.json"):
+        assert (tmp_path / f"1.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
+
+
+def test_shuffled_order(tree, tmp_path):
+    whole, again, other = (sample_order(1000, seed, None) for seed in (1, 1, 2))
+    assert sorted(whole) == list(range(1000))
+    assert (whole == again).all()
+    assert (whole != other).any()
+    assert np.abs(np.corrcoef(whole, np.arange(1000))[0, 1]) < 0.1
+    assert (sample_order(1000, 1, 10) == whole[:10]).all()
+    convert(tree, tmp_path / "data.beton", shuffle_seed=5, limit=30, progress=False)
+    files = sorted(tree.rglob("*.jpg"))
+    with BetonDataset(tmp_path / "data.beton") as dataset:
+        for i, source in enumerate(sample_order(40, 5, 30)):
+            assert dataset.read(i).tobytes() == files[source].read_bytes()
+
+
+GOOD = encoded(picture(0), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "reason"),
+    [
+        (GOOD[: len(GOOD) // 2], ConvertError, r"item 3, sample 3: cannot be converted: .*truncated"),
+        (GOOD[:-2], ConvertError, r"item 3, sample 3: cannot be converted: .*truncated"),
+        (GOOD[:200], ConvertError, "item 3, sample 3: cannot be converted"),
+        (b"", ConvertError, "item 3, sample 3: cannot be converted: not an image"),
+        (b"GIF89a, or so it says", ConvertError, "item 3, sample 3: cannot be converted"),
+        (encoded(picture(0), "PNG")[:-400], ConvertError, "item 3, sample 3: cannot be converted"),
+        (OSError("disk on fire"), ConvertError, "sample 3: cannot be converted: disk on fire"),
+        (SourceError("the source says so"), SourceError, "the source says so"),
+        (Image.new("RGB", (65520, 1)), ConvertError, "sample 3: cannot be converted: .*65500"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_nothing_is_left_of_a_failed_conversion(tmp_path, bad, error, reason):
+    source = Items(GOOD, GOOD, GOOD, bad, GOOD)
+    with pytest.raises(error, match=reason):
+        convert(source, tmp_path / "data.beton", progress=False)
+    assert not list(tmp_path.iterdir())
+    # An older file stays as it was.
+    convert(Items(GOOD), tmp_path / "data.beton", progress=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(error):
+        convert(source, tmp_path / "data.beton", progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_error_in_a_worker_process_names_its_file(tree, tmp_path):
+    for path in tree.rglob("*.jpg"):
+        copy = tmp_path / "tree" / path.relative_to(tree)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: 300 if path.stem == "22" else None])
+    with pytest.raises(ConvertError, match=r"22\.jpg, sample 25: cannot be converted"):
+        convert(tmp_path / "tree", tmp_path / "data.beton", workers=2, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+def test_ctrl_c_leaves_nothing(tree, tmp_path):
+    """Ctrl-C at a terminal: SIGINT to the whole process group, while two workers are busy."""
+    many = tmp_path / "many"
+    for i in range(800):
+        (many / f"{i % 4}").mkdir(parents=True, exist_ok=True)
+        os.link(tree / "class3" / "39.jpg", many / f"{i % 4}" / f"{i}.jpg")
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "fastdeit.convert", str(many), str(out / "x.beton"), "--workers", "2"]
+    process = subprocess.Popen([*command, "--mode", "jpeg"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while not list(out.glob("*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.rstrip().endswith("interrupted")
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mode": "png"}, "not one of auto, jpeg, raw"),
+        ({"quality": 0}, "quality 0"),
+        ({"max_side": 0}, "max_side 0"),
+        ({"workers": -1}, "-1 workers"),
+        ({"limit": 0}, "limit 0"),
+        ({"shuffle_seed": -1}, "shuffle seed -1"),
+        ({"class_names": ["class0"]}, "class 'class1' is not in the list"),
+    ],
+)
+def test_mistaken_options(tree, tmp_path, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        convert(tree, tmp_path / "data.beton", progress=False, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistaken_destinations(tree, tmp_path):
+    with pytest.raises(ConvertError, match="does not exist: create it first"):
+        convert(tree, tmp_path / "none" / "data.beton", progress=False)
+    with pytest.raises(ConvertError, match="is a folder: name a file"):
+        convert(tree, tmp_path, progress=False)
+    with pytest.raises(ConvertError, match="class_names go to open_source"):
+        convert(Items(GOOD), tmp_path / "data.beton", class_names=["a"])
+    with pytest.raises(ConvertError, match="holds no images"):
+        convert(Items(), tmp_path / "data.beton")
+
+
+def test_labels_must_have_names(tmp_path):
+    source = Items(*[GOOD] * 3)
+    report = convert(source, tmp_path / "data.beton", progress=False)
+    assert report.sidecar["class_names"] == ["0", "1", "2"]
+    source.class_names = ["a", "b"]
+    with pytest.raises(SourceError, match="item 2, sample 2: label 2 names no class, there are 2"):
+        convert(source, tmp_path / "data.beton", progress=False)
