@@ -27,7 +27,7 @@ from fastdeit.pipelines.sources import Source, SourceError, open_source
 Sample = tuple[Stored, int]  # with its label
 
 CHUNK = 16  # samples a worker is handed at once
-SMALL = 512  # samples that one process converts before others have started
+SMALL = 2048  # samples that one process converts before others have started
 
 
 class ConvertError(ValueError):
