@@ -1,0 +1,141 @@
+"""How a figure is taken and kept: timed windows, and the machine, versions, commit and command beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdeit.pipelines.pool import usable_cores
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton", "ffcv")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Rates of the timed windows, units per second."""
+
+    rates: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+    @property
+    def spread(self) -> float:
+        """Largest less smallest rate, as a share of the median."""
+        return (max(self.rates) - min(self.rates)) / self.median
+
+
+def timed_window(step: Callable[[], int], seconds: float, synchronize: Callable[[], object] | None = None) -> float:
+    """Units per second of one window: `step` returns how many units it did and is called until the time is over.
+
+    synchronize  waits for the device, where `step` only queues work there; called before each look at the clock
+                 that counts, the first and the last
+    """
+    if synchronize is not None:
+        synchronize()
+    start = time.perf_counter()
+    units = step()
+    while time.perf_counter() - start < seconds:
+        units += step()
+    if synchronize is not None:
+        synchronize()
+    return units / (time.perf_counter() - start)
+
+
+def median_window(
+    step: Callable[[], int],
+    *,
+    windows: int = 5,
+    seconds: float = 3.0,
+    warmup_seconds: float = 3.0,
+    synchronize: Callable[[], object] | None = None,
+) -> Timing:
+    """Rates of `windows` timed windows after a warm-up; see `timed_window`. Raises ValueError for fewer than 1."""
+    if windows < 1:
+        raise ValueError(f"{windows} windows: at least 1 is needed, 5 for a figure that is to be quoted")
+    if warmup_seconds > 0:
+        timed_window(step, warmup_seconds, synchronize)
+    return Timing(tuple(timed_window(step, seconds, synchronize) for _ in range(windows)))
+
+
+def environment(packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
+    """Date, command, commit, hardware and versions of this process, as JSON takes them.
+
+    A package that is not installed, a GPU or a commit that is not there is None.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "commit": _commit(),
+        "cpu": _first_match(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.processor() or None,
+        "cores": usable_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": _gpu(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add `record` as a line of JSON to `path`, whose folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, with "-dirty" where a tracked file differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("-dirty" if changed.strip() else "")
+
+
+def _gpu() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "name": device.name,
+        "count": torch.cuda.device_count(),
+        "memory_gib": round(device.total_memory / 2**30, 1),
+        "driver": _first_match(Path("/proc/driver/nvidia/version"), r"Kernel Module\D*([\d.]+)"),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_match(path: Path, pattern: str) -> str | None:
+    if not path.exists():
+        return None
+    match = re.search(pattern, path.read_text(encoding="utf-8", errors="replace"))
+    return match[1].strip() if match else None

@@ -1,0 +1,71 @@
+"""Windows are counted right, and a record says what a figure needs."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import record
+
+
+def test_median_window_measures_a_known_rate():
+    def step():
+        time.sleep(0.01)
+        return 5
+
+    timing = record.median_window(step, windows=3, seconds=0.1, warmup_seconds=0.02)
+    assert len(timing.rates) == 3
+    assert 100 < timing.median <= 500  # a sleep is never shorter than asked for
+
+
+def test_median_is_not_moved_by_one_slow_window():
+    assert record.Timing((10.0, 11.0, 12.0, 13.0, 1.0)).median == 11.0
+    assert record.Timing((8.0, 10.0, 12.0)).spread == pytest.approx(0.4)
+
+
+def test_the_device_is_waited_for_before_each_clock_that_counts():
+    events = []
+
+    def step():
+        events.append("step")
+        return 1
+
+    record.timed_window(step, 0.0, lambda: events.append("synchronize"))
+    assert events == ["synchronize", "step", "synchronize"]
+
+
+def test_no_window_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        record.median_window(lambda: 1, windows=0)
+
+
+def test_environment_is_json_and_agrees_with_git():
+    found = json.loads(json.dumps(record.environment()))
+    assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert found["cores"] >= 1
+    assert found["memory_gib"] > 0
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=record.RESULTS.parent)
+    if git.returncode == 0:
+        assert found["commit"].startswith(git.stdout.strip())
+    else:
+        assert found["commit"] is None
+
+
+def test_command_is_the_one_that_was_typed():
+    code = "from benchmarks.record import environment; print(environment()['command'])"
+    folder = record.RESULTS.parent.parent
+    out = subprocess.run(
+        [sys.executable, "-c", code, "--flag", "two words"], capture_output=True, text=True, cwd=folder
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip().endswith("--flag 'two words'")
+
+
+def test_append_adds_lines(tmp_path):
+    path = tmp_path / "new" / "figures.jsonl"
+    record.append(path, {"b": 1, "a": [1.5]})
+    record.append(path, {"b": 2})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"b": 1, "a": [1.5]}, {"b": 2}]
