@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,6 +62,8 @@ def convert_options(options: Options) -> None:
 
 
 def main() -> None:
+    # A batch system's request to stop removes the unfinished file just as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run(lambda: convert_options(tyro.cli(Options, prog="fastdeit-convert")))
 
 
