@@ -1,0 +1,144 @@
+"""Photographs for the loader benchmark, cut from wallpapers that Debian packages ship.
+
+    apt-get install --no-install-recommends lomiri-wallpapers-16.04 mate-backgrounds plasma-workspace-wallpapers
+
+Of these packages (bookworm; 157 MB; CC-BY, CC-BY-SA, GPL-2+, see /usr/share/doc/*/copyright) only the files that
+are photographs are used. Each image is a window of a photograph, of random place and size, reduced to the size of a
+typical ImageNet image and stored as a JPEG like ImageNet's. `photos.json` beside them says what came from where.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image
+
+PACKAGES = {
+    "lomiri-wallpapers-16.04": (
+        "/usr/share/backgrounds/Bridge_by_Sander_Klootwijk.jpg",
+        "/usr/share/backgrounds/Dragonfly_by_Bolly.jpg",
+        "/usr/share/backgrounds/Picture_0B_by_freespace.jpg",
+        "/usr/share/backgrounds/Picture_1A_by_freespace.jpg",
+        "/usr/share/backgrounds/Wine_by_Jakkub_Mede.jpg",
+        "/usr/share/backgrounds/aitzgorri_by_Aitzol_Berasategi.jpg",
+        "/usr/share/backgrounds/friends_by_Aitzol_Berasategi.jpg",
+        "/usr/share/backgrounds/greentock_by_Peter_Nerlich.jpg",
+        "/usr/share/backgrounds/life_by_Aitzol_Berasategi.jpg",
+        "/usr/share/backgrounds/picosdeeuropa_by_Aitzol_Berasategi.jpg",
+        "/usr/share/backgrounds/seeding_by_Clements_Engelhardt.jpg",
+        "/usr/share/backgrounds/sunset_by_Aitzol_Berasategi.jpg",
+    ),
+    "mate-backgrounds": (
+        "/usr/share/backgrounds/mate/nature/Aqua.jpg",
+        "/usr/share/backgrounds/mate/nature/Blinds.jpg",
+        "/usr/share/backgrounds/mate/nature/Dune.jpg",
+        "/usr/share/backgrounds/mate/nature/Garden.jpg",
+        "/usr/share/backgrounds/mate/nature/GreenMeadow.jpg",
+        "/usr/share/backgrounds/mate/nature/LadyBird.jpg",
+        "/usr/share/backgrounds/mate/nature/RainDrops.jpg",
+        "/usr/share/backgrounds/mate/nature/TwoWings.jpg",
+        "/usr/share/backgrounds/mate/nature/YellowFlower.jpg",
+    ),
+    "plasma-workspace-wallpapers": (
+        "/usr/share/wallpapers/BytheWater/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/ColdRipple/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/ColorfulCups/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/EveningGlow/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/FallenLeaf/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/Grey/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/OneStandsOut/contents/images/2560x1600.jpg",
+        "/usr/share/wallpapers/Path/contents/images/2560x1600.jpg",
+    ),
+}
+_CLASSES = 10
+_ATTEMPTS = 100  # windows tried for one image before its source is given up
+_MIN_GRADIENT = 2.0  # mean difference of neighbouring pixels, grey levels: less is empty sky
+
+
+def make_photos(
+    folder: Path,
+    count: int = 1000,
+    *,
+    size: tuple[int, int] = (500, 375),
+    quality: int = 92,
+    seed: int = 0,
+    sources: Sequence[Path] | None = None,
+) -> Path:
+    """Write `count` JPEGs (4:2:0) of `size` (width, height) into an ImageFolder tree of ten classes in `folder`.
+
+    The same sources, options and version of Pillow give the same bytes. Windows without texture are passed over and
+    counted in `photos.json`. A folder that already holds what is asked for is left as it is.
+
+    sources  image files to cut from; default: those of the Debian packages above
+
+    Raises FileNotFoundError naming the packages that are missing; ValueError where a source is smaller than `size`,
+    has no texture, or the folder holds something else.
+    """
+    files = debian_photographs() if sources is None else list(sources)
+    asked = {
+        "count": count,
+        "size": list(size),
+        "quality": quality,
+        "seed": seed,
+        "pillow": PIL.__version__,
+        "files": [str(path) for path in files],
+    }
+    record = folder / "photos.json"
+    if record.exists():
+        made = json.loads(record.read_text(encoding="utf-8"))
+        if {name: made.get(name) for name in asked} == asked:
+            return folder
+        raise ValueError(f"{folder} holds other photographs (see {record}): remove it or name another folder")
+    for label in range(_CLASSES):
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+    passed_over = 0
+    for number, path in enumerate(files):
+        with Image.open(path) as opened:
+            photograph = opened.convert("RGB")
+        if photograph.width < size[0] or photograph.height < size[1]:
+            raise ValueError(
+                f"{path}: {photograph.width} x {photograph.height} pixels, smaller than {size}: leave it out"
+            )
+        rng = np.random.default_rng([seed, number])
+        for image in range(number, count, len(files)):
+            window, empty = _cut(photograph, size, rng, path)
+            passed_over += empty
+            # Half of a source's images in one class and half in the next, so that no class is one picture.
+            label = (number + image // len(files) % 2) % _CLASSES
+            window.save(folder / f"class{label}" / f"{image:05d}.jpg", quality=quality, subsampling="4:2:0")
+    packages = list(PACKAGES) if sources is None else None
+    made = {**asked, "packages": packages, "windows_passed_over": passed_over}
+    record.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def debian_photographs() -> list[Path]:
+    """The photographs of `PACKAGES`. Raises FileNotFoundError naming the packages to install."""
+    missing = [name for name, files in PACKAGES.items() if not all(Path(file).exists() for file in files)]
+    if missing:
+        raise FileNotFoundError(
+            f"photographs to cut from are missing: apt-get install --no-install-recommends {' '.join(missing)}"
+        )
+    return [Path(file) for files in PACKAGES.values() for file in files]
+
+
+def _cut(
+    photograph: Image.Image, size: tuple[int, int], rng: np.random.Generator, path: Path
+) -> tuple[Image.Image, int]:
+    """A random window with texture, reduced to `size`, and how many without were passed over."""
+    largest = min(photograph.width / size[0], photograph.height / size[1])
+    for attempt in range(_ATTEMPTS):
+        scale = rng.uniform(1.0, largest)
+        width, height = round(size[0] * scale), round(size[1] * scale)
+        left = int(rng.integers(photograph.width - width + 1))
+        top = int(rng.integers(photograph.height - height + 1))
+        box = (left, top, left + width, top + height)
+        window = photograph.resize(size, Image.Resampling.LANCZOS, box=box)
+        grey = np.asarray(window.convert("L"), np.float32)
+        if (np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2 >= _MIN_GRADIENT:
+            return window, attempt
+    raise ValueError(f"{path}: {_ATTEMPTS} windows in a row without texture: leave it out")
