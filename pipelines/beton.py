@@ -25,7 +25,7 @@ import mmap
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -243,19 +243,26 @@ class BetonWriter:
         metadata_end = _METADATA_START + self._samples.nbytes
         self._end = metadata_end + -metadata_end % page_size
         self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
         self._temporary = _temporary(self.path)
         self._temporary_sidecar = _temporary(sidecar_path(self.path))
 
     def __enter__(self) -> BetonWriter:
-        self._file = open(self._temporary, "wb", buffering=1 << 20)
         return self
+
+    def _output(self) -> BinaryIO:
+        # Opened by the first sample: an interrupt while the block is entered would not be followed by `__exit__`.
+        if self._file is None:
+            self._file = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115
+        return self._file
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Closing flushes, and raises once more where the disk is full.
         try:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         finally:
             self._temporary.unlink(missing_ok=True)
             self._temporary_sidecar.unlink(missing_ok=True)
@@ -283,8 +290,9 @@ class BetonWriter:
             self.page_size *= 2
         if self._end % self.page_size + size > self.page_size:
             self._end += -self._end % self.page_size
-        self._file.seek(self._end)
-        self._file.write(data)
+        file = self._output()
+        file.seek(self._end)
+        file.write(data)
         self._samples[index] = (mode, width, height, self._end, label)
         self._sizes[index] = size
         self._hash.update(np.array([height, width, label], "<i8").tobytes())
@@ -304,12 +312,13 @@ class BetonWriter:
         fields["type_id"], fields["name"] = zip(*_FIELDS, strict=True)
         table = np.zeros(count, _ALLOCATION)
         table["sample_id"], table["ptr"], table["size"] = np.arange(count), self._samples["data_ptr"], self._sizes
-        self._file.seek(self._end)
-        self._file.write(table.tobytes())
-        self._file.seek(0)
-        self._file.write(header.tobytes() + fields.tobytes() + self._samples.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        output = self._output()
+        output.seek(self._end)
+        output.write(table.tobytes())
+        output.seek(0)
+        output.write(header.tobytes() + fields.tobytes() + self._samples.tobytes())
+        output.flush()
+        os.fsync(output.fileno())
         sidecar = {
             "format": _SIDECAR_FORMAT,
             "version": _SIDECAR_VERSION,
