@@ -1,0 +1,1 @@
+"""The host augmentation stage: the definition of the recipe's pixels, on the CPU."""

@@ -1,0 +1,290 @@
+"""Decoded images and a plan in, a training batch out, on the CPU.
+
+The unit of work is a pair of samples that mix with one another: it stays in a core's cache from the crop to the
+finished floats. Threads take units in turn and share nothing, so their number changes no pixel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.host.buffers import Buffers
+from fastdeit.pipelines.host.checks import check_plan
+from fastdeit.pipelines.host.compiled import compiled
+from fastdeit.pipelines.host.finish import FinishScratch, finish, finish_scratch, normalised_levels
+from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, matrices, operation_scratch
+from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch
+from fastdeit.pipelines.plan import BICUBIC, NO_MIX, Plan
+
+_CHUNK = 2  # units that a thread takes at a time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the network is trained on, or evaluated with.
+
+    images   (B, 3, S, S) float32 or bfloat16
+    label_a, label_b  (B,) int64: a sample's own label and its partner's
+    lam      (B,) float32: share of `label_a`
+    index    (B,) int64: dataset index
+    """
+
+    images: Tensor
+    label_a: Tensor
+    label_b: Tensor
+    lam: Tensor
+    index: Tensor
+
+    def targets(self, num_classes: int, smoothing: float) -> Tensor:
+        """(B, num_classes) float32 soft targets, as `timm.data.mixup.mixup_target` makes them of a mixing group."""
+        off = smoothing / num_classes
+        shape = (len(self.lam), num_classes)
+        own, other = (
+            torch.full(shape, off, device=label.device).scatter_(1, label[:, None], 1.0 - smoothing + off)
+            for label in (self.label_a, self.label_b)
+        )
+        lam = self.lam[:, None]
+        return own * lam + other * (1.0 - lam)
+
+
+class _Work(NamedTuple):
+    """A batch as the compiled code sees it: `DecodedBatch` and `Plan`, and the place of each sample in its image.
+
+    window (B, 4) int32  height and width to resize to, top and left of the part that is kept
+    unit   (U, 2) int32  samples that are finished together; second -1: one alone
+    """
+
+    pixels: np.ndarray
+    offset: np.ndarray
+    pitch: np.ndarray
+    source: np.ndarray
+    index: np.ndarray
+    repeat: np.ndarray
+    crop: np.ndarray
+    window: np.ndarray
+    flip: np.ndarray
+    op: np.ndarray
+    arg: np.ndarray
+    matrix: np.ndarray
+    interp: np.ndarray
+    erase: np.ndarray
+    group: np.ndarray
+    mix: np.ndarray
+    lam: np.ndarray
+    box: np.ndarray
+    unit: np.ndarray
+
+
+class _Scratch(NamedTuple):
+    planes: np.ndarray  # (2, 3 * size * size) uint8
+    tables: np.ndarray  # (2, 768) uint8
+    resize: ResizeScratch
+    operation: OperationScratch
+    finish: FinishScratch
+
+
+class HostStage:
+    """Turns decoded images and their plan into a batch, or into an evaluation batch.
+
+    The pixels are those of Pillow 13 with timm's operations: see `resize`, `photometric`, `geometric` and `finish`
+    for the bounds. A plan that does not fit its images raises ValueError naming the dataset index.
+
+    img_size   side of the output, pixels
+    mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
+    pool       where the work runs, beside the thread that calls; it may be shared
+    threads    how many run at once, the caller's included
+    dtype      torch.float32 or torch.bfloat16
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        *,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype {dtype} is not supported by the host stage: use torch.float32 or torch.bfloat16")
+        self.img_size, self.dtype, self.threads = img_size, dtype, threads
+        self._pool = pool
+        self._levels = normalised_levels(mean, std)
+        self._fill = np.array([min(255, round(255 * x)) for x in mean], np.uint8)
+        self._buffers = Buffers()
+        self._local = threading.local()
+
+    def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
+        """The training batch of `plan`, whose samples must be those of `decoded`, in order."""
+        check_plan(decoded, plan, self.img_size)
+        count, size = len(plan), self.img_size
+        partner = _partners(plan.group)
+        mixed = (plan.mix != NO_MIX)[plan.group]
+        first = np.nonzero(~mixed | (partner > np.arange(count)))[0]
+        unit = np.stack([first, np.where(mixed, partner, -1)[first]], axis=1).astype(np.int32)
+        window = np.tile(np.array([size, size, 0, 0], np.int32), (count, 1))
+        images = self._run(decoded, plan, window, unit)
+        label = torch.from_numpy(decoded.label)
+        return Batch(
+            images=images,
+            label_a=label,
+            label_b=torch.from_numpy(np.where(mixed, decoded.label[partner], decoded.label)),
+            lam=torch.from_numpy(plan.lam[plan.group].astype(np.float32)),
+            index=torch.from_numpy(decoded.index),
+        )
+
+    def evaluate(self, decoded: DecodedBatch, eval_crop: float) -> Batch:
+        """The evaluation batch: the short side resized to int(img_size / eval_crop), bicubic; the centre; normalised.
+
+        To the bit what `timm.data.create_transform(is_training=False, crop_pct=eval_crop,
+        interpolation="bicubic")` makes of the same image. Raises ValueError unless 0 < eval_crop <= 1.
+        """
+        if not 0.0 < eval_crop <= 1.0:
+            raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
+        size, count = self.img_size, len(decoded.index)
+        short = math.floor(size / eval_crop)
+        crop, window = np.zeros((count, 4), np.int32), np.empty((count, 4), np.int32)
+        for sample, slot in enumerate(decoded.source):
+            height, width = int(decoded.height[slot]), int(decoded.width[slot])
+            crop[sample, 2:] = height, width
+            long = int(short * max(height, width) / min(height, width))
+            out = (short, long) if height <= width else (long, short)
+            window[sample] = *out, round((out[0] - size) / 2.0), round((out[1] - size) / 2.0)
+        plan = Plan(
+            index=decoded.index,
+            repeat=np.zeros(count, np.int32),
+            crop=crop,
+            flip=np.zeros(count, np.bool_),
+            op=np.zeros((count, 0), np.int8),
+            arg=np.zeros((count, 0), np.float64),
+            interp=np.zeros((count, 0), np.int8),
+            erase=np.zeros((count, 4), np.int32),
+            group=np.zeros(count, np.int32),
+            mix=np.full(1, NO_MIX, np.int8),
+            lam=np.ones(1, np.float64),
+            box=np.zeros((1, 4), np.int32),
+            seed=0,
+            epoch=decoded.epoch,
+        )
+        check_plan(decoded, plan, size)
+        unit = np.stack([np.arange(count), np.full(count, -1)], axis=1).astype(np.int32)
+        label = torch.from_numpy(decoded.label)
+        return Batch(
+            images=self._run(decoded, plan, window, unit),
+            label_a=label,
+            label_b=label,
+            lam=torch.ones(count),
+            index=torch.from_numpy(decoded.index),
+        )
+
+    def _run(self, decoded: DecodedBatch, plan: Plan, window: np.ndarray, unit: np.ndarray) -> Tensor:
+        size = self.img_size
+        work = _Work(
+            pixels=_plain(decoded.pixels, np.uint8),
+            offset=_plain(decoded.offset, np.int64),
+            pitch=_plain(decoded.width, np.int64) * 3,
+            source=_plain(decoded.source, np.int32),
+            index=_plain(plan.index, np.int64),
+            repeat=_plain(plan.repeat, np.int32),
+            crop=_plain(plan.crop, np.int32),
+            window=window,
+            flip=_plain(plan.flip, np.bool_),
+            op=_plain(plan.op, np.int8),
+            arg=_plain(plan.arg, np.float64),
+            matrix=matrices(plan.op, plan.arg, size),
+            interp=_plain(plan.interp, np.int8),
+            erase=_plain(plan.erase, np.int32),
+            group=_plain(plan.group, np.int32),
+            mix=_plain(plan.mix, np.int8),
+            lam=_plain(plan.lam, np.float64),
+            box=_plain(plan.box, np.int32),
+            unit=unit,
+        )
+        images, out = self._buffers.take((len(plan), 3, size, size), self.dtype)
+        out = out.reshape(len(plan), 3 * size * size)
+        side = int(plan.crop[:, 2:].max(initial=1))
+        turns = itertools.count(0, _CHUNK)
+
+        def take_turns() -> None:
+            scratch = self._scratch(side)
+            while (start := next(turns)) < len(unit):
+                _run_units(
+                    start, min(start + _CHUNK, len(unit)), work, np.uint64(plan.seed), plan.epoch,
+                    self._levels, self._fill, size, out, scratch,
+                )  # fmt: skip
+
+        helpers = [self._pool.submit(take_turns) for _ in range(min(self.threads, len(unit)) - 1)]
+        try:
+            take_turns()
+        finally:
+            # A helper that the pool has had no thread for is not waited for: there is nothing left for it to do.
+            for helper in helpers:
+                if not helper.cancel():
+                    helper.result()
+        return images
+
+    def _scratch(self, side: int) -> _Scratch:
+        """This thread's work memory, for crops of up to `side` x `side`."""
+        size, local = self.img_size, self._local
+        if side > getattr(local, "side", 0):
+            local.side = side
+            local.scratch = _Scratch(
+                planes=np.empty((2, 3 * size * size), np.uint8),
+                tables=np.empty((2, 768), np.uint8),
+                resize=resize_scratch(size, side),
+                operation=operation_scratch(size),
+                finish=finish_scratch(size),
+            )
+        return local.scratch
+
+
+def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
+    """C order and one dtype, as the compiled code was compiled for; a copy only where it must be."""
+    return np.ascontiguousarray(array, dtype)
+
+
+def _partners(group: np.ndarray) -> np.ndarray:
+    """(B,) the mirror image of every sample within its mixing group."""
+    count = len(group)
+    if not count:
+        return np.zeros(0, np.int64)
+    size = count // (int(group[-1]) + 1)
+    place = np.arange(count)
+    return place - place % size + size - 1 - place % size
+
+
+@compiled
+def _run_units(first, last, work, seed, epoch, levels, fill, size, out, scratch):
+    for unit in range(first, last):
+        for member in range(2):
+            sample = work.unit[unit, member]
+            if sample < 0:
+                continue
+            slot = work.source[sample]
+            pitch = work.pitch[slot]
+            top, left, height, width = work.crop[sample]
+            out_height, out_width, from_row, from_column = work.window[sample]
+            offset = work.offset[slot] + top * pitch + 3 * left
+            resize(
+                work.pixels, offset, pitch, height, width, out_height, out_width, from_row, from_column,
+                size, work.flip[sample], BICUBIC, scratch.planes[member], scratch.resize,
+            )  # fmt: skip
+            apply_operations(
+                scratch.planes[member], scratch.tables[member], work.op[sample], work.arg[sample],
+                work.matrix[sample], work.interp[sample], fill, size, scratch.operation,
+            )  # fmt: skip
+        finish(
+            work.unit[unit, 0], work.unit[unit, 1], seed, epoch, work, scratch.planes, scratch.tables,
+            levels, size, out, scratch.finish,
+        )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Random plans and random pictures for the tests of the augmentation stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan
+
+RANGES = {
+    "Rotate": (-30.0, 30.0),
+    "Posterize": (0, 8),
+    "Solarize": (0, 256),
+    "SolarizeAdd": (0, 128),
+    "Color": (0.0, 1.9),
+    "Contrast": (0.0, 1.9),
+    "Brightness": (0.0, 1.9),
+    "Sharpness": (0.0, 1.9),
+    "ShearX": (-0.3, 0.3),
+    "ShearY": (-0.3, 0.3),
+    "TranslateXRel": (-0.45, 0.45),
+    "TranslateYRel": (-0.45, 0.45),
+    "GaussianBlur": (0.0, 3.0),
+}
+
+
+def _draw_arg(rng: np.random.Generator, name: str) -> float:
+    low, high = RANGES.get(name, (0.0, 0.0))
+    if isinstance(low, int):
+        return float(rng.integers(low, int(high) + 1))
+    return float(rng.uniform(low, high))
+
+
+def _make_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A picture: noise, a smooth one, one of few levels, or a single colour."""
+    kind = rng.integers(0, 8)
+    if kind == 0:
+        return np.full((height, width, 3), rng.choice([0, 255, int(rng.integers(256))]), np.uint8)
+    if kind == 1:
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == 2:
+        return (rng.integers(0, 8, (height, width, 3)) * 20 + 40).astype(np.uint8)
+    coarse = rng.integers(0, 256, (max(2, height // 20), max(2, width // 20), 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _make_decoded(rng: np.random.Generator, sizes: list[tuple[int, int]], samples: int) -> DecodedBatch:
+    images = [_make_image(rng, h, w) for h, w in sizes]
+    lengths = np.array([image.size for image in images], np.int64)
+    return DecodedBatch(
+        epoch=3,
+        step=5,
+        pixels=np.concatenate([image.reshape(-1) for image in images]),
+        offset=np.cumsum(lengths) - lengths,
+        height=np.array([h for h, _ in sizes], np.int32),
+        width=np.array([w for _, w in sizes], np.int32),
+        source=rng.integers(0, len(images), samples).astype(np.int32),
+        index=rng.integers(0, 1_281_167, samples).astype(np.int64),
+        label=rng.integers(0, 10, samples).astype(np.int64),
+    )
+
+
+def _make_plan(
+    rng: np.random.Generator, decoded: DecodedBatch, size: int, *, groups: int = 1, layers: int = 2, erase: float = 0.25
+) -> Plan:
+    count = len(decoded.index)
+    crop, box = np.zeros((count, 4), np.int32), np.zeros((count, 4), np.int32)
+    for sample, slot in enumerate(decoded.source):
+        rows, columns = int(decoded.height[slot]), int(decoded.width[slot])
+        height, width = int(rng.integers(1, rows + 1)), int(rng.integers(1, columns + 1))
+        if rng.random() < 0.1:
+            height, width = min(rows, size), int(rng.integers(1, columns + 1))
+        if rng.random() < 0.1:
+            width = min(columns, size)
+        crop[sample] = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1), height, width
+        if rng.random() < erase:
+            height, width = rng.integers(1, size + 1, 2)
+            box[sample] = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1), height, width
+    op = np.where(rng.random((count, layers)) < 0.8, rng.integers(0, len(OPS), (count, layers)), 0).astype(np.int8)
+    mix = rng.integers(0, 3, groups).astype(np.int8)
+    lam, cut = rng.random(groups), np.zeros((groups, 4), np.int32)
+    for group in range(groups):
+        if mix[group] == NO_MIX:
+            lam[group] = 1.0
+        elif mix[group] == CUTMIX:
+            top, bottom = sorted(rng.integers(0, size + 1, 2))
+            left, right = sorted(rng.integers(0, size + 1, 2))
+            cut[group] = top, left, bottom, right
+            lam[group] = 1.0 - (bottom - top) * (right - left) / (size * size)
+    return Plan(
+        index=decoded.index,
+        repeat=rng.integers(0, 3, count).astype(np.int32),
+        crop=crop,
+        flip=rng.random(count) < 0.5,
+        op=op,
+        arg=np.array([[_draw_arg(rng, OPS[code]) for code in row] for row in op]).reshape(count, layers),
+        interp=rng.choice([BILINEAR, BICUBIC], (count, layers)).astype(np.int8),
+        erase=box,
+        group=np.repeat(np.arange(groups, dtype=np.int32), count // groups),
+        mix=mix,
+        lam=lam,
+        box=cut,
+        seed=int(rng.integers(2**63)),
+        epoch=3,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_image() -> Callable[..., np.ndarray]:
+    return _make_image
+
+
+@pytest.fixture(scope="session")
+def make_decoded() -> Callable[..., DecodedBatch]:
+    return _make_decoded
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> Callable[..., Plan]:
+    return _make_plan
+
+
+@pytest.fixture(scope="session")
+def draw_arg() -> Callable[[np.random.Generator, str], float]:
+    """Draws an argument for an operation, over more than the range that the recipe uses."""
+    return _draw_arg
