@@ -1,0 +1,173 @@
+"""`python -m benchmarks throughput`: images per second of inference and of a training step, ours and timm's."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.record import RESULTS, Timing, append, environment, timed_window
+from benchmarks.sides import Case, Inputs, Step, disagreement, make_step, our_model
+from fastdeit.cli import UserError, run
+from fastdeit.precision import resolve
+from fastdeit.recipes import RECIPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Throughput of DeiT models on random data, timm's beside it in the same run."""
+
+    models: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small", "base")
+    sizes: tuple[int, ...] = (224,)  # side of the square input, pixels
+    distilled: bool = False  # with the distillation token; the training step then has a hard label of a teacher too
+    mode: tuple[Literal["train", "infer"], ...] = ("train", "infer")
+    batch: int = 0  # 0: 256 on a GPU, 8 on a CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    windows: int = 5  # timed windows of each side
+    window_seconds: float = 2.0
+    compile: bool | None = None  # both sides under torch.compile too; None: on a GPU
+    peer: Literal["timm", "none"] = "timm"
+    ema: bool = False  # average the weights in the training step
+    results: Path = RESULTS / "throughput.jsonl"
+
+
+@dataclass
+class Side:
+    """One competitor: its step, and what was measured of it."""
+
+    step: Step
+    rates: list[float] = field(default_factory=list)  # images per second, one a window
+    peak_memory_mib: float | None = None  # on a GPU, above what the other sides hold
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Every combination that `options` asks for. Raises UserError for one that cannot be run."""
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise UserError("--device cuda: PyTorch sees no GPU; fastdeit-doctor tells why")
+    device = torch.device(options.device if options.device != "auto" else "cuda" if cuda else "cpu")
+    batch = options.batch or (256 if device.type == "cuda" else 8)
+    for model in options.models:
+        for size in options.sizes:
+            recipe = RECIPES[f"deit_{model}{'_distilled' if options.distilled else ''}"]()
+            recipe = dataclasses.replace(
+                recipe,
+                model=dataclasses.replace(recipe.model, img_size=size),
+                run=dataclasses.replace(recipe.run, precision=options.precision),
+            ).resolved()
+            precision = resolve(recipe, device)
+            if precision.name == "fp16":
+                raise UserError("this GPU has no bf16: give --precision fp32")
+            for mode in options.mode:
+                yield Case(
+                    recipe=recipe, mode=mode, batch=batch, ema=options.ema and mode == "train", precision=precision
+                )
+
+
+def measure(case: Case, options: Options) -> dict[str, Any]:
+    """The record of a case: rates of every side, in windows that alternate between the sides.
+
+    Where ours and timm disagree nothing is timed and the record says why (`refused`). A side that runs out of
+    memory is left out and named (`failed`).
+    """
+    record: dict[str, Any] = {"benchmark": "throughput", **case.describe(), "environment": environment()}
+    record["threads"] = torch.get_num_threads()
+    torch._dynamo.reset()  # a case must not inherit the recompilations of the one before
+    ours = our_model(case)
+    if options.peer == "timm" and (reason := disagreement(case, ours)):
+        return {**record, "refused": f"fastdeit and timm disagree: {reason}"}
+    state, inputs = ours.state_dict(), Inputs.draw(case, case.batch)
+    cuda = case.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else None
+    compile_too = cuda if options.compile is None else options.compile
+    sides: dict[str, Side] = {}
+    failed: dict[str, str] = {}
+    for compiled in (False, True) if compile_too else (False,):
+        for who in ("timm", "fastdeit") if options.peer == "timm" else ("fastdeit",):
+            name = f"{who} {'compiled' if compiled else 'eager'}"
+            base = torch.cuda.memory_allocated() if cuda else 0
+            try:
+                side = Side(make_step(case, who, state, inputs, compiled=compiled))
+                _warm_up(side, options.window_seconds, base, wait)
+                sides[name] = side
+            except torch.OutOfMemoryError:
+                failed[name] = f"out of memory at batch {case.batch}"
+    for window in range(options.windows):
+        # Every other round runs backwards, so that no side always follows the same one.
+        for side in list(sides.values())[:: -1 if window % 2 else 1]:
+            side.rates.append(timed_window(side.step, options.window_seconds, wait))
+    return {**record, "failed": failed, "sides": {name: _figures(side) for name, side in sides.items()}}
+
+
+def _warm_up(side: Side, seconds: float, base: int, wait: Callable[[], object] | None) -> None:
+    for _ in range(2):  # compilation and the optimizer's state: not what a step keeps needing
+        side.step()
+    if wait is not None:
+        wait()
+        torch.cuda.reset_peak_memory_stats()
+    timed_window(side.step, seconds, wait)
+    if wait is not None:
+        side.peak_memory_mib = round((torch.cuda.max_memory_allocated() - base) / 2**20, 1)
+
+
+def _figures(side: Side) -> dict[str, Any]:
+    timing = Timing(tuple(side.rates))
+    return {
+        "images_per_second": timing.median,
+        "spread": timing.spread,
+        "windows": side.rates,
+        "peak_memory_mib": side.peak_memory_mib,
+    }
+
+
+def ratio(record: dict[str, Any]) -> float | None:
+    """The fastest form of ours over the fastest form of timm's; None where either is missing."""
+    best: dict[str, float] = {}
+    for name, figures in record.get("sides", {}).items():
+        who = name.partition(" ")[0]
+        best[who] = max(best.get(who, 0.0), figures["images_per_second"])
+    return best["fastdeit"] / best["timm"] if len(best) == 2 else None
+
+
+def _report(record: dict[str, Any]) -> None:
+    title = " ".join(str(record[key]) for key in ("model", "img_size", "mode", "precision", "device"))
+    print(f"{title}, batch {record['batch']}")
+    if "refused" in record:
+        print(f"  not timed: {record['refused']}")
+        return
+    for name, reason in record["failed"].items():
+        print(f"  {name:20} {reason}")
+    for name, figures in record["sides"].items():
+        memory = figures["peak_memory_mib"]
+        print(
+            f"  {name:20} {figures['images_per_second']:10.1f} im/s, spread {100 * figures['spread']:.0f}%"
+            + (f", {memory:.0f} MiB" if memory is not None else "")
+        )
+    best = ratio(record)
+    if best is not None:
+        print(f"  fastdeit / timm, the fastest form of each: {best:.3f}", flush=True)
+
+
+def throughput(options: Options) -> bool:
+    """Measure every case, print it and append it to the results; whether all of them could be timed."""
+    complete = True
+    for case in list(cases(options)):
+        record = measure(case, options)
+        append(options.results, record)
+        _report(record)
+        complete &= "refused" not in record and not record["failed"]
+    return complete
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; exit status 1 where a case or a side could not be timed."""
+    options = tyro.cli(Options, args=argv, prog="python -m benchmarks throughput")
+    if not run(lambda: throughput(options)):
+        sys.exit(1)

@@ -1,0 +1,161 @@
+"""Ours and timm do the same step before either is timed; what differs is refused; what is timed is recorded."""
+
+import dataclasses
+import json
+import statistics
+
+import pytest
+import timm
+import torch
+
+from benchmarks import sides, throughput
+from benchmarks.throughput import Options, cases, main
+from fastdeit.cli import UserError
+from fastdeit.model import build_model
+
+SMALL = Options(models=("tiny",), sizes=(32,), batch=4, device="cpu", windows=3, window_seconds=0.02)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other on a machine that is busy make models this small twenty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one_case(mode="train", *, distilled=False, drop_path=None, ema=False):
+    (case,) = cases(dataclasses.replace(SMALL, mode=(mode,), distilled=distilled, ema=ema))
+    if drop_path is not None:
+        model = dataclasses.replace(case.recipe.model, drop_path=drop_path)
+        case = dataclasses.replace(case, recipe=dataclasses.replace(case.recipe, model=model))
+    return case
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_ours_and_timm_agree(distilled):
+    case = one_case(distilled=distilled)
+    assert sides.disagreement(case, sides.our_model(case)) is None
+
+
+def test_other_logits_are_refused():
+    case = one_case(distilled=True)
+    ours = sides.our_model(case)
+    ours.head_dist.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    assert "logits of dist" in sides.disagreement(case, ours)
+
+
+def test_other_gradients_are_refused():
+    case = one_case()
+    ours = sides.our_model(case)
+    ours.blocks[3].mlp.fc1.weight.register_hook(lambda gradient: gradient * 1.01)
+    assert "gradients of blocks.3.mlp.fc1.weight" in sides.disagreement(case, ours)
+
+
+def test_a_missing_gradient_and_a_nan_are_refused():
+    case = one_case()
+    ours = sides.our_model(case)
+    ours.pos_embed.requires_grad_(False)
+    assert "which parameters have gradients" in sides.disagreement(case, ours)
+    ours = sides.our_model(case)
+    ours.head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    assert "logits of cls" in sides.disagreement(case, ours)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_training_steps_move_both_models_alike(distilled, monkeypatch):
+    built = {}
+    ours, theirs = sides.our_model, sides.timm_model
+    monkeypatch.setattr(sides, "our_model", lambda case: built.setdefault("fastdeit", ours(case)))
+    monkeypatch.setattr(sides, "timm_model", lambda *args, **kwargs: built.setdefault("timm", theirs(*args, **kwargs)))
+    case = one_case(distilled=distilled, drop_path=0.0, ema=True)
+    inputs, state = sides.Inputs.draw(case, case.batch), ours(case).state_dict()
+    for who in ("fastdeit", "timm"):
+        step = sides.make_step(case, who, {k: v.clone() for k, v in state.items()}, inputs, compiled=False)
+        assert [step() for _ in range(3)] == [case.batch] * 3
+    moved = built["timm"].state_dict()
+    for name, value in built["fastdeit"].state_dict().items():
+        torch.testing.assert_close(value, moved[name], atol=2e-5, rtol=1e-4)
+    assert not torch.equal(moved["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("model", ["tiny", "small", "base"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_student_has_the_shapes_of_timms_model(model, distilled):
+    (case,) = cases(dataclasses.replace(SMALL, models=(model,), distilled=distilled, mode=("infer",), sizes=(384,)))
+    with torch.device("meta"):
+        wanted = timm.create_model(f"deit_{model}{'_distilled' * distilled}_patch16_224", img_size=384)
+        found = build_model(case.recipe.model, sides.CLASSES)
+    assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
+
+
+def test_a_run_records_what_it_prints(tmp_path, capsys):
+    path = tmp_path / "figures.jsonl"
+    main(f"--models tiny --sizes 32 --batch 4 --device cpu --windows 3 --window-seconds 0.02 --results {path}".split())
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    printed = capsys.readouterr().out
+    assert [r["mode"] for r in records] == ["train", "infer"]
+    for record in records:
+        assert set(record["sides"]) == {"timm eager", "fastdeit eager"}
+        medians = {}
+        for name, figures in record["sides"].items():
+            assert len(figures["windows"]) == 3
+            medians[name] = statistics.median(figures["windows"])
+            assert figures["images_per_second"] == medians[name] > 0
+        assert f"{medians['fastdeit eager'] / medians['timm eager']:.3f}" in printed
+        assert record["environment"]["versions"]["timm"] == timm.__version__
+
+
+def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "disagreement", lambda case, ours: "logits of cls differ")
+    path = tmp_path / "figures.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        main(f"--models tiny --sizes 32 --mode infer --device cpu --results {path}".split())
+    assert ended.value.code == 1
+    record = json.loads(path.read_text())
+    assert "logits of cls differ" in record["refused"]
+    assert "sides" not in record
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
+    def make_step(case, who, state, inputs, *, compiled):
+        if who == "timm":
+            raise torch.OutOfMemoryError("no")
+        return lambda: case.batch
+
+    monkeypatch.setattr(throughput, "make_step", make_step)
+    (case,) = cases(dataclasses.replace(SMALL, mode=("infer",)))
+    record = throughput.measure(case, SMALL)
+    assert record["failed"] == {"timm eager": "out of memory at batch 4"}
+    assert set(record["sides"]) == {"fastdeit eager"}
+    assert throughput.ratio(record) is None
+
+
+def test_windows_alternate(monkeypatch):
+    order = []
+    monkeypatch.setattr(throughput, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)
+    monkeypatch.setattr(throughput, "make_step", lambda case, who, state, inputs, *, compiled: lambda: who)
+    throughput.measure(one_case("infer"), dataclasses.replace(SMALL, windows=4))
+    assert order[2:] == ["timm", "fastdeit", "fastdeit", "timm"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(capsys):
+    with pytest.raises(UserError, match="sees no GPU"):
+        list(cases(Options(device="cuda")))
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cuda"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
+    path = tmp_path / "figures.jsonl"
+    options = f"--models tiny --sizes 64 --batch 8 --device cuda --windows 2 --window-seconds 0.1 --results {path}"
+    main(options.split())
+    for record in map(json.loads, path.read_text().splitlines()):
+        assert len(record["sides"]) == 4
+        assert all(figures["peak_memory_mib"] > 0 for figures in record["sides"].values())
