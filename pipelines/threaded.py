@@ -13,10 +13,9 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from fastdeit.pipelines.arena import Arenas, place
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.order import Order
-
-_ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 class DecodeError(ValueError):
@@ -48,8 +47,8 @@ class ThreadedLoader:
     reason   one sentence: why it is this loader
 
     An image whose copies go on in the next step is copied from there instead of being decoded again, as long as
-    steps are taken in order. Beside the batches that the consumer holds, one is kept for that; its memory is the
-    decoded size of its images.
+    steps are taken in order; one batch is kept for that, beside those that the consumer holds. The memory of a batch
+    is the decoded size of its images, and serves again once nobody holds any part of the batch (see `Arenas`).
 
     decoded, reused  images so far that were decoded, and that were copied from the step before
     """
@@ -62,6 +61,7 @@ class ThreadedLoader:
         self.dataset, self.order, self.reason = dataset, order, reason
         self.decoded = self.reused = 0
         self._pool, self._threads = pool, threads
+        self._arenas = Arenas()
         self._closed = threading.Event()
 
     def decode(self, index: int, out: np.ndarray) -> bool:
@@ -94,11 +94,11 @@ class ThreadedLoader:
         samples = self.order.step(epoch, step)
         images, source = first_appearances(samples.index)
         height, width = self.dataset.height[images], self.dataset.width[images]
-        pixels, offset = arena(height, width)
+        offset, size = place(height, width)
         batch = DecodedBatch(
             epoch=epoch,
             step=step,
-            pixels=pixels,
+            pixels=self._arenas.take(size),
             offset=offset,
             height=height,
             width=width,
@@ -165,16 +165,6 @@ def first_appearances(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     place = np.empty(len(values), np.int32)
     place[by_appearance] = np.arange(len(values), dtype=np.int32)
     return values[by_appearance], place[inverse]
-
-
-def arena(height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Room for images of these sizes: (bytes,) uint8 and (images,) int64 starts, each aligned to 64 bytes."""
-    size = height.astype(np.int64) * width * 3
-    size += -size % _ALIGNMENT
-    end = np.cumsum(size)
-    memory = np.empty(int(size.sum()) + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + int(size.sum())], end - size
 
 
 def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:

@@ -1,0 +1,52 @@
+"""Pixel memory that is used again: the pages of fresh memory cost almost as much as the decoding into them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import numpy as np
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+
+
+class Arenas:
+    """Hands out arrays of bytes; an array's memory comes back when it, and every view of it, is gone.
+
+    So a batch stays what it is for as long as anybody holds any part of it, and there is never more memory than was
+    held at one time, with an eighth on top for batches that turn out larger.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> np.ndarray:
+        """(size,) uint8 of undefined contents, starting at a multiple of 64 bytes."""
+        memory = self._fitting(size)
+        if memory is None:
+            memory = np.empty(size + size // 8 + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        # NumPy hangs a view of a view on the array that owns the memory; behind a memoryview that is this very
+        # array, whose end therefore is the end of all its views.
+        array = np.frombuffer(memory.data, np.uint8, size, start)
+        weakref.finalize(array, self._free.append, memory).atexit = False
+        return array
+
+    def _fitting(self, size: int) -> np.ndarray | None:
+        """The smallest free memory that is large enough; what is too small is let go where there is none."""
+        # Memory may come back at any moment, at the end of the list, which moves no other.
+        with self._lock:
+            large_enough = [i for i, memory in enumerate(self._free) if len(memory) >= size + ALIGNMENT]
+            if large_enough:
+                return self._free.pop(min(large_enough, key=lambda i: len(self._free[i])))
+            self._free.clear()
+            return None
+
+
+def place(height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, int]:
+    """Where images of these sizes lie one behind another: (images,) int64 starts at multiples of 64, and the end."""
+    size = height.astype(np.int64) * width * 3
+    size += -size % ALIGNMENT
+    end = np.cumsum(size)
+    return end - size, int(size.sum())
