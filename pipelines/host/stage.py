@@ -97,7 +97,8 @@ class HostStage:
     """Turns decoded images and their plan into a batch, or into an evaluation batch.
 
     The pixels are those of Pillow 13 with timm's operations: see `resize`, `photometric`, `geometric` and `finish`
-    for the bounds. A plan that does not fit its images raises ValueError naming the dataset index.
+    for the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The memory of a
+    batch is used again once no tensor refers to it, so hold on to a batch while a copy to a GPU is under way.
 
     img_size   side of the output, pixels
     mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
