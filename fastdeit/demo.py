@@ -69,13 +69,13 @@ def teacher_recipe(folder: Path) -> Recipe:
 
 
 def student_recipe(folder: Path, teacher: Path) -> Recipe:
-    """A DeiT of six blocks and 8 x 8 patches of 4 pixels, with the whole augmentation of the paper."""
+    """A DeiT of six blocks and 4 x 4 patches of 8 pixels, with the whole augmentation of the paper."""
     replace = dataclasses.replace
     recipe = _common(deit_tiny_distilled(), folder, epochs=60)
     return replace(
         recipe,
         name="digits_distilled",
-        model=replace(recipe.model, img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, drop_path=0.0),
+        model=replace(recipe.model, img_size=32, patch_size=8, embed_dim=96, depth=6, num_heads=3, drop_path=0.0),
         augment=replace(recipe.augment, cutmix_alpha=0.0, mixup_alpha=0.2, erase_prob=0.0),
         teacher=replace(recipe.teacher, name="resnet10t", checkpoint=teacher),
         optim=replace(recipe.optim, lr=1e-3, lr_batch=0, warmup_epochs=4),

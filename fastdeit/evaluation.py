@@ -34,7 +34,7 @@ def evaluate(
     # Columns: images, top-1 hits, top-5 hits, loss. A head that the model lacks keeps a row of zeros.
     totals = torch.zeros(len(HEADS), 4, dtype=torch.float64, device=world.device)
     with data.batches() as batches:
-        for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=not progress):
+        for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=None if progress else True):
             pixels = batch.images.to(world.device, non_blocking=True)
             labels = batch.label_a.to(world.device, non_blocking=True)
             with precision.autocast():

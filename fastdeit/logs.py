@@ -64,6 +64,7 @@ class RunLog:
                 unit="step",
                 dynamic_ncols=True,
                 leave=False,
+                disable=None,  # no bar where nobody looks: into a file or a pipe
             )
 
     def advance(self, shown: dict[str, str] | None = None) -> None:

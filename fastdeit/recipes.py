@@ -134,7 +134,7 @@ def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: int) -> Re
             crop_scale=(0.7, 1.0),
             crop_ratio=(0.9, 1.1),
             eval_crop=1.0,
-            erase_prob=0.1,
+            erase_prob=0.0,
             mean=(0.286, 0.286, 0.286),
             std=(0.353, 0.353, 0.353),
         ),
@@ -146,19 +146,20 @@ def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: int) -> Re
 def fashion_mnist_teacher() -> Recipe:
     """A ResNet for Fashion-MNIST on a CPU: the convnet teacher of `fashion_mnist_distilled`."""
     replace = dataclasses.replace
-    recipe = _fashion_mnist(convnet_teacher(), epochs=8, lr=2e-3, warmup=1)
+    recipe = _fashion_mnist(convnet_teacher(), epochs=6, lr=2e-3, warmup=1)
     return replace(recipe, name="fashion_mnist_teacher", model=replace(recipe.model, arch="resnet10t"))
 
 
 def fashion_mnist_distilled() -> Recipe:
     """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`)."""
     replace = dataclasses.replace
-    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=15, lr=1.5e-3, warmup=2)
+    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=14, lr=2e-3, warmup=1)
     return replace(
         recipe,
         name="fashion_mnist_distilled",
-        model=replace(recipe.model, patch_size=4, embed_dim=128, depth=6, num_heads=4, drop_path=0.05),
-        augment=replace(recipe.augment, mixup_alpha=0.2, cutmix_alpha=0.0, mix_prob=0.5, label_smoothing=0.05),
+        model=replace(recipe.model, patch_size=7, embed_dim=128, depth=6, num_heads=4, drop_path=0.0),
+        augment=replace(recipe.augment, mixup_alpha=0.2, cutmix_alpha=0.0, mix_prob=0.3, label_smoothing=0.05),
+        data=replace(recipe.data, repeats=1),
         teacher=replace(recipe.teacher, name="resnet10t"),
         ema=replace(recipe.ema, decay=0.998),
     )
