@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -39,23 +40,39 @@ def save(path: Path, state: dict[str, Any]) -> None:
         os.close(folder)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU. Raises UserError naming the file and what to do.
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """What a checkpoint file holds, on the CPU: a state dict, or a dict that has one among other things.
 
-    The file is untrusted: only tensors and plain containers are unpickled (`weights_only=True`).
+    `.safetensors` and PyTorch's own format. Of objects, only the `argparse.Namespace` that the released training
+    script stores is admitted. Raises UserError naming the file where there is none, where it is damaged, or where
+    it holds anything else than tensors and plain containers.
     """
+    path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such checkpoint") from error
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: there is no such checkpoint file") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
-            f"Use a checkpoint that fastdeit wrote. ({str(error).splitlines()[0]})"
+            f"Save the state dict alone, or as .safetensors. ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint ({error}): delete it and resume from another") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is damaged or no checkpoint ({error}): fetch it again") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
+    return stored
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that `save` wrote. Raises UserError naming the file where it is anything else."""
+    state = read_checkpoint(path)
+    if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a fastdeit training checkpoint; to start from its weights use --model.init")
     return state
 

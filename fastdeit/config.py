@@ -260,9 +260,13 @@ class Recipe:
             if model.distilled:
                 raise ValueError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")
         elif model.img_size % model.patch_size:
-            raise ValueError(f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}")
+            raise ValueError(
+                f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}"
+            )
         elif model.embed_dim % model.num_heads:
-            raise ValueError(f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}")
+            raise ValueError(
+                f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}"
+            )
         for name, value in (
             ("run.epochs", run.epochs),
             ("run.global_batch", run.global_batch),

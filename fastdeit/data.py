@@ -46,22 +46,19 @@ def open_dataset(path: Path | None, option: str) -> BetonDataset:
     return BetonDataset(path)
 
 
-def check_classes(train: BetonDataset, val: BetonDataset) -> None:
-    """Raises UserError unless both data sets name the same classes in the same order."""
-    if train.class_names is None or val.class_names is None:
+def check_class_names(one: str, names: list[str] | None, other: str, others: list[str] | None) -> None:
+    """Raises UserError unless `one` and `other` name the same classes in the same order; None agrees with all."""
+    if names is None or others is None or names == others:
         return
-    if train.class_names != val.class_names:
-        pairs = zip(train.class_names, val.class_names, strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        how = (
-            f"class {at} is '{train.class_names[at]}' in one and '{val.class_names[at]}' in the other"
-            if at is not None
-            else f"{len(train.class_names)} classes in one and {len(val.class_names)} in the other"
-        )
-        raise UserError(
-            f"{train.path} and {val.path} do not name the same classes in the same order: {how}. "
-            f"Convert both from the same class list."
-        )
+    at = next((i for i, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), None)
+    how = (
+        f"class {at} is '{names[at]}' in one and '{others[at]}' in the other"
+        if at is not None
+        else f"{len(names)} classes in one and {len(others)} in the other"
+    )
+    raise UserError(
+        f"{one} and {other} do not name the same classes in the same order: {how}. Convert both from one class list"
+    )
 
 
 def worker_threads(recipe: Recipe, world: World) -> int:

@@ -21,7 +21,7 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.evaluation import Scores
-from fastdeit.networks import build_network
+from fastdeit.model import build_model
 from fastdeit.pipelines.beton import BetonDataset
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.plan import CUTMIX, OPS
@@ -35,9 +35,9 @@ def write_digits(folder: Path) -> None:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("the demo needs scikit-learn and matplotlib: pip install 'fastdeit[demo]'") from error
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).astype(np.uint8)
-    for i, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
+    values, labels = load_digits(return_X_y=True)
+    pixels = (np.asarray(values).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         place = folder / ("val" if i % 5 == 0 else "train") / str(label)
         place.mkdir(parents=True, exist_ok=True)
         large = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
@@ -113,7 +113,7 @@ def _pictures(folder: Path, recipe: Recipe, weights: Path, teacher_top1: float) 
         titles.append("\n".join((" + ".join(names) or "-", mixed)))
     plots.contact_sheet(images[:32], recipe.augment.mean, recipe.augment.std, pictures[1], titles)
 
-    model = build_network(recipe.model, data_set.num_classes)
+    model = build_model(recipe.model, data_set.num_classes)
     model.load_state_dict(checkpoint.load(weights)["model"])
     model.eval()
     with torch.no_grad():

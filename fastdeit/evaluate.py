@@ -33,12 +33,13 @@ class Options:
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
-    from fastdeit.data import EvaluationData, open_dataset, set_compute_threads
+    from fastdeit.checkpoint import read_checkpoint
+    from fastdeit.data import EvaluationData, check_class_names, open_dataset, set_compute_threads
     from fastdeit.distributed import world
     from fastdeit.evaluation import evaluate
     from fastdeit.networks import build_network
     from fastdeit.precision import resolve
-    from fastdeit.weights import load_weights, read_checkpoint
+    from fastdeit.weights import load_weights
 
     stored = read_checkpoint(options.checkpoint)
     recipe = _recipe(options, stored)
@@ -48,9 +49,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     with world(options.device) as joined:
         set_compute_threads(joined)
         val = open_dataset(options.val, "val")
-        names = stored.get("class_names")
-        if names and val.class_names and names != val.class_names:
-            raise UserError(f"{options.checkpoint} was trained on other classes, or another order, than {options.val}")
+        check_class_names(str(options.checkpoint), stored.get("class_names"), str(options.val), val.class_names)
         data = EvaluationData(recipe, val, joined)
         precision = resolve(recipe, joined.device)
         out: dict[str, Any] = {}

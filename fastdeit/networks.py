@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
 
 from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
-from fastdeit.model import StudentOutput, build_model
+from fastdeit.model import DeiT, StudentOutput, build_model
 
 
 class ConvnetStudent(nn.Module):
@@ -32,7 +34,7 @@ class ConvnetStudent(nn.Module):
         return self.network.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def build_network(cfg: ModelConfig, num_classes: int) -> nn.Module:
+def build_network(cfg: ModelConfig, num_classes: int) -> DeiT | ConvnetStudent:
     """A freshly initialised network. Raises UserError where `cfg.arch` is not a model of timm's."""
     if cfg.arch == "deit":
         return build_model(cfg, num_classes)
@@ -40,7 +42,7 @@ def build_network(cfg: ModelConfig, num_classes: int) -> nn.Module:
         close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]
         hint = f", such as {', '.join(close)}" if close else ""
         raise UserError(f"model.arch '{cfg.arch}' is neither 'deit' nor a model of timm's{hint}")
-    options: dict[str, float] = {"drop_rate": cfg.drop_rate}
+    options: dict[str, Any] = {"drop_rate": cfg.drop_rate}
     if cfg.drop_path:
         options["drop_path_rate"] = cfg.drop_path
     return ConvnetStudent(timm.create_model(cfg.arch, pretrained=False, num_classes=num_classes, **options))

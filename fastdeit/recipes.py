@@ -59,6 +59,7 @@ def _finetune_384(recipe: Recipe) -> Recipe:
         recipe,
         name=f"{recipe.name}_384",
         model=replace(recipe.model, img_size=384),
+        teacher=replace(recipe.teacher, img_size=384),
         optim=replace(recipe.optim, lr=5e-6, lr_batch=0, min_lr=5e-6, warmup_epochs=5, weight_decay=1e-8),
         run=replace(recipe.run, epochs=30, global_batch=512),
     )

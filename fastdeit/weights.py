@@ -5,9 +5,7 @@ Files are untrusted: of a pickle only tensors and plain containers are read.
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import UserError
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent
@@ -24,35 +23,6 @@ State = dict[str, Tensor]
 _MODEL_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-
-
-def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint file holds, on the CPU: a state dict, or a dict that has one among other things.
-
-    `.safetensors` and PyTorch's own format. Of objects, only the `argparse.Namespace` that the released training
-    script stores is admitted. Raises UserError naming the file where there is none, where it is damaged, or where
-    it holds anything else than tensors and plain containers.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: there is no such checkpoint file") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
-            f"Save the state dict alone, or as .safetensors. ({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint ({error}): fetch it again") from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
-    return stored
 
 
 def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the checkpoint") -> State:
