@@ -1,0 +1,24 @@
+"""`python -m benchmarks NAME [options]`: the benchmarks by name; `--help` after a name tells its options."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "throughput": "images per second of the model, inference and training step, beside timm's",
+    "loaders": "training batches per second from JPEG files, beside timm's",
+    "tables": "the throughput results as Markdown",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        print("usage: python -m benchmarks NAME [options]", *(f"  {n:12}{w}" for n, w in COMMANDS.items()), sep="\n")
+        sys.exit(0 if name in ("-h", "--help") else 2)
+    importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
