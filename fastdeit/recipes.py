@@ -147,14 +147,14 @@ def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: int) -> Re
 def fashion_mnist_teacher() -> Recipe:
     """A ResNet for Fashion-MNIST on a CPU: the convnet teacher of `fashion_mnist_distilled`."""
     replace = dataclasses.replace
-    recipe = _fashion_mnist(convnet_teacher(), epochs=6, lr=2e-3, warmup=1)
+    recipe = _fashion_mnist(convnet_teacher(), epochs=4, lr=2e-3, warmup=1)
     return replace(recipe, name="fashion_mnist_teacher", model=replace(recipe.model, arch="resnet10t"))
 
 
 def fashion_mnist_distilled() -> Recipe:
     """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`)."""
     replace = dataclasses.replace
-    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=14, lr=2e-3, warmup=1)
+    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=12, lr=2e-3, warmup=1)
     return replace(
         recipe,
         name="fashion_mnist_distilled",

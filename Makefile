@@ -1,0 +1,54 @@
+# Two commands do all the set-up on a fresh Debian or Ubuntu with Python >= 3.11: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SYSTEM := libopencv-dev libturbojpeg0-dev pkg-config g++
+SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null; then echo sudo; else echo none; fi)
+
+.PHONY: demo test lint env gpu clean
+
+demo: env  ## train and distil a small DeiT on scikit-learn's digits
+	$(BIN)/python -m fastdeit.demo runs/demo
+
+test: env dataset lint  ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+gpu: env  ## on a machine with a GPU: its tests and its figures
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks throughput
+
+env: .venv/.stamp
+
+.venv/.stamp: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is older than 3.11: run make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "error: no venv module: apt-get install python3-venv"; exit 1; }
+	@if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then true; \
+	elif [ "$(SUDO)" != none ] && command -v apt-get >/dev/null; then \
+	    echo "installing FFCV's system libraries: $(SYSTEM)"; \
+	    $(SUDO) apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -qq -y --no-install-recommends $(SYSTEM) >/dev/null; \
+	fi || true
+	@echo "installing PyTorch and friends into .venv, about 3 GB to fetch"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,dev]'
+	@if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then \
+	    $(BIN)/pip install -q --disable-pip-version-check -e '.[ffcv]' || \
+	    echo "FFCV did not build: the torch loader decodes instead, more slowly (fastdeit-doctor tells more)"; \
+	else \
+	    echo "FFCV needs $(SYSTEM), which only root can install: the torch loader decodes instead, more slowly"; \
+	fi
+	@touch $@
+
+# Fashion-MNIST, which a few tests use where it is there.
+.PHONY: dataset
+dataset:
+	@[ -d /usr/share/datasets/fashion-mnist ] || [ "$(SUDO)" = none ] || ! command -v apt-get >/dev/null || \
+	    $(SUDO) apt-get install -qq -y dataset-fashion-mnist >/dev/null || true
+
+clean:
+	rm -rf .venv runs
