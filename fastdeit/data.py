@@ -128,21 +128,22 @@ class TrainingData:
             threads=threads,
             dtype=dtype,
         )
-        self._depth = recipe.data.prefetch
+        self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
 
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
         return self.order.steps
 
-    def _produce(self, epoch: int, first_step: int) -> Iterator[TrainBatch]:
-        for decoded in self.loader.batches(epoch, first_step):
-            samples = self.order.step(epoch, decoded.step)
-            plan = self.drawer.draw(epoch, decoded.step, samples)
-            yield TrainBatch(self._stage(decoded, plan), samples.position, samples.repeat, list(decoded.fallbacks))
+    def _produce(self, first_epoch: int, first_step: int) -> Iterator[TrainBatch]:
+        for epoch in range(first_epoch, self._epochs):
+            for decoded in self.loader.batches(epoch, first_step if epoch == first_epoch else 0):
+                samples = self.order.step(epoch, decoded.step)
+                plan = self.drawer.draw(epoch, decoded.step, samples)
+                yield TrainBatch(self._stage(decoded, plan), samples.position, samples.repeat, list(decoded.fallbacks))
 
-    def batches(self, epoch: int, first_step: int = 0) -> Prefetcher[TrainBatch]:
-        """The batches of `epoch` from `first_step` on, prepared ahead; a context manager."""
+    def batches(self, epoch: int = 0, first_step: int = 0) -> Prefetcher[TrainBatch]:
+        """The batches from a step on to the end of the run, prepared ahead, also over the end of an epoch."""
         return Prefetcher(self._produce(epoch, first_step), self._depth)
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
+from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import resolve
 from fastdeit.resume import restore, snapshot, write_recipe
 from fastdeit.teacher import Teacher
@@ -102,12 +103,13 @@ class Trainer:
             if self.world.size > 1:
                 device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
                 self.student = DistributedDataParallel(self.model, device_ids=device_ids)
-            while self.epoch < run.epochs:
-                self._train_epoch()
-                self.epoch, self.step = self.epoch + 1, 0
-                self._save()
-                if self.val is not None and (self.epoch % run.eval_every == 0 or self.epoch == run.epochs):
-                    self._evaluate()
+            with self.data.batches(self.epoch, self.step) as batches:
+                while self.epoch < run.epochs:
+                    self._train_epoch(batches)
+                    self.epoch, self.step = self.epoch + 1, 0
+                    self._save()
+                    if self.val is not None and (self.epoch % run.eval_every == 0 or self.epoch == run.epochs):
+                        self._evaluate()
             seconds = time.monotonic() - began
             self.log.event("end", epoch=self.epoch, global_step=self.global_step, seconds=round(seconds, 3))
             self.log.say(f"done: {self.epoch} epochs in {duration(seconds)}; {self.folder}")
@@ -159,44 +161,45 @@ class Trainer:
             )
             self.log.say(f"resumed from {resumed}: epoch {self.epoch + 1}, step {self.step}")
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self, batches: Prefetcher[TrainBatch]) -> None:
         run = self.recipe.run
         finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
         self.student.train(not finetuning)
-        meter = _Meter(self.world)
+        # On a GPU the loss of a step is looked at one step later, when it is there without waiting.
+        deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
+        meter = _Meter(self.world, batches.wait_seconds)
         self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
-        fallbacks: list[int] = []
-        pending: tuple[LossParts, TrainBatch] | None = None
-        with self.data.batches(self.epoch, self.step) as batches:
-            for batch in batches:
-                parts = self._train_step(batch)
-                fallbacks += batch.fallbacks
-                # On a GPU the loss of a step is looked at one step later, when it is there without waiting.
-                deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
-                if not deferred:
-                    self._check(parts, batch, self.step)
-                elif pending is not None:
-                    self._check(*pending, self.step - 1)
-                pending = (parts, batch) if deferred else None
-                meter.add(parts, len(batch.position))
-                self.step += 1
-                self.global_step += 1
-                shown = None
-                if self.global_step % run.log_every == 0:
-                    shown = self._log_train(meter, batches.wait_seconds)
-                self.log.advance(shown)
-                if run.checkpoint_every and self.global_step % run.checkpoint_every == 0:
-                    if pending is not None:
-                        self._check(*pending, self.step - 1)
-                    self._save()
-        if pending is not None:
-            self._check(*pending, self.step - 1)
+        fallbacks: set[int] = set()
+        pending: tuple[LossParts, TrainBatch, int] | None = None
+        while self.step < self.data.steps:
+            batch = next(batches)
+            parts = self._train_step(batch)
+            fallbacks.update(batch.fallbacks)
+            if pending is not None:
+                self._check(*pending)
+            pending = (parts, batch, self.step)
+            if not deferred:
+                self._check(*pending)
+                pending = None
+            meter.add(parts)
+            self.step += 1
+            self.global_step += 1
+            shown = None
+            if self.global_step % run.log_every == 0:
+                shown = self._log_train(meter, batches.wait_seconds)
+            self.log.advance(shown)
+            saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
+            if pending is not None and (saving or self.step == self.data.steps):
+                self._check(*pending)  # no checkpoint holds what a loss gone wrong left
+                pending = None
+            if saving:
+                self._save()
         self.log.end_epoch()
         if fallbacks:
-            unique = sorted(set(fallbacks))
-            self.log.event("fallbacks", epoch=self.epoch, images=unique)
+            images = sorted(fallbacks)
+            self.log.event("fallbacks", epoch=self.epoch, images=images)
             self.log.say(
-                f"{len(unique)} images were read by PIL, since {self.data.loader.name} refused them: {unique[:8]}"
+                f"{len(images)} images were read by PIL, since {self.data.loader.name} refused them: {images[:8]}"
             )
 
     def _train_step(self, batch: TrainBatch) -> LossParts:
@@ -364,12 +367,12 @@ class Trainer:
 class _Meter:
     """Sums of losses since the last reading, kept on the device, and the rate of steps."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, waited: float) -> None:
         self._world = world
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._steps, self._since, self._waited = 0, time.monotonic(), 0.0
+        self._steps, self._since, self._waited = 0, time.monotonic(), waited
 
-    def add(self, parts: LossParts, count: int) -> None:
+    def add(self, parts: LossParts) -> None:
         self._sums += torch.stack(list(parts)).double()
         self._steps += 1
 
