@@ -124,7 +124,7 @@ def deit_base_transfer() -> Recipe:
     )
 
 
-def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: int) -> Recipe:
+def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: float) -> Recipe:
     replace = dataclasses.replace
     return replace(
         recipe,
@@ -154,15 +154,18 @@ def fashion_mnist_teacher() -> Recipe:
 def fashion_mnist_distilled() -> Recipe:
     """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`)."""
     replace = dataclasses.replace
-    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=12, lr=2e-3, warmup=1)
+    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=8, lr=1.5e-3, warmup=0.5)
     return replace(
         recipe,
         name="fashion_mnist_distilled",
-        model=replace(recipe.model, patch_size=7, embed_dim=128, depth=6, num_heads=4, drop_path=0.0),
-        augment=replace(recipe.augment, mixup_alpha=0.2, cutmix_alpha=0.0, mix_prob=0.3, label_smoothing=0.05),
+        model=replace(recipe.model, patch_size=4, embed_dim=96, depth=4, num_heads=3, drop_path=0.0),
+        augment=replace(
+            recipe.augment, crop_scale=(0.85, 1.0), mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.05
+        ),
         data=replace(recipe.data, repeats=1),
         teacher=replace(recipe.teacher, name="resnet10t"),
         ema=replace(recipe.ema, decay=0.998),
+        run=replace(recipe.run, global_batch=128, eval_every=2),
     )
 
 
