@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "throughput": "images per second of the model, inference and training step, beside timm's",
     "loaders": "training batches per second from JPEG files, beside timm's",
-    "tables": "the throughput results as Markdown",
+    "tables": "the results as Markdown",
 }
 
 

@@ -15,22 +15,28 @@ from benchmarks.throughput import ratio
 from fastdeit.cli import UserError, run
 
 Record = dict[str, Any]
-CONFIGURATION = ("model", "img_size", "mode", "precision", "batch", "ema", "device")
+CONFIGURATION = {
+    "throughput": ("model", "img_size", "mode", "precision", "batch", "ema", "device"),
+    "loaders": ("batch", "threads", "images", "mean_bytes"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Render the throughput results."""
+    """Render the results."""
 
-    results: Path = RESULTS / "throughput.jsonl"
-    plot: Path | None = None  # also draw them into this file (.svg, .png); needs matplotlib
+    results: Path = RESULTS  # folder with throughput.jsonl and loaders.jsonl, either or both
+    plot: Path | None = None  # also draw the throughput into this file (.svg, .png); needs matplotlib
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file of JSON lines. Raises UserError naming the file and the line that is not JSON."""
-    if not path.exists():
-        raise UserError(f"{path}: no results yet; python -m benchmarks throughput writes them")
+    """The records of a file of JSON lines; none where it does not exist.
+
+    Raises UserError naming the file and the line that is not JSON.
+    """
     records: list[Record] = []
+    if not path.exists():
+        return records
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             records.append(json.loads(line))
@@ -42,44 +48,76 @@ def read(path: Path) -> list[Record]:
 def machine(record: Record) -> str:
     """What a figure was measured on."""
     found = record["environment"]
-    if record["device"] == "cuda":
+    if record.get("device") == "cuda":
         return found["gpu"]["name"]
     return f"{found['cpu']}, {found['cores']} cores"
 
 
 def latest(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """By machine, the newest record of every configuration, in the order of models, sizes and modes."""
+    """By machine, the newest record of every configuration; of models, in the order of size and form."""
     newest: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        key = (machine(record), *(record[name] for name in CONFIGURATION))
+        key = (machine(record), *(record[name] for name in CONFIGURATION[record["benchmark"]]))
         if key not in newest or record["environment"]["date"] >= newest[key]["environment"]["date"]:
             newest[key] = record
-    order = ("tiny", "small", "base")
-
-    def place(record: Record) -> tuple[Any, ...]:
-        size = next((i for i, name in enumerate(order) if name in record["model"]), len(order))
-        return "distilled" in record["model"], size, record["img_size"], record["mode"], record["batch"]
-
     machines: dict[str, list[Record]] = {}
-    for record in sorted(newest.values(), key=place):
+    for record in sorted(newest.values(), key=_place):
         machines.setdefault(machine(record), []).append(record)
     return machines
 
 
+def _place(record: Record) -> tuple[Any, ...]:
+    if record["benchmark"] == "loaders":
+        return record["threads"], record["batch"]
+    sizes = ("tiny", "small", "base")
+    size = next(i for i, name in enumerate(sizes) if name in record["model"])
+    return "distilled" in record["model"], size, record["img_size"], record["mode"], record["batch"]
+
+
 def markdown(records: Iterable[Record]) -> str:
-    """A heading and a table for every machine. Raises UserError where there is no record."""
-    machines = latest(records)
-    if not machines:
-        raise UserError("the results are empty: run python -m benchmarks throughput first")
-    return "\n\n".join(_section(name, rows) for name, rows in machines.items())
+    """A heading and a table for every benchmark and machine. Raises UserError where there is no record."""
+    records = list(records)
+    sections = [
+        section(name, rows)
+        for benchmark, section in (("throughput", _section), ("loaders", _loaders_section))
+        for name, rows in latest(r for r in records if r["benchmark"] == benchmark).items()
+    ]
+    if not sections:
+        raise UserError("there are no results yet: run python -m benchmarks throughput, or loaders, first")
+    return "\n\n".join(sections)
+
+
+def _loaders_section(name: str, records: Sequence[Record]) -> str:
+    lines: list[str] = []
+    for record in records:
+        peer = record["sides"].get("timm")
+        lines += [
+            f"### Loaders, {name}",
+            "",
+            f"The complete recipe, {record['threads']} threads or workers, batch {record['batch']}, "
+            f"{record['images']} JPEGs of {record['mean_bytes'] / 1000:.0f} kB; median of the windows.",
+            "",
+            "| loader | images/s | / timm | CPU ms an image | peak MiB |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for side, figures in record["sides"].items():
+            rate = figures["images_per_second"]
+            ratio_to_peer = f"{rate / peer['images_per_second']:.2f}" if peer else ""
+            lines.append(
+                f"| {side} | {rate:,.0f} | {ratio_to_peer} | {figures['cpu_ms_per_image']:.2f} "
+                f"| {figures['peak_memory_mib']:,.0f} |"
+            )
+        lines += [f"| {side} | {reason} | | | |" for side, reason in record["failed"].items()]
+        remarks = [f"- {side}: {remark}" for side, figures in record["sides"].items() for remark in figures["remarks"]]
+        lines += ["", *remarks, *_footnotes([record]), ""]
+    return "\n".join(lines).rstrip()
 
 
 def _section(name: str, records: Sequence[Record]) -> str:
-    sides = list(dict.fromkeys(side for record in records for side in record.get("sides", {})))
-    sides.sort(key=lambda side: (not side.startswith("timm"), side != f"{side.partition(' ')[0]} eager"))
+    sides = _sides(records)
     head = ["model", "size", "mode", "precision", "batch", *sides, "fastdeit / timm"]
     lines = [
-        f"### {name}",
+        f"### Throughput, {name}",
         "",
         "Images per second, median of the windows; the ratio is that of the fastest form of each.",
         "",
@@ -94,6 +132,12 @@ def _section(name: str, records: Sequence[Record]) -> str:
         cells.append("not timed" if "refused" in record else f"{best:.2f}" if best is not None else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_footnotes(records)])
+
+
+def _sides(records: Sequence[Record]) -> list[str]:
+    """Every side that a record has: timm's before ours, eager before compiled."""
+    sides = {side for record in records for side in record.get("sides", {})}
+    return sorted(sides, key=lambda side: (side.startswith("fastdeit"), side.endswith("compiled")))
 
 
 def _cell(record: Record, side: str) -> str:
@@ -111,7 +155,7 @@ def _footnotes(records: Sequence[Record]) -> list[str]:
     """Where the figures come from: versions, commits, commands, the spread of the windows; what was refused."""
     versions = dict.fromkeys(
         ", ".join(f"{name} {r['environment']['versions'][name]}" for name in ("torch", "timm", "triton"))
-        + (f", driver {r['environment']['gpu']['driver']}" if r["device"] == "cuda" else "")
+        + (f", driver {r['environment']['gpu']['driver']}" if r.get("device") == "cuda" else "")
         for r in records
     )
     commits = dict.fromkeys(str(r["environment"]["commit"])[:12] for r in records)
@@ -131,7 +175,10 @@ def _footnotes(records: Sequence[Record]) -> list[str]:
 
 
 def plot(records: Iterable[Record], path: Path) -> None:
-    """Bars of images per second, one panel a machine. Raises UserError where matplotlib is not installed."""
+    """Bars of a model's images per second, one panel a machine.
+
+    Raises UserError where matplotlib is not installed or nothing was measured.
+    """
     try:
         import matplotlib
 
@@ -139,14 +186,13 @@ def plot(records: Iterable[Record], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise UserError("--plot needs matplotlib: pip install 'fastdeit[demo]'") from error
-    machines = {name: [r for r in rows if r.get("sides")] for name, rows in latest(records).items()}
-    machines = {name: rows for name, rows in machines.items() if rows}
+    machines = latest(r for r in records if r["benchmark"] == "throughput" and r.get("sides"))
     if not machines:
-        raise UserError("no record has figures to plot: run python -m benchmarks throughput first")
+        raise UserError("--plot: there is no figure to draw yet; run python -m benchmarks throughput first")
     most = max(len(rows) for rows in machines.values())
     figure, axes = plt.subplots(1, len(machines), figsize=(7 * len(machines), 1.5 + 0.9 * most), squeeze=False)
     for axis, (name, rows) in zip(axes[0], machines.items(), strict=True):
-        sides = list(dict.fromkeys(side for record in rows for side in record["sides"]))
+        sides = _sides(rows)
         height = 0.8 / len(sides)
         for i, side in enumerate(sides):
             places = [(row + i * height, record) for row, record in enumerate(rows) if side in record["sides"]]
@@ -166,7 +212,7 @@ def plot(records: Iterable[Record], path: Path) -> None:
 
 def tables(options: Options) -> None:
     """Print the tables; draw the plot."""
-    records = read(options.results)
+    records = [record for name in CONFIGURATION for record in read(options.results / f"{name}.jsonl")]
     print(markdown(records))
     if options.plot is not None:
         plot(records, options.plot)

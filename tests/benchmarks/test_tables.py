@@ -24,8 +24,8 @@ def record(date, timm_rate, our_rate, *, gpu=GPU, mode="train", **changes):
         "versions": {"torch": "2.11.0", "timm": "1.0.25", "triton": None},
     }
     case = {"model": "deit_tiny", "img_size": 224, "mode": mode, "precision": "bf16", "batch": 256, "ema": False}
-    device = "cuda" if gpu else "cpu"
-    return {**case, "device": device, "environment": found, "sides": sides, "failed": {}, **changes}
+    case |= {"benchmark": "throughput", "device": "cuda" if gpu else "cpu"}
+    return {**case, "environment": found, "sides": sides, "failed": {}, **changes}
 
 
 def rows(text):
@@ -50,8 +50,8 @@ def test_machines_and_configurations_are_kept_apart():
         ]
     )
     assert text.count("### ") == 2
-    assert "### NVIDIA H200\n" in text
-    assert "### Some CPU, 2 cores\n" in text
+    assert "### Throughput, NVIDIA H200\n" in text
+    assert "### Throughput, Some CPU, 2 cores\n" in text
     assert len(rows(text)) == 4
 
 
@@ -70,12 +70,32 @@ def test_the_source_of_the_figures_is_beside_them():
         assert expected in text
 
 
-def test_missing_and_damaged_files_are_named(tmp_path):
-    path = tmp_path / "figures.jsonl"
-    with pytest.raises(UserError, match="no results yet"):
-        tables.read(path)
+def test_loaders_have_a_table_of_their_own():
+    figures = {"spread": 0.03, "windows": [1.0] * 5, "cpu_ms_per_image": 4.25, "peak_memory_mib": 1500.0}
+    sides = {
+        "timm": {**figures, "images_per_second": 400.0, "remarks": []},
+        "ffcv": {**figures, "images_per_second": 1000.0, "remarks": ["no mixing"]},
+    }
+    made = record("2026-01-01T00:00", 1.0, 1.0, gpu=None)
+    shared = {"benchmark": "loaders", "batch": 64, "threads": 2, "images": 500, "mean_bytes": 110_400}
+    loaders = {**shared, "environment": made["environment"], "failed": {"torch": "it ended"}, "sides": sides}
+    text = tables.markdown([loaders, made])
+    assert "### Loaders, Some CPU, 2 cores" in text
+    assert "| ffcv | 1,000 | 2.50 | 4.25 | 1,500 |" in text
+    assert "| torch | it ended | | | |" in text
+    assert "500 JPEGs of 110 kB" in text
+    assert "- ffcv: no mixing" in text
+    assert len(rows(text)) == 1
+
+
+def test_missing_and_damaged_files_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tables.main(["--results", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "no results yet" in capsys.readouterr().err
+    path = tmp_path / "throughput.jsonl"
     path.write_text('{"a": 1}\n{"b":\n')
-    with pytest.raises(UserError, match=r"figures\.jsonl, line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"throughput\.jsonl, line 2 is not JSON"):
         tables.read(path)
 
 
