@@ -1,5 +1,7 @@
 # Two commands do all the set-up on a fresh Debian or Ubuntu with Python >= 3.11: `make demo` and `make test`.
 
+# OpenMP threads that spin while they wait starve the loader's on a machine of few cores.
+export OMP_WAIT_POLICY ?= passive
 PYTHON ?= python3
 BIN := .venv/bin
 SYSTEM := libopencv-dev libturbojpeg0-dev pkg-config g++ python3-dev python3-venv
