@@ -59,4 +59,4 @@ dataset:
 	fi
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs/demo

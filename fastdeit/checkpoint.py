@@ -14,6 +14,15 @@ import torch
 from fastdeit.cli import UserError
 
 FORMAT = 1
+_FIELDS = {
+    "model": dict,
+    "optimizer": dict,
+    "recipe": dict,
+    "effective": dict,
+    "epoch": int,
+    "step": int,
+    "global_step": int,
+}
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 
 
@@ -72,7 +81,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 def load(path: Path) -> dict[str, Any]:
     """The state that `save` wrote. Raises UserError naming the file where it is anything else."""
     state = read_checkpoint(path)
-    if state.get("format") != FORMAT:
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name), kind)]
+    if state.get("format") != FORMAT or wrong:
         raise UserError(f"{path} is not a fastdeit training checkpoint; to start from its weights use --model.init")
     return state
 

@@ -37,16 +37,26 @@ def run(main: Callable[[], T]) -> T:
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """The recipe that `RECIPE [--config FILE] [--section.field value ...]` describes, not yet resolved.
 
-    A file is TOML or JSON with the recipe's own sections and fields; it may name its `recipe`, so that the
-    `recipe.json` beside a run starts the same run again. The command line wins over the file, the file over the
-    named recipe.
+    A file is TOML or JSON with the recipe's own sections and fields. Where no recipe is named on the command line,
+    the file's `name` is it, or the file is a whole recipe by itself: so the `recipe.json` beside a run starts the
+    same run again. The command line wins over the file, the file over the named recipe.
     """
     args = list(sys.argv[1:] if args is None else args)
     args, file = _take_config(args)
     values = _read_config(file) if file else {}
+    if file and any(word.startswith("--compat") for word in args):
+        # What the file's own compat had decided gives way to the switch.
+        values.pop("departures", None)
+        for name in ("alpha", "tau"):
+            values.get("objective", {}).pop(name, None)
     named = values.pop("name", None)
-    if named in RECIPES and (not args or args[0].startswith("-")):
-        args.insert(0, named)
+    if file and (not args or args[0].startswith("-")) and not {"-h", "--help"} & set(args):
+        if named in RECIPES:
+            args.insert(0, named)
+        elif named is None:
+            raise UserError(f"{file} does not name its recipe: put one of {', '.join(RECIPES)} before --config")
+        else:
+            return recipe_from_dict({"name": named, **values}, args, file)
     if args and not args[0].startswith("-") and args[0] not in RECIPES:
         raise UserError(f"there is no recipe '{args[0]}': choose one of {', '.join(RECIPES)}")
     if args and args[0] in RECIPES:
@@ -64,12 +74,13 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     )
 
 
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe that `Recipe.to_dict` wrote. Raises UserError naming a field that is unknown or of a wrong type.
+def recipe_from_dict(values: dict[str, Any], more: Sequence[str] = (), file: Path | None = None) -> Recipe:
+    """The recipe that `Recipe.to_dict` wrote, with the arguments `more` on top.
 
-    The values may come from an untrusted file: only plain JSON types are read.
+    Raises UserError for an unknown field, which it names, and for a value of a wrong type. The values may come from
+    an untrusted file: only plain JSON types are read.
     """
-    args = _flatten({k: v for k, v in values.items() if k != "name"}, Path("recipe"))
+    args = [*_flatten({k: v for k, v in values.items() if k != "name"}, file or Path("the stored recipe")), *more]
     try:
         default = Recipe(name=str(values.get("name", "recipe")))
         return tyro.cli(
@@ -81,7 +92,7 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
             console_outputs=False,
         )
     except SystemExit as error:
-        raise UserError("the stored recipe does not fit this version of fastdeit") from error
+        raise UserError(f"{file or 'the stored recipe'} does not fit this version of fastdeit") from error
 
 
 def _take_config(args: list[str]) -> tuple[list[str], Path | None]:
@@ -98,11 +109,15 @@ def _take_config(args: list[str]) -> tuple[list[str], Path | None]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, not a recipe's sections")
+    return values
 
 
 def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:

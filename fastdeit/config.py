@@ -38,6 +38,7 @@ class ModelConfig:
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
     num_classes: int | None = None  # None: as many as the training set has
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
+    finetune: bool = False  # the recipe is one for trained weights: `init` must be given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ class RunConfig:
     seed: int = 0
     output: Path = Path("runs/default")
     resume: str = "auto"  # auto: the run's own latest checkpoint; none; or a path
+    resume_changed: bool = False  # resume although the recipe differs; the run is then another than either
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_every: int = 1  # epochs
@@ -274,9 +276,17 @@ class Recipe:
             ("data.cell_groups", self.data.cell_groups),
             ("data.prefetch", self.data.prefetch),
             ("run.eval_batch", run.eval_batch),
+            ("run.eval_every", run.eval_every),
+            ("run.log_every", run.log_every),
+            ("run.keep_checkpoints", run.keep_checkpoints),
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
+        for name, value in (("run.micro_batch", run.micro_batch), ("run.checkpoint_every", run.checkpoint_every)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}: it must be 0 or more")
+        if model.finetune and model.init is None:
+            raise ValueError(f"recipe {self.name} starts from trained weights: give --model.init CHECKPOINT")
         if (
             self.departures.finetune_distillation == "refused"
             and model.init is not None

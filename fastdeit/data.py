@@ -152,7 +152,10 @@ class TrainingData:
 
 
 class EvaluationData:
-    """Evaluation batches of one process: every image once over all processes, unless replicated."""
+    """Evaluation batches of one process: every image once over all processes, unless replicated.
+
+    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read.
+    """
 
     def __init__(self, recipe: Recipe, dataset: BetonDataset, world: World) -> None:
         self.replicate = recipe.departures.eval_sharding == "replicate"
@@ -165,7 +168,7 @@ class EvaluationData:
         )
         threads = worker_threads(recipe, world)
         self._pool = make_pool(threads)
-        self._loader = open_loader(recipe.data.loader, dataset, self.order, pool=self._pool, threads=threads)
+        self.loader = open_loader(recipe.data.loader, dataset, self.order, pool=self._pool, threads=threads)
         self._stage = HostStage(
             recipe.model.img_size,
             recipe.augment.mean,
@@ -174,6 +177,7 @@ class EvaluationData:
             threads=threads,
         )
         self._crop = recipe.augment.eval_crop
+        self.fallbacks: set[int] = set()
         self._depth = recipe.data.prefetch
 
     @property
@@ -182,15 +186,23 @@ class EvaluationData:
 
     def batches(self) -> Prefetcher[Batch]:
         """All batches, prepared ahead; a context manager."""
-        produce = (self._stage.evaluate(decoded, self._crop) for decoded in self._loader.batches(0))
-        return Prefetcher(produce, self._depth)
+        return Prefetcher(self._produce(), self._depth)
+
+    def _produce(self) -> Iterator[Batch]:
+        for decoded in self.loader.batches(0):
+            self.fallbacks.update(decoded.fallbacks)
+            yield self._stage.evaluate(decoded, self._crop)
 
     def close(self) -> None:
-        self._loader.close()
+        self.loader.close()
         self._pool.shutdown()
 
 
 def set_compute_threads(world: World) -> None:
-    """Give PyTorch's CPU operators this process's share of the cores, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ or world.size == 1:
+    """Give PyTorch's CPU operators this process's share of the cores, unless OMP_NUM_THREADS says otherwise.
+
+    A value of 1 that torchrun set by itself is not the user's word.
+    """
+    said = os.environ.get("OMP_NUM_THREADS")
+    if said is None or (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(max(1, usable_cores() // world.local_size))

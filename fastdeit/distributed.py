@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,17 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def same(self, value: float) -> bool:
+        """Whether `value` is the same number on every process."""
+        sums = self.sum(torch.tensor([value, value * value], dtype=torch.float64, device=self.device))
+        return bool(self.size * sums[1] == sums[0] ** 2)
+
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite `tensors` with those of the main process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         if self.size > 1:

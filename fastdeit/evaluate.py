@@ -39,19 +39,22 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.evaluation import evaluate
     from fastdeit.networks import build_network
     from fastdeit.precision import resolve
-    from fastdeit.weights import load_weights
+    from fastdeit.weights import describe, load_weights
 
     stored = read_checkpoint(options.checkpoint)
-    recipe = _recipe(options, stored)
+    described = describe(stored, str(options.checkpoint))
+    recipe = _recipe(options, stored, described.get("num_classes"))
     kinds = ["model", "ema"] if options.weights == "both" else [options.weights]
     if options.weights == "both" and not stored.get("ema"):
         kinds = ["model"]
     with world(options.device) as joined:
         set_compute_threads(joined)
         val = open_dataset(options.val, "val")
-        check_class_names(str(options.checkpoint), stored.get("class_names"), str(options.val), val.class_names)
+        check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
         data = EvaluationData(recipe, val, joined)
         precision = resolve(recipe, joined.device)
+        if joined.main and not options.json:
+            print(f"loader {data.loader.name}: {data.loader.reason}")
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
@@ -68,7 +71,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         return out if joined.main else {}
 
 
-def _recipe(options: Options, stored: dict[str, Any]) -> Recipe:
+def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
     if options.recipe is not None:
         if options.recipe not in RECIPES:
             raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
@@ -78,7 +81,7 @@ def _recipe(options: Options, stored: dict[str, Any]) -> Recipe:
     else:
         raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
     replace = dataclasses.replace
-    model = replace(recipe.model, init=None, num_classes=stored.get("num_classes") or recipe.model.num_classes)
+    model = replace(recipe.model, init=None, finetune=False, num_classes=num_classes or recipe.model.num_classes)
     if options.img_size is not None:
         model = replace(model, img_size=options.img_size)
     return replace(
@@ -90,12 +93,14 @@ def _recipe(options: Options, stored: dict[str, Any]) -> Recipe:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The scores as text, a line a head."""
+    """The scores as text, a line a head, and a line where images had to be read by PIL."""
     lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}"]
     for kind, scores in results.items():
         for head, values in scores.items():
             if isinstance(values, dict):
                 lines.append(f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {values['loss']:8.4f}")
+        if "fallbacks" in scores:
+            lines.append(f"{kind}: PIL read {scores['fallbacks']} images that the loader's decoder refused")
     return "\n".join(lines)
 
 

@@ -27,7 +27,8 @@ def evaluate(
     Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
     fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
     true label; of `fused_probabilities`, that of the mean probability. With fewer than 5 classes top-5 counts
-    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}.
+    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, and "fallbacks": n where images had to be read
+    by PIL.
     """
     training = model.training
     model.eval()
@@ -42,9 +43,12 @@ def evaluate(
             for head, log_probabilities in _heads(output).items():
                 totals[HEADS.index(head)] += _hits(log_probabilities, labels)
     model.train(training)
+    fallbacks = torch.tensor(float(len(data.fallbacks)), device=world.device)
     if not data.replicate:
-        totals = world.sum(totals)
+        totals, fallbacks = world.sum(totals), world.sum(fallbacks)
     scores: Scores = {"images": int(totals[0, 0])}
+    if fallbacks:
+        scores["fallbacks"] = int(fallbacks)
     for head, (count, top1, top5, loss) in zip(HEADS, totals.tolist(), strict=True):
         if count:
             scores[head] = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}

@@ -4,12 +4,13 @@ Each line of `log.jsonl` is one object with `event` and `time` (seconds since th
 fields (losses are means over the global batch since the last such line, over all processes):
 
 start       recipe, fastdeit, torch, world, device, precision, loader, steps_per_epoch, parameters
-resume      path, epoch, step, global_step
+resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text)
 train       epoch, step, global_step, loss, loss_base, loss_distill, lr, images_per_second, data_wait (share of
             the time spent waiting for data), eta_seconds
 eval        epoch, global_step, weights ("model" or "ema"), images, and for each of class, distillation,
             fused_probabilities, fused_logits that the model has: top1, top5 (percent), loss
-fallbacks   epoch, images (dataset indices that the loader's decoder refused and PIL read)
+fallbacks   epoch, count (over all processes), images (dataset indices of the main process that the loader's decoder
+            refused and PIL read)
 checkpoint  path, epoch, step, global_step
 nonfinite   epoch, step, global_step, loss, reproduction, indices
 end         epoch, global_step, seconds
@@ -18,9 +19,10 @@ end         epoch, global_step, seconds
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "log.jsonl").open("a", buffering=1)
+        self._file = _open_whole(folder / "log.jsonl")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -86,6 +88,14 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _open_whole(path: Path) -> TextIO:
+    """`path` for appending, after a last line that a kill cut short is taken off."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+    return path.open("a", buffering=1)
 
 
 def duration(seconds: float) -> str:

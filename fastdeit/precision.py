@@ -13,11 +13,15 @@ from fastdeit.config import Recipe
 
 @dataclass(frozen=True)
 class Precision:
-    """A resolved precision: its name, the autocast dtype (None: float32 throughout), the device."""
+    """A resolved precision: its name, the autocast dtype (None: float32 throughout), the device.
+
+    `note` is a sentence where it is not what was asked for, else empty.
+    """
 
     name: str
     dtype: torch.dtype | None
     device: torch.device
+    note: str = ""
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype is None:
@@ -28,14 +32,14 @@ class Precision:
 def resolve(recipe: Recipe, device: torch.device) -> Precision:
     """The precision of a run. "auto" is float32 on a CPU; on a GPU what `departures.amp_dtype` says.
 
-    A GPU without bf16 falls back to fp16 with loss scaling, which the caller announces by the name. Raises
+    A GPU without bf16 falls back to fp16 with loss scaling, which the caller announces with `note`. Raises
     UserError for fp16 on a CPU.
     """
-    wanted = recipe.run.precision
+    wanted, note = recipe.run.precision, ""
     if wanted == "auto":
         wanted = "fp32" if device.type == "cpu" else (recipe.departures.amp_dtype or "bf16")
         if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            wanted = "fp16"
+            wanted, note = "fp16", "this GPU has no bf16: fp16 with loss scaling instead"
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("run.precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
-    return Precision(wanted, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted], device)
+    return Precision(wanted, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted], device, note)

@@ -58,7 +58,7 @@ def _finetune_384(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         name=f"{recipe.name}_384",
-        model=replace(recipe.model, img_size=384),
+        model=replace(recipe.model, img_size=384, finetune=True),
         teacher=replace(recipe.teacher, img_size=384),
         optim=replace(recipe.optim, lr=5e-6, lr_batch=0, min_lr=5e-6, warmup_epochs=5, weight_decay=1e-8),
         run=replace(recipe.run, epochs=30, global_batch=512),
@@ -117,7 +117,7 @@ def deit_base_transfer() -> Recipe:
     return replace(
         recipe,
         name="deit_base_transfer",
-        model=replace(recipe.model, drop_path=0.0),
+        model=replace(recipe.model, drop_path=0.0, finetune=True),
         augment=replace(recipe.augment, erase_prob=0.0),
         optim=replace(recipe.optim, name="sgd", lr=0.01, lr_batch=0, weight_decay=1e-4),
         run=replace(recipe.run, epochs=1000, global_batch=768),

@@ -14,16 +14,31 @@ from fastdeit.config import Recipe
 if TYPE_CHECKING:
     from fastdeit.trainer import Trainer
 
-# Fields that do not change what a step computes, so that a run may be resumed with other values.
+# Fields that do not change what a step computes, or do so only through what `effective` names, so that a run may be
+# resumed with other values.
 FREE = {
     "run": {
-        "output", "resume", "device", "eval_every", "eval_batch", "checkpoint_every", "keep_checkpoints",
-        "log_every", "tensorboard", "progress",
+        "output", "resume", "resume_changed", "device", "precision", "eval_every", "eval_batch", "checkpoint_every",
+        "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
     "data": {"train", "val", "loader", "threads", "prefetch"},
     "model": {"init"},
     "teacher": {"checkpoint"},
 }  # fmt: skip
+
+
+def effective(trainer: Trainer) -> dict[str, Any]:
+    """What a step depends on beyond the recipe's fields: what "auto" became, the data, the teacher's weights."""
+    return {
+        "data.train": trainer.train_set.content_hash,
+        "data.loader": trainer.data.loader.name,
+        "run.precision": trainer.precision.name,
+        "teacher.checkpoint": trainer.teacher.fingerprint() if trainer.teacher is not None else None,
+        "model.init (given or not)": trainer.recipe.model.init is not None,
+        "repeats": trainer.data.repeats,
+        "mixing group size": trainer.data.order.group_size,
+        "steps per epoch": trainer.data.steps,
+    }
 
 
 def snapshot(trainer: Trainer) -> dict[str, Any]:
@@ -43,8 +58,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "step": trainer.step,
         "global_step": trainer.global_step,
-        "steps_per_epoch": trainer.data.steps,
-        "content_hash": trainer.train_set.content_hash,
+        "effective": effective(trainer),
         "class_names": trainer.train_set.class_names,
         "arch": recipe.model.arch,
         "num_classes": trainer.num_classes,
@@ -54,13 +68,24 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def restore(trainer: Trainer) -> Path | None:
-    """Put the trainer where its checkpoint left off; the checkpoint's path, or None for a fresh start.
+def restore(trainer: Trainer) -> tuple[Path, list[str]] | None:
+    """Put the trainer where its checkpoint left off: the checkpoint's path and what differs, or None for a fresh start.
 
     `run.resume` "auto" takes the newest checkpoint of the run's own folder, if any; "none" starts afresh and
     refuses a folder that holds checkpoints; anything else is a path. Raises UserError where the checkpoint
-    belongs to another recipe or another data set, naming the field.
+    belongs to another recipe or other data, naming the field, unless `run.resume_changed`; where the folder holds
+    later checkpoints than the one asked for; and where the processes do not all find the same one.
     """
+    found = _load(trainer)
+    if not trainer.world.same(trainer.global_step):
+        raise UserError(
+            f"the processes do not find the same checkpoint in {trainer.folder}: "
+            f"give --run.output a folder that every machine shares"
+        )
+    return found
+
+
+def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
     how, folder = trainer.recipe.run.resume, trainer.folder / "checkpoints"
     there = checkpoint.found(folder)
     if how == "none":
@@ -73,35 +98,46 @@ def restore(trainer: Trainer) -> Path | None:
     if path is None:
         return None
     state = checkpoint.load(path)
-    _check_same(path, state, trainer)
+    if there and there[0] > checkpoint.step_path(folder, state["global_step"]):
+        raise UserError(
+            f"{folder} holds checkpoints later than {path}: delete them to go back, or choose another --run.output"
+        )
+    changed = _differences(state, trainer)
+    if changed and not trainer.recipe.run.resume_changed:
+        raise UserError(
+            f"{path} was written with {changed[0]}: resume with the same value; with --run.resume_changed True, "
+            f"which makes it another run; or start afresh with another --run.output"
+        )
     trainer.model.load_state_dict(state["model"])
-    if trainer.ema is not None:
+    if trainer.ema is not None and state["ema"] is not None:
         trainer.ema.load(state["ema"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    if trainer.scaler is not None:
+    if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.epoch, trainer.step = state["epoch"], state["step"]
     trainer.global_step = state["global_step"]
-    return path
+    return path, changed
 
 
-def _check_same(path: Path, state: dict[str, Any], trainer: Trainer) -> None:
+def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
+    """A phrase for each thing that differs between a checkpoint and the run that resumes it."""
+    out = []
     stored, current = state["recipe"], trainer.recipe.to_dict()
     for section, values in current.items():
-        if not isinstance(values, dict):
+        old = stored.get(section)
+        if not isinstance(values, dict) or not isinstance(old, dict):
             continue
-        for name, value in values.items():
-            old = stored.get(section, {}).get(name)
-            if name not in FREE.get(section, ()) and old != value:
-                raise UserError(
-                    f"{path} was written with {section}.{name} = {old}, this run has {value}: resume with the "
-                    f"same value, or start another run with another --run.output"
-                )
-    if state["content_hash"] != trainer.train_set.content_hash:
-        raise UserError(
-            f"{path} was trained on another data set than {trainer.train_set.path}: their content hashes differ. "
-            f"Resume on the data it was started with, or start another run with another --run.output"
-        )
+        out += [
+            f"{section}.{name} = {old.get(name)}, this run has {value}"
+            for name, value in values.items()
+            if name not in FREE.get(section, ()) and old.get(name) != value
+        ]
+    out += [
+        f"another {name} ({state['effective'].get(name)}, this run has {value})"
+        for name, value in effective(trainer).items()
+        if state["effective"].get(name) != value
+    ]
+    return out
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:

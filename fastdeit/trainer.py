@@ -26,10 +26,12 @@ from fastdeit.distributed import World
 from fastdeit.drop_path import draw_drop_path
 from fastdeit.evaluation import Scores, evaluate, headline
 from fastdeit.logs import RunLog, duration
+from fastdeit.meter import Meter
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
+from fastdeit.pipelines.beton import BetonDataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import resolve
 from fastdeit.resume import restore, snapshot, write_recipe
@@ -56,11 +58,7 @@ class Trainer:
         self.folder = Path(run.output)
         self.train_set = open_dataset(recipe.data.train, "data.train")
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes
-        if self.num_classes < self.train_set.num_classes:
-            raise UserError(
-                f"model.num_classes is {self.num_classes}, but {self.train_set.path} has "
-                f"{self.train_set.num_classes} classes"
-            )
+        self._check_label_range(self.train_set)
         self.data = TrainingData(recipe, self.train_set, world)
         self.val: EvaluationData | None = None
         if recipe.data.val is not None:
@@ -68,6 +66,7 @@ class Trainer:
             check_class_names(
                 str(self.train_set.path), self.train_set.class_names, str(val_set.path), val_set.class_names
             )
+            self._check_label_range(val_set)
             self.val = EvaluationData(recipe, val_set, world)
 
         torch.manual_seed(run.seed)
@@ -84,6 +83,13 @@ class Trainer:
         self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
         self.student: torch.nn.Module = self.model
         self.last_scores: dict[str, Scores] = {}
+
+    def _check_label_range(self, data_set: BetonDataset) -> None:
+        if self.num_classes < data_set.num_classes:
+            raise UserError(
+                f"the model has {self.num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
+                f"set --model.num_classes {data_set.num_classes}"
+            )
 
     def _build_teacher(self) -> Teacher | None:
         if self.recipe.objective.distillation == "none":
@@ -103,13 +109,15 @@ class Trainer:
             if self.world.size > 1:
                 device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
                 self.student = DistributedDataParallel(self.model, device_ids=device_ids)
+            if self.epoch and self.step == 0:
+                self._evaluate_if_due()  # a kill may have come between the checkpoint and its evaluation
+            meter = Meter(self.world)
             with self.data.batches(self.epoch, self.step) as batches:
                 while self.epoch < run.epochs:
-                    self._train_epoch(batches)
+                    self._train_epoch(batches, meter)
                     self.epoch, self.step = self.epoch + 1, 0
                     self._save()
-                    if self.val is not None and (self.epoch % run.eval_every == 0 or self.epoch == run.epochs):
-                        self._evaluate()
+                    self._evaluate_if_due()
             seconds = time.monotonic() - began
             self.log.event("end", epoch=self.epoch, global_step=self.global_step, seconds=round(seconds, 3))
             self.log.say(f"done: {self.epoch} epochs in {duration(seconds)}; {self.folder}")
@@ -127,6 +135,8 @@ class Trainer:
         recipe = self.recipe
         for message in self.messages:
             self.log.say(message)
+        if self.precision.note:
+            self.log.say(self.precision.note)
         resumed = restore(self)
         if self.world.main:
             write_recipe(self.folder, recipe)
@@ -152,35 +162,33 @@ class Trainer:
         if self.data.repeats != recipe.data.repeats:
             self.log.say("repeated augmentation is dropped on one process, as the released code does")
         if resumed is not None:
-            self.log.event(
-                "resume",
-                path=str(resumed),
-                epoch=self.epoch,
-                step=self.step,
-                global_step=self.global_step,
-            )
-            self.log.say(f"resumed from {resumed}: epoch {self.epoch + 1}, step {self.step}")
+            path, changed = resumed
+            at = {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
+            self.log.event("resume", path=str(path), changed=changed, **at)
+            self.log.say(f"resumed from {path}: epoch {self.epoch + 1}, step {self.step}")
+            for phrase in changed:
+                self.log.say(f"changed on resuming: {phrase}")
 
-    def _train_epoch(self, batches: Prefetcher[TrainBatch]) -> None:
+    def _train_epoch(self, batches: Prefetcher[TrainBatch], meter: Meter) -> None:
         run = self.recipe.run
         finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
         self.student.train(not finetuning)
         # On a GPU the loss of a step is looked at one step later, when it is there without waiting.
         deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
-        meter = _Meter(self.world, batches.wait_seconds)
+        meter.start(batches.wait_seconds)
         self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
         fallbacks: set[int] = set()
         pending: tuple[LossParts, TrainBatch, int] | None = None
         while self.step < self.data.steps:
             batch = next(batches)
-            parts = self._train_step(batch)
             fallbacks.update(batch.fallbacks)
+            parts = self._forward_backward(batch)
             if pending is not None:
-                self._check(*pending)
-            pending = (parts, batch, self.step)
+                self._check(*pending, updated=True)
             if not deferred:
-                self._check(*pending)
-                pending = None
+                self._check(parts, batch, self.step, updated=False)
+            pending = (parts, batch, self.step) if deferred else None
+            self._update()
             meter.add(parts)
             self.step += 1
             self.global_step += 1
@@ -190,24 +198,24 @@ class Trainer:
             self.log.advance(shown)
             saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
             if pending is not None and (saving or self.step == self.data.steps):
-                self._check(*pending)  # no checkpoint holds what a loss gone wrong left
+                self._check(*pending, updated=True)
                 pending = None
             if saving:
                 self._save()
+        meter.stop(batches.wait_seconds)
         self.log.end_epoch()
-        if fallbacks:
+        count = int(self.world.sum(torch.tensor(len(fallbacks), device=self.world.device)))
+        if count:
             images = sorted(fallbacks)
-            self.log.event("fallbacks", epoch=self.epoch, images=images)
-            self.log.say(
-                f"{len(images)} images were read by PIL, since {self.data.loader.name} refused them: {images[:8]}"
-            )
+            self.log.event("fallbacks", epoch=self.epoch, count=count, images=images)
+            self.log.say(f"{count} images were read by PIL, since {self.data.loader.name} refused them: {images[:8]}")
 
-    def _train_step(self, batch: TrainBatch) -> LossParts:
-        """Forward, backward and update for this process's share of a step; the mean losses of the share."""
+    def _forward_backward(self, batch: TrainBatch) -> LossParts:
+        """Gradients of this process's share of a step; the mean losses of the share."""
         recipe, world = self.recipe, self.world
         count = len(batch.position)
-        # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step too.
-        torch.manual_seed((recipe.run.seed * 1_000_003 + self.global_step) * 4099 + world.rank)
+        # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step as well.
+        torch.manual_seed(((recipe.run.seed * 1_000_003 + self.global_step) * 4099 + world.rank) % 2**63)
         lr = learning_rate(recipe, self.epoch, self.step, self.data.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -230,7 +238,6 @@ class Trainer:
                 weighted = loss.loss * share
                 (self.scaler.scale(weighted) if self.scaler else weighted).backward()
             total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
-        self._update()
         return LossParts(*torch.stack(total).sum(0))
 
     def _update(self) -> None:
@@ -261,45 +268,59 @@ class Trainer:
         hard = self.recipe.objective.distillation == "hard"
         return self.teacher.labels(images) if hard else self.teacher.logits(images)
 
-    def _check(self, parts: LossParts, batch: TrainBatch, step: int) -> None:
-        """Stop the run with everything needed to repeat the step, where its loss is not finite."""
+    def _check(self, parts: LossParts, batch: TrainBatch, step: int, *, updated: bool) -> None:
+        """Stop the run where the loss of a step is not finite, and leave what is needed to look into it.
+
+        That is the batch, and the weights that gave the loss; where they were `updated` since, the last checkpoint's
+        path stands in for them.
+        """
         loss = float(parts.loss)
         if math.isfinite(loss):
             return
         path = self.folder / f"nonfinite-rank{self.world.rank}.pt"
+        last = next(iter(checkpoint.found(self.folder / "checkpoints")), None)
+        indices = batch.data.index.tolist()
         checkpoint.save(
             path,
             {
-                "format": checkpoint.FORMAT,
                 "recipe": self.recipe.to_dict(),
                 "epoch": self.epoch,
                 "step": step,
                 "rank": self.world.rank,
                 "loss": loss,
-                "index": torch.from_numpy(batch.data.index.numpy().copy()),
+                "index": batch.data.index,
                 "repeat": torch.from_numpy(batch.repeat.copy()),
                 "images": batch.data.images,
                 "targets": batch.data.targets(self.num_classes, self.recipe.augment.label_smoothing),
-                "model": self.model.state_dict(),
+                "model": None if updated else self.model.state_dict(),
+                "last_checkpoint": str(last) if last else None,
             },
         )
-        indices = batch.data.index.tolist()
-        self.log.event(
-            "nonfinite",
-            epoch=self.epoch,
-            step=step,
-            global_step=self.epoch * self.data.steps + step,
-            loss=str(loss),
-            reproduction=str(path),
-            indices=indices,
+        at = {"epoch": self.epoch, "step": step, "global_step": self.epoch * self.data.steps + step + 1}
+        self.log.event("nonfinite", loss=str(loss), reproduction=str(path), indices=indices, **at)
+        again = (
+            "Resume it with --run.resume_changed True and"
+            if last
+            else "No checkpoint was written yet: start again with"
         )
         raise NonFiniteLoss(
-            f"the loss is {loss} at epoch {self.epoch + 1}, step {step}; samples {indices[:8]}... "
-            f"The batch and the weights are in {path}. Resume from the last checkpoint with a lower "
-            f"--optim.lr, with --optim.clip_grad 1, or with --run.precision bf16 instead of fp16"
+            f"the loss is {loss} at epoch {self.epoch + 1}, step {step}, samples {indices[:8]}...; the batch"
+            f"{'' if updated else ' and the weights'} are in {path}. {again} a lower --optim.lr, --optim.clip_grad 1, "
+            f"or --run.precision bf16 instead of fp16"
         )
 
-    def _log_train(self, meter: _Meter, wait_seconds: float) -> dict[str, str]:
+    def _check_weights(self) -> None:
+        """Stop every process where the weights of one are not finite, so that no checkpoint holds such weights."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
+        bad = self.world.sum((~torch.isfinite(norms).all()).double())
+        if bad:
+            raise NonFiniteLoss(
+                f"the weights are not finite after epoch {self.epoch + 1}, step {self.step}; no checkpoint was written "
+                f"of them. Resume from the last one with --run.resume_changed True and a lower --optim.lr, or with "
+                f"--optim.clip_grad 1"
+            )
+
+    def _log_train(self, meter: Meter, wait_seconds: float) -> dict[str, str]:
         run = self.recipe.run
         left = run.epochs * self.data.steps - self.global_step
         seen = meter.read(wait_seconds, run.global_batch)
@@ -323,22 +344,22 @@ class Trainer:
             "run left": duration(eta),
         }
 
-    def _evaluate(self) -> None:
-        assert self.val is not None
+    def _evaluate_if_due(self) -> None:
+        run = self.recipe.run
+        if self.val is None or (self.epoch % run.eval_every and self.epoch != run.epochs):
+            return
         kinds: dict[str, dict[str, torch.Tensor] | None] = {"model": None}
         if self.ema is not None and self.recipe.departures.ema_eval:
             kinds["ema"] = self.ema.shadow
-        plain: dict[str, torch.Tensor] | None = None
         for kind, weights in kinds.items():
+            plain: dict[str, torch.Tensor] | None = None
             if weights is not None:
                 plain = {name: value.clone() for name, value in self.model.state_dict().items()}
                 self.model.load_state_dict(weights)
+            # Running statistics of a convnet differ by process; a checkpoint holds the main one's.
+            self.world.broadcast(self.model.buffers())
             scores = evaluate(
-                self.model,
-                self.val,
-                self.world,
-                self.precision,
-                progress=self.recipe.run.progress and self.world.main,
+                self.model, self.val, self.world, self.precision, progress=run.progress and self.world.main
             )
             if plain is not None:
                 self.model.load_state_dict(plain)
@@ -350,6 +371,7 @@ class Trainer:
         self.log.say(f"epoch {self.epoch}: top-1 {shown}")
 
     def _save(self) -> None:
+        self._check_weights()
         if self.world.main:
             path = checkpoint.step_path(self.folder / "checkpoints", self.global_step)
             checkpoint.save(path, snapshot(self))
@@ -362,32 +384,3 @@ class Trainer:
                 global_step=self.global_step,
             )
         self.world.barrier()
-
-
-class _Meter:
-    """Sums of losses since the last reading, kept on the device, and the rate of steps."""
-
-    def __init__(self, world: World, waited: float) -> None:
-        self._world = world
-        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._steps, self._since, self._waited = 0, time.monotonic(), waited
-
-    def add(self, parts: LossParts) -> None:
-        self._sums += torch.stack(list(parts)).double()
-        self._steps += 1
-
-    def read(self, wait_seconds: float, global_batch: int) -> dict[str, float]:
-        """Means over the processes and the steps since the last reading; starts the next window."""
-        mean = (self._world.sum(self._sums.clone()) / (self._steps * self._world.size)).tolist()
-        now = time.monotonic()
-        elapsed = max(now - self._since, 1e-9)
-        out = {
-            "loss": mean[0],
-            "loss_base": mean[1],
-            "loss_distill": mean[2],
-            "images_per_second": self._steps * global_batch / elapsed,
-            "data_wait": min(1.0, (wait_seconds - self._waited) / elapsed),
-        }
-        self._sums.zero_()
-        self._steps, self._since, self._waited = 0, now, wait_seconds
-        return out

@@ -50,6 +50,31 @@ def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the 
     return out
 
 
+def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of a checkpoint that describe its network, checked: the file is untrusted."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 1 <= value <= 100_000
+
+    def triple(value: Any) -> bool:
+        plain = isinstance(value, list | tuple) and len(value) == 3
+        return plain and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+
+    checks = {
+        "arch": lambda v: isinstance(v, str),
+        "num_classes": whole,
+        "img_size": whole,
+        "mean": triple,
+        "std": lambda v: triple(v) and min(v) > 0,
+        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    }
+    out = {name: stored[name] for name in checks if stored.get(name) is not None}
+    for name, value in out.items():
+        if not checks[name](value):
+            raise UserError(f"{source}: its field '{name}' is {str(value)[:80]!r}, which describes no network")
+    return out
+
+
 def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *, ema: bool = False) -> list[str]:
     """Load weights into a network; a sentence for each thing that was adapted, for the caller to log.
 

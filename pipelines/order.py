@@ -103,8 +103,10 @@ class EpochOrder:
         multiple = epoch_multiple or global_batch
         self.steps = length // multiple * multiple // global_batch
         if self.steps == 0:
+            cut = f", in whole multiples of {multiple} (departures.epoch_multiple)," if epoch_multiple else ""
             raise ValueError(
-                f"the data set has {length} images, fewer than a global batch of {global_batch}: lower run.global_batch"
+                f"the data set has {length} images{cut} fewer than a global batch of {global_batch}: "
+                f"lower run.global_batch"
             )
         if length >= 2**32:
             raise ValueError(f"{length} images: an index must fit in 32 bits")

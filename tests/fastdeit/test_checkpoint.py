@@ -14,7 +14,8 @@ from fastdeit.cli import UserError
 
 
 def state(value=1.0):
-    return {"format": checkpoint.FORMAT, "model": {"w": torch.full((4,), value)}, "ema": None, "step": 3}
+    fields = {"optimizer": {}, "recipe": {}, "effective": {}, "epoch": 0, "step": 3, "global_step": 3}
+    return {"format": checkpoint.FORMAT, "model": {"w": torch.full((4,), value)}, "ema": None, **fields}
 
 
 def test_round_trip(tmp_path):
@@ -108,5 +109,5 @@ def test_killed_while_writing(tmp_path):
         time.sleep(delay)
         process.kill()
         process.wait()
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.read_checkpoint(path)
         assert (loaded["model"] == float(loaded["step"])).all()

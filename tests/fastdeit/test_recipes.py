@@ -53,6 +53,9 @@ def test_resolving_keeps_what_was_chosen():
         (["--model.num_heads", "5"], "not a multiple of model.num_heads"),
         (["--run.epochs", "0"], "run.epochs is 0"),
         (["--data.repeats", "0"], "data.repeats is 0"),
+        (["--run.eval_every", "0"], "run.eval_every is 0"),
+        (["--run.micro_batch", "-1"], "run.micro_batch is -1"),
+        (["--model.finetune", "True"], "starts from trained weights"),
         (["--model.arch", "resnet18"], "needs model.arch 'deit'"),
         (["--compat", "released", "--model.init", "x.pt"], "refuses distillation while fine-tuning"),
     ],
@@ -64,7 +67,8 @@ def test_impossible_recipes_are_refused(args, message):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stored_recipe_reads_back_equal(name, tmp_path):
-    recipe = parse_recipe([name, "--data.train", "a b.beton", "--optim.clip_grad", "1.5"]).resolved()
+    args = [name, "--data.train", "a b.beton", "--optim.clip_grad", "1.5", "--model.init", "weights.pt"]
+    recipe = parse_recipe(args).resolved()
     text = json.dumps(recipe.to_dict())
     assert recipe_from_dict(json.loads(text)) == recipe
     file = tmp_path / "recipe.json"
@@ -79,6 +83,32 @@ def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
     assert (recipe.optim.lr, recipe.optim.min_lr, recipe.optim.betas) == (0.125, 0.25, (0.8, 0.9))
     assert recipe.ema.enabled is False
     assert recipe.optim.weight_decay == 0.05
+
+
+def test_a_stored_run_of_another_name_starts_again(tmp_path):
+    recipe = dataclasses.replace(RECIPES["deit_tiny"](), name="mine").resolved()
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    assert parse_recipe(["--config", str(file)]) == recipe
+    assert parse_recipe(["--config", str(file), "--optim.lr", "0.25"]).optim.lr == 0.25
+
+
+def test_the_compat_switch_wins_over_what_a_file_had_decided(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(RECIPES["deit_tiny"]().resolved().to_dict()))
+    recipe = parse_recipe(["--config", str(file), "--compat", "released"]).resolved()
+    assert recipe.departures == COMPAT["released"]
+    assert (recipe.objective.alpha, recipe.objective.tau) == (0.5, 1.0)
+
+
+def test_a_file_without_a_recipe_is_named(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"run\.json holds a list"):
+        parse_recipe(["deit_tiny", "--config", str(file)])
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json does not name its recipe"):
+        parse_recipe(["--config", str(file)])
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
     assert_same_bits(final_state(straight), final_state(killed))
 
 
-def test_another_recipe_is_refused(tiny):
+def test_another_recipe_is_refused(tiny, events):
     first = tiny(run={"epochs": 1})
     with world("cpu") as joined:
         Trainer(first, joined).run()
@@ -87,8 +87,38 @@ def test_another_recipe_is_refused(tiny):
             Trainer(tiny(run={"epochs": 1, "resume": "none"}), joined).run()
         with pytest.raises(UserError, match="no such checkpoint"):
             Trainer(tiny(run={"epochs": 1, "resume": "elsewhere.pt"}), joined).run()
+        # Asked for, a change is taken and told.
+        Trainer(tiny(run={"epochs": 2, "resume_changed": True}, optim={"lr": 1e-3}), joined).run()
+        change = events(first.run.output, "resume")[-1]["changed"]
+        assert change == ["run.epochs = 1, this run has 2", "optim.lr = 0.002, this run has 0.001"] or len(change) == 2
         # What changes no pixel and no update may change.
-        Trainer(tiny(run={"epochs": 1, "log_every": 3}, data={"threads": 1, "prefetch": 1}), joined).run()
+        again = tiny(run={"epochs": 2, "log_every": 3}, optim={"lr": 1e-3}, data={"threads": 1, "prefetch": 1})
+        scores = Trainer(again, joined).run()
+        assert scores["model"]["images"] == 44  # a finished run still tells its accuracy
+
+
+def test_going_back_needs_the_later_checkpoints_gone(tiny):
+    recipe = tiny(run={"epochs": 3})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        later, earlier = checkpoint.found(recipe.run.output / "checkpoints")
+        back = tiny(run={"epochs": 3, "resume": str(earlier)})
+        with pytest.raises(UserError, match="later than"):
+            Trainer(back, joined).run()
+        later.unlink()
+        Trainer(back, joined).run()
+    assert later.exists()
+
+
+def test_what_auto_became_is_compared(tiny, data):
+    pytest.importorskip("ffcv")
+    first = tiny(run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(first, joined).run()
+        with pytest.raises(UserError, match=r"another data\.loader \(torch, this run has ffcv\)"):
+            Trainer(tiny(run={"epochs": 1}, data={"loader": "ffcv"}), joined).run()
+        with pytest.raises(UserError, match=r"another run\.precision \(fp32, this run has bf16\)"):
+            Trainer(tiny(run={"epochs": 1, "precision": "bf16"}), joined).run()
 
 
 def test_other_data_is_refused(tiny, images, tmp_path):
@@ -98,5 +128,5 @@ def test_other_data_is_refused(tiny, images, tmp_path):
     convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=5, progress=False)
     with world("cpu") as joined:
         Trainer(first, joined).run()
-        with pytest.raises(UserError, match="another data set"):
+        with pytest.raises(UserError, match=r"another data\.train"):
             Trainer(tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}), joined).run()

@@ -9,6 +9,7 @@ import torch
 from fastdeit import checkpoint
 from fastdeit.cli import UserError
 from fastdeit.distributed import world
+from fastdeit.networks import build_network
 from fastdeit.recipes import convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.trainer import NonFiniteLoss, Trainer
 
@@ -75,10 +76,15 @@ def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
         train(recipe)
     record = events(recipe.run.output, "nonfinite")[0]
     assert record["reproduction"] in str(caught.value)
-    saved = checkpoint.load(recipe.run.output / "nonfinite-rank0.pt")
+    saved = checkpoint.read_checkpoint(recipe.run.output / "nonfinite-rank0.pt")
     assert saved["index"].tolist() == record["indices"]
     assert saved["images"].shape == (32, 3, 32, 32)
     assert not math.isfinite(saved["loss"])
+    # The weights are those that gave the loss: the step can be done again.
+    network = build_network(recipe.model, 4)
+    network.load_state_dict(saved["model"])
+    with torch.no_grad():
+        assert not network(saved["images"]).cls.isfinite().all()
     assert not checkpoint.found(recipe.run.output / "checkpoints")
 
 
@@ -126,7 +132,7 @@ def test_the_convnet_recipe_makes_a_teacher(teacher_checkpoint):
     [
         ("data", {"train": None}, "give --data.train"),
         ("data", {"train": "nowhere.beton"}, "no such file"),
-        ("model", {"num_classes": 2}, "has 4 classes"),
+        ("model", {"num_classes": 2}, "classes, but .* has 4"),
         ("run", {"global_batch": 512}, "fewer than a global batch"),
         ("run", {"global_batch": 36}, "whole mixing groups"),
         ("model", {"arch": "resnet1O", "distilled": False}, "neither 'deit' nor"),
@@ -152,6 +158,22 @@ def test_classes_must_agree(tiny, images, tmp_path):
     )
     with pytest.raises(UserError, match="class 2 is 'class2' in one and 'class3' in the other"):
         train(tiny(data={"val": tmp_path / "other.beton"}))
+
+
+def test_a_seed_of_64_bits(tiny):
+    train(tiny(run={"seed": 2**64 - 1, "epochs": 1}))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny):
+    recipe = tiny(run={"epochs": 1})
+    with world("cpu") as joined:
+        trainer = Trainer(recipe, joined)
+        with torch.no_grad():
+            trainer.model.head.bias[0] = float("nan")
+        with pytest.raises(NonFiniteLoss, match="no checkpoint was written"):
+            trainer._save()
+        trainer.close()
+    assert not checkpoint.found(recipe.run.output / "checkpoints")
 
 
 def test_convnet_teacher_recipe_has_no_mixing(tiny):

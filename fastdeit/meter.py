@@ -1,0 +1,51 @@
+"""What the training lines of the log say: mean losses, images per second, share of time waiting for data."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fastdeit.distributed import World
+from fastdeit.objective import LossParts
+
+
+class Meter:
+    """Sums of losses since the last reading, kept on the device, and the rate of steps while it runs."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
+        self._since, self._wait_since = 0.0, 0.0
+
+    def start(self, wait_seconds: float) -> None:
+        """Go on; `wait_seconds` is the time spent waiting for data so far, as the prefetcher counts it."""
+        self._since, self._wait_since = time.monotonic(), wait_seconds
+
+    def stop(self, wait_seconds: float) -> None:
+        """Hold on, between two epochs."""
+        now = time.monotonic()
+        self._elapsed += now - self._since
+        self._waited += wait_seconds - self._wait_since
+        self._since, self._wait_since = now, wait_seconds
+
+    def add(self, parts: LossParts) -> None:
+        self._sums += torch.stack(list(parts)).double()
+        self._steps += 1
+
+    def read(self, wait_seconds: float, global_batch: int) -> dict[str, float]:
+        """Means over the processes and the steps since the last reading; starts the next window."""
+        self.stop(wait_seconds)
+        mean = (self._world.sum(self._sums.clone()) / (self._steps * self._world.size)).tolist()
+        elapsed = max(self._elapsed, 1e-9)
+        out = {
+            "loss": mean[0],
+            "loss_base": mean[1],
+            "loss_distill": mean[2],
+            "images_per_second": self._steps * global_batch / elapsed,
+            "data_wait": min(1.0, self._waited / elapsed),
+        }
+        self._sums.zero_()
+        self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
+        return out
