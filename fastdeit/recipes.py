@@ -154,15 +154,14 @@ def fashion_mnist_teacher() -> Recipe:
 def fashion_mnist_distilled() -> Recipe:
     """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`)."""
     replace = dataclasses.replace
-    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=8, lr=1.5e-3, warmup=0.5)
+    recipe = _fashion_mnist(deit_tiny_distilled(), epochs=8, lr=2.5e-3, warmup=0.5)
     return replace(
         recipe,
         name="fashion_mnist_distilled",
         model=replace(recipe.model, patch_size=4, embed_dim=96, depth=4, num_heads=3, drop_path=0.0),
-        augment=replace(
-            recipe.augment, crop_scale=(0.85, 1.0), mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.05
-        ),
+        augment=replace(recipe.augment, crop_scale=(0.9, 1.0), mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.05),
         data=replace(recipe.data, repeats=1),
+        optim=replace(recipe.optim, betas=(0.9, 0.98)),
         teacher=replace(recipe.teacher, name="resnet10t"),
         ema=replace(recipe.ema, decay=0.998),
         run=replace(recipe.run, global_batch=128, eval_every=2),

@@ -395,6 +395,7 @@ def test_a_broken_ffcv_library_is_reported(many, pool, tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     (package / "_libffcv.so").write_bytes(b"no library")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "ffcv", raising=False)  # a test before this one may have imported the real one
     loader = open_loader("auto", many, EvalOrder(40, batch=8), pool=pool, threads=1)
     assert loader.name == "torch"
     assert "cannot be loaded" in loader.reason
