@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from fastdeit.pipelines.beton import BetonDataset
 from fastdeit.pipelines.draw import PlanDrawer, Policy
 from fastdeit.pipelines.host.stage import Batch, HostStage
 from fastdeit.pipelines.loading import open_loader
-from fastdeit.pipelines.order import EpochOrder, EvalOrder
+from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
+from fastdeit.pipelines.threaded import ThreadedLoader
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,6 @@ def check_class_names(one: str, names: list[str] | None, other: str, others: lis
     )
 
 
-def worker_threads(recipe: Recipe, world: World) -> int:
-    """Decode and augmentation threads of this process."""
-    return recipe.data.threads or max(1, usable_cores() // world.local_size)
-
-
 def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Policy:
     """What the plan is drawn from, out of the recipe."""
     return Policy(
@@ -86,6 +83,18 @@ def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Pol
         cutmix_switch_prob=augment.cutmix_switch_prob,
         cutmix_box="floor" if cutmix_box == "floor" else "full",
     )
+
+
+def _open(
+    recipe: Recipe, dataset: BetonDataset, order: Order, world: World, dtype: torch.dtype
+) -> tuple[ThreadPoolExecutor, ThreadedLoader, HostStage]:
+    """A pool of this process's threads, and the loader and the stage that share it."""
+    threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
+    pool = make_pool(threads)
+    loader = open_loader(recipe.data.loader, dataset, order, pool=pool, threads=threads)
+    augment = recipe.augment
+    stage = HostStage(recipe.model.img_size, augment.mean, augment.std, pool=pool, threads=threads, dtype=dtype)
+    return pool, loader, stage
 
 
 class TrainingData:
@@ -117,17 +126,7 @@ class TrainingData:
             dataset.height,
             dataset.width,
         )
-        threads = worker_threads(recipe, world)
-        self._pool = make_pool(threads)
-        self.loader = open_loader(recipe.data.loader, dataset, self.order, pool=self._pool, threads=threads)
-        self._stage = HostStage(
-            recipe.model.img_size,
-            recipe.augment.mean,
-            recipe.augment.std,
-            pool=self._pool,
-            threads=threads,
-            dtype=dtype,
-        )
+        self._pool, self.loader, self._stage = _open(recipe, dataset, self.order, world, dtype)
         self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
 
     @property
@@ -166,16 +165,7 @@ class EvaluationData:
             world=world.size,
             replicate=self.replicate,
         )
-        threads = worker_threads(recipe, world)
-        self._pool = make_pool(threads)
-        self.loader = open_loader(recipe.data.loader, dataset, self.order, pool=self._pool, threads=threads)
-        self._stage = HostStage(
-            recipe.model.img_size,
-            recipe.augment.mean,
-            recipe.augment.std,
-            pool=self._pool,
-            threads=threads,
-        )
+        self._pool, self.loader, self._stage = _open(recipe, dataset, self.order, world, torch.float32)
         self._crop = recipe.augment.eval_crop
         self.fallbacks: set[int] = set()
         self._depth = recipe.data.prefetch

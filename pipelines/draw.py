@@ -16,7 +16,7 @@ import numpy as np
 
 from fastdeit.pipelines.order import StepSamples
 from fastdeit.pipelines.philox import MIX, SAMPLE, Word, check_seed, normal_pair, philox, unit
-from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, NO_MIX, Plan
+from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, INCREASING, MIXUP, NO_MIX, Plan
 
 # Blocks of a sample's stream. A loop of ten attempts uses one block an attempt.
 _CROP, _FLIP, _LAYER, _THREE, _ERASE = 0, 16, 32, 48, 64
@@ -24,30 +24,7 @@ _ATTEMPTS = 10
 # Blocks of a mixing group's stream; the beta draw rejects, so it comes last.
 _SWITCH, _BOX, _BETA = 0, 1, 2
 
-# timm's order of the increasing set; the number of an op in the plan is another one.
-_INCREASING = np.array(
-    [
-        CODE[name]
-        for name in (
-            "AutoContrast",
-            "Equalize",
-            "Invert",
-            "Rotate",
-            "Posterize",
-            "Solarize",
-            "SolarizeAdd",
-            "Color",
-            "Contrast",
-            "Brightness",
-            "Sharpness",
-            "ShearX",
-            "ShearY",
-            "TranslateXRel",
-            "TranslateYRel",
-        )
-    ],
-    dtype=np.int8,
-)
+_INCREASING = np.array([CODE[name] for name in INCREASING], dtype=np.int8)
 _ROTATE, _POSTERIZE, _SOLARIZE, _SOLARIZE_ADD = (CODE[n] for n in ("Rotate", "Posterize", "Solarize", "SolarizeAdd"))
 _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS, _BLUR = (
     CODE[n] for n in ("Color", "Contrast", "Brightness", "Sharpness", "GaussianBlur")

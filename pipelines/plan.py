@@ -33,6 +33,7 @@ OPS = (
     "TranslateYRel",
     "GaussianBlur",  # arg: PIL's radius
 )
+INCREASING = OPS[1:16]  # timm's "increasing" set of RandAugment, in its order
 CODE = {name: code for code, name in enumerate(OPS)}
 
 BILINEAR, BICUBIC = 2, 3  # PIL's own numbers

@@ -1,0 +1,5 @@
+"""PyTorch's operators on one thread: two on the busy cores of a small machine wait for each other."""
+
+import torch
+
+torch.set_num_threads(1)
