@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
+from fastdeit.evaluate import Options, evaluate_checkpoint
+from fastdeit.recipes import convnet_teacher
 
 
 @pytest.mark.parametrize("micro_batch", [0, 8])
@@ -30,6 +32,19 @@ def test_two_processes_equal_one(tiny, launch, events, teacher_checkpoint, tmp_p
     assert scores[0]["class"]["loss"] == pytest.approx(scores[1]["class"]["loss"], rel=1e-4)
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_convnet_is_scored_with_the_statistics_it_is_saved_with(tiny, launch, events, data):
+    """Running means differ by process; the logged scores must be those of the checkpoint."""
+    recipe = tiny(convnet_teacher, run={"epochs": 1})
+    process = launch(recipe, 2)
+    assert process.returncode == 0, process.err
+    logged = events(recipe.run.output, "eval")[-1]
+    path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+    options = Options(checkpoint=path, val=data / "val.beton", loader="torch", device="cpu", threads=1)
+    found = evaluate_checkpoint(options)["model"]
+    assert logged["images"] == found["images"] == 44
+    assert logged["class"]["loss"] == pytest.approx(found["class"]["loss"], rel=1e-5)
 
 
 def test_command_line_mistake_has_no_traceback(tiny, launch, tmp_path):
