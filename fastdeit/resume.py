@@ -33,7 +33,7 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "data.train": trainer.train_set.content_hash,
         "data.loader": trainer.data.loader.name,
         "run.precision": trainer.precision.name,
-        "teacher.checkpoint": trainer.teacher.fingerprint() if trainer.teacher is not None else None,
+        "teacher.checkpoint": trainer.teacher.fingerprint if trainer.teacher is not None else None,
         "model.init (given or not)": trainer.recipe.model.init is not None,
         "repeats": trainer.data.repeats,
         "mixing group size": trainer.data.order.group_size,

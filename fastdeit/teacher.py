@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import timm
@@ -94,8 +95,12 @@ class Teacher(nn.Module):
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
         return images
 
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and of how images are prepared: equal for teachers that say the same."""
+        """SHA-256 of the weights and of how images are prepared: equal for teachers that say the same.
+
+        Found once, since a frozen teacher's cannot change and every checkpoint names it.
+        """
         digest = hashlib.sha256(f"{self.img_size} {self.scale.tolist()} {self.shift.tolist()}".encode())
         for name, value in self.network.state_dict().items():
             digest.update(
