@@ -4,23 +4,12 @@ Layout, little-endian: a header, one descriptor per field, one metadata record p
 the allocation table that tells how long each image is. No image crosses a page boundary, pages being counted
 from the start of the file. The fields are an RGBImageField and an IntField, as ffcv-imagenet writes them.
 
-A sidecar `<name>.beton.json` holds what the format has no place for:
-
-    format          "fastdeit-beton"
-    version         1
-    num_samples     images in the file
-    class_names     in the order of the labels
-    source          where the images came from, by the kind of source
-    options         of the conversion, with the version of Pillow
-    counts          images by what happened to them, see `encode.CHANGES`
-    content_hash    sha256 over every sample in order: height, width, label (int64 each), stored bytes
-    metadata_hash   sha256 of the metadata records, which ties the sidecar to its file
+A sidecar `<name>.beton.json` lies beside it, see `sidecar`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 from pathlib import Path
@@ -28,6 +17,9 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from fastdeit.pipelines import sidecar
+from fastdeit.pipelines.sidecar import ContentHash
 
 VERSION = 2
 JPEG, RAW = 0, 1
@@ -57,7 +49,7 @@ _SAMPLE = np.dtype(
 _ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _METADATA_START = _HEADER.itemsize + len(_FIELDS) * _FIELD.itemsize
 
-_SIDECAR_FORMAT, _SIDECAR_VERSION = "fastdeit-beton", 1
+_KIND = "fastdeit-beton"
 
 
 class BetonError(ValueError):
@@ -78,6 +70,7 @@ class BetonDataset:
     offset, size   (N,) int64, where in the file an image is stored, bytes
     class_names    of the sidecar, in the order of the labels; None without one
     content_hash   of the sidecar; None without one
+    sidecar        as `sidecar` describes it; None without one
     num_classes    length of class_names, or the largest label + 1
 
     Header, records and sizes are checked against the file when it is opened; raises BetonError naming file,
@@ -159,28 +152,20 @@ class BetonDataset:
     def _read_sidecar(self) -> None:
         self.class_names: list[str] | None = None
         self.content_hash: str | None = None
+        self.sidecar: dict[str, Any] | None = None
         self.num_classes = int(self.label.max()) + 1
         path = sidecar_path(self.path)
         if not path.exists():
             return
-        remedy = "Convert the data set again, or remove the sidecar to do without class names"
-        try:
-            sidecar = json.loads(path.read_text(encoding="utf-8"))
-            if (sidecar["format"], sidecar["version"]) != (_SIDECAR_FORMAT, _SIDECAR_VERSION):
-                raise BetonError(f"{path}: not a sidecar of version {_SIDECAR_VERSION}. {remedy}")
-            names, content = sidecar["class_names"], sidecar["content_hash"]
-            same = (sidecar["num_samples"], sidecar["metadata_hash"]) == (len(self), self._metadata_hash)
-            well_formed = isinstance(content, str) and isinstance(names, list)
-            well_formed = well_formed and all(isinstance(name, str) for name in names)
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BetonError(f"{path}: damaged ({error!r}). {remedy}") from error
-        if not well_formed:
-            raise BetonError(f"{path}: class_names or content_hash are not of their type. {remedy}")
-        if not same:
-            raise BetonError(f"{path}: it describes another file than {self.path}. {remedy}")
-        if len(names) < self.num_classes:
-            raise BetonError(f"{path}: {len(names)} class names, but labels up to {self.num_classes - 1}. {remedy}")
-        self.class_names, self.content_hash, self.num_classes = names, content, len(names)
+        self.sidecar = sidecar.read(
+            path,
+            kind=_KIND,
+            num_samples=len(self),
+            num_classes=self.num_classes,
+            metadata_hash=self._metadata_hash,
+        )
+        self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
+        self.num_classes = len(self.sidecar["class_names"])
 
     def __len__(self) -> int:
         return len(self.label)
@@ -242,7 +227,7 @@ class BetonWriter:
         self._count = 0
         metadata_end = _METADATA_START + self._samples.nbytes
         self._end = metadata_end + -metadata_end % page_size
-        self._hash = hashlib.sha256()
+        self._content = ContentHash()
         self._file: BinaryIO | None = None
         self._temporary = _temporary(self.path)
         self._temporary_sidecar = _temporary(sidecar_path(self.path))
@@ -295,8 +280,7 @@ class BetonWriter:
         file.write(data)
         self._samples[index] = (mode, width, height, self._end, label)
         self._sizes[index] = size
-        self._hash.update(np.array([height, width, label], "<i8").tobytes())
-        self._hash.update(data)
+        self._content.add(data, height=height, width=width, label=label)
         self._count += 1
         self._end += size
 
@@ -319,19 +303,14 @@ class BetonWriter:
         output.write(header.tobytes() + fields.tobytes() + self._samples.tobytes())
         output.flush()
         os.fsync(output.fileno())
-        sidecar = {
-            "format": _SIDECAR_FORMAT,
-            "version": _SIDECAR_VERSION,
-            "num_samples": count,
-            "class_names": class_names,
-            **described,
-            "content_hash": "sha256:" + self._hash.hexdigest(),
-            "metadata_hash": hashlib.sha256(self._samples.tobytes()).hexdigest(),
-        }
-        with open(self._temporary_sidecar, "w", encoding="utf-8") as file:
-            json.dump(sidecar, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
+        described_by = sidecar.build(
+            _KIND,
+            self._content,
+            class_names=class_names,
+            metadata_hash=hashlib.sha256(self._samples.tobytes()).hexdigest(),
+            described=described,
+        )
+        sidecar.write(self._temporary_sidecar, described_by)
         # The sidecar first: with it alone an old file is refused, with the data alone its names would be lost.
         os.replace(self._temporary_sidecar, sidecar_path(self.path))
         os.replace(self._temporary, self.path)
@@ -340,7 +319,7 @@ class BetonWriter:
             os.fsync(folder)
         finally:
             os.close(folder)
-        return sidecar
+        return described_by
 
 
 def _temporary(path: Path) -> Path:

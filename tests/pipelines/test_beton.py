@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+from fastdeit.pipelines.sidecar import SidecarError
 
 
 def picture(seed, size=(48, 40), mode="RGB"):
@@ -289,15 +290,14 @@ def test_sidecar_must_belong_to_its_file(small, tmp_path):
     text = sidecar.read_text()
     other = write(tmp_path / "other.beton", [picture(i) for i in range(6)], [3, 1, 0, 2, 1, 2])
     sidecar.write_text(sidecar_path(other).read_text())
-    with pytest.raises(BetonError, match="describes another file"):
+    with pytest.raises(SidecarError, match="describes another data set"):
         BetonDataset(small)
     for damaged, reason in (
         (text[: len(text) // 2], "damaged"),
-        ("[]", "damaged"),
-        (text.replace('"version": 1', '"version": 2'), "not a sidecar of version 1"),
-        (text.replace('"class 0",', "7,"), "not of their type"),
-        (text.replace('"class 0",', ""), "3 class names, but labels up to 3"),
+        ("[]", "not a fastdeit-beton sidecar"),
+        (text.replace('"version": 2', '"version": 1'), "not a fastdeit-beton sidecar of version 2"),
+        (text.replace('"class 0"', '"class O"'), "was changed"),
     ):
         sidecar.write_text(damaged)
-        with pytest.raises(BetonError, match=reason):
+        with pytest.raises(SidecarError, match=reason):
             BetonDataset(small)
