@@ -16,7 +16,7 @@ from fastdeit.recipes import RECIPES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Top-1, top-5 and loss of every head of a checkpoint."""
+    """Top-1, top-5 and loss of every head of a checkpoint; ImageNet-ReaL's accuracy where VAL holds its labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
     val: Annotated[Path, tyro.conf.Positional]  # .beton written by fastdeit-convert
@@ -94,11 +94,15 @@ def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -
 
 def table(results: dict[str, Any]) -> str:
     """The scores as text, a line a head, and a line where images had to be read by PIL."""
-    lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}"]
+    real = any("real_images" in scores for scores in results.values())
+    lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}" + f" {'ReaL %':>8}" * real]
     for kind, scores in results.items():
         for head, values in scores.items():
             if isinstance(values, dict):
-                lines.append(f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {values['loss']:8.4f}")
+                line = f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {values['loss']:8.4f}"
+                lines.append(line + (f" {values['real']:8.2f}" if real else ""))
+        if real:
+            lines.append(f"{kind}: ReaL over the {scores['real_images']} of {scores['images']} images with such labels")
         if "fallbacks" in scores:
             lines.append(f"{kind}: PIL read {scores['fallbacks']} images that the loader's decoder refused")
     return "\n".join(lines)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdeit.data import EvaluationData
 from fastdeit.distributed import World
 from fastdeit.objective import fuse
+from fastdeit.pipelines.dataset import Dataset
 from fastdeit.precision import Precision
 
 Scores = dict[str, Any]
@@ -29,11 +30,17 @@ def evaluate(
     true label; of `fused_probabilities`, that of the mean probability. With fewer than 5 classes top-5 counts
     all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, and "fallbacks": n where images had to be read
     by PIL.
+
+    Where the data set holds ImageNet-ReaL's labels (`fastdeit-convert --real-labels`), a head has "real" too: top-1
+    in percent of the images that have any, "real_images" of them, a hit being any of an image's labels (Beyer et al.
+    2020, "Are we done with ImageNet?", section 3).
     """
     training = model.training
     model.eval()
-    # Columns: images, top-1 hits, top-5 hits, loss. A head that the model lacks keeps a row of zeros.
-    totals = torch.zeros(len(HEADS), 4, dtype=torch.float64, device=world.device)
+    # Columns: images, top-1 hits, top-5 hits, loss, images with ReaL labels, ReaL hits. A head that the model lacks
+    # keeps a row of zeros.
+    totals = torch.zeros(len(HEADS), 6, dtype=torch.float64, device=world.device)
+    real = real_labels(data.loader.dataset)
     with data.batches() as batches:
         for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=None if progress else True):
             pixels = batch.images.to(world.device, non_blocking=True)
@@ -41,7 +48,10 @@ def evaluate(
             with precision.autocast():
                 output = model(pixels)
             for head, log_probabilities in _heads(output).items():
-                totals[HEADS.index(head)] += _hits(log_probabilities, labels)
+                row = totals[HEADS.index(head)]
+                row[:4] += _hits(log_probabilities, labels)
+                if real is not None:
+                    row[4:] += _real_hits(log_probabilities, real[batch.index].to(world.device))
     model.train(training)
     fallbacks = torch.tensor(float(len(data.fallbacks)), device=world.device)
     if not data.replicate:
@@ -49,13 +59,34 @@ def evaluate(
     scores: Scores = {"images": int(totals[0, 0])}
     if fallbacks:
         scores["fallbacks"] = int(fallbacks)
-    for head, (count, top1, top5, loss) in zip(HEADS, totals.tolist(), strict=True):
+    for head, (count, top1, top5, loss, real_count, real_hits) in zip(HEADS, totals.tolist(), strict=True):
         if count:
             scores[head] = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+        if real_count:
+            scores[head]["real"] = 100 * real_hits / real_count
+            scores["real_images"] = int(real_count)
     return scores
 
 
-def _heads(output: Any) -> dict[str, torch.Tensor]:
+def real_labels(dataset: Dataset) -> Tensor | None:
+    """ImageNet-ReaL's labels of every image of `dataset`, (N, most) int64 filled up with -1; None where it has none.
+
+    Raises ValueError where they are not N lists of class numbers.
+    """
+    lists = (dataset.sidecar or {}).get("real_labels")
+    if lists is None:
+        return None
+    if not (isinstance(lists, list) and len(lists) == len(dataset) and all(isinstance(one, list) for one in lists)):
+        raise ValueError(f"{dataset.path}: real_labels of its sidecar are not {len(dataset)} lists. Convert it again")
+    table = torch.full((len(lists), max(1, max(map(len, lists)))), -1)
+    for row, labels in zip(table, lists, strict=True):
+        if not all(type(label) is int and label >= 0 for label in labels):
+            raise ValueError(f"{dataset.path}: real_labels of its sidecar hold {labels}. Convert it again")
+        row[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
+    return table
+
+
+def _heads(output: Any) -> dict[str, Tensor]:
     """Log-probabilities (B, K) float32 of each head."""
     heads = {"class": F.log_softmax(output.cls.float(), -1)}
     if output.dist is not None:
@@ -66,12 +97,19 @@ def _heads(output: Any) -> dict[str, torch.Tensor]:
     return heads
 
 
-def _hits(log_probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _hits(log_probabilities: Tensor, labels: Tensor) -> Tensor:
     """(4,) float64 sums over the batch: images, top-1 hits, top-5 hits, loss."""
     top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices == labels[:, None]
     loss = F.nll_loss(log_probabilities, labels, reduction="sum")
     count = torch.tensor(float(len(labels)), device=labels.device)
     return torch.stack([count, top[:, 0].sum(), top.any(1).sum(), loss]).double()
+
+
+def _real_hits(log_probabilities: Tensor, real: Tensor) -> Tensor:
+    """(2,) float64 sums over the batch: images with any of the labels `real` (B, most), and those hit by the top-1."""
+    any_label = (real >= 0).any(1)
+    hit = (log_probabilities.argmax(1, keepdim=True) == real).any(1)
+    return torch.stack([any_label.sum(), hit.sum()]).double()
 
 
 def headline(scores: Scores, late_fusion: str | None) -> float:
