@@ -11,8 +11,9 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.order import Order
-from fastdeit.pipelines.threaded import Dataset, ThreadedLoader, check_size, read_with_pil
+from fastdeit.pipelines.threaded import ThreadedLoader, check_size, read_with_pil
 
 
 class FfcvLoader(ThreadedLoader):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.loader_ffcv import FfcvLoader, find_libffcv
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.order import Order
-from fastdeit.pipelines.threaded import Dataset, ThreadedLoader
+from fastdeit.pipelines.threaded import ThreadedLoader
 
 
 def open_loader(

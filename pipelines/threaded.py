@@ -6,35 +6,19 @@ import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from fastdeit.pipelines.arena import Arenas, place
+from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.order import Order
 
 
 class DecodeError(ValueError):
     """An image that cannot be decoded; names data set, index, reason and remedy."""
-
-
-class Dataset(Protocol):
-    """Stored images with their sizes; see `BetonDataset`."""
-
-    path: Path
-    height: np.ndarray
-    width: np.ndarray
-    label: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def is_jpeg(self, index: int) -> bool: ...
-
-    def read(self, index: int) -> np.ndarray: ...
 
 
 class ThreadedLoader:
