@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "throughput": "images per second of the model, inference and training step, beside timm's",
     "loaders": "training batches per second from JPEG files, beside timm's",
+    "compiled": "registers, shared memory and instructions of every kernel, without a GPU",
     "tables": "the results as Markdown",
 }
 
