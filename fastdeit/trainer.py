@@ -25,6 +25,7 @@ from fastdeit.data import (
 from fastdeit.distributed import World
 from fastdeit.drop_path import draw_drop_path
 from fastdeit.evaluation import Scores, evaluate, headline
+from fastdeit.label_cache import LabelCache, pixel_key
 from fastdeit.logs import RunLog, duration
 from fastdeit.meter import Meter
 from fastdeit.model import DeiT
@@ -75,6 +76,7 @@ class Trainer:
         if recipe.model.init is not None:
             self.messages += load_weights(self.model, recipe.model.init)
         self.objective = build_objective(recipe.objective, recipe.model.distilled, d)
+        self.labels = self._open_labels()
         self.teacher = self._build_teacher()
         self.optimizer = build_optimizer(self.model, recipe)
         self.ema = Ema(self.model, recipe.ema.decay) if recipe.ema.enabled else None
@@ -91,8 +93,23 @@ class Trainer:
                 f"set --model.num_classes {data_set.num_classes}"
             )
 
+    def _open_labels(self) -> LabelCache | None:
+        """The teacher's labels where they were made beforehand."""
+        folder, kind = self.recipe.teacher.labels, self.recipe.objective.distillation
+        if folder is None or kind == "none":
+            return None
+        labels = LabelCache(folder)
+        labels.check(pixel_key(self.recipe, self.data))
+        described = labels.described
+        if (described.kind, described.num_classes) != (kind, self.num_classes):
+            raise UserError(
+                f"{folder} holds {described.kind} labels of {described.num_classes} classes, the run distils {kind} "
+                f"with {self.num_classes}: make others with fastdeit-label"
+            )
+        return labels
+
     def _build_teacher(self) -> Teacher | None:
-        if self.recipe.objective.distillation == "none":
+        if self.recipe.objective.distillation == "none" or self.labels is not None:
             return None
         augment = self.recipe.augment
         teacher = Teacher(self.recipe.teacher, augment.mean, augment.std, self.recipe.model.img_size, self.num_classes)
@@ -159,6 +176,10 @@ class Trainer:
             f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
         )
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
+        if self.labels is not None:
+            described = self.labels.described
+            self.labels.check_epochs(self.epoch, recipe.run.epochs)
+            self.log.say(f"{described.kind} labels of teacher {described.teacher_name} from {self.labels.folder}")
         if self.data.repeats != recipe.data.repeats:
             self.log.say("repeated augmentation is dropped on one process, as the released code does")
         if resumed is not None:
@@ -234,7 +255,8 @@ class Trainer:
             joined = self.student if isinstance(self.student, DistributedDataParallel) else None
             with joined.no_sync() if joined is not None and part.stop < count else nullcontext():
                 with self.precision.autocast():
-                    loss = self.objective(self.student(images[part]), targets[part], self._teach(images[part]))
+                    teacher = self._teach(images[part], batch.position[part])
+                    loss = self.objective(self.student(images[part]), targets[part], teacher)
                 weighted = loss.loss * share
                 (self.scaler.scale(weighted) if self.scaler else weighted).backward()
             total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
@@ -261,12 +283,16 @@ class Trainer:
         masks = draw_drop_path(self.recipe.run.seed, self.global_step, positions, cfg.depth, cfg.drop_path)
         return torch.from_numpy(masks).to(self.world.device, non_blocking=True)
 
-    def _teach(self, images: torch.Tensor) -> torch.Tensor | None:
+    def _teach(self, images: torch.Tensor, position: np.ndarray) -> torch.Tensor | None:
         """The teacher's hard labels (B,) or logits (B, K) of the very images that the student sees."""
-        if self.teacher is None:
+        source, hard = self.teacher, self.recipe.objective.distillation == "hard"
+        if self.labels is not None:
+            entries = self.step * self.recipe.run.global_batch + position
+            found = self.labels.labels(self.epoch, entries) if hard else self.labels.logits(self.epoch, entries)
+            return found.to(self.world.device, non_blocking=True)
+        if source is None:
             return None
-        hard = self.recipe.objective.distillation == "hard"
-        return self.teacher.labels(images) if hard else self.teacher.logits(images)
+        return source.labels(images) if hard else source.logits(images)
 
     def _check(self, parts: LossParts, batch: TrainBatch, step: int, *, updated: bool) -> None:
         """Stop the run where the loss of a step is not finite, and leave what is needed to look into it.

@@ -1,0 +1,40 @@
+"""`fastdeit-label`: have the teacher label every sample of a run beforehand."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from fastdeit.cli import UserError, parse_recipe, run
+
+
+def label() -> None:
+    parser = argparse.ArgumentParser(
+        prog="fastdeit-label",
+        description="Store what the teacher says of the very samples of a run, for fastdeit-train --teacher.labels.",
+        epilog="RECIPE and its options are those of fastdeit-train; --teacher.labels names the folder to write.",
+        usage="%(prog)s [--first-epoch N] [--end-epoch N] [--topk K] RECIPE --teacher.labels FOLDER [...]",
+    )
+    parser.add_argument("--first-epoch", type=int, default=0, help="first epoch to label, counted from 0")
+    parser.add_argument("--end-epoch", type=int, help="epoch to stop before; default: all of the recipe's")
+    parser.add_argument("--topk", type=int, default=10, help="soft distillation: logits to keep of a sample")
+    own, rest = parser.parse_known_args(sys.argv[1:])
+    recipe = parse_recipe(rest).resolved()
+    end = recipe.run.epochs if own.end_epoch is None else own.end_epoch
+    if not 0 <= own.first_epoch < end <= recipe.run.epochs:
+        raise UserError(f"epochs {own.first_epoch} to {end}: the recipe has {recipe.run.epochs}, counted from 0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
+    from fastdeit.distributed import world
+    from fastdeit.labelling import label_run
+
+    with world(recipe.run.device) as joined:
+        label_run(recipe, joined, first_epoch=own.first_epoch, end_epoch=end, topk=own.topk)
+
+
+def main() -> None:
+    run(label)
+
+
+if __name__ == "__main__":
+    main()

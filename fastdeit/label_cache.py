@@ -1,0 +1,218 @@
+"""What a teacher says of every sample of a run, stored, so that training needs no teacher.
+
+A sample's pixels are a function of the recipe and the data alone (docs/design.md), so its label can be computed
+once, on any number of processes, and used by any number of runs. A cache is a folder:
+
+    labels.json       `key`: the fields that the pixels depend on; the teacher's name and fingerprint; `kind` "hard" or
+                      "soft", `topk`, `num_classes`; `epochs`: a file and its SHA-256 for each epoch
+    epoch-0000.npy    hard: (samples of an epoch,) uint16 or uint32, in the order of the global batches
+    epoch-0000.npz    soft: `index` (samples, topk) and `logits` (samples, topk) float16
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeit.cli import UserError
+from fastdeit.config import Recipe
+from fastdeit.data import TrainingData
+
+_FORMAT, _VERSION = "fastdeit-labels", 1
+_INDEX = "labels.json"
+# Of the `augment` section, what does not reach the pixels of a training sample.
+_NO_PIXELS = ("label_smoothing", "eval_crop")
+
+
+def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
+    """All that the pixels of the run's samples depend on, by the names that the recipe gives it.
+
+    The number of processes is not among it, but for mixing groups that are a process's whole batch. Raises UserError
+    for a data set without a sidecar, whose content nothing vouches for.
+    """
+    if data.loader.dataset.content_hash is None:
+        raise UserError(
+            f"{data.loader.dataset.path} has no sidecar that tells its content: convert it with fastdeit-convert"
+        )
+    d = recipe.departures
+    augment = {f"augment.{k}": v for k, v in recipe.to_dict()["augment"].items() if k not in _NO_PIXELS}
+    return {
+        "data.train (content)": data.loader.dataset.content_hash,
+        "data.loader": data.loader.name,
+        "data.repeats": data.repeats,
+        "data.cell_groups": recipe.data.cell_groups,
+        "run.seed": recipe.run.seed,
+        "run.global_batch": recipe.run.global_batch,
+        "model.img_size": recipe.model.img_size,
+        "mixing group size": data.order.group_size,
+        "departures.placement": d.placement,
+        "departures.order_seed": d.order_seed,
+        "departures.epoch_multiple": d.epoch_multiple,
+        "departures.cutmix_box": d.cutmix_box,
+        **augment,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What a cache says of itself; `teacher` is a fingerprint, `topk` 0 for hard labels."""
+
+    key: dict[str, Any]
+    teacher: str
+    teacher_name: str
+    class_names: list[str] | None
+    num_classes: int
+    topk: int
+
+    @property
+    def kind(self) -> str:
+        return "soft" if self.topk else "hard"
+
+
+class LabelWriter:
+    """Stores the labels of a run epoch by epoch, each file whole or not at all.
+
+    A folder that holds labels of the same key, teacher and kind is added to. Raises UserError, naming the field,
+    where it holds others.
+    """
+
+    def __init__(self, folder: Path, described: Described) -> None:
+        self.folder, self._described = folder, described
+        self._epochs: dict[str, dict[str, str]] = {}
+        if (folder / _INDEX).exists():
+            there = LabelCache(folder)
+            there.check(described.key, described.teacher)
+            if (there.described.topk, there.described.num_classes) != (described.topk, described.num_classes):
+                raise UserError(
+                    f"{folder} holds {there.described.kind} labels (topk {there.described.topk}, "
+                    f"{there.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
+                    f"{described.num_classes} classes): choose another folder"
+                )
+            self._epochs = there.epochs
+
+    def has(self, epoch: int) -> bool:
+        return str(epoch) in self._epochs
+
+    def write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None = None) -> None:
+        """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk)."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        small = labels.astype(np.uint16 if self._described.num_classes <= 1 << 16 else np.uint32)
+        name = f"epoch-{epoch:04d}." + ("npy" if logits is None else "npz")
+        temporary = self.folder / (name + ".tmp")
+        with open(temporary, "wb") as file:
+            if logits is None:
+                np.save(file, small, allow_pickle=False)
+            else:
+                np.savez(file, index=small, logits=logits.astype(np.float16))
+            file.flush()
+            os.fsync(file.fileno())
+        self._epochs[str(epoch)] = {"file": name, "sha256": _sha256(temporary)}
+        os.replace(temporary, self.folder / name)
+        index = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self._described), "epochs": self._epochs}
+        temporary = self.folder / (_INDEX + ".tmp")
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
+        os.replace(temporary, self.folder / _INDEX)
+
+
+class LabelCache:
+    """Labels that `LabelWriter` stored. Raises UserError for a folder that holds none, or damaged ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / _INDEX
+        if not path.is_file():
+            raise UserError(f"{folder} holds no teacher's labels ({_INDEX}): make them with fastdeit-label")
+        try:
+            index = json.loads(path.read_text())
+            if (index.pop("format"), index.pop("version")) != (_FORMAT, _VERSION):
+                raise UserError(f"{path}: not labels of version {_VERSION}: make them again with fastdeit-label")
+            self.epochs: dict[str, dict[str, str]] = dict(index.pop("epochs"))
+            self.described = Described(**index)
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error!r}): make it again with fastdeit-label") from error
+        self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def check(self, key: dict[str, Any], teacher: str | None = None) -> None:
+        """Raises UserError, naming each field, where the labels are those of other pixels, or of another teacher."""
+        there = self.described.key
+        differing = [
+            f"{name} is {there.get(name)!r} there and {key.get(name)!r} here"
+            for name in dict.fromkeys([*key, *there])
+            if there.get(name) != key.get(name)
+        ]
+        if teacher is not None and teacher != self.described.teacher:
+            differing.append("they are another teacher's (its weights or its normalisation differ)")
+        if differing:
+            raise UserError(
+                f"the labels in {self.folder} do not belong to this run: {'; '.join(differing)}. "
+                f"Make them for it with fastdeit-label, in another folder"
+            )
+
+    def check_epochs(self, first: int, end: int) -> None:
+        """Raises UserError unless there are labels for each epoch from `first` to before `end`."""
+        missing = [epoch for epoch in range(first, end) if str(epoch) not in self.epochs]
+        if missing:
+            raise UserError(
+                f"{self.folder} has no labels for {len(missing)} of the run's epochs, the first of them "
+                f"{missing[0]} (counted from 0): run fastdeit-label with the same recipe, it makes what is missing"
+            )
+
+    def labels(self, epoch: int, entries: np.ndarray) -> Tensor:
+        """Hard labels (B,) int64 of the samples at `entries` of the epoch: step * global batch + position."""
+        return torch.from_numpy(self._epoch(epoch, entries)["labels"][entries].astype(np.int64))
+
+    def logits(self, epoch: int, entries: np.ndarray) -> Tensor:
+        """Logits (B, num_classes) float32 of the samples; a class outside of the stored ones has none of the mass."""
+        stored = self._epoch(epoch, entries)
+        index = torch.from_numpy(stored["index"][entries].astype(np.int64))
+        logits = torch.from_numpy(stored["logits"][entries]).float()
+        # Far enough below any logit for a softmax of exactly 0, and finite, so that 0 times it is 0.
+        out = torch.full((len(entries), self.described.num_classes), -1e4)
+        return out.scatter_(1, index, logits)
+
+    def _epoch(self, epoch: int, entries: np.ndarray) -> dict[str, np.ndarray]:
+        if self._loaded is None or self._loaded[0] != epoch:
+            self._loaded = epoch, self._read(epoch)
+        arrays = self._loaded[1]
+        held = len(next(iter(arrays.values())))
+        if len(entries) and int(entries.max()) >= held:
+            raise UserError(f"{self.folder}: epoch {epoch} has {held} labels, sample {entries.max()} was asked for")
+        return arrays
+
+    def _read(self, epoch: int) -> dict[str, np.ndarray]:
+        self.check_epochs(epoch, epoch + 1)
+        entry = self.epochs[str(epoch)]
+        path = self.folder / Path(str(entry.get("file"))).name
+        again = "remove it and make it again with fastdeit-label"
+        try:
+            if _sha256(path) != entry.get("sha256"):
+                raise UserError(f"{path}: it changed since it was written: {again}")
+            loaded = np.load(path, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                arrays = {"labels": loaded}
+            else:
+                with loaded:
+                    arrays = {name: loaded[name] for name in ("index", "logits")}
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read ({error}): {again}") from error
+        classes = arrays["labels" if "labels" in arrays else "index"]
+        soft = "logits" in arrays
+        shaped = classes.ndim == 1 + soft and (not soft or classes.shape == arrays["logits"].shape)
+        if soft != (self.described.kind == "soft") or not shaped or classes.dtype.kind != "u":
+            raise UserError(f"{path}: not {self.described.kind} labels: {again}")
+        if classes.size and int(classes.max()) >= self.described.num_classes:
+            raise UserError(f"{path}: class {classes.max()} of {self.described.num_classes}: {again}")
+        return arrays
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,87 @@
+"""The teacher over the very batches of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastdeit.cli import UserError
+from fastdeit.config import Recipe
+from fastdeit.data import TrainingData, check_class_names, open_dataset, set_compute_threads
+from fastdeit.distributed import World
+from fastdeit.label_cache import Described, LabelWriter, pixel_key
+from fastdeit.precision import resolve
+from fastdeit.teacher import Teacher
+
+
+def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int, topk: int) -> None:
+    """Label the epochs from `first_epoch` to before `end_epoch` into the folder `recipe.teacher.labels`.
+
+    Hard labels for a recipe that distils hard, the `topk` largest logits for one that distils softly. Epochs that are
+    there already are kept. Every process labels its share of each batch, in the precision and the portions
+    (`run.micro_batch`) that training would use, so that on the same processes the labels are those that training
+    would have computed. Raises UserError where the recipe has no use for labels, or the folder holds others.
+    """
+    folder, kind = recipe.teacher.labels, recipe.objective.distillation
+    if kind == "none":
+        raise UserError(f"recipe {recipe.name} does not distil: set --objective.distillation hard or soft")
+    if folder is None:
+        raise UserError("no folder for the labels: give --teacher.labels FOLDER")
+    set_compute_threads(world)
+    train_set = open_dataset(recipe.data.train, "data.train")
+    num_classes = recipe.model.num_classes or train_set.num_classes
+    if kind == "soft" and not 1 <= topk <= num_classes:
+        raise UserError(f"--topk {topk}: there are {num_classes} classes")
+    augment = recipe.augment
+    teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
+    source = f"the teacher {teacher.source}"
+    check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
+    teacher.to(world.device)
+    precision = resolve(recipe, world.device)
+    data = TrainingData(recipe, train_set, world)
+    try:
+        described = Described(
+            key=pixel_key(recipe, data),
+            teacher=teacher.fingerprint,
+            teacher_name=recipe.teacher.name,
+            class_names=train_set.class_names,
+            num_classes=num_classes,
+            topk=topk if kind == "soft" else 0,
+        )
+        writer = LabelWriter(folder, described)
+        wanted = [epoch for epoch in range(first_epoch, end_epoch) if not writer.has(epoch)]
+        if world.main and len(wanted) < end_epoch - first_epoch:
+            print(f"{folder} holds {end_epoch - first_epoch - len(wanted)} of these epochs already")
+        batch, steps = recipe.run.global_batch, data.steps
+        bar = tqdm(total=len(wanted) * steps * batch, unit=" images", disable=None if world.main else True)
+        for epoch in wanted:
+            width = max(1, described.topk)
+            # Every process fills in its own samples; the sum over the processes is the whole epoch.
+            index = torch.zeros(steps * batch, width, dtype=torch.int64, device=world.device)
+            values = torch.zeros(steps * batch, width, device=world.device)
+            with data.batches(epoch) as batches, torch.no_grad(), precision.autocast():
+                for step in range(steps):
+                    item = next(batches)
+                    entries = torch.from_numpy(step * batch + item.position).to(world.device)
+                    images = item.data.images.to(world.device, non_blocking=True)
+                    portion = recipe.run.micro_batch or len(images)
+                    for part, rows in zip(images.split(portion), entries.split(portion), strict=True):
+                        if described.topk:
+                            top = teacher.logits(part).float().topk(described.topk)
+                            index[rows], values[rows] = top.indices, top.values
+                        else:
+                            index[rows, 0] = teacher.labels(part)
+                    bar.update(batch)
+            index, values = world.sum(index).cpu().numpy(), world.sum(values).cpu().numpy()
+            if world.main:
+                if described.topk:
+                    writer.write(epoch, index, values.astype(np.float16))
+                else:
+                    writer.write(epoch, index[:, 0])
+        bar.close()
+        if world.main:
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            print(f"{folder}: {described.kind} labels of {len(wanted)} more epochs, {size / 1e6:.1f} MB in all")
+    finally:
+        data.close()

@@ -1,0 +1,231 @@
+"""Labels stored beforehand: training with them is training with the teacher, to the bit."""
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.cli import UserError
+from fastdeit.data import TrainingData, open_dataset
+from fastdeit.distributed import world
+from fastdeit.label_cache import LabelCache
+from fastdeit.labelling import label_run
+from fastdeit.pipelines.convert import convert
+from fastdeit.teacher import Teacher
+from fastdeit.trainer import Trainer
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture
+def distilled(tiny, teacher_checkpoint, tmp_path):
+    """Function: a small recipe that distils, with a place for the teacher's labels."""
+
+    def make(kind="hard", **sections):
+        teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": tmp_path / "labels"}
+        return tiny(objective={"distillation": kind}, teacher=teacher, **sections)
+
+    return make
+
+
+def label(recipe, **options):
+    with world("cpu") as joined:
+        label_run(recipe, joined, **{"first_epoch": 0, "end_epoch": recipe.run.epochs, "topk": 4, **options})
+
+
+def changed(recipe, section, **values):
+    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+
+
+def weights(recipe):
+    """Weights after a run of `recipe`."""
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"]
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 12])
+def test_a_run_with_labels_is_the_run_with_the_teacher(distilled, tmp_path, micro_batch):
+    recipe = distilled(run={"micro_batch": micro_batch})
+    live = weights(changed(changed(recipe, "teacher", labels=None), "run", output=tmp_path / "live"))
+    label(recipe)
+    assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_round_trip_on_fashion_mnist(distilled, teacher_checkpoint, tmp_path):
+    """The teacher is that of another data set, whose labels are no worse for that."""
+    convert(str(FASHION / "train-images-idx3-ubyte.gz"), tmp_path / "fm.beton", limit=256, progress=False)
+    state = checkpoint.load(teacher_checkpoint)
+    state["class_names"], state["num_classes"] = [str(i) for i in range(10)], 10
+    head = torch.randn(10, state["model"]["fc.weight"].shape[1], generator=torch.Generator().manual_seed(1))
+    state["model"]["fc.weight"], state["model"]["fc.bias"] = head, torch.zeros(10)
+    torch.save(state, tmp_path / "teacher.pt")
+    recipe = distilled(data={"train": tmp_path / "fm.beton", "val": None}, run={"epochs": 1})
+    recipe = changed(recipe, "teacher", checkpoint=tmp_path / "teacher.pt")
+    label(recipe)
+    live = weights(changed(changed(recipe, "teacher", labels=None), "run", output=tmp_path / "live"))
+    assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
+
+
+def test_labels_are_what_the_teacher_says_of_each_sample(distilled):
+    recipe = distilled()
+    label(recipe, end_epoch=1)
+    cache = LabelCache(recipe.teacher.labels)
+    with world("cpu") as joined:
+        data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
+        teacher = Teacher(recipe.teacher, recipe.augment.mean, recipe.augment.std, 32, 4)
+        with data.batches() as batches:
+            for step in range(data.steps):
+                item = next(batches)
+                expected = teacher.network(teacher.prepare(item.data.images)).argmax(1)
+                assert torch.equal(cache.labels(0, step * 32 + item.position), expected)
+        data.close()
+
+
+@pytest.mark.parametrize("topk", [2, 4])
+def test_soft_labels_keep_the_largest_logits(distilled, topk):
+    recipe = distilled("soft")
+    label(recipe, end_epoch=1, topk=topk)
+    cache = LabelCache(recipe.teacher.labels)
+    with world("cpu") as joined:
+        data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
+        teacher = Teacher(recipe.teacher, recipe.augment.mean, recipe.augment.std, 32, 4)
+        with data.batches() as batches:
+            item = next(batches)
+        data.close()
+    said = teacher.logits(item.data.images)
+    stored = cache.logits(0, item.position)
+    kept = said >= said.sort(1, descending=True).values[:, topk - 1 : topk]
+    torch.testing.assert_close(stored[kept], said[kept], rtol=1e-3, atol=1e-3)
+    assert torch.all(stored.softmax(1)[~kept] == 0)
+    with pytest.raises(UserError, match=f"holds soft labels \\(topk {topk}"):
+        label(recipe, topk=topk - 1)
+    with pytest.raises(UserError, match="holds soft labels of 4 classes, the run distils hard"):
+        weights(changed(recipe, "objective", distillation="hard"))
+
+
+def test_two_processes_label_what_one_does(distilled, tmp_path):
+    recipe = distilled()
+    label(recipe)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(changed(recipe, "teacher", labels=tmp_path / "two").to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    out = subprocess.run(
+        [*command, "fastdeit.label", recipe.name, "--config", str(file)], capture_output=True, text=True, timeout=300
+    )
+    assert out.returncode == 0, out.stderr
+    assert "hard labels of 2 more epochs" in out.stdout
+    for epoch in range(2):
+        one, two = (np.load(folder / f"epoch-{epoch:04d}.npy") for folder in (tmp_path / "labels", tmp_path / "two"))
+        np.testing.assert_array_equal(one, two)
+    again = subprocess.run(
+        [sys.executable, "-m", "fastdeit.label", recipe.name, "--config", str(file)], capture_output=True, text=True
+    )
+    assert "holds 2 of these epochs already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [
+        ("run", {"seed": 1}, "run.seed is 0 there and 1 here"),
+        ("augment", {"crop_scale": (0.5, 1.0)}, "augment.crop_scale is"),
+        ("data", {"repeats": 1}, "data.repeats is 3 there and 1 here"),
+        ("run", {"global_batch": 16}, "run.global_batch is 32 there and 16 here"),
+        ("departures", {"mix_group": 16}, "mixing group size is 8 there and 16 here"),
+    ],
+)
+def test_labels_of_other_pixels_are_refused_by_field(distilled, section, values, named):
+    recipe = distilled()
+    label(recipe, end_epoch=1)
+    other = changed(recipe, section, **values)
+    with pytest.raises(UserError, match=named):
+        weights(other)
+    with pytest.raises(UserError, match=named):
+        label(other)
+
+
+def test_what_reaches_no_pixel_may_differ(distilled):
+    recipe = distilled(run={"epochs": 1})
+    label(recipe)
+    weights(changed(changed(recipe, "augment", label_smoothing=0.0), "optim", lr=1e-4))
+
+
+def test_data_of_other_content_are_refused(distilled, images, tmp_path):
+    recipe = distilled()
+    label(recipe, end_epoch=1)
+    convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=1, progress=False)
+    with pytest.raises(UserError, match=r"data.train \(content\) is"):
+        weights(changed(recipe, "data", train=tmp_path / "other.beton"))
+
+
+def test_another_teacher_is_refused(distilled, teacher_checkpoint, tmp_path):
+    recipe = distilled()
+    label(recipe, end_epoch=1)
+    state = checkpoint.load(teacher_checkpoint)
+    state["model"]["fc.bias"] += 1
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="another teacher's"):
+        label(changed(recipe, "teacher", checkpoint=tmp_path / "other.pt"))
+
+
+def test_missing_epochs_are_named(distilled):
+    recipe = distilled()
+    label(recipe, end_epoch=1)
+    with pytest.raises(UserError, match="no labels for 1 of the run's epochs, the first of them 1"):
+        weights(recipe)
+
+
+def test_mistakes_of_the_recipe(distilled, tiny):
+    with pytest.raises(UserError, match="does not distil"):
+        label(tiny())
+    with pytest.raises(UserError, match=r"give --teacher\.labels"):
+        label(changed(distilled(), "teacher", labels=None))
+    with pytest.raises(UserError, match="there are 4 classes"):
+        label(distilled("soft"), topk=5)
+    with pytest.raises(UserError, match="make them with fastdeit-label"):
+        weights(distilled())
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("never",)
+
+
+@pytest.mark.parametrize("damage", ["flip", "pickle", "classes", "short", "gone", "index"])
+def test_damaged_labels_are_named(distilled, damage, capsys):
+    recipe = distilled()
+    label(recipe)
+    folder = recipe.teacher.labels
+    file, index = folder / "epoch-0000.npy", folder / "labels.json"
+    described = json.loads(index.read_text())
+    if damage == "index":
+        index.write_text(index.read_text()[:-200])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 4
+        file.write_bytes(data)
+    else:
+        if damage == "pickle":
+            file.write_bytes(pickle.dumps(Evil()))
+        else:
+            np.save(file, np.full(16 if damage == "short" else 200, 9 if damage == "classes" else 1, np.uint16))
+        described["epochs"]["0"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        index.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"labels"):
+        weights(recipe)
+    assert "never" not in capsys.readouterr().out
