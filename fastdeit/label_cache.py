@@ -135,7 +135,11 @@ class LabelCache:
             if (index.pop("format"), index.pop("version")) != (_FORMAT, _VERSION):
                 raise UserError(f"{path}: not labels of version {_VERSION}: make them again with fastdeit-label")
             self.epochs: dict[str, dict[str, str]] = dict(index.pop("epochs"))
-            self.described = Described(**index)
+            self.described = d = Described(**index)
+            typed = isinstance(d.key, dict) and type(d.num_classes) is int and type(d.topk) is int
+            files = [(e["file"] + e["sha256"], int(epoch)) for epoch, e in self.epochs.items()]
+            if not typed or any(not isinstance(text, str) for text, _ in files):
+                raise ValueError("fields of a wrong type")
         except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error!r}): make it again with fastdeit-label") from error
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None

@@ -204,7 +204,7 @@ class Evil:
         return print, ("never",)
 
 
-@pytest.mark.parametrize("damage", ["flip", "pickle", "classes", "short", "gone", "index"])
+@pytest.mark.parametrize("damage", ["flip", "pickle", "classes", "short", "gone", "index", "entry", "key"])
 def test_damaged_labels_are_named(distilled, damage, capsys):
     recipe = distilled()
     label(recipe)
@@ -213,6 +213,10 @@ def test_damaged_labels_are_named(distilled, damage, capsys):
     described = json.loads(index.read_text())
     if damage == "index":
         index.write_text(index.read_text()[:-200])
+    elif damage == "entry":
+        index.write_text(json.dumps({**described, "epochs": {"0": "x"}}))
+    elif damage == "key":
+        index.write_text(json.dumps({**described, "key": 7}))
     elif damage == "gone":
         file.unlink()
     elif damage == "flip":
