@@ -1,0 +1,317 @@
+"""Tar shards written for plain DALI and the webdataset package, see `shard_layout`."""
+
+from __future__ import annotations
+
+import binascii
+import ctypes
+import hashlib
+import io
+import os
+from collections.abc import Container, Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fastdeit.pipelines import sidecar
+from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.shard_layout import (
+    END,
+    KIND,
+    KNOWN,
+    KNOWN_NODES,
+    MAX_SAMPLES,
+    MAX_SHARDS,
+    MAX_SIZE,
+    NODES,
+    SAMPLE,
+    SIDECAR,
+    TABLE,
+    after,
+    before,
+    index_file,
+    index_name,
+    node_list,
+    node_name,
+    shard_name,
+    shard_sizes,
+)
+from fastdeit.pipelines.sidecar import ContentHash
+from fastdeit.pipelines.writing import Record
+
+DEFAULT_SHARD_SIZE = 10_000  # 129 shards of ImageNet's training images, about 1 GB each
+
+
+class ShardError(ValueError):
+    """A folder of shards that cannot be read or written as asked."""
+
+
+class ShardWriter:
+    """Streams at most `capacity` samples into a folder of tar shards that appears whole or not at all; a `Writer`.
+
+    shard_size  samples of a shard at most
+    nodes       the number of shards is a multiple of it, and `nodes/` lists the shards of each node
+
+    How many samples a shard holds follows from `capacity`: no node has more than one sample above another. Where
+    fewer are added, it is the last shards that stay short or are left out; `node_samples` of the sidecar says how
+    many each node got. Until `finish` all is in the folder `<path>.partial`. A folder that holds a data set already
+    is then replaced; where the file system can exchange two names, there is no moment without either.
+
+    Raises ShardError for a sample that the format cannot hold, and rather than touch files of anybody else.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        capacity: int,
+        *,
+        shard_size: int = DEFAULT_SHARD_SIZE,
+        nodes: int = 1,
+    ) -> None:
+        self.path, self.keep = Path(path), False
+        if not 1 <= capacity <= MAX_SAMPLES:
+            raise ShardError(f"{self.path}: {capacity} samples to write; shards hold from 1 to {MAX_SAMPLES:,}")
+        if shard_size < 1 or nodes < 1:
+            raise ShardError(f"{self.path}: shards of {shard_size} samples for {nodes} nodes: give 1 or more of both")
+        if self.path.name in ("", ".."):
+            raise ShardError(f"{self.path}: give the folder to write a name, e.g. {self.path / 'train'}")
+        shards = -(-capacity // shard_size)
+        if (shards := shards + -shards % nodes) > min(capacity, MAX_SHARDS):
+            raise ShardError(
+                f"{self.path}: {capacity} samples cannot be {shards} shards, a multiple of {nodes} nodes "
+                f"({MAX_SHARDS:,} are the most). Give a larger --shard-size or fewer --nodes"
+            )
+        self.nodes = nodes
+        self._ends = np.cumsum(shard_sizes(capacity, shard_size, nodes))
+        self._samples = np.zeros(capacity, SAMPLE)
+        self._content = ContentHash()
+        self._count = self._shard = self._first = self._end = 0
+        self._file: BinaryIO | None = None
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._started = False
+        self._check_replaceable()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Nothing is lost where closing fails: `restore` counts on no more than `flush` had on disk.
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._file = None
+        if self._started and not self.keep:
+            _remove(self._partial)
+
+    def restore(self, records: Iterable[Record]) -> int:
+        """Take up what an interrupted writer of the same options left; see `Writer`."""
+        if not self._partial.is_dir():
+            return 0
+        _refuse_foreign(self._partial)
+        self._started = True
+        for record in records:
+            if self._count == len(self._samples) or not self._take_up(record):
+                break
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        kept = {name for shard in range(self._shard) for name in (shard_name(shard), index_name(shard))}
+        if self._end:
+            kept.add(shard_name(self._shard))
+            os.truncate(self._partial / shard_name(self._shard), self._end)
+        _remove(self._partial, kept)
+        return self._count
+
+    def _take_up(self, record: Record) -> bool:
+        """Whether the sample of `record` stands where it would be added next; if so it counts as added."""
+        height, width, label, mode, size = record.height, record.width, record.label, record.mode, record.size
+        head = before(self._count, size=size, height=height, width=width, mode=mode)
+        tail = after(self._count, size=size, height=height, width=width, mode=mode, label=label)
+        file = self._output()
+        file.seek(self._end)
+        stored = file.read(len(head) + size + len(tail))
+        data = stored[len(head) : len(head) + size]
+        if stored != head + data + tail or binascii.crc32(data) != record.crc32:
+            return False
+        self._count_in(data, len(head), len(tail), height, width, label, mode)
+        return True
+
+    def add(self, data: bytes, *, height: int, width: int, label: int, mode: int) -> None:
+        """Append a sample: a JPEG file (mode JPEG) or RGB pixels (mode RAW, height * width * 3 bytes)."""
+        index, size = self._count, len(data)
+        if index == len(self._samples):
+            raise ShardError(f"{self.path}: more samples than the {index} announced")
+        if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+            raise ShardError(
+                f"{self.path}, sample {index}: {width} x {height} pixels; sides go up to {MAX_SIDE}. "
+                f"Have it resized (--max-side)"
+            )
+        if mode not in (JPEG, RAW) or not 0 < size <= MAX_SIZE or (mode == RAW and size != height * width * 3):
+            raise ShardError(
+                f"{self.path}, sample {index}: {size} bytes cannot be stored as {width} x {height} pixels. "
+                f"Have it resized (--max-side) or stored as a JPEG (--mode jpeg)"
+            )
+        if label < 0:
+            raise ShardError(f"{self.path}, sample {index}: label {label} is negative")
+        if not self._started:
+            self._start()
+        head = before(index, size=size, height=height, width=width, mode=mode)
+        tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
+        file = self._output()
+        file.seek(self._end)
+        file.writelines((head, data, tail))
+        self._count_in(data, len(head), len(tail), height, width, label, mode)
+
+    def _start(self) -> None:
+        if self._partial.exists():
+            _refuse_foreign(self._partial)
+            _remove(self._partial)
+        self._partial.mkdir()
+        self._started = True
+
+    def _output(self) -> BinaryIO:
+        if self._file is None:
+            path = self._partial / shard_name(self._shard)
+            self._file = open(path, "r+b" if path.exists() else "w+b", buffering=1 << 20)  # noqa: SIM115
+        return self._file
+
+    def _count_in(self, data: bytes, head: int, tail: int, height: int, width: int, label: int, mode: int) -> None:
+        self._samples[self._count] = (self._end + head, len(data), label, self._shard, height, width, mode)
+        self._content.add(data, height=height, width=width, label=label)
+        self._count += 1
+        self._end += head + len(data) + tail
+        if self._count == self._ends[self._shard]:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        file = self._output()
+        file.seek(self._end)
+        file.write(END)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._file = None
+        index = index_file(self._first, self._samples[self._first : self._count])
+        _write(self._partial / index_name(self._shard), index)
+        self._shard, self._first, self._end = self._shard + 1, self._count, 0
+
+    def flush(self) -> None:
+        """Have every sample added so far on disk, so that `restore` will find it."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if self._started:
+            _sync_folder(self._partial)
+
+    def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
+        """Write tables, lists and sidecar and give the folder its name; `described` joins the sidecar returned."""
+        samples = self._samples[: self._count]
+        if not self._count:
+            raise ShardError(f"{self.path}: no samples to write")
+        if len(class_names) <= samples["label"].max():
+            raise ShardError(f"{self.path}: {len(class_names)} class names, but label {samples['label'].max()}")
+        if self._end:
+            self._close_shard()
+        table = io.BytesIO()
+        np.lib.format.write_array(table, samples, version=(1, 0), allow_pickle=False)
+        _write(self._partial / TABLE, table.getvalue())
+        (self._partial / NODES).mkdir(exist_ok=True)
+        for node in range(self.nodes):
+            _write(self._partial / NODES / node_name(node), node_list(node, self.nodes, self._shard))
+        _sync_folder(self._partial / NODES)
+        described_by = sidecar.build(
+            KIND,
+            self._content,
+            class_names=class_names,
+            metadata_hash=hashlib.sha256(table.getvalue()).hexdigest(),
+            described={
+                **described,
+                "shards": self._shard,
+                "nodes": self.nodes,
+                "node_samples": np.bincount(samples["shard"] % self.nodes, minlength=self.nodes).tolist(),
+            },
+        )
+        sidecar.write(self._partial / SIDECAR, described_by)
+        _sync_folder(self._partial)
+        self._put_in_place()
+        return described_by
+
+    def _check_replaceable(self) -> None:
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            raise ShardError(f"{self.path}: is not a folder: name one that is to hold the shards")
+        if self.path.is_dir() and (names := os.listdir(self.path)):
+            _refuse_foreign(self.path)
+            # The shards of anybody else may have the same names.
+            if TABLE not in names:
+                raise ShardError(f"{self.path}: holds {min(names)}, but no data set of ours: name another folder")
+
+    def _put_in_place(self) -> None:
+        self._check_replaceable()
+        if self.path.exists():
+            if not _exchange(self._partial, self.path):
+                _remove(self.path)
+                os.rename(self._partial, self.path)
+        else:
+            os.rename(self._partial, self.path)
+        _sync_folder(self.path.parent)
+        self._started = False
+        # After an exchange, what was replaced.
+        _remove(self._partial)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises ShardError where a folder that is to be replaced holds a file that no writer of shards has made."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name == NODES and entry.is_dir(follow_symlinks=False):
+            stranger = next((f"{NODES}/{name}" for name in os.listdir(entry) if not KNOWN_NODES.fullmatch(name)), None)
+        else:
+            known = KNOWN.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False)
+            stranger = None if known else entry.name
+        if stranger:
+            raise ShardError(f"{folder}: holds {stranger}, which is not of a data set: move it or name another folder")
+
+
+def _remove(folder: Path, kept: Container[str] = ()) -> None:
+    """Delete the files of a data set but those of the names `kept`, and the folder where nothing is left in it."""
+    if not folder.is_dir():
+        return
+    _refuse_foreign(folder)
+    for entry in list(os.scandir(folder)):
+        if entry.name == NODES:
+            for name in os.listdir(entry):
+                os.unlink(folder / NODES / name)
+            os.rmdir(entry)
+        elif entry.name not in kept:
+            os.unlink(entry)
+    if not kept:
+        os.rmdir(folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

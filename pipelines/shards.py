@@ -1,0 +1,303 @@
+"""Tar shards with tables beside them, read by index; see `shard_layout` for the files and `ShardWriter` for writing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeit.pipelines import sidecar
+from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.shard_layout import (
+    END,
+    KIND,
+    MAX_SHARDS,
+    MAX_SIZE,
+    NODES,
+    SAMPLE,
+    SIDECAR,
+    TABLE,
+    after,
+    before,
+    index_file,
+    index_name,
+    layout,
+    node_list,
+    node_name,
+    shard_name,
+)
+from fastdeit.pipelines.shard_writer import DEFAULT_SHARD_SIZE, ShardError, ShardWriter
+from fastdeit.pipelines.sidecar import SidecarError
+
+__all__ = ["DEFAULT_SHARD_SIZE", "ShardDataset", "ShardError", "ShardWriter"]
+
+_OPEN_SHARDS = 256  # at once; a process may have 1024 files by default
+
+
+class _File:
+    """A shard that is open, closed when the last thread that reads it has let go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.identity = _identity(os.fstat(self.descriptor))
+
+    def read(self, size: int, offset: int) -> np.ndarray:
+        """Bytes from `offset` on, (size,) uint8, or fewer where the file ends."""
+        data = np.empty(size, np.uint8)
+        done = 0
+        while done < size:
+            count = os.preadv(self.descriptor, [data[done:].data], offset + done)
+            if count == 0:
+                break
+            done += count
+        return data[:done]
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class ShardDataset:
+    """Random access to the images in a folder of tar shards that `ShardWriter` wrote; a `Dataset`.
+
+    path           the folder
+    height, width  (N,) int32, pixels
+    label          (N,) int64
+    shard          (N,) int64, which shard an image is in
+    offset, size   (N,) int64, where in its shard, bytes
+    class_names    of the sidecar, in the order of the labels; None without one
+    content_hash   of the sidecar; None without one
+    sidecar        as `sidecar` describes it; None without one
+    num_classes    length of class_names, or the largest label + 1
+
+    Tables and the sizes of the shards are checked when it is opened; raises ShardError naming file, sample and
+    reason. Shards are opened when they are first read, some hundreds at most at a time. What lies on disk is read,
+    never mapped: a shard that is cut short under its reader is an error too. Threads may share an object; pickled,
+    it is reopened by its path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._closed = False
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._read_table()
+        self._identities = [self._stat(shard, int(size)) for shard, size in enumerate(self._shard_bytes)]
+        self._read_sidecar()
+
+    def _error(self, reason: str, index: int | None = None, file: str = TABLE) -> ShardError:
+        where = f"{self.path / file}, sample {index}" if index is not None else str(self.path / file)
+        return ShardError(f"{where}: {reason}. Convert the data set again, or copy the folder again")
+
+    def _forbid(self, bad: np.ndarray, reason: str) -> None:
+        if bad.any():
+            raise self._error(reason, int(bad.argmax()))
+
+    def _read_table(self) -> None:
+        if not (self.path / TABLE).is_file():
+            raise ShardError(
+                f"{self.path}: is not a data set of fastdeit-convert: it has no {TABLE}. Convert what it holds"
+            )
+        samples, self._table_hash = self._load_table()
+        if len(samples) == 0:
+            raise self._error("it holds no samples")
+        shard = samples["shard"].astype(np.int64)
+        step = np.diff(shard, prepend=-1)
+        wrong = (step < 0) | (step > 1) | (shard >= MAX_SHARDS)
+        wrong[0] = step[0] != 1
+        self._forbid(wrong, "its shard is neither that of the sample before it nor the next one")
+        self._mode = samples["mode"].copy()
+        self._forbid(self._mode > RAW, "its mode is neither JPEG nor raw")
+        sides = np.stack([samples["height"], samples["width"]])
+        self._forbid(((sides == 0) | (sides > MAX_SIDE)).any(0), f"its height or width is 0 or above {MAX_SIDE}")
+        pixels = sides.astype(np.int64).prod(0) * 3
+        self._forbid((samples["size"] == 0) | (samples["size"] > MAX_SIZE), f"its size is 0 or above {MAX_SIZE} bytes")
+        wrong = (self._mode == RAW) & (samples["size"].astype(np.int64) != pixels)
+        self._forbid(wrong, "raw pixels do not have the size of its sides")
+        self._forbid(samples["label"] < 0, "its label is negative")
+        # No sum of so few, so small sizes can overflow; what follows from them needs no other check.
+        offset, self._shard_bytes = layout(samples)
+        self._forbid(samples["offset"].astype(np.int64) != offset, "its place is not behind the sample before it")
+        self.shard, self.offset, self.size = shard, offset, samples["size"].astype(np.int64)
+        self.height, self.width = samples["height"].astype(np.int32), samples["width"].astype(np.int32)
+        self.label = samples["label"].astype(np.int64)
+        self._first = np.flatnonzero(step)
+        for array in (self.shard, self.offset, self.size, self.height, self.width, self.label):
+            array.setflags(write=False)
+
+    def _load_table(self) -> tuple[np.ndarray, str]:
+        """The records of all samples, (N,) SAMPLE, and the sha256 of their file."""
+        with open(self.path / TABLE, "rb") as file:
+            try:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            # numpy evaluates the header as Python literals, which raises almost anything where it is damaged.
+            except Exception as error:
+                raise self._error(f"it is not a table of numpy ({type(error).__name__}: {error})") from error
+            start = file.tell()
+            length = os.fstat(file.fileno()).st_size - start
+            if dtype != SAMPLE or shape != (length // SAMPLE.itemsize,) or length % SAMPLE.itemsize:
+                raise self._error(f"{length} bytes are not a table of {shape} samples, {SAMPLE.itemsize} bytes each")
+            file.seek(0)
+            data = file.read(start + length)
+        return np.frombuffer(data, SAMPLE, offset=start), hashlib.sha256(data).hexdigest()
+
+    def _stat(self, shard: int, size: int) -> tuple[int, int, int, int]:
+        name = shard_name(shard)
+        try:
+            status = os.stat(self.path / name)
+        except FileNotFoundError as error:
+            raise self._error("it is missing", file=name) from error
+        if status.st_size != size:
+            raise self._error(f"it has {status.st_size} bytes instead of {size}", file=name)
+        return _identity(status)
+
+    def _read_sidecar(self) -> None:
+        self.class_names: list[str] | None = None
+        self.content_hash: str | None = None
+        self.sidecar: dict[str, Any] | None = None
+        self.num_classes = int(self.label.max()) + 1
+        path = self.path / SIDECAR
+        if not path.exists():
+            return
+        self.sidecar = sidecar.read(
+            path, kind=KIND, num_samples=len(self), num_classes=self.num_classes, metadata_hash=self._table_hash
+        )
+        self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
+        self.num_classes = len(self.sidecar["class_names"])
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
+
+    def is_jpeg(self, index: int) -> bool:
+        """Whether sample `index` is stored as a JPEG file; if not, as raw RGB (height, width, 3)."""
+        self._check_index(index)
+        return bool(self._mode[index] == JPEG)
+
+    def read(self, index: int) -> np.ndarray:
+        """Stored bytes of sample `index`: (size,) uint8, read-only.
+
+        Raises IndexError for an index outside the data set, ShardError where its shard was changed, ValueError
+        after `close`.
+        """
+        self._check_index(index)
+        shard, size = int(self.shard[index]), int(self.size[index])
+        file = self._open(shard, index)
+        try:
+            data = file.read(size, int(self.offset[index]))
+        except OSError as error:
+            raise self._error(f"it cannot be read ({error.strerror})", index, shard_name(shard)) from error
+        if len(data) != size:
+            reason = f"the shard was cut short since it was opened: {len(data)} of {size} bytes are left"
+            raise self._error(reason, index, shard_name(shard))
+        data.setflags(write=False)
+        return data
+
+    def _open(self, shard: int, index: int) -> _File:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self.path}: sample {index} asked for after the data set was closed")
+            file = self._files.get(shard)
+            if file is None:
+                name = shard_name(shard)
+                try:
+                    file = _File(self.path / name)
+                except OSError as error:
+                    raise self._error(f"it cannot be opened ({error.strerror})", index, name) from error
+                if file.identity != self._identities[shard]:
+                    raise self._error("it was changed or replaced since the data set was opened", index, name)
+                self._files[shard] = file
+                if len(self._files) > _OPEN_SHARDS:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(shard)
+            return file
+
+    def check(self) -> list[str]:
+        """What is wrong with the files outside of the samples' own bytes, a sentence each; empty: nothing.
+
+        Reads every tar header, label, index and list, and compares it with what the table says was written.
+        """
+        try:
+            again = ShardDataset(self.path)
+            samples, table_hash = self._load_table()
+        except (OSError, ShardError, SidecarError) as error:
+            return [str(error)]
+        if table_hash != self._table_hash or again.sidecar != self.sidecar:
+            return [f"{self.path}: {TABLE} or {SIDECAR} was changed since the data set was opened"]
+        ends = np.append(self._first, len(self)).tolist()
+        found = []
+        for shard, (first, end) in enumerate(pairwise(ends)):
+            found += self._check_shard(shard, first, samples[first:end])
+        return found + self._check_strays() + self._check_nodes()
+
+    def _check_shard(self, shard: int, first: int, samples: np.ndarray) -> list[str]:
+        try:
+            file = self._open(shard, first)
+        except ShardError as error:
+            return [str(error)]
+        path, found = self.path / shard_name(shard), []
+        for index, (offset, size, label, _, height, width, mode) in enumerate(samples.tolist(), first):
+            head = before(index, size=size, height=height, width=width, mode=mode)
+            tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
+            if file.read(len(head), offset - len(head)).tobytes() != head:
+                found.append(f"{path}, sample {index}: the header before its bytes is not what was written")
+            if file.read(len(tail), offset + size).tobytes() != tail:
+                found.append(f"{path}, sample {index}: the label or padding after its bytes is not what was written")
+        if file.read(len(END) + 1, int(self._shard_bytes[shard]) - len(END)).tobytes() != END:
+            found.append(f"{path}: it does not end in two blocks of zeros")
+        return found + self._compare(index_name(shard), index_file(first, samples))
+
+    def _check_strays(self) -> list[str]:
+        known = {name for shard in range(len(self._first)) for name in (shard_name(shard), index_name(shard))}
+        stray = sorted(name for name in os.listdir(self.path) if name.startswith("shard-") and name not in known)
+        return [f"{self.path / name}: it is not of this data set; remove it, or others will read it" for name in stray]
+
+    def _check_nodes(self) -> list[str]:
+        if self.sidecar is None:
+            return []
+        folder, nodes = self.path / NODES, self.sidecar.get("nodes")
+        names = set(os.listdir(folder)) if folder.is_dir() else set()
+        # The folder bounds the loop, whatever number the sidecar holds.
+        if nodes != len(names) or names != {node_name(node) for node in range(len(names))}:
+            return [f"{folder}: it does not hold the lists of {nodes} nodes and nothing else"]
+        found = []
+        for node in range(len(names)):
+            found += self._compare(f"{NODES}/{node_name(node)}", node_list(node, len(names), len(self._first)))
+        return found
+
+    def _compare(self, name: str, expected: bytes) -> list[str]:
+        try:
+            if (self.path / name).read_bytes() == expected:
+                return []
+        except OSError as error:
+            return [f"{self.path / name}: it cannot be read ({error.strerror})"]
+        return [f"{self.path / name}: it is not what was written"]
+
+    def close(self) -> None:
+        """Let go of the shards; each is closed with the last read that is under way."""
+        with self._lock:
+            self._closed = True
+            self._files.clear()
+
+    def __enter__(self) -> ShardDataset:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[ShardDataset], tuple[Path]]:
+        return ShardDataset, (self.path,)
