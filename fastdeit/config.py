@@ -45,7 +45,7 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    train: Path | None = None  # .beton written by fastdeit-convert
+    train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
     loader: Literal["auto", "ffcv", "torch"] = "auto"  # auto: ffcv where installed, else torch, announced
     threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use

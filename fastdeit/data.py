@@ -14,7 +14,8 @@ import torch
 from fastdeit.cli import UserError
 from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.distributed import World
-from fastdeit.pipelines.beton import BetonDataset
+from fastdeit.pipelines import dataset as datasets
+from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.draw import PlanDrawer, Policy
 from fastdeit.pipelines.host.stage import Batch, HostStage
 from fastdeit.pipelines.loading import open_loader
@@ -39,13 +40,13 @@ class TrainBatch:
     fallbacks: list[int]
 
 
-def open_dataset(path: Path | None, option: str) -> BetonDataset:
-    """The data set at `path`. Raises UserError where it is not given or not there."""
+def open_dataset(path: Path | None, option: str) -> Dataset:
+    """The data set at `path`, a .beton file or a folder of shards. Raises UserError where it is not given or there."""
     if path is None:
-        raise UserError(f"no data set: give --{option} FILE.beton (fastdeit-convert makes one)")
-    if not path.is_file():
-        raise UserError(f"--{option} {path}: there is no such file (fastdeit-convert makes one)")
-    return BetonDataset(path)
+        raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
+    if not path.exists():
+        raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)")
+    return datasets.open_dataset(path)
 
 
 def check_class_names(one: str, names: list[str] | None, other: str, others: list[str] | None) -> None:
@@ -86,7 +87,7 @@ def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Pol
 
 
 def _open(
-    recipe: Recipe, dataset: BetonDataset, order: Order, world: World, dtype: torch.dtype
+    recipe: Recipe, dataset: Dataset, order: Order, world: World, dtype: torch.dtype
 ) -> tuple[ThreadPoolExecutor, ThreadedLoader, HostStage]:
     """A pool of this process's threads, and the loader and the stage that share it."""
     threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
@@ -103,7 +104,7 @@ class TrainingData:
     `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them.
     """
 
-    def __init__(self, recipe: Recipe, dataset: BetonDataset, world: World, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, world: World, dtype: torch.dtype = torch.float32) -> None:
         d = recipe.departures
         dropped = d.single_process_repeats == "dropped" and world.size == 1
         self.repeats = 1 if dropped else recipe.data.repeats
@@ -156,7 +157,7 @@ class EvaluationData:
     `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read.
     """
 
-    def __init__(self, recipe: Recipe, dataset: BetonDataset, world: World) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, world: World) -> None:
         self.replicate = recipe.departures.eval_sharding == "replicate"
         self.order = EvalOrder(
             len(dataset),

@@ -22,7 +22,6 @@ from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.evaluation import Scores
 from fastdeit.model import build_model
-from fastdeit.pipelines.beton import BetonDataset
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.plan import CUTMIX, OPS
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
@@ -130,7 +129,7 @@ def demo(folder: Path) -> None:
         for split in ("train", "val"):
             convert(str(folder / "images" / split), folder / f"{split}.beton", mode="auto")
     for split in ("train", "val"):
-        BetonDataset(folder / f"{split}.beton").close()
+        open_dataset(folder / f"{split}.beton", f"data.{split}").close()
 
     print("\n== teacher: a small convnet ==")
     teacher_scores, teacher = _train(teacher_recipe(folder))

@@ -19,7 +19,7 @@ class Options:
     """Top-1, top-5 and loss of every head of a checkpoint; ImageNet-ReaL's accuracy where VAL holds its labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
-    val: Annotated[Path, tyro.conf.Positional]  # .beton written by fastdeit-convert
+    val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
     recipe: str | None = None  # needed where the checkpoint does not hold its own, e.g. deit_small_distilled
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too where the checkpoint has it
     img_size: int | None = None  # resolution, where it is not the recipe's; the position embedding is resized

@@ -32,7 +32,7 @@ from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
-from fastdeit.pipelines.beton import BetonDataset
+from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import resolve
 from fastdeit.resume import restore, snapshot, write_recipe
@@ -86,7 +86,7 @@ class Trainer:
         self.student: torch.nn.Module = self.model
         self.last_scores: dict[str, Scores] = {}
 
-    def _check_label_range(self, data_set: BetonDataset) -> None:
+    def _check_label_range(self, data_set: Dataset) -> None:
         if self.num_classes < data_set.num_classes:
             raise UserError(
                 f"the model has {self.num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
