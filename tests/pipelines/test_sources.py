@@ -10,7 +10,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from fastdeit.pipelines.sources import Idx, SourceError, open_source, read_class_names
+from fastdeit.pipelines.sources import SourceError, open_source, read_class_names
+from fastdeit.pipelines.sources.idx import Idx
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # as Debian's dataset-fashion-mnist installs it
 

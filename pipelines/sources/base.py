@@ -1,0 +1,62 @@
+"""What every source of images offers, and how it fails."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+# torchvision.datasets.folder.IMG_EXTENSIONS
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class SourceError(ValueError):
+    """A source that cannot be opened or read; says which file or sample, why, and what to do."""
+
+
+class SampleError(ValueError):
+    """A single sample that cannot be used, while the rest of its source can; says which, why, and what to do."""
+
+
+class Source(Protocol):
+    """Labelled images by index.
+
+    class_names  in the order of the labels; None where the source knows only numbers
+    in_memory    whether the samples are held in memory, so that other processes would need a copy
+    """
+
+    @property
+    def class_names(self) -> list[str] | None: ...
+
+    @property
+    def in_memory(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the source is and what it left out, for the sidecar and the report."""
+        ...
+
+    def name(self, index: int) -> str:
+        """A name of sample `index`, from the index alone: a file, `archive.tar:member`, `file.parquet[row]`."""
+        ...
+
+    def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int, str]:
+        """Image (a file's bytes, or decoded), label, and a name for messages.
+
+        Raises SampleError or OSError where this sample is bad, SourceError where the source is.
+        """
+        ...
+
+
+def check_class_names(names: list[str], where: str) -> list[str]:
+    """`names` itself. Raises SourceError, which says `where`, unless each is there and named once."""
+    if not names:
+        raise SourceError(f"{where}: no class names")
+    seen: set[str] = set()
+    for line, name in enumerate(names, 1):
+        if not name or name in seen:
+            raise SourceError(f"{where}, line {line}: " + (f"'{name}' is there twice" if name else "empty"))
+        seen.add(name)
+    return names

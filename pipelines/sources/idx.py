@@ -1,0 +1,90 @@
+"""The MNIST family's IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeit.pipelines.sources.base import SourceError
+
+
+class Idx:
+    """Images and labels of the MNIST family's IDX files, plain or gzipped.
+
+    Format: http://yann.lecun.com/exdb/mnist, two zero bytes, element type (8: unsigned byte), number of
+    dimensions, then each dimension as a big-endian uint32. Classes are named by their digits unless named.
+    """
+
+    in_memory = True
+
+    def __init__(self, images: Path, class_names: list[str] | None = None) -> None:
+        self.images = images
+        self.labels = _labels_file(images)
+        self._pixels = read_idx(images, 3)
+        self._label = read_idx(self.labels, 1)
+        if len(self._pixels) != len(self._label):
+            raise SourceError(f"{images}: {len(self._pixels)} images, but {len(self._label)} labels in {self.labels}")
+        if not self._pixels.size:
+            raise SourceError(f"{images}: holds no pixels")
+        self.class_names = class_names or [str(i) for i in range(int(self._label.max()) + 1)]
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "idx", "images": str(self.images), "labels": str(self.labels)}
+
+    def name(self, index: int) -> str:
+        return f"{self.images}[{index}]"
+
+    def read(self, index: int) -> tuple[np.ndarray, int, str]:
+        return self._pixels[index], int(self._label[index]), self.name(index)
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes. Raises SourceError for another format or a truncated file."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: truncated or damaged ({error}). Fetch it again") from error
+    start = 4 + 4 * dimensions
+    if len(data) < start or data[:4] != bytes([0, 0, 8, dimensions]):
+        raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension(s)")
+    shape = [int(n) for n in np.frombuffer(data[4:start], ">u4")]
+    expected = start + math.prod(shape)
+    if len(data) != expected:
+        raise SourceError(f"{path}: {len(data)} bytes, but its header announces {expected}. Fetch it again")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _labels_file(images: Path) -> Path:
+    stem = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    for suffix in (".gz", "") if images.suffix == ".gz" else ("", ".gz"):
+        if (path := images.with_name(stem + suffix)).is_file():
+            return path
+    raise SourceError(f"{images}: its labels, {stem} or {stem}.gz, do not lie beside it")
+
+
+def is_idx(path: Path) -> bool:
+    return "images" in path.name and path.name.removesuffix(".gz").endswith(("idx3-ubyte", "idx3"))
+
+
+def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | None) -> Idx:
+    words = {"train": ("train",), "test": ("t10k", "test")}.get(split or "")
+    if words is None:
+        raise SourceError(f"{folder}: holds IDX files: choose --split train or --split test")
+    found = sorted(path for path in folder.iterdir() if is_idx(path) and any(w in path.name for w in words))
+    # Of a plain file and its gzipped twin, the plain one.
+    stems = {path.name.removesuffix(".gz"): path for path in reversed(found)}
+    if len(stems) != 1:
+        names = ", ".join(sorted(stems)) or "none"
+        raise SourceError(
+            f"{folder}: one images file is needed for split {split}; found: {names}. Name the file itself"
+        )
+    return Idx(next(iter(stems.values())), class_names)

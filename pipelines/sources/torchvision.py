@@ -1,0 +1,88 @@
+"""Classification data sets of torchvision's."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import operator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastdeit.pipelines.sources.base import SourceError
+
+
+class Torchvision:
+    """A classification data set of torchvision's that lies on disk; nothing is downloaded.
+
+    Images that torchvision reads from files are taken as those files where it lets us choose the loader, and as
+    it decoded them elsewhere. `split` is what its constructor calls `split` or `train` (train, test); None: the
+    constructor's own default.
+    """
+
+    def __init__(self, name: str, root: str, split: str | None = None, class_names: list[str] | None = None) -> None:
+        self._arguments = (name, root, split, class_names)  # to open it again in another process
+        self._text = f"torchvision:{name}:{root}"
+        import torch
+        from torchvision import datasets
+
+        kind = getattr(datasets, name, None)
+        if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset)):
+            near = difflib.get_close_matches(name, datasets.__all__, n=3, cutoff=0.4)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise SourceError(f"{self._text}: torchvision has no data set named '{name}'{hint}")
+        self._options = self._constructor_options(kind, split)
+        try:
+            self._data: Any = kind(root, **self._options)
+        except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
+            raise SourceError(
+                f"{self._text}: torchvision does not find or open it there ({error}). "
+                f"Nothing is downloaded here: put the data set in place first"
+            ) from error
+        if hasattr(self._data, "loader"):
+            self._data.loader = Path
+        self.in_memory = isinstance(getattr(self._data, "data", None), (np.ndarray, torch.Tensor))
+        own = getattr(self._data, "classes", None) or getattr(self._data, "categories", None)
+        self.class_names = class_names or (own and [n if isinstance(n, str) else ", ".join(n) for n in own])
+
+    def _constructor_options(self, kind: type, split: str | None) -> dict[str, Any]:
+        parameters = inspect.signature(kind).parameters
+        options: dict[str, Any] = {"download": False} if "download" in parameters else {}
+        if split is None:
+            return options
+        if "split" in parameters:
+            return {**options, "split": split}
+        if "train" in parameters and split in ("train", "test"):
+            return {**options, "train": split == "train"}
+        known = "only train and test" if "train" in parameters else "no splits"
+        raise SourceError(f"{self._text}: it has {known}, not '{split}'")
+
+    def __reduce__(self) -> tuple[type[Torchvision], tuple[Any, ...]]:
+        return Torchvision, self._arguments
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def describe(self) -> dict[str, Any]:
+        name, root, split, _ = self._arguments
+        return {"kind": "torchvision", "name": name, "path": root, "split": split}
+
+    def name(self, index: int) -> str:
+        return f"{self._text}[{index}]"
+
+    def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int, str]:
+        name = self.name(index)
+        sample = self._data[index]
+        try:
+            image, target = sample
+            label = operator.index(target)
+        except (TypeError, ValueError) as error:
+            raise SourceError(f"{name}: not an image and the number of a class: it cannot be converted") from error
+        file = image if isinstance(image, Path) else getattr(image, "filename", None)
+        if file:
+            return Path(file).read_bytes(), label, str(file)
+        if not isinstance(image, (Image.Image, np.ndarray)):
+            raise SourceError(f"{name}: holds a {type(image).__name__}, not an image: it cannot be converted")
+        return image, label, name
