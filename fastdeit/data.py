@@ -41,7 +41,10 @@ class TrainBatch:
 
 
 def open_dataset(path: Path | None, option: str) -> Dataset:
-    """The data set at `path`, a .beton file or a folder of shards. Raises UserError where it is not given or there."""
+    """The data set at `path`: a .beton file or a folder of shards.
+
+    Raises UserError where it is not given or not there, ValueError where it is damaged or of another kind.
+    """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
     if not path.exists():

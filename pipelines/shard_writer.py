@@ -124,6 +124,7 @@ class ShardWriter:
             kept.add(shard_name(self._shard))
             os.truncate(self._partial / shard_name(self._shard), self._end)
         _remove(self._partial, kept)
+        self._started = bool(kept)
         return self._count
 
     def _take_up(self, record: Record) -> bool:

@@ -273,16 +273,25 @@ def test_an_interrupted_writer_is_taken_up(made, samples, tmp_path, done):
     assert files(path) == files(made)
 
 
-def test_what_is_damaged_is_not_taken_up(made, samples, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "place", "left"),
+    [
+        ("shard-000000.tar", 3, 0),  # the name in the first header
+        ("shard-000001.tar", 512 + 10, 3),  # the file of sample 3
+        ("shard-000003.tar", -1025, 10),  # the padding of the last label
+        ("shard-000003.tar", -1, 11),  # the end, which is written again
+        ("shard-000002.idx", 0, 11),  # as is the index
+    ],
+)
+def test_what_is_damaged_is_not_taken_up(made, samples, tmp_path, name, place, left):
     path = tmp_path / "train"
     partial = shutil.copytree(made, tmp_path / "train.partial")
-    with open(partial / "shard-000001.tar", "r+b") as file:
-        file.seek(512 + 10)  # in the file of sample 3
-        file.write(b"\0\1\2")
+    with open(partial / name, "r+b") as file:
+        file.seek(place, os.SEEK_SET if place >= 0 else os.SEEK_END)
+        file.write(b"\1")
     with ShardWriter(path, 11, shard_size=3, nodes=2) as writer:
-        assert writer.restore(record(*sample) for sample in samples) == 3
-        assert sorted(files(partial)) == ["shard-000000.idx", "shard-000000.tar"]
-        for data, described in samples[3:]:
+        assert writer.restore(record(*sample) for sample in samples) == left
+        for data, described in samples[left:]:
             writer.add(data, **described)
         writer.finish(class_names=NAMES, source={"kind": "test"})
     assert files(path) == files(made)
