@@ -132,9 +132,7 @@ class ShardWriter:
         height, width, label, mode, size = record.height, record.width, record.label, record.mode, record.size
         head = before(self._count, size=size, height=height, width=width, mode=mode)
         tail = after(self._count, size=size, height=height, width=width, mode=mode, label=label)
-        file = self._output()
-        file.seek(self._end)
-        stored = file.read(len(head) + size + len(tail))
+        stored = self._output().read(len(head) + size + len(tail))
         data = stored[len(head) : len(head) + size]
         if stored != head + data + tail or binascii.crc32(data) != record.crc32:
             return False
@@ -162,9 +160,7 @@ class ShardWriter:
             self._start()
         head = before(index, size=size, height=height, width=width, mode=mode)
         tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
-        file = self._output()
-        file.seek(self._end)
-        file.writelines((head, data, tail))
+        self._output().writelines((head, data, tail))
         self._count_in(data, len(head), len(tail), height, width, label, mode)
 
     def _start(self) -> None:
@@ -178,6 +174,7 @@ class ShardWriter:
         if self._file is None:
             path = self._partial / shard_name(self._shard)
             self._file = open(path, "r+b" if path.exists() else "w+b", buffering=1 << 20)  # noqa: SIM115
+            self._file.seek(self._end)
         return self._file
 
     def _count_in(self, data: bytes, head: int, tail: int, height: int, width: int, label: int, mode: int) -> None:
@@ -190,7 +187,6 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         file = self._output()
-        file.seek(self._end)
         file.write(END)
         file.truncate()
         file.flush()
@@ -253,14 +249,14 @@ class ShardWriter:
 
     def _put_in_place(self) -> None:
         self._check_replaceable()
-        if self.path.exists():
-            if not _exchange(self._partial, self.path):
-                _remove(self.path)
-                os.rename(self._partial, self.path)
-        else:
+        # All that was written is complete: an interrupt from here on must not have it removed.
+        self._started = False
+        if not self.path.exists():
+            os.rename(self._partial, self.path)
+        elif not _exchange(self._partial, self.path):
+            _remove(self.path)
             os.rename(self._partial, self.path)
         _sync_folder(self.path.parent)
-        self._started = False
         # After an exchange, what was replaced.
         _remove(self._partial)
 

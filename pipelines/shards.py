@@ -236,8 +236,9 @@ class ShardDataset:
             samples, table_hash = self._load_table()
         except (OSError, ShardError, SidecarError) as error:
             return [str(error)]
-        if table_hash != self._table_hash or again.sidecar != self.sidecar:
-            return [f"{self.path}: {TABLE} or {SIDECAR} was changed since the data set was opened"]
+        now, then = (table_hash, again.sidecar, again._identities), (self._table_hash, self.sidecar, self._identities)
+        if now != then:
+            return [f"{self.path}: it was changed or replaced since the data set was opened"]
         ends = np.append(self._first, len(self)).tolist()
         found = []
         for shard, (first, end) in enumerate(pairwise(ends)):
