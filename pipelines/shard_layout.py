@@ -107,14 +107,18 @@ def layout(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return offset, np.diff(np.append(shard_start, end[-1])) + len(END)
 
 
-def shard_sizes(capacity: int, shard_size: int, nodes: int) -> np.ndarray:
-    """Samples of every shard, (S,) int64: a multiple of `nodes` shards of at most `shard_size`.
-
-    The first ones hold one more than the last where they cannot all be equal, so that no node has more than one
-    sample above another.
-    """
+def shard_count(capacity: int, shard_size: int, nodes: int) -> int:
+    """How many shards of at most `shard_size` samples hold `capacity`: the fewest that are a multiple of `nodes`."""
     shards = -(-capacity // shard_size)
-    shards += -shards % nodes
+    return shards + -shards % nodes
+
+
+def shard_sizes(capacity: int, shards: int) -> np.ndarray:
+    """Samples of every shard, (S,) int64.
+
+    The first ones hold one more than the last where they cannot all be equal, so that of nodes that take shards in
+    turn none has more than one sample above another.
+    """
     return capacity // shards + (np.arange(shards) < capacity % shards)
 
 

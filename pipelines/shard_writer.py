@@ -35,6 +35,7 @@ from fastdeit.pipelines.shard_layout import (
     index_name,
     node_list,
     node_name,
+    shard_count,
     shard_name,
     shard_sizes,
 )
@@ -77,14 +78,14 @@ class ShardWriter:
             raise ShardError(f"{self.path}: shards of {shard_size} samples for {nodes} nodes: give 1 or more of both")
         if self.path.name in ("", ".."):
             raise ShardError(f"{self.path}: give the folder to write a name, e.g. {self.path / 'train'}")
-        shards = -(-capacity // shard_size)
-        if (shards := shards + -shards % nodes) > min(capacity, MAX_SHARDS):
+        shards = shard_count(capacity, shard_size, nodes)
+        if shards > min(capacity, MAX_SHARDS):
             raise ShardError(
                 f"{self.path}: {capacity} samples cannot be {shards} shards, a multiple of {nodes} nodes "
                 f"({MAX_SHARDS:,} are the most). Give a larger --shard-size or fewer --nodes"
             )
         self.nodes = nodes
-        self._ends = np.cumsum(shard_sizes(capacity, shard_size, nodes))
+        self._ends = np.cumsum(shard_sizes(capacity, shards))
         self._samples = np.zeros(capacity, SAMPLE)
         self._content = ContentHash()
         self._count = self._shard = self._first = self._end = 0
@@ -109,7 +110,7 @@ class ShardWriter:
 
     def restore(self, records: Iterable[Record]) -> int:
         """Take up what an interrupted writer of the same options left; see `Writer`."""
-        if not self._partial.is_dir():
+        if not os.path.lexists(self._partial):
             return 0
         _refuse_foreign(self._partial)
         self._started = True
@@ -164,9 +165,7 @@ class ShardWriter:
         self._count_in(data, len(head), len(tail), height, width, label, mode)
 
     def _start(self) -> None:
-        if self._partial.exists():
-            _refuse_foreign(self._partial)
-            _remove(self._partial)
+        _remove(self._partial)
         self._partial.mkdir()
         self._started = True
 
@@ -239,13 +238,13 @@ class ShardWriter:
         return described_by
 
     def _check_replaceable(self) -> None:
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise ShardError(f"{self.path}: is not a folder: name one that is to hold the shards")
-        if self.path.is_dir() and (names := os.listdir(self.path)):
-            _refuse_foreign(self.path)
-            # The shards of anybody else may have the same names.
-            if TABLE not in names:
-                raise ShardError(f"{self.path}: holds {min(names)}, but no data set of ours: name another folder")
+        if not os.path.lexists(self.path):
+            return
+        _refuse_foreign(self.path)
+        names = os.listdir(self.path)
+        # The shards of anybody else may have the same names.
+        if names and TABLE not in names:
+            raise ShardError(f"{self.path}: holds {min(names)} but no {TABLE}, so it is not ours: name another folder")
 
     def _put_in_place(self) -> None:
         self._check_replaceable()
@@ -262,7 +261,9 @@ class ShardWriter:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises ShardError where a folder that is to be replaced holds a file that no writer of shards has made."""
+    """Raises ShardError where what is to be replaced is no folder, or holds a file that no writer of shards makes."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ShardError(f"{folder}: is not a folder: move it away or name another")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name == NODES and entry.is_dir(follow_symlinks=False):
             stranger = next((f"{NODES}/{name}" for name in os.listdir(entry) if not KNOWN_NODES.fullmatch(name)), None)
@@ -274,8 +275,11 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove(folder: Path, kept: Container[str] = ()) -> None:
-    """Delete the files of a data set but those of the names `kept`, and the folder where nothing is left in it."""
-    if not folder.is_dir():
+    """Delete the files of a data set but those of the names `kept`, and the folder where nothing is left in it.
+
+    Raises ShardError as `_refuse_foreign`, before anything is deleted.
+    """
+    if not os.path.lexists(folder):
         return
     _refuse_foreign(folder)
     for entry in list(os.scandir(folder)):

@@ -189,7 +189,7 @@ def test_files_of_others_are_not_touched(samples, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "shard-000000.tar").write_bytes(b"somebody's")
-    with pytest.raises(ShardError, match=r"other: holds shard-000000\.tar, but no data set"):
+    with pytest.raises(ShardError, match=r"other: holds shard-000000\.tar but no samples\.npy"):
         ShardWriter(other, 1)
     partial = tmp_path / "new.partial"
     (partial / "nodes").mkdir(parents=True)
@@ -205,6 +205,12 @@ def test_files_of_others_are_not_touched(samples, tmp_path):
     for name in ("file", "link"):
         with pytest.raises(ShardError, match="is not a folder"):
             ShardWriter(tmp_path / name, 1)
+        (tmp_path / f"of-{name}.partial").symlink_to(tmp_path / name)
+        with (
+            ShardWriter(tmp_path / f"of-{name}", 1) as writer,
+            pytest.raises(ShardError, match=r"\.partial: is not a folder"),
+        ):
+            writer.restore([])
 
 
 def test_what_cannot_be_stored_is_said(tmp_path):
