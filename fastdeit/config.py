@@ -141,6 +141,7 @@ class RunConfig:
     resume_changed: bool = False  # resume although the recipe differs; the run is then another than either
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of student, teacher and loss; auto: on a GPU
     eval_every: int = 1  # epochs
     eval_batch: int = 256
     checkpoint_every: int = 0  # steps; 0: at the end of each epoch only

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # resumed with other values.
 FREE = {
     "run": {
-        "output", "resume", "resume_changed", "device", "precision", "eval_every", "eval_batch", "checkpoint_every",
-        "keep_checkpoints", "log_every", "tensorboard", "progress",
+        "output", "resume", "resume_changed", "device", "precision", "compile", "eval_every", "eval_batch",
+        "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
     "data": {"train", "val", "loader", "threads", "prefetch"},
     "model": {"init"},
@@ -33,6 +33,7 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "data.train": trainer.train_set.content_hash,
         "data.loader": trainer.data.loader.name,
         "run.precision": trainer.precision.name,
+        "run.compile": trainer.compiled,
         "teacher.checkpoint": _teacher(trainer),
         "model.init (given or not)": trainer.recipe.model.init is not None,
         "repeats": trainer.data.repeats,

@@ -39,6 +39,8 @@ from fastdeit.resume import restore, snapshot, write_recipe
 from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights
 
+COMPILER = "inductor"  # torch.compile's own name of its default backend
+
 
 class NonFiniteLoss(UserError):
     """The loss became infinite or NaN; the message says at which step and where the batch was saved."""
@@ -78,6 +80,9 @@ class Trainer:
         self.objective = build_objective(recipe.objective, recipe.model.distilled, d)
         self.labels = self._open_labels()
         self.teacher = self._build_teacher()
+        self.compiled = run.compile == "on" or (run.compile == "auto" and world.device.type == "cuda")
+        if self.compiled:
+            self._compile()
         self.optimizer = build_optimizer(self.model, recipe)
         self.ema = Ema(self.model, recipe.ema.decay) if recipe.ema.enabled else None
         self.scaler = torch.amp.GradScaler(world.device.type) if self.precision.name == "fp16" else None
@@ -92,6 +97,13 @@ class Trainer:
                 f"the model has {self.num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
                 f"set --model.num_classes {data_set.num_classes}"
             )
+
+    def _compile(self) -> None:
+        """Have torch.compile make one graph each of student, teacher and loss; parameters keep their names."""
+        self.model.compile(backend=COMPILER)
+        if self.teacher is not None:
+            self.teacher.network.compile(backend=COMPILER)
+        self.objective = torch.compile(self.objective, backend=COMPILER)
 
     def _open_labels(self) -> LabelCache | None:
         """The teacher's labels where they were made beforehand."""
@@ -166,6 +178,7 @@ class Trainer:
             world=self.world.size,
             device=str(self.world.device),
             precision=self.precision.name,
+            compiled=self.compiled,
             loader=self.data.loader.name,
             steps_per_epoch=self.data.steps,
             parameters=parameters,
@@ -174,6 +187,7 @@ class Trainer:
             f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {self.num_classes} classes, "
             f"{len(self.train_set)} images, {self.data.steps} steps of {recipe.run.global_batch} an epoch, "
             f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
+            f"{', compiled' if self.compiled else ''}"
         )
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
         if self.labels is not None:

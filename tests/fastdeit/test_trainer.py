@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 
-from fastdeit import checkpoint
+from fastdeit import checkpoint, trainer
 from fastdeit.cli import UserError
 from fastdeit.distributed import world
 from fastdeit.networks import build_network
@@ -59,6 +60,32 @@ def test_accumulation_keeps_the_global_batch(tiny, events):
     a, b = ([e["loss"] for e in events(r.run.output, "train")] for r in (whole, parts))
     assert a == pytest.approx(b, rel=1e-5)
     assert a[0] != a[1]
+
+
+def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoint, monkeypatch):
+    """aot_eager traces forward and backward as the default backend does, and then runs PyTorch's own ops."""
+    monkeypatch.setattr(trainer, "COMPILER", "aot_eager")
+    runs = [
+        tiny(
+            model={"drop_path": 0.2},
+            objective={"distillation": "hard"},
+            teacher={"name": "resnet10t", "checkpoint": teacher_checkpoint},
+            run={"output": tiny().run.output / compile, "compile": compile, "eval_every": 2},
+        )
+        for compile in ("off", "on")
+    ]
+    train(runs[0])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(runs[1])
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    # Student and teacher in training, loss, and the student once more where it is evaluated, with batches of two sizes.
+    assert counters["stats"]["unique_graphs"] <= 5
+    a, b = (newest(r)["model"] for r in runs)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(UserError, match=r"another run.compile"):
+        train(dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, compile="off")))
 
 
 def test_same_seed_same_weights_other_seed_others(tiny):
