@@ -9,6 +9,7 @@ from PIL import Image
 
 # torchvision.datasets.folder.IMG_EXTENSIONS
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class SourceError(ValueError):
@@ -60,3 +61,19 @@ def check_class_names(names: list[str], where: str) -> list[str]:
             raise SourceError(f"{where}, line {line}: " + (f"'{name}' is there twice" if name else "empty"))
         seen.add(name)
     return names
+
+
+def class_labels(found: list[str], class_names: list[str] | None, where: str) -> dict[str, int]:
+    """The label of every class by its name: in the order of `class_names`, or sorted where there are none.
+
+    `found` are the classes that have images. Raises SourceError, which says `where`, for one that is not listed.
+    """
+    label = {name: i for i, name in enumerate(class_names or sorted(found))}
+    for name in found:
+        if name not in label:
+            raise SourceError(f"{where}: class '{name}' is not in the list of class names")
+    return label
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)

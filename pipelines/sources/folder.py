@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeit.pipelines.sources.base import IMG_EXTENSIONS, SourceError
-
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+from fastdeit.pipelines.sources.base import SPLITS, SourceError, class_labels, is_image
 
 
 class ImageFolder:
@@ -27,13 +25,10 @@ class ImageFolder:
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not folders:
             raise SourceError(f"{root}: no class folders in it, one folder of images for each class")
-        if all(name.lower() in _SPLITS for name in folders):
+        if all(name.lower() in SPLITS for name in folders):
             raise SourceError(f"{root}: holds the splits {', '.join(folders)}, not classes: choose one with --split")
-        self.class_names = class_names or folders
-        label = {name: i for i, name in enumerate(self.class_names)}
-        unlisted = [name for name in folders if name not in label]
-        if unlisted:
-            raise SourceError(f"{root / unlisted[0]}: class '{unlisted[0]}' is not in the list of class names")
+        label = class_labels(folders, class_names, str(root))
+        self.class_names = list(label)
         self._absent = sorted(set(self.class_names) - set(folders))
         self._files: list[str] = []
         labels: list[int] = []
@@ -50,7 +45,7 @@ class ImageFolder:
         images: list[str] = []
         root = os.path.join(self.root, "")
         for folder, _, names in sorted(os.walk(root + class_name, followlinks=True)):
-            found = [name for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+            found = [name for name in sorted(names) if is_image(name)]
             images += [os.path.join(folder, name)[len(root) :] for name in found]
             self._ignored += len(names) - len(found)
         return images

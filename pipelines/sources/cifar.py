@@ -1,0 +1,186 @@
+"""CIFAR-10 and CIFAR-100 in the archives that their authors distribute, pickled or binary."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fastdeit.pipelines.sources import tar
+from fastdeit.pipelines.sources.base import SourceError
+
+MAX_UNZIPPED = 1 << 30  # bytes; the archives hold 180 MB
+_SIDE = 32
+_PIXELS = 3 * _SIDE * _SIDE
+_FETCH = "Fetch the archive again"
+_Files = dict[str, tuple[str, bytes]]  # by their last names: names in the archive, contents
+_TRAIN10 = [f"data_batch_{i}" for i in range(1, 6)]
+
+# By a file that only this archive holds: the files of each split, the key of the labels, and that of the names.
+_PICKLED = {
+    "batches.meta": ({"train": _TRAIN10, "test": ["test_batch"]}, "labels", "label_names"),
+    "meta": ({"train": ["train"], "test": ["test"]}, "fine_labels", "fine_label_names"),
+}
+# The same, then the bytes of labels before the pixels of an image, of which the last is the label.
+_BINARY = {
+    "batches.meta.txt": ({"train": [f"{name}.bin" for name in _TRAIN10], "test": ["test_batch.bin"]}, 1),
+    "fine_label_names.txt": ({"train": ["train.bin"], "test": ["test.bin"]}, 2),
+}
+
+
+class Cifar:
+    """Images of cifar-10 or cifar-100, -python.tar.gz or -binary.tar.gz, with CIFAR-100's fine labels.
+
+    Format: https://www.cs.toronto.edu/~kriz/cifar.html. Pickles are read without running any code that they name.
+    Raises SourceError for another archive, or a damaged one.
+    """
+
+    in_memory = True
+
+    def __init__(self, path: Path, split: str | None = None, class_names: list[str] | None = None) -> None:
+        self.path = path
+        self.split = split
+        if split not in ("train", "test"):
+            raise SourceError(f"{path}: choose --split train or --split test")
+        archive = tar.Archive(path, MAX_UNZIPPED)
+        members = tar.index(archive, str(path))
+        files = {
+            name.rpartition("/")[2]: (name, archive.read(offset, size))
+            for name, offset, size in zip(members.names, members.offset.tolist(), members.size.tolist(), strict=True)
+        }
+        batches, own_names = self._batches(files, split)
+        self._names = [name for name, _, _ in batches]
+        self._starts = np.cumsum([0, *(len(label) for _, _, label in batches)])
+        # Stored by planes.
+        self._pixels = np.concatenate([p for _, p, _ in batches]).reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
+        self._label = np.concatenate([label for _, _, label in batches])
+        if not len(self._label):
+            raise SourceError(f"{path}: no images in it. {_FETCH}")
+        self.class_names = class_names or own_names
+
+    def _batches(self, files: _Files, split: str) -> tuple[list[tuple[str, np.ndarray, np.ndarray]], list[str]]:
+        """File, pixels and labels of every batch; the names of the classes."""
+        for sign, (splits, labels, names) in _PICKLED.items():
+            if sign in files:
+                batches = [(name, *_pickled_batch(*self._file(files, name), labels)) for name in splits[split]]
+                return batches, _pickled_names(*self._file(files, sign), names)
+        for sign, (splits, before) in _BINARY.items():
+            if sign in files:
+                batches = [(name, *_binary_batch(*self._file(files, name), before)) for name in splits[split]]
+                return batches, files[sign][1].decode("latin1").split()
+        raise SourceError(f"{self.path}: not an archive of CIFAR-10 or CIFAR-100, python or binary version")
+
+    def _file(self, files: _Files, name: str) -> tuple[str, bytes]:
+        if name not in files:
+            raise SourceError(f"{self.path}: holds no {name}. {_FETCH}")
+        member, data = files[name]
+        return f"{self.path}:{member}", data
+
+    def __len__(self) -> int:
+        return len(self._label)
+
+    def name(self, index: int) -> str:
+        batch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return f"{self.path}:{self._names[batch]}[{index - int(self._starts[batch])}]"
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "cifar", "path": str(self.path), "split": self.split}
+
+    def read(self, index: int) -> tuple[np.ndarray, int, str]:
+        return self._pixels[index], int(self._label[index]), self.name(index)
+
+
+def _binary_batch(where: str, data: bytes, before: int) -> tuple[np.ndarray, np.ndarray]:
+    if len(data) % (before + _PIXELS):
+        raise SourceError(f"{where}: {len(data)} bytes are not whole images of {before + _PIXELS}. {_FETCH}")
+    rows = np.frombuffer(data, np.uint8).reshape(-1, before + _PIXELS)
+    return rows[:, before:], rows[:, before - 1].astype(np.int64)
+
+
+def _pickled_batch(where: str, data: bytes, labels: str) -> tuple[np.ndarray, np.ndarray]:
+    batch = _unpickle(where, data)
+    pixels, numbers = batch.get("data"), batch.get(labels)
+    if not (isinstance(pixels, _Array) and isinstance(numbers, list) and all(type(n) is int for n in numbers)):
+        raise SourceError(f"{where}: holds no 'data' and '{labels}' of their kinds. {_FETCH}")
+    pixels = pixels.bytes()
+    if pixels is None or len(pixels) != len(numbers) * _PIXELS:
+        raise SourceError(f"{where}: its pixels are not those of {len(numbers)} images. {_FETCH}")
+    if not all(0 <= n < 256 for n in numbers):
+        raise SourceError(f"{where}: labels beyond 0 to 255. {_FETCH}")
+    return np.frombuffer(pixels, np.uint8).reshape(-1, _PIXELS), np.array(numbers, np.int64)
+
+
+def _pickled_names(where: str, data: bytes, key: str) -> list[str]:
+    names = _unpickle(where, data).get(key)
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise SourceError(f"{where}: holds no '{key}'. {_FETCH}")
+    return names
+
+
+class _Array:
+    """Stands for numpy.ndarray in a pickle: keeps what numpy would build an array of."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def bytes(self) -> bytes | None:
+        """The pixels; None where it is no array of unsigned bytes in C order."""
+        match self.state:
+            case (_, tuple(), _Dtype(args=("u1", *_)), False | 0, data):
+                # Of Python 2, a str that was read as latin1.
+                data = data.encode("latin1") if isinstance(data, str) else data
+                return data if isinstance(data, bytes) else None
+        return None
+
+
+class _Dtype:
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes, as Python 3 pickles them for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in {encoding}")
+    return text.encode("latin1")
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
+}
+
+
+# The one in C reserves as much memory as a file cares to name.
+class _Unpickler(pickle._Unpickler):
+    dispatch: ClassVar = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+        return _KNOWN[module, name]
+
+
+def _unpickle(where: str, data: bytes) -> dict[Any, Any]:
+    try:
+        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    # A damaged pickle raises whatever its opcodes trip over.
+    except Exception as error:
+        raise SourceError(f"{where}: not read as a pickle ({type(error).__name__}: {error}). {_FETCH}") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{where}: holds no dictionary. {_FETCH}")
+    return content

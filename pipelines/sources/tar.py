@@ -1,0 +1,226 @@
+"""Tar archives by index: every header is checked once, then members are read where they lie, never unpacked."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdeit.pipelines.sources.base import SampleError, SourceError
+
+BLOCK = 512
+MAX_EXTENDED = 1 << 20  # bytes of a long name or of a pax header
+MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to a record of 10 KiB or so
+MAX_MEMBER = 1 << 28  # bytes of one sample
+MAX_UNZIPPED = 4 << 30  # bytes of a gzipped archive, which is held in memory
+_FETCH = "Fetch the archive again"
+_KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a fifo", "S": "sparse"}
+
+
+@dataclass
+class Archive:
+    """The bytes of a tar archive: a file, or where that was gzipped what it holds.
+
+    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes.
+    """
+
+    path: Path
+    limit: int = MAX_UNZIPPED
+
+    def __post_init__(self) -> None:
+        with open(self.path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        self.data = _unzip(self.path, self.limit) if zipped else None
+        self._stamp = self._now()
+        self.size = self._stamp[0] if self.data is None else len(self.data)
+
+    def _now(self, file: int | None = None) -> tuple[int, int]:
+        stat = os.stat(self.path if file is None else file)
+        return stat.st_size, stat.st_mtime_ns
+
+    def read(self, offset: int, size: int) -> bytes:
+        """That part of it, shorter where it ends earlier. Raises SourceError where the file has changed since."""
+        if self.data is not None:
+            return self.data[offset : offset + size]
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            if self._now(file) != self._stamp:
+                raise SourceError(f"{self.path}: has changed since it was indexed. Start again")
+            return os.pread(file, size, offset)
+        finally:
+            os.close(file)
+
+    def member(self, name: str, offset: int, size: int) -> bytes:
+        """A whole member. Raises SampleError where it is too large for a sample or cut short."""
+        if size > MAX_MEMBER:
+            raise SampleError(f"{name}: {size} bytes, and a sample has at most {MAX_MEMBER}. Remove it")
+        data = self.read(offset, size)
+        if len(data) != size:
+            raise SampleError(f"{name}: cut short after {len(data)} of {size} bytes. {_FETCH}")
+        return data
+
+    def __getstate__(self) -> dict[str, object]:
+        if self.data is not None:
+            raise TypeError(f"{self.path}: is held in memory, which is not copied to other processes")
+        return self.__dict__
+
+
+@dataclass
+class Members:
+    """Regular members of a tar archive, in its order.
+
+    names         as stored, without a leading "./"; what is not UTF-8 is escaped
+    offset, size  (N,) int64 bytes in the archive
+    ignored       hidden files that were left out, such as the resource forks of macOS
+    """
+
+    names: list[str]
+    offset: np.ndarray
+    size: np.ndarray
+    ignored: int
+
+
+def index(archive: Archive, where: str, start: int = 0, end: int | None = None, bar: tqdm | None = None) -> Members:
+    """The members of the tar that lies in `archive` from byte `start` to `end`; `where` names it in messages.
+
+    Raises SourceError for anything that an archive of a data set has no reason to hold: absolute names or ones with
+    "..", links, devices, sparse members, a name twice; and for one that is damaged or ends too early.
+    """
+    names: list[str] = []
+    seen: set[str] = set()
+    places: list[tuple[int, int]] = []
+    ignored = 0
+    for name, offset, size in _headers(archive, where, start, archive.size if end is None else end, bar):
+        if name in seen:
+            raise SourceError(f"{where}:{name}: a second member of this name. Pack the archive again with one of them")
+        seen.add(name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+            ignored += 1
+            continue
+        names.append(name)
+        places.append((offset, size))
+    table = np.array(places, np.int64).reshape(-1, 2)
+    return Members(names, table[:, 0].copy(), table[:, 1].copy(), ignored)
+
+
+def progress(total: int) -> tqdm:
+    """A bar over bytes, for an indexing that takes longer than a moment."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc="indexing", delay=2, leave=False)
+
+
+def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | None) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of every regular member."""
+    at = start
+    extended: dict[str, str] = {}
+    while True:
+        header = archive.read(at, min(BLOCK, end - at))
+        if len(header) < BLOCK:
+            raise SourceError(f"{where}: ends at byte {at - start} without its end-of-archive blocks. {_FETCH}")
+        if not any(header):
+            break
+        kind, size, own_name = _fields(header, f"{where}, byte {at - start}")
+        name = extended.get("path", own_name).removeprefix("./")
+        size = int(extended.get("size", size))
+        label = f"{where}:{name}"
+        if at + BLOCK + size > end:
+            raise SourceError(f"{label}: declares {size} bytes, beyond the end of the archive. {_FETCH}")
+        following = at + BLOCK + -(-size // BLOCK) * BLOCK
+        if bar is not None:
+            bar.update(following - at)
+        if kind in "LKxg":
+            if size > MAX_EXTENDED:
+                raise SourceError(f"{label}: an extended header of {size} bytes, and {MAX_EXTENDED} are allowed")
+            data = archive.read(at + BLOCK, size)
+            if kind == "L":
+                extended["path"] = _text(data)
+            elif kind == "x":
+                extended |= _pax(data, f"{where}, byte {at - start}")
+        else:
+            extended = {}
+            _refuse(name, kind, label)
+            if kind != "5":
+                yield name, at + BLOCK, size
+        at = following
+    _check_end(archive, where, at, start, end)
+
+
+def _check_end(archive: Archive, where: str, at: int, start: int, end: int) -> None:
+    if end - at > MAX_PADDING:
+        raise SourceError(f"{where}: goes on for {end - at} bytes after its end. Unpack and pack it again")
+    rest = archive.read(at, end - at)
+    if len(rest) < 2 * BLOCK:
+        raise SourceError(f"{where}: ends at byte {at - start} without its end-of-archive blocks. {_FETCH}")
+    if rest.count(0) != len(rest):
+        raise SourceError(f"{where}: holds more after its end at byte {at - start}. Unpack and pack it again")
+
+
+def _fields(header: bytes, where: str) -> tuple[str, int, str]:
+    """Kind, size and name that a header states."""
+    if _number(header[148:156], where) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        raise SourceError(f"{where}: not a tar header, or a damaged one. {_FETCH}")
+    name = _text(header[:100])
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    kind = chr(header[156])
+    return "0" if kind in "\x007" else kind, _number(header[124:136], where), f"{prefix}/{name}" if prefix else name
+
+
+def _number(field: bytes, where: str) -> int:
+    if field[0] == 0x80:  # GNU's form for what octal digits cannot hold
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0")[0].strip(b" ")
+    if digits.strip(b"01234567"):
+        raise SourceError(f"{where}: {field!r} is not a number of a tar header. {_FETCH}")
+    return int(digits or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode("utf-8", "backslashreplace")
+
+
+def _pax(data: bytes, where: str) -> dict[str, str]:
+    """The name and size that a pax header states. Its format: POSIX.1-2017, pax, extended header."""
+    found: dict[str, str] = {}
+    while data.strip(b"\0"):
+        length, _, _ = data.partition(b" ")
+        if not (length.isdigit() and len(length) < 8 and len(length) + 3 < int(length) <= len(data)):
+            raise SourceError(f"{where}: a damaged pax header. {_FETCH}")
+        record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+        key, separator, value = record.removesuffix(b"\n").partition(b"=")
+        if not separator or (key == b"size" and not (value.isdigit() and len(value) < 20)):
+            raise SourceError(f"{where}: a damaged pax header. {_FETCH}")
+        if key.startswith(b"GNU.sparse"):
+            raise SourceError(f"{where}: a sparse member. Pack the archive again without --sparse")
+        if key in (b"path", b"size"):
+            found[key.decode()] = _text(value)
+    return found
+
+
+def _refuse(name: str, kind: str, label: str) -> None:
+    if name.startswith("/"):
+        raise SourceError(f"{label}: an absolute name. Pack the archive again with relative ones")
+    if ".." in PurePosixPath(name).parts:
+        raise SourceError(f"{label}: a name with '..'. Pack the archive again from the folder itself")
+    if kind not in "05":
+        what = _KINDS.get(kind, f"of type {kind!r}")
+        raise SourceError(f"{label}: is {what}, not a file. Pack the archive again with files alone")
+    if kind == "0" and not name.strip("/"):
+        raise SourceError(f"{label}: a member without a name. {_FETCH}")
+
+
+def _unzip(path: Path, limit: int) -> bytes:
+    data = bytearray()
+    try:
+        with gzip.open(path) as file:
+            while piece := file.read(1 << 20):
+                data += piece
+                if len(data) > limit:
+                    raise SourceError(f"{path}: holds more than {limit} bytes, too many for memory: gunzip it first")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: truncated or damaged ({error}). {_FETCH}") from error
+    return bytes(data)

@@ -1,0 +1,130 @@
+"""WebDataset: tar shards in which the members of a sample lie together and share their name up to its first dot."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeit.pipelines.sources import tar
+from fastdeit.pipelines.sources.base import SampleError, SourceError
+
+# By the last part of a member's extension; what `encode` reads.
+IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"}
+MAX_LABEL = 1 << 20  # bytes of a label's member
+
+# What a sample lacks, or has too many of.
+_PROBLEMS = ("", "no image", "several images", "no .cls or .json with its label")
+
+_SAMPLE = np.dtype(
+    [
+        ("shard", "<i4"),
+        ("problem", "<i4"),
+        ("json", "?"),
+        ("image", "<i8", 2),  # offset and size
+        ("label", "<i8", 2),
+    ]
+)
+
+
+class WebDataset:
+    """Samples of tar shards, in their order: an image, and a label in `.cls` (a number) or in a `.json`.
+
+    label_key  of the label in a .json
+
+    A sample without one of them is a sample that cannot be read. Raises SourceError for shards that `tar.index`
+    refuses, and where the members of a sample do not lie together.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self, pattern: str, shards: list[Path], class_names: list[str] | None = None, label_key: str = "label"
+    ) -> None:
+        self.pattern = pattern
+        self.class_names = class_names
+        self._key = label_key
+        self._shards = []
+        for path in shards:
+            shard = tar.Archive(path, limit=0)
+            self._shards.append(shard)
+        self._names: list[str] = []
+        self._counts: Counter[str] = Counter()
+        samples: list[tuple[Any, ...]] = []
+        with tar.progress(sum(shard.size for shard in self._shards)) as bar:
+            for number, shard in enumerate(self._shards):
+                members = tar.index(shard, str(shard.path), bar=bar)
+                self._counts["hidden_files"] += members.ignored
+                samples += self._samples(number, members)
+        if not samples:
+            raise SourceError(f"{pattern}: no samples in it")
+        self._table = np.array(samples, _SAMPLE)
+
+    def _samples(self, shard: int, members: tar.Members) -> list[tuple[Any, ...]]:
+        groups: dict[str, list[int]] = {}
+        last = None
+        for i, name in enumerate(members.names):
+            key = _key(name)
+            if key != last and key in groups:
+                path = self._shards[shard].path
+                raise SourceError(f"{path}:{name}: does not lie with the rest of its sample. Sort the archive by name")
+            groups.setdefault(key, []).append(i)
+            last = key
+        return [self._sample(shard, members, key, group) for key, group in groups.items()]
+
+    def _sample(self, shard: int, members: tar.Members, key: str, group: list[int]) -> tuple[Any, ...]:
+        extension = {i: members.names[i][len(key) + 1 :].lower() for i in group}
+        images = [i for i in group if extension[i].rpartition(".")[2] in IMAGES]
+        label = next((i for kind in ("cls", "json") for i in group if extension[i] == kind), None)
+        problem = 1 if not images else 2 if len(images) > 1 else 3 if label is None else 0
+        self._counts["incomplete_samples"] += problem != 0
+        self._counts["other_members"] += len(group) - len(images) - (label is not None)
+        self._names.append(members.names[images[0]] if images else key)
+
+        def place(i: int | None) -> tuple[int, int]:
+            return (0, 0) if i is None else (int(members.offset[i]), int(members.size[i]))
+
+        is_json = label is not None and extension[label] == "json"
+        return shard, problem, is_json, place(images[0] if images else None), place(label)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, index: int) -> str:
+        return f"{self._shards[self._table['shard'][index]].path}:{self._names[index]}"
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "webdataset", "path": self.pattern, "shards": len(self._shards), **self._counts}
+
+    def read(self, index: int) -> tuple[bytes, int, str]:
+        name = self.name(index)
+        sample = self._table[index]
+        if sample["problem"]:
+            raise SampleError(f"{name}: this sample has {_PROBLEMS[sample['problem']]}")
+        shard = self._shards[sample["shard"]]
+        if sample["label"][1] > MAX_LABEL:
+            raise SampleError(f"{name}: a label of {sample['label'][1]} bytes, and {MAX_LABEL} are allowed")
+        label = self._label(name, shard.member(name, *sample["label"].tolist()), bool(sample["json"]))
+        return shard.member(name, *sample["image"].tolist()), label, name
+
+    def _label(self, name: str, data: bytes, is_json: bool) -> int:
+        if not is_json:
+            if re.fullmatch(rb"\s*-?\d{1,18}\s*", data):
+                return int(data)
+            raise SampleError(f"{name}: its .cls holds {data[:40]!r}, not the number of a class")
+        try:
+            label = json.loads(data)[self._key]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise SampleError(f"{name}: its .json holds no '{self._key}': name another with #label=KEY") from error
+        if type(label) is not int:
+            raise SampleError(f"{name}: '{self._key}' of its .json is {str(label)[:40]!r}, not the number of a class")
+        return label
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
