@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import re
+import warnings
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from fastdeit.pipelines.beton import JPEG, RAW
 
@@ -21,7 +23,24 @@ CHANGES = (
     "resized",
     "rotated",  # as their EXIF orientation says
     "mode_converted",  # not RGB before
+    "first_frame",  # of an animation, or page of several
+    "exif_unreadable",  # taken as upright
+    "warned_of",  # by PIL
 )
+# Of PIL's readers those for what data sets hold; others start programs (EPS) or guess (raw formats).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+MAX_PIXELS = 89_478_485  # PIL's own MAX_IMAGE_PIXELS, from where it warns
+MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten, and every one costs a pass over the image
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -65,21 +84,69 @@ def encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Stored
     """`item`, a file's bytes or a decoded image ((H, W) or (H, W, 3) uint8 where an array), as it is stored.
 
     Pixels become 8-bit RGB as PIL's convert("RGB") makes them: gray is repeated, alpha dropped, CMYK converted;
-    16 bits of gray are scaled to 8. The EXIF orientation is applied. A JPEG is passed through if it is RGB or
-    gray, upright and small enough, and decodes to its end (at an eighth of its size, which reads every
-    coefficient). Raises what PIL raises for a damaged image, ValueError for one that cannot be made RGB.
+    16 bits of gray are scaled to 8. The EXIF orientation is applied, and of an animation the first frame taken. A
+    JPEG is passed through if it is RGB or gray, upright and small enough, and decodes to its end (at an eighth of
+    its size, which reads every coefficient).
+
+    Raises ValueError for an image of more than `MAX_PIXELS`, before it is decoded, of more than `MAX_SCANS`, or one
+    that cannot be made RGB; what PIL raises for one that is damaged or of another format than `FORMATS`.
     """
-    if isinstance(item, bytes):
-        with Image.open(io.BytesIO(item)) as image:
-            if encoding.mode == "auto" and _passes(image, encoding):
-                width, height = image.size
-                image.draft(None, (1, 1))
-                image.load()
-                return Stored(item, height, width, JPEG, ("passed_through",))
-            return _store(image, encoding, raw=encoding.mode == "raw")
-    image = Image.fromarray(item) if isinstance(item, np.ndarray) else item
-    small = max(image.size) <= SMALL_SIDE
-    return _store(image, encoding, raw=encoding.mode == "raw" or (encoding.mode == "auto" and small))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stored = _encode(item, encoding)
+    return replace(stored, changes=(*stored.changes, "warned_of")) if caught else stored
+
+
+def _encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Stored:
+    if not isinstance(item, bytes):
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else item
+        small = max(image.size) <= SMALL_SIDE
+        return _store(image, encoding, raw=encoding.mode == "raw" or (encoding.mode == "auto" and small))
+    try:
+        opened = Image.open(io.BytesIO(item), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{error}: at most {MAX_PIXELS} pixels are decoded") from error
+    with opened as image:
+        _check_size(image)
+        huffman = image.format in ("JPEG", "MPO") and _check_jpeg(item)
+        if encoding.mode == "auto" and huffman and _passes(image, encoding):
+            width, height = image.size
+            image.draft(None, (1, 1))
+            image.load()
+            return Stored(item, height, width, JPEG, ("passed_through",))
+        return _store(image, encoding, raw=encoding.mode == "raw")
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, and at most {MAX_PIXELS} are decoded: reduce it first")
+
+
+# A marker, of those that do not stand within a scan.
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
+_NOT_HUFFMAN = {0xC3, 0xC5, 0xC6, 0xC7, *range(0xC9, 0xD0)} - {0xCC}
+
+
+def _check_jpeg(data: bytes) -> bool:
+    """Whether a JPEG file is of the kinds that every decoder reads: Huffman coded, sequential or progressive.
+
+    Raises ValueError where it ends before its image does, or has more scans than `MAX_SCANS`. Markers: ITU T.81,
+    annex B.
+    """
+    at, scans, common = 0, 0, True
+    while marker := _MARKER.search(data, at):
+        kind, at = marker[1][0], marker.end()
+        if kind == _EOI:
+            return common
+        scans += kind == _SOS
+        common &= kind not in _NOT_HUFFMAN
+        if scans > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes that often as long: encode it anew")
+        if kind not in (_SOI, _TEM):
+            at += int.from_bytes(data[at : at + 2], "big")
+    raise ValueError("truncated: its file ends before its image does")
 
 
 def _passes(image: Image.Image, encoding: Encoding) -> bool:
@@ -87,15 +154,28 @@ def _passes(image: Image.Image, encoding: Encoding) -> bool:
     return image.format == "JPEG" and image.mode in ("RGB", "L") and fits and _orientation(image) == 1
 
 
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if value in range(2, 9) else 1
+def _orientation(image: Image.Image) -> int | None:
+    """1 to 8 as EXIF has it; None where its EXIF cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    # Damaged EXIF makes PIL raise whatever its parsing trips over.
+    except Exception:
+        return None
+    return value if value in _UPRIGHT else 1
 
 
 def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
+    _check_size(image)
     changes = ["stored_raw" if raw else "reencoded"]
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    if getattr(image, "is_animated", False):
+        changes.append("first_frame")
+    image.load()
+    # Once it is loaded, since PIL turns a TIFF upright as it loads it.
+    orientation = _orientation(image)
+    if orientation is None:
+        changes.append("exif_unreadable")
+    elif orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
         changes.append("rotated")
     if image.mode != "RGB":
         image = _to_rgb(image)
