@@ -124,7 +124,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 # A marker, of those that do not stand within a scan.
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _NOT_HUFFMAN = {0xC3, 0xC5, 0xC6, 0xC7, *range(0xC9, 0xD0)} - {0xCC}
 
@@ -137,7 +137,7 @@ def _check_jpeg(data: bytes) -> bool:
     """
     at, scans, common = 0, 0, True
     while marker := _MARKER.search(data, at):
-        kind, at = marker[1][0], marker.end()
+        kind, at = marker[0][1], marker.end()
         if kind == _EOI:
             return common
         scans += kind == _SOS
