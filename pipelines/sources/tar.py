@@ -119,7 +119,7 @@ def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | Non
     at = start
     extended: dict[str, str] = {}
     while True:
-        header = archive.read(at, min(BLOCK, end - at))
+        header = archive.read(at, BLOCK) if at + BLOCK <= end else b""
         if len(header) < BLOCK:
             raise SourceError(f"{where}: ends at byte {at - start} without its end-of-archive blocks. {_FETCH}")
         if not any(header):
