@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def assemble_tokens(patches: Tensor, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor) -> Tensor:
+def assemble_tokens(
+    patches: Tensor,
+    cls_token: Tensor,
+    dist_token: Tensor | None,
+    pos_embed: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Put the class token, and the distillation token where there is one, before the patches; add the positions.
 
     patches     (B, P, C)
     cls_token   (1, 1, C)
     dist_token  (1, 1, C) or None
     pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
+    bias        (C,) of the patch projection, where `patches` come without, or None
 
     Returns (B, N, C) in the wider of the dtypes of `patches` and `pos_embed`. Raises ValueError where N does not
     fit. Source: Touvron et al., arXiv 2012.12877, section 4, "distillation token".
@@ -31,7 +38,8 @@ def assemble_tokens(patches: Tensor, cls_token: Tensor, dist_token: Tensor | Non
             f"give it {count + len(tokens)}"
         )
     prefix = [token.float().expand(batch, -1, -1) for token in tokens]
-    assembled = torch.cat([*prefix, patches.float()], dim=1) + pos_embed.float()
+    shifted = patches.float() if bias is None else patches.float() + bias.float()
+    assembled = torch.cat([*prefix, shifted], dim=1) + pos_embed.float()
     return assembled.to(torch.promote_types(patches.dtype, pos_embed.dtype))
 
 

@@ -1,0 +1,72 @@
+"""What every launch of a kernel shares: its configuration, Triton's names of dtypes, and where kernels can run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a kernel is launched, besides its grid; `variants()` compiles what a launch runs.
+
+    constants  values of the kernel's `tl.constexpr` arguments
+    fp_fusion  whether a multiplication and an addition may become one operation with one rounding
+    """
+
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int = 2
+    fp_fusion: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the launch."""
+        return {
+            **dict(self.constants),
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
+
+
+def check(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless `op` can run on these tensors: floats of 16 or 32 bits, on one CUDA device.
+
+    Under Triton's interpreter (TRITON_INTERPRET=1 before the first import) the CPU is as good.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device
+    for tensor in given:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: a tensor is {tensor.dtype}: give float32, float16 or bfloat16")
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensors lie on {device} and {tensor.device}: move them to one device")
+    check_device(op, device)
+
+
+def check_device(op: str, device: torch.device) -> None:
+    """Raise ValueError unless kernels run on `device`."""
+    if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise ValueError(
+            f"{op}: Triton's kernels need a CUDA device, and the tensors are on {device}: "
+            f"use the function of that name in fastdeit.kernels.reference there"
+        )
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """Triton's type of a pointer to `dtype`."""
+    return f"*{DTYPES[dtype]}"

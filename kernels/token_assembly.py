@@ -1,0 +1,285 @@
+"""Patch embeddings, class token, distillation token and positions into one sequence, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, pointer
+from fastdeit.kernels.variants import Variant
+
+
+@triton.jit
+def _forward(
+    patches,
+    bias,
+    cls_token,
+    dist_token,
+    pos_embed,
+    out,
+    stride_b,
+    stride_p,
+    stride_c,
+    num_tokens,
+    embed_dim,
+    PREFIX: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < embed_dim
+    inside = (n < num_tokens)[:, None] & in_c[None, :]
+    is_patch = inside & (n >= PREFIX)[:, None]
+    rows = (n - PREFIX)[:, None] * stride_p + c[None, :] * stride_c
+    value = tl.load(patches + sample * stride_b + rows, mask=is_patch, other=0.0).to(tl.float32)
+    if BIAS:
+        shift = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
+        value = tl.where(is_patch, value + shift[None, :], value)
+    first = tl.load(cls_token + c, mask=in_c, other=0.0).to(tl.float32)
+    value = tl.where((n == 0)[:, None], first[None, :], value)
+    if PREFIX == 2:
+        second = tl.load(dist_token + c, mask=in_c, other=0.0).to(tl.float32)
+        value = tl.where((n == 1)[:, None], second[None, :], value)
+    places = n[:, None] * embed_dim + c[None, :]
+    value += tl.load(pos_embed + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + sample * num_tokens * embed_dim + places, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad,
+    grad_patches,
+    partial,
+    batch,
+    chunk,
+    num_tokens,
+    embed_dim,
+    PREFIX: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # A program owns some channels of one token in `chunk` samples, so that no two add to the same sum.
+    n = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.program_id(2)
+    in_c = c < embed_dim
+    total = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    end = tl.minimum(batch, (split + 1) * chunk)
+    for start in range(split * chunk, end, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        inside = (b < end)[:, None] & in_c[None, :]
+        wide = b.to(tl.int64)[:, None]
+        value = tl.load(grad + (wide * num_tokens + n) * embed_dim + c[None, :], mask=inside, other=0.0)
+        total += value.to(tl.float32)
+        if n >= PREFIX:
+            place = (wide * (num_tokens - PREFIX) + n - PREFIX) * embed_dim + c[None, :]
+            tl.store(grad_patches + place, value.to(grad_patches.dtype.element_ty), mask=inside)
+    place = (split.to(tl.int64) * num_tokens + n) * embed_dim + c
+    tl.store(partial + place, tl.sum(total, axis=0), mask=in_c)
+
+
+def _block_c(embed_dim: int) -> int:
+    """Channels of a tile: the widest that divides the embedding, so that no lane is idle, but at least 64."""
+    return max(64, min(256, embed_dim & -embed_dim))
+
+
+def _forward_launch(embed_dim: int, prefix: int, bias: bool) -> Launch:
+    block_c = _block_c(embed_dim)
+    constants = (("PREFIX", prefix), ("BIAS", bias), ("BLOCK_N", 2048 // block_c), ("BLOCK_C", block_c))
+    return Launch(constants=constants, num_warps=4)
+
+
+def _backward_launch(embed_dim: int, prefix: int) -> Launch:
+    block_c = _block_c(embed_dim)
+    constants = (("PREFIX", prefix), ("BLOCK_B", 2048 // block_c), ("BLOCK_C", block_c))
+    return Launch(constants=constants, num_warps=4)
+
+
+_SAMPLES_A_SPLIT = 64
+
+
+@torch.library.custom_op("fastdeit::assemble_tokens", mutates_args=())
+def _op(
+    patches: Tensor, bias: Tensor | None, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor
+) -> Tensor:
+    batch, count, width = patches.shape
+    prefix = 1 if dist_token is None else 2
+    out = _fake(patches, bias, cls_token, dist_token, pos_embed)
+    launch = _forward_launch(width, prefix, bias is not None)
+    blocks = dict(launch.constants)
+    if out.numel():
+        _forward[(batch, cdiv(count + prefix, blocks["BLOCK_N"]), cdiv(width, blocks["BLOCK_C"]))](
+            patches,
+            cls_token if bias is None else bias.contiguous(),
+            cls_token.contiguous(),
+            (cls_token if dist_token is None else dist_token).contiguous(),
+            pos_embed.contiguous(),
+            out,
+            patches.stride(0),
+            patches.stride(1),
+            patches.stride(2),
+            count + prefix,
+            width,
+            **launch.options(),
+        )
+    return out
+
+
+@_op.register_fake
+def _fake(
+    patches: Tensor, bias: Tensor | None, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor
+) -> Tensor:
+    batch, _, width = patches.shape
+    dtype = torch.promote_types(patches.dtype, pos_embed.dtype)
+    return patches.new_empty((batch, pos_embed.shape[1], width), dtype=dtype)
+
+
+@torch.library.custom_op("fastdeit::assemble_tokens_backward", mutates_args=())
+def _backward_op(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = grad.shape
+    grad_patches, total = _backward_fake(grad, prefix, dtype)
+    if not grad.numel():
+        return grad_patches, total.zero_()
+    splits = cdiv(batch, _SAMPLES_A_SPLIT)
+    partial = total[None] if splits == 1 else grad.new_empty((splits, tokens, width), dtype=torch.float32)
+    launch = _backward_launch(width, prefix)
+    _backward[(tokens, cdiv(width, dict(launch.constants)["BLOCK_C"]), splits)](
+        grad.contiguous(),
+        grad_patches,
+        partial,
+        batch,
+        cdiv(batch, splits),
+        tokens,
+        width,
+        **launch.options(),
+    )
+    if splits > 1:
+        torch.sum(partial, 0, out=total)
+    return grad_patches, total
+
+
+@_backward_op.register_fake
+def _backward_fake(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = grad.shape
+    grad_patches = grad.new_empty((batch, tokens - prefix, width), dtype=dtype)
+    return grad_patches, grad.new_empty((tokens, width), dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output) -> None:
+    patches, bias, cls_token, dist_token, pos_embed = inputs
+    ctx.prefix = 1 if dist_token is None else 2
+    ctx.dtypes = [None if t is None else t.dtype for t in (patches, bias, cls_token, dist_token, pos_embed)]
+
+
+def _autograd(ctx, grad):
+    of_patches, of_bias, of_cls, of_dist, of_pos = ctx.dtypes
+    grad_patches, total = _backward_op(grad, ctx.prefix, of_patches)
+    return (
+        grad_patches,
+        None if of_bias is None else total[ctx.prefix :].sum(0).to(of_bias),
+        total[None, :1].to(of_cls),
+        None if of_dist is None else total[None, 1:2].to(of_dist),
+        total[None].to(of_pos),
+    )
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def assemble_tokens(
+    patches: Tensor,
+    cls_token: Tensor,
+    dist_token: Tensor | None,
+    pos_embed: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Put the class token, and the distillation token where there is one, before the patches; add the positions.
+
+    patches     (B, P, C) with any strides: also a convolution's output, flattened and transposed
+    cls_token   (1, 1, C)
+    dist_token  (1, 1, C) or None
+    pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
+    bias        (C,) of the patch projection, where `patches` come without, or None
+
+    Each float32, float16 or bfloat16; the sums are float32. Returns (B, N, C), contiguous, in the wider of the dtypes
+    of `patches` and `pos_embed`. The gradients of tokens, positions and bias are summed over the batch in float32 in
+    a fixed order. Raises ValueError for shapes that do not fit, for another dtype and without a GPU. Source: Touvron
+    et al., arXiv 2012.12877, section 4, "distillation token".
+    """
+    check("assemble_tokens", patches, cls_token, dist_token, pos_embed, bias)
+    _, count, width = patches.shape
+    prefix = 1 if dist_token is None else 2
+    if pos_embed.shape[1] != count + prefix:
+        raise ValueError(
+            f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {prefix} tokens: give it {count + prefix}"
+        )
+    for name, tensor in (
+        ("cls_token", cls_token),
+        ("dist_token", dist_token),
+        ("bias", bias),
+        ("pos_embed", pos_embed),
+    ):
+        if tensor is not None and tensor.shape[-1] != width:
+            raise ValueError(f"{name} has {tensor.shape[-1]} channels, the patches have {width}")
+    return _op(patches, bias, cls_token, dist_token, pos_embed)
+
+
+def embed_patches(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    dist_token: Tensor | None,
+    pos_embed: Tensor,
+) -> Tensor:
+    """The sequence of images that are already laid out in patches: one GEMM and `assemble_tokens`.
+
+    pixels  (B, P, 3 S S): the patches of S x S pixels row by row, a patch channel by channel
+    weight  (C, 3, S, S), bias  (C,) or None: those of the patch embedding's convolution
+
+    The other arguments, the result and the errors are those of `assemble_tokens`.
+    """
+    patches = torch.nn.functional.linear(pixels, weight.flatten(1))
+    return assemble_tokens(patches, cls_token, dist_token, pos_embed, bias)
+
+
+def variants() -> list[Variant]:
+    """The launches for DeiT-Ti, S and B with a distillation token: bf16 patches, and a float32 or bf16 sequence."""
+    found = []
+    for width in (192, 384, 768):
+        for dtype in (torch.float32, torch.bfloat16):
+            forward, backward = _forward_launch(width, 2, True), _backward_launch(width, 2)
+            sequence, name = pointer(dtype), f"{DTYPES[dtype]} C{width}"
+            parameters = dict.fromkeys(("bias", "cls_token", "dist_token", "pos_embed", "out"), sequence)
+            found.append(
+                Variant(
+                    name=f"assemble_tokens_forward {name}",
+                    kernel=_forward,
+                    signature={"patches": "*bf16", **parameters}
+                    | {"stride_b": "i32", "stride_p": "i32", "num_tokens": "i32", "embed_dim": "i32"},
+                    constants={**dict(forward.constants), "stride_c": 1},
+                    multiples=frozenset({"stride_b", "stride_p", "embed_dim"}),
+                    num_warps=forward.num_warps,
+                    num_stages=forward.num_stages,
+                    fp_fusion=forward.fp_fusion,
+                )
+            )
+            found.append(
+                Variant(
+                    name=f"assemble_tokens_backward {name}",
+                    kernel=_backward,
+                    signature={"grad": sequence, "grad_patches": "*bf16", "partial": "*fp32"}
+                    | {"batch": "i32", "chunk": "i32", "num_tokens": "i32", "embed_dim": "i32"},
+                    constants=dict(backward.constants),
+                    multiples=frozenset({"batch", "chunk", "embed_dim"}),
+                    num_warps=backward.num_warps,
+                    num_stages=backward.num_stages,
+                    fp_fusion=backward.fp_fusion,
+                )
+            )
+    return found

@@ -1,0 +1,68 @@
+"""What the tests of kernels share: where they run, poisoned memory, and the measure of an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device():
+    """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_gpu():
+    return torch.cuda.is_available()
+
+
+@pytest.fixture
+def poisoned():
+    """PyTorch fills memory that it hands out with NaN: what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def at_most_twice():
+    """Fails where the error of `ours` against float64 is more than twice that of PyTorch's op in the same dtype.
+
+    Largest error and root of the mean square, relative to the largest magnitude. An error up to the spacing of the
+    dtype passes: that is twice its rounding; in float32 up to two, since there the order of a sum is luck.
+    """
+
+    def check(ours, pytorch, exact, name=""):
+        assert ours.dtype == pytorch.dtype, name
+        assert ours.shape == exact.shape, name
+        if not exact.numel():
+            return
+        size = exact.abs().max().item() or 1.0
+        floor = torch.finfo(ours.dtype).eps * (2 if ours.dtype is torch.float32 else 1)
+        for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+            mine, judge = (norm(t.double() - exact).item() / size for t in (ours, pytorch))
+            assert mine <= max(2 * judge, floor), f"{name}: error {mine:.2e}, PyTorch's own {judge:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def compiled():
+    """Figures of the kernels whose name contains a text, compiled for every architecture; none may spill."""
+
+    def figures(match):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "benchmarks", "compiled", "--json", "--match", match]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return figures

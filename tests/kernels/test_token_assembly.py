@@ -1,0 +1,149 @@
+"""Token assembly against PyTorch's own cat and add."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import PatchEmbed
+
+from fastdeit.kernels import token_assembly
+from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def inputs(device, batch, patches, width, prefix, bias, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+
+    return (
+        draw(batch, patches, width),
+        draw(1, 1, width),
+        draw(1, 1, width) if prefix == 2 else None,
+        draw(1, patches + prefix, width),
+        draw(width) if bias else None,
+    )
+
+
+def by_pytorch(patches, cls_token, dist_token, pos_embed, bias):
+    patches = patches if bias is None else patches + bias
+    tokens = [t.expand(len(patches), -1, -1) for t in (cls_token, dist_token) if t is not None]
+    return torch.cat([*tokens, patches], 1) + pos_embed
+
+
+def results(function, arguments, weights):
+    """Output and gradients of the arguments."""
+    out = function(*arguments)
+    leaves = [a for a in arguments if a is not None]
+    return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
+
+
+def compare(device, at_most_twice, arguments, function=assemble_tokens):
+    exact = [None if a is None else a.detach().double().requires_grad_() for a in arguments]
+    weights = torch.randn(by_pytorch(*exact).shape, generator=torch.Generator().manual_seed(9)).to(device)
+    names = [
+        "out",
+        *[n for n, a in zip(("patches", "cls", "dist", "pos", "bias"), arguments, strict=True) if a is not None],
+    ]
+    sides = (results(function, arguments, weights), results(by_pytorch, arguments, weights))
+    for name, ours, pytorch, truth in zip(names, *sides, results(by_pytorch, exact, weights), strict=True):
+        at_most_twice(ours, pytorch, truth, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("prefix", "bias"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("batch", "patches", "width"), [(3, 4, 64), (2, 5, 200), (1, 1, 1), (70, 2, 32)])
+def test_equals_pytorch(device, at_most_twice, batch, patches, width, prefix, bias, dtype):
+    compare(device, at_most_twice, inputs(device, batch, patches, width, prefix, bias, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [192, 384, 768])
+@pytest.mark.parametrize("patches", [196, 576])
+def test_equals_pytorch_at_full_size(device, at_most_twice, patches, width):
+    compare(device, at_most_twice, inputs(device, 256, patches, width, 2, True, torch.bfloat16))
+
+
+def test_mixed_dtypes_give_the_wider(device):
+    patches, cls_token, dist_token, pos_embed, bias = inputs(device, 2, 3, 16, 2, True, torch.float32)
+    low = patches.detach().half().requires_grad_()
+    out = assemble_tokens(low, cls_token, dist_token, pos_embed, bias)
+    assert out.dtype is torch.float32
+    torch.testing.assert_close(out, by_pytorch(low.float(), cls_token, dist_token, pos_embed, bias))
+    out.sum().backward()
+    assert low.grad.dtype is torch.float16
+    assert cls_token.grad.dtype is torch.float32
+
+
+def test_reads_a_convolution_output_where_it_lies(device, at_most_twice):
+    storage = torch.full((2, 24, 3, 8), float("nan"), device=device)
+    storage[..., :3] = torch.randn(2, 24, 3, 3, device=device)
+    arguments = list(inputs(device, 2, 9, 24, 1, True, torch.float32))
+    view = storage[..., :3].flatten(2).transpose(1, 2)
+    assert not view.is_contiguous()
+    arguments[0] = view.requires_grad_()
+    compare(device, at_most_twice, arguments)
+    apart = list(inputs(device, 2, 9, 48, 1, True, torch.float32))
+    spaced = torch.full((2, 18, 96), float("nan"), device=device)
+    spaced[:, ::2, ::2] = apart[0].detach()
+    apart[0] = spaced[:, ::2, ::2].requires_grad_()
+    compare(device, at_most_twice, apart)
+
+
+def test_an_empty_batch_has_gradients(device):
+    arguments = inputs(device, 0, 4, 16, 2, True, torch.float32)
+    out = assemble_tokens(*arguments)
+    assert out.shape == (0, 6, 16)
+    out.sum().backward()
+    for argument in arguments:
+        assert not argument.grad.any()
+
+
+def test_is_repeatable_to_the_bit(device):
+    arguments = inputs(device, 130, 3, 40, 2, True, torch.float32)
+    weights = torch.randn(130, 5, 40, device=device)
+    for a, b in zip(*(results(assemble_tokens, arguments, weights) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_equals_timm_from_patches(device):
+    """The convolution of timm's patch embedding, as a GEMM over patches that are laid out already."""
+    embed = PatchEmbed(16, 4, 3, 32).to(device)
+    images = torch.randn(2, 3, 16, 16, device=device)
+    _, cls_token, dist_token, pos_embed, _ = inputs(device, 2, 16, 32, 2, False, torch.float32)
+    pixels = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 16, 48)
+    out = embed_patches(pixels, embed.proj.weight, embed.proj.bias, cls_token, dist_token, pos_embed)
+    torch.testing.assert_close(out, by_pytorch(embed(images), cls_token, dist_token, pos_embed, None))
+
+
+def test_opcheck_and_compile_without_a_graph_break(device):
+    patches, cls_token, dist_token, pos_embed, bias = arguments = inputs(device, 2, 3, 16, 2, True, torch.float32)
+    torch.library.opcheck(token_assembly._op, (patches, bias, cls_token, dist_token, pos_embed))
+    torch.library.opcheck(token_assembly._op, (patches, None, cls_token, None, pos_embed[:, 1:]))
+    weights = torch.randn(2, 5, 16, device=device)
+    whole = torch.compile(assemble_tokens, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(whole, arguments, weights), results(assemble_tokens, arguments, weights), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_does_not_fit_is_refused(device):
+    patches, cls_token, dist_token, pos_embed, bias = inputs(device, 2, 3, 16, 2, True, torch.float32)
+    with pytest.raises(ValueError, match="give it 4"):
+        assemble_tokens(patches, cls_token, None, pos_embed)
+    with pytest.raises(ValueError, match="bias has 8 channels, the patches have 16"):
+        assemble_tokens(patches, cls_token, dist_token, pos_embed, bias[:8])
+    with pytest.raises(ValueError, match="float64"):
+        assemble_tokens(patches.double(), cls_token, dist_token, pos_embed)
+
+
+def test_without_a_gpu_the_reference_is_named(device, on_gpu, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"fastdeit\.kernels\.reference"):
+        assemble_tokens(*inputs(torch.device("cpu"), 2, 3, 16, 2, True, torch.float32))
+
+
+def test_compiles_for_every_architecture(compiled):
+    assert len(compiled("assemble_tokens_forward bf16 C192")) == 3
+    assert len(compiled("assemble_tokens_backward bf16 C192")) == 3
