@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,3 +79,15 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def stamp(file: Path | int) -> tuple[int, int]:
+    """Size and time of the last change of a file, given by its path or descriptor."""
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def check_stamp(path: Path, expected: tuple[int, int], file: int | None = None) -> None:
+    """Raises SourceError where the file is not the one that was indexed."""
+    if stamp(path if file is None else file) != expected:
+        raise SourceError(f"{path}: has changed since it was indexed. Start again")

@@ -8,10 +8,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from fastdeit.pipelines.sources.base import SampleError, SourceError
+from fastdeit.pipelines.sources.base import SampleError, SourceError, check_stamp, stamp
 
 CACHED = 2  # row groups held at a time
-MAX_GROUP = 4 << 30  # bytes of a row group's two columns, decompressed
+MAX_GROUP = 4 << 30  # bytes of a row group, decompressed
 
 
 class Parquet:
@@ -37,6 +37,7 @@ class Parquet:
     ) -> None:
         self.pattern = pattern
         self._files = files
+        self._stamps = [stamp(path) for path in files]
         self._groups: list[tuple[int, int, int]] = []  # file, row group in it, first row in it
         starts = [0]
         columns: tuple[str, str, str] | None = None
@@ -104,6 +105,7 @@ class Parquet:
         import pyarrow
 
         number, own, _ = self._groups[group]
+        check_stamp(self._files[number], self._stamps[number])
         file = _open(self._files[number])
         expected = self._starts[group + 1] - self._starts[group]
         try:

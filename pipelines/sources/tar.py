@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from fastdeit.pipelines.sources.base import SampleError, SourceError
+from fastdeit.pipelines.sources.base import SampleError, SourceError, check_stamp, stamp
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of a long name or of a pax header
@@ -37,21 +37,16 @@ class Archive:
         with open(self.path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         self.data = _unzip(self.path, self.limit) if zipped else None
-        self._stamp = self._now()
+        self._stamp = stamp(self.path)
         self.size = self._stamp[0] if self.data is None else len(self.data)
-
-    def _now(self, file: int | None = None) -> tuple[int, int]:
-        stat = os.stat(self.path if file is None else file)
-        return stat.st_size, stat.st_mtime_ns
 
     def read(self, offset: int, size: int) -> bytes:
         """That part of it, shorter where it ends earlier. Raises SourceError where the file has changed since."""
         if self.data is not None:
-            return self.data[offset : offset + size]
+            return bytes(memoryview(self.data)[offset : offset + size])
         file = os.open(self.path, os.O_RDONLY)
         try:
-            if self._now(file) != self._stamp:
-                raise SourceError(f"{self.path}: has changed since it was indexed. Start again")
+            check_stamp(self.path, self._stamp, file)
             return os.pread(file, size, offset)
         finally:
             os.close(file)
@@ -75,7 +70,7 @@ class Archive:
 class Members:
     """Regular members of a tar archive, in its order.
 
-    names         as stored, without a leading "./"; what is not UTF-8 is escaped
+    names         as stored, without a leading "./"; what is not UTF-8 or cannot be printed is escaped
     offset, size  (N,) int64 bytes in the archive
     ignored       hidden files that were left out, such as the resource forks of macOS
     """
@@ -180,17 +175,22 @@ def _number(field: bytes, where: str) -> int:
 
 
 def _text(field: bytes) -> str:
-    return field.split(b"\0")[0].decode("utf-8", "backslashreplace")
+    text = field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+    # Names go to terminals.
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _pax(data: bytes, where: str) -> dict[str, str]:
     """The name and size that a pax header states. Its format: POSIX.1-2017, pax, extended header."""
     found: dict[str, str] = {}
-    while data.strip(b"\0"):
-        length, _, _ = data.partition(b" ")
-        if not (length.isdigit() and len(length) < 8 and len(length) + 3 < int(length) <= len(data)):
+    data = data.rstrip(b"\0")
+    at = 0
+    while at < len(data):
+        length, space, _ = data[at : at + 9].partition(b" ")
+        if not (space and length.isdigit() and len(length) + 3 < int(length) <= len(data) - at):
             raise SourceError(f"{where}: a damaged pax header. {_FETCH}")
-        record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+        record = data[at + len(length) + 1 : at + int(length)]
+        at += int(length)
         key, separator, value = record.removesuffix(b"\n").partition(b"=")
         if not separator or (key == b"size" and not (value.isdigit() and len(value) < 20)):
             raise SourceError(f"{where}: a damaged pax header. {_FETCH}")
@@ -213,7 +213,7 @@ def _refuse(name: str, kind: str, label: str) -> None:
         raise SourceError(f"{label}: a member without a name. {_FETCH}")
 
 
-def _unzip(path: Path, limit: int) -> bytes:
+def _unzip(path: Path, limit: int) -> bytearray:
     data = bytearray()
     try:
         with gzip.open(path) as file:
@@ -223,4 +223,4 @@ def _unzip(path: Path, limit: int) -> bytes:
                     raise SourceError(f"{path}: holds more than {limit} bytes, too many for memory: gunzip it first")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: truncated or damaged ({error}). {_FETCH}") from error
-    return bytes(data)
+    return data

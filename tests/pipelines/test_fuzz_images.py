@@ -7,6 +7,7 @@ import faulthandler
 import io
 import os
 import warnings
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -92,6 +93,17 @@ def mutate(data, rng):
     return bytes(data)
 
 
+def with_checksums(file):
+    """A PNG file whose chunks, as far as they go, have the right checksums: it gets further into the decoder."""
+    file = bytearray(file)
+    at = 8
+    while at + 12 <= len(file):
+        end = at + 8 + int.from_bytes(file[at : at + 4], "big")
+        file[end : end + 4] = zlib.crc32(file[at + 4 : end]).to_bytes(4, "big") if end + 4 <= len(file) else b""
+        at = end + 4
+    return bytes(file)
+
+
 def judge(file):
     """PIL's decode of all of the file, upright, as RGB; 16 bits as floats of 8."""
     image = Image.open(io.BytesIO(file), formats=FORMATS)
@@ -129,7 +141,7 @@ def check(file, counts):
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_mutated_images(kind, record_property):
+def test_mutated_images(kind):
     seed = SEEDS[kind]()
     counts = Counter()
     check(seed, counts)
@@ -137,6 +149,8 @@ def test_mutated_images(kind, record_property):
     rng = np.random.default_rng(list(SEEDS).index(kind))
     for case in range(CASES):
         file = mutate(seed, rng)
+        if "png" in kind and case % 2:
+            file = with_checksums(file)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:
             with warnings.catch_warnings():
@@ -147,5 +161,5 @@ def test_mutated_images(kind, record_property):
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
-    record_property("outcomes", dict(counts))
+    print(kind, dict(counts))  # shown by -rP
     assert len(counts) > 1

@@ -256,6 +256,14 @@ def test_parquet_files_must_agree(parquet):
         open_source(parquet, "train")
 
 
+def test_parquet_that_changes_is_noticed(parquet):
+    source = open_source(parquet, "validation")
+    path = next((parquet / "data").glob("validation*"))
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(SourceError, match=f"{path.name}: has changed since it was indexed"):
+        source.read(0)
+
+
 def test_damaged_parquet(parquet):
     path = next((parquet / "data").glob("validation*"))
     good = path.read_bytes()

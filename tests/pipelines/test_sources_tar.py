@@ -77,6 +77,12 @@ def test_hidden_files_are_counted(tmp_path):
     assert (members.names, members.ignored) == (["a.jpg", "b.jpg"], 4)
 
 
+def test_names_do_not_reach_the_terminal_raw(tmp_path):
+    names = ["a\x1b[2J.jpg", "b\n.jpg"]
+    _, members = index(write(tmp_path / "a.tar", *(member(name, b"x") for name in names)))
+    assert members.names == [r"a\x1b[2J.jpg", r"b\n.jpg"]
+
+
 REFUSED = {
     "absolute": ([member("/etc/a.jpg", b"x")], "/etc/a.jpg: an absolute name"),
     "parent": ([member("a/../../b.jpg", b"x")], "'..'"),
