@@ -141,6 +141,7 @@ def check(file, counts):
 
 
 @pytest.mark.parametrize("kind", SEEDS)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_mutated_images(kind):
     seed = SEEDS[kind]()
     counts = Counter()

@@ -55,6 +55,7 @@ def test_image_folder_is_torchvisions(folder):
     assert len(ours) == len(judge)
     for i, (path, label) in enumerate(judge.samples):
         assert ours.read(i) == (Path(path).read_bytes(), label, path)
+        assert ours.name(i) == path
     assert ours.describe()["files_that_are_no_images"] == 2
 
 
@@ -106,6 +107,7 @@ def test_idx_is_what_torchvision_reads(tmp_path, zipped, split):
         pixels, ours, name = source.read(i)
         np.testing.assert_array_equal(pixels, np.asarray(image))
         assert ours == label
+        assert name == source.name(i)
         assert name.endswith(f"[{i}]")
     assert source.class_names == [str(i) for i in range(10 if split == "train" else 7)]
 
