@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdeit.kernels.variants import Variant
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,6 +36,21 @@ class Launch:
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
         }
+
+    def variant(
+        self, name: str, kernel: Any, signature: dict[str, str], multiples: Iterable[str] = (), **constants: Any
+    ) -> Variant:
+        """This launch of `kernel` as the compiler sees it; `constants`: arguments that are 1, constants to Triton."""
+        return Variant(
+            name=name,
+            kernel=kernel,
+            signature=signature,
+            constants={**dict(self.constants), **constants},
+            multiples=frozenset(multiples),
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            fp_fusion=self.fp_fusion,
+        )
 
 
 def check(op: str, *tensors: Tensor | None) -> None:

@@ -257,29 +257,22 @@ def variants() -> list[Variant]:
             sequence, name = pointer(dtype), f"{DTYPES[dtype]} C{width}"
             parameters = dict.fromkeys(("bias", "cls_token", "dist_token", "pos_embed", "out"), sequence)
             found.append(
-                Variant(
-                    name=f"assemble_tokens_forward {name}",
-                    kernel=_forward,
-                    signature={"patches": "*bf16", **parameters}
+                forward.variant(
+                    f"assemble_tokens_forward {name}",
+                    _forward,
+                    {"patches": "*bf16", **parameters}
                     | {"stride_b": "i32", "stride_p": "i32", "num_tokens": "i32", "embed_dim": "i32"},
-                    constants={**dict(forward.constants), "stride_c": 1},
-                    multiples=frozenset({"stride_b", "stride_p", "embed_dim"}),
-                    num_warps=forward.num_warps,
-                    num_stages=forward.num_stages,
-                    fp_fusion=forward.fp_fusion,
+                    ("stride_b", "stride_p", "embed_dim"),
+                    stride_c=1,
                 )
             )
             found.append(
-                Variant(
-                    name=f"assemble_tokens_backward {name}",
-                    kernel=_backward,
-                    signature={"grad": sequence, "grad_patches": "*bf16", "partial": "*fp32"}
+                backward.variant(
+                    f"assemble_tokens_backward {name}",
+                    _backward,
+                    {"grad": sequence, "grad_patches": "*bf16", "partial": "*fp32"}
                     | {"batch": "i32", "chunk": "i32", "num_tokens": "i32", "embed_dim": "i32"},
-                    constants=dict(backward.constants),
-                    multiples=frozenset({"batch", "chunk", "embed_dim"}),
-                    num_warps=backward.num_warps,
-                    num_stages=backward.num_stages,
-                    fp_fusion=backward.fp_fusion,
+                    ("batch", "chunk", "embed_dim"),
                 )
             )
     return found

@@ -146,4 +146,3 @@ def test_without_a_gpu_the_reference_is_named(device, on_gpu, monkeypatch):
 
 def test_compiles_for_every_architecture(compiled):
     assert len(compiled("assemble_tokens_forward bf16 C192")) == 3
-    assert len(compiled("assemble_tokens_backward bf16 C192")) == 3

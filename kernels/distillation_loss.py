@@ -1,0 +1,171 @@
+"""The joint loss of both heads and its gradients, from logits, labels and what the teacher said."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeit.kernels.distillation_rows import loss_gradients, loss_parts, teacher_kind
+from fastdeit.kernels.launch import check
+
+
+class MixedLabels(NamedTuple):
+    """True labels of mixed images, as (a, b, lambda): the target is lam * onehot(a) + (1 - lam) * onehot(b), smoothed.
+
+    label_a, label_b  (B,) integers
+    lam               (B,) floats: share of label_a
+    smoothing         of both one-hot vectors: each class gets smoothing / K, the label 1 - smoothing more
+    """
+
+    label_a: Tensor
+    label_b: Tensor
+    lam: Tensor
+    smoothing: float
+
+
+class DistillationLoss(NamedTuple):
+    """float32 scalars: the loss to minimise; its part of the true label and its part of the teacher, not weighted."""
+
+    loss: Tensor
+    base: Tensor
+    distill: Tensor
+
+
+@torch.library.custom_op("fastdeit::distillation_loss", mutates_args=())
+def _op(
+    cls: Tensor,
+    dist: Tensor | None,
+    dense: Tensor | None,
+    label_a: Tensor | None,
+    label_b: Tensor | None,
+    lam: Tensor | None,
+    teacher: Tensor | None,
+    smoothing: float,
+    tau: float,
+    weight_base: float,
+    weight_distill: float,
+    divisor: float,
+) -> Tensor:
+    scalars = (smoothing, tau, weight_base, weight_distill, divisor)
+    return loss_parts((cls, dist, dense, label_a, label_b, lam, teacher), scalars)
+
+
+@_op.register_fake
+def _fake(cls, dist, dense, label_a, label_b, lam, teacher, smoothing, tau, weight_base, weight_distill, divisor):
+    return cls.new_empty(3, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdeit::distillation_loss_backward", mutates_args=())
+def _backward_op(
+    grad_parts: Tensor,
+    cls: Tensor,
+    dist: Tensor | None,
+    dense: Tensor | None,
+    label_a: Tensor | None,
+    label_b: Tensor | None,
+    lam: Tensor | None,
+    teacher: Tensor | None,
+    smoothing: float,
+    tau: float,
+    weight_base: float,
+    weight_distill: float,
+    divisor: float,
+) -> list[Tensor]:
+    scalars = (smoothing, tau, weight_base, weight_distill, divisor)
+    return loss_gradients(grad_parts, (cls, dist, dense, label_a, label_b, lam, teacher), scalars)
+
+
+@_backward_op.register_fake
+def _backward_fake(grad_parts, cls, dist, *arguments):
+    return [head.new_empty(head.shape) for head in (cls, dist) if head is not None]
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.scalars = inputs[7:]
+
+
+def _autograd(ctx, grad_parts):
+    grads = _backward_op(grad_parts, *ctx.saved_tensors, *ctx.scalars)
+    return grads[0], grads[1] if len(grads) == 2 else None, *[None] * 10
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def distillation_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    targets: Tensor | MixedLabels,
+    teacher: Tensor | None,
+    *,
+    alpha: float = 0.1,
+    tau: float = 3.0,
+    reduction: Literal["batchmean", "elements"] = "batchmean",
+) -> DistillationLoss:
+    """The rows of the paper's Table 3, as `fastdeit.objective.Objective` states them.
+
+    cls_logits   (B, K) of the class head
+    dist_logits  (B, K) of the distillation head, or None
+    targets      (B, K) mixed and smoothed true labels of any float dtype, or `MixedLabels`
+    teacher      None: no teacher; with two heads the base part is the mean of both. Integer labels (B,): hard
+                 distillation, both parts weighted 1/2. Logits (B, K): soft, tau^2 KL(teacher / tau || student / tau),
+                 weighted alpha, the base part 1 - alpha
+    reduction    of the soft part. "batchmean": mean over the rows; "elements": divided by B K (deit issue 61)
+
+    Logits are float32, float16 or bfloat16; the arithmetic is float32; rows may be apart. The gradients are computed
+    from the logits in the backward pass, scaled and rounded once, so nothing of size (B, K) is kept. The loss of an
+    empty batch is NaN, as is a loss with a label that is no class. No gradient reaches targets or teacher. Raises
+    ValueError for shapes or dtypes that do not fit and without a GPU. Source: Touvron et al., arXiv 2012.12877,
+    section 4.
+    """
+    if reduction not in ("batchmean", "elements"):
+        raise ValueError(f"reduction '{reduction}' is neither 'batchmean' nor 'elements'")
+    if not tau > 0:
+        raise ValueError(f"tau {tau} is a temperature: choose it above 0")
+    kind = teacher_kind(teacher)
+    _check_shapes(cls_logits, dist_logits, targets, teacher, kind)
+    mixed = isinstance(targets, MixedLabels)
+    labels = (targets.label_a.contiguous(), targets.label_b.contiguous(), targets.lam.contiguous()) if mixed else ()
+    weight = {"none": 0.0, "hard": 0.5, "soft": alpha}[kind]
+    parts = _op(
+        _rows(cls_logits),
+        _rows(dist_logits),
+        None if mixed else _rows(targets.detach()),
+        *(labels or (None, None, None)),
+        None if teacher is None else _rows(teacher.detach()),
+        float(targets.smoothing) if mixed else 0.0,
+        float(tau),
+        1.0 - weight,
+        weight,
+        float(cls_logits.shape[1]) if kind == "soft" and reduction == "elements" else 1.0,
+    )
+    return DistillationLoss(*parts.unbind())
+
+
+def _rows(tensor: Any) -> Any:
+    """`tensor` itself where the elements of a row lie side by side, else a copy."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check_shapes(
+    cls: Tensor, dist: Tensor | None, targets: Tensor | MixedLabels, teacher: Tensor | None, kind: str
+) -> None:
+    floats = [cls, dist, targets if isinstance(targets, Tensor) else targets.lam, teacher if kind == "soft" else None]
+    check("distillation_loss", *floats)
+    wanted = {"dist_logits": (dist, cls.shape)}
+    wanted["teacher"] = (teacher, cls.shape if kind == "soft" else cls.shape[:1])
+    if isinstance(targets, Tensor):
+        wanted["targets"] = (targets, cls.shape)
+    else:
+        for name in ("label_a", "label_b", "lam"):
+            wanted[name] = (getattr(targets, name), cls.shape[:1])
+            if name != "lam" and getattr(targets, name).is_floating_point():
+                raise ValueError(f"{name} is {getattr(targets, name).dtype}: give integers")
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, and logits of {tuple(cls.shape)} need {tuple(shape)}")
+        if tensor is not None and tensor.device != cls.device:
+            raise ValueError(f"{name} lies on {tensor.device}, the logits on {cls.device}: move it there")
