@@ -1,6 +1,6 @@
-"""`python -m benchmarks loaders`: training batches per second of the complete recipe, from JPEG files on a CPU.
+"""`python -m benchmarks loaders`: training batches per second of the complete recipe, from JPEG files.
 
-Ours and timm's side by side in one run: every side is a process group of its own, the windows alternate between
+Ours and the peers' side by side in one run: every side is a process group of its own, the windows alternate between
 them, and a side whose turn it is not is stopped, so that it neither works ahead nor takes anything from the others.
 """
 
@@ -8,207 +8,224 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import os
-import select
-import signal
-import subprocess
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import psutil
 import tyro
+from PIL import Image
+from tqdm import tqdm
 
-from benchmarks.loader_sides import SIDES, Setting
-from benchmarks.photos import make_photos
-from benchmarks.record import RESULTS, Timing, append, environment
+from benchmarks.loader_sides import SIDES
+from benchmarks.loader_tables import report
+from benchmarks.page_cache import evict, resident, warm
+from benchmarks.peers.stream import Missing, Setting
+from benchmarks.photos import copy_photos, make_photos, shrink_photos
+from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
+from benchmarks.side_process import Side, SideError
 from fastdeit.cli import UserError, run
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.pool import usable_cores
 
-_START_SECONDS = 300.0  # imports, compilation and the first batches
-_SAMPLE_SECONDS = 0.5  # between looks at the memory
-_PEER = "timm"
+_START_SECONDS = 12.0  # of a side on two cores of 2023, for the estimate only
+_WARM_PASSES = 100
+_NOT_EVICTED = 0.05  # share of the bytes that stays cached where the system does not do what it was advised
+
+Cache = Literal["warm", "cold"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Loaders with the complete recipe, timm's beside ours in the same run."""
+    """Loaders with the complete recipe, the peers' beside ours in the same run.
+
+    Several thread counts, sizes of photograph or states of the page cache are measured one after another, each a
+    record with all sides.
+    """
 
     photos: Path = Path("runs/photos")  # JPEG files as an ImageFolder tree; cut from Debian's wallpapers if not there
-    batch: int = 256
-    threads: int = 0  # of each side, decoding threads or worker processes; 0: all usable cores
-    windows: int = 5  # timed windows of each side
-    window_seconds: float = 10.0
+    photo_side: tuple[int, ...] = (0,)  # longest side that the photographs are reduced to first; 0: as they are
+    threads: tuple[int, ...] = (0,)  # decoding threads or worker processes, and cores, of each side; 0: all cores
+    cache: tuple[Cache, ...] = ("warm",)  # cold: emptied before each window, which then reads no image twice
     sides: tuple[str, ...] = tuple(SIDES)  # whom to measure; x3: with repeated augmentation
+    repeats: tuple[int, ...] = (3, 1)  # those of our sides that have as many copies of an image in a batch
+    batch: int = 128
+    windows: int = 5  # timed windows of each side
+    window_seconds: float = 3.0
+    cold_images: int = 10_000  # copies of the photographs to so many files for the cold windows
+    quick: bool = False  # 3 windows of 1 s: a look, not a figure to quote
+    full: bool = False  # sides of 256, 400 and 500 pixels, 1 to all cores, warm and cold
     results: Path = RESULTS / "loaders.jsonl"
 
 
-class SideError(Exception):
-    """A side that ended, or did not answer in time; with the end of what it printed."""
+@dataclass(frozen=True)
+class Case:
+    """What a record is about."""
+
+    photo_side: int
+    cache: Cache
+    threads: int
 
 
-@dataclass
-class Side:
-    """A competitor in its own process group, running only while it is measured."""
-
-    setting: Setting
-    process: subprocess.Popen[str]
-    printed: Path
-    remarks: tuple[str, ...] = ()
-    rates: list[float] = field(default_factory=list)  # images per second, one a window
-    images: int = 0  # in the windows and before each of them
-    cpu_before: float = 0.0
-    cpu_seconds: float = 0.0  # for those images
-    peak_memory_mib: float = 0.0
-
-    @classmethod
-    def start(cls, setting: Setting, folder: Path) -> Side:
-        """Start it, wait until it is warm, and stop it. Raises SideError."""
-        printed = folder / f"{setting.name}.txt"
-        with open(printed, "w", encoding="utf-8") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.loader_sides", json.dumps(dataclasses.asdict(setting))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                cwd=Path(__file__).parents[1],
-                start_new_session=True,
-            )
-        side = cls(setting, process, printed)
-        try:
-            side.remarks = tuple(side._answer(_START_SECONDS)["remarks"])
-        except BaseException:
-            side.kill()
-            raise
-        os.killpg(process.pid, signal.SIGSTOP)
-        side.cpu_before = _cpu_seconds(process.pid)
-        return side
-
-    def run_window(self, seconds: float) -> None:
-        """Let it run for one window. Raises SideError."""
-        assert self.process.stdin is not None
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
-            self.process.stdin.write(json.dumps({"seconds": seconds}) + "\n")
-            self.process.stdin.flush()
-            answer = self._answer(_START_SECONDS + 10 * seconds)
-        except BrokenPipeError as error:
-            raise self._error("it ended") from error
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        self.rates.append(answer["rate"])
-        self.images = answer["images"]
-        self.cpu_seconds = _cpu_seconds(self.process.pid) - self.cpu_before
-
-    def kill(self) -> None:
-        """End it and every process it started, whatever state they are in."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
-
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for _ in range(round(seconds / _SAMPLE_SECONDS)):
-            if select.select([self.process.stdout], [], [], _SAMPLE_SECONDS)[0]:
-                if line := self.process.stdout.readline():
-                    return json.loads(line)
-                raise self._error("it ended")
-            self.peak_memory_mib = max(self.peak_memory_mib, _memory_mib(self.process.pid))
-        raise self._error(f"no answer in {seconds:.0f} s")
-
-    def _error(self, what: str) -> SideError:
-        lines = self.printed.read_text(encoding="utf-8").strip().splitlines()
-        return SideError(f"{what}: {lines[-1] if lines else 'it printed nothing'}")
-
-    def figures(self) -> dict[str, Any]:
-        timing = Timing(tuple(self.rates))
-        return {
-            "images_per_second": timing.median,
-            "spread": timing.spread,
-            "windows": self.rates,
-            "cpu_ms_per_image": 1000 * self.cpu_seconds / self.images,
-            "peak_memory_mib": round(self.peak_memory_mib, 1),
-            "remarks": self.remarks,
-        }
+def cases(options: Options) -> list[Case]:
+    """Every combination that the options name, those on the same photographs one behind another."""
+    cores = usable_cores()
+    if options.full:
+        counts = sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
+        sides, caches, threads = (256, 400, 500), get_args(Cache), tuple(counts)
+    else:
+        sides, caches = options.photo_side, options.cache
+        threads = tuple(count or cores for count in options.threads)
+    found = [Case(side, cache, count) for side, cache, count in itertools.product(sides, caches, threads)]
+    if too_many := [case.threads for case in found if not 1 <= case.threads <= cores]:
+        raise UserError(f"--threads {too_many[0]}: this process may use {cores} cores, and a side as many threads")
+    return found
 
 
-def _members(pid: int) -> list[psutil.Process]:
-    """A process and all that it started."""
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def _memory_mib(pid: int) -> float:
-    """Memory of a process and its children; pages they share count once over all who share them."""
-    total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for member in _members(pid):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += member.memory_full_info().pss
-    return total / 2**20
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Time that a process and its children have spent on cores, in the kernel too."""
-    return sum(times.user + times.system for times in (member.cpu_times() for member in _members(pid)))
-
-
-def measure(options: Options) -> dict[str, Any]:
-    """The record of a run: rates and peak memory of every side. A side that fails is left out and named.
-
-    Raises UserError for a side that does not exist and for a folder without photographs.
-    """
+def chosen_sides(options: Options) -> list[str]:
+    """The sides to measure. Raises UserError for one that does not exist, or where none is left."""
     if unknown := [name for name in options.sides if name not in SIDES]:
         raise UserError(f"--sides {' '.join(unknown)}: there are only {', '.join(SIDES)}")
+    found = [name for name in options.sides if SIDES[name].repeats in (None, *options.repeats)]
+    if not found:
+        raise UserError(f"--repeats {' '.join(map(str, options.repeats))}: no side of --sides has as many")
+    return found
+
+
+def measure(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run, a case each: rates, CPU time and peak memory of every side.
+
+    A side that fails, or is not installed, is left out and named with the reason. `folder` is for data. Raises
+    UserError for a side that does not exist, a folder without photographs, and a page cache that cannot be emptied.
+    """
+    names, todo = chosen_sides(options), cases(options)
     photos = prepare_photos(options.photos)
+    seconds = len(todo) * len(names) * (_START_SECONDS + 1.7 * options.windows * options.window_seconds)
+    print(
+        f"{len(todo)} cases of {len(names)} sides, {options.windows} windows of {options.window_seconds:g} s: "
+        f"about {seconds / 60:.0f} minutes",
+        flush=True,
+    )
+    with tqdm(total=len(todo) * len(names) * (1 + options.windows), unit=" windows", mininterval=1) as bar:
+        for (side, cache), group in itertools.groupby(todo, lambda case: (case.photo_side, case.cache)):
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                data = _prepare(options, photos, side, cache, Path(place))
+                for case in group:
+                    yield _measure_case(options, case, names, data, bar)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What the sides of a case read, and where they may write."""
+
+    photos: Path
+    beton: Path
+    folder: Path
+    facts: dict[str, Any]
+
+
+def _prepare(options: Options, photos: list[Path], side: int, cache: Cache, folder: Path) -> _Data:
+    tree, facts = options.photos, {"photos_not_reduced": 0}
+    if side:
+        tree = folder / "reduced"
+        facts["photos_not_reduced"] = shrink_photos(options.photos, tree, side)
+        photos = sorted(tree.glob("*/*.jpg"))
     sizes = [path.stat().st_size for path in photos]
+    longest = []
+    for path in photos:
+        with Image.open(path) as image:
+            longest.append(max(image.size))
+    facts |= {"images": len(photos), "mean_bytes": round(statistics.mean(sizes)), "photo_side": max(longest)}
+    if cache == "cold":
+        tree = copy_photos(tree, folder / "copies", options.cold_images)
+    beton = folder / "photos.beton"
+    convert(str(tree), beton, progress=False)
+    files = [beton, *tree.glob("*/*.jpg")]
+    if cache == "cold":
+        os.sync()  # a page that is not written yet cannot be dropped
+        evict(files)
+        if (left := resident(files)) > _NOT_EVICTED:
+            raise UserError(
+                f"--cache cold: {left:.0%} of {folder} stays in the page cache, as on a file system in memory: "
+                "set TMPDIR to a folder on a disk"
+            )
+    else:
+        warm(files)
+    return _Data(tree, beton, folder, facts)
+
+
+def _measure_case(options: Options, case: Case, names: Sequence[str], data: _Data, bar: tqdm) -> dict[str, Any]:
     record: dict[str, Any] = {
         "benchmark": "loaders",
-        "environment": environment(),
+        "environment": environment((*PACKAGES, *PEERS)),
         "load_before": os.getloadavg()[0],
         "batch": options.batch,
-        "threads": options.threads or usable_cores(),
-        "images": len(photos),
-        "mean_bytes": round(sum(sizes) / len(sizes)),
+        "cache": case.cache,
+        "threads": case.threads,
         "memory": "largest sum over a side's processes of the proportional set size, looked at twice a second",
+        **data.facts,
     }
     failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        beton = folder / "photos.beton"
-        convert(str(options.photos), beton, progress=False)
-        with _started(options, record["threads"], beton, failed) as sides:
-            for window in range(options.windows):
-                # Every other round runs backwards, so that no side always follows the same one.
-                for side in list(sides.values())[:: -1 if window % 2 else 1]:
-                    try:
-                        side.run_window(options.window_seconds)
-                    except SideError as error:
-                        failed[side.setting.name] = str(error)
-                        sides.pop(side.setting.name).kill()
-            return {**record, "failed": failed, "sides": {name: side.figures() for name, side in sides.items()}}
+    missing: dict[str, str] = {}
+    with _started(options, case, names, data, failed, missing, bar) as sides:
+        for window in range(options.windows):
+            # Every other round runs backwards, so that no side always follows the same one.
+            for side in list(sides.values())[:: -1 if window % 2 else 1]:
+                name = side.setting.name
+                bar.set_postfix_str(name, refresh=False)
+                try:
+                    side.run_window(options.window_seconds, cold=case.cache == "cold")
+                except SideError as error:
+                    failed[name] = str(error)
+                    sides.pop(name).kill()
+                bar.update()
+        figures = {name: {"work": SIDES[name].work, **side.figures()} for name, side in sides.items()}
+    return {**record, "failed": failed, "missing": missing, "sides": figures}
 
 
 @contextlib.contextmanager
-def _started(options: Options, threads: int, beton: Path, failed: dict[str, str]) -> Iterator[dict[str, Side]]:
-    """The sides, warm and stopped; killed in the end. One that does not start is named in `failed`."""
+def _started(
+    options: Options,
+    case: Case,
+    names: Sequence[str],
+    data: _Data,
+    failed: dict[str, str],
+    missing: dict[str, str],
+    bar: tqdm,
+) -> Iterator[dict[str, Side]]:
+    """The sides, warm and stopped; killed in the end. One that does not start is named with the reason."""
     sides: dict[str, Side] = {}
-    try:
-        for name in options.sides:
-            setting = Setting(name, str(options.photos.resolve()), str(beton), options.batch, threads)
-            try:
-                sides[name] = Side.start(setting, beton.parent)
-            except SideError as error:
-                failed[name] = str(error)
-        yield sides
-    finally:
-        for side in sides.values():
-            side.kill()
+    with tempfile.TemporaryDirectory(dir=data.folder) as scratch:
+        try:
+            for name in names:
+                bar.set_postfix_str(f"{name} starts")
+                own = Path(scratch) / name
+                own.mkdir()
+                setting = Setting(
+                    name=name,
+                    photos=str(data.photos.resolve()),
+                    beton=str(data.beton),
+                    scratch=str(own),
+                    batch=options.batch,
+                    threads=case.threads,
+                    passes=1 if case.cache == "cold" else _WARM_PASSES,
+                )
+                try:
+                    sides[name] = Side.start(setting, own)
+                except SideError as error:
+                    failed[name] = str(error)
+                except Missing as error:
+                    missing[name] = str(error)
+                bar.update(1 if name in sides else 1 + options.windows)
+            yield sides
+        finally:
+            for side in sides.values():
+                side.kill()
 
 
 def prepare_photos(folder: Path) -> list[Path]:
@@ -222,32 +239,17 @@ def prepare_photos(folder: Path) -> list[Path]:
     return photos
 
 
-def report(record: dict[str, Any]) -> str:
-    """The record as a table."""
-    lines = [
-        f"batch {record['batch']}, {record['threads']} threads or workers, {record['images']} JPEGs of "
-        f"{record['mean_bytes'] / 1000:.0f} kB, load {record['load_before']:.1f} before",
-        f"{'':20}{'im/s':>8}{'spread':>8}{'CPU ms':>8}{'MiB':>8}{'/ timm':>8}",
-    ]
-    peer = record["sides"].get(_PEER)
-    for name, figures in record["sides"].items():
-        rate = figures["images_per_second"]
-        ratio = f"{rate / peer['images_per_second']:.2f}" if peer else ""
-        lines.append(
-            f"{name:20}{rate:8.0f}{figures['spread']:8.0%}{figures['cpu_ms_per_image']:8.2f}"
-            f"{figures['peak_memory_mib']:8.0f}{ratio:>8}"
-        )
-    lines += [f"{name}: failed: {reason}" for name, reason in record["failed"].items()]
-    lines += [f"{name}: {remark}" for name, figures in record["sides"].items() for remark in figures["remarks"]]
-    return "\n".join(lines)
-
-
 def loaders(options: Options) -> bool:
-    """Measure, print, and append to the results; whether every side could be timed."""
-    record = measure(options)
-    append(options.results, record)
-    print(report(record), flush=True)
-    return not record["failed"]
+    """Measure, print, and append to the results; whether every side that is installed could be timed."""
+    if options.quick:
+        options = dataclasses.replace(options, windows=3, window_seconds=1.0)
+    timed = True
+    with tempfile.TemporaryDirectory() as folder:
+        for record in measure(options, Path(folder)):
+            append(options.results, record)
+            tqdm.write(report(record))
+            timed = timed and not record["failed"]
+    return timed
 
 
 def main(argv: Sequence[str] | None = None) -> None:

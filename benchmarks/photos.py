@@ -9,7 +9,9 @@ typical ImageNet image and stored as a JPEG like ImageNet's. `photos.json` besid
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,6 +107,37 @@ def make_photos(
     made = {**asked, "packages": packages, "windows_passed_over": passed_over}
     record.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def shrink_photos(source: Path, dest: Path, side: int, *, quality: int = 92) -> int:
+    """Write the JPEGs of the ImageFolder tree `source`, their longest side reduced to `side` pixels, to a new `dest`.
+
+    An image that is no larger is copied as it is. Returns how many were.
+    """
+    as_they_are = 0
+    for path in sorted(source.glob("*/*.jpg")):
+        target = dest / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            scale = side / max(image.size)
+            if scale >= 1:
+                shutil.copyfile(path, target)
+                as_they_are += 1
+                continue
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            reduced = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        reduced.save(target, quality=quality, subsampling="4:2:0")
+    return as_they_are
+
+
+def copy_photos(source: Path, dest: Path, count: int) -> Path:
+    """Write `count` files to a new ImageFolder tree `dest`: copies of the JPEGs of `source`, each about as often."""
+    files = sorted(source.glob("*/*.jpg"))
+    for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
+        target = dest / path.parent.name / f"{path.stem}-{number // len(files)}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return dest
 
 
 def debian_photographs() -> list[Path]:

@@ -23,7 +23,8 @@ import torch
 from fastdeit.pipelines.pool import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton", "ffcv")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton", "ffcv")
+PEERS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset", "spdl")  # of the loader benchmark
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,24 @@ class Timing:
         return (max(self.rates) - min(self.rates)) / self.median
 
 
-def timed_window(step: Callable[[], int], seconds: float, synchronize: Callable[[], object] | None = None) -> float:
+def timed_window(
+    step: Callable[[], int],
+    seconds: float,
+    synchronize: Callable[[], object] | None = None,
+    *,
+    most: int | None = None,
+) -> float:
     """Units per second of one window: `step` returns how many units it did and is called until the time is over.
 
     synchronize  waits for the device, where `step` only queues work there; called before each look at the clock
                  that counts, the first and the last
+    most         units after which the window ends before its time
     """
     if synchronize is not None:
         synchronize()
     start = time.perf_counter()
     units = step()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < seconds and (most is None or units < most):
         units += step()
     if synchronize is not None:
         synchronize()
@@ -75,7 +83,7 @@ def median_window(
     return Timing(tuple(timed_window(step, seconds, synchronize) for _ in range(windows)))
 
 
-def environment(packages: Iterable[str] = _PACKAGES) -> dict[str, Any]:
+def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Date, command, commit, hardware and versions of this process, as JSON takes them.
 
     A package that is not installed, a GPU or a commit that is not there is None.

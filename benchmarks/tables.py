@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks import loader_tables
 from benchmarks.record import RESULTS
 from benchmarks.throughput import ratio
 from fastdeit.cli import UserError, run
@@ -17,7 +19,7 @@ from fastdeit.cli import UserError, run
 Record = dict[str, Any]
 CONFIGURATION = {
     "throughput": ("model", "img_size", "mode", "precision", "batch", "ema", "device"),
-    "loaders": ("batch", "threads", "images", "mean_bytes"),
+    "loaders": ("cache", "photo_side", "batch", "threads", "images", "mean_bytes"),
 }
 
 
@@ -27,6 +29,7 @@ class Options:
 
     results: Path = RESULTS  # folder with throughput.jsonl and loaders.jsonl, either or both
     plot: Path | None = None  # also draw the throughput into this file (.svg, .png); needs matplotlib
+    plot_loaders: Path | None = None  # also draw the newest loaders, warm if there are such
 
 
 def read(path: Path) -> list[Record]:
@@ -68,7 +71,7 @@ def latest(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def _place(record: Record) -> tuple[Any, ...]:
     if record["benchmark"] == "loaders":
-        return record["threads"], record["batch"]
+        return record["cache"] == "cold", -record["photo_side"], record["batch"], record["threads"]
     sizes = ("tiny", "small", "base")
     size = next(i for i, name in enumerate(sizes) if name in record["model"])
     return "distilled" in record["model"], size, record["img_size"], record["mode"], record["batch"]
@@ -88,28 +91,12 @@ def markdown(records: Iterable[Record]) -> str:
 
 
 def _loaders_section(name: str, records: Sequence[Record]) -> str:
-    lines: list[str] = []
-    for record in records:
-        peer = record["sides"].get("timm")
-        lines += [
-            f"### Loaders, {name}",
-            "",
-            f"The complete recipe, {record['threads']} threads or workers, batch {record['batch']}, "
-            f"{record['images']} JPEGs of {record['mean_bytes'] / 1000:.0f} kB; median of the windows.",
-            "",
-            "| loader | images/s | / timm | CPU ms an image | peak MiB |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        for side, figures in record["sides"].items():
-            rate = figures["images_per_second"]
-            ratio_to_peer = f"{rate / peer['images_per_second']:.2f}" if peer else ""
-            lines.append(
-                f"| {side} | {rate:,.0f} | {ratio_to_peer} | {figures['cpu_ms_per_image']:.2f} "
-                f"| {figures['peak_memory_mib']:,.0f} |"
-            )
-        lines += [f"| {side} | {reason} | | | |" for side, reason in record["failed"].items()]
-        remarks = [f"- {side}: {remark}" for side, figures in record["sides"].items() for remark in figures["remarks"]]
-        lines += ["", *remarks, *_footnotes([record]), ""]
+    lines = [f"### Loaders, {name}", ""]
+    for group in loader_tables.groups(records):
+        for record in group:
+            lines += [*loader_tables.table(record), *_footnotes([record]), ""]
+        if more := loader_tables.scaling(group):
+            lines += [*more, ""]
     return "\n".join(lines).rstrip()
 
 
@@ -210,12 +197,34 @@ def plot(records: Iterable[Record], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_loaders(records: Iterable[Record], path: Path) -> None:
+    """Bars of the loaders of the newest run, and lines over its thread counts.
+
+    Raises UserError where matplotlib is not installed or no loader was measured.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot-loaders needs matplotlib: pip install 'fastdeit[demo]'")
+    found = latest(r for r in records if r["benchmark"] == "loaders" and r["sides"])
+    dated = [
+        (max(record["environment"]["date"] for record in group), group[0]["cache"] == "warm", name, group)
+        for name, rows in found.items()
+        for group in loader_tables.groups(rows)
+    ]
+    if not dated:
+        raise UserError("--plot-loaders: there is no figure to draw yet; run python -m benchmarks loaders first")
+    newest = max(date[:10] for date, *_ in dated)
+    _, _, name, group = max((row for row in dated if row[0][:10] == newest), key=lambda row: (row[1], row[0]))
+    loader_tables.plot(name, group, path)
+
+
 def tables(options: Options) -> None:
     """Print the tables; draw the plot."""
     records = [record for name in CONFIGURATION for record in read(options.results / f"{name}.jsonl")]
     print(markdown(records))
     if options.plot is not None:
         plot(records, options.plot)
+    if options.plot_loaders is not None:
+        plot_loaders(records, options.plot_loaders)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

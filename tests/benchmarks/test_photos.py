@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from benchmarks.photos import make_photos
+from benchmarks.photos import copy_photos, make_photos, shrink_photos
 
 
 @pytest.fixture
@@ -68,3 +68,25 @@ def test_unusable_sources_are_named(tmp_path):
         make_photos(tmp_path / "a", 1, size=(80, 60), sources=[tmp_path / "flat.png"])
     with pytest.raises(ValueError, match=r"flat\.png: 100 x 100 pixels, smaller"):
         make_photos(tmp_path / "b", 1, size=(180, 60), sources=[tmp_path / "flat.png"])
+
+
+def test_reduced_photos_are_the_same_pictures(tmp_path, sources):
+    folder = make_photos(tmp_path / "a", 6, size=(160, 120), sources=sources[:1])
+    Image.new("RGB", (30, 70)).save(folder / "class0" / "small.jpg")
+    assert shrink_photos(folder, tmp_path / "b", 80) == 1
+    assert read_all(tmp_path / "b").keys() == read_all(folder).keys()
+    for path in read_all(folder):
+        with Image.open(folder / path) as before, Image.open(tmp_path / "b" / path) as after:
+            if path.name == "small.jpg":
+                assert after.size == (30, 70)
+                continue
+            assert after.size == (80, 60)
+            wanted = np.asarray(before.reduce(2), np.int16)
+            assert np.abs(np.asarray(after, np.int16) - wanted).mean() < 8
+
+
+def test_copies_are_as_many_as_asked_for(tmp_path, sources):
+    folder = make_photos(tmp_path / "a", 4, size=(80, 60), sources=sources)
+    copies = read_all(copy_photos(folder, tmp_path / "b", 10))
+    assert len(copies) == 10
+    assert set(copies.values()) == set(read_all(folder).values())

@@ -70,22 +70,56 @@ def test_the_source_of_the_figures_is_beside_them():
         assert expected in text
 
 
-def test_loaders_have_a_table_of_their_own():
-    figures = {"spread": 0.03, "windows": [1.0] * 5, "cpu_ms_per_image": 4.25, "peak_memory_mib": 1500.0}
+def loader_record(threads, rates, **changes):
+    figures = {"spread": 0.03, "cpu_ms_per_image": 4.25, "peak_memory_mib": 1500.0, "work": "complete recipe"}
     sides = {
-        "timm": {**figures, "images_per_second": 400.0, "remarks": []},
-        "ffcv": {**figures, "images_per_second": 1000.0, "remarks": ["no mixing"]},
+        name: {**figures, "images_per_second": rate, "windows": [0.9 * rate, rate], "remarks": []}
+        for name, rate in rates.items()
     }
-    made = record("2026-01-01T00:00", 1.0, 1.0, gpu=None)
-    shared = {"benchmark": "loaders", "batch": 64, "threads": 2, "images": 500, "mean_bytes": 110_400}
-    loaders = {**shared, "environment": made["environment"], "failed": {"torch": "it ended"}, "sides": sides}
-    text = tables.markdown([loaders, made])
+    made = {"benchmark": "loaders", "batch": 64, "cache": "warm", "threads": threads, "photo_side": 500}
+    made |= {"images": 500, "mean_bytes": 110_400, "photos_not_reduced": 0, "sides": sides, "failed": {}, "missing": {}}
+    return {**made, "environment": record("2026-01-01T00:00", 1.0, 1.0, gpu=None)["environment"], **changes}
+
+
+def test_loaders_have_a_table_of_their_own():
+    loaders = loader_record(
+        2, {"timm": 400.0, "ffcv": 1000.0}, failed={"torch": "it ended"}, missing={"spdl": "install"}
+    )
+    loaders["sides"]["ffcv"] |= {"remarks": ["no mixing"], "work": "decode, crop, flip only"}
+    text = tables.markdown([loaders, record("2026-01-01T00:00", 1.0, 1.0, gpu=None)])
     assert "### Loaders, Some CPU, 2 cores" in text
-    assert "| ffcv | 1,000 | 2.50 | 4.25 | 1,500 |" in text
-    assert "| torch | it ended | | | |" in text
-    assert "500 JPEGs of 110 kB" in text
+    assert "| ffcv | decode, crop, flip only | 1,000 | 2.50 | 4.25 | 1,500 |" in text
+    assert "| torch | it ended | | | | |" in text
+    assert "| spdl | install | | | | |" in text
+    assert "500 JPEGs of 110 kB, longest side 500" in text
     assert "- ffcv: no mixing" in text
+    assert "added core" not in text
     assert len(rows(text)) == 1
+
+
+def test_loaders_by_threads_show_what_an_added_core_brings():
+    one = loader_record(1, {"ours": 1000.0, "timm": 200.0})
+    four = loader_record(4, {"ours": 3400.0, "spdl": 300.0})
+    cold = loader_record(4, {"ours": 1.0}, cache="cold")
+    text = tables.markdown([four, cold, one])
+    assert "| loader | 1 thread | 4 threads |" in text
+    assert "| ours | 1,000 | 3,400 (0.80) |" in text  # 2400 from three cores, of 1000 each
+    assert "| timm | 200 |  |" in text
+    assert "| spdl |  | 300 |" in text
+    assert text.count("added core") == 1
+
+
+def test_the_plot_of_loaders_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    path = tmp_path / "loaders.png"
+    with pytest.raises(UserError, match="no figure to draw"):
+        tables.plot_loaders([], path)
+    tables.plot_loaders([loader_record(n, {"fastdeit-ffcv-x3": 900.0 * n, "timm": 300.0}) for n in (1, 2)], path)
+    with Image.open(path) as picture:
+        assert picture.width > 1000
+        assert picture.convert("L").getextrema()[0] < 128
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, capsys):
