@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +145,15 @@ class ImageNetVal(_TarImages):
 class ImageNetV2(_TarImages):
     """An archive of ImageNet-V2 (.tar.gz, or gunzipped): folders of images that are named by the number of the class.
 
-    Numbers count the sorted wnids of ILSVRC2012 from 0. Raises SourceError.
+    Numbers count the sorted wnids of ILSVRC2012 from 0, which are its class names unless others are given. Raises
+    SourceError.
     """
 
     kind = "imagenet v2"
 
     def __init__(self, path: Path, class_names: list[str] | None = None) -> None:
         self.archive = tar.Archive(path)
-        self.class_names = class_names
+        self.class_names = class_names or _wnids()
         with tar.progress(self.archive.size) as bar:
             members = tar.index(self.archive, str(path), bar=bar)
         found = _images(members)
@@ -166,6 +168,13 @@ class ImageNetV2(_TarImages):
         self._fill(images)
 
 
+def _wnids() -> list[str]:
+    """ILSVRC2012's wnids in the order of its labels, as timm lists them."""
+    from timm.data import ImageNetInfo  # which takes seconds to import
+
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
 def image_number(name: str) -> int | None:
     """The number in a name of ILSVRC2012's val images, counted from 1; None for another name."""
     match = _VAL_IMAGE.search(name)
@@ -176,11 +185,13 @@ def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
     """ImageNet-ReaL's classes of each sample of ILSVRC2012's val set, given by `names` in any order.
 
     path   real.json, a list of lists: entry i belongs to ILSVRC2012_val_{i + 1:08d}.JPEG. The file is that of
-           Beyer et al., "Are we done with ImageNet?" (arXiv 2006.07159)
+           Beyer et al., "Are we done with ImageNet?" (arXiv 2006.07159); `timm`: the copy that timm ships
     names  as `Source.name` gives them
 
     Raises SourceError for another kind of file, or a name that is of no such image.
     """
+    if str(path) == "timm":
+        path = Path(str(resources.files("timm.data") / "_info" / "imagenet_real_labels.json"))
     try:
         lists = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

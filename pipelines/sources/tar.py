@@ -6,6 +6,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -37,6 +38,7 @@ class Archive:
         with open(self.path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         self.data = _unzip(self.path, self.limit) if zipped else None
+        self._held: int | None = None
         self._stamp = stamp(self.path)
         self.size = self._stamp[0] if self.data is None else len(self.data)
 
@@ -44,12 +46,31 @@ class Archive:
         """That part of it, shorter where it ends earlier. Raises SourceError where the file has changed since."""
         if self.data is not None:
             return bytes(memoryview(self.data)[offset : offset + size])
+        if self._held is not None:
+            return self._pread(self._held, offset, size)
+        # Not kept open, since a data set may be thousands of archives.
         file = os.open(self.path, os.O_RDONLY)
         try:
-            check_stamp(self.path, self._stamp, file)
-            return os.pread(file, size, offset)
+            return self._pread(file, offset, size)
         finally:
             os.close(file)
+
+    def _pread(self, file: int, offset: int, size: int) -> bytes:
+        check_stamp(self.path, self._stamp, file)
+        return os.pread(file, size, offset)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep it open for many small reads: on a network's file system opening costs more than they do."""
+        if self.data is not None or self._held is not None:
+            yield
+            return
+        self._held = os.open(self.path, os.O_RDONLY)
+        try:
+            yield
+        finally:
+            os.close(self._held)
+            self._held = None
 
     def member(self, name: str, offset: int, size: int) -> bytes:
         """A whole member. Raises SampleError where it is too large for a sample or cut short."""
@@ -91,15 +112,16 @@ def index(archive: Archive, where: str, start: int = 0, end: int | None = None, 
     seen: set[str] = set()
     places: list[tuple[int, int]] = []
     ignored = 0
-    for name, offset, size in _headers(archive, where, start, archive.size if end is None else end, bar):
-        if name in seen:
-            raise SourceError(f"{where}:{name}: a second member of this name. Pack the archive again with one of them")
-        seen.add(name)
-        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
-            ignored += 1
-            continue
-        names.append(name)
-        places.append((offset, size))
+    with archive.held():
+        for name, offset, size in _headers(archive, where, start, archive.size if end is None else end, bar):
+            if name in seen:
+                raise SourceError(f"{where}:{name}: a second member of this name. Pack the archive again with one")
+            seen.add(name)
+            if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+                ignored += 1
+                continue
+            names.append(name)
+            places.append((offset, size))
     table = np.array(places, np.int64).reshape(-1, 2)
     return Members(names, table[:, 0].copy(), table[:, 1].copy(), ignored)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
+from timm.data.real_labels import RealLabelsImagenet
 
 from fastdeit.pipelines.sources import SourceError, open_source
 from fastdeit.pipelines.sources.imagenet import image_number, real_labels
@@ -233,6 +234,10 @@ def test_imagenet_v2_goes_by_numbers(tmp_path, suffix):
     source = open_source(path)
     assert (len(source), source.in_memory) == (24, suffix == ".tar.gz")
     assert [source.read(i)[1] for i in range(24)] == [i // 2 for i in range(24)]
+    # As torchvision's weights and data sets order them: tench, goldfish, great white shark.
+    assert source.class_names[:3] == ["n01440764", "n01443537", "n01484850"]
+    assert len(source.class_names) == 1000
+    assert open_source(path, class_names=[f"class {i}" for i in range(12)]).class_names[-1] == "class 11"
     for i, (name, data) in enumerate(files.items()):
         assert source.read(i) == (data, i // 2, f"{path}:{name}")
     pack(path, {**files, f"{top}/tench/a.jpeg": b"x"}, "w:gz" if suffix == ".tar.gz" else "w")
@@ -251,6 +256,12 @@ def test_real_labels_follow_the_names(root):
         with pytest.raises(SourceError, match=f"{name}: not one of ILSVRC2012's val images 1 to 7"):
             real_labels(root / "real.json", [name])
     assert image_number("a/ILSVRC2012_val_00050000.JPEG") == 50_000
+
+
+def test_real_labels_that_timm_ships():
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
+    judge = RealLabelsImagenet(names)
+    assert real_labels(Path("timm"), names) == list(judge.real_labels.values())
 
 
 @pytest.mark.parametrize("text", ["", "[", "{}", "[]", "[1]", "[[1.5]]", "[[-1]]", "[[true]]", "[" * 100_000])
