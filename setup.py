@@ -4,9 +4,13 @@
 so that nothing generic lands in site-packages.
 """
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 MAPPING = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.pipelines": "pipelines"}
+
+# A shared library for ctypes, not a Python module. Optional: without a C compiler or libjpeg-turbo's headers the
+# installation goes on, and the turbo loader says what is missing.
+JPEG = Extension("fastdeit.pipelines._jpeg", ["pipelines/native/jpeg.c"], libraries=["jpeg"], optional=True)
 
 
 def installed_packages() -> list[str]:
@@ -17,4 +21,4 @@ def installed_packages() -> list[str]:
     return names
 
 
-setup(packages=installed_packages(), package_dir=MAPPING)
+setup(packages=installed_packages(), package_dir=MAPPING, ext_modules=[JPEG])

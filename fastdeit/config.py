@@ -47,10 +47,11 @@ class DataConfig:
 
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
-    loader: Literal["auto", "ffcv", "torch"] = "auto"  # auto: ffcv where installed, else torch, announced
+    loader: Literal["auto", "turbo", "ffcv", "torch"] = "auto"  # auto: ffcv where installed, else torch, announced
     threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
     prefetch: int = 2  # training batches prepared ahead
     repeats: int = 3  # repeated augmentation: copies of an image in a batch; 1: none
+    on_error: Literal["fail", "replace"] = "fail"  # a training image that cannot be decoded; replace: by the next one
     cell_groups: int = 4  # placement "local": copies lie within this many consecutive mixing groups
 
 

@@ -17,11 +17,12 @@ from fastdeit.distributed import World
 from fastdeit.pipelines import dataset as datasets
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.draw import PlanDrawer, Policy
-from fastdeit.pipelines.host.stage import Batch, HostStage
+from fastdeit.pipelines.host.stage import Batch, HostStage, evaluation_regions
 from fastdeit.pipelines.loading import open_loader
-from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order
+from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order, StepSamples
+from fastdeit.pipelines.plan import Plan
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
-from fastdeit.pipelines.threaded import ThreadedLoader
+from fastdeit.pipelines.threaded import OnError, Regions, ThreadedLoader
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class TrainBatch:
     position   (B,) int64 place of each sample in the global batch
     repeat     (B,) int32 which copy of its image a sample is
     fallbacks  dataset indices that the loader's decoder refused and PIL read
+    replaced   (bad, used) dataset indices: images that do not decode, and those in their place
     """
 
     data: Batch
     position: np.ndarray
     repeat: np.ndarray
     fallbacks: list[int]
+    replaced: list[tuple[int, int]]
 
 
 def open_dataset(path: Path | None, option: str) -> Dataset:
@@ -90,12 +93,21 @@ def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Pol
 
 
 def _open(
-    recipe: Recipe, dataset: Dataset, order: Order, world: World, dtype: torch.dtype
+    recipe: Recipe,
+    dataset: Dataset,
+    order: Order,
+    world: World,
+    dtype: torch.dtype,
+    *,
+    regions: Regions,
+    on_error: OnError,
 ) -> tuple[ThreadPoolExecutor, ThreadedLoader, HostStage]:
     """A pool of this process's threads, and the loader and the stage that share it."""
     threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
     pool = make_pool(threads)
-    loader = open_loader(recipe.data.loader, dataset, order, pool=pool, threads=threads)
+    loader = open_loader(
+        recipe.data.loader, dataset, order, pool=pool, threads=threads, regions=regions, on_error=on_error
+    )
     augment = recipe.augment
     stage = HostStage(recipe.model.img_size, augment.mean, augment.std, pool=pool, threads=threads, dtype=dtype)
     return pool, loader, stage
@@ -130,7 +142,10 @@ class TrainingData:
             dataset.height,
             dataset.width,
         )
-        self._pool, self.loader, self._stage = _open(recipe, dataset, self.order, world, dtype)
+        self._pool, self.loader, self._stage = _open(
+            recipe, dataset, self.order, world, dtype, regions=self._crops, on_error=recipe.data.on_error
+        )
+        self._drawn: tuple[tuple[int, int], Plan] | None = None
         self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
 
     @property
@@ -138,12 +153,26 @@ class TrainingData:
         """Steps of an epoch."""
         return self.order.steps
 
+    def _plan(self, epoch: int, step: int, samples: StepSamples) -> Plan:
+        """The plan of a step, drawn once for the decoder and the stage."""
+        if self._drawn is None or self._drawn[0] != (epoch, step):
+            self._drawn = (epoch, step), self.drawer.draw(epoch, step, samples)
+        return self._drawn[1]
+
+    def _crops(self, epoch: int, step: int, samples: StepSamples) -> np.ndarray:
+        return self._plan(epoch, step, samples).crop
+
     def _produce(self, first_epoch: int, first_step: int) -> Iterator[TrainBatch]:
         for epoch in range(first_epoch, self._epochs):
             for decoded in self.loader.batches(epoch, first_step if epoch == first_epoch else 0):
                 samples = self.order.step(epoch, decoded.step)
-                plan = self.drawer.draw(epoch, decoded.step, samples)
-                yield TrainBatch(self._stage(decoded, plan), samples.position, samples.repeat, list(decoded.fallbacks))
+                yield TrainBatch(
+                    self._stage(decoded, self._plan(epoch, decoded.step, samples)),
+                    samples.position,
+                    samples.repeat,
+                    list(decoded.fallbacks),
+                    list(decoded.replaced),
+                )
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Prefetcher[TrainBatch]:
         """The batches from a step on to the end of the run, prepared ahead, also over the end of an epoch."""
@@ -169,8 +198,16 @@ class EvaluationData:
             world=world.size,
             replicate=self.replicate,
         )
-        self._pool, self.loader, self._stage = _open(recipe, dataset, self.order, world, torch.float32)
-        self._crop = recipe.augment.eval_crop
+        size, self._crop = recipe.model.img_size, recipe.augment.eval_crop
+
+        def regions(epoch: int, step: int, samples: StepSamples) -> np.ndarray:
+            height, width = dataset.height[samples.index], dataset.width[samples.index]
+            return evaluation_regions(height, width, size, self._crop)
+
+        # A score with an image replaced would be one of another data set.
+        self._pool, self.loader, self._stage = _open(
+            recipe, dataset, self.order, world, torch.float32, regions=regions, on_error="fail"
+        )
         self.fallbacks: set[int] = set()
         self._depth = recipe.data.prefetch
 

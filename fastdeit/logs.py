@@ -11,6 +11,8 @@ eval        epoch, global_step, weights ("model" or "ema"), images, and for each
             fused_probabilities, fused_logits that the model has: top1, top5 (percent), loss
 fallbacks   epoch, count (over all processes), images (dataset indices of the main process that the loader's decoder
             refused and PIL read)
+replaced    epoch, count (over all processes), images (pairs of dataset indices of the main process: one that does not
+            decode, and the one that was in its place)
 checkpoint  path, epoch, step, global_step
 nonfinite   epoch, step, global_step, loss, reproduction, indices
 end         epoch, global_step, seconds

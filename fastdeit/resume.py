@@ -21,7 +21,7 @@ FREE = {
         "output", "resume", "resume_changed", "device", "precision", "compile", "eval_every", "eval_batch",
         "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
-    "data": {"train", "val", "loader", "threads", "prefetch"},
+    "data": {"train", "val", "loader", "threads", "prefetch", "on_error"},
     "model": {"init"},
     "teacher": {"checkpoint", "labels"},
 }  # fmt: skip

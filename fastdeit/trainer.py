@@ -213,10 +213,12 @@ class Trainer:
         meter.start(batches.wait_seconds)
         self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
         fallbacks: set[int] = set()
+        replaced: set[tuple[int, int]] = set()
         pending: tuple[LossParts, TrainBatch, int] | None = None
         while self.step < self.data.steps:
             batch = next(batches)
             fallbacks.update(batch.fallbacks)
+            replaced.update(batch.replaced)
             parts = self._forward_backward(batch)
             if pending is not None:
                 self._check(*pending, updated=True)
@@ -239,11 +241,18 @@ class Trainer:
                 self._save()
         meter.stop(batches.wait_seconds)
         self.log.end_epoch()
-        count = int(self.world.sum(torch.tensor(len(fallbacks), device=self.world.device)))
-        if count:
-            images = sorted(fallbacks)
-            self.log.event("fallbacks", epoch=self.epoch, count=count, images=images)
-            self.log.say(f"{count} images were read by PIL, since {self.data.loader.name} refused them: {images[:8]}")
+        self._report_images(sorted(fallbacks), sorted(replaced))
+
+    def _report_images(self, fallbacks: list[int], replaced: list[tuple[int, int]]) -> None:
+        counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
+        if counts[0]:
+            self.log.event("fallbacks", epoch=self.epoch, count=counts[0], images=fallbacks)
+            why = f"since {self.data.loader.name} refused them"
+            self.log.say(f"{counts[0]} images were read by PIL, {why}: {fallbacks[:8]}")
+        if counts[1]:
+            self.log.event("replaced", epoch=self.epoch, count=counts[1], images=replaced)
+            some = ", ".join(f"{bad} by {used}" for bad, used in replaced[:8])
+            self.log.say(f"{counts[1]} images do not decode and were replaced, with their labels: {some}")
 
     def _forward_backward(self, batch: TrainBatch) -> LossParts:
         """Gradients of this process's share of a step; the mean losses of the share."""

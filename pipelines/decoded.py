@@ -20,6 +20,10 @@ class DecodedBatch:
     index    (samples,) int64: dataset index of a sample
     label    (samples,) int64
     fallbacks  dataset indices that the loader's own decoder could not read and PIL could
+    replaced   (bad, used): images that do not decode, and those whose pixels, at the declared size, and label are in
+               their place
+    region     (images, 4) int32 top, left, height, width of what is decoded of an image, the rest of it being
+               undefined; None: all of every image
     """
 
     epoch: int
@@ -32,6 +36,8 @@ class DecodedBatch:
     index: np.ndarray
     label: np.ndarray
     fallbacks: list[int] = field(default_factory=list)
+    replaced: list[tuple[int, int]] = field(default_factory=list)
+    region: np.ndarray | None = None
 
     def image(self, slot: int) -> np.ndarray:
         """View of decoded image `slot`, (height, width, 3) uint8."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numba
 import numpy as np
 
-from fastdeit.pipelines.dataset import Dataset
-from fastdeit.pipelines.order import Order
-from fastdeit.pipelines.threaded import ThreadedLoader, check_size, read_with_pil
+from fastdeit.pipelines.threaded import Region, ThreadedLoader, check_size, read_stored, read_with_pil
 
 
 class FfcvLoader(ThreadedLoader):
@@ -32,14 +29,11 @@ class FfcvLoader(ThreadedLoader):
 
     name = "ffcv"
 
-    def __init__(
-        self, dataset: Dataset, order: Order, *, pool: ThreadPoolExecutor, threads: int, reason: str = "as asked for"
-    ) -> None:
-        super().__init__(dataset, order, pool=pool, threads=threads, reason=reason)
+    def _load(self) -> None:
         self._imdecode = _load(find_libffcv()).imdecode
 
-    def decode(self, index: int, out: np.ndarray) -> bool:
-        stored = self.dataset.read(index)
+    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+        stored = read_stored(self.dataset, index)
         height, width, _ = out.shape
         found = _frame_size(stored)
         if found != (0, 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdeit.pipelines.threaded import ThreadedLoader, read_with_pil
+from fastdeit.pipelines.threaded import Region, ThreadedLoader, read_with_pil
 
 
 class TorchLoader(ThreadedLoader):
@@ -12,6 +12,6 @@ class TorchLoader(ThreadedLoader):
 
     name = "torch"
 
-    def decode(self, index: int, out: np.ndarray) -> bool:
+    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         read_with_pil(self.dataset, index, out)
         return True

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,16 @@ from PIL import Image
 from fastdeit.pipelines.arena import Arenas, place
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
-from fastdeit.pipelines.order import Order
+from fastdeit.pipelines.order import Order, StepSamples
+
+Region = tuple[int, int, int, int]  # top, left, height, width in the decoded image, pixels
+Regions = Callable[[int, int, StepSamples], np.ndarray]  # epoch, step, samples -> (B, 4) int32: what each will need
+OnError = Literal["fail", "replace"]
+
+MOST_SKIPPED = 100  # images in a row that may fail where one is to be replaced: more is no damage to single images
+
+
+_Task = tuple[int, np.ndarray, Region | None]  # index, where it goes, and what of it, if not all
 
 
 class DecodeError(ValueError):
@@ -29,6 +39,14 @@ class ThreadedLoader:
     pool     where images are decoded; it may be shared and stays open
     threads  how many images are decoded at once
     reason   one sentence: why it is this loader
+    regions  what of its image each sample of a step will need; None: all of it. Used where `crops` says so: of an
+             image that region is decoded which its samples need together, but all of it where its copies go on in
+             the next step
+    on_error  what becomes of an image that neither the loader's decoder nor PIL can decode, or whose bytes can no
+             longer be read. "fail": DecodeError. "replace": the next image that decodes is in its place, resized to
+             its size (PIL, bicubic), with its own label; listed in the batch's `replaced`. All images are decoded
+             whole then, so that what is replaced depends on nothing but the data. DecodeError after 100 failures in a
+             row
 
     An image whose copies go on in the next step is copied from there instead of being decoded again, as long as
     steps are taken in order; one batch is kept for that, beside those that the consumer holds. The memory of a batch
@@ -38,19 +56,37 @@ class ThreadedLoader:
     """
 
     name: str
+    crops = False  # whether `decode` takes a region
 
     def __init__(
-        self, dataset: Dataset, order: Order, *, pool: ThreadPoolExecutor, threads: int, reason: str = "as asked for"
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        reason: str = "as asked for",
+        regions: Regions | None = None,
+        on_error: OnError = "fail",
     ) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error '{on_error}' is not one of {', '.join(get_args(OnError))}")
         self.dataset, self.order, self.reason = dataset, order, reason
+        self._replaces = on_error == "replace"
+        self._regions = regions if self.crops and not self._replaces else None
         self.decoded = self.reused = 0
         self._pool, self._threads = pool, threads
         self._arenas = Arenas()
         self._closed = threading.Event()
+        self._load()
 
-    def decode(self, index: int, out: np.ndarray) -> bool:
+    def _load(self) -> None:
+        """Load what decodes. Raises ValueError where it is missing, with what to install."""
+
+    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         """Decode JPEG `index` into `out`, (height, width, 3) uint8 RGB, both sides as the data set says.
 
+        With `region`, which only loaders that crop are given, the rest of `out` is undefined.
         False if the loader's own decoder refused it and PIL read it. Raises DecodeError. Called from many threads.
         """
         raise NotImplementedError
@@ -89,53 +125,106 @@ class ThreadedLoader:
             source=source,
             index=samples.index,
             label=self.dataset.label[samples.index],
+            region=self._needed(epoch, step, samples, images, source),
         )
         known = _slots(previous) if previous is not None else {}
-        to_decode = []
+        to_decode: list[_Task] = []
         for slot, index in enumerate(images.tolist()):
             if previous is not None and index in known:
                 batch.image(slot)[:] = previous.image(known[index])
+                if batch.region is not None:
+                    batch.region[slot] = 0, 0, height[slot], width[slot]
             else:
-                to_decode.append((index, batch.image(slot)))
-        batch.fallbacks.extend(self._decode_all(to_decode))
+                region = tuple(batch.region[slot].tolist()) if batch.region is not None else None
+                to_decode.append((index, batch.image(slot), region))
+        for index, used, own in self._decode_all(to_decode):
+            if not own and used not in batch.fallbacks:
+                batch.fallbacks.append(used)
+            if used != index:
+                batch.replaced.append((index, used))
+        if previous is not None:
+            batch.replaced.extend(pair for pair in previous.replaced if pair[0] in images)
+        batch.fallbacks.sort()
+        batch.replaced.sort()
+        for bad, used in batch.replaced:
+            batch.label[batch.index == bad] = self.dataset.label[used]
         self.decoded += len(to_decode)
         self.reused += len(images) - len(to_decode)
         return batch
 
-    def _decode_all(self, images: list[tuple[int, np.ndarray]]) -> list[int]:
-        """Decode (index, out) pairs in the pool; the indices that PIL read, in ascending order."""
-        remaining = iter(images)  # shared: a thread that is done takes the next image
+    def _needed(
+        self, epoch: int, step: int, samples: StepSamples, images: np.ndarray, source: np.ndarray
+    ) -> np.ndarray | None:
+        """(images, 4) int32: the region of each image that is to be decoded."""
+        if self._regions is None:
+            return None
+        region = bounding_boxes(self._regions(epoch, step, samples), source, len(images))
+        if step + 1 < self.order.steps:
+            goes_on = np.isin(images, self.order.step(epoch, step + 1).index)
+            region[goes_on, :2] = 0
+            region[goes_on, 2] = self.dataset.height[images[goes_on]]
+            region[goes_on, 3] = self.dataset.width[images[goes_on]]
+        return region
+
+    def _decode_all(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
+        """Decode in the pool; of each image its index, that of the image used, and whether PIL was not needed."""
+        remaining = iter(tasks)  # shared: a thread that is done takes the next image
         stop = threading.Event()
 
-        def work() -> list[int]:
-            fallbacks = []
+        def work() -> list[tuple[int, int, bool]]:
+            done = []
             try:
-                for index, out in remaining:
+                for task in remaining:
                     if stop.is_set() or self._closed.is_set():
                         break
-                    if not self._decode(index, out):
-                        fallbacks.append(index)
+                    done.append((task[0], *self._decode(*task)))
             except BaseException:
                 stop.set()
                 raise
-            return fallbacks
+            return done
 
-        futures = [self._pool.submit(work) for _ in range(min(self._threads, len(images)))]
+        futures = [self._pool.submit(work) for _ in range(min(self._threads, len(tasks)))]
         try:
             wait(futures)
         finally:
             # Also where Ctrl-C interrupts the wait: no thread writes on once this has returned.
             stop.set()
             wait(futures)
-        fallbacks = [index for future in futures for index in future.result()]
+        done = [image for future in futures for image in future.result()]
         if self._closed.is_set():
             raise RuntimeError(f"{self.dataset.path}: the loader was closed while it decoded a batch")
-        return sorted(fallbacks)
+        return done
 
-    def _decode(self, index: int, out: np.ndarray) -> bool:
+    def _decode(self, index: int, out: np.ndarray, region: Region | None) -> tuple[int, bool]:
+        """Decode, or replace; the index of the image used, and whether PIL was not needed."""
+        try:
+            return index, self._decode_stored(index, out, region)
+        except DecodeError as error:
+            if not self._replaces:
+                raise
+            return self._replace(index, out, error)
+
+    def _replace(self, index: int, out: np.ndarray, error: DecodeError) -> tuple[int, bool]:
+        height, width, _ = out.shape
+        following = min(MOST_SKIPPED, len(self.dataset) - 1)
+        for distance in range(1, following + 1):
+            used = (index + distance) % len(self.dataset)
+            pixels = np.empty((self.dataset.height[used], self.dataset.width[used], 3), np.uint8)
+            try:
+                own = self._decode_stored(used, pixels)
+            except DecodeError:
+                continue
+            out[:] = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+            return used, own
+        raise DecodeError(
+            f"{error}. None of the {following} images after it decodes either, to replace it: "
+            f"look at the whole with fastdeit-convert --verify {self.dataset.path}"
+        ) from error
+
+    def _decode_stored(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         if self.dataset.is_jpeg(index):
-            return self.decode(index, out)
-        stored = self.dataset.read(index)
+            return self.decode(index, out) if region is None else self.decode(index, out, region)
+        stored = read_stored(self.dataset, index)
         if stored.size != out.size:
             raise decode_error(self.dataset, index, f"{stored.size} raw bytes where its size says {out.size}")
         out.reshape(-1)[:] = stored
@@ -151,13 +240,33 @@ def first_appearances(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[by_appearance], place[inverse]
 
 
+def bounding_boxes(boxes: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
+    """(count, 4) int32: the smallest box around all `boxes` (B, 4) top, left, height, width of each `group` (B,)."""
+    first = np.full((count, 2), np.iinfo(np.int32).max, np.int32)
+    end = np.zeros((count, 2), np.int32)
+    np.minimum.at(first, group, boxes[:, :2])
+    np.maximum.at(end, group, boxes[:, :2] + boxes[:, 2:])
+    return np.concatenate([first, end - first], axis=1)
+
+
+def read_stored(dataset: Dataset, index: int) -> np.ndarray:
+    """The stored bytes of image `index`. Raises DecodeError where they cannot be read."""
+    try:
+        return dataset.read(index)
+    except (OSError, ValueError) as error:
+        raise DecodeError(
+            f"{dataset.path}: image {index}: its bytes cannot be read ({error}); copy the data set again"
+        ) from error
+
+
 def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:
     """Decode JPEG `index` through PIL into `out`, (height, width, 3) uint8. Raises DecodeError."""
+    stored = read_stored(dataset, index)
     try:
-        with Image.open(io.BytesIO(dataset.read(index).data)) as image:
+        with Image.open(io.BytesIO(stored.data)) as image:
             check_size(dataset, index, image.height, image.width)
             out[:] = np.asarray(image.convert("RGB"))
-    except DecodeError:
+    except (DecodeError, MemoryError):
         raise
     except Exception as error:  # PIL's plugins raise almost anything on damaged data
         raise decode_error(dataset, index, f"PIL cannot read it ({type(error).__name__}: {error})") from error

@@ -10,8 +10,11 @@ from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, NO_M
 _GEOMETRIC = [CODE[name] for name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
 
 
-def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
-    """Raise ValueError, naming the dataset index, where `plan` does not fit `decoded` or the output side `size`."""
+def check_plan(decoded: DecodedBatch, plan: Plan, size: int, read: np.ndarray | None = None) -> None:
+    """Raise ValueError, naming the dataset index, where `plan` does not fit `decoded` or the output side `size`.
+
+    read  (B, 4) what is read of an image, where that is less than the crop
+    """
     if len(plan) != len(decoded.index) or not np.array_equal(plan.index, decoded.index):
         raise ValueError(
             f"the plan of epoch {plan.epoch} has other samples than the decoded batch of epoch {decoded.epoch}, step "
@@ -25,6 +28,9 @@ def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
     end = decoded.offset[slot] + rows.astype(np.int64) * columns * 3
     _reject((decoded.offset[slot] < 0) | (end > len(decoded.pixels)), plan, "lies beyond the decoded pixels")
     _reject(_outside(plan.crop, rows, columns) | (plan.crop[:, 2:] < 1).any(1), plan, "is cropped outside its image")
+    if decoded.region is not None:
+        missing = _beyond(plan.crop if read is None else read, decoded.region[slot])
+        _reject(missing, plan, "needs more of its image than was decoded: give the loader the same plan")
     _reject(_outside(plan.erase, size, size), plan, f"is erased outside the {size} x {size} output")
     _reject(
         ((plan.op < 0) | (plan.op >= len(OPS))).any(1), plan, f"has an operation whose code is not 0..{len(OPS) - 1}"
@@ -63,6 +69,12 @@ def _outside(box: np.ndarray, rows: np.ndarray | int, columns: np.ndarray | int)
     """(B,) whether boxes (top, left, height, width) leave a plane of `rows` x `columns`."""
     top, left, height, width = box.astype(np.int64).T
     return (top < 0) | (left < 0) | (height < 0) | (width < 0) | (top + height > rows) | (left + width > columns)
+
+
+def _beyond(box: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """(B,) whether boxes (top, left, height, width) leave their regions."""
+    first, end = box[:, :2], box[:, :2] + box[:, 2:]
+    return np.any((first < region[:, :2]) | (end > region[:, :2] + region[:, 2:]), axis=1)
 
 
 def _reject(bad: np.ndarray | np.bool_, plan: Plan, what: str) -> None:

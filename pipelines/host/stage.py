@@ -23,7 +23,7 @@ from fastdeit.pipelines.host.checks import check_plan
 from fastdeit.pipelines.host.compiled import compiled
 from fastdeit.pipelines.host.finish import FinishScratch, finish, finish_scratch, normalised_levels
 from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, matrices, operation_scratch
-from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch
+from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch, source_range
 from fastdeit.pipelines.plan import BICUBIC, NO_MIX, Plan
 
 _CHUNK = 2  # units that a thread takes at a time
@@ -154,14 +154,10 @@ class HostStage:
         if not 0.0 < eval_crop <= 1.0:
             raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
         size, count = self.img_size, len(decoded.index)
-        short = math.floor(size / eval_crop)
-        crop, window = np.zeros((count, 4), np.int32), np.empty((count, 4), np.int32)
-        for sample, slot in enumerate(decoded.source):
-            height, width = int(decoded.height[slot]), int(decoded.width[slot])
-            crop[sample, 2:] = height, width
-            long = int(short * max(height, width) / min(height, width))
-            out = (short, long) if height <= width else (long, short)
-            window[sample] = *out, round((out[0] - size) / 2.0), round((out[1] - size) / 2.0)
+        height, width = decoded.height[decoded.source], decoded.width[decoded.source]
+        crop = np.zeros((count, 4), np.int32)
+        crop[:, 2], crop[:, 3] = height, width
+        window = evaluation_windows(height, width, size, eval_crop)
         plan = Plan(
             index=decoded.index,
             repeat=np.zeros(count, np.int32),
@@ -178,7 +174,7 @@ class HostStage:
             seed=0,
             epoch=decoded.epoch,
         )
-        check_plan(decoded, plan, size)
+        check_plan(decoded, plan, size, evaluation_regions(height, width, size, eval_crop))
         unit = np.stack([np.arange(count), np.full(count, -1)], axis=1).astype(np.int32)
         label = torch.from_numpy(decoded.label)
         return Batch(
@@ -248,6 +244,29 @@ class HostStage:
                 finish=finish_scratch(size),
             )
         return local.scratch
+
+
+def evaluation_windows(height: np.ndarray, width: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
+    """(B, 4) int32: the size that images (B,) of these sizes are resized to, and top, left of the part kept."""
+    short = math.floor(size / eval_crop)
+    window = np.empty((len(height), 4), np.int32)
+    for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
+        long = int(short * max(rows, columns) / min(rows, columns))
+        out = (short, long) if rows <= columns else (long, short)
+        window[sample] = *out, round((out[0] - size) / 2.0), round((out[1] - size) / 2.0)
+    return window
+
+
+def evaluation_regions(height: np.ndarray, width: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
+    """(B, 4) int32 top, left, height, width: what `HostStage.evaluate` reads of images (B,) of these sizes."""
+    window = evaluation_windows(height, width, size, eval_crop)
+    region = np.empty_like(window)
+    for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
+        out_rows, out_columns, from_row, from_column = window[sample].tolist()
+        top, bottom = source_range(rows, out_rows, from_row, size)
+        left, right = source_range(columns, out_columns, from_column, size)
+        region[sample] = top, left, bottom - top, right - left
+    return region
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:

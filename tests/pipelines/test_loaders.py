@@ -402,5 +402,5 @@ def test_a_broken_ffcv_library_is_reported(many, pool, tmp_path, monkeypatch):
 
 
 def test_an_unknown_loader_is_refused(many, pool):
-    with pytest.raises(ValueError, match="'dali' is not one of auto, ffcv, torch"):
-        open_loader("dali", many, EvalOrder(40, batch=8), pool=pool, threads=1)
+    with pytest.raises(ValueError, match="'none' is not one of auto, turbo, ffcv, torch"):
+        open_loader("none", many, EvalOrder(40, batch=8), pool=pool, threads=1)
