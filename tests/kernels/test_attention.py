@@ -1,0 +1,128 @@
+"""Attention on packed qkv against PyTorch's scaled_dot_product_attention, and its figures as compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdeit.kernels import attention as module
+from fastdeit.kernels.attention import attention
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# Triton 3.9's interpreter multiplies tiles of bfloat16 wrongly; there a GPU judges.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+LENGTHS = (5, 64, 65, 197, 198, 256, 257, 577, 578)
+
+
+def by_pytorch(qkv):
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def packed(device, batch, tokens, heads, head_dim, dtype, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, tokens, 3, heads, head_dim, generator=generator) * scale).to(device, dtype)
+
+
+def compare(at_most_twice, qkv):
+    qkv = qkv.detach().requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    weights = torch.randn(by_pytorch(exact).shape, generator=torch.Generator().manual_seed(9)).to(qkv.device)
+    results = []
+    for function, argument in ((attention, qkv), (by_pytorch, qkv), (by_pytorch, exact)):
+        out = function(argument)
+        results.append((out, *torch.autograd.grad(out, argument, weights.to(out.dtype))))
+    for name, ours, pytorch, truth in zip(("out", "gradient"), *results, strict=True):
+        at_most_twice(ours, pytorch, truth, name)
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 16, 64, 65, 197, 198])
+def test_equals_pytorch_at_lengths(device, at_most_twice, tokens, dtype):
+    compare(at_most_twice, packed(device, 1, tokens, 1, 64, dtype))
+
+
+@pytest.mark.parametrize("tokens", [240, 256, 257])
+def test_equals_pytorch_at_the_border_of_what_is_resident(device, at_most_twice, tokens):
+    compare(at_most_twice, packed(device, 1, tokens, 1, 32, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96), (1, 128), (16, 16), (1, 40)])
+def test_equals_pytorch_at_heads(device, at_most_twice, heads, head_dim, dtype):
+    compare(at_most_twice, packed(device, 2 if heads < 16 else 1, 21, heads, head_dim, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 32), (8, 96), (6, 128)])
+def test_equals_pytorch_at_full_size(device, at_most_twice, tokens, heads, head_dim, dtype):
+    compare(at_most_twice, packed(device, 8, tokens, heads, head_dim, dtype))
+
+
+def test_reads_strided_views_and_nothing_beside_them(device, at_most_twice):
+    tokens, heads, head_dim = 19, 2, 32
+    spaced = torch.full((2, 2 * tokens, 3, heads + 1, head_dim + 8), float("nan"), device=device, dtype=torch.float16)
+    view = spaced[:, ::2, :, 1:, :head_dim]
+    view.copy_(packed(device, 2, tokens, heads, head_dim, torch.float16))
+    compare(at_most_twice, view)
+    # Channels of a head apart: copied.
+    compare(at_most_twice, packed(device, 2, tokens, heads, head_dim, torch.float16).mT.contiguous().mT)
+
+
+def test_large_scores_neither_overflow_nor_vanish(device, at_most_twice):
+    for sign in (1.0, -1.0):
+        qkv = packed(device, 1, 37, 1, 64, torch.float32, scale=5.0)
+        qkv[:, :, 0] = qkv[:, :, 0].abs()
+        qkv[:, :, 1] = qkv[:, :, 1].abs() * sign
+        compare(at_most_twice, qkv)
+        half = attention(qkv.half().requires_grad_())
+        half.sum().backward()
+        assert torch.isfinite(half).all()
+
+
+def test_an_empty_batch(device):
+    qkv = packed(device, 0, 197, 3, 64, torch.float16).requires_grad_()
+    out = attention(qkv)
+    assert out.shape == (0, 197, 192)
+    out.sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(40, torch.float16), (70, torch.float32)])
+def test_is_repeatable_to_the_bit(device, on_gpu, tokens, dtype):
+    qkv = packed(device, 64 if on_gpu else 1, tokens, 2, 64, dtype).requires_grad_()
+
+    def once():
+        out = attention(qkv)
+        return out, *torch.autograd.grad(out.square().sum(), qkv)
+
+    for a, b in zip(once(), once(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck_and_compile_without_a_graph_break(device):
+    qkv = packed(device, 2, 9, 2, 16, torch.float32).requires_grad_()
+    torch.library.opcheck(module._op, (qkv,))
+    whole = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    expected, out = attention(qkv), whole(qkv)
+    assert torch.equal(out, expected)
+    assert torch.equal(*(torch.autograd.grad(o.square().sum(), qkv)[0] for o in (out, expected)))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 16), (2, 5, 2, 1, 16), (2, 5, 3, 1, 256)])
+def test_what_does_not_fit_is_refused(device, shape):
+    with pytest.raises(ValueError, match="head dim of at most 128"):
+        attention(torch.zeros(shape, device=device))
+
+
+def test_compiles_without_spills_to_the_matrix_units(compiled):
+    found = compiled("bf16 N197 D64")
+    assert len(found) == 9
+    for figures in found:
+        if figures["architecture"] == 90:
+            assert figures["wgmma"], figures["name"]
