@@ -99,7 +99,7 @@ class Side:
                 if line := self.process.stdout.readline():
                     return json.loads(line)
                 raise self._error("it ended")
-            self.peak_memory_mib = max(self.peak_memory_mib, _memory_mib(self.process.pid))
+            self.peak_memory_mib = max(self.peak_memory_mib, memory_mib(self.process.pid))
         raise self._error(f"no answer in {seconds:.0f} s")
 
     def _error(self, what: str) -> SideError:
@@ -120,17 +120,17 @@ class Side:
         }
 
 
-def _members(pid: int) -> list[psutil.Process]:
+def members(pid: int) -> list[psutil.Process]:
     """A process and all that it started."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
-def _memory_mib(pid: int) -> float:
+def memory_mib(pid: int) -> float:
     """Memory of a process and its children; pages they share count once over all who share them."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
-        for member in _members(pid):
+        for member in members(pid):
             with contextlib.suppress(psutil.NoSuchProcess):
                 total += member.memory_full_info().pss
     return total / 2**20
@@ -138,4 +138,4 @@ def _memory_mib(pid: int) -> float:
 
 def _cpu_seconds(pid: int) -> float:
     """Time that a process and its children have spent on cores, in the kernel too."""
-    return sum(times.user + times.system for times in (member.cpu_times() for member in _members(pid)))
+    return sum(times.user + times.system for times in (member.cpu_times() for member in members(pid)))

@@ -19,6 +19,7 @@ from fastdeit.cli import UserError, run
 Record = dict[str, Any]
 CONFIGURATION = {
     "throughput": ("model", "img_size", "mode", "precision", "batch", "ema", "device"),
+    "soak": ("loader", "repeats", "batch", "threads", "minutes"),
     "loaders": ("cache", "photo_side", "batch", "threads", "images", "mean_bytes"),
 }
 
@@ -27,7 +28,7 @@ CONFIGURATION = {
 class Options:
     """Render the results."""
 
-    results: Path = RESULTS  # folder with throughput.jsonl and loaders.jsonl, either or both
+    results: Path = RESULTS  # folder with throughput.jsonl, loaders.jsonl and soak.jsonl, any of them
     plot: Path | None = None  # also draw the throughput into this file (.svg, .png); needs matplotlib
     plot_loaders: Path | None = None  # also draw the newest loaders, warm if there are such
 
@@ -70,6 +71,8 @@ def latest(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _place(record: Record) -> tuple[Any, ...]:
+    if record["benchmark"] == "soak":
+        return record["loader"], -record["minutes"]
     if record["benchmark"] == "loaders":
         return record["cache"] == "cold", -record["photo_side"], record["batch"], record["threads"]
     sizes = ("tiny", "small", "base")
@@ -82,7 +85,7 @@ def markdown(records: Iterable[Record]) -> str:
     records = list(records)
     sections = [
         section(name, rows)
-        for benchmark, section in (("throughput", _section), ("loaders", _loaders_section))
+        for benchmark, section in (("throughput", _section), ("loaders", _loaders_section), ("soak", _soak_section))
         for name, rows in latest(r for r in records if r["benchmark"] == benchmark).items()
     ]
     if not sections:
@@ -98,6 +101,26 @@ def _loaders_section(name: str, records: Sequence[Record]) -> str:
         if more := loader_tables.scaling(group):
             lines += [*more, ""]
     return "\n".join(lines).rstrip()
+
+
+def _soak_section(name: str, records: Sequence[Record]) -> str:
+    lines = [
+        f"### Soak, {name}",
+        "",
+        "Epochs of loading and augmenting, everything opened and closed at each; what grows after the first third.",
+        "",
+        "| loader | minutes | batches | epochs | peak MiB | MiB per 1000 batches (95%) | growth | |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for record in records:
+        found = record["verdict"]
+        low, high = found["interval"]
+        lines.append(
+            f"| {record['loader']} | {record['minutes']:g} | {record['batches']:,} | {record['epochs']:,} "
+            f"| {record['peak_memory_mib']:,.0f} | {found['slope']:+.2f} ({low:+.2f} to {high:+.2f}) "
+            f"| {found['growth']:+.1%} | {'passed' if record['passed'] else '; '.join(found['reasons'])} |"
+        )
+    return "\n".join([*lines, "", *_footnotes(records)])
 
 
 def _section(name: str, records: Sequence[Record]) -> str:

@@ -109,6 +109,17 @@ def test_loaders_by_threads_show_what_an_added_core_brings():
     assert text.count("added core") == 1
 
 
+def test_soaks_have_a_table_of_their_own():
+    found = {"slope": 0.124, "interval": [-0.05, 0.31], "growth": 0.012, "reasons": []}
+    made = {"benchmark": "soak", "loader": "turbo", "repeats": 3, "batch": 128, "threads": 2, "minutes": 60.0}
+    made |= {"batches": 56_000, "epochs": 8000, "peak_memory_mib": 1100.4, "passed": True, "verdict": found}
+    made["environment"] = record("2026-01-01T00:00", 1.0, 1.0, gpu=None)["environment"]
+    failed = {**made, "loader": "ffcv", "passed": False, "verdict": {**found, "reasons": ["threads grew"]}}
+    text = tables.markdown([made, failed])
+    assert "| turbo | 60 | 56,000 | 8,000 | 1,100 | +0.12 (-0.05 to +0.31) | +1.2% | passed |" in text
+    assert "| threads grew |" in text
+
+
 def test_the_plot_of_loaders_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
