@@ -145,14 +145,21 @@ def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: float) -> 
 
 
 def fashion_mnist_teacher() -> Recipe:
-    """A ResNet for Fashion-MNIST on a CPU, the teacher of `fashion_mnist_distilled`: 90.7% (measured)."""
+    """A ResNet for Fashion-MNIST on a CPU, the teacher of `fashion_mnist_distilled`.
+
+    8 epochs: 15 minutes on two shared cores, 92.12% of the 10,000 test images (benchmarks/results).
+    """
     replace = dataclasses.replace
     recipe = _fashion_mnist(convnet_teacher(), epochs=8, lr=2e-3, warmup=1)
     return replace(recipe, name="fashion_mnist_teacher", model=replace(recipe.model, arch="resnet10t"))
 
 
 def fashion_mnist_distilled() -> Recipe:
-    """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`)."""
+    """A small distilled DeiT for Fashion-MNIST on a CPU (`--teacher.checkpoint`).
+
+    24 epochs: 78 minutes on two shared cores; of the 10,000 test images 91.09% by the class head, 91.18% by the
+    distillation head, 91.13% by both (benchmarks/results).
+    """
     replace = dataclasses.replace
     recipe = _fashion_mnist(deit_tiny_distilled(), epochs=24, lr=1.5e-3, warmup=1)
     return replace(
