@@ -4,7 +4,7 @@
 export OMP_WAIT_POLICY ?= passive
 PYTHON ?= python3
 BIN := .venv/bin
-SYSTEM := libopencv-dev libturbojpeg0-dev pkg-config g++ python3-dev python3-venv
+SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev python3-venv
 SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null; then echo sudo; else echo none; fi)
 
 BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null && \
