@@ -1,37 +1,29 @@
-"""Conversion of a source of images into a beton file, on all cores, in a fixed order."""
+"""Conversion of a source of images into one of two formats, on all cores, in a fixed order, whole or not at all."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import time
-from collections import Counter, deque
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import PIL
-from PIL import UnidentifiedImageError
-from tqdm import tqdm
+from PIL import features
 
 from fastdeit.pipelines.beton import BetonWriter
-from fastdeit.pipelines.encode import CHANGES, Encoding, Mode, Stored, encode
-from fastdeit.pipelines.sources import Source, SourceError, open_source
+from fastdeit.pipelines.conversion import Conversion, rejects_path
+from fastdeit.pipelines.encode import Encoding, Mode
+from fastdeit.pipelines.encoded import ConvertError, Reject
+from fastdeit.pipelines.shards import DEFAULT_SHARD_SIZE, ShardWriter
+from fastdeit.pipelines.sources import Source, open_source
+from fastdeit.pipelines.writing import Writer
 
-Sample = tuple[Stored, int]  # with its label
+Format = Literal["beton", "webdataset"]
+OnError = Literal["fail", "skip"]
 
-CHUNK = 16  # samples a worker is handed at once
-SMALL = 2048  # samples that one process converts before others have started
-
-
-class ConvertError(ValueError):
-    """A conversion that cannot be done as asked; says which sample, why, and what to do."""
+NAMED = 5  # rejects that the report names
 
 
 @dataclass(frozen=True)
@@ -39,36 +31,48 @@ class Report:
     """What a conversion did.
 
     counts    images by what happened to them, see `encode.CHANGES`
-    bytes     size of the file written
+    rejects   images that were left out
+    done      images that were handled in this run; less than all where it went on with an interrupted one
+    bytes     size of what was written
     seconds   wall clock
-    sidecar   what was written beside the file
+    sidecar   what was written beside the data
+    notes     what else there is to know, a sentence each
     """
 
     dest: Path
     num_samples: int
     num_classes: int
     counts: dict[str, int]
+    rejects: list[Reject]
+    done: int
     bytes: int
     seconds: float
     sidecar: dict[str, Any]
+    notes: list[str]
 
     def __str__(self) -> str:
         facts = {k: len(v) if isinstance(v, list) else v for k, v in self.sidecar["source"].items()}
         source = ", ".join(f"{name.replace('_', ' ')} {fact}" for name, fact in facts.items() if fact)
         counts = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in self.counts.items() if n)
-        return (
-            f"{self.dest}: {self.num_samples} images in {self.num_classes} classes, {self.bytes / 1e6:.1f} MB\n"
-            f"  source: {source}\n"
-            f"  images: {counts}\n"
-            f"  {self.seconds:.1f} s, {self.num_samples / self.seconds:.0f} images/s, "
-            f"{self.bytes / 1e6 / self.seconds:.1f} MB/s written"
-        )
+        lines = [
+            f"{self.dest}: {self.num_samples} images in {self.num_classes} classes, {self.bytes / 1e6:.1f} MB",
+            f"  source: {source}",
+            f"  images: {counts}",
+            f"  {self.seconds:.1f} s, {self.done / self.seconds:.0f} images/s",
+        ]
+        if self.rejects:
+            lines.append(f"  left out: {len(self.rejects)}, listed in {rejects_path(self.dest)}")
+            lines += [f"    {reject.name}: {reject.reason}" for reject in self.rejects[:NAMED]]
+            if len(self.rejects) > NAMED:
+                lines.append(f"    and {len(self.rejects) - NAMED} more")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
 def convert(
     source: str | os.PathLike[str] | Source,
     dest: str | os.PathLike[str],
     *,
+    format: Format = "beton",
     max_side: int | None = None,
     mode: Mode = "auto",
     quality: int = 92,
@@ -76,25 +80,39 @@ def convert(
     shuffle_seed: int | None = None,
     limit: int | None = None,
     class_names: list[str] | None = None,
+    on_error: OnError = "fail",
+    resume: bool = False,
+    real_labels: str | os.PathLike[str] | None = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    nodes: int = 1,
     progress: bool = True,
 ) -> Report:
-    """Write the images of `source` to the beton file `dest` and its sidecar, whole or not at all.
+    """Write the images of `source` to `dest`, a beton file with its sidecar or a folder of shards.
 
     source        what `open_source` understands, or an open source
     max_side, mode, quality   how images are stored, see `Encoding`
-    workers       processes; 0: one for every usable core, one for a small data set. Changes no byte of the file
+    workers       processes; 0: one for every usable core, one for a small data set. Changes no byte of the result
     shuffle_seed  store the samples in a random order; None: in the source's
     limit         convert only the first so many of that order
     class_names   for `open_source`
+    on_error      an image that cannot be read ends the conversion with its name ("fail"), or is left out and listed
+                  in `rejects_path` ("skip")
+    resume        go on with what an interrupted conversion of the same source and options left; the result is that
+                  of an unbroken one
+    real_labels   ImageNet-ReaL's labels, which the sidecar is to hold: see `sources.imagenet.real_labels`
+    shard_size, nodes   of the format webdataset, see `ShardWriter`
     progress      show a progress bar and print the report
 
-    Samples that a source holds in memory are converted in this process; other processes are spawned, so a script
-    that calls this needs its `if __name__ == "__main__"`. An existing `dest` is replaced once the
-    new file is complete. Raises SourceError, BetonError or ConvertError; an image that cannot be read ends the
-    conversion with its name.
+    Other processes are spawned, so a script that calls this needs its `if __name__ == "__main__"`. Until all is
+    complete it lies under names that end in `.partial`, with a journal beside it, and an existing `dest` stays as it
+    is. An error or interrupt leaves them there to be resumed, unless the disk is full. Raises SourceError,
+    ConvertError, JournalError where another conversion writes to `dest`, and BetonError or ShardError.
     """
     start = time.perf_counter()
     encoding = Encoding(mode=mode, quality=quality, max_side=max_side)
+    for name, value, known in (("format", format, Format), ("on_error", on_error, OnError)):
+        if value not in get_args(known):
+            raise ConvertError(f"{name} '{value}' is not one of {', '.join(get_args(known))}")
     if isinstance(source, (str, os.PathLike)):
         source = open_source(source, class_names=class_names)
     elif class_names is not None:
@@ -102,42 +120,38 @@ def convert(
     dest = Path(dest)
     if not dest.parent.is_dir():
         raise ConvertError(f"{dest}: the folder {dest.parent} does not exist: create it first")
-    if dest.is_dir():
+    if format == "beton" and dest.is_dir():
         raise ConvertError(f"{dest}: is a folder: name a file, e.g. {dest / 'train.beton'}")
+    options = {
+        "format": format,
+        "mode": mode,
+        "quality": quality,
+        "max_side": max_side,
+        "shuffle_seed": shuffle_seed,
+        "limit": limit,
+        "pillow": PIL.__version__,
+        "jpeg": features.version("libjpeg_turbo") or features.version("jpg"),
+    }
     order = sample_order(len(source), shuffle_seed, limit)
-    counts: Counter[str] = Counter(dict.fromkeys(CHANGES, 0))
-    last_label = 0
-    with (
-        BetonWriter(dest, len(order)) as writer,
-        closing(_encoded(source, order, encoding, workers)) as samples,
-        tqdm(total=len(order), unit=" images", disable=not progress) as bar,
-    ):
-        for image, label in samples:
-            writer.add(image.data, height=image.height, width=image.width, label=label, mode=image.mode)
-            counts.update(image.changes)
-            last_label = max(last_label, label)
-            bar.update()
-        sidecar = writer.finish(
-            class_names=source.class_names or [str(i) for i in range(last_label + 1)],
-            source=source.describe(),
-            options={
-                "mode": mode,
-                "quality": quality,
-                "max_side": max_side,
-                "shuffle_seed": shuffle_seed,
-                "limit": limit,
-                "pillow": PIL.__version__,
-            },
-            counts=dict(counts),
-        )
+    writer: Writer
+    if format == "beton":
+        writer = BetonWriter(dest, len(order))
+    else:
+        writer = ShardWriter(dest, len(order), shard_size=shard_size, nodes=nodes)
+        options |= {"shard_size": shard_size, "nodes": nodes}
+    conversion = Conversion(source, dest, order, options, None if real_labels is None else Path(real_labels))
+    sidecar = conversion.write(writer, encoding, workers, skip=on_error == "skip", resume=resume, progress=progress)
     report = Report(
         dest=dest,
-        num_samples=len(order),
+        num_samples=sidecar["num_samples"],
         num_classes=len(sidecar["class_names"]),
-        counts=dict(counts),
-        bytes=dest.stat().st_size,
+        counts=dict(conversion.counts),
+        rejects=conversion.rejects,
+        done=conversion.position - conversion.restored,
+        bytes=_size(dest),
         seconds=time.perf_counter() - start,
         sidecar=sidecar,
+        notes=conversion.notes,
     )
     if progress:
         print(report)
@@ -160,63 +174,6 @@ def sample_order(count: int, shuffle_seed: int | None, limit: int | None) -> np.
     return order[:limit]
 
 
-def _encoded(source: Source, order: np.ndarray, encoding: Encoding, workers: int) -> Generator[Sample, None, None]:
-    """The samples of `order`, in that order, with their labels."""
-    if workers < 0:
-        raise ConvertError(f"{workers} workers: give 0 for all cores, or how many")
-    workers = workers or (1 if len(order) < SMALL else len(os.sched_getaffinity(0)))
-    chunks = [order[i : i + CHUNK].tolist() for i in range(0, len(order), CHUNK)]
-    if workers == 1 or source.in_memory:
-        for chunk in chunks:
-            for index in chunk:
-                yield _encode_sample(source, index, encoding)
-        return
-    # Spawned, since a fork of a process with threads (torch's, a progress bar's) may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (source, encoding))
-    try:
-        waiting: deque[Future[list[Sample]]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_chunk, chunk))
-            if len(waiting) == 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise ConvertError("a worker process died, most likely for want of memory: give fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _encode_sample(source: Source, index: int, encoding: Encoding) -> Sample:
-    name = "the source"
-    try:
-        item, label, name = source.read(index)
-        if label < 0 or (source.class_names is not None and label >= len(source.class_names)):
-            known = "" if source.class_names is None else f", there are {len(source.class_names)} class names"
-            raise SourceError(f"{name}, sample {index}: label {label} names no class{known}. Give --class-names")
-        return encode(item, encoding), label
-    except SourceError:
-        raise
-    # A damaged image makes PIL raise whatever its parsing trips over.
-    except Exception as error:
-        reason = "not an image that PIL knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ConvertError(
-            f"{name}, sample {index}: cannot be converted: {reason or type(error).__name__}. "
-            f"Repair the image or remove it, then convert again"
-        ) from error
-
-
-_worker: tuple[Source, Encoding]  # of a worker process, set once at its start
-
-
-def _start_worker(source: Source, encoding: Encoding) -> None:
-    global _worker
-    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker = source, encoding
-
-
-def _encode_chunk(indices: list[int]) -> list[Sample]:
-    source, encoding = _worker
-    return [_encode_sample(source, index, encoding) for index in indices]
+def _size(path: Path) -> int:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.shard_layout import (
     END,
     KIND,
@@ -202,7 +203,7 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         if self._started:
-            _sync_folder(self._partial)
+            sync_folder(self._partial)
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
         """Write tables, lists and sidecar and give the folder its name; `described` joins the sidecar returned."""
@@ -219,7 +220,7 @@ class ShardWriter:
         (self._partial / NODES).mkdir(exist_ok=True)
         for node in range(self.nodes):
             _write(self._partial / NODES / node_name(node), node_list(node, self.nodes, self._shard))
-        _sync_folder(self._partial / NODES)
+        sync_folder(self._partial / NODES)
         described_by = sidecar.build(
             KIND,
             self._content,
@@ -233,7 +234,7 @@ class ShardWriter:
             },
         )
         sidecar.write(self._partial / SIDECAR, described_by)
-        _sync_folder(self._partial)
+        sync_folder(self._partial)
         self._put_in_place()
         return described_by
 
@@ -255,7 +256,7 @@ class ShardWriter:
         elif not _exchange(self._partial, self.path):
             _remove(self.path)
             os.rename(self._partial, self.path)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
         # After an exchange, what was replaced.
         _remove(self._partial)
 
@@ -298,14 +299,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _exchange(one: Path, other: Path) -> bool:

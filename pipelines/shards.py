@@ -14,6 +14,7 @@ import numpy as np
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.files import OpenFile, identity
 from fastdeit.pipelines.shard_layout import (
     END,
     KIND,
@@ -40,33 +41,6 @@ __all__ = ["DEFAULT_SHARD_SIZE", "ShardDataset", "ShardError", "ShardWriter"]
 _OPEN_SHARDS = 256  # at once; a process may have 1024 files by default
 
 
-class _File:
-    """A shard that is open, closed when the last thread that reads it has let go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.identity = _identity(os.fstat(self.descriptor))
-
-    def read(self, size: int, offset: int) -> np.ndarray:
-        """Bytes from `offset` on, (size,) uint8, or fewer where the file ends."""
-        data = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            count = os.preadv(self.descriptor, [data[done:].data], offset + done)
-            if count == 0:
-                break
-            done += count
-        return data[:done]
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 class ShardDataset:
     """Random access to the images in a folder of tar shards that `ShardWriter` wrote; a `Dataset`.
 
@@ -90,7 +64,7 @@ class ShardDataset:
         self.path = Path(path)
         self._closed = False
         self._lock = threading.Lock()
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
         self._read_table()
         self._identities = [self._stat(shard, int(size)) for shard, size in enumerate(self._shard_bytes)]
         self._read_sidecar()
@@ -160,7 +134,7 @@ class ShardDataset:
             raise self._error("it is missing", file=name) from error
         if status.st_size != size:
             raise self._error(f"it has {status.st_size} bytes instead of {size}", file=name)
-        return _identity(status)
+        return identity(status)
 
     def _read_sidecar(self) -> None:
         self.class_names: list[str] | None = None
@@ -207,7 +181,7 @@ class ShardDataset:
         data.setflags(write=False)
         return data
 
-    def _open(self, shard: int, index: int) -> _File:
+    def _open(self, shard: int, index: int) -> OpenFile:
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self.path}: sample {index} asked for after the data set was closed")
@@ -215,7 +189,7 @@ class ShardDataset:
             if file is None:
                 name = shard_name(shard)
                 try:
-                    file = _File(self.path / name)
+                    file = OpenFile(self.path / name)
                 except OSError as error:
                     raise self._error(f"it cannot be opened ({error.strerror})", index, name) from error
                 if file.identity != self._identities[shard]:

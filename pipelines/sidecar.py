@@ -9,7 +9,14 @@
     crc32           base64 of (num_samples,) little-endian uint32: zlib.crc32 of every sample's stored bytes
     seal            sha256 of all the rest, as canonical JSON: the sidecar itself was not changed
 
-and what the conversion says of itself: `source`, `options`, `counts`, `rejected`, ...
+and what the writer and the conversion say of themselves:
+
+    source       what the samples were taken from, how many it holds, and what it left out
+    options      of the conversion, and the versions that decide its bytes
+    counts       images by what happened to them, see `encode.CHANGES`
+    rejected     indices in the source of the images that were left out, in the order of the conversion
+    real_labels  ImageNet-ReaL's classes of every sample, where asked for
+    page_size    of a beton file
 """
 
 from __future__ import annotations
@@ -73,7 +80,8 @@ def build(
 
 def write(path: Path, sidecar: dict[str, Any]) -> None:
     """Write `sidecar` to `path` and have it on disk."""
-    with open(path, "w", encoding="utf-8") as file:
+    # Names that are not UTF-8 hold lone surrogates, whose escapes are JSON's own.
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(sidecar, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())

@@ -3,9 +3,11 @@
 import gc
 import hashlib
 import io
+import os
 import pickle
 import struct
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
 from fastdeit.pipelines.sidecar import SidecarError
+from fastdeit.pipelines.writing import Record
 
 
 def picture(seed, size=(48, 40), mode="RGB"):
@@ -141,6 +144,7 @@ def test_we_read_what_ffcv_writes(ffcv, tmp_path):
             expected = encode_jpeg(np.asarray(image), 95) if dataset.is_jpeg(i) else np.asarray(image)
             np.testing.assert_array_equal(dataset.read(i), expected.ravel())
         assert {dataset.is_jpeg(i) for i in range(5)} == {True, False}
+        assert dataset.check() == []
 
 
 def test_attributes_views_and_sidecar(small):
@@ -211,15 +215,98 @@ def test_writer_refuses_what_the_format_cannot_hold(tmp_path, sample, reason):
 def test_writer_counts_samples(tmp_path):
     sample = {"data": bytes(3), "height": 1, "width": 1, "label": 0, "mode": RAW}
     with BetonWriter(tmp_path / "x.beton", 2) as writer:
-        writer.add(**sample)
-        with pytest.raises(BetonError, match="1 samples written of 2"):
+        with pytest.raises(BetonError, match="no samples to write"):
             writer.finish(class_names=["a"])
-        writer.add(**sample)
+        for _ in range(2):
+            writer.add(**sample)
         with pytest.raises(BetonError, match="more samples than the 2"):
             writer.add(**sample)
     assert not list(tmp_path.iterdir())  # the block was left without finishing
     with pytest.raises(BetonError, match="page size"):
         BetonWriter(tmp_path / "x.beton", 1, page_size=3 << 20)
+
+
+def test_fewer_samples_than_announced(ffcv, tmp_path):
+    from ffcv.reader import Reader
+
+    images = [picture(i) for i in range(4)]
+    with BetonWriter(tmp_path / "x.beton", 7) as writer:
+        for i, image in enumerate(images):
+            writer.add(jpeg(image), height=40, width=48, label=i, mode=JPEG)
+        writer.finish(class_names=["a", "b", "c", "d"])
+    assert Reader(str(tmp_path / "x.beton")).num_samples == 4
+    with BetonDataset(tmp_path / "x.beton") as dataset:
+        assert [dataset.read(i).tobytes() for i in range(len(dataset))] == [jpeg(image) for image in images]
+        assert dataset.check() == []
+
+
+@pytest.mark.parametrize("done", range(7))
+def test_an_interrupted_writer_is_taken_up(tmp_path, done):
+    """Images of up to 5 MB in pages of 2 MiB, so that both gaps and larger pages are come upon again."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (h, 800, 3), np.uint8)) for h in (300, 700, 700, 30, 2000, 500)]
+    whole = write(tmp_path / "whole.beton", images, [0] * 6, mode=RAW)
+
+    def add(writer, image):
+        writer.add(image.tobytes(), height=image.height, width=image.width, label=0, mode=RAW)
+
+    path = tmp_path / "x.beton"
+    with BetonWriter(path, 6, page_size=MIN_PAGE) as writer:
+        writer.keep = True
+        for i, image in enumerate(images[:done]):
+            add(writer, image)
+            if i == done // 2:
+                writer.flush()
+    records = [Record(i.height, i.width, 0, RAW, len(i.tobytes()), zlib.crc32(i.tobytes())) for i in images]
+    with BetonWriter(path, 6, page_size=MIN_PAGE) as writer:
+        assert writer.restore(records) == done
+        for image in images[done:]:
+            add(writer, image)
+        writer.finish(class_names=["class 0"], source={}, options={}, counts={})
+    assert path.read_bytes() == whole.read_bytes()
+    assert sidecar_path(path).read_bytes() == sidecar_path(whole).read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["image", "gap", "cut"])
+def test_what_is_damaged_is_not_taken_up(tmp_path, damage):
+    image = Image.new("RGB", (800, 700), (1, 2, 3))  # one fits a page
+    partial = tmp_path / "x.beton.partial"
+    data = image.tobytes()
+    with BetonWriter(tmp_path / "x.beton", 3, page_size=MIN_PAGE) as writer:
+        writer.keep = True
+        for _ in range(3):
+            writer.add(data, height=700, width=800, label=0, mode=RAW)
+    stored = bytearray(partial.read_bytes())
+    at = {"image": MIN_PAGE * 2 + 7, "gap": MIN_PAGE * 2 - 1, "cut": MIN_PAGE * 2 + len(data) - 1}[damage]
+    stored[at] ^= 1
+    partial.write_bytes(stored[: at if damage == "cut" else None])
+    with BetonWriter(tmp_path / "x.beton", 3, page_size=MIN_PAGE) as writer:
+        writer.keep = True
+        assert writer.restore([Record(700, 800, 0, RAW, len(data), zlib.crc32(data))] * 3) == 1
+    assert partial.stat().st_size == MIN_PAGE + len(data)
+    with BetonWriter(tmp_path / "x.beton", 3) as writer:
+        assert writer.restore(()) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_cut_short_under_its_reader(small):
+    with BetonDataset(small) as dataset:
+        os.truncate(small, int(dataset.offset[3]) + 5)
+        assert dataset.read(2).tobytes() == jpeg(picture(2))
+        with pytest.raises(BetonError, match=r"small\.beton, sample 3: the file was cut short .*: 5 of "):
+            dataset.read(3)
+        with pytest.raises(BetonError, match=r"small\.beton, sample 5: the file was cut short .*: 0 of "):
+            dataset.read(5)
+        assert "do not fit a file" in dataset.check()[0]
+
+
+def test_a_file_that_was_replaced(small):
+    with BetonDataset(small) as dataset:
+        assert dataset.check() == []
+        write(small, [picture(9)], [0])
+        assert dataset.read(5).tobytes() == jpeg(picture(5))
+        assert "replaced since" in dataset.check()[0]
 
 
 # Offsets in the file, as FFCV's types.py lays it out: header of 24 bytes, two fields of 1041, records of 24.

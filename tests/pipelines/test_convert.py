@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from fastdeit.pipelines.beton import BetonDataset
-from fastdeit.pipelines.convert import ConvertError, convert, sample_order
+from fastdeit.pipelines.convert import convert, sample_order
+from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.encode import CHANGES
-from fastdeit.pipelines.sources import SourceError
+from fastdeit.pipelines.encoded import ConvertError
+from fastdeit.pipelines.sources import SampleError, SourceError
 
 
 def picture(seed, size=(90, 60)):
@@ -35,6 +38,20 @@ def tree(tmp_path_factory):
     return root
 
 
+DAMAGED = (0, 17, 39)  # of damaged_tree's files, in its order
+
+
+@pytest.fixture(scope="module")
+def damaged_tree(tree, tmp_path_factory):
+    """The same, three of the files being cut short."""
+    root = tmp_path_factory.mktemp("damaged")
+    for i, path in enumerate(sorted(tree.rglob("*.jpg"))):
+        copy = root / path.relative_to(tree)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: 300 if i in DAMAGED else None])
+    return root
+
+
 class Items:
     """A source of what it is given; an exception among the items is raised when it is read."""
 
@@ -50,10 +67,13 @@ class Items:
     def describe(self):
         return {"kind": "items"}
 
+    def name(self, index):
+        return f"item {index}"
+
     def read(self, index):
         if isinstance(self.items[index], BaseException):
             raise self.items[index]
-        return self.items[index], index % 3, f"item {index}"
+        return self.items[index], index % 3, self.name(index)
 
 
 def encoded(image, kind, **options):
@@ -90,7 +110,7 @@ def test_jpegs_pass_through_untouched(tree, tmp_path):
     assert report.counts == {**dict.fromkeys(CHANGES, 0), "passed_through": 40}
     assert (report.num_samples, report.num_classes) == (40, 4)
     assert report.bytes == (tmp_path / "data.beton").stat().st_size
-    for word in ("40 images in 4 classes", "40 passed through", str(tree), "images/s", "MB/s"):
+    for word in ("40 images in 4 classes", "40 passed through", str(tree), "samples 40", "images/s"):
         assert word in str(report)
 
 
@@ -197,10 +217,13 @@ def test_decoded_images_are_raw_where_small(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "jpeg", "max_side": 70, "shuffle_seed": 1}])
-def test_workers_change_no_byte(tree, tmp_path, options):
+def test_workers_change_no_byte(damaged_tree, tmp_path, options):
     for workers in (1, 2):
-        convert(tree, tmp_path / f"{workers}.beton", workers=workers, progress=False, **options)
-    for suffix in ("beton", "beton.json"):
+        report = convert(
+            damaged_tree, tmp_path / f"{workers}.beton", workers=workers, on_error="skip", progress=False, **options
+        )
+        assert len(report.rejects) == 3
+    for suffix in ("beton", "beton.json", "beton.rejects.jsonl"):
         assert (tmp_path / f"1.{suffix}").read_bytes() == (tmp_path / f"2.{suffix}").read_bytes()
 
 
@@ -231,36 +254,124 @@ GOOD = encoded(picture(0), "JPEG")
         (b"GIF89a, or so it says", ConvertError, "item 3, sample 3: cannot be converted"),
         (encoded(picture(0), "PNG")[:-400], ConvertError, "item 3, sample 3: cannot be converted"),
         (OSError("disk on fire"), ConvertError, "sample 3: cannot be converted: disk on fire"),
+        (SampleError("item 3: no colour in it"), ConvertError, "sample 3: cannot be converted: no colour in it"),
+        (MemoryError(), ConvertError, "item 3, sample 3: memory ran out. Give fewer"),
         (SourceError("the source says so"), SourceError, "the source says so"),
         (Image.new("RGB", (65520, 1)), ConvertError, "sample 3: cannot be converted: .*65500"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
-def test_nothing_is_left_of_a_failed_conversion(tmp_path, bad, error, reason):
-    source = Items(GOOD, GOOD, GOOD, bad, GOOD)
+@pytest.mark.parametrize("format", ["beton", "webdataset"])
+def test_a_failed_conversion_looks_like_none(tmp_path, bad, error, reason, format):
+    source, dest = Items(GOOD, GOOD, GOOD, bad, GOOD), tmp_path / "data"
     with pytest.raises(error, match=reason):
-        convert(source, tmp_path / "data.beton", progress=False)
-    assert not list(tmp_path.iterdir())
-    # An older file stays as it was.
-    convert(Items(GOOD), tmp_path / "data.beton", progress=False)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        convert(source, dest, format=format, progress=False)
+    # What was done is kept, under names that nothing takes for a data set.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.journal", "data.partial"]
+    with pytest.raises(ValueError):
+        open_dataset(tmp_path / "data.partial")
+    # An older data set stays as it was.
+    convert(Items(GOOD), dest, format=format, progress=False)
+    before = files(tmp_path)
     with pytest.raises(error):
-        convert(source, tmp_path / "data.beton", progress=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        convert(source, dest, format=format, progress=False)
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith(("data.journal", "data.partial")) for name in after.keys() - before.keys())
 
 
-def test_an_error_in_a_worker_process_names_its_file(tree, tmp_path):
-    for path in tree.rglob("*.jpg"):
-        copy = tmp_path / "tree" / path.relative_to(tree)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes()[: 300 if path.stem == "22" else None])
-    with pytest.raises(ConvertError, match=r"22\.jpg, sample 25: cannot be converted"):
-        convert(tmp_path / "tree", tmp_path / "data.beton", workers=2, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+@pytest.mark.parametrize("format", ["beton", "webdataset"])
+def test_nothing_is_kept_of_nothing(tmp_path, format):
+    for on_error in ("fail", "skip"):
+        with pytest.raises(ConvertError, match="item 0"):
+            convert(Items(b"bad", b"too"), tmp_path / "data", format=format, on_error=on_error, progress=False)
+        assert not list(tmp_path.iterdir())
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_bad_image_in_order_is_named(damaged_tree, tmp_path, workers):
+    with pytest.raises(ConvertError, match=r"00\.jpg, sample 0: cannot be converted.*--on-error skip --resume"):
+        convert(damaged_tree, tmp_path / "data.beton", workers=workers, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["beton", "webdataset"])
+def test_rejects_are_listed_and_left_out(damaged_tree, tmp_path, format):
+    dest = tmp_path / "data"
+    report = convert(damaged_tree, dest, format=format, on_error="skip", shuffle_seed=4, progress=False)
+    order = sample_order(40, 4, None)
+    paths = sorted(damaged_tree.rglob("*.jpg"))
+    listed = [json.loads(line) for line in (tmp_path / "data.rejects.jsonl").read_text().splitlines()]
+    assert [entry["index"] for entry in listed] == [i for i in order if i in DAMAGED]
+    assert [entry["name"] for entry in listed] == [str(paths[entry["index"]]) for entry in listed]
+    assert all("truncated" in entry["reason"].lower() for entry in listed)
+    assert report.sidecar["rejected"] == [entry["index"] for entry in listed]
+    assert (report.num_samples, sum(report.counts[c] for c in ("passed_through", "reencoded"))) == (37, 37)
+    for word in ("left out: 3, listed in", "data.rejects.jsonl", str(paths[17])):
+        assert word in str(report)
+    with open_dataset(dest) as dataset:
+        good = [i for i in order if i not in DAMAGED]
+        assert [dataset.read(k).tobytes() for k in range(len(dataset))] == [paths[i].read_bytes() for i in good]
+        assert [dataset.class_names[label] for label in dataset.label] == [paths[i].parent.name for i in good]
+        assert dataset.check() == []
+    # A conversion without rejects leaves no list behind.
+    convert(Items(GOOD), dest, format=format, progress=False)
+    assert not (tmp_path / "data.rejects.jsonl").exists()
+
+
+def test_both_formats_hold_the_same(tree, tmp_path):
+    hashes = set()
+    for format in ("beton", "webdataset"):
+        report = convert(tree, tmp_path / format, format=format, max_side=70, shard_size=9, nodes=2, progress=False)
+        hashes.add(report.sidecar["content_hash"])
+        with open_dataset(tmp_path / format) as dataset:
+            assert dataset.content_hash in hashes
+    assert len(hashes) == 1
+    assert len(list((tmp_path / "webdataset").glob("*.tar"))) == 6
+
+
+def test_names_and_reasons_that_cannot_be_printed(tmp_path):
+    class Odd(Items):
+        def name(self, index):
+            return f"\udcff\n{index}"
+
+    error = ValueError("bad \x1b[31m <object at 0x7f0123456789>\udc80")
+    report = convert(Odd(GOOD, error), tmp_path / "x.beton", on_error="skip", progress=False)
+    (reject,) = report.rejects
+    assert (reject.name, reject.reason) == ("\\udcff\\n1", "bad \\x1b[31m <object>\\udc80")
+    str(report).encode()
+
+
+def test_class_names_that_are_no_utf8(tmp_path):
+    source = Items(GOOD, GOOD)
+    source.class_names = ["caf\udce9", "日本"]
+    convert(source, tmp_path / "x.beton", progress=False)
+    with open_dataset(tmp_path / "x.beton") as dataset:
+        assert dataset.class_names == source.class_names
+
+
+def test_real_labels_of_what_is_stored(tmp_path):
+    class Val(Items):
+        def name(self, index):
+            return f"val.tar:ILSVRC2012_val_{index + 1:08d}.JPEG"
+
+    lists = [[i, 100 + i] for i in range(6)]
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    source = Val(GOOD, GOOD, b"bad", GOOD, GOOD, GOOD)
+    options = {"real_labels": tmp_path / "real.json", "shuffle_seed": 7, "on_error": "skip", "progress": False}
+    report = convert(source, tmp_path / "val.beton", **options)
+    assert report.sidecar["real_labels"] == [lists[i] for i in sample_order(6, 7, None) if i != 2]
+    with pytest.raises(SourceError, match="not one of ILSVRC2012's val images"):
+        convert(Items(GOOD), tmp_path / "other.beton", **options)
+    assert not list(tmp_path.glob("other*"))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_conversion_leaves_nothing(tree, tmp_path, number, status):
+def test_a_stopped_conversion_can_go_on(tree, tmp_path, number, status):
     """Ctrl-C reaches the whole process group of a terminal, a request to terminate the first process."""
     many = tmp_path / "many"
     for i in range(800):
@@ -268,15 +379,20 @@ def test_a_stopped_conversion_leaves_nothing(tree, tmp_path, number, status):
         os.link(tree / "class3" / "39.jpg", many / f"{i % 4}" / f"{i}.jpg")
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-m", "fastdeit.convert", str(many), str(out / "x.beton"), "--workers", "2"]
-    process = subprocess.Popen([*command, "--mode", "jpeg"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, "-m", "fastdeit.convert", str(many), str(out / "x.beton"), "--mode", "jpeg"]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 30
-    while not list(out.glob("*.tmp")) and time.monotonic() < deadline:
+    while not list(out.glob("*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == status, err
-    assert not list(out.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == ["x.beton.journal", "x.beton.partial"]
+    kept = int(re.search(r"x\.beton: (\d+) of 800 images are kept, --resume goes on there", err)[1])
+    report = convert(many, out / "x.beton", mode="jpeg", resume=True, progress=False)
+    assert 0 < kept == 800 - report.done
+    assert f"went on after {kept} images" in report.notes[0]
+    assert sorted(path.name for path in out.iterdir()) == ["x.beton", "x.beton.json"]
 
 
 @pytest.mark.parametrize(
@@ -289,10 +405,13 @@ def test_a_stopped_conversion_leaves_nothing(tree, tmp_path, number, status):
         ({"limit": 0}, "limit 0"),
         ({"shuffle_seed": -1}, "shuffle seed -1"),
         ({"class_names": ["class0"]}, "class 'class1' is not in the list"),
+        ({"format": "zip"}, "format 'zip' is not one of beton, webdataset"),
+        ({"on_error": "ignore"}, "on_error 'ignore' is not one of fail, skip"),
+        ({"real_labels": "none.json"}, "none.json"),
     ],
 )
 def test_mistaken_options(tree, tmp_path, options, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises((ValueError, FileNotFoundError), match=reason):
         convert(tree, tmp_path / "data.beton", progress=False, **options)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,272 @@
+"""A conversion under way: what is written, kept for a later `--resume`, or removed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fastdeit.pipelines.encode import CHANGES, Encoding
+from fastdeit.pipelines.encoded import ConvertError, Encoded, Reject, encoded
+from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.journal import Journal, Kept, difference
+from fastdeit.pipelines.sources import Source
+from fastdeit.pipelines.sources.imagenet import real_labels as read_real_labels
+from fastdeit.pipelines.writing import Record, Writer
+
+FLUSH_SECONDS = 2.0  # of work that an interrupt without warning may cost
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VERSION = 1  # of what the journal holds
+
+
+def rejects_path(dest: Path) -> Path:
+    """Where the images that a conversion left out are listed: a JSON object a line with index, name and reason."""
+    return _beside(dest, ".rejects.jsonl")
+
+
+class DiskFull(ConvertError):
+    """No room for what is to be written; nothing of it is left."""
+
+
+class Conversion:
+    """A conversion under way.
+
+    position  samples of `order` that were handled, in this run and the one that is resumed
+    restored  those of the latter
+    size      bytes of the images stored
+    pending   samples that the journal does not hold yet
+    """
+
+    def __init__(
+        self, source: Source, dest: Path, order: np.ndarray, options: dict[str, Any], real_labels: Path | None
+    ) -> None:
+        self.source, self.dest, self.order, self.options = source, dest, order, options
+        self.counts: Counter[str] = Counter(dict.fromkeys(CHANGES, 0))
+        self.rejects: list[Reject] = []
+        self.notes: list[str] = []
+        self.position = self.restored = self.size = self.last_label = 0
+        self.pending: list[Kept | Reject] = []
+        names = [source.name(index) for index in order.tolist()]
+        self.names_hash = _hash(names)
+        self.real = None if real_labels is None else read_real_labels(real_labels, names)
+
+    def write(
+        self, writer: Writer, encoding: Encoding, workers: int, *, skip: bool, resume: bool, progress: bool
+    ) -> dict[str, Any]:
+        """Write everything; the sidecar. What was done is kept, or not a trace of it, if an error is raised."""
+        with self._writing():
+            journal = Journal(_beside(self.dest, ".journal"))
+        with journal:
+            try:
+                with writer:
+                    try:
+                        self._take_up(writer, journal, encoding, resume)
+                        self._store_all(writer, journal, encoding, workers, skip, progress)
+                        sidecar = self._finish(writer)
+                    except DiskFull:
+                        # What is kept would keep it full.
+                        writer.keep = False
+                        raise
+            except BaseException as error:
+                if not writer.keep:
+                    journal.remove()
+                elif progress and not isinstance(error, Exception):
+                    kept = f"{self.position} of {len(self.order)} images are kept, --resume goes on there"
+                    print(f"{self.dest}: {kept}", file=sys.stderr)
+                raise
+            journal.remove()
+        return sidecar
+
+    def _take_up(self, writer: Writer, journal: Journal, encoding: Encoding, resume: bool) -> None:
+        """Go on with what an interrupted conversion left, or begin anew."""
+        description = {
+            "version": _VERSION,
+            "source": self._describe(),
+            "names": self.names_hash,
+            "class_names": _hash(self.source.class_names),
+            "options": self.options,
+            "real_labels": _hash(self.real),
+        }
+        description = json.loads(json.dumps(description))
+        then = journal.description()
+        if then is not None and resume:
+            # Kept, whatever comes of it: it is not this run's to throw away.
+            writer.keep = True
+            if found := difference(then, description):
+                raise ConvertError(
+                    f"{self.dest}: the interrupted conversion was another: {found}. "
+                    f"Resume with what it was begun with, or begin anew without --resume"
+                )
+            with self._writing():
+                count = writer.restore(entry.record for entry in journal.entries() if isinstance(entry, Kept))
+                journal.cut(count)
+            self._count_restored(journal, encoding)
+            writer.keep = self.restored > 0
+        else:
+            if done := sum(1 for _ in journal.entries()):
+                self.notes.append(f"an interrupted conversion had done {done} images, which --resume would have kept")
+            with self._writing():
+                writer.restore(())
+                journal.begin(description)
+        if resume and not self.restored:
+            self.notes.append("there was nothing to resume, so it began at the first image")
+        if not journal.locked:
+            self.notes.append("this file system has no locks: nothing kept another conversion from writing here, too")
+
+    def _count_restored(self, journal: Journal, encoding: Encoding) -> None:
+        last: tuple[int, Kept] | None = None
+        for entry in journal.entries():
+            if isinstance(entry, Kept):
+                last = int(self.order[self.position]), entry
+            self._count(entry)
+        self.restored = self.position
+        if last is not None:
+            self._compare(*last, encoding)
+        if self.restored:
+            self.notes.append(f"it went on after {self.restored} images of an interrupted conversion")
+
+    def _compare(self, index: int, entry: Kept, encoding: Encoding) -> None:
+        """Raise ConvertError unless the sample that was stored last is still the same in the source."""
+        (now,) = encoded(self.source, [index], encoding, 1)
+        if not isinstance(now, Encoded) or (now.crc32, now.label) != (entry.record.crc32, entry.record.label):
+            raise ConvertError(
+                f"{self.source.name(index)}, sample {index}: is not what the interrupted conversion stored, "
+                f"so the source has changed. Begin anew without --resume"
+            )
+
+    def _store_all(
+        self, writer: Writer, journal: Journal, encoding: Encoding, workers: int, skip: bool, progress: bool
+    ) -> None:
+        if self.rejects and not skip:
+            raise self._rejected(self.rejects[0])
+        flushed = time.monotonic()
+        with (
+            closing(encoded(self.source, self.order[self.position :].tolist(), encoding, workers)) as samples,
+            tqdm(initial=self.position, total=len(self.order), unit=" images", disable=not progress) as bar,
+        ):
+            try:
+                for sample in samples:
+                    if isinstance(sample, Reject) and not skip:
+                        raise self._rejected(sample)
+                    with self._writing():
+                        self._store(writer, sample)
+                        if time.monotonic() - flushed >= FLUSH_SECONDS:
+                            self._save(writer, journal)
+                            flushed = time.monotonic()
+                    bar.update()
+                    if self.rejects:
+                        bar.set_postfix_str(f"{len(self.rejects)} left out", refresh=False)
+            except DiskFull:
+                raise
+            except BaseException:
+                with self._writing():
+                    self._save(writer, journal)
+                raise
+
+    def _store(self, writer: Writer, sample: Encoded | Reject) -> None:
+        if isinstance(sample, Reject):
+            entry = sample
+        else:
+            image, label = sample.image, sample.label
+            writer.add(image.data, height=image.height, width=image.width, label=label, mode=image.mode)
+            record = Record(image.height, image.width, label, image.mode, len(image.data), sample.crc32)
+            entry = Kept(record, image.changes)
+        self._count(entry)
+        self.pending.append(entry)
+
+    def _count(self, entry: Kept | Reject) -> None:
+        self.position += 1
+        if isinstance(entry, Reject):
+            self.rejects.append(entry)
+            return
+        self.counts.update(entry.changes)
+        self.size += entry.record.size
+        self.last_label = max(self.last_label, entry.record.label)
+
+    def _save(self, writer: Writer, journal: Journal) -> None:
+        # Taken first: an interrupt may cost them, and never have them written twice.
+        pending, self.pending = self.pending, []
+        if pending:
+            writer.flush()
+            journal.append(pending)
+            writer.keep = True
+
+    def _finish(self, writer: Writer) -> dict[str, Any]:
+        if len(self.rejects) == len(self.order):
+            writer.keep = False
+            raise ConvertError(
+                f"{self.dest}: none of the {len(self.order)} images can be read. The first is {self.rejects[0].name}: "
+                f"{self.rejects[0].reason}"
+            )
+        rejected = [reject.index for reject in self.rejects]
+        described: dict[str, Any] = {"counts": dict(self.counts), "rejected": rejected}
+        if self.real is not None:
+            kept = ~np.isin(self.order, rejected)
+            described["real_labels"] = [self.real[i] for i in np.flatnonzero(kept)]
+        class_names = self.source.class_names or [str(i) for i in range(self.last_label + 1)]
+        with self._writing():
+            # The list first: what has its name is complete.
+            _write_rejects(rejects_path(self.dest), self.rejects)
+            return writer.finish(class_names=class_names, source=self._describe(), options=self.options, **described)
+
+    def _describe(self) -> dict[str, Any]:
+        return {**self.source.describe(), "samples": len(self.source)}
+
+    def _rejected(self, reject: Reject) -> ConvertError:
+        return ConvertError(
+            f"{reject.name}, sample {reject.index}: cannot be converted: {reject.reason}. Mend the image and go on "
+            f"with --resume, or leave such images out with --on-error skip --resume"
+        )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or self.dest
+            if error.errno not in _FULL:
+                raise ConvertError(f"{where}: cannot be written ({error.strerror})") from error
+            needed = ""
+            if self.size:
+                total = self.size * len(self.order) / self.position
+                needed = f" after {self.size / 1e6:.1f} MB; about {total / 1e6:.1f} MB are needed in all"
+            raise DiskFull(
+                f"{where}: cannot be written ({error.strerror}){needed}. What was written of it has been removed: "
+                f"make room or name another place, then convert again"
+            ) from error
+
+
+def _write_rejects(path: Path, rejects: list[Reject]) -> None:
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return
+    partial = _beside(path, ".partial")
+    try:
+        with open(partial, "w", encoding="ascii") as file:
+            file.writelines(json.dumps(asdict(reject)) + "\n" for reject in rejects)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
