@@ -290,6 +290,11 @@ class Recipe:
                 raise ValueError(f"{name} is {value}: it must be 0 or more")
         if model.finetune and model.init is None:
             raise ValueError(f"recipe {self.name} starts from trained weights: give --model.init CHECKPOINT")
+        if self.teacher.labels is not None and self.data.on_error == "replace":
+            raise ValueError(
+                "teacher.labels are of the images that were there when they were made, and would be wrong for one that "
+                "is replaced: set data.on_error to 'fail', or train with the teacher itself"
+            )
         if (
             self.departures.finetune_distillation == "refused"
             and model.init is not None

@@ -72,7 +72,7 @@ static int is_complete(const struct jpeg_decompress_struct *info)
 /* Decode columns x0 <= x < x1 of rows y0 <= y < y1 of a JPEG file of `size` bytes into the image `out`, whose rows
  * are `stride` bytes apart, each pixel at its place in the whole image of `height` x `width`. Other pixels of these
  * rows may be written; those of other rows are not. Returns a verdict; what `out` holds is undefined unless it is
- * DECODED. */
+ * DECODED. Whoever changes the arguments changes the name as well, so that no older build is called with them. */
 int fastdeit_decode(const uint8_t *src, size_t size, uint32_t height, uint32_t width, uint8_t *out, size_t stride,
                     uint32_t x0, uint32_t y0, uint32_t x1, uint32_t y1, int max_scans)
 {

@@ -1,12 +1,13 @@
-"""Random plans and random pictures for the tests of the augmentation stages."""
+"""Random plans, random pictures and JPEGs of every kind for the tests of loaders and stages."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan
@@ -128,3 +129,39 @@ def make_plan() -> Callable[..., Plan]:
 def draw_arg() -> Callable[[np.random.Generator, str], float]:
     """Draws an argument for an operation, over more than the range that the recipe uses."""
     return _draw_arg
+
+
+@pytest.fixture(scope="session")
+def sampled_jpeg():
+    """Function: a JPEG of about `size` (width, height) and of any sampling of chroma, and its size.
+
+    Pillow does not write 4:4:0 and 4:1:1. A minimum coded unit of these has as many blocks as one of 4:2:2 and 4:2:0,
+    so that a header that says otherwise makes another picture of the same blocks.
+    """
+
+    def encode(seed, size, mode="RGB", **options):
+        noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        file = io.BytesIO()
+        image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1)).convert(mode)
+        image.save(file, "JPEG", **{"quality": 90, **options})
+        return file.getvalue()
+
+    def make(seed, size, sampling, **options):
+        if sampling == "gray":
+            return encode(seed, size, "L", **options), size
+        if sampling not in ("4:4:0", "4:1:1"):
+            return encode(seed, size, subsampling=sampling, **options), size
+        tall = sampling == "4:4:0"
+        wide, high, old, new, way = (16, 8, 0x21, 0x12, "4:2:2") if tall else (16, 16, 0x22, 0x41, "4:2:0")
+        units = -(-size[0] // wide), -(-size[1] // high)
+        data = bytearray(encode(seed, (units[0] * wide, units[1] * high), subsampling=way, **options))
+        frame = data.index(b"\xff\xc2" if "progressive" in options else b"\xff\xc0")
+        assert data[frame + 11] == old
+        data[frame + 11] = new
+        width, height = (units[0] * 8, units[1] * 16) if tall else (units[0] * 32, units[1] * 8)
+        if "progressive" not in options:  # whose scans of one component leave out what is beyond the edge
+            width, height = width - seed % 7, height - seed % 5
+        data[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+        return bytes(data), (width, height)
+
+    return make
