@@ -267,6 +267,17 @@ def ffcv() -> Check:
     return Check("ffcv", "ok", f"{version}, its C library loads")
 
 
+def turbo() -> Check:
+    """The turbo loader's decoder, which is built where a C compiler and libjpeg-turbo's headers are."""
+    from fastdeit.pipelines.loader_turbo import find_turbo  # which imports numba, and this takes a second
+
+    try:
+        return Check("turbo", "ok", f"built: {find_turbo().name}")
+    except ValueError as error:
+        remedy = "apt-get install gcc libjpeg-dev, then pip install fastdeit again (-e . in a checkout)"
+        return Check("turbo", "absent", _sentence(error), remedy)
+
+
 def dali() -> Check:
     """NVIDIA DALI, and whether the driver can run the CUDA that it is built with."""
     driver = driver_cuda()
@@ -310,7 +321,8 @@ def apex() -> Check:
 
 
 CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
-    system, cpu, memory, shared_memory, open_files, required, gpus, compiler, triton_check, turbojpeg, ffcv, dali, apex
+    system, cpu, memory, shared_memory, open_files, required, gpus, compiler, triton_check,
+    turbojpeg, ffcv, turbo, dali, apex,
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +29,7 @@ from fastdeit.logs import RunLog, duration
 from fastdeit.meter import Meter
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
+from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
 from fastdeit.pipelines.dataset import Dataset
@@ -40,10 +40,6 @@ from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights
 
 COMPILER = "inductor"  # torch.compile's own name of its default backend
-
-
-class NonFiniteLoss(UserError):
-    """The loss became infinite or NaN; the message says at which step and where the batch was saved."""
 
 
 class Trainer:
@@ -221,9 +217,9 @@ class Trainer:
             replaced.update(batch.replaced)
             parts = self._forward_backward(batch)
             if pending is not None:
-                self._check(*pending, updated=True)
+                check_loss(self, *pending, updated=True)
             if not deferred:
-                self._check(parts, batch, self.step, updated=False)
+                check_loss(self, parts, batch, self.step, updated=False)
             pending = (parts, batch, self.step) if deferred else None
             self._update()
             meter.add(parts)
@@ -235,7 +231,7 @@ class Trainer:
             self.log.advance(shown)
             saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
             if pending is not None and (saving or self.step == self.data.steps):
-                self._check(*pending, updated=True)
+                check_loss(self, *pending, updated=True)
                 pending = None
             if saving:
                 self._save()
@@ -317,58 +313,6 @@ class Trainer:
             return None
         return source.labels(images) if hard else source.logits(images)
 
-    def _check(self, parts: LossParts, batch: TrainBatch, step: int, *, updated: bool) -> None:
-        """Stop the run where the loss of a step is not finite, and leave what is needed to look into it.
-
-        That is the batch, and the weights that gave the loss; where they were `updated` since, the last checkpoint's
-        path stands in for them.
-        """
-        loss = float(parts.loss)
-        if math.isfinite(loss):
-            return
-        path = self.folder / f"nonfinite-rank{self.world.rank}.pt"
-        last = next(iter(checkpoint.found(self.folder / "checkpoints")), None)
-        indices = batch.data.index.tolist()
-        checkpoint.save(
-            path,
-            {
-                "recipe": self.recipe.to_dict(),
-                "epoch": self.epoch,
-                "step": step,
-                "rank": self.world.rank,
-                "loss": loss,
-                "index": batch.data.index,
-                "repeat": torch.from_numpy(batch.repeat.copy()),
-                "images": batch.data.images,
-                "targets": batch.data.targets(self.num_classes, self.recipe.augment.label_smoothing),
-                "model": None if updated else self.model.state_dict(),
-                "last_checkpoint": str(last) if last else None,
-            },
-        )
-        at = {"epoch": self.epoch, "step": step, "global_step": self.epoch * self.data.steps + step + 1}
-        self.log.event("nonfinite", loss=str(loss), reproduction=str(path), indices=indices, **at)
-        again = (
-            "Resume it with --run.resume_changed True and"
-            if last
-            else "No checkpoint was written yet: start again with"
-        )
-        raise NonFiniteLoss(
-            f"the loss is {loss} at epoch {self.epoch + 1}, step {step}, samples {indices[:8]}...; the batch"
-            f"{'' if updated else ' and the weights'} are in {path}. {again} a lower --optim.lr, --optim.clip_grad 1, "
-            f"or --run.precision bf16 instead of fp16"
-        )
-
-    def _check_weights(self) -> None:
-        """Stop every process where the weights of one are not finite, so that no checkpoint holds such weights."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.model.parameters()]))
-        bad = self.world.sum((~torch.isfinite(norms).all()).double())
-        if bad:
-            raise NonFiniteLoss(
-                f"the weights are not finite after epoch {self.epoch + 1}, step {self.step}; no checkpoint was written "
-                f"of them. Resume from the last one with --run.resume_changed True and a lower --optim.lr, or with "
-                f"--optim.clip_grad 1"
-            )
-
     def _log_train(self, meter: Meter, wait_seconds: float) -> dict[str, str]:
         run = self.recipe.run
         left = run.epochs * self.data.steps - self.global_step
@@ -420,7 +364,7 @@ class Trainer:
         self.log.say(f"epoch {self.epoch}: top-1 {shown}")
 
     def _save(self) -> None:
-        self._check_weights()
+        check_weights(self)
         if self.world.main:
             path = checkpoint.step_path(self.folder / "checkpoints", self.global_step)
             checkpoint.save(path, snapshot(self))

@@ -11,8 +11,9 @@ from fastdeit import checkpoint, trainer
 from fastdeit.cli import UserError
 from fastdeit.distributed import world
 from fastdeit.networks import build_network
+from fastdeit.nonfinite import NonFiniteLoss
 from fastdeit.recipes import convnet_teacher, deit_tiny, deit_tiny_384
-from fastdeit.trainer import NonFiniteLoss, Trainer
+from fastdeit.trainer import Trainer
 
 
 def train(recipe):
