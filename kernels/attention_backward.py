@@ -54,8 +54,9 @@ def _queries(
     PRECISION: tl.constexpr,
 ):
     # The gradient of a tile of queries; and each query's sum of output times gradient, which `_keys` needs too.
-    start = tl.program_id(0) * QUERIES
-    pair = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(num_tokens, QUERIES)
+    start = tl.program_id(0) % blocks * QUERIES
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
     sample = pair // num_heads
     head = pair % num_heads
     width = num_heads * head_dim
@@ -106,8 +107,9 @@ def _keys(
     PRECISION: tl.constexpr,
 ):
     # The gradients of a tile of keys and values.
-    first = tl.program_id(0) * KEYS
-    pair = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(num_tokens, KEYS)
+    first = tl.program_id(0) % blocks * KEYS
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
     sample = pair // num_heads
     head = pair % num_heads
     width = num_heads * head_dim
@@ -170,8 +172,8 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     delta = torch.empty_like(lse)
     for_queries, for_keys = _launches(head_dim, qkv.dtype)
     blocks = cdiv(tokens, dict(for_queries.constants)["QUERIES"]), cdiv(tokens, dict(for_keys.constants)["KEYS"])
-    _queries[(blocks[0], batch * heads)](qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options())
-    _keys[(blocks[1], batch * heads)](qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options())
+    _queries[(blocks[0] * batch * heads,)](qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options())
+    _keys[(blocks[1] * batch * heads,)](qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options())
     return grad_qkv
 
 

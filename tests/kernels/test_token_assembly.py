@@ -42,7 +42,10 @@ def results(function, arguments, weights):
 
 def compare(device, at_most_twice, arguments, function=assemble_tokens):
     exact = [None if a is None else a.detach().double().requires_grad_() for a in arguments]
-    weights = torch.randn(by_pytorch(*exact).shape, generator=torch.Generator().manual_seed(9)).to(device)
+    # Numbers that every dtype has.
+    weights = (
+        torch.randn(by_pytorch(*exact).shape, generator=torch.Generator().manual_seed(9)).bfloat16().float().to(device)
+    )
     names = [
         "out",
         *[n for n, a in zip(("patches", "cls", "dist", "pos", "bias"), arguments, strict=True) if a is not None],

@@ -1,0 +1,143 @@
+"""The bias of the MLP's first layer and its GELU in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, pointer
+from fastdeit.kernels.variants import Variant
+
+_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+
+
+@triton.jit
+def _forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_width = columns < width
+    inside = (rows < num_rows)[:, None] & in_width[None, :]
+    places = rows[:, None] * width + columns[None, :]
+    shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
+    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+    gelu = value * (0.5 * (1.0 + tl.erf(value * _ROOT_HALF)))
+    tl.store(out + places, gelu.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    # A program takes `chunk` rows of some channels and keeps its own sums for the bias.
+    first = tl.program_id(0).to(tl.int64) * chunk
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_width = columns < width
+    shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(0, chunk, ROWS):
+        rows = first + step + tl.arange(0, ROWS)
+        inside = ((rows < num_rows) & (rows < first + chunk))[:, None] & in_width[None, :]
+        places = rows[:, None] * width + columns[None, :]
+        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
+        back = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+        slope = 0.5 * (1.0 + tl.erf(value * _ROOT_HALF)) + value * (_DENSITY * tl.exp(-0.5 * value * value))
+        back = back * slope
+        tl.store(grad_x + places, back.to(grad_x.dtype.element_ty), mask=inside)
+        total += back
+    place = tl.program_id(0).to(tl.int64) * width + columns
+    tl.store(partial + place, tl.sum(total, axis=0), mask=in_width)
+
+
+_BLOCK = 256
+_ROWS_A_PROGRAM = 256  # of the backward pass
+_FORWARD = Launch(constants=(("ROWS", 8), ("BLOCK", _BLOCK)), num_warps=4)
+_BACKWARD = Launch(constants=(("ROWS", 8), ("BLOCK", _BLOCK)), num_warps=4)
+
+
+@torch.library.custom_op("fastdeit::bias_gelu", mutates_args=())
+def _op(x: Tensor, bias: Tensor) -> Tensor:
+    out = _fake(x, bias)
+    if x.numel():
+        width = x.shape[-1]
+        rows = x.numel() // width
+        grid = cdiv(rows, dict(_FORWARD.constants)["ROWS"]), cdiv(width, _BLOCK)
+        _forward[grid](x.contiguous(), bias.contiguous(), out, rows, width, **_FORWARD.options())
+    return out
+
+
+@_op.register_fake
+def _fake(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("fastdeit::bias_gelu_backward", mutates_args=())
+def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, total = _backward_fake(grad, x, bias)
+    if not x.numel():
+        return grad_x, total.zero_()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    programs = cdiv(rows, _ROWS_A_PROGRAM)
+    partial = total[None] if programs == 1 else x.new_empty((programs, width), dtype=torch.float32)
+    _backward[(programs, cdiv(width, _BLOCK))](
+        x.contiguous(),
+        bias.contiguous(),
+        grad.contiguous(),
+        grad_x,
+        partial,
+        rows,
+        width,
+        _ROWS_A_PROGRAM,
+        **_BACKWARD.options(),
+    )
+    if programs > 1:
+        torch.sum(partial, 0, out=total)
+    return grad_x, total
+
+
+@_backward_op.register_fake
+def _backward_fake(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(bias.shape, dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):
+    x, bias = ctx.saved_tensors
+    grad_x, total = _backward_op(grad, x, bias)
+    return grad_x, total.to(bias.dtype)
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x + bias, exact (erf).
+
+    x     (..., C) what the GEMM of the MLP's first layer gives without its bias
+    bias  (C,)
+
+    float32, float16 or bfloat16; the arithmetic is float32. Returns (..., C) in the dtype of `x`. The backward pass
+    computes the sum again, so only `x` is kept; the bias's gradient is summed in float32 in a fixed order. Raises
+    ValueError for shapes that do not fit and without a GPU. Source: Hendrycks and Gimpel, arXiv 1606.08415.
+    """
+    check("bias_gelu", x, bias)
+    if bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}: give ({x.shape[-1]},)")
+    return _op(x, bias)
+
+
+def variants() -> list[Variant]:
+    """The launches for DeiT-B's MLP; other widths are the same code."""
+    low = pointer(torch.bfloat16)
+    sizes = {"num_rows": "i32", "width": "i32"}
+    name = f"{DTYPES[torch.bfloat16]} C3072"
+    forward = {"x": low, "bias": "*fp32", "out": low, **sizes}
+    backward = {"x": low, "bias": "*fp32", "grad": low, "grad_x": low, "partial": "*fp32", "chunk": "i32", **sizes}
+    return [
+        _FORWARD.variant(f"bias_gelu_forward {name}", _forward, forward, ("num_rows", "width")),
+        _BACKWARD.variant(f"bias_gelu_backward {name}", _backward, backward, ("num_rows", "width", "chunk")),
+    ]

@@ -1,0 +1,341 @@
+"""Layer normalisation with the residual addition and stochastic depth before it, in one pass over the tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, next_power_of_two, pointer
+from fastdeit.kernels.variants import Variant
+
+
+@triton.jit
+def _forward(
+    x,
+    branch,
+    mask,
+    weight,
+    bias,
+    total,
+    out,
+    mean,
+    rstd,
+    num_rows,
+    rows_a_sample,
+    width,
+    eps,
+    BRANCH: tl.constexpr,
+    MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    in_rows = rows < num_rows
+    in_width = columns < width
+    inside = in_rows[:, None] & in_width[None, :]
+    places = rows[:, None] * width + columns[None, :]
+    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    if BRANCH:
+        added = tl.load(branch + places, mask=inside, other=0.0).to(tl.float32)
+        if MASK:
+            factor = tl.load(mask + rows // rows_a_sample, mask=in_rows, other=0.0)
+            added = added * factor[:, None]
+        # Normalised is what the next block reads: the sum as it is stored.
+        value = (value + added.to(branch.dtype.element_ty).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + places, value, mask=inside)
+        value = value.to(tl.float32)
+    centre = tl.sum(value, axis=1) / width
+    apart = tl.where(inside, value - centre[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(apart * apart, axis=1) / width + eps)
+    scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
+    normal = apart * inverse[:, None] * scale[None, :] + shift[None, :]
+    tl.store(out + places, normal.to(out.dtype.element_ty), mask=inside)
+    tl.store(mean + rows, centre, mask=in_rows)
+    tl.store(rstd + rows, inverse, mask=in_rows)
+
+
+@triton.jit
+def _backward(
+    grad_out,
+    grad_total,
+    total,
+    mask,
+    weight,
+    mean,
+    rstd,
+    grad_x,
+    grad_branch,
+    partial,
+    num_rows,
+    rows_a_sample,
+    width,
+    chunk,
+    BRANCH: tl.constexpr,
+    MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A program takes `chunk` rows and keeps its own sums for the weight and the bias.
+    columns = tl.arange(0, BLOCK)
+    in_width = columns < width
+    scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), tl.float32)
+    grad_bias = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * chunk
+    for step in range(0, chunk, ROWS):
+        rows = first + step + tl.arange(0, ROWS)
+        in_rows = (rows < num_rows) & (rows < first + chunk)
+        inside = in_rows[:, None] & in_width[None, :]
+        places = rows[:, None] * width + columns[None, :]
+        value = tl.load(total + places, mask=inside, other=0.0).to(tl.float32)
+        centre = tl.load(mean + rows, mask=in_rows, other=0.0)
+        inverse = tl.load(rstd + rows, mask=in_rows, other=0.0)
+        grad = tl.load(grad_out + places, mask=inside, other=0.0).to(tl.float32)
+        normal = tl.where(inside, (value - centre[:, None]) * inverse[:, None], 0.0)
+        grad_weight += tl.sum(grad * normal, axis=0)
+        grad_bias += tl.sum(grad, axis=0)
+        scaled = grad * scale[None, :]
+        along = tl.sum(scaled * normal, axis=1) / width
+        level = tl.sum(scaled, axis=1) / width
+        back = (scaled - normal * along[:, None] - level[:, None]) * inverse[:, None]
+        if BRANCH:
+            back += tl.load(grad_total + places, mask=inside, other=0.0).to(tl.float32)
+            to_branch = back
+            if MASK:
+                factor = tl.load(mask + rows // rows_a_sample, mask=in_rows, other=0.0)
+                to_branch = back * factor[:, None]
+            tl.store(grad_branch + places, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
+        tl.store(grad_x + places, back.to(grad_x.dtype.element_ty), mask=inside)
+    place = tl.program_id(0).to(tl.int64) * 2 * width + columns
+    tl.store(partial + place, grad_weight, mask=in_width)
+    tl.store(partial + place + width, grad_bias, mask=in_width)
+
+
+# Programs of the backward pass: enough for every multiprocessor to have a few, few enough for a short second stage.
+_PROGRAMS = 512
+
+
+def _launch(width: int, branch: bool, mask: bool) -> Launch:
+    block = max(16, next_power_of_two(width))
+    rows = max(1, 1024 // block)
+    constants = (("BRANCH", branch), ("MASK", mask), ("ROWS", rows), ("BLOCK", block))
+    return Launch(constants=constants, num_warps=max(4, min(16, block // 256)))
+
+
+def _rows_a_sample(x: Tensor) -> int:
+    return x.numel() // (len(x) * x.shape[-1])
+
+
+@torch.library.custom_op("fastdeit::add_layer_norm", mutates_args=())
+def _op(
+    x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _fake(x, branch, mask, weight, bias, eps, dtype)
+    if not x.numel():
+        return outputs
+    total, out, mean, rstd = outputs
+    width = x.shape[-1]
+    rows = x.numel() // width
+    launch = _launch(width, branch is not None, mask is not None)
+    x = x.contiguous()
+    _forward[(cdiv(rows, dict(launch.constants)["ROWS"]),)](
+        x,
+        x if branch is None else branch.contiguous(),
+        x if mask is None else mask.contiguous(),
+        weight,
+        bias,
+        total,
+        out,
+        mean,
+        rstd,
+        rows,
+        _rows_a_sample(x),
+        width,
+        eps,
+        **launch.options(),
+    )
+    return outputs
+
+
+@_op.register_fake
+def _fake(
+    x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Without a branch the sum is `x`, which the caller has: an operator may not return its argument.
+    kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+    total = x.new_empty(x.shape if branch is not None else (0,), dtype=kind)
+    statistics = x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)
+    return total, x.new_empty(x.shape, dtype=dtype), torch.empty_like(statistics[0]), torch.empty_like(statistics[1])
+
+
+@torch.library.custom_op("fastdeit::add_layer_norm_backward", mutates_args=())
+def _backward_op(
+    grad_out: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _backward_fake(grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype)
+    grad_x, grad_branch, sums = outputs
+    if not total.numel():
+        sums.zero_()
+        return outputs
+    width = total.shape[-1]
+    rows = total.numel() // width
+    launch = _launch(width, branch_dtype is not None, mask is not None)
+    tile = dict(launch.constants)["ROWS"]
+    chunk = cdiv(cdiv(rows, _PROGRAMS), tile) * tile
+    programs = cdiv(rows, chunk)
+    partial = sums[None] if programs == 1 else total.new_empty((programs, 2, width), dtype=torch.float32)
+    total = total.contiguous()
+    _backward[(programs,)](
+        grad_out.contiguous(),
+        total if grad_total is None else grad_total.contiguous(),
+        total,
+        mean if mask is None else mask.contiguous(),
+        weight,
+        mean,
+        rstd,
+        grad_x,
+        grad_branch,
+        partial,
+        rows,
+        _rows_a_sample(total),
+        width,
+        chunk,
+        **launch.options(),
+    )
+    if programs > 1:
+        torch.sum(partial, 0, out=sums)
+    return outputs
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    grad_out: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = total.new_empty(total.shape, dtype=x_dtype)
+    grad_branch = total.new_empty(total.shape if branch_dtype is not None else (0,), dtype=branch_dtype)
+    return grad_x, grad_branch, total.new_empty((2, total.shape[-1]), dtype=torch.float32)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, branch, mask, weight, bias, _, _ = inputs
+    total, _, mean, rstd = output
+    ctx.save_for_backward(x if branch is None else total, mask, weight, mean, rstd)
+    ctx.dtypes = x.dtype, None if branch is None else branch.dtype, weight.dtype, bias.dtype
+
+
+def _autograd(ctx, grad_total, grad_out, *_):
+    total, mask, weight, mean, rstd = ctx.saved_tensors
+    of_x, of_branch, of_weight, of_bias = ctx.dtypes
+    passed_on = grad_total if of_branch is not None else None
+    grad_x, grad_branch, sums = _backward_op(grad_out, passed_on, total, mask, weight, mean, rstd, of_x, of_branch)
+    branch = grad_branch if of_branch is not None else None
+    return grad_x, branch, None, sums[0].to(of_weight), sums[1].to(of_bias), None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Layer normalisation over the last dimension.
+
+    x             (B, ..., C)
+    weight, bias  (C,)
+    dtype         of the result, e.g. that of the GEMM that reads it; None: that of `x`
+
+    Each float32, float16 or bfloat16; the arithmetic is float32. The gradients of weight and bias are summed in
+    float32 in a fixed order. Raises ValueError for shapes that do not fit and without a GPU. Source: Ba et al.,
+    arXiv 1607.06450.
+    """
+    _check(x, None, None, weight, bias)
+    return _op(x, None, None, weight, bias, eps, dtype or x.dtype)[1]
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with a branch added, and its layer normalisation: what follows each half of a block.
+
+    x       (B, ..., C) the residual stream
+    branch  (B, ..., C) what attention or the MLP gave
+    mask    (B,) float32 factors of stochastic depth, 0 or 1 / keep probability a sample, or None
+    dtype   of the normalised result; None: that of the sum
+
+    Returns (x + mask * branch, its normalisation). The sum is in the wider dtype of `x` and `branch`; the masked
+    branch is rounded to the branch's dtype first, as `fastdeit.drop_path.DropPath` does. No gradient reaches the
+    mask. The other arguments and the errors are those of `layer_norm`.
+    """
+    _check(x, branch, mask, weight, bias)
+    wide = torch.promote_types(x.dtype, branch.dtype)
+    total, out, _, _ = _op(x, branch, mask, weight, bias, eps, dtype or wide)
+    return total, out
+
+
+def token_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, num_tokens: int, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`layer_norm` of the first `num_tokens` rows of each sample, (B, num_tokens, C): all that DeiT's heads read."""
+    return layer_norm(x[:, :num_tokens], weight, bias, eps, dtype=dtype)
+
+
+def _check(x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    check("layer_norm", x, branch, mask, weight, bias)
+    if x.ndim < 2 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit x {tuple(x.shape)}: "
+            f"give both ({x.shape[-1]},)"
+        )
+    if branch is not None and branch.shape != x.shape:
+        raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, x is {tuple(x.shape)}")
+    if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.float32):
+        raise ValueError(
+            f"add_layer_norm: mask is {tuple(mask.shape)} {mask.dtype}: "
+            f"give a float32 factor for each of {len(x)} samples"
+        )
+
+
+def variants() -> list[Variant]:
+    """The launches for DeiT-Ti, S and B: with and without a branch, a bf16 branch on a float32 or bf16 stream."""
+    found = []
+    for width in (192, 384, 768):
+        for stream, branch in ((torch.float32, True), (torch.bfloat16, True), (torch.float32, False)):
+            launch = _launch(width, branch, branch)
+            wide, low = pointer(stream), pointer(torch.bfloat16)
+            name = f"{DTYPES[stream]} C{width}"
+            sizes = {"num_rows": "i32", "rows_a_sample": "i32", "width": "i32"}
+            common = {"mask": "*fp32", "weight": "*fp32", "mean": "*fp32", "rstd": "*fp32", "total": wide} | sizes
+            forward = {"x": wide, "branch": low, "bias": "*fp32", "out": low, "eps": "fp32"} | common
+            backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low} | common
+            backward |= {"partial": "*fp32", "chunk": "i32"}
+            kind = "add_layer_norm" if branch else "layer_norm"
+            found.append(launch.variant(f"{kind}_forward {name}", _forward, forward, ("num_rows", "width")))
+            found.append(launch.variant(f"{kind}_backward {name}", _backward, backward, ("num_rows", "width")))
+    return found
