@@ -1,0 +1,207 @@
+"""Put the Triton kernels into a timm vision transformer, weights and state dict unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, DropPath, Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from fastdeit.drop_path import DropPath as PlannedDropPath
+from fastdeit.kernels.attention import attention
+from fastdeit.kernels.bias_gelu import bias_gelu
+from fastdeit.kernels.layer_norm import add_layer_norm, layer_norm
+from fastdeit.kernels.token_assembly import assemble_tokens
+
+
+class Swap(NamedTuple):
+    """What `fuse` did: names of the modules that now run kernels, and "name: reason" of those that do not."""
+
+    replaced: list[str]
+    left: list[str]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """That of the GEMM which reads a normalised row, so that the cast is no pass of its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module.eps, dtype=_autocast_dtype(x))
+
+
+def _add_norm(x: Tensor, branch: Tensor, mask: Tensor | None, module: Any) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(
+        x, branch, module.weight, module.bias, module.eps, mask=mask, dtype=_autocast_dtype(x) or branch.dtype
+    )
+
+
+def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Factors (B,) float32 of stochastic depth, of the same random numbers as the module's own forward."""
+    if isinstance(module, nn.Identity) or not module.training:
+        return None
+    if isinstance(module, PlannedDropPath):
+        if module.mask is not None and len(module.mask) != len(x):
+            raise ValueError(f"the drop path masks are of {len(module.mask)} samples, the batch has {len(x)}")
+        return module.mask
+    assert isinstance(module, DropPath)
+    keep = 1.0 - module.drop_prob
+    if keep == 1.0:
+        return None
+    mask = x.new_empty((len(x), 1, 1)).bernoulli_(keep).view(-1).float()
+    return mask / keep if keep > 0.0 and module.scale_by_keep else mask
+
+
+class _Attention(Attention):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        return self.proj_drop(self.proj(attention(qkv)))
+
+
+class _Mlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)  # pyright: ignore[reportArgumentType]
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+
+
+class _Block(Block):
+    def halves(self, x: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream after attention, the MLP's branch and its mask, of the stream and its first normalisation."""
+        branch = self.attn(normal)
+        x, normal = _add_norm(x, branch, _drop_path_mask(self.drop_path1, branch), self.norm2)
+        branch = self.mlp(normal)
+        return x, branch, _drop_path_mask(self.drop_path2, branch)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
+        return _add(*self.halves(x, _norm(self.norm1, x)))
+
+
+def _add(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        branch = (branch * mask.view(-1, 1, 1)).to(branch.dtype)
+    return x + branch
+
+
+class _Blocks(nn.Sequential):
+    """Blocks one after another: the addition after a block's MLP is done with the next block's normalisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pending: tuple[Tensor, Tensor | None] | None = None
+        for block in self:
+            assert isinstance(block, _Block)
+            if pending is None:
+                normal = _norm(block.norm1, x)
+            else:
+                x, normal = _add_norm(x, *pending, block.norm1)
+            x, branch, mask = block.halves(x, normal)
+            pending = branch, mask
+        return x if pending is None else _add(x, *pending)
+
+
+class _Tokens:
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        dist_token = getattr(self, "dist_token", None)
+        return self.pos_drop(assemble_tokens(x, self.cls_token, dist_token, self.pos_embed))  # pyright: ignore
+
+
+class _VisionTransformer(_Tokens, VisionTransformer):
+    pass
+
+
+class _VisionTransformerDistilled(_Tokens, VisionTransformerDistilled):
+    pass
+
+
+def _why_not_attention(module: Attention) -> str | None:
+    for name in ("q_norm", "k_norm", "norm"):
+        if not isinstance(getattr(module, name), nn.Identity):
+            return f"has {name}"
+    if getattr(module, "gate", None) is not None:
+        return "has a gate"
+    if module.attn_drop.p > 0:
+        return "has dropout of the attention weights"
+    return "has a head dim above 128" if module.head_dim > 128 else None
+
+
+def _why_not_mlp(module: Mlp) -> str | None:
+    if not (isinstance(module.fc1, nn.Linear) and module.fc1.bias is not None):
+        return "its first layer is no linear one with a bias"
+    if not isinstance(module.act, nn.GELU) or getattr(module.act, "approximate", "none") != "none":
+        return f"its activation is {type(module.act).__name__}, not the exact GELU"
+    return None
+
+
+def _why_not_block(module: Block) -> str | None:
+    for name in ("ls1", "ls2"):
+        if not isinstance(getattr(module, name), nn.Identity):
+            return "has LayerScale"
+    for name in ("norm1", "norm2"):
+        norm = getattr(module, name)
+        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            return f"{name} is no LayerNorm with weight and bias"
+    for name in ("drop_path1", "drop_path2"):
+        if type(getattr(module, name)) not in (nn.Identity, DropPath, PlannedDropPath):
+            return f"{name} is unknown"
+    return None
+
+
+def _why_not_tokens(module: VisionTransformer) -> str | None:
+    if module.cls_token is None or module.pos_embed is None:
+        return "has no class token or no position embedding"
+    for name in ("dynamic_img_size", "no_embed_class"):
+        if getattr(module, name):
+            return f"{name} is set"
+    return "has register tokens" if module.reg_token is not None else None
+
+
+_SWAPS: tuple[tuple[type[nn.Module], type[nn.Module], Callable[[Any], str | None]], ...] = (
+    (Attention, _Attention, _why_not_attention),
+    (Mlp, _Mlp, _why_not_mlp),
+    (Block, _Block, _why_not_block),
+    (VisionTransformer, _VisionTransformer, _why_not_tokens),
+    (VisionTransformerDistilled, _VisionTransformerDistilled, _why_not_tokens),
+)
+
+
+def fuse(model: nn.Module) -> Swap:
+    """Let a timm ViT or DeiT, or this package's, run the Triton kernels where they do the same.
+
+    model  changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
+           module names and state dict stay. Forward hooks of blocks and of their norms no longer run
+
+    Returns what was replaced and what was not, with the reason; modules of other types are not mentioned. A model
+    that was fused needs a CUDA device. Fusing it again changes nothing. Raises ValueError for a model with nothing
+    to replace.
+    """
+    swap = Swap([], [])
+    known = tuple(fused for _, fused, _ in _SWAPS)
+    seen = 0
+    for name, module in model.named_modules():
+        seen += isinstance(module, known)
+        for kind, fused, why_not in _SWAPS:
+            if type(module) is not kind:
+                continue
+            reason = why_not(module)
+            if reason is None:
+                module.__class__ = fused
+                swap.replaced.append(name or "tokens")
+            else:
+                swap.left.append(f"{name or 'tokens'}: {reason}")
+    blocks = getattr(model, "blocks", None)
+    if type(blocks) is nn.Sequential and len(blocks) and all(type(block) is _Block for block in blocks):
+        blocks.__class__ = _Blocks
+        swap.replaced.append("blocks")
+    if not swap.replaced and not seen:
+        found = "; ".join(swap.left) or "it has no Attention, Mlp or Block of timm"
+        raise ValueError(f"nothing of {type(model).__name__} can be fused: {found}")
+    return swap

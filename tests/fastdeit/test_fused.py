@@ -1,0 +1,130 @@
+"""A model with kernels against the same model without, which is timm's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import LayerScale
+from torch import nn
+
+from fastdeit.config import ModelConfig
+from fastdeit.fused import fuse
+from fastdeit.model import build_model
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pair(name="deit_tiny_patch16_224", device="cpu", **options):
+    """timm's model, with weights that no symmetry hides, and a fused copy."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SMALL, **options}).to(device)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    fused = copy.deepcopy(model)
+    return model, fused, fuse(fused)
+
+
+def step(model, images):
+    torch.manual_seed(1)
+    out = model(images)
+    loss = out.square().mean()
+    return loss, dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_equals_timm(device, name, drop_path):
+    model, fused, swap = pair(name, device, drop_path_rate=drop_path)
+    assert not swap.left
+    assert "blocks.1.attn" in swap.replaced
+    assert {"blocks", "tokens"} < set(swap.replaced)
+    images = torch.randn(4, 3, 16, 16, device=device)
+    loss, grads = step(model, images)
+    mine, my_grads = step(fused, images)
+    torch.testing.assert_close(mine, loss, rtol=1e-5, atol=1e-6)
+    for parameter, grad in grads.items():
+        torch.testing.assert_close(
+            my_grads[parameter], grad, rtol=1e-4, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+    model.eval(), fused.eval()
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    features = [m.forward_intermediates(images, indices=2)[1][0] for m in (model, fused)]
+    torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
+
+
+def test_training_steps_equal_timms(device):
+    model, fused, _ = pair(device=device, drop_path_rate=0.2)
+    losses = []
+    for m in (model, fused):
+        torch.manual_seed(2)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
+        own = []
+        for _ in range(3):
+            loss = nn.functional.cross_entropy(m(torch.randn(4, 3, 16, 16).to(device)), torch.arange(4, device=device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            own.append(loss.detach())
+        losses.append(torch.stack(own))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
+def test_state_dict_is_timms(device):
+    model, fused, _ = pair(device=device)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    fused.load_state_dict(model.state_dict(), strict=True)
+    assert fuse(fused).replaced == []
+
+
+def test_our_own_model_with_planned_stochastic_depth(device):
+    torch.manual_seed(0)
+    cfg = ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, distilled=True)
+    model = build_model(cfg, 5).to(device)
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    images = torch.randn(3, 3, 16, 16, device=device)
+    masks = torch.tensor([0.0, 1.0, 2.0], device=device).expand(2, 2, 3)
+    for m in (model, fused):
+        m.set_drop_path(masks)
+    for mine, theirs in zip(fused(images), model(images), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_under_torch_compile_without_a_graph_break(device):
+    _, fused, _ = pair(device=device)
+    images = torch.randn(2, 3, 16, 16, device=device)
+    whole = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for compiled, eager in zip(step(whole, images)[1].values(), step(fused, images)[1].values(), strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_what_is_left_is_named(device):
+    model = timm.create_model("deit_tiny_patch16_224", **SMALL, qk_norm=True, act_layer=nn.ReLU)
+    model.blocks[1].ls1 = LayerScale(32)
+    swap = fuse(model)
+    assert "blocks.0.attn: has q_norm" in swap.left
+    assert "blocks.0.mlp: its activation is ReLU, not the exact GELU" in swap.left
+    assert "blocks.1: has LayerScale" in swap.left
+    assert "blocks.0" in swap.replaced
+    assert "blocks" not in swap.replaced
+
+
+def test_a_mask_is_refused(device):
+    _, fused, _ = pair(device=device)
+    with pytest.raises(ValueError, match="no mask"):
+        fused.blocks[0](torch.randn(1, 5, 32, device=device), attn_mask=torch.ones(5, 5, device=device))
+
+
+def test_a_convnet_is_refused():
+    with pytest.raises(ValueError, match="nothing of ResNet can be fused"):
+        fuse(timm.create_model("resnet18"))
