@@ -14,20 +14,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.page_cache import evict, resident
 from benchmarks.peers.stream import COMPLETE, IMG_SIZE, Missing, Setting, Stream
 from benchmarks.record import timed_window
+from fastdeit.pipelines.loading import LOADERS
 
-LOADERS = ("turbo", "ffcv", "dali", "torch")
 REPEATS = (3, 1)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A side: what opens it, what work it does, and, of ours, with how many copies of an image."""
+    """A side: what opens it, which of the files it reads, what work it does; of ours, copies of an image in a batch."""
 
     open: Callable[[Setting], Stream]
+    reads: Literal["photos", "beton", "shards"] = "photos"
     work: str = COMPLETE
     repeats: int | None = None
 
@@ -45,16 +47,16 @@ def _ours(loader: str, repeats: int, setting: Setting) -> Stream:
 
 SIDES: dict[str, Contestant] = {
     **{
-        f"fastdeit-{loader}-x{repeats}": Contestant(partial(_ours, loader, repeats), repeats=repeats)
+        f"fastdeit-{loader}-x{repeats}": Contestant(partial(_ours, loader, repeats), reads="beton", repeats=repeats)
         for repeats in REPEATS
         for loader in LOADERS
     },
     "timm": Contestant(_peer("timm_loader", "timm")),
     "torchvision": Contestant(_peer("torchvision_loader", "torchvision")),
-    "webdataset": Contestant(_peer("webdataset_loader", "webdataset")),
+    "webdataset": Contestant(_peer("webdataset_loader", "webdataset"), reads="shards"),
     "spdl": Contestant(_peer("spdl_loader", "spdl")),
     "dali-plain": Contestant(_peer("dali_loader", "plain_dali")),
-    "ffcv-plain": Contestant(_peer("ffcv_loader", "plain_ffcv"), work="decode, crop, flip only"),
+    "ffcv-plain": Contestant(_peer("ffcv_loader", "plain_ffcv"), reads="beton", work="decode, crop, flip only"),
 }
 
 
@@ -90,7 +92,7 @@ def serve(setting: Setting) -> None:
 
     take_ahead()
     stored = _stored(setting)
-    photos = sum(path.suffix == ".jpg" for path in stored)
+    photos = len(setting.files())
     taken = 0
     print(json.dumps({"remarks": stream.remarks}), file=answers)
     for line in sys.stdin:
@@ -102,14 +104,16 @@ def serve(setting: Setting) -> None:
             most = photos - (stream.ahead + 1) * setting.batch
         take_ahead()
         rate = timed_window(take, window["seconds"], stream.synchronize, most=most)
-        if window["cold"]:
-            evict(stored)  # what this process maps, no other can drop
         print(json.dumps({"rate": rate, "images": taken, "resident": left}), file=answers)
 
 
 def _stored(setting: Setting) -> list[Path]:
-    """Every file that a side may read images from."""
-    return [*Path(setting.photos).glob("*/*.jpg"), Path(setting.beton), *Path(setting.scratch).glob("*.tar")]
+    """Every file that a side reads images from."""
+    return {
+        "photos": lambda: setting.files(),
+        "beton": lambda: [Path(setting.beton)],
+        "shards": lambda: sorted(Path(setting.scratch).glob("*.tar")),
+    }[SIDES[setting.name].reads]()
 
 
 if __name__ == "__main__":

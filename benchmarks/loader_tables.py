@@ -22,7 +22,7 @@ def report(record: Record) -> str:
         f"load {record['load_before']:.1f} before",
         f"{'':20}{'im/s':>8}{'spread':>8}{'CPU ms':>8}{'MiB':>8}{'/ ' + PEER:>8}  work",
     ]
-    for name, figures in record["sides"].items():
+    for name, figures in _fastest_first(record):
         lines.append(
             f"{name:20}{figures['images_per_second']:8.0f}{figures['spread']:8.0%}{figures['cpu_ms_per_image']:8.2f}"
             f"{figures['peak_memory_mib']:8.0f}{_ratio(record, name):>8}  {figures['work']}"
@@ -42,7 +42,7 @@ def table(record: Record) -> list[str]:
         f"| loader | work | images/s | / {PEER} | CPU ms an image | peak MiB |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for side, figures in record["sides"].items():
+    for side, figures in _fastest_first(record):
         lines.append(
             f"| {side} | {figures['work']} | {figures['images_per_second']:,.0f} | {_ratio(record, side)} "
             f"| {figures['cpu_ms_per_image']:.2f} | {figures['peak_memory_mib']:,.0f} |"
@@ -71,7 +71,7 @@ def scaling(records: Sequence[Record]) -> list[str]:
         f"| loader | {' | '.join(heads)} |",
         f"|---|{'---:|' * len(counts)}",
     ]
-    for side in dict.fromkeys(side for record in records for side in record["sides"]):
+    for side in dict.fromkeys(side for record in reversed(records) for side, _ in _fastest_first(record)):
         rates = [record["sides"].get(side, {}).get("images_per_second") for record in records]
         cells = ["" if rates[0] is None else f"{rates[0]:,.0f}"]
         for (less, more), (before, after) in zip(pairwise(counts), pairwise(rates), strict=True):
@@ -134,6 +134,10 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(name, fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def _fastest_first(record: Record) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(record["sides"].items(), key=lambda side: -side[1]["images_per_second"])
 
 
 def _what(record: Record) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from benchmarks.photos import copy_photos, make_photos, shrink_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from benchmarks.side_process import Side, SideError
 from fastdeit.cli import UserError, run
+from fastdeit.pipelines.beton import sidecar_path
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.pool import usable_cores
 
@@ -206,10 +208,16 @@ def _started(
                 bar.set_postfix_str(f"{name} starts")
                 own = Path(scratch) / name
                 own.mkdir()
+                beton = data.beton
+                if case.cache == "cold" and SIDES[name].reads == "beton":
+                    # What a process maps, no other can drop.
+                    beton = Path(shutil.copyfile(beton, own / "photos.beton"))
+                    shutil.copyfile(sidecar_path(data.beton), sidecar_path(beton))
+                    os.sync()
                 setting = Setting(
                     name=name,
                     photos=str(data.photos.resolve()),
-                    beton=str(data.beton),
+                    beton=str(beton),
                     scratch=str(own),
                     batch=options.batch,
                     threads=case.threads,

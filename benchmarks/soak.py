@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
@@ -58,7 +58,7 @@ class Options:
     minutes: float = 60.0
     photos: Path = Path("runs/photos")  # JPEG files as an ImageFolder tree; cut from Debian's wallpapers if not there
     data: Path | None = None  # a .beton file or a folder of shards in place of the photographs
-    loader: Literal["turbo", "ffcv", "dali", "torch"] = "turbo"
+    loader: str = "turbo"  # a name that data.loader takes
     repeats: int = 3
     batch: int = 128
     threads: int = 0  # 0: all usable cores

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers.stream import Missing, Setting, Stream
+from benchmarks.peers.stream import Missing, Setting, Stream, need
 from fastdeit.data import TrainingData
 from fastdeit.distributed import World
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.loader_ffcv import find_libffcv
+from fastdeit.pipelines.loader_turbo import find_turbo
 from fastdeit.recipes import deit_small
-
-# What finds the software that a loader needs beside fastdeit's own, or raises ValueError saying what to install.
-_FINDERS = {"ffcv": "find_libffcv", "turbo": "find_turbo", "dali": "find_dali"}
 
 
 def fastdeit(setting: Setting, loader: str, repeats: int) -> Stream:
@@ -37,9 +35,12 @@ def fastdeit(setting: Setting, loader: str, repeats: int) -> Stream:
 
 
 def _check_installed(loader: str) -> None:
-    if loader in _FINDERS:
-        module = importlib.import_module(f"fastdeit.pipelines.loader_{loader}")
-        try:
-            getattr(module, _FINDERS[loader])()
-        except ValueError as error:
-            raise Missing(str(error)) from error
+    if loader == "dali":
+        need("nvidia.dali", "pip install 'fastdeit[dali]'")
+    try:
+        if loader == "ffcv":
+            find_libffcv()
+        elif loader == "turbo":
+            find_turbo()
+    except ValueError as error:
+        raise Missing(str(error)) from error

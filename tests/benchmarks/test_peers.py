@@ -1,7 +1,5 @@
 """Every peer gives batches of normalised images from the files it was given, and says where it is not installed."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -70,6 +68,6 @@ def test_what_is_not_installed_is_missing(setting, monkeypatch):
     def find():
         raise ValueError("the ffcv loader needs FFCV, which is not installed")
 
-    monkeypatch.setattr(sys.modules["fastdeit.pipelines.loader_ffcv"], "find_libffcv", find)
+    monkeypatch.setattr(ours, "find_libffcv", find)
     with pytest.raises(Missing, match="needs FFCV"):
         ours.fastdeit(setting("fastdeit-ffcv-x1"), "ffcv", 1)
