@@ -36,9 +36,9 @@ class Options:
     Exit status: 0 all images were converted, or all is well; 3 some were left out, or something was found; 2 an error.
     """
 
-    source: Annotated[str | None, tyro.conf.Positional] = None
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
     """Where the images are, see above."""
-    dest: Annotated[Path | None, tyro.conf.Positional] = None
+    dest: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")] = None
     """What to write: train.beton, with DEST.json beside it, or for shards a folder."""
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
