@@ -96,6 +96,7 @@ class BetonWriter:
                 break
         if self._count:
             self._file.truncate(self._end)
+            self._clear(self._file, int(self._samples["data_ptr"][0]))
         else:
             self._file.close()
             self._file = None
@@ -109,11 +110,18 @@ class BetonWriter:
         file.seek(self._end)
         stored = file.read(start - self._end + record.size)
         gap, data = stored[: start - self._end], stored[start - self._end :]
-        if len(data) != record.size or any(gap) or binascii.crc32(data) != record.crc32:
+        if len(data) != record.size or gap != bytes(len(gap)) or binascii.crc32(data) != record.crc32:
             return False
         self.page_size = page_size
         self._count_in(data, start, record.height, record.width, record.label, record.mode)
         return True
+
+    def _clear(self, file: BinaryIO, end: int) -> None:
+        """Have zeros up to byte `end`, where a writer may have been interrupted as it finished."""
+        file.seek(0)
+        if file.read(end) != bytes(end):
+            file.seek(0)
+            file.write(bytes(end))
 
     def _place(self, size: int) -> tuple[int, int]:
         """Page size and place in the file for a next sample of `size` bytes."""

@@ -93,10 +93,10 @@ class Conversion:
         """Go on with what an interrupted conversion left, or begin anew."""
         description = {
             "version": _VERSION,
-            "source": self._describe(),
-            "names": self.names_hash,
-            "class_names": _hash(self.source.class_names),
             "options": self.options,
+            "source": self._describe(),
+            "class_names": _hash(self.source.class_names),
+            "names": self.names_hash,
             "real_labels": _hash(self.real),
         }
         description = json.loads(json.dumps(description))

@@ -96,11 +96,12 @@ def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | 
     # A damaged image makes PIL raise whatever its parsing trips over.
     except Exception as error:
         name = source.name(index)
-        return Reject(index, printable(name), _reason(error, name))
+        return Reject(index, printable(name), reason(error, name))
     return Encoded(image, label, binascii.crc32(image.data))
 
 
-def _reason(error: Exception, name: str) -> str:
+def reason(error: Exception, name: str = "") -> str:
+    """What an error says of the image `name`, the same in every run, as a sentence can go on with it."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that PIL knows"
     text = str(error).removeprefix(f"{name}: ") or type(error).__name__

@@ -141,7 +141,7 @@ class Journal:
 def difference(then: Any, now: Any, field: str = "") -> str | None:
     """The first field in which two descriptions differ, and how; None where they are the same."""
     if isinstance(then, dict) and isinstance(now, dict):
-        for name in sorted(then.keys() | now.keys()):
+        for name in dict.fromkeys((*now, *then)):
             if found := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):
                 return found
         return None

@@ -94,11 +94,12 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
     """
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        seal = _seal({k: v for k, v in sidecar.items() if k != "seal"}) if isinstance(sidecar, dict) else None
+    except (ValueError, RecursionError) as error:
         raise SidecarError(f"{path}: damaged ({error}). {_REMEDY}") from error
     if not isinstance(sidecar, dict) or (sidecar.get("format"), sidecar.get("version")) != (kind, VERSION):
         raise SidecarError(f"{path}: not a {kind} sidecar of version {VERSION}. {_REMEDY}")
-    if sidecar.get("seal") != _seal({k: v for k, v in sidecar.items() if k != "seal"}):
+    if sidecar.get("seal") != seal:
         raise SidecarError(f"{path}: damaged (it was changed after it was written). {_REMEDY}")
     names, content = sidecar.get("class_names"), sidecar.get("content_hash")
     if not (isinstance(content, str) and isinstance(names, list) and all(isinstance(n, str) for n in names)):

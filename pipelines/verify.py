@@ -24,7 +24,7 @@ from fastdeit.pipelines.beton import JPEG
 from fastdeit.pipelines.convert import sample_order
 from fastdeit.pipelines.dataset import Dataset, open_dataset
 from fastdeit.pipelines.encode import Encoding
-from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable
+from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable, reason
 from fastdeit.pipelines.sidecar import ContentHash
 from fastdeit.pipelines.sources import Source, open_source
 
@@ -162,12 +162,12 @@ def _check_sample(dataset: Dataset, index: int, crc32: np.ndarray | None) -> tup
         data = dataset.read(index)
     except (OSError, ValueError) as error:
         return None, str(error)
-    reason = None
+    finding = None
     if crc32 is not None and binascii.crc32(data.data) != crc32[index]:
-        reason = "its bytes are not those that were written (crc32). Convert the data set again, or copy it again"
+        finding = "its bytes are not those that were written (crc32). Convert the data set again, or copy it again"
     elif dataset.is_jpeg(index):
-        reason = _decode(dataset, index, data)
-    return data, reason and f"{_name(dataset, index)}: {reason}"
+        finding = _decode(dataset, index, data)
+    return data, finding and f"{_name(dataset, index)}: {finding}"
 
 
 def _decode(dataset: Dataset, index: int, data: np.ndarray) -> str | None:
@@ -181,7 +181,7 @@ def _decode(dataset: Dataset, index: int, data: np.ndarray) -> str | None:
         raise
     # A damaged image makes PIL raise whatever its parsing trips over.
     except Exception as error:
-        return f"PIL cannot decode it ({printable(str(error)) or type(error).__name__})"
+        return f"PIL cannot decode it ({reason(error)})"
     return None
 
 
