@@ -7,9 +7,11 @@ import os
 import sys
 
 from fastdeit.cli import UserError, parse_recipe, run
+from fastdeit.config import Recipe
 
 
-def label() -> None:
+def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
+    """Which epochs to label, and the resolved recipe. Raises UserError for epochs that it does not have."""
     parser = argparse.ArgumentParser(
         prog="fastdeit-label",
         description="Store what the teacher says of the very samples of a run, for fastdeit-train --teacher.labels.",
@@ -19,17 +21,25 @@ def label() -> None:
     parser.add_argument("--first-epoch", type=int, default=0, help="first epoch to label, counted from 0")
     parser.add_argument("--end-epoch", type=int, help="epoch to stop before; default: all of the recipe's")
     parser.add_argument("--topk", type=int, default=10, help="soft distillation: logits to keep of a sample")
-    own, rest = parser.parse_known_args(sys.argv[1:])
+    own, rest = parser.parse_known_args(args)
     recipe = parse_recipe(rest).resolved()
-    end = recipe.run.epochs if own.end_epoch is None else own.end_epoch
-    if not 0 <= own.first_epoch < end <= recipe.run.epochs:
-        raise UserError(f"epochs {own.first_epoch} to {end}: the recipe has {recipe.run.epochs}, counted from 0")
+    if own.end_epoch is None:
+        own.end_epoch = recipe.run.epochs
+    if not 0 <= own.first_epoch < own.end_epoch <= recipe.run.epochs:
+        raise UserError(
+            f"epochs {own.first_epoch} to {own.end_epoch}: the recipe has {recipe.run.epochs}, counted from 0"
+        )
+    return own, recipe
+
+
+def label() -> None:
+    own, recipe = parse(sys.argv[1:])
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
     from fastdeit.distributed import world
     from fastdeit.labelling import label_run
 
     with world(recipe.run.device) as joined:
-        label_run(recipe, joined, first_epoch=own.first_epoch, end_epoch=end, topk=own.topk)
+        label_run(recipe, joined, first_epoch=own.first_epoch, end_epoch=own.end_epoch, topk=own.topk)
 
 
 def main() -> None:

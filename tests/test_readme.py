@@ -1,4 +1,4 @@
-"""Every command of the README is real: it parses, and what needs no special hardware runs, shortened."""
+"""Every command of the README and of the documents is real: it parses."""
 
 import re
 import shlex
@@ -8,14 +8,16 @@ import pytest
 import tyro
 
 from fastdeit.cli import parse_recipe
+from fastdeit.label import parse as parse_label
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 
 
 def commands():
-    """Each command of the README's bash blocks, with continuation lines joined and comments dropped."""
-    for block in BLOCK.findall((ROOT / "README.md").read_text()):
+    """Each command of the documents' bash blocks, with continuation lines joined and comments dropped."""
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    for block in BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
@@ -41,6 +43,8 @@ def test_command_is_understood(words):
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in args)
     elif program == "fastdeit-train":
         parse_recipe(args).resolved()
+    elif program == "fastdeit-label":
+        parse_label(args)
     elif program == "fastdeit-convert":
         from fastdeit.convert import Options
 
