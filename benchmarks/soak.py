@@ -4,8 +4,8 @@ Every epoch opens the data set, loads and augments all its batches as a training
 everything again. The run passes if, after its first third,
 
 - memory at the ends of epochs, everything closed, has a slope that is not surely above 1 MiB per 1000 batches
-  (Theil and Sen's fit through the medians of at most 100 blocks; surely: all of the slope's 95% interval);
-- the median memory of its last third is at most 5% above that of its second;
+  (Theil and Sen's fit through the means of at most 100 blocks; surely: all of the slope's 95% interval);
+- the mean memory of its last third is at most 5% above that of its second;
 - there are as many descriptors and threads at the end of every epoch.
 
 Memory is the resident set size of the process and all that it started: unlike the proportional one it does not move
@@ -47,7 +47,7 @@ from fastdeit.recipes import deit_small
 
 MAX_SLOPE = 1.0  # MiB per 1000 batches
 MAX_GROWTH = 0.05
-_BLOCKS = 100
+_BLOCKS, _BLOCK_EPOCHS = 100, 4  # most blocks, fewest epochs of one
 _FEWEST_EPOCHS = 12  # after the warm-up third, for a slope to say anything
 
 
@@ -168,7 +168,7 @@ class Verdict:
     """What a soak found; it passed where there are no reasons.
 
     slope     MiB per 1000 batches at the ends of epochs, and its 95% interval
-    growth    of the median memory, from the second third to the last, as a share
+    growth    of the mean memory, from the second third to the last, as a share
     descriptors, threads  fewest and most at the ends of epochs
     """
 
@@ -191,8 +191,10 @@ def judge(samples: Sequence[Sample], *, max_slope: float = MAX_SLOPE, max_growth
             f"{len(ends)} epochs ended after the first third of the time, and {_FEWEST_EPOCHS} are needed to see a "
             "slope: give more --minutes or fewer images"
         )
-    slope, low, high = robust_slope([s.batches / 1000 for s in ends], [s.memory_mib for s in ends])
-    before, after = (_median_memory(part) for part in (second, third))
+    slope, low, high = robust_slope(
+        _block_means([s.batches / 1000 for s in ends]), _block_means([s.memory_mib for s in ends])
+    )
+    before, after = (_mean_memory(part) for part in (second, third))
     growth = after / before - 1
     reasons = []
     if low > max_slope:
@@ -213,24 +215,27 @@ def judge(samples: Sequence[Sample], *, max_slope: float = MAX_SLOPE, max_growth
     return Verdict(slope, (low, high), growth, **counts, reasons=tuple(reasons))
 
 
-def robust_slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """Theil and Sen's slope of the medians of at most 100 blocks, and its 95% interval (Sen, 1968)."""
-    blocks = np.array_split(np.arange(len(x)), min(_BLOCKS, len(x)))
-    xs = np.array([np.median(np.asarray(x)[block]) for block in blocks])
-    ys = np.array([np.median(np.asarray(y)[block]) for block in blocks])
-    first, second = np.triu_indices(len(xs), 1)
-    slopes = np.sort((ys[second] - ys[first]) / (xs[second] - xs[first]))
-    n = len(xs)
+def robust_slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Theil and Sen's slope of the points (N,), and its 95% interval (Sen, 1968)."""
+    n = len(x)
+    first, second = np.triu_indices(n, 1)
+    slopes = np.sort((y[second] - y[first]) / (x[second] - x[first]))
     half = 1.96 * math.sqrt(n * (n - 1) * (2 * n + 5) / 18) / 2
     lower = max(round(len(slopes) / 2 - half) - 1, 0)
     upper = min(round(len(slopes) / 2 + half), len(slopes) - 1)
     return float(np.median(slopes)), float(slopes[lower]), float(slopes[upper])
 
 
-def _median_memory(samples: Sequence[Sample]) -> float:
-    # An epoch's end is a low that comes once an epoch, however long: only where nothing else was seen does it count.
+def _block_means(values: Sequence[float]) -> np.ndarray:
+    # Means, since an allocator that now keeps a buffer and now does not makes a median jump by all of it.
+    blocks = min(_BLOCKS, len(values) // _BLOCK_EPOCHS)
+    return np.array([block.mean() for block in np.array_split(np.asarray(values), blocks)])
+
+
+def _mean_memory(samples: Sequence[Sample]) -> float:
+    # The end of an epoch is a low that comes as often as epochs are short: it counts where nothing else was seen.
     running = [s.memory_mib for s in samples if not s.epoch_end]
-    return float(np.median(running or [s.memory_mib for s in samples]))
+    return float(np.mean(running or [s.memory_mib for s in samples]))
 
 
 def plot(samples: Sequence[Sample], verdict: Verdict, path: Path) -> None:
