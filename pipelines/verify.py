@@ -95,6 +95,8 @@ def verify(
     if isinstance(against, (str, os.PathLike)):
         against = open_source(against)
     result = Verification(dest)
+    if not dest.exists():
+        raise FileNotFoundError(f"{dest}: there is no such file or folder")
     try:
         dataset = open_dataset(dest)
     except ValueError as error:

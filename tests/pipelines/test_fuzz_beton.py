@@ -92,7 +92,7 @@ def mutate(data, rng):
         # Half of the damage where it tells most; most of the file is zeros.
         where = [*tables, range(len(data) - 24 * COUNT, len(data)), range(MIN_PAGE, len(data)), range(len(data))]
         region = where[rng.integers(len(where))]
-        if len(region) == 0 or region.start < 0:
+        if not 0 <= region.start < region.stop <= len(data):
             continue
         at = int(rng.integers(region.start, region.stop))
         length = int(rng.choice([1, 2, 4, 8, 24, 37, 512]))
