@@ -13,11 +13,11 @@ from torch import Tensor
 from fastdeit.kernels.launch import DTYPES, Launch, next_power_of_two, pointer
 from fastdeit.kernels.variants import Variant
 
-_PLAIN, _SOFTENED = tl.constexpr(False), tl.constexpr(True)
+PLAIN, _SOFTENED = tl.constexpr(False), tl.constexpr(True)
 
 
 @triton.jit
-def _normaliser(row, tau, num_classes, SOFTEN: tl.constexpr, BLOCK: tl.constexpr):
+def normaliser(row, tau, num_classes, SOFTEN: tl.constexpr, BLOCK: tl.constexpr):
     """Largest of a row's logits, divided by tau if SOFTEN, and the sum of exp(logit - largest)."""
     columns = tl.arange(0, BLOCK)
     largest = -float("inf")
@@ -91,9 +91,9 @@ def _loss(
     cls += sample * stride_cls
     dist += sample * stride_dist
     dense += sample * stride_dense
-    cls_largest, cls_total = _normaliser(cls, tau, num_classes, _PLAIN, BLOCK)
+    cls_largest, cls_total = normaliser(cls, tau, num_classes, PLAIN, BLOCK)
     if DIST:
-        dist_largest, dist_total = _normaliser(dist, tau, num_classes, _PLAIN, BLOCK)
+        dist_largest, dist_total = normaliser(dist, tau, num_classes, PLAIN, BLOCK)
     a = 0
     b = 0
     share = 0.0
@@ -111,8 +111,8 @@ def _loss(
         valid = valid & (told >= 0) & (told < num_classes)
     if TEACHER == "soft":
         teacher += sample * stride_teacher
-        teacher_largest, teacher_total = _normaliser(teacher, tau, num_classes, _SOFTENED, BLOCK)
-        student_largest, student_total = _normaliser(learner, tau, num_classes, _SOFTENED, BLOCK)
+        teacher_largest, teacher_total = normaliser(teacher, tau, num_classes, _SOFTENED, BLOCK)
+        student_largest, student_total = normaliser(learner, tau, num_classes, _SOFTENED, BLOCK)
     # A label that is no class poisons loss and gradient: there is no exception on a GPU.
     poison = tl.where(valid, 0.0, float("nan"))
     columns = tl.arange(0, BLOCK)
@@ -133,11 +133,11 @@ def _loss(
         places = start + columns
         inside = places < num_classes
         target = _target(dense, a, b, share, smoothing, places, inside, num_classes, DENSE)
-        cls_z = _shifted(cls, places, inside, tau, cls_largest, _PLAIN)
+        cls_z = _shifted(cls, places, inside, tau, cls_largest, PLAIN)
         learner_z = cls_z
         learner_total = cls_total
         if DIST:
-            learner_z = _shifted(dist, places, inside, tau, dist_largest, _PLAIN)
+            learner_z = _shifted(dist, places, inside, tau, dist_largest, PLAIN)
             learner_total = dist_total
         if TEACHER == "soft":
             teacher_z = _shifted(teacher, places, inside, tau, teacher_largest, _SOFTENED)

@@ -1,0 +1,186 @@
+"""Rank of the true label, decision and loss of every head and of both late fusions, in one pass over the logits."""
+
+# Triton's annotations give a reduction's result as any of what it can be.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels.distillation_rows import PLAIN, normaliser
+from fastdeit.kernels.launch import DTYPES, Launch, check, next_power_of_two, pointer
+from fastdeit.kernels.variants import Variant
+
+HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
+
+
+class HeadEvaluation(NamedTuple):
+    """Of each sample and head, (B, 1) without a distillation head, else (B, 4) in the order of `HEADS`.
+
+    rank      int32: classes before the true label; below 5 is a top-5 hit. Of equal scores the lower class is first
+    decision  int32: the class with the largest score
+    loss      float32: cross-entropy with the true label; of `fused_probabilities`, that of the mean probability
+    """
+
+    rank: Tensor
+    decision: Tensor
+    loss: Tensor
+
+
+@triton.jit
+def _probabilities(row, places, inside, largest, total):
+    return tl.exp(tl.load(row + places, mask=inside, other=0.0).to(tl.float32) - largest) / total
+
+
+@triton.jit
+def _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist_total, HEAD: tl.constexpr):
+    if HEAD == 0:
+        score = tl.load(cls + places, mask=inside, other=0.0).to(tl.float32)
+    elif HEAD == 1:
+        score = tl.load(dist + places, mask=inside, other=0.0).to(tl.float32)
+    elif HEAD == 2:
+        score = _probabilities(cls, places, inside, cls_largest, cls_total) + _probabilities(
+            dist, places, inside, dist_largest, dist_total
+        )
+    else:
+        first = tl.load(cls + places, mask=inside, other=0.0).to(tl.float32)
+        score = (first + tl.load(dist + places, mask=inside, other=0.0).to(tl.float32)) * 0.5
+    return score
+
+
+@triton.jit
+def _evaluate(
+    cls,
+    dist,
+    labels,
+    rank,
+    decision,
+    loss,
+    stride_cls,
+    stride_dist,
+    num_classes,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    cls += sample * stride_cls
+    dist += sample * stride_dist
+    label = tl.load(labels + sample)
+    cls_largest, cls_total = normaliser(cls, 1.0, num_classes, PLAIN, BLOCK)
+    dist_largest = cls_largest
+    dist_total = cls_total
+    if HEADS > 1:
+        dist_largest, dist_total = normaliser(dist, 1.0, num_classes, PLAIN, BLOCK)
+    columns = tl.arange(0, BLOCK)
+    for head in tl.static_range(HEADS):
+        # The label's score is taken from its tile, so that it is the same number to the bit as in the comparison.
+        own = -float("inf")
+        best = -float("inf")
+        chosen = 0
+        largest = -float("inf")
+        total = 0.0
+        for start in range(0, num_classes, BLOCK):
+            places = start + columns
+            inside = places < num_classes
+            score = _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist_total, head)
+            here = tl.sum(tl.where(places == label, score, 0.0), axis=0)
+            own = tl.where((label >= start) & (label < start + BLOCK), here, own)
+            score = tl.where(inside, score, -float("inf"))
+            top = tl.max(score, axis=0)
+            chosen = tl.where(top > best, start + tl.argmax(score, axis=0), chosen)
+            best = tl.maximum(best, top)
+            higher = tl.maximum(largest, top)
+            shift = tl.where(higher == -float("inf"), 0.0, higher)
+            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift), axis=0)
+            largest = higher
+        before = 0
+        for start in range(0, num_classes, BLOCK):
+            places = start + columns
+            inside = places < num_classes
+            score = _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist_total, head)
+            # What is not known to be behind is before: NaN never makes a hit.
+            behind = (score < own) | ((score == own) & (places >= label))
+            before += tl.sum((inside & (behind == 0)).to(tl.int32), axis=0)
+        valid = (label >= 0) & (label < num_classes)
+        if head == 2:
+            value = -tl.log(tl.maximum(own * 0.5, 1e-30))
+        else:
+            value = largest + tl.log(total) - own
+        place = sample * HEADS + head
+        tl.store(rank + place, tl.where(valid, before, num_classes))
+        tl.store(decision + place, chosen)
+        tl.store(loss + place, tl.where(valid, value, float("nan")))
+
+
+def _launch(num_classes: int, heads: int) -> Launch:
+    block = max(128, min(2048, next_power_of_two(num_classes)))
+    return Launch(constants=(("HEADS", heads), ("BLOCK", block)), num_warps=max(1, block // 128))
+
+
+@torch.library.custom_op("fastdeit::evaluate_heads", mutates_args=())
+def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _fake(cls, dist, labels)
+    if cls.numel():
+        second = cls if dist is None else dist
+        launch = _launch(cls.shape[1], outputs[0].shape[1])
+        _evaluate[(len(cls),)](
+            cls,
+            second,
+            labels,
+            outputs[0],
+            outputs[1],
+            outputs[2],
+            cls.stride(0),
+            second.stride(0),
+            cls.shape[1],
+            **launch.options(),
+        )
+    return outputs
+
+
+@_op.register_fake
+def _fake(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = len(cls), 1 if dist is None else len(HEADS)
+    whole = torch.int32
+    return (
+        cls.new_empty(shape, dtype=whole),
+        cls.new_empty(shape, dtype=whole),
+        cls.new_empty(shape, dtype=torch.float32),
+    )
+
+
+@torch.no_grad()
+def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tensor) -> HeadEvaluation:
+    """What an evaluation needs of a batch, of both heads and both late fusions.
+
+    cls_logits, dist_logits  (B, K) float32, float16 or bfloat16; the second may be None
+    labels                   (B,) integers
+
+    "fused_probabilities" is the sum of the two softmaxes (Touvron et al., arXiv 2012.12877, section 4, "joint
+    classifiers"), "fused_logits" the mean of the logits (the released code). A label that is no class has rank K and
+    a NaN loss; a NaN score never makes a hit. Raises ValueError for shapes that do not fit and without a GPU.
+    """
+    check("evaluate_heads", cls_logits, dist_logits)
+    if dist_logits is not None and dist_logits.shape != cls_logits.shape:
+        raise ValueError(f"dist_logits is {tuple(dist_logits.shape)}, cls_logits {tuple(cls_logits.shape)}")
+    if labels.shape != cls_logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}: give {len(cls_logits)} integers")
+    cls, dist = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (cls_logits, dist_logits))
+    assert cls is not None
+    return HeadEvaluation(*_op(cls, dist, labels.contiguous()))
+
+
+def variants() -> list[Variant]:
+    """The launches for ImageNet-1k, with one head and with two."""
+    low = pointer(torch.bfloat16)
+    signature = {"cls": low, "dist": low, "labels": "*i64", "rank": "*i32", "decision": "*i32", "loss": "*fp32"}
+    signature |= dict.fromkeys(("stride_cls", "stride_dist", "num_classes"), "i32")
+    return [
+        _launch(1000, heads).variant(f"evaluate_heads {DTYPES[torch.bfloat16]} {heads} outputs", _evaluate, signature)
+        for heads in (1, len(HEADS))
+    ]

@@ -1,0 +1,90 @@
+"""Hits, decisions and losses against PyTorch's topk and the evaluation's own plain code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdeit.kernels import head_evaluation as module
+from fastdeit.kernels.head_evaluation import HEADS, evaluate_heads
+from fastdeit.model import StudentOutput
+from fastdeit.objective import fuse
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def draw(device, rows, classes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(classes)
+    logits = [(torch.randn(rows, classes, generator=generator) * 3).to(device, dtype) for _ in range(2)]
+    return *logits, torch.randint(classes, (rows,), generator=generator).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 10, 300, 2100])
+def test_equals_pytorch(device, dtype, classes):
+    cls, dist, labels = draw(device, 12 if classes < 2000 else 2, classes, dtype)
+    found = evaluate_heads(cls, dist, labels)
+    output = StudentOutput(cls, dist)
+    scores = [cls.float(), dist.float(), fuse(output, "probabilities"), fuse(output, "logits")]
+    losses = [F.cross_entropy(s, labels, reduction="none") for s in scores]
+    losses[2] = F.nll_loss((scores[2] / 2).log(), labels, reduction="none")
+    for head, (score, loss) in enumerate(zip(scores, losses, strict=True)):
+        torch.testing.assert_close(found.loss[:, head], loss, rtol=1e-5, atol=1e-5, msg=HEADS[head])
+        own = score.gather(1, labels[:, None])
+        slack = own.abs() * 1e-6
+        # Half precision has equal scores: the label stands between those above it and those not below.
+        assert ((score > own + slack).sum(1) <= found.rank[:, head]).all()
+        assert (found.rank[:, head] <= (score >= own - slack).sum(1)).all()
+        chosen = score.gather(1, found.decision[:, head, None].long())[:, 0]
+        torch.testing.assert_close(chosen, score.amax(1), rtol=1e-6, atol=0)
+    if dtype is torch.float32:
+        for k in (1, min(5, classes)):
+            hits = (scores[0].topk(k).indices == labels[:, None]).any(1)
+            assert torch.equal(found.rank[:, 0] < k, hits)
+    assert torch.equal(evaluate_heads(cls, None, labels).rank, found.rank[:, :1])
+
+
+def test_of_equal_scores_the_lower_class_is_first(device):
+    flat = torch.zeros(3, 200, device=device)
+    found = evaluate_heads(flat, flat, torch.tensor([0, 7, 199], device=device))
+    for head in range(4):
+        assert found.rank[:, head].tolist() == [0, 7, 199]
+        assert not found.decision[:, head].any()
+
+
+def test_a_nan_is_no_hit_and_no_class_is_no_label(device):
+    broken = torch.full((2, 9), float("nan"), device=device)
+    assert (evaluate_heads(broken, broken, torch.tensor([0, 8], device=device)).rank == 9).all()
+    cls, dist, _ = draw(device, 2, 9)
+    found = evaluate_heads(cls, dist, torch.tensor([-1, 9], device=device))
+    assert (found.rank == 9).all()
+    assert found.loss.isnan().all()
+
+
+def test_strided_and_empty(device):
+    cls, dist, labels = draw(device, 3, 20)
+    both = torch.cat([cls, dist], 1)
+    for mine, judge in zip(
+        evaluate_heads(both[:, :20], both.mT.contiguous().mT[:, 20:], labels),
+        evaluate_heads(cls, dist, labels),
+        strict=True,
+    ):
+        assert torch.equal(mine, judge)
+    assert evaluate_heads(cls[:0], dist[:0], labels[:0]).rank.shape == (0, 4)
+
+
+def test_opcheck(device):
+    torch.library.opcheck(module._op, draw(device, 3, 20))
+
+
+def test_what_does_not_fit_is_refused(device):
+    cls, dist, labels = draw(device, 3, 20)
+    with pytest.raises(ValueError, match="dist_logits is"):
+        evaluate_heads(cls, dist[:2], labels)
+    with pytest.raises(ValueError, match="give 3 integers"):
+        evaluate_heads(cls, dist, labels.float())
+
+
+def test_compiles_for_every_architecture(compiled):
+    assert len(compiled("evaluate_heads bf16 4")) == 3
