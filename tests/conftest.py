@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # PyTorch's operators on one thread: two on the busy cores of a small machine wait for each other.
@@ -9,3 +10,11 @@ torch.set_num_threads(1)
 # Where there is no GPU, Triton's kernels run under its interpreter. It must know before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what is marked `gpu` where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

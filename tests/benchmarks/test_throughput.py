@@ -151,7 +151,6 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
     path = tmp_path / "figures.jsonl"
     options = f"--models tiny --sizes 64 --batch 8 --device cuda --windows 2 --window-seconds 0.1 --results {path}"
