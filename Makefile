@@ -25,6 +25,7 @@ lint: env
 
 gpu: env  ## on a machine with a GPU: its tests and its figures
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks kernels
 	$(BIN)/python -m benchmarks throughput
 
 env: .venv/.stamp
