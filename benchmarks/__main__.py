@@ -10,6 +10,7 @@ COMMANDS = {
     "loaders": "training batches per second from JPEG files, beside those of the peers",
     "soak": "an hour of epochs with flat memory, descriptors and threads",
     "kernels": "time of every kernel on a GPU, beside every alternative, with the roof",
+    "convert": "images per second into both formats, beside FFCV's writer and wds2idx",
     "compiled": "registers, shared memory and instructions of every kernel, without a GPU",
     "tables": "the results as Markdown",
 }

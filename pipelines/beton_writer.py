@@ -91,6 +91,10 @@ class BetonWriter:
             self._file = open(self._partial, "r+b", buffering=1 << 20)  # noqa: SIM115
         except FileNotFoundError:
             return 0
+        except IsADirectoryError as error:
+            raise BetonError(
+                f"{self._partial}: is a folder, as an interrupted conversion to shards leaves it: remove it"
+            ) from error
         for record in records:
             if self._count == len(self._samples) or not self._take_up(self._file, record):
                 break

@@ -101,9 +101,9 @@ class Conversion:
         }
         description = json.loads(json.dumps(description))
         then = journal.description()
+        # What another run left is kept, whatever comes of this one, until it is taken up or dropped.
+        writer.keep = then is not None
         if then is not None and resume:
-            # Kept, whatever comes of it: it is not this run's to throw away.
-            writer.keep = True
             if found := difference(then, description):
                 raise ConvertError(
                     f"{self.dest}: the interrupted conversion was another: {found}. "
@@ -119,6 +119,7 @@ class Conversion:
                 self.notes.append(f"an interrupted conversion had done {done} images, which --resume would have kept")
             with self._writing():
                 writer.restore(())
+                writer.keep = False
                 journal.begin(description)
         if resume and not self.restored:
             self.notes.append("there was nothing to resume, so it began at the first image")

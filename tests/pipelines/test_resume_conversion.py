@@ -144,6 +144,7 @@ def test_killed_again_and_again(tree, tmp_path, format, workers):
 def test_whatever_a_crash_leaves_can_be_resumed(data, tmp_path, format, monkeypatch):
     """After a power cut any of the files may end early, or in garbage; what was kept may even be damaged."""
     monkeypatch.setattr(conversion, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the crash is made by hand
     monkeypatch.setattr(converting, "BetonWriter", functools.partial(BetonWriter, page_size=MIN_PAGE))
     options = {"format": format, "shard_size": 8, "on_error": "skip", "progress": False}
     data = [*data[:5], b"bad", b"bad", *data[7:20], b"bad", *data[21:]]
@@ -253,6 +254,16 @@ def test_what_is_not_resumed_is_replaced_and_said(data, tmp_path, format):
         assert len(dataset) == 5
         assert dataset.check() == []
     assert not {"data.journal", "data.partial"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_another_format_left_is_not_touched(data, tmp_path):
+    for format, other in ((FORMATS[0], FORMATS[1]), (FORMATS[1], FORMATS[0])):
+        interrupted(data, 9, tmp_path / format, format=format)
+        left = files(tmp_path)
+        with pytest.raises(ValueError, match=rf"{format}\.partial: is "):
+            convert(Items(data), tmp_path / format, format=other, progress=False)
+        assert files(tmp_path) == left
+        assert convert(Items(data), tmp_path / format, format=format, resume=True, progress=False).done == 21
 
 
 def test_two_conversions_to_one_place(data, tmp_path):
