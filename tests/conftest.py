@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ torch.set_num_threads(1)
 # Where there is no GPU, Triton's kernels run under its interpreter. It must know before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Started in the background by a shell, this process and those that it starts would not hear Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
