@@ -1,0 +1,262 @@
+"""From levels to the network's input, in one pass: normalise, erase, mix, and lay out.
+
+A level becomes a float32 through a table of 256 values a channel. Erasing puts standard normals in place after that,
+and mixing comes last, as in timm with a loader that does not prefetch to a GPU. Two samples that mix are finished by
+the same programs, each value read once.
+
+The noise is that of Philox4x32-10 (Salmon et al., SC 2011) and Box and Muller: block k of the counter (k, image
+index, epoch, 1 << 28 | repeat) holds the values 4k to 4k + 3 of the (3, S, S) output. Logarithm, sine and cosine are
+polynomials in float64, good to 1e-11, whose order of operations is that of fastdeit.pipelines.host.noise: the same
+float32, to the bit.
+"""
+
+# Pyright takes the code of kernels for Python: Triton's values have other types when it runs.
+# pyright: reportOperatorIssue=false
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check_device, pointer
+from fastdeit.kernels.variants import Variant
+
+Layout = Literal["nchw", "nhwc", "patches"]
+
+# Kinds of mixing, and columns of `mix`, of which there are five.
+NO_MIX, MIXUP, CUTMIX = 0, 1, 2
+KIND, BOX_TOP, BOX_LEFT, BOX_BOTTOM, BOX_RIGHT = range(5)
+MIX = 5
+
+_NO_MIX, _MIXUP, _CUTMIX, _MIX = tl.constexpr(NO_MIX), tl.constexpr(MIXUP), tl.constexpr(CUTMIX), tl.constexpr(MIX)
+_NCHW, _NHWC = tl.constexpr("nchw"), tl.constexpr("nhwc")
+
+_LN2, _HALF_PI = tl.constexpr(math.log(2.0)), tl.constexpr(math.pi / 2.0)
+_QUARTERS = tl.constexpr(4.0 / 4294967296.0)
+_MANTISSA = tl.constexpr((1 << 52) - 1)
+_ROOT_HALF_BITS = tl.constexpr(0x3FE6A09E667F3BCD)
+_L3, _L5, _L7, _L9, _L11, _L13 = (tl.constexpr(1 / n) for n in (3, 5, 7, 9, 11, 13))
+_S3, _S5, _S7, _S9, _S11, _S13 = (
+    tl.constexpr(math.cos(math.pi * (n // 2)) / math.factorial(n)) for n in (3, 5, 7, 9, 11, 13)
+)
+_C2, _C4, _C6, _C8, _C10, _C12 = (
+    tl.constexpr(math.cos(math.pi * (n // 2)) / math.factorial(n)) for n in (2, 4, 6, 8, 10, 12)
+)
+
+
+@triton.jit
+def _log(x):
+    """Natural logarithm of x > 0: a power of two, and the series of 2 artanh((m - 1) / (m + 1)) about m = 1."""
+    above = x.to(tl.int64, bitcast=True) - _ROOT_HALF_BITS
+    exponent = (above >> 52).to(tl.float64)
+    m = ((above & _MANTISSA) + _ROOT_HALF_BITS).to(tl.float64, bitcast=True)
+    s = (m - 1.0) / (m + 1.0)
+    t = s * s
+    series = 1.0 + t * (_L3 + t * (_L5 + t * (_L7 + t * (_L9 + t * (_L11 + t * _L13)))))
+    return 2.0 * s * series, exponent
+
+
+@triton.jit
+def _normals(radius_word, angle_word):
+    """Two standard normals from two uint32 words, float32."""
+    log, exponent = _log(radius_word.to(tl.float64) + 0.5)
+    radius = tl.sqrt(-2.0 * (log - (32.0 - exponent) * _LN2))
+    quarters = (angle_word.to(tl.float64) + 0.5) * _QUARTERS
+    nearest = tl.floor(quarters + 0.5)
+    x = (quarters - nearest) * _HALF_PI
+    t = x * x
+    sine = x * (1.0 + t * (_S3 + t * (_S5 + t * (_S7 + t * (_S9 + t * (_S11 + t * _S13))))))
+    cosine = 1.0 + t * (_C2 + t * (_C4 + t * (_C6 + t * (_C8 + t * (_C10 + t * _C12)))))
+    quadrant = nearest.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    a, b = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    a = tl.where(((quadrant + 1) & 2) != 0, -a, a)
+    b = tl.where((quadrant & 2) != 0, -b, b)
+    return (radius * a).to(tl.float32), (radius * b).to(tl.float32)
+
+
+@triton.jit
+def _noise(first, seed, epoch, index, repeat, BLOCK: tl.constexpr):
+    """Values first .. first + BLOCK - 1 of a sample's noise; `first` is a multiple of 4."""
+    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    same = tl.zeros_like(block)
+    stream = (repeat | (1 << 28)).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, block, same + index.to(tl.uint32), same + epoch.to(tl.uint32), same + stream)
+    n0, n1 = _normals(w0, w1)
+    n2, n3 = _normals(w2, w3)
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
+
+
+@triton.jit
+def _values(
+    planes,
+    ending,
+    tables,
+    levels,
+    erase,
+    who,
+    key,
+    sample,
+    first,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Values first .. first + BLOCK - 1 of a sample: normalised, and erased."""
+    sample = sample.to(tl.int64)
+    number = first + tl.arange(0, BLOCK)
+    mask = number < 3 * S * S
+    channel, y, x = number // (S * S), number // S % S, number % S
+    image = planes + (2 * sample + tl.load(ending + 2 * sample)) * (3 * S * S)
+    level = tl.load(image + number, mask=mask, other=0).to(tl.int32)
+    if tl.load(ending + 2 * sample + 1) != 0:
+        level = tl.load(tables + sample * 768 + channel * 256 + level, mask=mask, other=0).to(tl.int32)
+    value = tl.load(levels + channel * 256 + level, mask=mask, other=0.0)
+    box = erase + 4 * sample
+    top, left, height, width = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
+    if (height > 0) & (width > 0):
+        erased = mask & (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+        if tl.max(erased.to(tl.int32), axis=0) > 0:
+            index, repeat = tl.load(who + 2 * sample), tl.load(who + 2 * sample + 1)
+            noise = _noise(first, tl.load(key), tl.load(key + 1), index, repeat, BLOCK)
+            value = tl.where(erased, noise, value)
+    return value
+
+
+@triton.jit
+def _place(number, S: tl.constexpr, LAYOUT: tl.constexpr, P: tl.constexpr, RUN: tl.constexpr):
+    """Where the value with this number in (3, S, S) lies in a sample of the output.
+
+    RUN values at a time lie side by side in every layout but "nhwc", which the compiler would not find by itself.
+    """
+    start = number // RUN * RUN
+    channel, y, x = start // (S * S), start // S % S, start % S
+    if LAYOUT == _NCHW:
+        place = number
+    elif LAYOUT == _NHWC:
+        place = (number % (S * S)) * 3 + number // (S * S)
+    else:
+        patch = (y // P) * (S // P) + x // P
+        place = patch * (3 * P * P) + (channel * P + y % P) * P + x % P + number % RUN
+    return place
+
+
+@triton.jit
+def _finish(
+    planes,
+    ending,
+    tables,
+    levels,
+    erase,
+    who,
+    key,
+    unit,
+    mix,
+    share,
+    out,
+    S: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    P: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = unit + 2 * tl.program_id(1)
+    one, other = tl.load(pair), tl.load(pair + 1)
+    if one < 0:
+        return
+    first = tl.program_id(0) * BLOCK
+    number = first + tl.arange(0, BLOCK)
+    mask = number < 3 * S * S
+    place = _place(number, S, LAYOUT, P, RUN)
+    a = _values(planes, ending, tables, levels, erase, who, key, one, first, S, BLOCK)
+    to_one = out + one.to(tl.int64) * (3 * S * S) + place
+    if other < 0:
+        tl.store(to_one, a.to(out.dtype.element_ty), mask=mask)
+        return
+    b = _values(planes, ending, tables, levels, erase, who, key, other, first, S, BLOCK)
+    to_other = out + other.to(tl.int64) * (3 * S * S) + place
+    how = mix + _MIX * one
+    if tl.load(how) == _MIXUP:
+        mine, theirs = tl.load(share + 2 * one), tl.load(share + 2 * one + 1)
+        mixed_a, mixed_b = a * mine + b * theirs, b * mine + a * theirs
+    else:
+        y, x = number // S % S, number % S
+        inside = (y >= tl.load(how + 1)) & (x >= tl.load(how + 2)) & (y < tl.load(how + 3)) & (x < tl.load(how + 4))
+        mixed_a, mixed_b = tl.where(inside, b, a), tl.where(inside, a, b)
+    tl.store(to_one, mixed_a.to(out.dtype.element_ty), mask=mask)
+    tl.store(to_other, mixed_b.to(out.dtype.element_ty), mask=mask)
+
+
+def _launch(size: int, layout: Layout, patch_size: int) -> Launch:
+    constants = (("S", size), ("LAYOUT", layout), ("P", patch_size), ("RUN", math.gcd(8, size, patch_size)))
+    return Launch(constants=(*constants, ("BLOCK", 1024)), num_warps=4, num_stages=1, fp_fusion=False)
+
+
+def finish(
+    planes: Tensor,
+    ending: Tensor,
+    tables: Tensor,
+    levels: Tensor,
+    erase: Tensor,
+    who: Tensor,
+    key: Tensor,
+    unit: Tensor,
+    mix: Tensor,
+    share: Tensor,
+    out: Tensor,
+    *,
+    layout: Layout,
+    patch_size: int,
+) -> None:
+    """Normalise, erase and mix a batch, and write it as the network takes it.
+
+    planes  (B, 2, 3, S, S) uint8: two places of every image
+    ending  (B, 2) int32: the place that the image is in; whether its table is pending
+    tables  (B, 3, 256) uint8
+    levels  (3, 256) float32: what a level becomes
+    erase   (B, 4) int32 top, left, height, width; height 0: nothing erased
+    who     (B, 2) int64 image index and repeat, key (2,) int64 seed and epoch: the counter of the noise
+    unit    (B, 2) int32: samples that mix with one another; second -1: one alone; both -1: none. Every sample once
+    mix     (B, MIX) int32: MIXUP, or CUTMIX and top, left, bottom, right of the partner's part
+    share   (B, 2) float32: Mixup's shares of a sample itself and of its partner
+    out     3 * S * S values a sample, float32, float16 or bfloat16, contiguous: (B, 3, S, S) with layout "nchw",
+            (B, S, S, 3) with "nhwc", (B, (S / P)^2, 3 * P * P) with "patches": patches row by row, a patch
+            channel by channel, as `fastdeit.kernels.token_assembly.embed_patches` takes them
+    patch_size  P
+
+    Nothing is checked but the device; no memory is taken and nothing waited for.
+    """
+    check_device("finish", planes.device)
+    count, size = len(planes), planes.shape[-1]
+    if not count:
+        return
+    launch = _launch(size, layout, patch_size)
+    _finish[(cdiv(3 * size * size, dict(launch.constants)["BLOCK"]), count)](
+        planes, ending, tables, levels, erase, who, key, unit, mix, share, out, **launch.options()
+    )
+
+
+def variants() -> list[Variant]:
+    """The launches for 224 and 384 pixels in patches of 16, and for 224 in the other layouts."""
+    signature = {
+        "planes": "*u8", "ending": "*i32", "tables": "*u8", "levels": "*fp32", "erase": "*i32", "who": "*i64",
+        "key": "*i64", "unit": "*i32", "mix": "*i32", "share": "*fp32",
+    }  # fmt: skip
+    launches: list[tuple[int, Layout, torch.dtype]] = [
+        (224, "nchw", torch.float32),
+        (224, "nchw", torch.bfloat16),
+        (224, "nhwc", torch.bfloat16),
+        (224, "patches", torch.bfloat16),
+        (224, "patches", torch.float16),
+        (384, "patches", torch.bfloat16),
+    ]
+    return [
+        _launch(size, layout, 16).variant(
+            f"augment_finish {layout} {DTYPES[dtype]} S{size}", _finish, signature | {"out": pointer(dtype)}
+        )
+        for size, layout, dtype in launches
+    ]
