@@ -1,0 +1,1 @@
+"""The device augmentation stage: the pixels of `fastdeit.pipelines.host`, made by a GPU."""

@@ -1,0 +1,171 @@
+"""Decoded images and a plan in, a training batch out, on a GPU: the host stage's pixels.
+
+A batch is one copy of its table, one of its pixels and a dozen launches, however many samples and operations there
+are. Nothing is waited for on the host but the copy of the last batch but one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeit.kernels.augment_finish import Layout, finish
+from fastdeit.kernels.augment_ops import apply_operations
+from fastdeit.kernels.augment_resize import crop_resize
+from fastdeit.kernels.launch import DTYPES, check_device
+from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.device.memory import Memory, Uploads
+from fastdeit.pipelines.device.table import Needs, fill_table, labels_of, table_sizes, work_of
+from fastdeit.pipelines.host.checks import check_plan
+from fastdeit.pipelines.host.finish import normalised_levels
+from fastdeit.pipelines.host.stage import Batch, evaluation_regions, evaluation_windows
+from fastdeit.pipelines.plan import NO_MIX, Plan
+
+
+class DeviceStage:
+    """Turns decoded images and their plan into a batch, or into an evaluation batch, on a GPU.
+
+    The pixels are those of `HostStage`, to the bit, in every dtype that it has. A plan that does not fit its images
+    raises ValueError naming the dataset index. All batches must be asked for on one stream, and what makes pixels
+    that are on the device already must have been launched on it.
+
+    img_size   side of the output, pixels
+    mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
+    device     a CUDA device; the CPU where Triton's interpreter runs
+    dtype      torch.float32, torch.float16 or torch.bfloat16
+    layout     "nchw": (B, 3, S, S); "nhwc": (B, S, S, 3); "patches": (B, (S / P)^2, 3 * P * P), for a patch embedding
+               that is a plain matrix product
+    patch_size  P
+
+    Raises ValueError for a device without kernels, another dtype, or a side that is no multiple of P with "patches".
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        layout: Layout = "nchw",
+        patch_size: int = 16,
+    ) -> None:
+        device = torch.device(device)
+        check_device("the device stage", device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype} is not supported: use torch.float32, torch.float16 or torch.bfloat16")
+        if layout not in ("nchw", "nhwc", "patches"):
+            raise ValueError(f"layout {layout!r} is not 'nchw', 'nhwc' or 'patches'")
+        if layout == "patches" and img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of the patch size {patch_size}")
+        self.img_size, self.device, self.dtype = img_size, device, dtype
+        self.layout: Layout = layout
+        self.patch_size = patch_size
+        self._levels = torch.from_numpy(normalised_levels(mean, std)).to(device)
+        self._fill = torch.tensor([min(255, round(255 * x)) for x in mean], dtype=torch.uint8, device=device)
+        self._memory, self._uploads = Memory(device), Uploads(device)
+
+    def __call__(self, decoded: DecodedBatch, plan: Plan, *, out: Tensor | None = None) -> Batch:
+        """The training batch of `plan`, whose samples must be those of `decoded`, in order.
+
+        `decoded.pixels` may be a uint8 tensor, on the device too; pixels in pinned memory are copied from where they
+        are. `out`, contiguous and of the stage's shape and dtype, receives the images; without it they get memory of
+        their own from PyTorch, which is used again once no tensor refers to it.
+        """
+        check_plan(decoded, plan, self.img_size)
+        window = np.tile(np.array([self.img_size, self.img_size, 0, 0], np.int32), (len(plan), 1))
+        return self._run(decoded, plan, window, out)
+
+    def evaluate(self, decoded: DecodedBatch, eval_crop: float, *, out: Tensor | None = None) -> Batch:
+        """The evaluation batch: see `HostStage.evaluate`. Raises ValueError unless 0 < eval_crop <= 1."""
+        if not 0.0 < eval_crop <= 1.0:
+            raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
+        size = self.img_size
+        height, width = decoded.height[decoded.source], decoded.width[decoded.source]
+        plan = _whole_images(decoded, height, width)
+        check_plan(decoded, plan, size, evaluation_regions(height, width, size, eval_crop))
+        return self._run(decoded, plan, evaluation_windows(height, width, size, eval_crop), out)
+
+    @property
+    def growths(self) -> int:
+        """How often memory had to grow; a CUDA graph of the launches is stale after that."""
+        return self._memory.growths + self._uploads.growths
+
+    @property
+    def passed_on(self) -> int:
+        """Batches whose pixels were not pinned, and so were copied once more by the CPU."""
+        return self._uploads.passed_on
+
+    def out_shape(self, count: int) -> tuple[int, ...]:
+        """Shape of the images of `count` samples."""
+        size, patch = self.img_size, self.patch_size
+        if self.layout == "patches":
+            return count, (size // patch) ** 2, 3 * patch * patch
+        return (count, 3, size, size) if self.layout == "nchw" else (count, size, size, 3)
+
+    def _run(self, decoded: DecodedBatch, plan: Plan, window: np.ndarray, out: Tensor | None) -> Batch:
+        count, layers = plan.op.shape
+        work_bytes, label_bytes = table_sizes(count, layers)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            table = self._uploads.begin(work_bytes + label_bytes)
+            needs = fill_table(table, decoded, plan, window, self.img_size)
+            out = self._output(count, out)
+            table, pixels = self._uploads.send(decoded.pixels)
+            self._launch(table, pixels, count, layers, needs, out)
+            labels = labels_of(table[work_bytes:].clone(), count)
+            self._uploads.end()
+        return Batch(images=out, label_a=labels.label_a, label_b=labels.label_b, lam=labels.lam, index=labels.index)
+
+    def _output(self, count: int, out: Tensor | None) -> Tensor:
+        shape = self.out_shape(count)
+        if out is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        if out.shape != shape or out.dtype != self.dtype or out.device != self.device or not out.is_contiguous():
+            raise ValueError(
+                f"out is {tuple(out.shape)} {out.dtype} on {out.device}: "
+                f"give it contiguous {shape} {self.dtype} on {self.device}"
+            )
+        return out
+
+    def _launch(self, table: Tensor, pixels: Tensor, count: int, layers: int, needs: Needs, out: Tensor) -> None:
+        size, memory = self.img_size, self._memory
+        work = work_of(table[: table_sizes(count, layers)[0]], count, layers)
+        planes = memory.take("planes", (count, 2, 3, size, size))
+        tables = memory.take("tables", (layers + 1, count, 3, 256))
+        taps = memory.take("taps", (needs.taps,), torch.int32)
+        reach = memory.take("reach", (count, 2, 2, size), torch.int32)
+        between = memory.take("between", (needs.between,))
+        crop_resize(pixels, work.place, work.start, taps, reach, between, planes[:, 0])
+        apply_operations(planes, work.operation, work.argument, tables, self._fill, needs.blurs)
+        finish(
+            planes, work.ending, tables[layers], self._levels, work.erase, work.who, work.key, work.unit, work.mix,
+            work.share, out, layout=self.layout, patch_size=self.patch_size,
+        )  # fmt: skip
+
+
+def _whole_images(decoded: DecodedBatch, height: np.ndarray, width: np.ndarray) -> Plan:
+    """The plan in which nothing is random."""
+    count = len(decoded.index)
+    zeros = np.zeros(count, np.int32)
+    return Plan(
+        index=decoded.index,
+        repeat=zeros,
+        crop=np.stack([zeros, zeros, height, width], axis=1).astype(np.int32),
+        flip=np.zeros(count, np.bool_),
+        op=np.zeros((count, 0), np.int8),
+        arg=np.zeros((count, 0), np.float64),
+        interp=np.zeros((count, 0), np.int8),
+        erase=np.zeros((count, 4), np.int32),
+        group=zeros,
+        mix=np.full(1, NO_MIX, np.int8),
+        lam=np.ones(1, np.float64),
+        box=np.zeros((1, 4), np.int32),
+        seed=0,
+        epoch=decoded.epoch,
+    )
