@@ -47,7 +47,8 @@ class DataConfig:
 
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
-    loader: Literal["auto", "turbo", "ffcv", "torch"] = "auto"  # auto: ffcv where installed, else torch, announced
+    loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest on these images, announced
+    hw_decoder_load: float = 0.65  # loader dali on a GPU: share of the images that its hardware decoder takes
     threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
     prefetch: int = 2  # training batches prepared ahead
     repeats: int = 3  # repeated augmentation: copies of an image in a batch; 1: none
@@ -288,6 +289,8 @@ class Recipe:
         for name, value in (("run.micro_batch", run.micro_batch), ("run.checkpoint_every", run.checkpoint_every)):
             if value < 0:
                 raise ValueError(f"{name} is {value}: it must be 0 or more")
+        if not 0 <= self.data.hw_decoder_load <= 1:
+            raise ValueError(f"data.hw_decoder_load is {self.data.hw_decoder_load}: it must be from 0 to 1")
         if model.finetune and model.init is None:
             raise ValueError(f"recipe {self.name} starts from trained weights: give --model.init CHECKPOINT")
         if self.teacher.labels is not None and self.data.on_error == "replace":

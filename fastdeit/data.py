@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from fastdeit.pipelines import dataset as datasets
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.draw import PlanDrawer, Policy
 from fastdeit.pipelines.host.stage import Batch, HostStage, evaluation_regions
-from fastdeit.pipelines.loading import open_loader
+from fastdeit.pipelines.loading import LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order, StepSamples
 from fastdeit.pipelines.plan import Plan
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
@@ -101,25 +102,56 @@ def _open(
     *,
     regions: Regions,
     on_error: OnError,
+    preferred: tuple[str, str] | None,
 ) -> tuple[ThreadPoolExecutor, ThreadedLoader, HostStage]:
-    """A pool of this process's threads, and the loader and the stage that share it."""
+    """A pool of this process's threads, and the loader and the stage that share it.
+
+    `preferred` are name and reason of the loader that "auto" is here, where that is known.
+    """
     threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
     pool = make_pool(threads)
-    loader = open_loader(
-        recipe.data.loader, dataset, order, pool=pool, threads=threads, regions=regions, on_error=on_error
-    )
+    options: dict[str, Any] = {
+        "pool": pool,
+        "threads": threads,
+        "regions": regions,
+        "on_error": on_error,
+        "device_id": world.device.index if world.device.type == "cuda" else None,
+        "hw_decoder_load": recipe.data.hw_decoder_load,
+    }
+    name, reason = recipe.data.loader, "as asked for"
+    if name == "auto":
+        name, reason = _agree(world, preferred or (choose_loader(dataset, order, **options) if world.main else None))
+    loader = open_loader(name, dataset, order, **options, reason=reason)
     augment = recipe.augment
     stage = HostStage(recipe.model.img_size, augment.mean, augment.std, pool=pool, threads=threads, dtype=dtype)
     return pool, loader, stage
 
 
+def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
+    """The main process's name and reason of a loader, on every process: decoders differ in their pixels."""
+    names = list(LOADERS)
+    name, reason = choice or (names[0], "as on the main process")
+    chosen = torch.tensor([names.index(name)], device=world.device)
+    world.broadcast([chosen])
+    return names[int(chosen)], reason
+
+
 class TrainingData:
     """Training batches of one process, in the exact order of the recipe.
 
-    `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them.
+    `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `loader`,
+    name and reason, is what "auto" is on the main process; None: the fastest.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, world: World, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        *,
+        loader: tuple[str, str] | None = None,
+    ) -> None:
         d = recipe.departures
         dropped = d.single_process_repeats == "dropped" and world.size == 1
         self.repeats = 1 if dropped else recipe.data.repeats
@@ -143,7 +175,14 @@ class TrainingData:
             dataset.width,
         )
         self._pool, self.loader, self._stage = _open(
-            recipe, dataset, self.order, world, dtype, regions=self._crops, on_error=recipe.data.on_error
+            recipe,
+            dataset,
+            self.order,
+            world,
+            dtype,
+            regions=self._crops,
+            on_error=recipe.data.on_error,
+            preferred=loader,
         )
         self._drawn: tuple[tuple[int, int], Plan] | None = None
         self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
@@ -186,10 +225,13 @@ class TrainingData:
 class EvaluationData:
     """Evaluation batches of one process: every image once over all processes, unless replicated.
 
-    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read.
+    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `loader` is that of
+    `TrainingData`.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, world: World) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, world: World, *, loader: tuple[str, str] | None = None
+    ) -> None:
         self.replicate = recipe.departures.eval_sharding == "replicate"
         self.order = EvalOrder(
             len(dataset),
@@ -206,7 +248,7 @@ class EvaluationData:
 
         # A score with an image replaced would be one of another data set.
         self._pool, self.loader, self._stage = _open(
-            recipe, dataset, self.order, world, torch.float32, regions=regions, on_error="fail"
+            recipe, dataset, self.order, world, torch.float32, regions=regions, on_error="fail", preferred=loader
         )
         self.fallbacks: set[int] = set()
         self._depth = recipe.data.prefetch

@@ -25,7 +25,7 @@ class Options:
     img_size: int | None = None  # resolution, where it is not the recipe's; the position embedding is resized
     batch: int = 256
     threads: int = 0
-    loader: Literal["auto", "ffcv", "torch"] = "auto"
+    loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     json: bool = False  # print one JSON object instead of a table

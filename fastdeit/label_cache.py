@@ -61,6 +61,15 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     }
 
 
+def labelled_loader(recipe: Recipe) -> tuple[str, str] | None:
+    """The loader of the labels that `recipe` takes or adds to, and where that is said; None where there are none."""
+    folder = recipe.teacher.labels
+    if folder is None or recipe.objective.distillation == "none" or not (folder / _INDEX).is_file():
+        return None
+    name = str(LabelCache(folder).described.key.get("data.loader"))
+    return name.removesuffix("-mixed"), f"as the labels in {folder} were made"
+
+
 @dataclasses.dataclass(frozen=True)
 class Described:
     """What a cache says of itself; `teacher` is a fingerprint, `topk` 0 for hard labels."""

@@ -21,7 +21,7 @@ FREE = {
         "output", "resume", "resume_changed", "device", "precision", "compile", "eval_every", "eval_batch",
         "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
-    "data": {"train", "val", "loader", "threads", "prefetch", "on_error"},
+    "data": {"train", "val", "loader", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init"},
     "teacher": {"checkpoint", "labels"},
 }  # fmt: skip
@@ -29,6 +29,7 @@ FREE = {
 
 def effective(trainer: Trainer) -> dict[str, Any]:
     """What a step depends on beyond the recipe's fields: what "auto" became, the data, the teacher's weights."""
+    on_gpu = trainer.data.loader.name == "dali-mixed"
     return {
         "data.train": trainer.train_set.content_hash,
         "data.loader": trainer.data.loader.name,
@@ -39,6 +40,7 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "repeats": trainer.data.repeats,
         "mixing group size": trainer.data.order.group_size,
         "steps per epoch": trainer.data.steps,
+        **({"data.hw_decoder_load": trainer.recipe.data.hw_decoder_load} if on_gpu else {}),
     }
 
 
@@ -75,6 +77,18 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def checkpoint_loader(recipe: Recipe, folder: Path) -> tuple[str, str] | None:
+    """The loader of the checkpoint that a run goes on from, and where that is said; None for a fresh start.
+
+    Another would decode other pixels, so that a run whose loader is "auto" keeps to what it became.
+    """
+    path = _path(recipe, folder)
+    if path is None or recipe.data.loader != "auto":
+        return None
+    name = str(checkpoint.load(path)["effective"].get("data.loader"))
+    return name.removesuffix("-mixed"), f"as before: {path} names it"
+
+
 def restore(trainer: Trainer) -> tuple[Path, list[str]] | None:
     """Put the trainer where its checkpoint left off: the checkpoint's path and what differs, or None for a fresh start.
 
@@ -92,16 +106,22 @@ def restore(trainer: Trainer) -> tuple[Path, list[str]] | None:
     return found
 
 
-def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
-    how, folder = trainer.recipe.run.resume, trainer.folder / "checkpoints"
-    there = checkpoint.found(folder)
+def _path(recipe: Recipe, folder: Path) -> Path | None:
+    """The checkpoint that a run with the output `folder` goes on from."""
+    how, there = recipe.run.resume, checkpoint.found(folder / "checkpoints")
     if how == "none":
-        if there:
-            raise UserError(
-                f"{folder} holds checkpoints: resume them with --run.resume auto, or choose another --run.output"
-            )
         return None
-    path = (there[0] if there else None) if how == "auto" else Path(how)
+    return (there[0] if there else None) if how == "auto" else Path(how)
+
+
+def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
+    folder = trainer.folder / "checkpoints"
+    there = checkpoint.found(folder)
+    if trainer.recipe.run.resume == "none" and there:
+        raise UserError(
+            f"{folder} holds checkpoints: resume them with --run.resume auto, or choose another --run.output"
+        )
+    path = _path(trainer.recipe, trainer.folder)
     if path is None:
         return None
     state = checkpoint.load(path)

@@ -24,7 +24,7 @@ from fastdeit.data import (
 from fastdeit.distributed import World
 from fastdeit.drop_path import draw_drop_path
 from fastdeit.evaluation import Scores, evaluate, headline
-from fastdeit.label_cache import LabelCache, pixel_key
+from fastdeit.label_cache import LabelCache, labelled_loader, pixel_key
 from fastdeit.logs import RunLog, duration
 from fastdeit.meter import Meter
 from fastdeit.model import DeiT
@@ -35,7 +35,7 @@ from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import resolve
-from fastdeit.resume import restore, snapshot, write_recipe
+from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
 from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights
 
@@ -58,7 +58,8 @@ class Trainer:
         self.train_set = open_dataset(recipe.data.train, "data.train")
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes
         self._check_label_range(self.train_set)
-        self.data = TrainingData(recipe, self.train_set, world)
+        loader = checkpoint_loader(recipe, self.folder) or labelled_loader(recipe)
+        self.data = TrainingData(recipe, self.train_set, world, loader=loader)
         self.val: EvaluationData | None = None
         if recipe.data.val is not None:
             val_set = open_dataset(recipe.data.val, "data.val")
@@ -66,7 +67,9 @@ class Trainer:
                 str(self.train_set.path), self.train_set.class_names, str(val_set.path), val_set.class_names
             )
             self._check_label_range(val_set)
-            self.val = EvaluationData(recipe, val_set, world)
+            self.val = EvaluationData(
+                recipe, val_set, world, loader=(self.data.loader.name.removesuffix("-mixed"), "as in training")
+            )
 
         torch.manual_seed(run.seed)
         self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes).to(world.device)

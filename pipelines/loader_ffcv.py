@@ -7,9 +7,9 @@ import functools
 import importlib.util
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from fastdeit.pipelines.jpeg_markers import frame_size
 from fastdeit.pipelines.threaded import Region, ThreadedLoader, check_size, read_stored, read_with_pil
 
 
@@ -35,7 +35,7 @@ class FfcvLoader(ThreadedLoader):
     def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         stored = read_stored(self.dataset, index)
         height, width, _ = out.shape
-        found = _frame_size(stored)
+        found = frame_size(stored)
         if found != (0, 0):
             # libjpeg-turbo would scale an image of another size to fit, and say nothing.
             check_size(self.dataset, index, *found)
@@ -74,25 +74,3 @@ def _load(path: Path) -> ctypes.CDLL:
     library.imdecode.argtypes = [pointer, ctypes.c_uint64, size, size, pointer, *[size] * 6, flag, flag]
     library.imdecode.restype = ctypes.c_int
     return library
-
-
-@numba.njit(cache=True, nogil=True)
-def _frame_size(jpeg: np.ndarray) -> tuple[int, int]:
-    """Height and width in a JPEG's frame header (ITU T.81, B.2.2); (0, 0) where there is none to be found."""
-    at = 2
-    while at + 9 <= len(jpeg) and jpeg[at] == 0xFF:
-        marker = jpeg[at + 1]
-        if marker == 0xFF:  # padding
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _two_bytes(jpeg, at + 5), _two_bytes(jpeg, at + 7)
-        elif marker == 0xDA:  # image data before any frame
-            break
-        else:
-            at += 2 + _two_bytes(jpeg, at + 2)
-    return 0, 0
-
-
-@numba.njit(cache=True, nogil=True)
-def _two_bytes(data: np.ndarray, at: int) -> int:
-    return 256 * int(data[at]) + int(data[at + 1])

@@ -1,22 +1,35 @@
-"""Which loader decodes a run's images."""
+"""Which loader decodes a run's images: the one asked for, or the fastest on these very images."""
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
 from fastdeit.pipelines.loader_ffcv import FfcvLoader, find_libffcv
 from fastdeit.pipelines.loader_torch import TorchLoader
-from fastdeit.pipelines.loader_turbo import TurboLoader
-from fastdeit.pipelines.order import Order
-from fastdeit.pipelines.threaded import OnError, Regions, ThreadedLoader
+from fastdeit.pipelines.loader_turbo import TurboLoader, find_turbo
+from fastdeit.pipelines.order import Order, StepSamples
+from fastdeit.pipelines.threaded import DecodeError, OnError, Regions, ThreadedLoader, first_appearances
 
-LOADERS = {loader.name: loader for loader in (TurboLoader, FfcvLoader, TorchLoader)}
+LOADERS: dict[str, Any] = {loader.name: loader for loader in (TurboLoader, FfcvLoader, DaliLoader, TorchLoader)}
+# What `auto` chooses from, the first where it makes no difference. Each raises ValueError where it is missing.
+FAST = {"turbo": find_turbo, "ffcv": find_libffcv, "dali": find_dali}
+
+MARGIN = 1.05  # one after the first must be this much faster: less is chance, and the first's pixels are Pillow's
+SECONDS = 2.0  # of timing
+ROUNDS = 5
+PIXELS = 6_000_000  # that are timed at a time, for each thread: 32 photographs of ImageNet's usual size
 
 
 def open_loader(
-    name: Literal["auto", "turbo", "ffcv", "torch"],
+    name: Literal["auto", "turbo", "ffcv", "dali", "torch"],
     dataset: Dataset,
     order: Order,
     *,
@@ -24,19 +37,115 @@ def open_loader(
     threads: int,
     regions: Regions | None = None,
     on_error: OnError = "fail",
+    device_id: int | None = None,
+    hw_decoder_load: float = 0.65,
+    reason: str = "as asked for",
 ) -> ThreadedLoader:
-    """The loader of that name; `auto` is ffcv where its library can be loaded, else torch, and `reason` says so.
+    """The loader of that name; `auto` is the one that `choose_loader` says, and `reason` what it says.
 
-    `regions` and `on_error` are those of `ThreadedLoader`. Raises ValueError for another name, and where what a loader
-    needs is not installed, saying what to install.
+    `regions` and `on_error` are those of `ThreadedLoader`, `device_id` and `hw_decoder_load` of `DaliLoader`. Raises
+    ValueError for another name, and where what a loader needs is not installed, saying what to install.
     """
     options: dict[str, Any] = {"pool": pool, "threads": threads, "regions": regions, "on_error": on_error}
-    if name in LOADERS:
-        return LOADERS[name](dataset, order, **options)
-    if name != "auto":
+    gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load}
+    if name == "auto":
+        chosen, reason = choose_loader(dataset, order, **options, **gpu)
+    elif name in LOADERS:
+        chosen = name
+    else:
         raise ValueError(f"loader '{name}' is not one of auto, {', '.join(LOADERS)}")
-    try:
-        library = find_libffcv()
-    except ValueError as error:
-        return TorchLoader(dataset, order, **options, reason=f"PIL decodes, since {error}")
-    return FfcvLoader(dataset, order, **options, reason=f"libffcv decodes ({library})")
+    return LOADERS[chosen](dataset, order, **options, **(gpu if chosen == "dali" else {}), reason=reason)
+
+
+def choose_loader(
+    dataset: Dataset, order: Order, *, device_id: int | None = None, hw_decoder_load: float = 0.65, **options: Any
+) -> tuple[str, str]:
+    """Name of the fastest loader that can be used here, and one sentence: why it is that.
+
+    `options` are the other ones of `open_loader`, without the reason. Where several of `FAST` are installed, they
+    decode the first JPEGs of the order, as much of them as the first step needs, by turns and for about two seconds,
+    after a round that does not count. An order is a function of its numbers, so that training sees nothing of this.
+    Without any of `FAST` it is torch.
+    """
+    missing: list[str] = []
+    there: list[str] = []
+    for name, find in FAST.items():
+        try:
+            find()
+            there.append(name)
+        except ValueError as error:
+            missing.append(str(error))
+    if not there:
+        return "torch", f"PIL decodes, since {'; '.join(missing)}"
+    if len(there) == 1:
+        return there[0], f"of {', '.join(FAST)} the only one installed"
+    few = _first_images(dataset, order, options["threads"])
+    if few is None:
+        return there[0], "the first images are stored raw, which every loader copies alike"
+    if options.get("regions") is not None:
+        crops = options["regions"](0, 0, order.step(0, 0))[few.kept]
+        options["regions"] = lambda *_: crops
+    failed: list[str] = []
+    with ExitStack() as stack:
+        loaders: dict[str, ThreadedLoader] = {}
+        for name in there:
+            gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load}
+            try:
+                loader = LOADERS[name](dataset, few, **options, **(gpu if name == "dali" else {}))
+                loaders[name] = stack.enter_context(loader)
+            except ValueError as error:
+                failed.append(f"; not {name}: {error}")
+        try:
+            rates = _rates(loaders)
+        except DecodeError as error:
+            return there[0], f"not timed, since an image does not decode ({error})"
+    best = max(rates, key=lambda name: rates[name])
+    first = next(iter(rates))
+    chosen = best if rates[best] > MARGIN * rates[first] else first
+    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    return chosen, f"images/s measured: {measured}: {chosen}{''.join(failed)}"
+
+
+@dataclass(frozen=True)
+class _Few:
+    """An order of one step: those `samples` of another's first step that `kept` (B,) marks."""
+
+    samples: StepSamples
+    kept: np.ndarray
+    steps: int = 1
+
+    def step(self, epoch: int, step: int) -> StepSamples:
+        return self.samples
+
+
+def _first_images(dataset: Dataset, order: Order, threads: int) -> _Few | None:
+    """The first JPEGs of an order, of `PIXELS` for each thread at most, with all their copies; None: there is none."""
+    if order.steps == 0:
+        return None
+    samples = order.step(0, 0)
+    images, _ = first_appearances(samples.index)
+    images = images[[dataset.is_jpeg(index) for index in images.tolist()]]
+    pixels = np.cumsum(dataset.height[images].astype(np.int64) * dataset.width[images])
+    images = images[: max(1, int(np.searchsorted(pixels, PIXELS * threads, side="right")))]
+    kept = np.isin(samples.index, images)
+    if not kept.any():
+        return None
+    fields = {name: getattr(samples, name)[kept] for name in ("index", "repeat", "position", "group")}
+    return _Few(replace(samples, **fields), kept)
+
+
+def _rates(loaders: dict[str, ThreadedLoader]) -> dict[str, float]:
+    """Images per second of every loader in its best round."""
+    for loader in loaders.values():
+        next(loader.batches(0))  # reads the files, loads libraries, takes memory
+    seconds = dict.fromkeys(loaders, float("inf"))
+    images = 0
+    end = time.perf_counter() + SECONDS
+    for _ in range(ROUNDS):
+        for name, loader in loaders.items():
+            start = time.perf_counter()
+            images = len(next(loader.batches(0)).offset)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+        if time.perf_counter() > end:
+            break
+    return {name: images / spent for name, spent in seconds.items()}

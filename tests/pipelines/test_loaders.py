@@ -1,13 +1,7 @@
-"""Both loaders against PIL, PyTorch's own sampler of indices, and damaged files; one suite for both."""
+"""Every loader against PIL and the order asked for, from both formats; one suite for all."""
 
-import importlib.util
 import io
 import itertools
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 
 import numpy as np
@@ -15,17 +9,18 @@ import pytest
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
-from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonWriter
-from fastdeit.pipelines.loader_ffcv import FfcvLoader
-from fastdeit.pipelines.loading import open_loader
+from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.loading import FAST, LOADERS, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.pool import Prefetcher, make_pool
-from fastdeit.pipelines.threaded import DecodeError
+from fastdeit.pipelines.shards import ShardWriter
 
-needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
-NAMES = ["torch", pytest.param("ffcv", marks=needs_ffcv)]
-# What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`.
+# What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
+# other loaders are exact.
 FAST_DCT = {75: (10, 1.2), 85: (10, 1.2), 92: (10, 1.2), 95: (20, 1.8)}
+# Of the four files that the decoders may refuse, those that they do.
+REFUSED = {"torch": [], "dali": [2], "ffcv": [1, 2, 3], "turbo": [1, 2, 3]}
 
 
 def picture(seed, size):
@@ -42,12 +37,17 @@ def jpeg(image, **options):
 
 
 def write(path, samples):
-    """A beton file of (bytes, (width, height), mode) samples; labels count 0, 3, 6, ..."""
-    with BetonWriter(path, len(samples), page_size=MIN_PAGE) as writer:
+    """A data set of (bytes, (width, height), mode) samples: a beton file, or else a folder of shards.
+
+    Labels count 0, 3, 6, ...
+    """
+    beton = path.suffix == ".beton"
+    opened = BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples))
+    with opened as writer:
         for i, (data, (width, height), mode) in enumerate(samples):
             writer.add(data, height=height, width=width, label=3 * i, mode=mode)
         writer.finish(class_names=[f"c{i}" for i in range(3 * len(samples))], source={}, options={}, counts={})
-    return BetonDataset(path)
+    return open_dataset(path)
 
 
 def with_pil(data):
@@ -58,12 +58,12 @@ def pil_pixels(dataset, index):
     return with_pil(dataset.read(index).tobytes())
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """40 JPEGs of different sizes."""
+@pytest.fixture(scope="module", params=["beton", "shards"])
+def many(request, tmp_path_factory):
+    """40 JPEGs of different sizes, in each format."""
     sizes = [(33 + 7 * (i % 5), 40 + i) for i in range(40)]
     samples = [(jpeg(picture(i, size)), size, JPEG) for i, size in enumerate(sizes)]
-    return write(tmp_path_factory.mktemp("many") / "many.beton", samples)
+    return write(tmp_path_factory.mktemp("many") / ("many.beton" if request.param == "beton" else "many"), samples)
 
 
 @pytest.fixture
@@ -72,13 +72,18 @@ def pool():
         yield pool
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=LOADERS)
 def opened(request, pool):
     """Opens the loader under test on a data set and an order; by default evaluation in batches of 8."""
+    if request.param in FAST:
+        try:
+            FAST[request.param]()
+        except ValueError as error:
+            pytest.skip(str(error))
 
-    def open_one(dataset, order=None):
+    def open_one(dataset, order=None, **options):
         order = order or EvalOrder(len(dataset), batch=8)
-        return open_loader(request.param, dataset, order, pool=pool, threads=3)
+        return open_loader(request.param, dataset, order, pool=pool, threads=3, **options)
 
     open_one.name = request.param
     return open_one
@@ -101,8 +106,12 @@ class Reading:
         return self.dataset.read(index)
 
 
-def check_pixels(dataset, batch):
-    most, mean = FAST_DCT[92]
+def bound(name, quality=92):
+    return FAST_DCT[quality] if name == "ffcv" else (0, 0)
+
+
+def check_pixels(dataset, batch, name):
+    most, mean = bound(name)
     for slot in range(len(batch.offset)):
         index = batch.index[np.nonzero(batch.source == slot)[0][0]]
         difference = np.abs(batch.image(slot).astype(int) - pil_pixels(dataset, index))
@@ -125,7 +134,7 @@ def test_batches_are_those_of_the_order(opened, many):
                 batch.index[batch.source == slot][0] for slot in range(len(batch.offset))
             ]
             assert (batch.height[batch.source] == many.height[batch.index]).all()
-            check_pixels(many, batch)
+            check_pixels(many, batch, opened.name)
 
 
 def test_images_do_not_overlap_and_are_aligned(opened, many):
@@ -148,7 +157,7 @@ def test_each_image_is_decoded_once_for_all_its_copies(opened, many):
     assert reading.counts == Counter(dict.fromkeys(images, 1))
     assert (loader.decoded, loader.reused) == (len(images), straddling)
     for batch in batches:
-        check_pixels(many, batch)
+        check_pixels(many, batch, opened.name)
 
 
 def test_a_step_is_the_same_from_any_start(opened, many):
@@ -184,10 +193,10 @@ def test_a_batch_stays_as_it_is_while_later_ones_are_decoded(opened, many):
 def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality, subsampling):
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     data = [jpeg(image, quality=quality, subsampling=subsampling) for image in photographs]
-    dataset = write(tmp_path / "p.beton", [(d, i.size, JPEG) for d, i in zip(data, photographs, strict=True)])
+    dataset = write(tmp_path / "p", [(d, i.size, JPEG) for d, i in zip(data, photographs, strict=True)])
     with opened(dataset) as loader:
         batch = next(iter(loader.batches(0)))
-    most, mean = FAST_DCT[quality] if opened.name == "ffcv" else (0, 0)
+    most, mean = bound(opened.name, quality)
     for slot, stored in enumerate(data):
         difference = np.abs(batch.image(slot).astype(int) - with_pil(stored))
         assert difference.max() <= most
@@ -211,7 +220,7 @@ def test_kinds_of_jpeg(opened, tmp_path, options):
     dataset = write(tmp_path / "k.beton", [(jpeg(image, **options), image.size, JPEG)])
     with opened(dataset) as loader:
         batch = next(iter(loader.batches(0)))
-    check_pixels(dataset, batch)
+    check_pixels(dataset, batch, opened.name)
     assert batch.fallbacks == []
 
 
@@ -235,172 +244,7 @@ def test_what_the_decoder_refuses_is_read_by_pil_and_listed(opened, tmp_path):
     dataset = write(tmp_path / "c.beton", [(data, (40, 30), JPEG) for data in stored])
     with opened(dataset) as loader:
         batch = next(iter(loader.batches(0)))
-    assert batch.fallbacks == ([1, 2, 3] if opened.name == "ffcv" else [])
+    assert batch.fallbacks == REFUSED[opened.name]
     for slot in (1, 2, 3):
         np.testing.assert_array_equal(batch.image(slot), with_pil(stored[slot]))
-    check_pixels(dataset, batch)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "no_end", "header_only"])
-def test_a_damaged_image_is_named_after_the_batches_before_it(opened, tmp_path, damage):
-    good = jpeg(picture(0, (90, 70)), quality=95)
-    bad = {
-        "truncated": good[: len(good) // 2],
-        "garbage": bytes(range(256)) * 4,
-        "no_end": good[:-60],
-        "header_only": good[:150],
-    }[damage]
-    samples = [(good, (90, 70), JPEG)] * 12
-    samples[10] = (bad, (90, 70), JPEG)
-    dataset = write(tmp_path / "bad.beton", samples)
-    with opened(dataset) as loader, Prefetcher(loader.batches(0), 2) as batches:
-        assert next(batches).step == 0
-        with pytest.raises(DecodeError, match=r"bad\.beton: image 10: PIL cannot read it .*; replace .* convert"):
-            next(batches)
-
-
-@pytest.mark.parametrize("stored", [(90, 70), (45, 35), (180, 140), (70, 90)])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_a_wrong_size_in_the_data_set_is_never_scaled_to_fit(opened, tmp_path, stored, progressive):
-    data = jpeg(picture(0, stored), progressive=progressive)
-    dataset = write(tmp_path / "size.beton", [(data, (90, 71), JPEG)])
-    with (
-        opened(dataset) as loader,
-        pytest.raises(DecodeError, match=rf"image 0: the JPEG is {stored[0]} x {stored[1]} "),
-    ):
-        next(iter(loader.batches(0)))
-
-
-def test_a_worker_exception_stops_the_others_and_surfaces(opened, many, monkeypatch):
-    with opened(many, EvalOrder(len(many), batch=40)) as loader:
-        started = []
-
-        def decode(index, out):
-            started.append(index)
-            if index == 3:
-                raise MemoryError("no room")
-            time.sleep(0.02)
-            return True
-
-        monkeypatch.setattr(loader, "decode", decode)
-        with pytest.raises(MemoryError, match="no room"):
-            next(iter(loader.batches(0)))
-        count = len(started)
-        assert count < 12
-        time.sleep(0.05)
-        assert len(started) == count
-
-
-def test_the_loader_can_be_used_after_an_error(opened, many, monkeypatch):
-    with opened(many) as loader:
-        with monkeypatch.context() as patch:
-            patch.setattr(loader, "decode", lambda index, out: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                next(iter(loader.batches(0)))
-        check_pixels(many, next(iter(loader.batches(0))))
-
-
-def test_closing_stops_a_step_that_is_being_decoded(opened, many, monkeypatch):
-    loader = opened(many, EvalOrder(len(many), batch=40))
-    entered, seen = threading.Event(), []
-
-    def decode(index, out):
-        entered.set()
-        seen.append(index)
-        time.sleep(0.05)
-        return True
-
-    monkeypatch.setattr(loader, "decode", decode)
-    with Prefetcher(loader.batches(0), 1) as batches:
-        entered.wait(5)
-        loader.close()
-        with pytest.raises(RuntimeError, match="closed while it decoded"):
-            next(batches)
-    assert len(seen) < 12
-
-
-def test_closing_early_leaves_no_thread(opened, many, pool):
-    before = set(threading.enumerate())
-    for _ in range(3):
-        with opened(many) as loader, Prefetcher(loader.batches(0), 2) as batches:
-            next(batches)
-    left = set(threading.enumerate()) - before
-    assert all(thread.name.startswith("fastdeit-worker") for thread in left)  # the pool's own, shared
-    assert len(left) <= 3
-
-
-SCRIPT = """
-import sys, time
-from fastdeit.pipelines.beton import BetonDataset
-from fastdeit.pipelines.loading import open_loader
-from fastdeit.pipelines.order import EpochOrder
-from fastdeit.pipelines.pool import Prefetcher, make_pool
-
-name, path = sys.argv[1:]
-dataset = BetonDataset(path)
-with make_pool(2) as pool:
-    order = EpochOrder(len(dataset), global_batch=20, group_size=4)
-    with open_loader(name, dataset, order, pool=pool, threads=2) as loader:
-        epoch = 0
-        while True:
-            epoch += 1
-            with Prefetcher(loader.batches(epoch), 2) as batches:
-                for _ in batches:
-                    if epoch == 2:
-                        print("ready", flush=True)
-"""
-
-
-def test_ctrl_c_ends_the_program(opened, many):
-    command = [sys.executable, "-c", SCRIPT, opened.name, str(many.path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert error.rstrip().endswith("KeyboardInterrupt")
-    assert process.returncode == -signal.SIGINT
-
-
-@needs_ffcv
-def test_auto_is_ffcv_and_says_why(many, pool):
-    loader = open_loader("auto", many, EvalOrder(40, batch=8), pool=pool, threads=1)
-    assert isinstance(loader, FfcvLoader)
-    assert loader.name == "ffcv"
-    assert "_libffcv" in loader.reason
-
-
-@needs_ffcv
-def test_ffcv_itself_is_not_imported(many):
-    code = "import sys; from fastdeit.pipelines.loader_ffcv import find_libffcv; find_libffcv()"
-    code += "; assert 'ffcv' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_without_ffcv_auto_is_torch_and_ffcv_says_what_to_install(many, pool, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    order = EvalOrder(40, batch=8)
-    loader = open_loader("auto", many, order, pool=pool, threads=1)
-    assert loader.name == "torch"
-    assert "FFCV, which is not installed: install FFCV (pip install" in loader.reason
-    with pytest.raises(ValueError, match=r"install FFCV \(pip install"):
-        open_loader("ffcv", many, order, pool=pool, threads=1)
-
-
-def test_a_broken_ffcv_library_is_reported(many, pool, tmp_path, monkeypatch):
-    package = tmp_path / "ffcv"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "_libffcv.so").write_bytes(b"no library")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "ffcv", raising=False)  # a test before this one may have imported the real one
-    loader = open_loader("auto", many, EvalOrder(40, batch=8), pool=pool, threads=1)
-    assert loader.name == "torch"
-    assert "cannot be loaded" in loader.reason
-
-
-def test_an_unknown_loader_is_refused(many, pool):
-    with pytest.raises(ValueError, match="'none' is not one of auto, turbo, ffcv, torch"):
-        open_loader("none", many, EvalOrder(40, batch=8), pool=pool, threads=1)
+    check_pixels(dataset, batch, opened.name)

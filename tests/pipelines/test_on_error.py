@@ -77,7 +77,7 @@ class Unreadable:
         return self.dataset.read(index)
 
 
-@pytest.fixture(params=["torch", "ffcv", "turbo"])
+@pytest.fixture(params=["torch", "ffcv", "turbo", "dali"])
 def opened(request):
     with make_pool(4) as pool:
 

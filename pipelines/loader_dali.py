@@ -1,0 +1,228 @@
+"""The DALI loader: NVIDIA DALI decodes, on the CPU or, where it is given a GPU, there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.encode import MAX_SCANS
+from fastdeit.pipelines.jpeg_markers import frame_size, is_whole
+from fastdeit.pipelines.order import Order
+from fastdeit.pipelines.threaded import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
+
+T = TypeVar("T")
+R = TypeVar("R")
+_Task = tuple[int, np.ndarray, Region | None]  # index and where it goes; the region is always None here
+_Jpeg = tuple[_Task, np.ndarray]  # with the bytes to be decoded
+
+_CHUNK_PER_THREAD = 32  # images: threads wait for each other at the end of a chunk, whose pixels are there twice
+
+
+class DaliLoader(ThreadedLoader):
+    """Decodes through DALI's image decoder, which is fed by index, so that the order is the one asked for.
+
+    device_id        GPU that decodes; None: the CPU does
+    hw_decoder_load  share of the images that the GPU's hardware decoder takes, where it has one, 0 to 1
+
+    On the CPU it decodes `threads` images at once, in threads of its own, through libjpeg-turbo with the accurate DCT
+    and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) the decoders are others,
+    with pixels of their own, which come back to the host; that path has not been run on a GPU yet.
+
+    A JPEG that is not whole segments and scans up to its end marker, or has more than 64 scans, is not given to DALI,
+    which does not notice all of such damage. That, and what DALI refuses, is read by PIL and listed in the batch's
+    `fallbacks`. DALI fails many images for one, and its pipeline with them: they are halved until that one is found.
+    Beside the batch, DALI holds the pixels of 32 images for each thread. One thread at a time may take its batches.
+
+    Raises ValueError where DALI is not installed, or cannot build its pipeline.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        device_id: int | None = None,
+        hw_decoder_load: float = 0.65,
+        **options: Any,
+    ) -> None:
+        self._device_id, self._hw_decoder_load = device_id, hw_decoder_load
+        if device_id is not None:
+            self.name = "dali-mixed"
+        self._chunk = _CHUNK_PER_THREAD * threads
+        self._refused: set[int] = set()  # which PIL reads at once when they come again
+        self._using = threading.Lock()
+        self._pipeline: Any = None
+        super().__init__(dataset, order, pool=pool, threads=threads, **options)
+
+    def _load(self) -> None:
+        find_dali()
+        try:
+            self._pipeline = self._build()
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"DALI cannot build its pipeline ({reason}): fastdeit-doctor tells more; or use another loader"
+            ) from error
+
+    def _build(self) -> Any:
+        """A pipeline, in milliseconds once DALI is imported."""
+        dali: Any = importlib.import_module("nvidia.dali")
+        where: dict[str, Any] = {"device": "cpu"}
+        if self._device_id is not None:
+            where = {
+                "device": "mixed",
+                "hw_decoder_load": self._hw_decoder_load,
+                "jpeg_fancy_upsampling": True,
+                "affine": False,  # it would tie its threads to the first cores, those of every process
+            }
+        pipeline = dali.Pipeline(
+            batch_size=self._chunk,
+            num_threads=self._threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=1,  # what is ahead is the prefetcher's business
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        with pipeline:
+            encoded = dali.fn.external_source(name="jpeg", dtype=dali.types.UINT8, ndim=1, no_copy=True)
+            pixels = dali.fn.decoders.image(
+                encoded, output_type=dali.types.RGB, adjust_orientation=False, use_fast_idct=False, **where
+            )
+            pipeline.set_outputs(pixels)
+        pipeline.build()
+        return pipeline
+
+    def close(self) -> None:
+        super().close()
+        with self._using:
+            self._pipeline = None
+
+    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+        task = (index, out, None)
+        jpeg = None if index in self._refused else self._read(task)
+        if jpeg is not None:
+            with self._using:
+                if not self._through_dali([(task, jpeg)]):
+                    return True
+        read_with_pil(self.dataset, index, out)
+        return False
+
+    def _decode_all(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
+        jpegs = [task for task in tasks if self.dataset.is_jpeg(task[0]) and task[0] not in self._refused]
+        left: set[int] = set()
+        for start in range(0, len(jpegs), self._chunk):
+            chunk = jpegs[start : start + self._chunk]
+            read = list(zip(chunk, self._in_pool(self._read_or_leave, chunk), strict=True))
+            left.update(task[0] for task, jpeg in read if jpeg is None)
+            with self._using:
+                refused = self._through_dali([(task, jpeg) for task, jpeg in read if jpeg is not None])
+            left.update(task[0] for task in refused)
+        decoded = {task[0] for task in jpegs} - left
+        # The rest is raw, damaged or doubtful: a matter of one image at a time, as with any loader.
+        rest = super()._decode_all([task for task in tasks if task[0] not in decoded])
+        return [(index, index, True) for index in sorted(decoded)] + rest
+
+    def _read(self, task: _Task) -> np.ndarray | None:
+        """The bytes of a JPEG of the right size that is fit for DALI; None for another. Raises DecodeError."""
+        index = task[0]
+        jpeg = read_stored(self.dataset, index)
+        found = frame_size(jpeg)
+        if found == (0, 0):
+            return None
+        check_size(self.dataset, index, *found)
+        return jpeg if is_whole(jpeg, MAX_SCANS) else None
+
+    def _read_or_leave(self, task: _Task) -> np.ndarray | None:
+        try:
+            return self._read(task)
+        except DecodeError:  # raised again where it is decoded alone, which may replace it
+            return None
+
+    def _through_dali(self, jpegs: list[_Jpeg]) -> list[_Task]:
+        """Decode, in halves where DALI fails; those that it refuses."""
+        if not jpegs or self._run(jpegs):
+            return []
+        if len(jpegs) == 1:
+            task, _ = jpegs[0]
+            self._refused.add(task[0])
+            return [task]
+        middle = len(jpegs) // 2
+        return self._through_dali(jpegs[:middle]) + self._through_dali(jpegs[middle:])
+
+    def _run(self, jpegs: list[_Jpeg]) -> bool:
+        """Have DALI decode at most a chunk; whether it could."""
+        self._check_open()
+        pipeline = self._build() if self._pipeline is None else self._pipeline
+        self._pipeline = None  # if it fails, or is interrupted: its next output would be this one
+        try:
+            pipeline.feed_input("jpeg", [jpeg for _, jpeg in jpegs])
+            (decoded,) = pipeline.run()
+        except RuntimeError:
+            return False
+        self._pipeline = pipeline
+        if self._device_id is not None:
+            decoded = decoded.as_cpu()
+        images = [np.asarray(decoded[i]) for i in range(len(jpegs))]
+        if any(image.shape != task[1].shape for image, (task, _) in zip(images, jpegs, strict=True)):
+            return False
+
+        def copy(place: int) -> None:
+            jpegs[place][0][1][:] = images[place]
+
+        self._in_pool(copy, range(len(jpegs)))
+        return True
+
+    def _in_pool(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`work` of every item, in the pool. None of it goes on once this has returned or raised."""
+        if len(items) == 1:  # `decode` comes from the pool, whose threads may all be waiting for this
+            return [work(items[0])]
+        stop = threading.Event()
+
+        def some(first: int) -> list[R]:
+            done = []
+            try:
+                for item in items[first :: self._threads]:
+                    if stop.is_set() or self._closed.is_set():
+                        break
+                    done.append(work(item))
+            except BaseException:
+                stop.set()
+                raise
+            return done
+
+        futures = [self._pool.submit(some, first) for first in range(min(self._threads, len(items)))]
+        try:
+            wait(futures)
+        finally:
+            stop.set()
+            wait(futures)
+        parts = [future.result() for future in futures]
+        self._check_open()
+        return [parts[i % self._threads][i // self._threads] for i in range(len(items))]
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RuntimeError(f"{self.dataset.path}: the loader was closed while it decoded a batch")
+
+
+def find_dali() -> None:
+    """Whether DALI is there, which is not imported: that takes a second.
+
+    Raises ValueError where it is not, with what to install.
+    """
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        raise ValueError(
+            "the dali loader needs NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]' "
+            "(Linux on x86-64 or aarch64; 'fastdeit[dali-cuda13]' where the driver runs CUDA 13), or use another loader"
+        )
