@@ -1,0 +1,47 @@
+"""The benchmark of the device augmentation, small and without a GPU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import augment_kernels
+from benchmarks.augment_kernels import Job, measure
+
+
+@pytest.fixture
+def job(monkeypatch):
+    monkeypatch.setattr(augment_kernels, "HEIGHT", 24)
+    monkeypatch.setattr(augment_kernels, "WIDTH", 30)
+    return Job.draw(4, 16, torch.float32)
+
+
+def by_the_clock(call):
+    start = time.perf_counter()
+    call()
+    return [1e3 * (time.perf_counter() - start)]
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_every_pass_is_timed_beside_its_peers(job, device):
+    records = {record["pass"]: record for record in measure(job, device, by_the_clock, 1e9)}
+    assert list(records) == ["resize", "operations", "finish", "augment", "stage", "stage from the host"]
+    for record in records.values():
+        assert record["sides"]["fastdeit"]["images_per_second"] > 0
+        assert not record["failed"]
+    assert "torchvision" in records["resize"]["sides"]
+    assert "torchvision, a draw an image" in records["augment"]["sides"]
+    # 4 images of 3 x 16 x 16, read as bytes and written as float32.
+    assert records["finish"]["floor_ms"] == pytest.approx(4 * 768 * 5 / 1e6)
+
+
+def test_what_is_wrong_is_not_timed(job, device, monkeypatch):
+    monkeypatch.setattr(augment_kernels, "normalised_levels", lambda *_: torch.zeros(3, 256).numpy())
+    (record,) = measure(job, device, by_the_clock, 1e9)
+    assert "4 of 4 samples differ from the host's" in record["refused"]
