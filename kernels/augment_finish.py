@@ -33,7 +33,7 @@ NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 KIND, BOX_TOP, BOX_LEFT, BOX_BOTTOM, BOX_RIGHT = range(5)
 MIX = 5
 
-_NO_MIX, _MIXUP, _CUTMIX, _MIX = tl.constexpr(NO_MIX), tl.constexpr(MIXUP), tl.constexpr(CUTMIX), tl.constexpr(MIX)
+_MIXUP, _CUTMIX, _MIX = tl.constexpr(MIXUP), tl.constexpr(CUTMIX), tl.constexpr(MIX)
 _NCHW, _NHWC = tl.constexpr("nchw"), tl.constexpr("nhwc")
 
 _LN2, _HALF_PI = tl.constexpr(math.log(2.0)), tl.constexpr(math.pi / 2.0)
@@ -166,8 +166,6 @@ def _finish(
 ):
     pair = unit + 2 * tl.program_id(1)
     one, other = tl.load(pair), tl.load(pair + 1)
-    if one < 0:
-        return
     first = tl.program_id(0) * BLOCK
     number = first + tl.arange(0, BLOCK)
     mask = number < 3 * S * S
@@ -180,12 +178,14 @@ def _finish(
     b = _values(planes, ending, tables, levels, erase, who, key, other, first, S, BLOCK)
     to_other = out + other.to(tl.int64) * (3 * S * S) + place
     how = mix + _MIX * one
-    if tl.load(how) == _MIXUP:
+    kind = tl.load(how)
+    if kind == _MIXUP:
         mine, theirs = tl.load(share + 2 * one), tl.load(share + 2 * one + 1)
         mixed_a, mixed_b = a * mine + b * theirs, b * mine + a * theirs
     else:
         y, x = number // S % S, number % S
         inside = (y >= tl.load(how + 1)) & (x >= tl.load(how + 2)) & (y < tl.load(how + 3)) & (x < tl.load(how + 4))
+        inside &= kind == _CUTMIX
         mixed_a, mixed_b = tl.where(inside, b, a), tl.where(inside, a, b)
     tl.store(to_one, mixed_a.to(out.dtype.element_ty), mask=mask)
     tl.store(to_other, mixed_b.to(out.dtype.element_ty), mask=mask)
@@ -220,8 +220,9 @@ def finish(
     levels  (3, 256) float32: what a level becomes
     erase   (B, 4) int32 top, left, height, width; height 0: nothing erased
     who     (B, 2) int64 image index and repeat, key (2,) int64 seed and epoch: the counter of the noise
-    unit    (B, 2) int32: samples that mix with one another; second -1: one alone; both -1: none. Every sample once
-    mix     (B, MIX) int32: MIXUP, or CUTMIX and top, left, bottom, right of the partner's part
+    unit    (U, 2) int32: samples that are finished together, among them those that mix with one another; second -1:
+            one alone. Every sample once
+    mix     (B, MIX) int32: NO_MIX, MIXUP, or CUTMIX and top, left, bottom, right of the partner's part
     share   (B, 2) float32: Mixup's shares of a sample itself and of its partner
     out     3 * S * S values a sample, float32, float16 or bfloat16, contiguous: (B, 3, S, S) with layout "nchw",
             (B, S, S, 3) with "nhwc", (B, (S / P)^2, 3 * P * P) with "patches": patches row by row, a patch
@@ -231,11 +232,11 @@ def finish(
     Nothing is checked but the device; no memory is taken and nothing waited for.
     """
     check_device("finish", planes.device)
-    count, size = len(planes), planes.shape[-1]
-    if not count:
+    size = planes.shape[-1]
+    if not len(unit):
         return
     launch = _launch(size, layout, patch_size)
-    _finish[(cdiv(3 * size * size, dict(launch.constants)["BLOCK"]), count)](
+    _finish[(cdiv(3 * size * size, dict(launch.constants)["BLOCK"]), len(unit))](
         planes, ending, tables, levels, erase, who, key, unit, mix, share, out, **launch.options()
     )
 

@@ -90,7 +90,7 @@ def _work_fields(count: int, layers: int) -> list[tuple[tuple[int, ...], torch.d
         ((count, 4), torch.int32),
         ((count, 2), torch.int64),
         ((2,), torch.int64),
-        ((count, 2), torch.int32),
+        (((count + 1) // 2, 2), torch.int32),
         ((count, augment_finish.MIX), torch.int32),
         ((count, 2), torch.float32),
     ]
@@ -221,10 +221,11 @@ def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) 
     members = len(plan) // max(len(plan.mix), 1)
     partner = group * members * 2 + members - 1 - sample
     mixed = (plan.mix != NO_MIX)[group]
-    first = np.nonzero(~mixed | (partner > sample))[0]
-    unit = work.unit.numpy()
-    unit.fill(-1)
-    unit[: len(first), 0], unit[: len(first), 1] = first, np.where(mixed, partner, -1)[first]
+    # Groups of an odd number of samples do not mix: there any two will do.
+    order = sample if members % 2 else np.stack([sample, partner], axis=1)[sample < partner].reshape(-1)
+    unit = work.unit.numpy().reshape(-1)
+    unit[len(plan) :] = -1
+    unit[: len(plan)] = order
 
     work.erase.numpy()[:] = plan.erase
     who, mix, share = work.who.numpy(), work.mix.numpy(), work.share.numpy()

@@ -32,14 +32,13 @@ class Inputs:
         self.ending = torch.from_numpy(rng.integers(0, 2, (count, 2), dtype=np.int32))
         self.erase = torch.zeros((count, 4), dtype=torch.int32)
         self.who = torch.from_numpy(np.stack([rng.integers(0, 2**31, count), rng.integers(0, 3, count)], 1))
-        self.unit = torch.full((count, 2), -1, dtype=torch.int32)
-        self.unit[:pairs] = torch.arange(count, dtype=torch.int32).view(pairs, 2)
+        self.unit = torch.arange(count, dtype=torch.int32).view(pairs, 2)
         self.mix = torch.zeros((count, MIX), dtype=torch.int32)
         self.share = torch.zeros((count, 2))
 
     def alone(self):
         """Nothing is paired."""
-        count = len(self.unit)
+        count = len(self.planes)
         self.unit = torch.stack([torch.arange(count), torch.full((count,), -1)], 1).int()
 
     def normalised(self):
@@ -135,7 +134,7 @@ def test_cuts_as_timm_does(device):
 
 def test_a_pair_that_does_not_mix_stays_as_it_is(device):
     batch = Inputs(8, 2)
-    batch.mix[:, 0] = NO_MIX
+    batch.mix[:] = torch.tensor([NO_MIX, 1, 1, 7, 7])
     assert torch.equal(batch.run(device), batch.normalised())
 
 

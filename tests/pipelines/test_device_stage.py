@@ -50,7 +50,7 @@ def _differing(ours, host):
 
 
 @pytest.mark.parametrize(
-    ("size", "samples", "groups", "layers"), [(12, 72, 6, 2), (13, 48, 6, 3), (16, 48, 3, 2), (17, 12, 6, 4)]
+    ("size", "samples", "groups", "layers"), [(12, 72, 6, 2), (13, 36, 6, 3), (16, 32, 2, 2), (17, 12, 6, 4)]
 )
 def test_random_plans_equal_the_host_stage_to_the_bit(
     size, samples, groups, layers, pool, device, make_decoded, make_plan
@@ -153,6 +153,15 @@ def test_a_batch_is_not_overwritten_by_those_that_follow(pool, device, make_deco
         batches.append((stage(decoded, plan), host(decoded, plan)))
     for ours, expected in batches:
         assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize(("samples", "groups"), [(1, 1), (9, 3), (6, 1)])
+def test_what_does_not_mix_need_not_be_paired(samples, groups, pool, device, make_decoded, make_plan):
+    rng = np.random.default_rng(samples)
+    decoded = make_decoded(rng, SIZES, samples)
+    plan = make_plan(rng, decoded, 7, groups=groups, layers=1)
+    plan = dataclasses.replace(plan, mix=np.full(groups, NO_MIX, np.int8), lam=np.ones(groups))
+    assert_equal(device_stage(device, 7)(decoded, plan), host_stage(pool, 7)(decoded, plan))
 
 
 def test_an_empty_batch(pool, device, make_decoded, make_plan):
