@@ -44,10 +44,12 @@ env: .venv/.stamp
 	@echo "installing PyTorch and friends into .venv, about 3 GB to fetch"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,dev]'
 	@if ! { $(BUILDS_FFCV); }; then \
-	    echo "FFCV is left out, since it needs $(SYSTEM): the torch loader decodes instead, more slowly"; \
+	    echo "FFCV is left out, since it needs $(SYSTEM): other loaders decode instead"; \
 	elif ! $(BIN)/pip install -q --disable-pip-version-check -e '.[ffcv]'; then \
-	    echo "FFCV did not build: the torch loader decodes instead, more slowly (fastdeit-doctor tells more)"; \
+	    echo "FFCV did not build: other loaders decode instead (fastdeit-doctor tells more)"; \
 	fi
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dali]' || \
+	    echo "DALI did not install (NVIDIA has it for Linux on x86-64 and aarch64 alone): other loaders decode instead"
 	@touch $@
 
 # Fashion-MNIST, which a few tests use where it is there.

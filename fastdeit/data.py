@@ -131,6 +131,8 @@ def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
     """The main process's name and reason of a loader, on every process: decoders differ in their pixels."""
     names = list(LOADERS)
     name, reason = choice or (names[0], "as on the main process")
+    if name not in names:
+        raise UserError(f"loader '{name}', {reason}: there is no such loader: choose another with --data.loader")
     chosen = torch.tensor([names.index(name)], device=world.device)
     world.broadcast([chosen])
     return names[int(chosen)], reason

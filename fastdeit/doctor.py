@@ -250,7 +250,7 @@ def ffcv() -> Check:
     version = _installed("ffcv")
     if version is None:
         remedy = f"{FFCV_SYSTEM}, then pip install 'fastdeit[ffcv]'"
-        return Check("ffcv", "absent", "not installed: data.loader auto takes 'torch', which is slower", remedy)
+        return Check("ffcv", "absent", "not installed: data.loader auto chooses among the others", remedy)
     files = importlib.metadata.files("ffcv") or []
     libraries = [f.locate() for f in files if f.name.startswith("_libffcv") and f.suffix == ".so"]
     rebuild = f"{FFCV_SYSTEM}, then pip install --force-reinstall --no-deps --no-binary ffcv ffcv"
@@ -289,14 +289,14 @@ def dali() -> Check:
         if (name := str(distribution.name).lower()) and (built := DALI.match(name))
     ]
     if not found:
-        return Check("dali", "absent", "not installed: the loaders do not need it", remedy)
+        return Check("dali", "absent", "not installed: data.loader auto chooses among the others", remedy)
     name, cuda, version = found[0]
     detail = f"{name} {version}"
     if len(found) > 1:
         others = " ".join(other[0] for other in found[1:])
         return Check("dali", "warn", f"{detail} and {others} overwrite each other", f"pip uninstall {others}")
     if driver is None:
-        return Check("dali", "warn", f"{detail}; without an NVIDIA driver it runs CPU pipelines alone")
+        return Check("dali", "ok", f"{detail}; without an NVIDIA driver it decodes on the CPU")
     if cuda > driver[0]:
         return Check(
             "dali", "warn", f"{detail}, but the driver runs CUDA {driver[0]}", f"pip uninstall {name}; {remedy}"
