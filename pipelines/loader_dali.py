@@ -60,7 +60,7 @@ class DaliLoader(ThreadedLoader):
         if device_id is not None:
             self.name = "dali-mixed"
         self._chunk = _CHUNK_PER_THREAD * threads
-        self._refused: set[int] = set()  # which PIL reads at once when they come again
+        self._unfit: set[int] = set()  # for DALI: PIL reads them at once when they come again
         self._using = threading.Lock()
         self._pipeline: Any = None
         super().__init__(dataset, order, pool=pool, threads=threads, **options)
@@ -110,7 +110,7 @@ class DaliLoader(ThreadedLoader):
 
     def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         task = (index, out, None)
-        jpeg = None if index in self._refused else self._read(task)
+        jpeg = None if index in self._unfit else self._read(task)
         if jpeg is not None:
             with self._using:
                 if not self._through_dali([(task, jpeg)]):
@@ -119,7 +119,7 @@ class DaliLoader(ThreadedLoader):
         return False
 
     def _decode_all(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
-        jpegs = [task for task in tasks if self.dataset.is_jpeg(task[0]) and task[0] not in self._refused]
+        jpegs = [task for task in tasks if self.dataset.is_jpeg(task[0]) and task[0] not in self._unfit]
         left: set[int] = set()
         for start in range(0, len(jpegs), self._chunk):
             chunk = jpegs[start : start + self._chunk]
@@ -138,10 +138,12 @@ class DaliLoader(ThreadedLoader):
         index = task[0]
         jpeg = read_stored(self.dataset, index)
         found = frame_size(jpeg)
-        if found == (0, 0):
-            return None
-        check_size(self.dataset, index, *found)
-        return jpeg if is_whole(jpeg, MAX_SCANS) else None
+        if found != (0, 0):
+            check_size(self.dataset, index, *found)
+            if is_whole(jpeg, MAX_SCANS):
+                return jpeg
+        self._unfit.add(index)
+        return None
 
     def _read_or_leave(self, task: _Task) -> np.ndarray | None:
         try:
@@ -155,7 +157,7 @@ class DaliLoader(ThreadedLoader):
             return []
         if len(jpegs) == 1:
             task, _ = jpegs[0]
-            self._refused.add(task[0])
+            self._unfit.add(task[0])
             return [task]
         middle = len(jpegs) // 2
         return self._through_dali(jpegs[:middle]) + self._through_dali(jpegs[middle:])

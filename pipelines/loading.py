@@ -92,13 +92,17 @@ def choose_loader(
             gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load}
             try:
                 loader = LOADERS[name](dataset, few, **options, **(gpu if name == "dali" else {}))
-                loaders[name] = stack.enter_context(loader)
-            except ValueError as error:
+                stack.enter_context(loader)
+                next(loader.batches(0))  # loads libraries, reads the files, takes memory
+            except DecodeError as error:
+                return there[0], f"not timed, since an image does not decode ({error})"
+            except Exception as error:  # one that does not work here must not end a run that others can do
                 failed.append(f"; not {name}: {error}")
-        try:
-            rates = _rates(loaders)
-        except DecodeError as error:
-            return there[0], f"not timed, since an image does not decode ({error})"
+            else:
+                loaders[name] = loader
+        if not loaders:
+            return "torch", f"PIL decodes, since no other does{''.join(failed)}"
+        rates = _rates(loaders)
     best = max(rates, key=lambda name: rates[name])
     first = next(iter(rates))
     chosen = best if rates[best] > MARGIN * rates[first] else first
@@ -136,8 +140,6 @@ def _first_images(dataset: Dataset, order: Order, threads: int) -> _Few | None:
 
 def _rates(loaders: dict[str, ThreadedLoader]) -> dict[str, float]:
     """Images per second of every loader in its best round."""
-    for loader in loaders.values():
-        next(loader.batches(0))  # reads the files, loads libraries, takes memory
     seconds = dict.fromkeys(loaders, float("inf"))
     images = 0
     end = time.perf_counter() + SECONDS

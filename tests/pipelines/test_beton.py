@@ -1,11 +1,12 @@
 """The beton format, judged by plain FFCV: it reads what we write and we read what it writes."""
 
-import gc
 import hashlib
 import io
+import json
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -47,64 +48,65 @@ def small(tmp_path):
     return write(tmp_path / "small.beton", [picture(i) for i in range(6)], [3, 1, 0, 2, 1, 3])
 
 
+# In a process of its own: FFCV's loader makes numba's type of byte arrays read-only for the whole process, and what
+# numba compiles after that may fail.
+PLAIN_FFCV = """
+import json, sys
+import numpy as np
+from ffcv.fields import rgb_image
+from ffcv.fields.basics import IntDecoder
+from ffcv.loader import Loader, OrderOption
+
+for path, out, os_cache, decoder, arguments in json.load(sys.stdin):
+    image = [getattr(rgb_image, decoder)(*arguments)]
+    loader = Loader(path, batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache,
+                    pipelines={"image": image, "label": [IntDecoder()]})
+    batches = [(np.array(pixels), np.array(label).ravel()) for pixels, label in loader]
+    pixels, labels = (np.concatenate(arrays) for arrays in zip(*batches))
+    np.savez(out, pixels=pixels, labels=labels)
+"""
+
+
+def plain_ffcv(*jobs):
+    """Pixels and labels of each job: path, where to, os_cache, decoder, its arguments."""
+    pytest.importorskip("ffcv")
+    jobs = [[str(path), str(out), *rest] for path, out, *rest in jobs]
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_FFCV], input=json.dumps(jobs), text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [(found["pixels"], found["labels"].tolist()) for found in (np.load(out) for _, out, *_ in jobs)]
+
+
 @pytest.fixture
-def ffcv(monkeypatch):
-    yield pytest.importorskip("ffcv")
-    # The finalizers of FFCV's compiled pipelines raise within numba; let them do so here, not in another test.
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-    gc.collect()
+def ffcv():
+    return pytest.importorskip("ffcv")
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
 @pytest.mark.parametrize("mode", [JPEG, RAW])
-def test_ffcv_loads_what_we_write(ffcv, tmp_path, mode, os_cache):
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-
+def test_ffcv_loads_what_we_write(tmp_path, mode):
     # Gray JPEGs are passed through by the conversion; libjpeg must make them RGB.
     images = [picture(i, (320, 240), "L" if mode == JPEG and i % 4 == 3 else "RGB") for i in range(24)]
     labels = [int(v) for v in np.random.default_rng(1).integers(0, 1000, 24)]
     path = write(tmp_path / "data.beton", images, labels, mode=mode)
     if mode == RAW:  # 24 x 230,400 bytes do not fit two pages
         assert len(set(BetonDataset(path).offset // MIN_PAGE)) == 3
-    loader = Loader(
-        str(path),
-        batch_size=8,
-        num_workers=1,
-        order=OrderOption.SEQUENTIAL,
-        os_cache=os_cache,
-        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
-    )
-    seen, seen_labels = [], []
-    for pixels, label in loader:
-        seen += [p.copy() for p in np.asarray(pixels)]
-        seen_labels += np.asarray(label).ravel().tolist()
-    assert seen_labels == labels
-    for image, pixels in zip(images, seen, strict=True):
-        expected = np.asarray(image if mode == RAW else Image.open(io.BytesIO(jpeg(image))).convert("RGB"))
-        difference = np.abs(pixels.astype(int) - expected)
-        # FFCV asks libjpeg for its fast DCT, PIL for the exact one: measured 4 levels at most, 1.0 on average.
-        assert difference.max() <= (0 if mode == RAW else 5)
-        assert difference.mean() <= 1.5
+    jobs = [(path, tmp_path / f"{os_cache}.npz", os_cache, "SimpleRGBImageDecoder", []) for os_cache in (True, False)]
+    for seen, seen_labels in plain_ffcv(*jobs):
+        assert seen_labels == labels
+        for image, pixels in zip(images, seen, strict=True):
+            expected = np.asarray(image if mode == RAW else Image.open(io.BytesIO(jpeg(image))).convert("RGB"))
+            difference = np.abs(pixels.astype(int) - expected)
+            # FFCV asks libjpeg for its fast DCT, PIL for the exact one: measured 4 levels at most, 1.0 on average.
+            assert difference.max() <= (0 if mode == RAW else 5)
+            assert difference.mean() <= 1.5
 
 
-def test_ffcv_crops_images_of_many_sizes(ffcv, tmp_path):
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-
+def test_ffcv_crops_images_of_many_sizes(tmp_path):
     images = [Image.new("RGB", (60 + 7 * i, 90 - 5 * i), (20 * i, 255 - 20 * i, 100)) for i in range(8)]
     path = write(tmp_path / "data.beton", images, list(range(8)))
-    loader = Loader(
-        str(path),
-        batch_size=4,
-        num_workers=1,
-        order=OrderOption.SEQUENTIAL,
-        pipelines={"image": [CenterCropRGBImageDecoder((32, 32), ratio=0.875)], "label": [IntDecoder()]},
-    )
-    pixels = np.concatenate([np.array(batch[0]) for batch in loader])
-    for image, crop in zip(images, pixels, strict=True):
+    [(crops, _)] = plain_ffcv((path, tmp_path / "crops.npz", True, "CenterCropRGBImageDecoder", [[32, 32], 0.875]))
+    for image, crop in zip(images, crops, strict=True):
         assert np.abs(crop.astype(int) - image.getpixel((0, 0))).max() <= 2
 
 

@@ -160,14 +160,19 @@ def test_an_image_that_does_not_decode_is_told(candidates, tmp_path, options):
 def test_one_that_cannot_be_opened_is_told(candidates, jpegs, options, monkeypatch):
     candidates(a=0, b=0.002, c=0)
 
-    class Broken(TorchLoader):
-        def _load(self):
-            raise ValueError("its library is broken: install another")
+    def fail(self, *unused):
+        raise ValueError("its library is broken: install another")
 
-    monkeypatch.setitem(loading.LOADERS, "c", Broken)
+    for method in ("_load", "decode"):
+        monkeypatch.setitem(loading.LOADERS, "c", type("Broken", (TorchLoader,), {method: fail}))
+        name, reason = choose_loader(jpegs, EvalOrder(COUNT, batch=10), **options)
+        assert name == "a"
+        assert "not c: its library is broken: install another" in reason
+    for other in ("a", "b"):
+        monkeypatch.setitem(loading.LOADERS, other, loading.LOADERS["c"])
     name, reason = choose_loader(jpegs, EvalOrder(COUNT, batch=10), **options)
-    assert name == "a"
-    assert "not c: its library is broken: install another" in reason
+    assert name == "torch"
+    assert "not a: its library is broken" in reason
 
 
 def test_without_any_it_is_torch_and_says_what_to_install(jpegs, options, monkeypatch, tmp_path):
