@@ -21,7 +21,7 @@ FREE = {
         "output", "resume", "resume_changed", "device", "precision", "compile", "eval_every", "eval_batch",
         "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
-    "data": {"train", "val", "loader", "hw_decoder_load", "threads", "prefetch", "on_error"},
+    "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init"},
     "teacher": {"checkpoint", "labels"},
 }  # fmt: skip
@@ -34,7 +34,7 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "data.train": trainer.train_set.content_hash,
         "data.loader": trainer.data.loader.name,
         "run.precision": trainer.precision.name,
-        "run.compile": trainer.compiled,
+        "run.compile": trainer.train_step.compiled,
         "teacher.checkpoint": _teacher(trainer),
         "model.init (given or not)": trainer.recipe.model.init is not None,
         "repeats": trainer.data.repeats,
@@ -59,10 +59,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     recipe = trainer.recipe
     return {
         "format": checkpoint.FORMAT,
-        "model": trainer.model.state_dict(),
-        "ema": trainer.ema.shadow if trainer.ema is not None else None,
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
+        **trainer.train_step.state(),
         "recipe": recipe.to_dict(),
         "epoch": trainer.epoch,
         "step": trainer.step,
@@ -135,12 +132,7 @@ def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
             f"{path} was written with {changed[0]}: resume with the same value; with --run.resume_changed True, "
             f"which makes it another run; or start afresh with another --run.output"
         )
-    trainer.model.load_state_dict(state["model"])
-    if trainer.ema is not None and state["ema"] is not None:
-        trainer.ema.load(state["ema"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    if trainer.scaler is not None and state["scaler"] is not None:
-        trainer.scaler.load_state_dict(state["scaler"])
+    trainer.train_step.load(state)
     trainer.epoch, trainer.step = state["epoch"], state["step"]
     trainer.global_step = state["global_step"]
     return path, changed

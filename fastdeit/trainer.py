@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit import __version__, checkpoint
 from fastdeit.cli import UserError
@@ -22,7 +20,6 @@ from fastdeit.data import (
     set_compute_threads,
 )
 from fastdeit.distributed import World
-from fastdeit.drop_path import draw_drop_path
 from fastdeit.evaluation import Scores, evaluate, headline
 from fastdeit.label_cache import LabelCache, labelled_loader, pixel_key
 from fastdeit.logs import RunLog, duration
@@ -31,15 +28,13 @@ from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
-from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import resolve
 from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
+from fastdeit.step import TrainingStep
 from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights
-
-COMPILER = "inductor"  # torch.compile's own name of its default backend
 
 
 class Trainer:
@@ -76,18 +71,21 @@ class Trainer:
         self.messages: list[str] = []
         if recipe.model.init is not None:
             self.messages += load_weights(self.model, recipe.model.init)
-        self.objective = build_objective(recipe.objective, recipe.model.distilled, d)
         self.labels = self._open_labels()
         self.teacher = self._build_teacher()
-        self.compiled = run.compile == "on" or (run.compile == "auto" and world.device.type == "cuda")
-        if self.compiled:
-            self._compile()
-        self.optimizer = build_optimizer(self.model, recipe)
-        self.ema = Ema(self.model, recipe.ema.decay) if recipe.ema.enabled else None
-        self.scaler = torch.amp.GradScaler(world.device.type) if self.precision.name == "fp16" else None
+        self.train_step = TrainingStep(
+            recipe,
+            world,
+            self.precision,
+            self.model,
+            build_objective(recipe.objective, recipe.model.distilled, d),
+            num_classes=self.num_classes,
+            steps_per_epoch=self.data.steps,
+            teacher=self.teacher,
+            labels=self.labels,
+        )
         self.epoch, self.step, self.global_step = 0, 0, 0
         self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
-        self.student: torch.nn.Module = self.model
         self.last_scores: dict[str, Scores] = {}
 
     def _check_label_range(self, data_set: Dataset) -> None:
@@ -96,13 +94,6 @@ class Trainer:
                 f"the model has {self.num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
                 f"set --model.num_classes {data_set.num_classes}"
             )
-
-    def _compile(self) -> None:
-        """Have torch.compile make one graph each of student, teacher and loss; parameters keep their names."""
-        self.model.compile(backend=COMPILER)
-        if self.teacher is not None:
-            self.teacher.network.compile(backend=COMPILER)
-        self.objective = torch.compile(self.objective, backend=COMPILER)
 
     def _open_labels(self) -> LabelCache | None:
         """The teacher's labels where they were made beforehand."""
@@ -134,9 +125,7 @@ class Trainer:
         run, began = self.recipe.run, time.monotonic()
         try:
             self._start()
-            if self.world.size > 1:
-                device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-                self.student = DistributedDataParallel(self.model, device_ids=device_ids)
+            self.train_step.distribute()
             if self.epoch and self.step == 0:
                 self._evaluate_if_due()  # a kill may have come between the checkpoint and its evaluation
             meter = Meter(self.world)
@@ -177,7 +166,7 @@ class Trainer:
             world=self.world.size,
             device=str(self.world.device),
             precision=self.precision.name,
-            compiled=self.compiled,
+            compiled=self.train_step.compiled,
             loader=self.data.loader.name,
             steps_per_epoch=self.data.steps,
             parameters=parameters,
@@ -186,7 +175,7 @@ class Trainer:
             f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {self.num_classes} classes, "
             f"{len(self.train_set)} images, {self.data.steps} steps of {recipe.run.global_batch} an epoch, "
             f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
-            f"{', compiled' if self.compiled else ''}"
+            f"{', compiled' if self.train_step.compiled else ''}"
         )
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
         if self.labels is not None:
@@ -206,7 +195,7 @@ class Trainer:
     def _train_epoch(self, batches: Prefetcher[TrainBatch], meter: Meter) -> None:
         run = self.recipe.run
         finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
-        self.student.train(not finetuning)
+        self.train_step.student.train(not finetuning)
         # On a GPU the loss of a step is looked at one step later, when it is there without waiting.
         deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
         meter.start(batches.wait_seconds)
@@ -218,13 +207,11 @@ class Trainer:
             batch = next(batches)
             fallbacks.update(batch.fallbacks)
             replaced.update(batch.replaced)
-            parts = self._forward_backward(batch)
+            check = None if deferred else partial(check_loss, self, batch=batch, step=self.step, updated=False)
+            parts = self.train_step(batch, self.epoch, self.step, self.global_step, check)
             if pending is not None:
                 check_loss(self, *pending, updated=True)
-            if not deferred:
-                check_loss(self, parts, batch, self.step, updated=False)
             pending = (parts, batch, self.step) if deferred else None
-            self._update()
             meter.add(parts)
             self.step += 1
             self.global_step += 1
@@ -253,82 +240,18 @@ class Trainer:
             some = ", ".join(f"{bad} by {used}" for bad, used in replaced[:8])
             self.log.say(f"{counts[1]} images do not decode and were replaced, with their labels: {some}")
 
-    def _forward_backward(self, batch: TrainBatch) -> LossParts:
-        """Gradients of this process's share of a step; the mean losses of the share."""
-        recipe, world = self.recipe, self.world
-        count = len(batch.position)
-        # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step as well.
-        torch.manual_seed(((recipe.run.seed * 1_000_003 + self.global_step) * 4099 + world.rank) % 2**63)
-        lr = learning_rate(recipe, self.epoch, self.step, self.data.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        images = batch.data.images.to(world.device, non_blocking=True)
-        targets = batch.data.targets(self.num_classes, recipe.augment.label_smoothing)
-        targets = targets.to(world.device, non_blocking=True)
-        masks = self._drop_path(batch.position)
-
-        micro = recipe.run.micro_batch or count
-        total: list[torch.Tensor] = []
-        self.optimizer.zero_grad(set_to_none=True)
-        for start in range(0, count, micro):
-            part = slice(start, min(start + micro, count))
-            share = (part.stop - part.start) / count
-            self.model.set_drop_path(None if masks is None else masks[..., part])
-            joined = self.student if isinstance(self.student, DistributedDataParallel) else None
-            with joined.no_sync() if joined is not None and part.stop < count else nullcontext():
-                with self.precision.autocast():
-                    teacher = self._teach(images[part], batch.position[part])
-                    loss = self.objective(self.student(images[part]), targets[part], teacher)
-                weighted = loss.loss * share
-                (self.scaler.scale(weighted) if self.scaler else weighted).backward()
-            total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
-        return LossParts(*torch.stack(total).sum(0))
-
-    def _update(self) -> None:
-        cfg = self.recipe.optim
-        if self.scaler is not None:
-            if cfg.clip_grad is not None:
-                self.scaler.unscale_(self.optimizer)
-                clip_gradients(self.model.parameters(), cfg.clip_grad)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            clip_gradients(self.model.parameters(), cfg.clip_grad)
-            self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model)
-
-    def _drop_path(self, positions: np.ndarray) -> torch.Tensor | None:
-        cfg = self.recipe.model
-        if cfg.arch != "deit" or cfg.drop_path == 0 or not self.student.training:
-            return None
-        masks = draw_drop_path(self.recipe.run.seed, self.global_step, positions, cfg.depth, cfg.drop_path)
-        return torch.from_numpy(masks).to(self.world.device, non_blocking=True)
-
-    def _teach(self, images: torch.Tensor, position: np.ndarray) -> torch.Tensor | None:
-        """The teacher's hard labels (B,) or logits (B, K) of the very images that the student sees."""
-        source, hard = self.teacher, self.recipe.objective.distillation == "hard"
-        if self.labels is not None:
-            entries = self.step * self.recipe.run.global_batch + position
-            found = self.labels.labels(self.epoch, entries) if hard else self.labels.logits(self.epoch, entries)
-            return found.to(self.world.device, non_blocking=True)
-        if source is None:
-            return None
-        return source.labels(images) if hard else source.logits(images)
-
     def _log_train(self, meter: Meter, wait_seconds: float) -> dict[str, str]:
         run = self.recipe.run
         left = run.epochs * self.data.steps - self.global_step
         seen = meter.read(wait_seconds, run.global_batch)
         eta = left * run.global_batch / seen["images_per_second"]
-        lr = self.optimizer.param_groups[0]["lr"]
         self.log.event(
             "train",
             epoch=self.epoch,
             step=self.step - 1,
             global_step=self.global_step,
             **{k: v for k, v in seen.items() if k.startswith("loss")},
-            lr=lr,
+            lr=self.train_step.lr,
             images_per_second=round(seen["images_per_second"], 1),
             data_wait=round(seen["data_wait"], 4),
             eta_seconds=round(eta),
@@ -345,8 +268,9 @@ class Trainer:
         if self.val is None or (self.epoch % run.eval_every and self.epoch != run.epochs):
             return
         kinds: dict[str, dict[str, torch.Tensor] | None] = {"model": None}
-        if self.ema is not None and self.recipe.departures.ema_eval:
-            kinds["ema"] = self.ema.shadow
+        ema = self.train_step.ema
+        if ema is not None and self.recipe.departures.ema_eval:
+            kinds["ema"] = ema.shadow
         for kind, weights in kinds.items():
             plain: dict[str, torch.Tensor] | None = None
             if weights is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from fastdeit import checkpoint, trainer
+from fastdeit import checkpoint, step
 from fastdeit.cli import UserError
 from fastdeit.distributed import world
 from fastdeit.networks import build_network
@@ -65,7 +65,7 @@ def test_accumulation_keeps_the_global_batch(tiny, events):
 
 def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoint, monkeypatch):
     """aot_eager traces forward and backward as the default backend does, and then runs PyTorch's own ops."""
-    monkeypatch.setattr(trainer, "COMPILER", "aot_eager")
+    monkeypatch.setattr(step, "COMPILER", "aot_eager")
     runs = [
         tiny(
             model={"drop_path": 0.2},
@@ -142,7 +142,7 @@ def test_fine_tuning_at_another_resolution(tiny):
         trainer = Trainer(second, joined)
         assert any("pos_embed" in m or "position embedding" in m for m in trainer.messages)
         trainer.run()
-        assert not trainer.student.training  # deit issue 177: fine-tune in eval mode
+        assert not trainer.train_step.student.training  # deit issue 177: fine-tune in eval mode
     assert newest(second)["model"]["pos_embed"].shape[1] == 36 + 1
 
 
