@@ -5,20 +5,23 @@ Triton compiles down to a cubin for any architecture; its own `cuobjdump` tells 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 import triton.backends.nvidia
-import tyro
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,30 +33,47 @@ ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 # Bytes of shared memory a program can have (CUDA programming guide, technical specifications by compute capability).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 _TOOLS = Path(next(iter(triton.backends.nvidia.__path__))) / "bin"
+_MARKS = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A kernel compiled for one architecture.
 
+    name, warps  those of the variant
     registers    of a thread
     stack        bytes of local memory of a thread; more than none means that registers were spilled
     shared       bytes of shared memory of a program
     mnemonics    how often each machine instruction is there, by its name without suffixes
-    ptx          the assembly that it was made of
+    wgmma        whether the PTX has the matrix instructions of a warp group
     """
 
-    variant: Variant
+    name: str
+    warps: int
     architecture: int
     registers: int
     stack: int
     shared: int
-    mnemonics: Counter[str]
-    ptx: str
+    mnemonics: dict[str, int]
+    wgmma: bool
 
     @property
     def instructions(self) -> int:
-        return self.mnemonics.total() - self.mnemonics["NOP"]
+        return sum(self.mnemonics.values()) - self.mnemonics.get("NOP", 0)
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Those of the matrix units: of a warp (HMMA), of a warp group (HGMMA) or of a multiprocessor (UTCHMMA)."""
+        return sum(count for name, count in self.mnemonics.items() if name.endswith("MMA"))
+
+    def fault(self) -> str | None:
+        """Why the kernel cannot be launched so, or should not be; None where all is well."""
+        if self.stack:
+            return f"{self.name} on sm_{self.architecture} spills registers: {self.stack} bytes of stack a thread"
+        if self.shared > SHARED_LIMIT[self.architecture]:
+            limit = SHARED_LIMIT[self.architecture]
+            return f"{self.name} on sm_{self.architecture} needs {self.shared} bytes of shared memory of {limit}"
+        return None
 
 
 def compile_variant(variant: Variant, architecture: int) -> Compiled:
@@ -80,24 +100,25 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _tool("-res-usage", file.name)
-        code = _tool("-sass", file.name)
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
     figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     # A line of code: /*0010*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
     found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     return Compiled(
-        variant=variant,
+        name=variant.name,
+        warps=variant.num_warps,
         architecture=architecture,
         registers=figures["REG"],
         stack=figures["STACK"] + figures["LOCAL"],
         shared=kernel.metadata.shared,
-        mnemonics=Counter(found),
-        ptx=kernel.asm["ptx"],
+        mnemonics=dict(sorted(Counter(found).items())),
+        wgmma="wgmma" in kernel.asm["ptx"],
     )
 
 
-def _tool(option: str, path: str) -> str:
-    return subprocess.run([_TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+def _tool(name: str, *options: str) -> str:
+    return subprocess.run([_TOOLS / name, *options], capture_output=True, text=True, check=True).stdout
 
 
 def all_variants() -> list[Variant]:
@@ -109,14 +130,86 @@ def all_variants() -> list[Variant]:
     return found
 
 
-def table(rows: list[list[Compiled]]) -> str:
-    """A Markdown table: a row a variant, its compiled forms one architecture after another."""
+def first_of_each(variants: Iterable[Variant]) -> list[Variant]:
+    """The first variant of every kernel and of every name of it: the name's first word."""
+    found: dict[tuple[int, str], Variant] = {}
+    for variant in variants:
+        found.setdefault((id(variant.kernel), variant.name.partition(" ")[0]), variant)
+    return list(found.values())
+
+
+def compile_all(variants: Sequence[Variant], jobs: int) -> Iterator[Compiled]:
+    """Every variant for every architecture, in this order, `jobs` at a time."""
+    # Kernels do not pickle: the processes are forks that know them already.
+    work = [(variant, architecture) for variant in variants for architecture in ARCHITECTURES]
+    if jobs == 1:
+        yield from (compile_variant(*each) for each in work)
+        return
+    _work[:] = work
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile_number, range(len(work)))
+
+
+_work: list[tuple[Variant, int]] = []
+
+
+def _compile_number(number: int) -> Compiled:
+    return compile_variant(*_work[number])
+
+
+def versions() -> str:
+    """Triton's, and those of the assemblers that come with it."""
+
+    def release(assembler: str) -> str:
+        found = re.search(r"release [\d.]+, V([\d.]+)", _tool(assembler, "--version"))
+        return found[1] if found else "unknown"
+
+    named = [f"{name} {release(name)}" for name in ("ptxas", "ptxas-blackwell") if (_TOOLS / name).exists()]
+    return ", ".join([f"Triton {triton.__version__}", *named])
+
+
+def table(found: Iterable[Compiled]) -> list[str]:
+    """Lines of a Markdown table: a row a variant, its compiled forms one architecture after another."""
+    rows: dict[str, list[Compiled]] = {}
+    for each in found:
+        rows.setdefault(each.name, []).append(each)
     heads = " | ".join(f"sm_{a}" for a in ARCHITECTURES)
     lines = [f"| kernel | warps | {heads} |", "|---|---:|" + "---:|" * len(ARCHITECTURES)]
-    for row in rows:
-        cells = " | ".join(f"{c.registers} / {c.shared / 1024:.1f} / {c.instructions}" for c in row)
-        lines.append(f"| {row[0].variant.name} | {row[0].variant.num_warps} | {cells} |")
-    return "\n".join(lines)
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row[0].warps} | {' | '.join(map(_cell, row))} |")
+    return lines
+
+
+def _cell(found: Compiled) -> str:
+    matrix = f" ({found.matrix_instructions})" if found.matrix_instructions else ""
+    spilled = f" / {found.stack} B spilled" if found.stack else ""
+    return f"{found.registers} / {found.shared / 1024:.1f} / {found.instructions}{matrix}{spilled}"
+
+
+def updated(text: str, found: Iterable[Compiled]) -> str:
+    """`text` with versions and table between its marks. Raises ValueError where it has none."""
+    before, _, after = _cut(text)
+    return "\n".join([before + _MARKS[0], f"{versions()}.", "", *table(found), _MARKS[1] + after])
+
+
+def differences(text: str, found: Sequence[Compiled]) -> list[str] | None:
+    """Rows of `found` that the table between the marks of `text` has otherwise or not at all, as they should be.
+
+    None where the table was made by other versions. Raises ValueError where there are no marks.
+    """
+    _, between, _ = _cut(text)
+    lines = between.strip().splitlines()
+    if not lines or lines[0] != f"{versions()}.":
+        return None
+    return [row for row in table(found)[2:] if row not in lines]
+
+
+def _cut(text: str) -> tuple[str, str, str]:
+    before, begin, rest = text.partition(_MARKS[0])
+    between, end, after = rest.partition(_MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"no place for the table: the file needs the lines {_MARKS[0]} and {_MARKS[1]}")
+    return before, between, after
 
 
 @dataclass(frozen=True)
@@ -127,41 +220,28 @@ class Options:
     """
 
     match: str = ""  # only kernels whose name contains this
+    first: bool = False  # only the first configuration of each kernel
     update: Path | None = None  # write the table between the marks of this file, e.g. docs/kernels.md
     json: bool = False  # print one JSON object a kernel and architecture, with its counts of instructions
+    jobs: int = len(os.sched_getaffinity(0))  # compilers at a time
 
 
 def main(args: list[str]) -> None:
+    import tyro
+
     options = tyro.cli(Options, args=args, prog="python -m benchmarks compiled")
+    if options.update is not None and (options.match or options.first):
+        sys.exit("error: --update writes the whole table: leave --match and --first away")
     variants = [variant for variant in all_variants() if options.match in variant.name]
-    rows = [[compile_variant(v, a) for a in ARCHITECTURES] for v in tqdm(variants, desc="compile", disable=None)]
-    found = [compiled for row in rows for compiled in row]
+    variants = first_of_each(variants) if options.first else variants
+    total = len(variants) * len(ARCHITECTURES)
+    found = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))
     if options.json:
-        for c in found:
-            figures = {"name": c.variant.name, "architecture": c.architecture, "registers": c.registers}
-            figures |= {"stack": c.stack, "shared": c.shared, "mnemonics": c.mnemonics, "wgmma": "wgmma" in c.ptx}
-            print(json.dumps(figures))
+        print(*(json.dumps(dataclasses.asdict(each)) for each in found), sep="\n")
     elif options.update is not None:
-        options.update.write_text(updated(options.update.read_text(), table(rows)))
+        options.update.write_text(updated(options.update.read_text(), found))
     else:
-        print(table(rows))
-    bad = [c for c in found if c.stack or c.shared > SHARED_LIMIT[c.architecture]]
-    for c in bad:
-        print(
-            f"{c.variant.name} on sm_{c.architecture}: {c.stack} bytes of stack, {c.shared} bytes of shared memory "
-            f"of {SHARED_LIMIT[c.architecture]}",
-            file=sys.stderr,
-        )
-    sys.exit(bool(bad))
-
-
-MARKS = "<!-- compiled: begin -->", "<!-- compiled: end -->"
-
-
-def updated(text: str, table: str) -> str:
-    """`text` with `table` between its marks. Raises ValueError where it has none."""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise ValueError(f"no place for the table: the file needs the lines {MARKS[0]} and {MARKS[1]}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+        print(f"{versions()}.", "", *table(found), sep="\n")
+    faults = [fault for each in found if (fault := each.fault()) is not None]
+    print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)
+    sys.exit(bool(faults))

@@ -201,7 +201,7 @@ def teacher_kind(teacher: Tensor | None) -> Literal["none", "hard", "soft"]:
 def _launch(num_classes: int, *, dist: bool, dense: bool, teacher: str, gradient: bool) -> Launch:
     block = max(128, min(2048, next_power_of_two(num_classes)))
     constants = (("DIST", dist), ("DENSE", dense), ("TEACHER", teacher), ("GRADIENT", gradient), ("BLOCK", block))
-    return Launch(constants=constants, num_warps=max(1, block // 256))
+    return Launch(constants=constants, num_warps=max(1, block // 128))
 
 
 _MEAN = Launch(constants=(("BLOCK", 1024),), num_warps=4)

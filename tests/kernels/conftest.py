@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -52,17 +47,3 @@ def at_most_twice():
             assert mine <= max(2 * judge, floor), f"{name}: error {mine:.2e}, PyTorch's own {judge:.2e}"
 
     return check
-
-
-@pytest.fixture
-def compiled():
-    """Figures of the kernels whose name contains a text, compiled for every architecture; none may spill."""
-
-    def figures(match):
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "benchmarks", "compiled", "--json", "--match", match]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    return figures

@@ -124,11 +124,3 @@ def test_opcheck_and_compile_without_a_graph_break(device):
 def test_what_does_not_fit_is_refused(device, shape):
     with pytest.raises(ValueError, match="head dim of at most 128"):
         attention(torch.zeros(shape, device=device))
-
-
-def test_compiles_without_spills_to_the_matrix_units(compiled):
-    found = compiled("bf16 N197 D64")
-    assert len(found) == 9
-    for figures in found:
-        if figures["architecture"] == 90:
-            assert figures["wgmma"], figures["name"]

@@ -110,7 +110,3 @@ def test_random_crops_at_full_size(device, size):
     rng = np.random.default_rng(size)
     images = noise(rng, (375, 500), (500, 333), (1200, 1600), (64, 3000), (3000, 50))
     compare(device, images, list(draw_cases(rng, images, 96, size)), size)
-
-
-def test_compiles_for_every_architecture(compiled):
-    assert len(compiled("augment_resize_pass1 S224")) == 3

@@ -88,7 +88,3 @@ def test_another_width_is_refused(device):
     x, bias = inputs(device, (3, 16), torch.float32)
     with pytest.raises(ValueError, match=r"give \(16,\)"):
         bias_gelu(x, bias[:4])
-
-
-def test_compiles_for_every_architecture(compiled):
-    assert len(compiled("bias_gelu_forward")) == 3

@@ -145,7 +145,3 @@ def test_without_a_gpu_the_reference_is_named(device, on_gpu, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"fastdeit\.kernels\.reference"):
         assemble_tokens(*inputs(torch.device("cpu"), 2, 3, 16, 2, True, torch.float32))
-
-
-def test_compiles_for_every_architecture(compiled):
-    assert len(compiled("assemble_tokens_forward bf16 C192")) == 3
