@@ -48,6 +48,7 @@ class DataConfig:
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest on these images, announced
+    stage: Literal["auto", "device", "host"] = "auto"  # who augments: the GPU or the CPU; auto: the faster, announced
     hw_decoder_load: float = 0.65  # loader dali on a GPU: share of the images that its hardware decoder takes
     threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
     prefetch: int = 2  # training batches prepared ahead

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,22 @@ from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.distributed import World
 from fastdeit.pipelines import dataset as datasets
 from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.draw import PlanDrawer, Policy
-from fastdeit.pipelines.host.stage import Batch, HostStage, evaluation_regions
+from fastdeit.pipelines.host.stage import Batch, evaluation_regions
 from fastdeit.pipelines.loading import LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order, StepSamples
 from fastdeit.pipelines.plan import Plan
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
 from fastdeit.pipelines.threaded import OnError, Regions, ThreadedLoader
+from fastdeit.staging import Layout, Make, Stage, StageName, Staging
 
 
 @dataclass(frozen=True)
 class TrainBatch:
     """A step's share of one process.
 
-    data       images and labels
+    data       images and labels, on the run's device
     position   (B,) int64 place of each sample in the global batch
     repeat     (B,) int32 which copy of its image a sample is
     fallbacks  dataset indices that the loader's decoder refused and PIL read
@@ -99,15 +101,20 @@ def _open(
     order: Order,
     world: World,
     dtype: torch.dtype,
+    layout: Layout,
     *,
+    make: Make,
     regions: Regions,
     on_error: OnError,
     preferred: tuple[str, str] | None,
-) -> tuple[ThreadPoolExecutor, ThreadedLoader, HostStage]:
+    chosen: tuple[StageName, str] | None = None,
+) -> tuple[ThreadPoolExecutor, ThreadedLoader, Staging]:
     """A pool of this process's threads, and the loader and the stage that share it.
 
-    `preferred` are name and reason of the loader that "auto" is here, where that is known.
+    `make` is that of `Staging`. `preferred` and `chosen` are name and reason of the loader and of the stage that "auto"
+    is here, where that is known.
     """
+    on_gpu = world.device.type == "cuda" and (chosen or (recipe.data.stage,))[0] != "host"
     threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
     pool = make_pool(threads)
     options: dict[str, Any] = {
@@ -115,6 +122,8 @@ def _open(
         "threads": threads,
         "regions": regions,
         "on_error": on_error,
+        "pinned": on_gpu,
+        "on_device": on_gpu,
         "device_id": world.device.index if world.device.type == "cuda" else None,
         "hw_decoder_load": recipe.data.hw_decoder_load,
     }
@@ -122,8 +131,9 @@ def _open(
     if name == "auto":
         name, reason = _agree(world, preferred or (choose_loader(dataset, order, **options) if world.main else None))
     loader = open_loader(name, dataset, order, **options, reason=reason)
-    augment = recipe.augment
-    stage = HostStage(recipe.model.img_size, augment.mean, augment.std, pool=pool, threads=threads, dtype=dtype)
+    stage = Staging(
+        recipe, world.device, loader, make, pool=pool, threads=threads, dtype=dtype, layout=layout, chosen=chosen
+    )
     return pool, loader, stage
 
 
@@ -142,7 +152,8 @@ class TrainingData:
     """Training batches of one process, in the exact order of the recipe.
 
     `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `loader`,
-    name and reason, is what "auto" is on the main process; None: the fastest.
+    name and reason, is what "auto" is on the main process; None: the fastest. `dtype` and `layout` ("nchw", or
+    "patches" as of `DeviceStage`) are those of the images.
     """
 
     def __init__(
@@ -151,6 +162,7 @@ class TrainingData:
         dataset: Dataset,
         world: World,
         dtype: torch.dtype = torch.float32,
+        layout: Layout = "nchw",
         *,
         loader: tuple[str, str] | None = None,
     ) -> None:
@@ -176,17 +188,19 @@ class TrainingData:
             dataset.height,
             dataset.width,
         )
-        self._pool, self.loader, self._stage = _open(
+        self._drawn: tuple[tuple[int, int], Plan] | None = None
+        self._pool, self.loader, self.stage = _open(
             recipe,
             dataset,
             self.order,
             world,
             dtype,
+            layout,
+            make=self._make,
             regions=self._crops,
             on_error=recipe.data.on_error,
             preferred=loader,
         )
-        self._drawn: tuple[tuple[int, int], Plan] | None = None
         self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
 
     @property
@@ -203,12 +217,16 @@ class TrainingData:
     def _crops(self, epoch: int, step: int, samples: StepSamples) -> np.ndarray:
         return self._plan(epoch, step, samples).crop
 
-    def _produce(self, first_epoch: int, first_step: int) -> Iterator[TrainBatch]:
+    def _make(self, stage: Stage, decoded: DecodedBatch) -> Batch:
+        samples = self.order.step(decoded.epoch, decoded.step)
+        return stage(decoded, self._plan(decoded.epoch, decoded.step, samples))
+
+    def _produce(self, first_epoch: int, first_step: int) -> Generator[TrainBatch, None, None]:
         for epoch in range(first_epoch, self._epochs):
             for decoded in self.loader.batches(epoch, first_step if epoch == first_epoch else 0):
                 samples = self.order.step(epoch, decoded.step)
                 yield TrainBatch(
-                    self._stage(decoded, self._plan(epoch, decoded.step, samples)),
+                    self.stage(decoded),
                     samples.position,
                     samples.repeat,
                     list(decoded.fallbacks),
@@ -217,7 +235,7 @@ class TrainingData:
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Prefetcher[TrainBatch]:
         """The batches from a step on to the end of the run, prepared ahead, also over the end of an epoch."""
-        return Prefetcher(self._produce(epoch, first_step), self._depth)
+        return self.stage.prefetch(self._produce(epoch, first_step), self._depth, lambda batch: batch.data.tensors())
 
     def close(self) -> None:
         self.loader.close()
@@ -227,12 +245,20 @@ class TrainingData:
 class EvaluationData:
     """Evaluation batches of one process: every image once over all processes, unless replicated.
 
-    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `loader` is that of
-    `TrainingData`.
+    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `loader`, `dtype` and
+    `layout` are those of `TrainingData`; `stage`, name and reason, is what "auto" is, None: the faster.
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, world: World, *, loader: tuple[str, str] | None = None
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        world: World,
+        dtype: torch.dtype = torch.float32,
+        layout: Layout = "nchw",
+        *,
+        loader: tuple[str, str] | None = None,
+        stage: tuple[StageName, str] | None = None,
     ) -> None:
         self.replicate = recipe.departures.eval_sharding == "replicate"
         self.order = EvalOrder(
@@ -249,8 +275,18 @@ class EvaluationData:
             return evaluation_regions(height, width, size, self._crop)
 
         # A score with an image replaced would be one of another data set.
-        self._pool, self.loader, self._stage = _open(
-            recipe, dataset, self.order, world, torch.float32, regions=regions, on_error="fail", preferred=loader
+        self._pool, self.loader, self.stage = _open(
+            recipe,
+            dataset,
+            self.order,
+            world,
+            dtype,
+            layout,
+            make=self._make,
+            regions=regions,
+            on_error="fail",
+            preferred=loader,
+            chosen=stage,
         )
         self.fallbacks: set[int] = set()
         self._depth = recipe.data.prefetch
@@ -261,12 +297,15 @@ class EvaluationData:
 
     def batches(self) -> Prefetcher[Batch]:
         """All batches, prepared ahead; a context manager."""
-        return Prefetcher(self._produce(), self._depth)
+        return self.stage.prefetch(self._produce(), self._depth, Batch.tensors)
 
-    def _produce(self) -> Iterator[Batch]:
+    def _make(self, stage: Stage, decoded: DecodedBatch) -> Batch:
+        return stage.evaluate(decoded, self._crop)
+
+    def _produce(self) -> Generator[Batch, None, None]:
         for decoded in self.loader.batches(0):
             self.fallbacks.update(decoded.fallbacks)
-            yield self._stage.evaluate(decoded, self._crop)
+            yield self.stage(decoded)
 
     def close(self) -> None:
         self.loader.close()

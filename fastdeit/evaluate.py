@@ -26,6 +26,7 @@ class Options:
     batch: int = 256
     threads: int = 0
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"
+    stage: Literal["auto", "device", "host"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     json: bool = False  # print one JSON object instead of a table
@@ -39,6 +40,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.evaluation import evaluate
     from fastdeit.networks import build_network
     from fastdeit.precision import resolve
+    from fastdeit.staging import image_dtype
     from fastdeit.weights import describe, load_weights
 
     stored = read_checkpoint(options.checkpoint)
@@ -51,10 +53,11 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         set_compute_threads(joined)
         val = open_dataset(options.val, "val")
         check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
-        data = EvaluationData(recipe, val, joined)
         precision = resolve(recipe, joined.device)
+        data = EvaluationData(recipe, val, joined, image_dtype(recipe, precision, teacher=False))
         if joined.main and not options.json:
             print(f"loader {data.loader.name}: {data.loader.reason}")
+            print(f"images made on the {data.stage.name}: {data.stage.reason}")
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
@@ -87,7 +90,7 @@ def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -
     return replace(
         recipe,
         model=model,
-        data=replace(recipe.data, loader=options.loader, threads=options.threads),
+        data=replace(recipe.data, loader=options.loader, stage=options.stage, threads=options.threads),
         run=replace(recipe.run, eval_batch=options.batch, precision=options.precision),
     ).resolved()
 

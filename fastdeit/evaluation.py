@@ -41,6 +41,8 @@ def evaluate(
     # keeps a row of zeros.
     totals = torch.zeros(len(HEADS), 6, dtype=torch.float64, device=world.device)
     real = real_labels(data.loader.dataset)
+    if real is not None:
+        real = real.to(world.device)
     with data.batches() as batches:
         for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=None if progress else True):
             pixels = batch.images.to(world.device, non_blocking=True)
@@ -51,7 +53,7 @@ def evaluate(
                 row = totals[HEADS.index(head)]
                 row[:4] += _hits(log_probabilities, labels)
                 if real is not None:
-                    row[4:] += _real_hits(log_probabilities, real[batch.index].to(world.device))
+                    row[4:] += _real_hits(log_probabilities, real[batch.index.to(world.device)])
     model.train(training)
     fallbacks = torch.tensor(float(len(data.fallbacks)), device=world.device)
     if not data.replicate:

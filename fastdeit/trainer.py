@@ -32,6 +32,7 @@ from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import resolve
 from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
+from fastdeit.staging import image_dtype
 from fastdeit.step import TrainingStep
 from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights
@@ -54,7 +55,9 @@ class Trainer:
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes
         self._check_label_range(self.train_set)
         loader = checkpoint_loader(recipe, self.folder) or labelled_loader(recipe)
-        self.data = TrainingData(recipe, self.train_set, world, loader=loader)
+        taught = recipe.objective.distillation != "none" and recipe.teacher.labels is None
+        dtype = image_dtype(recipe, self.precision, teacher=taught)
+        self.data = TrainingData(recipe, self.train_set, world, dtype, loader=loader)
         self.val: EvaluationData | None = None
         if recipe.data.val is not None:
             val_set = open_dataset(recipe.data.val, "data.val")
@@ -63,7 +66,12 @@ class Trainer:
             )
             self._check_label_range(val_set)
             self.val = EvaluationData(
-                recipe, val_set, world, loader=(self.data.loader.name.removesuffix("-mixed"), "as in training")
+                recipe,
+                val_set,
+                world,
+                image_dtype(recipe, self.precision, teacher=False),
+                loader=(self.data.loader.name.removesuffix("-mixed"), "as in training"),
+                stage=(self.data.stage.name, "as in training"),
             )
 
         torch.manual_seed(run.seed)
@@ -168,6 +176,7 @@ class Trainer:
             precision=self.precision.name,
             compiled=self.train_step.compiled,
             loader=self.data.loader.name,
+            stage=self.data.stage.name,
             steps_per_epoch=self.data.steps,
             parameters=parameters,
         )
@@ -178,6 +187,7 @@ class Trainer:
             f"{', compiled' if self.train_step.compiled else ''}"
         )
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
+        self.log.say(f"augmentation on the {self.data.stage.name}: {self.data.stage.reason}")
         if self.labels is not None:
             described = self.labels.described
             self.labels.check_epochs(self.epoch, recipe.run.epochs)

@@ -6,6 +6,7 @@ import threading
 import weakref
 
 import numpy as np
+import torch
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
@@ -15,9 +16,13 @@ class Arenas:
 
     So a batch stays what it is for as long as anybody holds any part of it, and there is never more memory than was
     held at one time, with an eighth on top for batches that turn out larger.
+
+    pinned  whether the memory is page-locked, for a GPU to copy from in the background. Whoever has it copied so must
+            hold on to the array until the copy is done
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._free: list[np.ndarray] = []
         self._lock = threading.Lock()
 
@@ -25,13 +30,18 @@ class Arenas:
         """(size,) uint8 of undefined contents, starting at a multiple of 64 bytes."""
         memory = self._fitting(size)
         if memory is None:
-            memory = np.empty(size + size // 8 + ALIGNMENT, np.uint8)
+            memory = self._new(size + size // 8 + ALIGNMENT)
         start = -memory.ctypes.data % ALIGNMENT
         # NumPy hangs a view of a view on the array that owns the memory; behind a memoryview that is this very
         # array, whose end therefore is the end of all its views.
         array = np.frombuffer(memory.data, np.uint8, size, start)
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array
+
+    def _new(self, size: int) -> np.ndarray:
+        if self._pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return np.empty(size, np.uint8)
 
     def _fitting(self, size: int) -> np.ndarray | None:
         """The smallest free memory that is large enough; what is too small is let go where there is none."""

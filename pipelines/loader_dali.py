@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.encode import MAX_SCANS
@@ -19,9 +20,10 @@ from fastdeit.pipelines.threaded import DecodeError, Region, ThreadedLoader, che
 
 T = TypeVar("T")
 R = TypeVar("R")
-_Task = tuple[int, np.ndarray, Region | None]  # index and where it goes; the region is always None here
+_Task = tuple[int, Any, Region | None]  # index and where it goes, on the host or a GPU; the region is always None here
 _Jpeg = tuple[_Task, np.ndarray]  # with the bytes to be decoded
 
+_DEVICE_ROUNDING = 32 << 20  # bytes: batches of about one size then take the memory of those before them
 _CHUNK_PER_THREAD = 32  # images: threads wait for each other at the end of a chunk, whose pixels are there twice
 
 
@@ -30,10 +32,11 @@ class DaliLoader(ThreadedLoader):
 
     device_id        GPU that decodes; None: the CPU does
     hw_decoder_load  share of the images that the GPU's hardware decoder takes, where it has one, 0 to 1
+    on_device        whether the pixels of a batch stay on that GPU
 
     On the CPU it decodes `threads` images at once, in threads of its own, through libjpeg-turbo with the accurate DCT
     and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) the decoders are others,
-    with pixels of their own, which come back to the host; that path has not been run on a GPU yet.
+    with pixels of their own; that path has not been run on a GPU yet.
 
     A JPEG that is not whole segments and scans up to its end marker, or has more than 64 scans, is not given to DALI,
     which does not notice all of such damage. That, and what DALI refuses, is read by PIL and listed in the batch's
@@ -54,8 +57,11 @@ class DaliLoader(ThreadedLoader):
         threads: int,
         device_id: int | None = None,
         hw_decoder_load: float = 0.65,
+        on_device: bool = False,
         **options: Any,
     ) -> None:
+        self._device = torch.device("cuda", device_id) if on_device and device_id is not None else None
+        self.on_device = self._device is not None
         self._device_id, self._hw_decoder_load = device_id, hw_decoder_load
         if device_id is not None:
             self.name = "dali-mixed"
@@ -130,8 +136,24 @@ class DaliLoader(ThreadedLoader):
             left.update(task[0] for task in refused)
         decoded = {task[0] for task in jpegs} - left
         # The rest is raw, damaged or doubtful: a matter of one image at a time, as with any loader.
-        rest = super()._decode_all([task for task in tasks if task[0] not in decoded])
+        rest = self._decode_on_host([task for task in tasks if task[0] not in decoded])
         return [(index, index, True) for index in sorted(decoded)] + rest
+
+    def _decode_on_host(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
+        """Decode as any loader does, and copy to where the images go."""
+        if self._device is None:
+            return super()._decode_all(tasks)
+        here = [np.empty(tuple(out.shape), np.uint8) for _, out, _ in tasks]
+        done = super()._decode_all([(task[0], out, None) for task, out in zip(tasks, here, strict=True)])
+        for task, out in zip(tasks, here, strict=True):
+            task[1].copy_(torch.from_numpy(out))
+        return done
+
+    def _memory(self, size: int) -> np.ndarray | torch.Tensor:
+        if self._device is None:
+            return super()._memory(size)
+        room = size + -size % _DEVICE_ROUNDING
+        return torch.empty(room, dtype=torch.uint8, device=self._device)[:size]
 
     def _read(self, task: _Task) -> np.ndarray | None:
         """The bytes of a JPEG of the right size that is fit for DALI; None for another. Raises DecodeError."""
@@ -173,14 +195,20 @@ class DaliLoader(ThreadedLoader):
         except RuntimeError:
             return False
         self._pipeline = pipeline
+        outs = [task[1] for task, _ in jpegs]
+        if any(tuple(decoded[i].shape()) != tuple(out.shape) for i, out in enumerate(outs)):
+            return False
+        if isinstance(outs[0], torch.Tensor):
+            for i, out in enumerate(outs):
+                out.copy_(torch.from_dlpack(decoded[i]))
+            if outs[0].is_cuda:  # DALI's next output may take the memory of this one
+                torch.cuda.current_stream(outs[0].device).synchronize()
+            return True
         if self._device_id is not None:
             decoded = decoded.as_cpu()
-        images = [np.asarray(decoded[i]) for i in range(len(jpegs))]
-        if any(image.shape != task[1].shape for image, (task, _) in zip(images, jpegs, strict=True)):
-            return False
 
         def copy(place: int) -> None:
-            jpegs[place][0][1][:] = images[place]
+            outs[place][:] = np.asarray(decoded[place])
 
         self._in_pool(copy, range(len(jpegs)))
         return True

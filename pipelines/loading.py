@@ -37,17 +37,22 @@ def open_loader(
     threads: int,
     regions: Regions | None = None,
     on_error: OnError = "fail",
+    pinned: bool = False,
     device_id: int | None = None,
     hw_decoder_load: float = 0.65,
+    on_device: bool = False,
     reason: str = "as asked for",
 ) -> ThreadedLoader:
     """The loader of that name; `auto` is the one that `choose_loader` says, and `reason` what it says.
 
-    `regions` and `on_error` are those of `ThreadedLoader`, `device_id` and `hw_decoder_load` of `DaliLoader`. Raises
-    ValueError for another name, and where what a loader needs is not installed, saying what to install.
+    `regions`, `on_error` and `pinned` are those of `ThreadedLoader`; `device_id`, `hw_decoder_load` and `on_device` of
+    `DaliLoader`. Raises ValueError for another name, and where what a loader needs is not installed, saying what to
+    install.
     """
-    options: dict[str, Any] = {"pool": pool, "threads": threads, "regions": regions, "on_error": on_error}
-    gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load}
+    options: dict[str, Any] = {
+        "pool": pool, "threads": threads, "regions": regions, "on_error": on_error, "pinned": pinned
+    }  # fmt: skip
+    gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
     if name == "auto":
         chosen, reason = choose_loader(dataset, order, **options, **gpu)
     elif name in LOADERS:
@@ -58,7 +63,13 @@ def open_loader(
 
 
 def choose_loader(
-    dataset: Dataset, order: Order, *, device_id: int | None = None, hw_decoder_load: float = 0.65, **options: Any
+    dataset: Dataset,
+    order: Order,
+    *,
+    device_id: int | None = None,
+    hw_decoder_load: float = 0.65,
+    on_device: bool = False,
+    **options: Any,
 ) -> tuple[str, str]:
     """Name of the fastest loader that can be used here, and one sentence: why it is that.
 
@@ -89,7 +100,7 @@ def choose_loader(
     with ExitStack() as stack:
         loaders: dict[str, ThreadedLoader] = {}
         for name in there:
-            gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load}
+            gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
             try:
                 loader = LOADERS[name](dataset, few, **options, **(gpu if name == "dali" else {}))
                 stack.enter_context(loader)

@@ -77,3 +77,37 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def partner(self) -> np.ndarray:
+        """(B,) int64: the mirror image of every sample within its mixing group."""
+        place = np.arange(len(self))
+        size = max(1, len(self) // max(1, len(self.mix)))
+        return place - place % size + size - 1 - place % size
+
+    @property
+    def mixed(self) -> np.ndarray:
+        """(B,) bool: whether a sample is mixed with its partner."""
+        return (self.mix != NO_MIX)[self.group]
+
+
+def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray) -> Plan:
+    """The plan in which nothing is random: all of the images `index` (B,), of these sizes (B,), and no operation."""
+    count = len(index)
+    zeros = np.zeros(count, np.int32)
+    return Plan(
+        index=index,
+        repeat=zeros,
+        crop=np.stack([zeros, zeros, height, width], axis=1).astype(np.int32),
+        flip=np.zeros(count, np.bool_),
+        op=np.zeros((count, 0), np.int8),
+        arg=np.zeros((count, 0), np.float64),
+        interp=np.zeros((count, 0), np.int8),
+        erase=np.zeros((count, 4), np.int32),
+        group=zeros,
+        mix=np.full(1, NO_MIX, np.int8),
+        lam=np.ones(1, np.float64),
+        box=np.zeros((1, 4), np.int32),
+        seed=0,
+        epoch=0,
+    )

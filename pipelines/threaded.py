@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from fastdeit.pipelines.arena import Arenas, place
 from fastdeit.pipelines.dataset import Dataset
@@ -47,6 +48,7 @@ class ThreadedLoader:
              its size (PIL, bicubic), with its own label; listed in the batch's `replaced`. All images are decoded
              whole then, so that what is replaced depends on nothing but the data. DecodeError after 100 failures in a
              row
+    pinned   whether the pixels lie in pinned memory, from which a GPU copies them in the background
 
     An image whose copies go on in the next step is copied from there instead of being decoded again, as long as
     steps are taken in order; one batch is kept for that, beside those that the consumer holds. The memory of a batch
@@ -57,6 +59,7 @@ class ThreadedLoader:
 
     name: str
     crops = False  # whether `decode` takes a region
+    on_device = False  # whether the pixels of a batch are on a GPU
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class ThreadedLoader:
         reason: str = "as asked for",
         regions: Regions | None = None,
         on_error: OnError = "fail",
+        pinned: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error '{on_error}' is not one of {', '.join(get_args(OnError))}")
@@ -76,7 +80,7 @@ class ThreadedLoader:
         self._regions = regions if self.crops and not self._replaces else None
         self.decoded = self.reused = 0
         self._pool, self._threads = pool, threads
-        self._arenas = Arenas()
+        self._arenas = Arenas(pinned=pinned)
         self._closed = threading.Event()
         self._load()
 
@@ -118,7 +122,7 @@ class ThreadedLoader:
         batch = DecodedBatch(
             epoch=epoch,
             step=step,
-            pixels=self._arenas.take(size),
+            pixels=self._memory(size),
             offset=offset,
             height=height,
             width=width,
@@ -151,6 +155,10 @@ class ThreadedLoader:
         self.decoded += len(to_decode)
         self.reused += len(images) - len(to_decode)
         return batch
+
+    def _memory(self, size: int) -> np.ndarray | Tensor:
+        """(size,) uint8 for the images of a batch."""
+        return self._arenas.take(size)
 
     def _needed(
         self, epoch: int, step: int, samples: StepSamples, images: np.ndarray, source: np.ndarray

@@ -22,7 +22,7 @@ from fastdeit.pipelines.device.table import Needs, fill_table, labels_of, table_
 from fastdeit.pipelines.host.checks import check_plan
 from fastdeit.pipelines.host.finish import normalised_levels
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions, evaluation_windows
-from fastdeit.pipelines.plan import NO_MIX, Plan
+from fastdeit.pipelines.plan import Plan, evaluation_plan
 
 
 class DeviceStage:
@@ -88,7 +88,7 @@ class DeviceStage:
             raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
         size = self.img_size
         height, width = decoded.height[decoded.source], decoded.width[decoded.source]
-        plan = _whole_images(decoded, height, width)
+        plan = evaluation_plan(decoded.index, height, width)
         check_plan(decoded, plan, size, evaluation_regions(height, width, size, eval_crop))
         return self._run(decoded, plan, evaluation_windows(height, width, size, eval_crop), out)
 
@@ -147,25 +147,3 @@ class DeviceStage:
             planes, work.ending, tables[layers], self._levels, work.erase, work.who, work.key, work.unit, work.mix,
             work.share, out, layout=self.layout, patch_size=self.patch_size,
         )  # fmt: skip
-
-
-def _whole_images(decoded: DecodedBatch, height: np.ndarray, width: np.ndarray) -> Plan:
-    """The plan in which nothing is random."""
-    count = len(decoded.index)
-    zeros = np.zeros(count, np.int32)
-    return Plan(
-        index=decoded.index,
-        repeat=zeros,
-        crop=np.stack([zeros, zeros, height, width], axis=1).astype(np.int32),
-        flip=np.zeros(count, np.bool_),
-        op=np.zeros((count, 0), np.int8),
-        arg=np.zeros((count, 0), np.float64),
-        interp=np.zeros((count, 0), np.int8),
-        erase=np.zeros((count, 4), np.int32),
-        group=zeros,
-        mix=np.full(1, NO_MIX, np.int8),
-        lam=np.ones(1, np.float64),
-        box=np.zeros((1, 4), np.int32),
-        seed=0,
-        epoch=decoded.epoch,
-    )

@@ -217,12 +217,10 @@ def _fill_operations(work: Work, plan: Plan, size: int) -> tuple[bool, ...]:
 
 
 def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) -> None:
-    group, sample = plan.group, np.arange(len(plan))
-    members = len(plan) // max(len(plan.mix), 1)
-    partner = group * members * 2 + members - 1 - sample
-    mixed = (plan.mix != NO_MIX)[group]
+    group, partner, sample = plan.group, plan.partner, np.arange(len(plan))
     # Groups of an odd number of samples do not mix: there any two will do.
-    order = sample if members % 2 else np.stack([sample, partner], axis=1)[sample < partner].reshape(-1)
+    paired = not (partner == sample).any()
+    order = np.stack([sample, partner], axis=1)[sample < partner].reshape(-1) if paired else sample
     unit = work.unit.numpy().reshape(-1)
     unit[len(plan) :] = -1
     unit[: len(plan)] = order
@@ -236,6 +234,6 @@ def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) 
     share[:, 0], share[:, 1] = plan.lam[group], 1.0 - plan.lam[group]
 
     labels.label_a.numpy()[:] = decoded.label
-    labels.label_b.numpy()[:] = np.where(mixed, decoded.label[partner], decoded.label)
+    labels.label_b.numpy()[:] = np.where(plan.mixed, decoded.label[partner], decoded.label)
     labels.index.numpy()[:] = decoded.index
     labels.lam.numpy()[:] = plan.lam[group]

@@ -14,10 +14,10 @@ _BITS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 class Buffers:
-    """Hands out tensors; a tensor's memory comes back when the last tensor that shares it is gone."""
+    """Hands out tensors, pinned or not; a tensor's memory comes back when the last tensor that shares it is gone."""
 
-    def __init__(self) -> None:
-        self._arenas = Arenas()
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._arenas = Arenas(pinned=pinned)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, np.ndarray]:
         """A tensor of undefined contents and an array over it: float32, or uint16 for the bits of bfloat16."""

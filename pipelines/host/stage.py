@@ -24,7 +24,7 @@ from fastdeit.pipelines.host.compiled import compiled
 from fastdeit.pipelines.host.finish import FinishScratch, finish, finish_scratch, normalised_levels
 from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, matrices, operation_scratch
 from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch, source_range
-from fastdeit.pipelines.plan import BICUBIC, NO_MIX, Plan
+from fastdeit.pipelines.plan import BICUBIC, Plan, evaluation_plan
 
 _CHUNK = 2  # units that a thread takes at a time
 
@@ -33,7 +33,7 @@ _CHUNK = 2  # units that a thread takes at a time
 class Batch:
     """What the network is trained on, or evaluated with.
 
-    images   (B, 3, S, S) float32 or bfloat16
+    images   (B, 3, S, S), or laid out as the stage was asked to; float32, bfloat16 or float16
     label_a, label_b  (B,) int64: a sample's own label and its partner's
     lam      (B,) float32: share of `label_a`
     index    (B,) int64: dataset index
@@ -44,6 +44,10 @@ class Batch:
     label_b: Tensor
     lam: Tensor
     index: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.images, self.label_a, self.label_b, self.lam, self.index
 
     def targets(self, num_classes: int, smoothing: float) -> Tensor:
         """(B, num_classes) float32 soft targets, as `timm.data.mixup.mixup_target` makes them of a mixing group."""
@@ -105,6 +109,7 @@ class HostStage:
     pool       where the work runs, beside the thread that calls; it may be shared
     threads    how many run at once, the caller's included
     dtype      torch.float32 or torch.bfloat16
+    pinned     whether the images lie in pinned memory, from which a GPU copies them faster and in the background
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class HostStage:
         pool: ThreadPoolExecutor,
         threads: int,
         dtype: torch.dtype = torch.float32,
+        pinned: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype} is not supported by the host stage: use torch.float32 or torch.bfloat16")
@@ -123,15 +129,14 @@ class HostStage:
         self._pool = pool
         self._levels = normalised_levels(mean, std)
         self._fill = np.array([min(255, round(255 * x)) for x in mean], np.uint8)
-        self._buffers = Buffers()
+        self._buffers = Buffers(pinned=pinned)
         self._local = threading.local()
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
         """The training batch of `plan`, whose samples must be those of `decoded`, in order."""
         check_plan(decoded, plan, self.img_size)
         count, size = len(plan), self.img_size
-        partner = _partners(plan.group)
-        mixed = (plan.mix != NO_MIX)[plan.group]
+        partner, mixed = plan.partner, plan.mixed
         first = np.nonzero(~mixed | (partner > np.arange(count)))[0]
         unit = np.stack([first, np.where(mixed, partner, -1)[first]], axis=1).astype(np.int32)
         window = np.tile(np.array([size, size, 0, 0], np.int32), (count, 1))
@@ -155,25 +160,8 @@ class HostStage:
             raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
         size, count = self.img_size, len(decoded.index)
         height, width = decoded.height[decoded.source], decoded.width[decoded.source]
-        crop = np.zeros((count, 4), np.int32)
-        crop[:, 2], crop[:, 3] = height, width
         window = evaluation_windows(height, width, size, eval_crop)
-        plan = Plan(
-            index=decoded.index,
-            repeat=np.zeros(count, np.int32),
-            crop=crop,
-            flip=np.zeros(count, np.bool_),
-            op=np.zeros((count, 0), np.int8),
-            arg=np.zeros((count, 0), np.float64),
-            interp=np.zeros((count, 0), np.int8),
-            erase=np.zeros((count, 4), np.int32),
-            group=np.zeros(count, np.int32),
-            mix=np.full(1, NO_MIX, np.int8),
-            lam=np.ones(1, np.float64),
-            box=np.zeros((1, 4), np.int32),
-            seed=0,
-            epoch=decoded.epoch,
-        )
+        plan = evaluation_plan(decoded.index, height, width)
         check_plan(decoded, plan, size, evaluation_regions(height, width, size, eval_crop))
         unit = np.stack([np.arange(count), np.full(count, -1)], axis=1).astype(np.int32)
         label = torch.from_numpy(decoded.label)
@@ -188,7 +176,7 @@ class HostStage:
     def _run(self, decoded: DecodedBatch, plan: Plan, window: np.ndarray, unit: np.ndarray) -> Tensor:
         size = self.img_size
         work = _Work(
-            pixels=_plain(decoded.pixels, np.uint8),
+            pixels=_plain(decoded.host_pixels(), np.uint8),
             offset=_plain(decoded.offset, np.int64),
             pitch=_plain(decoded.width, np.int64) * 3,
             source=_plain(decoded.source, np.int32),
@@ -272,16 +260,6 @@ def evaluation_regions(height: np.ndarray, width: np.ndarray, size: int, eval_cr
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
     """C order and one dtype, as the compiled code was compiled for; a copy only where it must be."""
     return np.ascontiguousarray(array, dtype)
-
-
-def _partners(group: np.ndarray) -> np.ndarray:
-    """(B,) the mirror image of every sample within its mixing group."""
-    count = len(group)
-    if not count:
-        return np.zeros(0, np.int64)
-    size = count // (int(group[-1]) + 1)
-    place = np.arange(count)
-    return place - place % size + size - 1 - place % size
 
 
 @compiled
