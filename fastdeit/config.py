@@ -111,6 +111,7 @@ class OptimConfig:
     """Optimizer and schedule (paper, Table 9)."""
 
     name: Literal["adamw", "sgd"] = "adamw"
+    implementation: Literal["torch", "apex"] = "torch"  # of AdamW; apex: NVIDIA's FusedAdam, which must be installed
     lr: float = 5e-4  # at `lr_batch`; scaled linearly with the global batch
     lr_batch: int = 512  # 0: `lr` is used as it stands
     weight_decay: float = 0.05  # none on 1-d parameters, biases, position embedding and tokens
@@ -145,6 +146,8 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of student, teacher and loss; auto: on a GPU
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # the whole step as one graph; auto: where a GPU can, announced
+    profile: int = 0  # steps to profile once the run is warm: a trace and a table beside the run
     eval_every: int = 1  # epochs
     eval_batch: int = 256
     checkpoint_every: int = 0  # steps; 0: at the end of each epoch only
@@ -287,9 +290,15 @@ class Recipe:
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1")
-        for name, value in (("run.micro_batch", run.micro_batch), ("run.checkpoint_every", run.checkpoint_every)):
+        for name, value in (
+            ("run.micro_batch", run.micro_batch),
+            ("run.checkpoint_every", run.checkpoint_every),
+            ("run.profile", run.profile),
+        ):
             if value < 0:
                 raise ValueError(f"{name} is {value}: it must be 0 or more")
+        if self.optim.name == "sgd" and self.optim.implementation != "torch":
+            raise ValueError("optim.implementation is of AdamW: leave it at 'torch' with optim.name 'sgd'")
         if not 0 <= self.data.hw_decoder_load <= 1:
             raise ValueError(f"data.hw_decoder_load is {self.data.hw_decoder_load}: it must be from 0 to 1")
         if model.finetune and model.init is None:

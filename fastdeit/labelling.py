@@ -37,8 +37,8 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
     teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
     source = f"the teacher {teacher.source}"
     check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
-    teacher.to(world.device)
     precision = resolve(recipe, world.device)
+    teacher.settle(world.device, precision.dtype)
     data = TrainingData(recipe, train_set, world, loader=labelled_loader(recipe))
     try:
         described = Described(

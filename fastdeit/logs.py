@@ -3,7 +3,8 @@
 Each line of `log.jsonl` is one object with `event` and `time` (seconds since the epoch, UTC). Events and their
 fields (losses are means over the global batch since the last such line, over all processes):
 
-start       recipe, fastdeit, torch, world, device, precision, loader, steps_per_epoch, parameters
+start       recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs, optimizer, loader,
+            steps_per_epoch, parameters
 resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text)
 train       epoch, step, global_step, loss, loss_base, loss_distill, lr, images_per_second, data_wait (share of
             the time spent waiting for data), eta_seconds

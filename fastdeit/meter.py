@@ -49,3 +49,21 @@ class Meter:
         self._sums.zero_()
         self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
         return out
+
+
+class OnItsWay:
+    """A number of the device's, copied to the host behind the work that makes it."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._number, self._arrived = number, None
+        if number.is_cuda:
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def value(self) -> float:
+        """The number; waits for it, not for work that the device was given since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)

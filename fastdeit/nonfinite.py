@@ -10,7 +10,6 @@ import torch
 from fastdeit import checkpoint
 from fastdeit.cli import UserError
 from fastdeit.data import TrainBatch
-from fastdeit.objective import LossParts
 
 if TYPE_CHECKING:
     from fastdeit.trainer import Trainer
@@ -20,13 +19,12 @@ class NonFiniteLoss(UserError):
     """The loss became infinite or NaN; the message says at which step and where the batch was saved."""
 
 
-def check_loss(trainer: Trainer, parts: LossParts, batch: TrainBatch, step: int, *, updated: bool) -> None:
+def check_loss(trainer: Trainer, loss: float, batch: TrainBatch, step: int, *, updated: bool) -> None:
     """Stop the run where the loss of a step is not finite, and leave what is needed to look into it.
 
     That is the batch, and the weights that gave the loss; where they were `updated` since, the last checkpoint's
     path stands in for them.
     """
-    loss = float(parts.loss)
     if math.isfinite(loss):
         return
     path = trainer.folder / f"nonfinite-rank{trainer.world.rank}.pt"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastdeit.apex_adam import build_apex_adam, is_apex_adam, to_apex, to_torch
 from fastdeit.config import OptimConfig, Recipe
 
 _TOKENS = ("cls_token", "pos_embed")
@@ -31,17 +33,65 @@ def parameter_groups(
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over `parameter_groups`; fused where the parameters lie on a GPU."""
+def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -> torch.optim.Optimizer:
+    """AdamW or SGD over `parameter_groups`; fused where the parameters lie on a GPU.
+
+    There AdamW's learning rate is a tensor, in which `set_lr` writes, so that a CUDA graph reads what is current.
+    `scaled` says that a GradScaler takes the step. Raises UserError for an implementation that is not there.
+    """
     cfg = recipe.optim
-    groups = parameter_groups(model, cfg.weight_decay, decay_dist_token=bool(recipe.departures.decay_dist_token))
-    cuda = next(model.parameters()).is_cuda
+    groups: Any = parameter_groups(model, cfg.weight_decay, decay_dist_token=bool(recipe.departures.decay_dist_token))
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=True, fused=cuda)
+    if cfg.implementation == "apex":
+        # A capturable FusedAdam wants a scaler that PyTorch's no longer is.
+        return build_apex_adam(groups, cfg, capturable=cuda and not scaled)
+    if cuda:
+        lr = torch.tensor(cfg.lr, device=device)
+        return torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True, capturable=True)
     # On a CPU the foreach form is the one that repeats itself to the bit on any number of threads.
-    return torch.optim.AdamW(
-        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=cuda, foreach=None if cuda else True
-    )
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, without waiting for a device that holds it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds of an optimizer: PyTorch's own form of it, whoever implements it."""
+    state = optimizer.state_dict()
+    if is_apex_adam(optimizer):
+        state = to_torch(state)
+    return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from moments and counts of steps that `optimizer_state` gave, of this implementation or another.
+
+    All else of the groups stays what the recipe says, since a checkpoint may come from another device, or be resumed
+    with a changed recipe. Raises UserError for a state that apex's FusedAdam cannot hold, ValueError for one of
+    other parameters.
+    """
+    kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    if is_apex_adam(optimizer):
+        first = optimizer.param_groups[0]
+        capturable = isinstance(first["lr"], torch.Tensor)
+        state = to_apex(state, capturable=capturable, device=first["params"][0].device)
+        kept = [
+            {**mine, **{name: theirs[name] for name in ("step",) if name in theirs}}
+            for mine, theirs in zip(kept, state["param_groups"], strict=True)
+        ]
+    groups = [{**mine, "params": saved["params"]} for mine, saved in zip(kept, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for group, mine in zip(optimizer.param_groups, kept, strict=True):
+        group.update(mine)  # the very tensors that a graph reads
 
 
 def peak_lr(cfg: OptimConfig, global_batch: int) -> float:

@@ -29,6 +29,15 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
+def allow_tf32(precision: Precision) -> None:
+    """Let a GPU multiply in TF32 what autocast leaves in float32; where float32 was asked for, nothing.
+
+    A setting of the whole process.
+    """
+    if precision.device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision.dtype is None else "high")
+
+
 def resolve(recipe: Recipe, device: torch.device) -> Precision:
     """The precision of a run. "auto" is float32 on a CPU; on a GPU what `departures.amp_dtype` says.
 

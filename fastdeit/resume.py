@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # resumed with other values.
 FREE = {
     "run": {
-        "output", "resume", "resume_changed", "device", "precision", "compile", "eval_every", "eval_batch",
-        "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
+        "output", "resume", "resume_changed", "device", "precision", "compile", "cuda_graphs", "profile", "eval_every",
+        "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
     "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init"},
@@ -142,14 +142,15 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
     """A phrase for each thing that differs between a checkpoint and the run that resumes it."""
     out = []
     stored, current = state["recipe"], trainer.recipe.to_dict()
+    unset = Recipe(name="").to_dict()  # a field that is newer than the checkpoint had its default's meaning
     for section, values in current.items():
         old = stored.get(section)
         if not isinstance(values, dict) or not isinstance(old, dict):
             continue
         out += [
-            f"{section}.{name} = {old.get(name)}, this run has {value}"
+            f"{section}.{name} = {old.get(name, unset[section][name])}, this run has {value}"
             for name, value in values.items()
-            if name not in FREE.get(section, ()) and old.get(name) != value
+            if name not in FREE.get(section, ()) and old.get(name, unset[section][name]) != value
         ]
     out += [
         f"another {name} ({state['effective'].get(name)}, this run has {value})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,20 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.drop_path import draw_drop_path
+from fastdeit.graphs import CudaRecorder, Replayed, choose_graphs
 from fastdeit.label_cache import LabelCache
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent
 from fastdeit.objective import LossParts, Objective
-from fastdeit.optim import Ema, build_optimizer, clip_gradients, learning_rate
+from fastdeit.optim import (
+    Ema,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    load_optimizer,
+    optimizer_state,
+    set_lr,
+)
 from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision
 from fastdeit.teacher import Teacher
@@ -41,6 +50,15 @@ class StepInputs:
     masks: Tensor | None
     stored: Tensor | None
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them; `of` puts them together again."""
+        return self.masks, self.stored, *self.data.tensors()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> StepInputs:
+        masks, stored, *data = tensors
+        return cls(Batch(*data), masks, stored)  # pyright: ignore[reportArgumentType]
+
 
 class TrainingStep:
     """The step of one process, and what it changes: model, optimizer, loss scale, average.
@@ -51,7 +69,10 @@ class TrainingStep:
     teacher    the network that says what the student learns; None where there is none, or where there are `labels`
     labels     what a teacher said beforehand
     compiled   whether torch.compile made one graph each of student, teacher and loss
+    graphs     whether steps are replayed as one CUDA graph, and why
     lr         the learning rate of the last step
+
+    Raises UserError where the recipe asks for what this machine or this recipe cannot have.
     """
 
     def __init__(
@@ -77,9 +98,13 @@ class TrainingStep:
         self.compiled = how == "on" or (how == "auto" and world.device.type == "cuda")
         if self.compiled:
             self._compile()
-        self.optimizer = build_optimizer(model, recipe)
+        if self.teacher is not None:
+            self.teacher.settle(world.device, precision.dtype)
+        self.optimizer = build_optimizer(model, recipe, scaled=precision.name == "fp16")
         self.ema = Ema(model, recipe.ema.decay) if recipe.ema.enabled else None
         self.scaler = torch.amp.GradScaler(world.device.type) if precision.name == "fp16" else None
+        self.graphs = choose_graphs(recipe, world, precision)
+        self._replayed: Replayed | None = None
 
     def _compile(self) -> None:
         self.model.compile(backend=COMPILER)
@@ -98,7 +123,7 @@ class TrainingStep:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.shadow if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
 
@@ -107,9 +132,10 @@ class TrainingStep:
         self.model.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
+        self._replayed = None  # a graph recorded before would move other tensors
 
     def __call__(
         self,
@@ -121,21 +147,27 @@ class TrainingStep:
     ) -> LossParts:
         """One update of the weights; the mean losses of this process's share.
 
-        `check` is called with them before the weights move, which makes the host wait for a GPU.
+        `check` is called with them before the weights move, which makes the host wait for a GPU; a step that is
+        replayed cannot be looked at in between.
         """
         # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step as well.
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63)
-        self._set_lr(learning_rate(self.recipe, epoch, step, self.steps_per_epoch))
-        losses = self._gradients(self._inputs(batch, epoch, step, global_step))
+        self.lr = learning_rate(self.recipe, epoch, step, self.steps_per_epoch)
+        set_lr(self.optimizer, self.lr)
+        inputs = self._inputs(batch, epoch, step, global_step)
+        if self.graphs[0]:
+            self._replayed = self._replayed or Replayed(self._whole, CudaRecorder(self.world.device))
+            return LossParts(*self._replayed(inputs.tensors()))
+        losses = self._gradients(inputs)
         if check is not None:
             check(LossParts(*losses))
         self._update()
         return LossParts(*losses)
 
-    def _set_lr(self, lr: float) -> None:
-        self.lr = lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _whole(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        losses = self._gradients(StepInputs.of(tensors))
+        self._update()
+        return losses
 
     def _inputs(self, batch: TrainBatch, epoch: int, step: int, global_step: int) -> StepInputs:
         data = Batch(*(self._on_device(tensor) for tensor in batch.data.tensors()))
@@ -143,6 +175,9 @@ class TrainingStep:
         return StepInputs(data, self._drop_path(batch.position, global_step), self._stored(epoch, entries))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
+        if self.world.device.type == "cuda" and not tensor.is_cuda:
+            # A copy from other memory is one that the host waits for. PyTorch keeps this until the copy is done.
+            tensor = tensor.pin_memory()
         return tensor.to(self.world.device, non_blocking=True)
 
     def _drop_path(self, positions: np.ndarray, global_step: int) -> Tensor | None:
@@ -173,7 +208,7 @@ class TrainingStep:
         micro = self.recipe.run.micro_batch or count
         joined = self.student if isinstance(self.student, DistributedDataParallel) else None
         total: list[Tensor] = []
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for start in range(0, count, micro):
             part = slice(start, min(start + micro, count))
             share = (part.stop - part.start) / count

@@ -75,6 +75,26 @@ class Teacher(nn.Module):
         self.register_buffer("shift", shift.float().view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
+        self._channels_last = False
+
+    def settle(self, device: torch.device, dtype: torch.dtype | None) -> Teacher:
+        """Lie on `device` for good, ready for autocast to `dtype` (None: float32).
+
+        Weights of convolutions and linear layers are kept as autocast would cast them in every step, since it
+        remembers only those that are trained. On a GPU a convnet's weights and images have their channels last, and
+        cuDNN tries its algorithms.
+        """
+        _ = self.fingerprint  # of the weights as they were given
+        self.to(device)
+        if dtype is not None:
+            for module in self.network.modules():
+                if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may compute with its weights
+                    module.to(dtype)
+        self._channels_last = device.type == "cuda" and dtype is not None and _is_convnet(self.network)
+        if self._channels_last:
+            self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            torch.backends.cudnn.benchmark = True
+        return self
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode, whatever the module that holds the teacher does."""
@@ -90,6 +110,8 @@ class Teacher(nn.Module):
                 f"the teacher was built for images of {self.student_size} pixels a side, not {tuple(images.shape[2:])}"
             )
         images = images.float() * self.scale + self.shift
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         if self.img_size != self.student_size:
             size = (self.img_size, self.img_size)
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
@@ -156,6 +178,11 @@ def _open_lite0() -> tuple[dict[str, Any], State, str, str]:
     # TensorFlow's lite models take (pixel - 127) / 128.
     described = {"img_size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "num_classes": 1000}
     return described, dict(zip(names, state.values(), strict=True)), source, arch
+
+
+def _is_convnet(network: nn.Module) -> bool:
+    """Whether it is more than one convolution that makes patches."""
+    return sum(isinstance(module, nn.Conv2d) for module in network.modules()) > 1
 
 
 def _without_tag(arch: str) -> str:

