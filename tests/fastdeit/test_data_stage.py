@@ -2,13 +2,26 @@
 
 import dataclasses
 import itertools
+import re
+import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fastdeit import checkpoint, staging
+from fastdeit.cli import UserError
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
-from fastdeit.distributed import World
+from fastdeit.distributed import World, world
+from fastdeit.networks import build_network
+from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.loading import FAST
+from fastdeit.precision import Precision
+from fastdeit.recipes import convnet_teacher
+from fastdeit.staging import choose_stage, image_dtype
+from fastdeit.trainer import Trainer
 
 
 @pytest.fixture
@@ -18,14 +31,27 @@ def alone():
 
 
 @pytest.fixture
+def few(images, tmp_path):
+    """Two small data sets, `train` of 12 images and `val` of 8."""
+    for split, each in (("train", 3), ("val", 2)):
+        for folder in (images / split).iterdir():
+            to = tmp_path / split / folder.name
+            to.mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:each]:
+                shutil.copy(file, to)
+        convert(str(tmp_path / split), tmp_path / f"{split}.beton", progress=False)
+    return tmp_path
+
+
+@pytest.fixture
 def opened(tiny, alone):
     """Function: training or evaluation data of a recipe, closed at the end."""
     there = []
 
-    def open_one(kind, *arguments, stage, loader="torch", dtype=torch.float32, layout="nchw", **sections):
-        sections = {"model": {"img_size": 16}, "run": {"global_batch": 16, "eval_batch": 16}, **sections}
-        recipe = tiny(data={"stage": stage, "loader": loader}, **sections)
-        dataset = open_dataset(recipe.data.train if kind is TrainingData else recipe.data.val, "data")
+    def open_one(kind, *arguments, stage, loader="torch", dtype=torch.float32, layout="nchw", path=None, **sections):
+        sections = {"model": {"img_size": 16}, "run": {"global_batch": 8, "eval_batch": 5}, **sections}
+        recipe = tiny(data={"stage": stage, "loader": loader}, departures={"mix_group": 4}, **sections)
+        dataset = open_dataset(path or recipe.data.train, "data")
         there.append(kind(recipe, dataset, alone, dtype, layout, *arguments))
         return there[-1]
 
@@ -57,8 +83,149 @@ def test_training_batches_are_the_same_to_the_bit(opened, start):
     assert len({float(lam) for batch in ours for lam in batch.data.lam}) > 2
 
 
-def test_evaluation_batches_are_the_same_to_the_bit(opened):
-    ours, theirs = (taken(opened(EvaluationData, stage=stage), count=9) for stage in ("device", "host"))
-    assert [len(batch.index) for batch in ours] == [16, 16, 12]
+def test_evaluation_batches_are_the_same_to_the_bit(opened, few):
+    path = few / "val.beton"
+    ours, theirs = (taken(opened(EvaluationData, stage=stage, path=path)) for stage in ("device", "host"))
+    assert [len(batch.index) for batch in ours] == [5, 3]
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, b)
+
+
+def test_patches_are_the_same_from_both_stages(opened):
+    stages = [taken(opened(TrainingData, stage=stage, layout="patches"), count=1) for stage in ("device", "host")]
+    images = taken(opened(TrainingData, stage="host"), count=1)[0].data.images.cpu()
+    assert_same(stages[0][0].data, stages[1][0].data)
+    expected = torch.nn.functional.unfold(images, 8, stride=8).transpose(1, 2)
+    assert torch.equal(stages[0][0].data.images.cpu(), expected)
+
+
+def test_a_run_is_the_same_run_on_either_stage(tiny, few, alone, launch, events):
+    """By the command with each stage, and resumed in the middle of an epoch by the other one."""
+
+    def recipe(name, stage, **run):
+        return tiny(
+            model={"img_size": 16},
+            data={"train": few / "train.beton", "val": few / "val.beton", "stage": stage},
+            run={"global_batch": 4, "eval_batch": 4, "checkpoint_every": 1, "keep_checkpoints": 9, "eval_every": 2}
+            | {"device": "auto", "precision": "fp32", "compile": "off", "output": few / name, **run},
+            departures={"mix_group": 4},
+        )
+
+    runs = {name: recipe(name, name) for name in ("device", "host")}
+    for name, one in runs.items():
+        process = launch(one)
+        assert process.returncode == 0, process.err
+        assert f"augmentation on the {name}: as asked for" in process.out
+        assert events(one.run.output, "start")[0]["stage"] == name
+    resumed = recipe("resumed", "device", resume=checkpoint.step_path(few / "host" / "checkpoints", 4))
+    Trainer(resumed, alone).run()
+
+    exact = {"rel": 1e-3 if alone.device.type == "cuda" else 0}
+    there = {name: events(few / name) for name in ("device", "host", "resumed")}
+    losses = {name: [e["loss"] for e in found if e["event"] == "train"] for name, found in there.items()}
+    assert len(losses["host"]) == 6
+    assert losses["device"] == pytest.approx(losses["host"], **exact)
+    assert losses["resumed"] == pytest.approx(losses["host"][4:], **exact)
+    scores = {name: [e["class"]["loss"] for e in found if e["event"] == "eval"] for name, found in there.items()}
+    assert scores["device"] == pytest.approx(scores["host"], **exact)
+    assert scores["resumed"] == pytest.approx(scores["host"], **exact)
+
+
+def test_auto_on_a_cpu_is_the_host(tiny):
+    recipe = tiny(data={"stage": "auto"})
+    with world("cpu") as joined:
+        data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
+    assert (data.stage.name, data.stage.reason) == ("host", "there is no GPU")
+    data.close()
+
+
+def test_the_device_stage_needs_a_device(tiny, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    recipe = tiny(data={"stage": "device"})
+    with world("cpu") as joined, pytest.raises(UserError, match=r"data\.stage device needs a GPU.*--data\.stage host"):
+        TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
+
+
+class Fake:
+    """A stage that takes so many seconds; an exception is raised at its first batch."""
+
+    def __init__(self, seconds, error=None):
+        self.seconds, self.error, self.made = seconds, error, 0
+
+    def __call__(self, decoded, plan):
+        self.made += 1
+        if self.error is not None:
+            raise self.error
+        time.sleep(self.seconds)
+
+
+def choose(**stages):
+    loader = SimpleNamespace(batches=lambda epoch: iter([SimpleNamespace(index=np.arange(100))]))
+    openers = {name: lambda stage=stage: stage for name, stage in stages.items()}
+    return choose_stage(openers, lambda stage, decoded: stage(decoded, None), loader, torch.device("cpu"))
+
+
+def test_auto_keeps_the_faster_stage_and_says_why():
+    slow, fast = Fake(0.05), Fake(0.01)
+    name, reason, stage = choose(device=slow, host=fast)
+    assert (name, stage) == ("host", fast)
+    assert slow.made == fast.made == 1 + staging.ROUNDS
+    found = re.fullmatch(r"samples/s measured: device ([\d,]+), host ([\d,]+)", reason)
+    device, host = (float(rate.replace(",", "")) for rate in found.groups())
+    assert 1000 < device <= 2000 < host <= 10_000
+    assert choose(device=Fake(0.01), host=Fake(0.05))[0] == "device"
+
+
+def test_auto_goes_on_with_the_stage_that_works():
+    name, reason, _ = choose(device=Fake(0, RuntimeError("no compiler")), host=Fake(0.01))
+    assert name == "host"
+    assert reason.endswith("; not device: no compiler")
+    with pytest.raises(RuntimeError, match="no compiler"):
+        choose(device=Fake(0, RuntimeError("no compiler")), host=Fake(0, ValueError("a bad plan")))
+
+
+def test_a_patch_embedding_rounds_images_as_autocast_does(tiny, alone):
+    """What `image_dtype` relies on: loss and gradients are the same bits, whoever rounds."""
+    model = build_network(tiny().model, 4).to(alone.device)
+    images = torch.randn(8, 3, 32, 32, device=alone.device)
+    for dtype in (torch.bfloat16, torch.float16):
+        found = []
+        for given in (images, images.to(dtype)):
+            model.zero_grad()
+            with torch.autocast(alone.device.type, dtype=dtype):
+                out = model(given)
+            (out.cls.float().logsumexp(1).sum() + out.dist.float().square().sum()).backward()
+            found.append((out.cls, out.dist, *(p.grad.clone() for p in model.patch_embed.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_images_are_rounded_only_where_nothing_else_reads_them(tiny):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    bf16 = Precision("bf16", torch.bfloat16, gpu)
+    assert image_dtype(tiny(), bf16, teacher=False) is torch.bfloat16
+    assert image_dtype(tiny(), Precision("fp16", torch.float16, gpu), teacher=False) is torch.float16
+    assert image_dtype(tiny(), Precision("fp32", None, gpu), teacher=False) is torch.float32
+    assert image_dtype(tiny(), bf16, teacher=True) is torch.float32
+    assert image_dtype(tiny(convnet_teacher), bf16, teacher=False) is torch.float32
+    assert image_dtype(tiny(), Precision("bf16", torch.bfloat16, cpu), teacher=False) is torch.float32
+
+
+@pytest.mark.parametrize("loader", ["torch", "turbo", "ffcv", "dali"])
+@pytest.mark.parametrize("batch", [48, 32])
+def test_an_image_is_decoded_once_for_its_copies(opened, loader, batch):
+    """Counted where every decoder gets its bytes. A batch of 32 leaves copies of its last image to the next."""
+    if loader in FAST:
+        try:
+            FAST[loader]()
+        except ValueError as error:
+            pytest.skip(str(error))
+    data = opened(TrainingData, stage="host", loader=loader, run={"global_batch": batch, "eval_batch": 16})
+    reads, read = [], data.loader.dataset.read
+    data.loader.dataset.read = lambda index: reads.append(index) or read(index)
+    with data.batches(1) as batches:
+        samples = [index for one in batches for index in one.data.index.tolist()]
+    assert len(samples) == data.steps * batch
+    assert sorted(reads) == sorted(set(samples))
+    assert data.loader.decoded == len(reads)
+    if batch == 48:
+        assert 3 * len(reads) == len(samples)
