@@ -48,11 +48,13 @@ def opened(tiny, alone):
     """Function: training or evaluation data of a recipe, closed at the end."""
     there = []
 
-    def open_one(kind, *arguments, stage, loader="torch", dtype=torch.float32, layout="nchw", path=None, **sections):
+    def open_one(
+        kind, *arguments, stage, loader="torch", dtype=torch.float32, layout="nchw", path=None, world=alone, **sections
+    ):
         sections = {"model": {"img_size": 16}, "run": {"global_batch": 8, "eval_batch": 5}, **sections}
         recipe = tiny(data={"stage": stage, "loader": loader}, departures={"mix_group": 4}, **sections)
         dataset = open_dataset(path or recipe.data.train, "data")
-        there.append(kind(recipe, dataset, alone, dtype, layout, *arguments))
+        there.append(kind(recipe, dataset, world, dtype, layout, *arguments))
         return there[-1]
 
     yield open_one
@@ -229,3 +231,73 @@ def test_an_image_is_decoded_once_for_its_copies(opened, loader, batch):
     assert data.loader.decoded == len(reads)
     if batch == 48:
         assert 3 * len(reads) == len(samples)
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_times_both(opened):
+    data = opened(TrainingData, stage="auto")
+    assert data.stage.name in ("device", "host")
+    assert re.fullmatch(r"samples/s measured: device [\d,]+, host [\d,]+", data.stage.reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["device", "host"])
+def test_in_the_steady_state_nothing_waits_for_the_gpu(opened, stage):
+    data = opened(TrainingData, stage=stage)
+    total = torch.zeros((), device="cuda")
+    with data.batches() as batches:
+        for _ in range(6):
+            total += next(batches).data.images.sum()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(12):
+                total += next(batches).data.images.sum()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert total.isfinite()
+    if stage == "device":
+        assert data.stage._stage.passed_on == 0  # pixels are decoded into pinned memory
+
+
+class Late:
+    """A stage on a GPU that is late: what does not wait for its batches reads what was there before."""
+
+    def __init__(self, stage):
+        self.stage = stage
+
+    def __call__(self, decoded, plan):
+        torch.cuda._sleep(20_000_000)
+        return self.stage(decoded, plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["device", "host"])
+@pytest.mark.parametrize("late", ["making", "using"])
+def test_batches_are_whole_whichever_stream_is_late(opened, stage, late):
+    data = opened(TrainingData, stage=stage)
+    if late == "making":
+        data.stage._stage = Late(data.stage._stage)
+    found = []
+    with data.batches() as batches:
+        for batch in itertools.islice(batches, 12):
+            if late == "using":
+                torch.cuda._sleep(20_000_000)
+            found.append([tensor.clone() for tensor in batch.data.tensors()])
+            del batch
+    with opened(TrainingData, stage="host", world=World(0, 1, 1, torch.device("cpu"))).batches() as batches:
+        for ours, theirs in zip(found, batches, strict=False):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs.data.tensors(), strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_stays_what_it_was(opened):
+    data = opened(TrainingData, stage="device", run={"global_batch": 8, "eval_batch": 5, "epochs": 12})
+    total = torch.zeros((), device="cuda")
+    with data.batches() as batches:
+        for step in range(220):
+            total += next(batches).data.images.sum()
+            if step == 20:
+                reserved, growths = torch.cuda.memory_reserved(), data.stage._stage.growths
+    assert torch.cuda.memory_reserved() <= reserved + (8 << 20)
+    assert data.stage._stage.growths <= growths + 12  # ever larger batches, ever more rarely

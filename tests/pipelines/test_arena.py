@@ -86,3 +86,15 @@ def test_place_leaves_room_for_every_image():
     assert start.tolist() == [0, 64, 64 + 562_560]
     assert end == 64 + 562_560 + 240_000
     assert place(height[:0], width[:0])[1] == 0
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_pinned_and_used_again():
+    arenas = Arenas(pinned=True)
+    array = arenas.take(5000)
+    address = array.ctypes.data
+    assert torch.from_numpy(array).is_pinned()
+    assert torch.from_numpy(array[100:200]).is_pinned()
+    del array
+    gc.collect()
+    assert arenas.take(5000).ctypes.data == address

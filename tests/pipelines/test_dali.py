@@ -14,7 +14,7 @@ from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.jpeg_markers import frame_size, is_whole
 from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
-from fastdeit.pipelines.order import EvalOrder
+from fastdeit.pipelines.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.pool import make_pool
 from fastdeit.pipelines.threaded import DecodeError
 
@@ -64,8 +64,8 @@ def pool():
 
 @pytest.fixture
 def opened(pool):
-    def open_one(dataset, batch=None, **options):
-        order = EvalOrder(len(dataset), batch=batch or len(dataset))
+    def open_one(dataset, batch=None, order=None, **options):
+        order = order or EvalOrder(len(dataset), batch=batch or len(dataset))
         return DaliLoader(dataset, order, pool=pool, threads=2, **options)
 
     return open_one
@@ -245,6 +245,44 @@ def test_closing_frees_the_pipeline(opened, tmp_path):
         loader.close()
         loader.close()
     assert threads() == before
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
+def on_device(request, opened):
+    """Function: a loader whose batches are tensors on a GPU, or, as a stand-in, on the host."""
+
+    def open_one(dataset, **options):
+        loader = opened(dataset, **options, **({"device_id": 0, "on_device": True} if request.param == "gpu" else {}))
+        if request.param == "host":
+            loader._device = torch.device("cpu")
+        return loader
+
+    return open_one
+
+
+def test_pixels_stay_on_the_device(opened, on_device, tmp_path, monkeypatch):
+    """Decoded there, or on the host where PIL must or nothing is to be decoded; and copied from the step before."""
+    monkeypatch.setattr(loader_dali, "_CHUNK_PER_THREAD", 3)
+    pictures = [picture(i, (30 + i, 40)) for i in range(21)]
+    with BetonWriter(tmp_path / "d.beton", 21, page_size=MIN_PAGE) as writer:
+        for i, image in enumerate(pictures):
+            data, mode = (image.tobytes(), RAW) if i % 4 == 1 else (jpeg(image), JPEG)
+            writer.add(data, height=40, width=30 + i, label=i, mode=mode)
+        writer.finish(class_names=[str(i) for i in range(21)], source={}, options={}, counts={})
+    dataset = open_dataset(tmp_path / "d.beton")
+    order = EpochOrder(21, global_batch=7, seed=0, rank=0, world=1, repeats=3, group_size=7, cell_groups=1)
+    with on_device(dataset, order=order) as loader, opened(dataset, order=order) as plain:
+        loader._unfit.add(3)  # as if DALI had refused it
+        fallbacks = set()
+        for ours, theirs in zip(loader.batches(0), plain.batches(0), strict=True):
+            assert isinstance(ours.pixels, torch.Tensor)
+            for slot in range(len(theirs.offset)):
+                difference = ours.image(slot).cpu().int() - torch.from_numpy(theirs.image(slot)).int()
+                assert difference.abs().float().mean() <= (2 if ours.pixels.is_cuda else 0)
+            assert theirs.fallbacks == []
+            fallbacks.update(ours.fallbacks)
+        assert loader.reused == plain.reused > 0
+        assert fallbacks == {3}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

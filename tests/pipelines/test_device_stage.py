@@ -85,6 +85,10 @@ def test_random_plans_equal_the_host_stage_at_full_size(size, pool, device, make
     for layers in (2, 4):
         plan = make_plan(rng, decoded, size, groups=4, layers=layers)
         assert_equal(stage(decoded, plan), host(decoded, plan))
+    expected = host(decoded, plan)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = dataclasses.replace(expected, images=expected.images.to(dtype))
+        assert_equal(device_stage(device, size, dtype=dtype)(decoded, plan), narrow)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

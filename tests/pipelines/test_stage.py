@@ -187,3 +187,17 @@ def test_a_plan_of_other_samples_is_refused(pool, make_decoded, make_plan):
 def test_an_unknown_dtype_is_refused(pool):
     with pytest.raises(ValueError, match="float16"):
         make_stage(pool, 24, dtype=torch.float16)
+
+
+def test_pixels_may_be_a_tensor_on_the_host_alone(pool, make_decoded, make_plan):
+    rng = np.random.default_rng(12)
+    decoded = make_decoded(rng, SIZES, 4)
+    plan = make_plan(rng, decoded, 8)
+    stage, pixels = make_stage(pool, 8), torch.from_numpy(decoded.pixels)
+    images = stage(dataclasses.replace(decoded, pixels=pixels), plan).images
+    assert torch.equal(images, stage(decoded, plan).images)
+    elsewhere = dataclasses.replace(decoded, pixels=pixels.to("meta"))
+    with pytest.raises(
+        ValueError, match=r"the pixels of epoch 3, step 5 are on meta.*: open the loader without on_dev"
+    ):
+        stage(elsewhere, plan)
