@@ -218,8 +218,9 @@ def disagreement(work: Work, side: Function, samples: int) -> str | None:
     exact = [a.detach().double().requires_grad_() for a in few]
     compared = list(zip(_results(side, few), _results(work.eager, few), _results(work.eager, exact), strict=True))
     for place, (mine, judge, truth) in enumerate(compared):
+        truth = truth.detach()
         size = truth.abs().max().clamp_min(1e-30)
-        errors = [float((t.double() - truth).abs().max() / size) for t in (mine, judge)]
+        errors = [float((t.detach().double() - truth).abs().max() / size) for t in (mine, judge)]
         limit = max(2 * errors[1], 2 * torch.finfo(mine.dtype).eps)
         if not errors[0] <= limit:
             argument = place - (len(compared) - len(few))

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import tyro
+from torch import Tensor
+from tqdm import tqdm
 
+from benchmarks import augment_kernels
 from benchmarks.kernel_ops import OPS, SHAPES, Function, Shape, Work, disagreement, outputs
+from benchmarks.kernel_tables import plot, report, verdicts
 from benchmarks.record import RESULTS, append, environment
 from fastdeit.cli import UserError, run
 
-Op = Literal["attention", "assemble_tokens", "layer_norm", "add_layer_norm", "bias_gelu", "distillation_loss"]
+Op = Literal[
+    "attention", "assemble_tokens", "layer_norm", "add_layer_norm", "bias_gelu", "distillation_loss", "augment"
+]
 CHECKED = 4  # samples that are checked before anything is timed
+# Seconds that are guessed before the first case is over: most of them are compilers'.
+COMPILED_SECONDS, OURS_SECONDS, OTHER_SECONDS, AUGMENT_SECONDS = 20.0, 4.0, 0.5, 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,45 +39,124 @@ class Options:
     batch: int = 256
     repeats: int = 20  # timed calls of a window; the figure is the median of the windows
     windows: int = 5
+    window_seconds: float = 0.5  # that a window takes at most, with fewer calls if need be
     compile: bool = True  # PyTorch's own under torch.compile too
+    budget: float = 0.0  # seconds; cases that would end later are left out and named, the first are the weightiest
     results: Path = RESULTS / "kernels.jsonl"
+    plot: Path | None = None  # also draw what was measured into this file (.svg, .png); needs matplotlib
 
 
-def milliseconds(call: Callable[[], Any], repeats: int, windows: int) -> list[float]:
-    """Device milliseconds of a call in each window, after a warm-up."""
-    for _ in range(3):
-        call()
-    found = []
-    for _ in range(windows):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / repeats)
+@dataclass(frozen=True)
+class Case:
+    """An operation at a shape; the loss and the augmentation have no model's."""
+
+    op: str
+    shape: Shape | None
+
+    def __str__(self) -> str:
+        return self.op if self.shape is None else f"{self.op} {self.shape.model} N{self.shape.tokens}"
+
+    def guess(self, options: Options) -> float:
+        """Seconds."""
+        if self.op == "augment":
+            return AUGMENT_SECONDS
+        others = 5 if self.op == "attention" else 1
+        return OURS_SECONDS + others * OTHER_SECONDS + COMPILED_SECONDS * options.compile
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How a call is timed: milliseconds in each window of calls, and in each window of a CUDA graph of them.
+
+    The second is None where the call cannot be captured.
+    """
+
+    launched: Callable[[Callable[[], Any]], list[float]]
+    graphed: Callable[[Callable[[], Any]], list[float] | None]
+
+
+def cases(options: Options) -> list[Case]:
+    """What `options` ask for, the largest model first, so that a run that is cut has every operation once."""
+    shapes = [s for s in reversed(SHAPES) if s.model in options.models and s.tokens in options.tokens]
+    shapes.sort(key=lambda shape: shape.tokens)
+    found: list[Case] = []
+    for place, shape in enumerate(shapes):
+        for op in options.ops:
+            whole = op in ("distillation_loss", "augment")
+            if not whole or place == 0:
+                found.append(Case(op, None if whole else shape))
     return found
 
 
-def roofs(options: Options) -> dict[str, float]:
+def gpu_clock(repeats: int, windows: int, seconds: float) -> Clock:
+    """A clock of device events."""
+
+    def timed(call: Callable[[], Any], calls: int, a_call: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / (calls * a_call)
+
+    def few(milliseconds: float) -> int:
+        return max(1, min(repeats, int(1e3 * seconds / max(milliseconds, 1e-6))))
+
+    def launched(call: Callable[[], Any]) -> list[float]:
+        timed(call, 2, 1)
+        calls = few(timed(call, 1, 1))
+        return [timed(call, calls, 1) for _ in range(windows)]
+
+    def graphed(call: Callable[[], Any]) -> list[float] | None:
+        try:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                call()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(repeats):
+                    call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return None
+        calls = few(timed(graph.replay, 1, 1))
+        return [timed(graph.replay, max(1, calls // repeats), repeats) for _ in range(windows)]
+
+    return Clock(launched, graphed)
+
+
+def roofs(clock: Clock) -> dict[str, float]:
     """What this GPU reaches: bytes per second of a copy (read and write), FLOP per second of a bf16 GEMM."""
     pair = torch.randn(2, 2**28, device="cuda")
-    copy = statistics.median(milliseconds(lambda: pair[0].copy_(pair[1]), options.repeats, options.windows))
+    copy = statistics.median(clock.launched(lambda: pair[0].copy_(pair[1])))
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = statistics.median(milliseconds(lambda: a @ b, options.repeats, options.windows))
+    product = statistics.median(clock.launched(lambda: a @ b))
     return {"bytes_per_second": 2 * 2**30 / copy * 1e3, "flops_per_second": 2 * 8192**3 / product * 1e3}
 
 
-def measure(op: str, shape: Shape, options: Options, roof: dict[str, float]) -> dict[str, Any]:
-    """The record of an operation at a shape. A side whose check fails is not timed and named in `refused`."""
+def measure(
+    case: Case, options: Options, roof: dict[str, float], device: torch.device, clock: Clock
+) -> Iterator[dict[str, Any]]:
+    """The records of a case. A side whose check fails is not timed and named in `refused`."""
     torch._dynamo.reset()  # a case must not inherit the recompilations of the one before
-    work = OPS[op](shape, options.batch, torch.bfloat16, torch.device("cuda"))
-    record: dict[str, Any] = {"benchmark": "kernels", "op": op, "model": shape.model, "tokens": shape.tokens}
-    record |= {"batch": options.batch, "absent": work.absent, "refused": {}, "failed": {}, "sides": {}, "roof": roof}
+    about: dict[str, Any] = {"benchmark": "kernels", "op": case.op, "batch": options.batch, "roof": roof}
+    if case.op == "augment":
+        job = augment_kernels.Job.draw(options.batch, augment_kernels.SIZE)
+        found = augment_kernels.measure(job, device, clock.launched, roof["bytes_per_second"])
+        yield from ({**about, **record} for record in found)
+        return
+    shape = case.shape or SHAPES[-1]
+    if case.shape is not None:
+        about |= {"model": shape.model, "tokens": shape.tokens}
+    work = OPS[case.op](shape, options.batch, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     floors = [
         1e3 * max(moved / roof["bytes_per_second"], flops / roof["flops_per_second"])
         for moved, flops in zip(work.bytes, work.flops, strict=True)
     ]
+    record: dict[str, Any] = {**about, "absent": work.absent, "refused": {}, "failed": {}, "sides": {}}
     record["floor_ms"] = dict(zip(("forward", "both"), floors, strict=True))
     for name, side in all_sides(work, options.compile).items():
         try:
@@ -76,11 +164,11 @@ def measure(op: str, shape: Shape, options: Options, roof: dict[str, float]) -> 
             if reason is not None:
                 record["refused"][name] = reason
                 continue
-            record["sides"][name] = _timed(work, side, options, floors)
+            record["sides"][name] = _timed(work, side, clock, floors)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             # A backend of SDPA that cannot take the shape says so with a RuntimeError.
             record["failed"][name] = str(error).splitlines()[0]
-    return record
+    yield record
 
 
 def all_sides(work: Work, compiled: bool) -> dict[str, Function]:
@@ -89,58 +177,76 @@ def all_sides(work: Work, compiled: bool) -> dict[str, Function]:
     return {**sides, "compiled": torch.compile(work.eager)} if compiled else sides
 
 
-def _timed(work: Work, side: Function, options: Options, floors: list[float]) -> dict[str, Any]:
+def _timed(work: Work, side: Function, clock: Clock, floors: list[float]) -> dict[str, Any]:
     def forward() -> None:
         with torch.no_grad():
             side(*work.arguments)
 
     grads = [torch.randn_like(out) for out in outputs(side, work.arguments)]
 
-    def both() -> None:
-        torch.autograd.grad(outputs(side, work.arguments), work.arguments, grads)
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs(side, work.arguments), work.arguments, grads)
 
     figures: dict[str, Any] = {}
     for name, call, floor in zip(("forward", "both"), (forward, both), floors, strict=True):
-        windows = milliseconds(call, options.repeats, options.windows)
-        median = statistics.median(windows)
-        figures[name] = {"ms": median, "windows": windows, "share_of_roof": floor / median}
+        windows, in_graph = clock.launched(call), clock.graphed(call)
+        figures[name] = {"ms": statistics.median(windows), "windows": windows}
+        if in_graph is not None:
+            figures[name] |= {"graph_ms": statistics.median(in_graph), "graph_windows": in_graph}
+        # Without launches it is the kernel alone that is compared with the roof.
+        figures[name]["share_of_roof"] = floor / figures[name].get("graph_ms", figures[name]["ms"])
     return figures
 
 
-def _report(record: dict[str, Any]) -> None:
-    floor = record["floor_ms"]
-    print(f"{record['op']} {record['model']} N{record['tokens']}, batch {record['batch']}: ", end="")
-    print(f"floor {floor['forward']:.3f} ms forward, {floor['both']:.3f} ms with backward")
-    for name, figures in sorted(record["sides"].items(), key=lambda item: item[1]["both"]["ms"]):
-        cells = (f"{f['ms']:8.3f} ms {100 * f['share_of_roof']:3.0f}%" for f in (figures["forward"], figures["both"]))
-        print(f"  {name:16}", *cells, sep="  ")
-    for kind in ("refused", "failed", "absent"):
-        for name, reason in record[kind].items():
-            print(f"  {name:16}  {kind}: {reason}", flush=True)
+def kernels(options: Options, device: torch.device | None = None, clock: Clock | None = None) -> bool:
+    """Measure, print and store every case; whether none of ours was refused or failed.
 
-
-def kernels(options: Options) -> bool:
-    """Measure, print and store every case; whether none of ours was refused or failed."""
-    if not torch.cuda.is_available():
+    device, clock  None: the GPU, and its events. Raises UserError where there is none
+    """
+    if device is None and not torch.cuda.is_available():
         raise UserError(
             "the kernels benchmark needs a GPU, and PyTorch sees none; "
             "`python -m benchmarks compiled` tells what can be known without one"
         )
-    complete = True
-    roof, where = roofs(options), environment()
-    shapes = [s for s in SHAPES if s.model in options.models and s.tokens in options.tokens]
-    for op in options.ops:
-        # A loss has neither tokens nor width.
-        for shape in shapes[:1] if op == "distillation_loss" else shapes:
-            record = {**measure(op, shape, options, roof), "environment": where}
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'fastdeit[demo]'")
+    device = device or torch.device("cuda")
+    clock = clock or gpu_clock(options.repeats, options.windows, options.window_seconds)
+    begin, complete = time.perf_counter(), True
+    left = cases(options)
+    guessed = sum(case.guess(options) for case in left)
+    limit = f", of which the budget is {options.budget:.0f} s" if 0 < options.budget < guessed else ""
+    print(f"{len(left)} cases, about {guessed:.0f} s{limit}; results go to {options.results}", flush=True)
+    roof = roofs(clock) if device.type == "cuda" else {"bytes_per_second": 1e10, "flops_per_second": 1e11}
+    print(f"roof: {roof['bytes_per_second'] / 1e12:.2f} TB/s, {roof['flops_per_second'] / 1e12:.0f} TFLOP/s")
+    where, done, pace = environment(), 0.0, 1.0
+    records: list[dict[str, Any]] = []
+    bar = tqdm(left, desc="kernels", unit="case", disable=None)
+    for place, case in enumerate(bar):
+        spent = time.perf_counter() - begin
+        if options.budget and place and spent + pace * case.guess(options) > options.budget:
+            rest = ", ".join(map(str, left[place:]))
+            print(f"left out, since the budget of {options.budget:.0f} s is used up: {rest}", flush=True)
+            break
+        bar.set_postfix_str(str(case))
+        for record in measure(case, options, roof, device, clock):
+            record = {**record, "targets": verdicts(record), "environment": where}
             append(options.results, record)
-            _report(record)
+            records.append(record)
+            tqdm.write(report(record))
             complete &= "fastdeit" in record["sides"]
+        done += case.guess(options)
+        # The first case has the compilers' own start in it.
+        pace = max(0.2, (time.perf_counter() - begin) / done)
+    if options.plot is not None:
+        plot(where["gpu"]["name"] if where["gpu"] else str(where["cpu"]), records, options.plot)
     return complete
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where one of our kernels was wrong or could not run."""
+    import tyro
+
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks kernels")
     if not run(lambda: kernels(options)):
         sys.exit(1)

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from benchmarks import loader_tables
+from benchmarks import kernel_tables, loader_tables
 from benchmarks.record import RESULTS
 from benchmarks.throughput import ratio
 from fastdeit.cli import UserError, run
@@ -20,6 +18,8 @@ Record = dict[str, Any]
 CONFIGURATION = {
     "throughput": ("model", "img_size", "mode", "precision", "batch", "ema", "device"),
     "soak": ("loader", "repeats", "batch", "threads", "minutes"),
+    "convert": ("workers", "images", "mean_bytes"),
+    "kernels": ("op", "model", "tokens", "pass", "batch"),
     "loaders": ("cache", "photo_side", "batch", "threads", "images", "mean_bytes"),
 }
 
@@ -28,9 +28,10 @@ CONFIGURATION = {
 class Options:
     """Render the results."""
 
-    results: Path = RESULTS  # folder with throughput.jsonl, loaders.jsonl and soak.jsonl, any of them
+    results: Path = RESULTS  # folder with throughput.jsonl, loaders.jsonl and others, any of them
     plot: Path | None = None  # also draw the throughput into this file (.svg, .png); needs matplotlib
     plot_loaders: Path | None = None  # also draw the newest loaders, warm if there are such
+    plot_kernels: Path | None = None  # also draw the kernels, of the machine measured last
 
 
 def read(path: Path) -> list[Record]:
@@ -52,16 +53,21 @@ def read(path: Path) -> list[Record]:
 def machine(record: Record) -> str:
     """What a figure was measured on."""
     found = record["environment"]
-    if record.get("device") == "cuda":
+    if _on_gpu(record):
         return found["gpu"]["name"]
     return f"{found['cpu']}, {found['cores']} cores"
+
+
+def _on_gpu(record: Record) -> bool:
+    kernels = record["benchmark"] == "kernels" and record["environment"]["gpu"] is not None
+    return kernels or record.get("device") == "cuda"
 
 
 def latest(records: Iterable[Record]) -> dict[str, list[Record]]:
     """By machine, the newest record of every configuration; of models, in the order of size and form."""
     newest: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        key = (machine(record), *(record[name] for name in CONFIGURATION[record["benchmark"]]))
+        key = (machine(record), *(record.get(name) for name in CONFIGURATION[record["benchmark"]]))
         if key not in newest or record["environment"]["date"] >= newest[key]["environment"]["date"]:
             newest[key] = record
     machines: dict[str, list[Record]] = {}
@@ -73,6 +79,10 @@ def latest(records: Iterable[Record]) -> dict[str, list[Record]]:
 def _place(record: Record) -> tuple[Any, ...]:
     if record["benchmark"] == "soak":
         return record["loader"], -record["minutes"]
+    if record["benchmark"] == "convert":
+        return -record["workers"], -record["images"]
+    if record["benchmark"] == "kernels":
+        return kernel_tables.place(record)
     if record["benchmark"] == "loaders":
         return record["cache"] == "cold", -record["photo_side"], record["batch"], record["threads"]
     sizes = ("tiny", "small", "base")
@@ -83,9 +93,16 @@ def _place(record: Record) -> tuple[Any, ...]:
 def markdown(records: Iterable[Record]) -> str:
     """A heading and a table for every benchmark and machine. Raises UserError where there is no record."""
     records = list(records)
+    renderers = {
+        "throughput": _section,
+        "kernels": _kernels_section,
+        "loaders": _loaders_section,
+        "convert": _convert_section,
+        "soak": _soak_section,
+    }
     sections = [
         section(name, rows)
-        for benchmark, section in (("throughput", _section), ("loaders", _loaders_section), ("soak", _soak_section))
+        for benchmark, section in renderers.items()
         for name, rows in latest(r for r in records if r["benchmark"] == benchmark).items()
     ]
     if not sections:
@@ -100,6 +117,28 @@ def _loaders_section(name: str, records: Sequence[Record]) -> str:
             lines += [*loader_tables.table(record), *_footnotes([record]), ""]
         if more := loader_tables.scaling(group):
             lines += [*more, ""]
+    return "\n".join(lines).rstrip()
+
+
+def _kernels_section(name: str, records: Sequence[Record]) -> str:
+    return "\n".join([f"### Kernels, {name}", "", *kernel_tables.markdown(records), *_footnotes(records)])
+
+
+def _convert_section(name: str, records: Sequence[Record]) -> str:
+    lines = [f"### Conversion, {name}", ""]
+    for record in records:
+        lines += [
+            f"{record['images']:,} JPEGs of {record['mean_bytes'] / 1000:.0f} kB, {record['workers']} "
+            f"process{'es' * (record['workers'] > 1)}, until all is on disk; median of the windows.",
+            "",
+            "| converter | work | images/s | spread | MB |",
+            "|---|---|---:|---:|---:|",
+        ]
+        for side, figures in sorted(record["sides"].items(), key=lambda item: -item[1]["images_per_second"]):
+            rate, size = f"{figures['images_per_second']:,.0f}", f"{figures['megabytes']:,.0f}"
+            lines.append(f"| {side} | {figures['work']} | {rate} | {figures['spread']:.0%} | {size} |")
+        reasons = {**record["missing"], **record["failed"]}
+        lines += [*(f"| {side} | {reason} | | | |" for side, reason in reasons.items()), "", *_footnotes([record]), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -165,13 +204,13 @@ def _footnotes(records: Sequence[Record]) -> list[str]:
     """Where the figures come from: versions, commits, commands, the spread of the windows; what was refused."""
     versions = dict.fromkeys(
         ", ".join(f"{name} {r['environment']['versions'][name]}" for name in ("torch", "timm", "triton"))
-        + (f", driver {r['environment']['gpu']['driver']}" if r.get("device") == "cuda" else "")
+        + (f", driver {r['environment']['gpu']['driver']}" if _on_gpu(r) else "")
         for r in records
     )
     commits = dict.fromkeys(str(r["environment"]["commit"])[:12] for r in records)
     dates = sorted({r["environment"]["date"][:10] for r in records})
-    spreads = [side["spread"] for r in records for side in r.get("sides", {}).values()]
-    windows = [len(side["windows"]) for r in records for side in r.get("sides", {}).values()]
+    sides = [side for r in records for side in r.get("sides", {}).values() if "spread" in side]
+    spreads, windows = [side["spread"] for side in sides], [len(side["windows"]) for side in sides]
     notes = [f"{'; '.join(versions)}; commit {', '.join(commits)}; {dates[0]}" + f" to {dates[-1]}" * (len(dates) > 1)]
     if spreads:
         notes.append(f"At least {min(windows)} windows a side; they spread by at most {100 * max(spreads):.0f}%.")
@@ -179,7 +218,7 @@ def _footnotes(records: Sequence[Record]) -> list[str]:
     notes += [
         f"{r['model']} at {r['img_size']}, {r['mode']}, is not timed: {r['refused']}."
         for r in records
-        if "refused" in r
+        if r["benchmark"] == "throughput" and "refused" in r
     ]
     return [f"- {note}" for note in notes]
 
@@ -240,6 +279,20 @@ def plot_loaders(records: Iterable[Record], path: Path) -> None:
     loader_tables.plot(name, group, path)
 
 
+def plot_kernels(records: Iterable[Record], path: Path) -> None:
+    """Bars of the share of the roof that the kernels reach on the machine that was measured last.
+
+    Raises UserError where matplotlib is not installed or no kernel was measured.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot-kernels needs matplotlib: pip install 'fastdeit[demo]'")
+    found = latest(r for r in records if r["benchmark"] == "kernels" and r["sides"])
+    if not found:
+        raise UserError("--plot-kernels: there is no figure to draw yet; run python -m benchmarks kernels first")
+    name = max(found, key=lambda machine: max(r["environment"]["date"] for r in found[machine]))
+    kernel_tables.plot(name, found[name], path)
+
+
 def tables(options: Options) -> None:
     """Print the tables; draw the plot."""
     records = [record for name in CONFIGURATION for record in read(options.results / f"{name}.jsonl")]
@@ -248,9 +301,13 @@ def tables(options: Options) -> None:
         plot(records, options.plot)
     if options.plot_loaders is not None:
         plot_loaders(records, options.plot_loaders)
+    if options.plot_kernels is not None:
+        plot_kernels(records, options.plot_kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
+    import tyro
+
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks tables")
     run(lambda: tables(options))

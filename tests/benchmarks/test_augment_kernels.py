@@ -44,4 +44,5 @@ def test_every_pass_is_timed_beside_its_peers(job, device):
 def test_what_is_wrong_is_not_timed(job, device, monkeypatch):
     monkeypatch.setattr(augment_kernels, "normalised_levels", lambda *_: torch.zeros(3, 256).numpy())
     (record,) = measure(job, device, by_the_clock, 1e9)
-    assert "4 of 4 samples differ from the host's" in record["refused"]
+    assert "4 of 4 samples differ from the host's" in record["refused"]["fastdeit"]
+    assert record["sides"] == {}

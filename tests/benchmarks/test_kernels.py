@@ -1,22 +1,35 @@
-"""A kernel is checked before it is timed; what is wrong is refused."""
+"""A kernel is checked before it is timed; what is wrong is refused; what is timed is recorded as it comes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 
 import pytest
 import torch
 
-from benchmarks import kernels
+from benchmarks import augment_kernels, kernels
 from benchmarks.kernel_ops import OPS, Shape, disagreement, outputs
-from benchmarks.kernels import main
+from benchmarks.kernels import Case, Clock, Options, cases, main
 
 SMALL = Shape("tiny", 7, 32, 2)
+PASSES = ("resize", "operations", "finish", "augment", "stage", "stage from the host")
 
 
 @pytest.fixture
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def clock():
+    def windows(call):
+        start = time.perf_counter()
+        call()
+        return [1e3 * (time.perf_counter() - start)]
+
+    return Clock(windows, lambda call: None)
 
 
 @pytest.mark.parametrize("op", list(OPS))
@@ -50,14 +63,81 @@ def test_without_a_gpu_one_sentence_says_so(capsys, tmp_path):
     assert not (tmp_path / "kernels.jsonl").exists()
 
 
-@pytest.mark.gpu
-def test_the_record_of_a_case(tmp_path):
-    results = tmp_path / "kernels.jsonl"
-    main(["--ops", "layer_norm", "--models", "tiny", "--tokens", "198", "--batch", "8", "--results", str(results)])
-    (record,) = map(json.loads, results.read_text().splitlines())
-    assert {"fastdeit", "eager", "compiled"} <= set(record["sides"])
-    assert record["floor_ms"]["forward"] < record["sides"]["fastdeit"]["forward"]["ms"]
-
-
 def test_every_op_has_a_name_on_the_command_line():
-    assert set(kernels.Options().ops) == set(OPS)
+    assert set(kernels.Options().ops) == {*OPS, "augment"}
+
+
+def test_a_run_that_is_cut_has_had_every_op_at_the_largest_model():
+    found = cases(Options())
+    first = found[: len(Options().ops)]
+    assert {case.op for case in first} == set(Options().ops)
+    assert all(case.shape is None or (case.shape.model, case.shape.tokens) == ("base", 198) for case in first)
+    assert len(found) == len(set(found)) == 5 * 6 + 2
+
+
+def small_run(monkeypatch, tmp_path, device, clock, **options):
+    monkeypatch.setattr(kernels, "SHAPES", (Shape("tiny", 7, 32, 2), Shape("base", 7, 32, 2)))
+    monkeypatch.setattr(augment_kernels, "SIZE", 16)
+    monkeypatch.setattr(augment_kernels, "HEIGHT", 24)
+    monkeypatch.setattr(augment_kernels, "WIDTH", 30)
+    chosen = Options(tokens=(7,), batch=4, compile=False, results=tmp_path / "new" / "kernels.jsonl", **options)
+    complete = kernels.kernels(chosen, device, clock)
+    return complete, [json.loads(line) for line in chosen.results.read_text().splitlines()]
+
+
+def test_every_case_is_a_record(monkeypatch, tmp_path, device, clock, capsys):
+    picture = tmp_path / "kernels.png"
+    complete, records = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu", "augment"), plot=picture)
+    assert complete
+    assert picture.stat().st_size > 10_000
+    assert [(r["op"], r.get("pass"), r.get("model")) for r in records] == [
+        ("bias_gelu", None, "base"),
+        *(("augment", name, None) for name in PASSES),
+        ("bias_gelu", None, "tiny"),
+    ]
+    for record in records:
+        assert record["sides"]["fastdeit"]
+        assert record["environment"]["versions"]["torch"]
+        assert record["roof"]["bytes_per_second"] > 0
+    printed = capsys.readouterr().out
+    assert "3 cases, about" in printed
+    assert "augmentation, stage from the host" in printed
+
+
+def test_what_a_budget_leaves_out_is_named(monkeypatch, tmp_path, device, clock, capsys):
+    _, records = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu",), budget=1e-3)
+    assert [r["model"] for r in records] == ["base"]
+    assert "left out, since the budget of 0 s is used up: bias_gelu tiny N7" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_no_figure_and_ends_with_status_1(monkeypatch, tmp_path, device, clock, capsys):
+    right = OPS["bias_gelu"]
+
+    def wrong(*arguments):
+        work = right(*arguments)
+        return dataclasses.replace(work, sides={"fastdeit": lambda x, b: work.eager(x, b) * 1.1})
+
+    monkeypatch.setitem(OPS, "bias_gelu", wrong)
+    complete, (record, *_) = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu",))
+    assert not complete
+    assert set(record["sides"]) == {"eager"}
+    assert "error" in record["refused"]["fastdeit"]
+    assert "fastdeit: refused: output 0" in capsys.readouterr().out
+
+
+def test_a_guess_has_the_compilers_in_it():
+    attention = Case("attention", SMALL)
+    assert attention.guess(Options()) > attention.guess(Options(compile=False)) > 0
+
+
+@pytest.mark.gpu
+def test_the_records_of_a_run_on_a_gpu(tmp_path):
+    results = tmp_path / "kernels.jsonl"
+    chosen = Options(ops=("layer_norm", "augment"), models=("tiny",), tokens=(198,), batch=8, results=results)
+    assert kernels.kernels(chosen)
+    record, *passes = map(json.loads, results.read_text().splitlines())
+    assert {"fastdeit", "eager", "compiled"} <= set(record["sides"])
+    assert [r["pass"] for r in passes] == list(PASSES)
+    for figures in (record["sides"][name]["both"] for name in ("fastdeit", "eager", "compiled")):
+        assert 0 < figures["graph_ms"] < figures["ms"]
+        assert record["floor_ms"]["both"] < figures["graph_ms"] * 10
