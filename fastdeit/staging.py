@@ -77,6 +77,7 @@ class Staging:
             "device": lambda: _device_stage(**options),
             "host": lambda: _host_stage(**options, pool=pool, threads=threads),
         }
+        self.name: StageName
         self.name, self.reason = chosen or (recipe.data.stage, "as asked for")
         if self.name == "auto":
             if device.type != "cuda":
