@@ -15,6 +15,7 @@ fallbacks   epoch, count (over all processes), images (dataset indices of the ma
 replaced    epoch, count (over all processes), images (pairs of dataset indices of the main process: one that does not
             decode, and the one that was in its place)
 checkpoint  path, epoch, step, global_step
+profile     global_step, steps, milliseconds (a step, by part)
 nonfinite   epoch, step, global_step, loss, reproduction, indices
 end         epoch, global_step, seconds
 """

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from fastdeit.config import Recipe
 from fastdeit.data import TrainBatch
@@ -32,6 +33,7 @@ from fastdeit.optim import (
 )
 from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision
+from fastdeit.profiling import LABEL
 from fastdeit.teacher import Teacher
 
 COMPILER = "inductor"  # torch.compile's own name of its default backend
@@ -198,7 +200,8 @@ class TrainingStep:
         if self.teacher is None:
             return stored
         hard = self.recipe.objective.distillation == "hard"
-        return self.teacher.labels(images) if hard else self.teacher.logits(images)
+        with record_function(LABEL + "teacher"):
+            return self.teacher.labels(images) if hard else self.teacher.logits(images)
 
     def _gradients(self, inputs: StepInputs) -> Tensor:
         """Gradients of this process's share of a step; (3,) float32, the mean losses of the share."""
@@ -217,7 +220,9 @@ class TrainingStep:
             with joined.no_sync() if joined is not None and part.stop < count else nullcontext():
                 with self.precision.autocast():
                     teacher = self._teach(images[part], stored)
-                    loss = self.objective(self.student(images[part]), targets[part], teacher)
+                    student = self.student(images[part])
+                    with record_function(LABEL + "loss"):
+                        loss = self.objective(student, targets[part], teacher)
                 weighted = loss.loss * share
                 (self.scaler.scale(weighted) if self.scaler else weighted).backward()
             total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
@@ -225,14 +230,16 @@ class TrainingStep:
 
     def _update(self) -> None:
         limit = self.recipe.optim.clip_grad
-        if self.scaler is not None:
-            if limit is not None:
-                self.scaler.unscale_(self.optimizer)
+        with record_function(LABEL + "optimizer"):
+            if self.scaler is not None:
+                if limit is not None:
+                    self.scaler.unscale_(self.optimizer)
+                    clip_gradients(self.model.parameters(), limit)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
                 clip_gradients(self.model.parameters(), limit)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            clip_gradients(self.model.parameters(), limit)
-            self.optimizer.step()
+                self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.model)
+            with record_function(LABEL + "average"):
+                self.ema.update(self.model)

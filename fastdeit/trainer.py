@@ -31,6 +31,7 @@ from fastdeit.objective import LossParts, build_objective
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import allow_tf32, resolve
+from fastdeit.profiling import StepProfiler, room
 from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
 from fastdeit.staging import image_dtype
 from fastdeit.step import TrainingStep
@@ -93,6 +94,7 @@ class Trainer:
             teacher=self.teacher,
             labels=self.labels,
         )
+        self.profiler = self._open_profiler()
         self.epoch, self.step, self.global_step = 0, 0, 0
         self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
         self.last_scores: dict[str, Scores] = {}
@@ -103,6 +105,17 @@ class Trainer:
                 f"the model has {self.num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
                 f"set --model.num_classes {data_set.num_classes}"
             )
+
+    def _open_profiler(self) -> StepProfiler | None:
+        run, most = self.recipe.run, room(self.data.steps, self.recipe.run.epochs)
+        if run.profile > most:
+            raise UserError(
+                f"run.profile {run.profile}: {run.epochs} epochs of {self.data.steps} steps have room for {most} steps "
+                f"of one epoch once the run is warm: ask for fewer"
+            )
+        if not (run.profile and self.world.main):
+            return None
+        return StepProfiler(self.folder, run.profile, run.global_batch // self.world.size, self.world.device)
 
     def _open_labels(self) -> LabelCache | None:
         """The teacher's labels where they were made beforehand."""
@@ -145,6 +158,10 @@ class Trainer:
                     self._save()
                     self._evaluate_if_due()
             seconds = time.monotonic() - began
+            if self.profiler is not None:
+                self.log.say(
+                    f"no profile: the run ended before {run.profile} more steps of one epoch, once it was warm"
+                )
             self.log.event("end", epoch=self.epoch, global_step=self.global_step, seconds=round(seconds, 3))
             self.log.say(f"done: {self.epoch} epochs in {duration(seconds)}; {self.folder}")
         finally:
@@ -234,6 +251,8 @@ class Trainer:
             if self.global_step % run.log_every == 0:
                 shown = self._log_train(meter, batches.wait_seconds)
             self.log.advance(shown)
+            if self.profiler is not None:
+                self._profile(self.profiler, batches.wait_seconds)
             saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
             if saving or self.step == self.data.steps:
                 self._check_late(pending)
@@ -252,6 +271,15 @@ class Trainer:
         if pending is not None:
             loss, batch, step = pending
             check_loss(self, loss.value(), batch, step, updated=True)
+
+    def _profile(self, profiler: StepProfiler, waited: float) -> None:
+        found = profiler.step(self.data.steps - self.step, waited)
+        if found is not None:
+            self.profiler = None
+            parts = {name: round(1e3 * seconds / found.steps, 4) for name, seconds in found.groups().items()}
+            self.log.event("profile", global_step=self.global_step, steps=found.steps, milliseconds=parts)
+            shown = ", ".join(f"{name} {100 * seconds / found.wall:.0f}%" for name, seconds in found.groups().items())
+            self.log.say(f"profile of {found.steps} steps in {self.folder}/profile.md and profile.json.gz: {shown}")
 
     def _report_images(self, fallbacks: list[int], replaced: list[tuple[int, int]]) -> None:
         counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()

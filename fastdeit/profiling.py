@@ -1,0 +1,221 @@
+"""`run.profile`: where the time of a training step goes, as a trace and as a table."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, schedule
+
+WARM_UP = 6  # steps of this process before: compilation, the recording of a CUDA graph
+DISPATCH, REST = "Python and dispatch", "other"
+LABEL = "fastdeit."  # begins the names of the ranges that `step` marks, of groups by the rest of the name
+# A kernel of a graph has nothing but its name, so names tell on a GPU. First match; without regard to case.
+_BY_NAME: tuple[tuple[str, str], ...] = (
+    ("attention", r"flash|fmha|attention|sdpa|^_(resident|online|queries|keys)$"),
+    ("augmentation", r"^(_finish|_pass|_tables|_pixels|_color|_sharpness|_box|affine|shift)$"),
+    ("loss", r"softmax|nll_loss|cross_entropy|kl_div|^_(loss|mean)$"),
+    ("average", r"lerp"),
+    ("optimizer", r"adam|sgd|multi_tensor_apply|_foreach_"),
+    ("convolution", r"conv|fprop|dgrad|wgrad|cudnn|winograd"),
+    ("GEMM", r"gemm|nvjet|cutlass|cublas|splitk|::(mm|addmm|bmm|baddbmm|matmul|linear)$"),
+    ("copies", r"memcpy|memset|copy|clone|contiguous|::(fill_|zero_|to|cat)$"),
+    (
+        "norm, element-wise",
+        r"norm|gelu|relu|elementwise|reduce|^triton_|cpp_fused|^_(forward|backward)$|"
+        r"::(add|sub|rsub|mul|div|sum|mean|neg|exp|log|sqrt|square|pow|silu|sigmoid|max_pool\w*|where|scatter)_?(_out)?$",
+    ),
+)
+
+
+class Event(NamedTuple):
+    """One run of an operator or a kernel, and its own time; the name is empty for what is between operators."""
+
+    name: str
+    group: str
+    start: float
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of some steps, in seconds.
+
+    wall     by the clock; on a GPU from the end of the work before them to the end of theirs
+    waited   of it, the host for its next batch
+    busy     of it, the device at anything; None on a CPU
+    """
+
+    device: str
+    steps: int
+    images: int  # a step, on this process
+    wall: float
+    waited: float
+    busy: float | None
+    events: Sequence[Event]
+
+    def groups(self) -> dict[str, float]:
+        """Seconds by group, the largest first."""
+        out: dict[str, float] = defaultdict(float)
+        for event in self.events:
+            out[event.group] += event.microseconds / 1e6
+        if self.busy is None:
+            out["waiting for data"] = self.waited
+            out[DISPATCH] = max(0.0, self.wall - sum(v for k, v in out.items() if k != DISPATCH))
+        else:
+            out["device idle"] = max(0.0, self.wall - self.busy)
+        return dict(sorted(out.items(), key=lambda item: -item[1]))
+
+    def table(self, most: int = 15) -> str:
+        """Both tables, as Markdown: groups, and the `most` operators or kernels that took longest."""
+        each = 1e3 / self.steps
+        lines = [
+            "# Where a training step goes",
+            "",
+            f"{self.steps} steps of {self.images} images on {self.device}: {self.wall * each:.3f} ms a step, "
+            f"{self.images * self.steps / self.wall:.0f} images/s under the profiler. The host waited "
+            f"{self.waited * each:.3f} ms a step for data.",
+            "",
+            "| part | ms a step | share |",
+            "|---|---:|---:|",
+        ]
+        lines += [f"| {k} | {v * each:.3f} | {100 * v / self.wall:.1f}% |" for k, v in self.groups().items()]
+        if self.busy is not None:
+            lines += ["", "Shares add up to more than 100% where streams overlap."]
+        lines += [
+            "",
+            f"## The {most} that take longest",
+            "",
+            "| name | part | times a step | ms a step | share |",
+            "|---|---|---:|---:|---:|",
+        ]
+        spent: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for event in self.events:
+            if event.name:
+                spent[event.name, event.group].append(event.microseconds / 1e6)
+        longest = sorted(spent.items(), key=lambda item: -sum(item[1]))[:most]
+        lines += [
+            f"| `{_short(name)}` | {group} | {len(times) / self.steps:.1f} | {sum(times) * each:.3f} | "
+            f"{100 * sum(times) / self.wall:.1f}% |"
+            for (name, group), times in longest
+        ]
+        return "\n".join(lines) + "\n"
+
+
+class StepProfiler:
+    """Profiles some steps of a run that goes on, all of one epoch.
+
+    folder  where `profile.md` and `profile.json.gz`, a trace for chrome://tracing or Perfetto, are written
+    steps   how many, once `WARM_UP` steps were made and the epoch has as many left
+    images  a step, on this process
+    """
+
+    def __init__(self, folder: Path, steps: int, images: int, device: torch.device) -> None:
+        self.folder, self.steps, self.images, self.device = folder, steps, images, device
+        self._profile: profile | None = None
+        self._seen, self._taken = 0, 0
+        self._began, self._waited = 0.0, 0.0
+
+    def step(self, left: int, waited: float) -> Profile | None:
+        """To be called after each step, until it returns what was found.
+
+        left    steps that the epoch has left
+        waited  seconds that the host has waited for data so far
+        """
+        self._seen += 1
+        if self._profile is None:
+            if self._seen >= WARM_UP and left >= self.steps + 1:
+                activities = [ProfilerActivity.CPU]
+                activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+                # The first step is not counted: tracing has a start of its own.
+                plan = schedule(wait=0, warmup=1, active=self.steps, repeat=1)
+                self._profile = profile(activities=activities, schedule=plan, acc_events=True)
+                self._profile.start()
+            return None
+        last = self._taken == self.steps
+        if self._taken == 0 or last:
+            self._wait()
+        if last:
+            wall, waited = time.perf_counter() - self._began, waited - self._waited
+        self._profile.step()
+        if not last:
+            if self._taken == 0:
+                self._began, self._waited = time.perf_counter(), waited
+            self._taken += 1
+            return None
+        return self._finish(self._profile, wall, waited)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _finish(self, traced: profile, wall: float, waited: float) -> Profile:
+        traced.stop()
+        cuda = self.device.type == "cuda"
+        events = list(_device_events(traced) if cuda else _host_events(traced))
+        device = torch.cuda.get_device_name(self.device) if cuda else "the CPU"
+        found = Profile(device, self.steps, self.images, wall, waited, _union(events) / 1e6 if cuda else None, events)
+        traced.export_chrome_trace(str(self.folder / "profile.json.gz"))
+        (self.folder / "profile.md").write_text(found.table(), encoding="utf-8")
+        return found
+
+
+def room(steps_per_epoch: int, epochs: int) -> int:
+    """The most steps that a `StepProfiler` can take in a run from its start."""
+    first, end = WARM_UP - 1, min(WARM_UP - 1 + steps_per_epoch, steps_per_epoch * epochs)
+    return max([0, *(steps_per_epoch - 2 - step % steps_per_epoch for step in range(first, end))])
+
+
+def group_of(name: str) -> str:
+    """The part of a step that an operator or a kernel belongs to, by its name."""
+    return next((group for group, pattern in _BY_NAME if re.search(pattern, name, re.IGNORECASE)), REST)
+
+
+def _device_events(traced: profile) -> Iterable[Event]:
+    for event in _events(traced):
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            spent = event.time_range
+            yield Event(event.name, group_of(event.name), spent.start, spent.end - spent.start)
+
+
+def _host_events(traced: profile) -> Iterable[Event]:
+    for event in _events(traced):
+        # What is no operator is Python's, autograd's or the profiler's own time between operators.
+        operator = "::" in event.name and not event.name.startswith("autograd::")
+        group = _range_of(event) or (group_of(event.name) if operator else DISPATCH)
+        yield Event(event.name if operator else "", group, event.time_range.start, event.self_cpu_time_total)
+
+
+def _events(traced: profile) -> Iterable[Any]:
+    return traced.events() or ()
+
+
+def _range_of(event: Any) -> str | None:
+    """The group of the range that `step` had open."""
+    while event is not None:
+        if event.name.startswith(LABEL):
+            return event.name.removeprefix(LABEL)
+        event = event.cpu_parent
+    return None
+
+
+def _union(events: Iterable[Event]) -> float:
+    """Microseconds in which at least one of them ran."""
+    total, until = 0.0, float("-inf")
+    for event in sorted(events, key=lambda event: event.start):
+        end = event.start + event.microseconds
+        total += max(0.0, end - max(until, event.start))
+        until = max(until, end)
+    return total
+
+
+def _short(name: str, length: int = 100) -> str:
+    plain = name.replace("|", "/").replace("`", "'")
+    return plain if len(plain) <= length else plain[: length - 1] + "…"
