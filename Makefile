@@ -23,10 +23,8 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-gpu: env  ## on a machine with a GPU: its tests and its figures
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks kernels
-	$(BIN)/python -m benchmarks throughput
+gpu: env  ## on a machine with a GPU: its tests and its figures, in eight minutes
+	$(BIN)/python -m benchmarks gpu
 
 env: .venv/.stamp
 

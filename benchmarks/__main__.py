@@ -9,6 +9,7 @@ COMMANDS = {
     "throughput": "images per second of the model, inference and training step, beside timm's",
     "loaders": "training batches per second from JPEG files, beside those of the peers",
     "soak": "an hour of epochs with flat memory, descriptors and threads",
+    "gpu": "every check and figure that needs a GPU, in eight minutes",
     "kernels": "time of every kernel on a GPU, beside every alternative, with the roof",
     "convert": "images per second into both formats, beside FFCV's writer and wds2idx",
     "compiled": "registers, shared memory and instructions of every kernel, without a GPU",

@@ -129,8 +129,8 @@ def markdown(records: Sequence[Record]) -> list[str]:
     if model:
         lines += [
             "Milliseconds of a call in bf16, forward / with backward, in a CUDA graph (~: launched, since it cannot be",
-            "captured); median of the windows. In brackets, of the latter: the share of the roof, and how many times as",
-            "fast ours is.",
+            "captured); median of the windows. In brackets, of the latter: the share of the roof, and how many times",
+            "as fast ours is.",
             "",
         ]
     for op in dict.fromkeys(record["op"] for record in model):

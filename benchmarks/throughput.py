@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from benchmarks.record import RESULTS, Timing, append, environment, timed_window
 from benchmarks.sides import Case, Inputs, Step, disagreement, make_step, our_model
@@ -35,6 +35,7 @@ class Options:
     compile: bool | None = None  # both sides under torch.compile too; None: on a GPU
     peer: Literal["timm", "none"] = "timm"
     ema: bool = False  # average the weights in the training step
+    budget: float = 0.0  # seconds; cases that would end later, if they take as long as the last, are left out and named
     results: Path = RESULTS / "throughput.jsonl"
 
 
@@ -157,9 +158,16 @@ def _report(record: dict[str, Any]) -> None:
 
 def throughput(options: Options) -> bool:
     """Measure every case, print it and append it to the results; whether all of them could be timed."""
-    complete = True
-    for case in list(cases(options)):
+    complete, begin, last = True, time.perf_counter(), 0.0
+    left = list(cases(options))
+    for place, case in enumerate(left):
+        start = time.perf_counter()
+        if options.budget and place and start - begin + last > options.budget:
+            rest = ", ".join(f"{case.recipe.name} {case.mode}" for case in left[place:])
+            print(f"left out, since the budget of {options.budget:.0f} s is used up: {rest}", flush=True)
+            break
         record = measure(case, options)
+        last = time.perf_counter() - start
         append(options.results, record)
         _report(record)
         complete &= "refused" not in record and not record["failed"]
@@ -168,6 +176,8 @@ def throughput(options: Options) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a case or a side could not be timed."""
+    import tyro
+
     options = tyro.cli(Options, args=argv, prog="python -m benchmarks throughput")
     if not run(lambda: throughput(options)):
         sys.exit(1)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-import tyro
-
 from fastdeit.config import Recipe
 from fastdeit.recipes import RECIPES
 
@@ -41,6 +39,8 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     the file's `name` is it, or the file is a whole recipe by itself: so the `recipe.json` beside a run starts the
     same run again. The command line wins over the file, the file over the named recipe.
     """
+    import tyro  # here, since the benchmarks on a GPU run where it is not installed
+
     args = list(sys.argv[1:] if args is None else args)
     args, file = _take_config(args)
     values = _read_config(file) if file else {}
@@ -80,6 +80,8 @@ def recipe_from_dict(values: dict[str, Any], more: Sequence[str] = (), file: Pat
     Raises UserError for an unknown field, which it names, and for a value of a wrong type. The values may come from
     an untrusted file: only plain JSON types are read.
     """
+    import tyro
+
     args = [*_flatten({k: v for k, v in values.items() if k != "name"}, file or Path("the stored recipe")), *more]
     try:
         default = Recipe(name=str(values.get("name", "recipe")))

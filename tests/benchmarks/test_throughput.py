@@ -133,6 +133,14 @@ def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
     assert throughput.ratio(record) is None
 
 
+def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "make_step", lambda case, who, state, inputs, *, compiled: lambda: case.batch)
+    path = tmp_path / "figures.jsonl"
+    throughput.throughput(dataclasses.replace(SMALL, budget=1e-3, results=path))
+    assert len(path.read_text().splitlines()) == 1
+    assert "left out, since the budget of 0 s is used up: deit_tiny infer" in capsys.readouterr().out
+
+
 def test_windows_alternate(monkeypatch):
     order = []
     monkeypatch.setattr(throughput, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)
@@ -153,8 +161,10 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
 @pytest.mark.gpu
 def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
     path = tmp_path / "figures.jsonl"
-    options = f"--models tiny --sizes 64 --batch 8 --device cuda --windows 2 --window-seconds 0.1 --results {path}"
-    main(options.split())
+    options = Options(
+        models=("tiny",), sizes=(64,), batch=8, device="cuda", windows=2, window_seconds=0.1, results=path
+    )
+    assert throughput.throughput(options)
     for record in map(json.loads, path.read_text().splitlines()):
         assert len(record["sides"]) == 4
         assert all(figures["peak_memory_mib"] > 0 for figures in record["sides"].values())

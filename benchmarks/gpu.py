@@ -1,0 +1,178 @@
+"""`python -m benchmarks gpu`: every check and figure that needs a GPU, in one command of eight minutes.
+
+First the tests marked `gpu`, then those of the kernels, which run on the GPU for real where there is one; then
+`kernels` and `throughput`, each for as long as it may. What a step leaves of its time the next one has. Nothing needs
+to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba are enough, with pytest for the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import torch
+
+from benchmarks import kernels, tables, throughput
+from benchmarks.record import RESULTS, environment
+from fastdeit.cli import UserError, run
+
+ROOT = Path(__file__).parents[1]
+# Modules of the peers, and what their absence means.
+PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "apex": "apex", "kornia": "kornia"}
+PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest: without it no test ran"}
+# Share of all the time at which a step must be over.
+MARKED_TESTS, KERNEL_TESTS, KERNELS, THROUGHPUT = 0.3, 0.45, 0.75, 0.95
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of a part of the run.
+
+    ended  "passed", "failed", "cut" where its time was over, or "missing"
+    """
+
+    name: str
+    ended: str
+    seconds: float
+    told: str = ""
+
+
+def marked_files(tests: Path) -> list[Path]:
+    """The test files that have a test marked `gpu`."""
+    return sorted(path for path in tests.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
+
+
+def run_tests(name: str, arguments: Sequence[str | Path], seconds: float, root: Path = ROOT) -> Step:
+    """Run pytest in a process of its own, for so many seconds at most; what it prints is shown."""
+    if importlib.util.find_spec("pytest") is None:
+        return Step(name, "missing", 0.0, "pip install pytest")
+    command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    command += map(str, arguments)
+    begin = time.perf_counter()
+    lines: list[str] = []
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        # Its summary still comes after an interrupt; what hangs even then is killed, with what it started.
+        interrupt = Timer(seconds, lambda: _signal(process, signal.SIGINT))
+        kill = Timer(seconds + 10, lambda: _signal(process, signal.SIGKILL))
+        try:
+            interrupt.start()
+            kill.start()
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines += [line.strip()] if line.strip() else []
+            code = process.wait()
+            cut = interrupt.finished.is_set()
+        finally:
+            interrupt.cancel()
+            kill.cancel()
+            _signal(process, signal.SIGKILL)
+    ended = "cut" if cut else "passed" if code == 0 else "failed"
+    return Step(name, ended, time.perf_counter() - begin, lines[-1].strip("= ") if lines else f"exit status {code}")
+
+
+def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal to a process and to all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def run_benchmark(name: str, measure: Callable[[], bool]) -> Step:
+    """Call a benchmark; what it raises ends it, not the run."""
+    begin = time.perf_counter()
+    try:
+        complete = measure()
+        told = "" if complete else "something of ours was refused or failed: see above"
+        return Step(name, "passed" if complete else "failed", time.perf_counter() - begin, told)
+    except Exception as error:  # the steps that follow are still worth their figures
+        return Step(name, "failed", time.perf_counter() - begin, f"{type(error).__name__}: {error}")
+
+
+def summary(steps: Sequence[Step], records: Sequence[dict[str, Any]], where: dict[str, Any]) -> str:
+    """The run as Markdown: machine, steps, peers that were not there, targets, tables."""
+    machine = where["gpu"]["name"] if where["gpu"] else where["cpu"]
+    lines = [f"# GPU run, {machine}, {where['date'][:16].replace('T', ' ')} UTC", ""]
+    lines += ["| step | ended | s | |", "|---|---|---:|---|"]
+    lines += [f"| {step.name} | {step.ended} | {step.seconds:.0f} | {step.told} |" for step in steps]
+    absent = [what for module, what in PEERS.items() if not _is_there(module)]
+    lines += ["", f"Not there: {', '.join(absent)}." if absent else "Every peer was there.", ""]
+    judged = [verdict for record in records for verdict in record.get("targets", [])]
+    if judged:
+        reached = sum(verdict["reached"] for verdict in judged)
+        lines += [f"{reached} of {len(judged)} targets reached.", ""]
+    lines.append(tables.markdown(records) if records else "Nothing was timed.")
+    return "\n".join(lines) + "\n"
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def gpu(minutes: float, results: Path, device: str | None = None) -> bool:
+    """Run every step and write `gpu.md` beside the results; whether all went well.
+
+    device  None: a GPU; raises UserError where there is none
+    """
+    if device is None and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no GPU: the kernels run under Triton's interpreter in `pytest` instead")
+    begin, where, seconds = time.perf_counter(), environment(), 60 * minutes
+    files = {name: results / f"{name}.jsonl" for name in ("kernels", "throughput")}
+    before = {name: len(tables.read(path)) for name, path in files.items()}
+
+    def left(share: float) -> float:
+        return max(1.0, share * seconds - (time.perf_counter() - begin))
+
+    def time_kernels() -> bool:
+        return kernels.kernels(kernels.Options(results=files["kernels"], budget=left(KERNELS)))
+
+    def time_models() -> bool:
+        options = throughput.Options(
+            models=("base", "small", "tiny"),
+            mode=("train",),
+            window_seconds=0.5,
+            results=files["throughput"],
+            budget=left(THROUGHPUT),
+        )
+        return throughput.throughput(options)
+
+    marked = marked_files(ROOT / "tests")
+    parts: list[Callable[[], Step]] = [
+        lambda: run_tests("tests marked gpu", ["-m", "gpu", *marked], left(MARKED_TESTS)),
+        lambda: run_tests("tests of the kernels", ["-m", "not gpu", ROOT / "tests/kernels"], left(KERNEL_TESTS)),
+        lambda: run_benchmark("kernels", time_kernels),
+        lambda: run_benchmark("throughput", time_models),
+    ]
+    steps: list[Step] = []
+    for part in parts:
+        steps.append(part())
+        records = [record for name, path in files.items() for record in tables.read(path)[before[name] :]]
+        results.mkdir(parents=True, exist_ok=True)
+        (results / "gpu.md").write_text(summary(steps, records, where))
+    print((results / "gpu.md").read_text())
+    return all(step.ended in ("passed", "cut") for step in steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; exit status 1 where a test or a kernel failed."""
+    # argparse, since tyro need not be there.
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="Every check that needs a GPU.")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (8)")
+    told = "folder of kernels.jsonl, throughput.jsonl and gpu.md, which are added to"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=told)
+    options = parser.parse_args(argv)
+    if not run(lambda: gpu(options.minutes, options.results)):
+        sys.exit(1)

@@ -1,0 +1,126 @@
+"""The one command for a machine with a GPU: what each part of it ends with, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, kernels, throughput
+from benchmarks.gpu import Step, marked_files, run_benchmark, run_tests, summary
+
+ROOT = Path(__file__).parents[2]
+WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
+
+
+def test_pytest_runs_and_its_last_line_is_kept(tmp_path):
+    (tmp_path / "test_good.py").write_text("def test_a():\n    pass\n")
+    (tmp_path / "test_bad.py").write_text("def test_b():\n    assert False\n")
+    (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there\n")
+    good = run_tests("good", [tmp_path / "test_good.py"], 60, tmp_path)
+    assert (good.ended, good.told.partition(" in ")[0]) == ("passed", "1 passed")
+    every = run_tests("every", [tmp_path], 60, tmp_path)
+    assert every.ended == "failed"
+    assert every.told.startswith("1 failed, 1 passed, ")
+    assert "1 error" in every.told
+
+
+def test_tests_that_take_too_long_are_cut_with_their_summary(tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_a():\n    pass\ndef test_b():\n    while True:\n        time.sleep(0.1)\n"
+    )
+    found = run_tests("slow", [tmp_path], 6, tmp_path)
+    assert found.ended == "cut"
+    assert found.told.startswith("1 passed")
+
+
+def test_files_with_marked_tests_are_found(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "test_x.py").write_text("@pytest.mark.gpu\ndef test_a():\n    pass\n")
+    (tmp_path / "test_y.py").write_text("def test_a():\n    pass\n")
+    assert marked_files(tmp_path) == [tmp_path / "a" / "test_x.py"]
+    assert ROOT / "tests/kernels/test_attention.py" in marked_files(ROOT / "tests")
+
+
+def test_a_benchmark_that_raises_ends_alone():
+    def broken():
+        raise RuntimeError("no more memory")
+
+    assert run_benchmark("kernels", broken).told == "RuntimeError: no more memory"
+    assert run_benchmark("kernels", lambda: False).ended == "failed"
+    assert run_benchmark("kernels", lambda: True).ended == "passed"
+
+
+def test_the_summary_names_steps_peers_and_targets(monkeypatch):
+    monkeypatch.setattr(gpu, "_is_there", lambda module: module in ("pytest", "kornia"))
+    targets = [{"text": "1.3x of at least 1.2x", "reached": True}, {"text": "2x of at least 5x", "reached": False}]
+    monkeypatch.setattr(gpu.tables, "markdown", lambda records: "### Kernels")
+    text = summary([Step("tests", "cut", 61.2, "9 passed in 60s")], [{"targets": targets}, {}], WHERE)
+    assert text.startswith("# GPU run, NVIDIA H200, 2026-01-01 10:20 UTC")
+    assert "| tests | cut | 61 | 9 passed in 60s |" in text
+    assert "Not there: flash-attn, liger-kernel, apex, nvidia-dali." in text
+    assert "1 of 2 targets reached." in text
+    assert text.endswith("### Kernels\n")
+    assert "Nothing was timed." in summary([], [], {**WHERE, "gpu": None})
+
+
+def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monkeypatch, capsys):
+    given = []
+
+    def tests(name, arguments, seconds, root=ROOT):
+        given.append((name, seconds))
+        return Step(name, "passed", 0.1, "3 passed")
+
+    def timed(options):
+        given.append((options.results.stem, options.budget))
+        options.results.write_text(json.dumps({"benchmark": options.results.stem, "targets": []}) + "\n")
+        return True
+
+    monkeypatch.setattr(gpu, "run_tests", tests)
+    monkeypatch.setattr(kernels, "kernels", timed)
+    monkeypatch.setattr(throughput, "throughput", timed)
+    monkeypatch.setattr(gpu.tables, "markdown", lambda records: f"{len(records)} records")
+    (tmp_path / "throughput.jsonl").write_text('{"benchmark": "throughput", "old": true}\n')
+    assert gpu.gpu(1.0, tmp_path, device="any")
+    names, seconds = zip(*given, strict=True)
+    assert names == ("tests marked gpu", "tests of the kernels", "kernels", "throughput")
+    assert seconds == pytest.approx((18, 27, 45, 57), abs=2)
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| kernels | passed |" in text
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--results", str(tmp_path)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: PyTorch sees no GPU")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
+    """As on a machine where nothing can be fetched: neither fastdeit nor tyro is installed."""
+    for name in ("fastdeit", "kernels", "pipelines", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    program = (
+        "import importlib.abc, sys\n"
+        "class Bare(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('tyro', 'ffcv', 'tensorboard'):\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path[:] = [Bare(), *(f for f in sys.meta_path if 'ditable' not in repr(f))]\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from benchmarks import gpu\n"
+        "import fastdeit, fastdeit.kernels.attention, fastdeit.pipelines.plan\n"
+        "assert all(m.__file__.startswith(sys.argv[1]) for m in (fastdeit, fastdeit.kernels, fastdeit.pipelines))\n"
+        "gpu.main(['--help'])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--minutes" in done.stdout
