@@ -158,4 +158,5 @@ def _end_all() -> None:
     """End the threads of prefetchers still open, before what they use is torn down with the interpreter."""
     for thread, queue in list(_running.items()):
         queue.stop()
-        thread.join()
+        if thread.is_alive():  # Ctrl-C may have come before it started: it then ends by itself
+            thread.join()

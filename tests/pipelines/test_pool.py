@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from fastdeit.pipelines import pool
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
 
 
@@ -225,3 +226,14 @@ def test_ctrl_c_ends_the_program(tail):
     error, code = finish(SCRIPT + tail, interrupt=True)
     assert error.rstrip().endswith("KeyboardInterrupt")
     assert code == -signal.SIGINT
+
+
+def test_ctrl_c_before_the_thread_starts_leaves_nothing_to_join(monkeypatch):
+    def interrupted(thread):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Prefetcher(iter([]), 1)
+    pool._end_all()
