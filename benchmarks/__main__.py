@@ -8,10 +8,12 @@ import sys
 COMMANDS = {
     "throughput": "images per second of the model, inference and training step, beside timm's",
     "loaders": "training batches per second from JPEG files, beside those of the peers",
+    "fuzz": "damaged images and containers through convert, verify and load",
     "soak": "an hour of epochs with flat memory, descriptors and threads",
     "gpu": "every check and figure that needs a GPU, in eight minutes",
     "kernels": "time of every kernel on a GPU, beside every alternative, with the roof",
     "convert": "images per second into both formats, beside FFCV's writer and wds2idx",
+    "contact_sheet": "every operation of RandAugment beside Pillow, as a picture",
     "compiled": "registers, shared memory and instructions of every kernel, without a GPU",
     "tables": "the results as Markdown",
 }
