@@ -89,7 +89,7 @@ def _attention(shape: Shape, batch: int, dtype: torch.dtype, device: torch.devic
         sides["flash-attn"] = lambda qkv: packed(qkv).flatten(2)
     size = qkv.numel() * qkv.element_size()
     product = 2.0 * batch * h * n * n * d  # of one of the matrix products: two forward, five more backward
-    moved = size * 4 / 3, size * (4 / 3 + 3)
+    moved = size * 4 / 3, size * (4 / 3 + 8 / 3)
     return Work([qkv], _sdpa, sides, moved, (2 * product, 7 * product), absent)
 
 
