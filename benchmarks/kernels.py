@@ -91,22 +91,19 @@ def cases(options: Options) -> list[Case]:
 def gpu_clock(repeats: int, windows: int, seconds: float) -> Clock:
     """A clock of device events."""
 
-    def timed(call: Callable[[], Any], calls: int, a_call: int) -> float:
+    def timed(call: Callable[[], Any], calls: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(calls):
             call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / (calls * a_call)
-
-    def few(milliseconds: float) -> int:
-        return max(1, min(repeats, int(1e3 * seconds / max(milliseconds, 1e-6))))
+        return begin.elapsed_time(end) / calls
 
     def launched(call: Callable[[], Any]) -> list[float]:
-        timed(call, 2, 1)
-        calls = few(timed(call, 1, 1))
-        return [timed(call, calls, 1) for _ in range(windows)]
+        timed(call, 2)
+        calls = max(1, min(repeats, int(1e3 * seconds / max(timed(call, 1), 1e-3))))
+        return [timed(call, calls) for _ in range(windows)]
 
     def graphed(call: Callable[[], Any]) -> list[float] | None:
         try:
@@ -122,8 +119,8 @@ def gpu_clock(repeats: int, windows: int, seconds: float) -> Clock:
         except RuntimeError:
             torch.cuda.synchronize()
             return None
-        calls = few(timed(graph.replay, 1, 1))
-        return [timed(graph.replay, max(1, calls // repeats), repeats) for _ in range(windows)]
+        timed(graph.replay, 1)
+        return [timed(graph.replay, 1) / repeats for _ in range(windows)]
 
     return Clock(launched, graphed)
 

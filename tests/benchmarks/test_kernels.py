@@ -49,6 +49,17 @@ def test_ours_passes_and_a_wrong_one_is_refused(device, op):
     assert disagreement(work, no_gradient, 2).startswith("gradient of argument 0")
 
 
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"distillation_loss"}))  # whose targets are no arguments
+def test_the_byte_floor_is_what_goes_in_and_out(op):
+    work = OPS[op](Shape("tiny", 198, 192, 3), 8, torch.bfloat16, torch.device("cpu"))
+    given = [each.detach().requires_grad_() for each in work.arguments]
+    found = outputs(work.eager, given)
+    size = [sum(each.nbytes for each in some) for some in (given, found)]
+    assert work.bytes[0] == pytest.approx(sum(size), rel=0.1)
+    # Backward at the very least: the outputs' gradients read, the arguments' written.
+    assert work.bytes[1] - work.bytes[0] >= 0.9 * sum(size)
+
+
 def test_a_nan_is_refused(device):
     work = OPS["layer_norm"](SMALL, 3, torch.float32, device)
     assert disagreement(work, lambda *a: work.eager(*a) * float("nan"), 2) is not None
