@@ -1,12 +1,15 @@
 """What `throughput` compares: the same inference and training step on our model and on timm's.
 
-A training step is what the trainer does between two batches: stochastic depth, forward pass, soft-target
-cross-entropy (and the hard distillation loss where there is a distillation token), backward pass, AdamW, and the
-average of the weights where it is asked for. Both sides have the same parameter groups, and fused AdamW on a GPU.
+Our training step is `fastdeit.step`, the trainer's own, in the forms that a recipe can give it. timm's does the same
+work: stochastic depth, forward pass, soft-target cross-entropy (and the hard distillation loss where there is a
+distillation token), backward pass, AdamW, and the average of the weights where it is asked for. Both sides have the
+same parameter groups, and fused AdamW on a GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +22,16 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from fastdeit.config import Recipe
-from fastdeit.drop_path import draw_drop_path
+from fastdeit.data import TrainBatch
+from fastdeit.distributed import World
+from fastdeit.fused import fuse
+from fastdeit.graphs import why_not
 from fastdeit.model import DeiT, build_model
 from fastdeit.objective import build_objective
-from fastdeit.optim import Ema, build_optimizer, parameter_groups
+from fastdeit.optim import parameter_groups
+from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision
+from fastdeit.step import TrainingStep
 
 CLASSES = 1000
 Step = Callable[[], int]
@@ -44,6 +52,10 @@ class Case:
     def device(self) -> torch.device:
         return self.precision.device
 
+    @property
+    def world(self) -> World:
+        return World(0, 1, 1, self.device)
+
     def describe(self) -> dict[str, Any]:
         """What tells this case from another, as JSON takes it."""
         return {
@@ -57,31 +69,89 @@ class Case:
         }
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """A random batch on the device.
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to do a case's step.
 
-    images   (B, 3, S, S) float32
-    targets  (B, K) float32, rows summing to 1
-    labels   (B,) int64: what a teacher would say
+    kernels  the Triton kernels in place of the model's passes
+    graph    a whole training step replayed as one CUDA graph
+    apex     AdamW by apex's FusedAdam
     """
 
-    images: Tensor
-    targets: Tensor
+    who: Literal["timm", "fastdeit"]
+    compiled: bool = False
+    kernels: bool = False
+    graph: bool = False
+    apex: bool = False
+
+    @property
+    def name(self) -> str:
+        options = [name for name in ("kernels", "graph", "apex") if getattr(self, name)]
+        return f"{self.who} {' + '.join(['compiled' if self.compiled else 'eager', *options])}"
+
+
+def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
+    """What there is to compare, from plain to all that helps; of each side only the last if `quick`.
+
+    peer      whether timm's are among them
+    compiled  whether torch.compile is
+    """
+    plain = [False, True] if compiled else [False]
+    theirs = [Form(who="timm", compiled=compiled) for compiled in plain] if peer else []
+    ours = [Form(who="fastdeit", compiled=compiled) for compiled in plain]
+    replace = dataclasses.replace
+    if case.device.type == "cuda":
+        ours.append(replace(ours[-1], kernels=True))
+    if case.mode == "train" and why_not(case.recipe, case.world, case.precision) is None:
+        ours += [replace(form, graph=True) for form in ours[-2:]]
+        if importlib.util.find_spec("apex") is not None:
+            ours.append(replace(ours[-1], apex=True))
+    return [*theirs[-1:], *ours[-1:]] if quick else [*theirs, *ours]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A random batch on the device, and what a teacher says of it: (B,) int64."""
+
+    data: Batch
     labels: Tensor
+    smoothing: float
 
     @classmethod
     def draw(cls, case: Case, batch: int) -> Inputs:
         size, device = case.recipe.model.img_size, case.device
-        return cls(
-            torch.randn(batch, 3, size, size, device=device),
-            torch.randn(batch, CLASSES, device=device).softmax(-1),
-            torch.randint(CLASSES, (batch,), device=device),
+        data = Batch(
+            images=torch.randn(batch, 3, size, size, device=device),
+            label_a=torch.randint(CLASSES, (batch,), device=device),
+            label_b=torch.randint(CLASSES, (batch,), device=device),
+            lam=torch.rand(batch, device=device),
+            index=torch.arange(batch, device=device),
         )
+        return cls(data, torch.randint(CLASSES, (batch,), device=device), case.recipe.augment.label_smoothing)
+
+    def targets(self) -> Tensor:
+        """(B, K) float32, rows summing to 1."""
+        return self.data.targets(CLASSES, self.smoothing)
 
 
-def our_model(case: Case) -> DeiT:
-    return build_model(case.recipe.model, CLASSES).to(case.device)
+@dataclass(frozen=True)
+class _Said:
+    """A teacher's labels where they were stored beforehand: a `LabelCache` of one batch."""
+
+    hard: Tensor
+
+    def labels(self, epoch: int, entries: np.ndarray) -> Tensor:
+        return self.hard
+
+    def logits(self, epoch: int, entries: np.ndarray) -> Tensor:
+        raise NotImplementedError("the benchmark distils hard labels")
+
+
+def our_model(case: Case, *, kernels: bool = False) -> DeiT:
+    model = build_model(case.recipe.model, CLASSES).to(case.device)
+    if kernels:
+        fuse(model)
+    return model
 
 
 def timm_model(case: Case, *, both_heads: bool, drop_path: float) -> nn.Module:
@@ -94,50 +164,75 @@ def timm_model(case: Case, *, both_heads: bool, drop_path: float) -> nn.Module:
     return model.to(case.device)
 
 
-def make_step(case: Case, who: str, state: State, inputs: Inputs, *, compiled: bool) -> Step:
-    """A step of `who` ("fastdeit" or "timm") that starts from the weights `state`; it returns its images."""
-    ours = who == "fastdeit"
+def make_step(case: Case, form: Form, state: State, inputs: Inputs) -> Step:
+    """A step of that form that starts from the weights `state`; it returns its images.
+
+    Raises UserError where the form cannot be had here.
+    """
     drop_path = case.recipe.model.drop_path if case.mode == "train" else 0.0
-    model: Any = our_model(case) if ours else timm_model(case, both_heads=case.mode == "train", drop_path=drop_path)
+    model: Any = (
+        our_model(case, kernels=form.kernels)
+        if form.who == "fastdeit"
+        else timm_model(case, both_heads=case.mode == "train", drop_path=drop_path)
+    )
     model.load_state_dict(state)
     model.train(case.mode == "train")
-    called: Any = torch.compile(model, dynamic=False) if compiled else model
+    if form.who == "fastdeit" and case.mode == "train":
+        return _our_train_step(model, case, form, inputs)
+    called: Any = torch.compile(model, dynamic=False) if form.compiled else model
     if case.mode == "infer":
         return _infer_step(called, case, inputs)
-    return (_our_train_step if ours else _timm_train_step)(model, called, case, inputs)
+    return _timm_train_step(model, called, case, inputs)
 
 
 def _infer_step(called: Any, case: Case, inputs: Inputs) -> Step:
     @torch.inference_mode()
     def step() -> int:
         with case.precision.autocast():
-            called(inputs.images)
+            called(inputs.data.images)
         return case.batch
 
     return step
 
 
-def _our_train_step(model: DeiT, called: Any, case: Case, inputs: Inputs) -> Step:
-    cfg = case.recipe.model
-    objective = build_objective(case.recipe.objective, cfg.distilled, case.recipe.departures)
-    optimizer = build_optimizer(model, case.recipe)
-    ema = Ema(model, case.recipe.ema.decay) if case.ema else None
-    positions = np.arange(case.batch)
-    labels = inputs.labels if cfg.distilled else None
+def _our_train_step(model: DeiT, case: Case, form: Form, inputs: Inputs) -> Step:
+    recipe, replace = case.recipe, dataclasses.replace
+    # A learning rate that stays, as the other side's does.
+    optim = replace(
+        recipe.optim,
+        implementation="apex" if form.apex else "torch",
+        lr_batch=0,
+        warmup_epochs=0,
+        min_lr=recipe.optim.lr,
+    )
+    run = replace(
+        recipe.run,
+        global_batch=case.batch,
+        compile="on" if form.compiled else "off",
+        cuda_graphs="on" if form.graph else "off",
+    )
+    kind = "hard" if recipe.model.distilled else "none"
+    objective = replace(recipe.objective, distillation=kind)
+    recipe = replace(
+        recipe, optim=optim, run=run, objective=objective, ema=replace(recipe.ema, enabled=case.ema)
+    ).resolved()
+    training = TrainingStep(
+        recipe,
+        case.world,
+        case.precision,
+        model,
+        build_objective(recipe.objective, recipe.model.distilled, recipe.departures),
+        num_classes=CLASSES,
+        steps_per_epoch=1,
+        labels=_Said(inputs.labels) if recipe.model.distilled else None,
+    )
+    batch = TrainBatch(inputs.data, np.arange(case.batch), np.zeros(case.batch, np.int32), [], [])
     number = 0
 
     def step() -> int:
         nonlocal number
-        masks = torch.from_numpy(draw_drop_path(0, number, positions, cfg.depth, cfg.drop_path))
-        model.set_drop_path(masks.to(case.device, non_blocking=True))
+        training(batch, 0, 0, number)
         number += 1
-        optimizer.zero_grad(set_to_none=True)
-        with case.precision.autocast():
-            loss = objective(called(inputs.images), inputs.targets, labels).loss
-        loss.backward()
-        optimizer.step()
-        if ema is not None:
-            ema.update(model)
         return case.batch
 
     return step
@@ -149,15 +244,16 @@ def _timm_train_step(model: nn.Module, called: Any, case: Case, inputs: Inputs) 
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=case.device.type == "cuda")
     ema = ModelEmaV3(model, decay=case.recipe.ema.decay) if case.ema else None
     soft, hard = SoftTargetCrossEntropy(), nn.CrossEntropyLoss()
+    images, targets = inputs.data.images, inputs.targets()
 
     def step() -> int:
         optimizer.zero_grad(set_to_none=True)
         with case.precision.autocast():
-            output = called(inputs.images)
+            output = called(images)
             if case.recipe.model.distilled:
-                loss = (soft(output[0], inputs.targets) + hard(output[1], inputs.labels)) / 2
+                loss = (soft(output[0], targets) + hard(output[1], inputs.labels)) / 2
             else:
-                loss = soft(output, inputs.targets)
+                loss = soft(output, targets)
         loss.backward()
         optimizer.step()
         if ema is not None:
@@ -202,10 +298,10 @@ def _outcome(model: Any, case: Case, inputs: Inputs, precision: Precision) -> tu
     """Logits by head, and gradients by parameter."""
     model.zero_grad(set_to_none=True)
     with precision.autocast():
-        output = model(inputs.images)
+        output = model(inputs.data.images)
     heads = output if isinstance(output, tuple) else (output, None)
     logits = {name: head for name, head in zip(("cls", "dist"), heads, strict=True) if head is not None}
-    loss = SoftTargetCrossEntropy()(logits["cls"].float(), inputs.targets)
+    loss = SoftTargetCrossEntropy()(logits["cls"].float(), inputs.targets())
     if "dist" in logits:
         loss = loss + nn.functional.cross_entropy(logits["dist"].float(), inputs.labels)
     loss.backward()

@@ -186,7 +186,7 @@ def _section(name: str, records: Sequence[Record]) -> str:
 def _sides(records: Sequence[Record]) -> list[str]:
     """Every side that a record has: timm's before ours, eager before compiled."""
     sides = {side for record in records for side in record.get("sides", {})}
-    return sorted(sides, key=lambda side: (side.startswith("fastdeit"), side.endswith("compiled")))
+    return sorted(sides, key=lambda side: (side.startswith("fastdeit"), side.count(" + "), "compiled" in side))
 
 
 def _cell(record: Record, side: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.drop_path import draw_drop_path
 from fastdeit.graphs import CudaRecorder, Replayed, choose_graphs
-from fastdeit.label_cache import LabelCache
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent
 from fastdeit.objective import LossParts, Objective
@@ -37,6 +36,14 @@ from fastdeit.profiling import LABEL
 from fastdeit.teacher import Teacher
 
 COMPILER = "inductor"  # torch.compile's own name of its default backend
+
+
+class StoredLabels(Protocol):
+    """What a teacher said beforehand: `label_cache.LabelCache`."""
+
+    def labels(self, epoch: int, entries: np.ndarray) -> Tensor: ...
+
+    def logits(self, epoch: int, entries: np.ndarray) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class TrainingStep:
         num_classes: int,
         steps_per_epoch: int,
         teacher: Teacher | None = None,
-        labels: LabelCache | None = None,
+        labels: StoredLabels | None = None,
     ) -> None:
         self.recipe, self.world, self.precision = recipe, world, precision
         self.model, self.teacher, self.labels = model, teacher, labels

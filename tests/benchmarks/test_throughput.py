@@ -12,6 +12,7 @@ from benchmarks import sides, throughput
 from benchmarks.throughput import Options, cases, main
 from fastdeit.cli import UserError
 from fastdeit.model import build_model
+from fastdeit.precision import Precision
 
 SMALL = Options(models=("tiny",), sizes=(32,), batch=4, device="cpu", windows=3, window_seconds=0.02)
 
@@ -63,16 +64,19 @@ def test_a_missing_gradient_and_a_nan_are_refused():
     assert "logits of cls" in sides.disagreement(case, ours)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_training_steps_move_both_models_alike(distilled, monkeypatch):
+def test_training_steps_move_both_models_alike(distilled, compiled, monkeypatch):
     built = {}
     ours, theirs = sides.our_model, sides.timm_model
-    monkeypatch.setattr(sides, "our_model", lambda case: built.setdefault("fastdeit", ours(case)))
+    monkeypatch.setattr(sides, "our_model", lambda case, **_: built.setdefault("fastdeit", ours(case)))
     monkeypatch.setattr(sides, "timm_model", lambda *args, **kwargs: built.setdefault("timm", theirs(*args, **kwargs)))
+    monkeypatch.setattr("fastdeit.step.COMPILER", "aot_eager")
     case = one_case(distilled=distilled, drop_path=0.0, ema=True)
     inputs, state = sides.Inputs.draw(case, case.batch), ours(case).state_dict()
     for who in ("fastdeit", "timm"):
-        step = sides.make_step(case, who, {k: v.clone() for k, v in state.items()}, inputs, compiled=False)
+        form = sides.Form(who=who, compiled=compiled and who == "fastdeit")
+        step = sides.make_step(case, form, {k: v.clone() for k, v in state.items()}, inputs)
         assert [step() for _ in range(3)] == [case.batch] * 3
     moved = built["timm"].state_dict()
     for name, value in built["fastdeit"].state_dict().items():
@@ -120,8 +124,8 @@ def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
-    def make_step(case, who, state, inputs, *, compiled):
-        if who == "timm":
+    def make_step(case, form, state, inputs):
+        if form.who == "timm":
             raise torch.OutOfMemoryError("no")
         return lambda: case.batch
 
@@ -134,17 +138,53 @@ def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "make_step", lambda case, who, state, inputs, *, compiled: lambda: case.batch)
+    monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: case.batch)
     path = tmp_path / "figures.jsonl"
     throughput.throughput(dataclasses.replace(SMALL, budget=1e-3, results=path))
     assert len(path.read_text().splitlines()) == 1
     assert "left out, since the budget of 0 s is used up: deit_tiny infer" in capsys.readouterr().out
 
 
+def test_forms_go_from_plain_to_all_that_helps(monkeypatch):
+    def names(case, **options):
+        return [form.name for form in sides.forms(case, **{"peer": True, "compiled": True, "quick": False, **options})]
+
+    case = one_case()
+    assert names(case) == ["timm eager", "timm compiled", "fastdeit eager", "fastdeit compiled"]
+    assert names(case, compiled=False, peer=False) == ["fastdeit eager"]
+    on_gpu = dataclasses.replace(case, precision=Precision("bf16", torch.bfloat16, torch.device("cuda", 0)))
+    ours = ["fastdeit eager", "fastdeit compiled", "fastdeit compiled + kernels"]
+    assert names(dataclasses.replace(on_gpu, mode="infer"), peer=False) == ours
+    replayed = ["fastdeit compiled + graph", "fastdeit compiled + kernels + graph"]
+    assert names(on_gpu, peer=False) == [*ours, *replayed]
+    assert names(on_gpu, quick=True) == ["timm compiled", replayed[-1]]
+    monkeypatch.setattr(sides.importlib.util, "find_spec", lambda name: object())
+    assert names(on_gpu)[-1] == "fastdeit compiled + kernels + graph + apex"
+
+
+def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
+    sides = {"timm compiled": 3000.0, "timm eager": 2000.0, "fastdeit eager": 2500.0, "fastdeit compiled": 4500.0}
+    record = {
+        "mode": "train", "img_size": 224, "model": "deit_base", "environment": {"gpu": {"name": "NVIDIA H200"}},
+        "sides": {name: {"images_per_second": rate} for name, rate in sides.items()},
+    }  # fmt: skip
+    assert [verdict["reached"] for verdict in throughput.verdicts(record)] == [True, True]
+    record["sides"]["timm compiled"]["images_per_second"] = 4000.0
+    assert [verdict["reached"] for verdict in throughput.verdicts(record)] == [True, False]
+    assert not throughput.verdicts({**record, "environment": {"gpu": {"name": "Tesla T4"}}})
+
+
+def test_quick_times_one_form_of_each_side(tmp_path):
+    path = tmp_path / "figures.jsonl"
+    main(f"--models tiny --sizes 32 --batch 4 --mode train --device cpu --quick --windows 2 --results {path}".split())
+    (record,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert set(record["sides"]) == {"timm eager", "fastdeit eager"}
+
+
 def test_windows_alternate(monkeypatch):
     order = []
     monkeypatch.setattr(throughput, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)
-    monkeypatch.setattr(throughput, "make_step", lambda case, who, state, inputs, *, compiled: lambda: who)
+    monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: form.who)
     throughput.measure(one_case("infer"), dataclasses.replace(SMALL, windows=4))
     assert order[2:] == ["timm", "fastdeit", "fastdeit", "timm"] * 2
 
@@ -166,5 +206,6 @@ def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
     )
     assert throughput.throughput(options)
     for record in map(json.loads, path.read_text().splitlines()):
-        assert len(record["sides"]) == 4
+        assert not record["failed"]
+        assert len(record["sides"]) >= (7 if record["mode"] == "train" else 5)
         assert all(figures["peak_memory_mib"] > 0 for figures in record["sides"].values())
