@@ -39,7 +39,7 @@ MARKED_TESTS, KERNEL_TESTS, KERNELS, THROUGHPUT = 0.3, 0.45, 0.75, 0.95
 class Step:
     """What became of a part of the run.
 
-    ended  "passed", "failed", "cut" where its time was over, or "missing"
+    ended  "passed", "failed", "cut" where its time was over before anything failed, or "missing"
     """
 
     name: str
@@ -78,8 +78,15 @@ def run_tests(name: str, arguments: Sequence[str | Path], seconds: float, root: 
             interrupt.cancel()
             kill.cancel()
             _signal(process, signal.SIGKILL)
-    ended = "cut" if cut else "passed" if code == 0 else "failed"
-    return Step(name, ended, time.perf_counter() - begin, lines[-1].strip("= ") if lines else f"exit status {code}")
+    told = lines[-1].strip("= ") if lines else f"exit status {code}"
+    return Step(name, how_it_ended(told, code, cut), time.perf_counter() - begin, told)
+
+
+def how_it_ended(told: str, code: int, cut: bool) -> str:
+    """Of a test run, by its last line, its exit status, and whether it was interrupted; see `Step.ended`."""
+    if "failed" in told or "error" in told or (code != 0 and not cut):
+        return "failed"
+    return "cut" if cut else "passed"
 
 
 def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -163,7 +170,7 @@ def gpu(minutes: float, results: Path, device: str | None = None) -> bool:
         results.mkdir(parents=True, exist_ok=True)
         (results / "gpu.md").write_text(summary(steps, records, where))
     print((results / "gpu.md").read_text())
-    return all(step.ended in ("passed", "cut") for step in steps)
+    return all(step.ended != "failed" for step in steps)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

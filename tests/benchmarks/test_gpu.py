@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, kernels, throughput
-from benchmarks.gpu import Step, marked_files, run_benchmark, run_tests, summary
+from benchmarks.gpu import Step, how_it_ended, marked_files, run_benchmark, run_tests, summary
 
 ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
@@ -36,6 +36,13 @@ def test_tests_that_take_too_long_are_cut_with_their_summary(tmp_path):
     found = run_tests("slow", [tmp_path], 6, tmp_path)
     assert found.ended == "cut"
     assert found.told.startswith("1 passed")
+
+
+def test_a_failure_before_the_cut_is_a_failure():
+    assert how_it_ended("1 passed in 3s", 0, False) == "passed"
+    assert how_it_ended("1 passed in 3s", 2, True) == "cut"
+    assert how_it_ended("1 failed, 1 passed in 3s", 2, True) == "failed"
+    assert how_it_ended("Segmentation fault", 139, False) == "failed"
 
 
 def test_files_with_marked_tests_are_found(tmp_path):
