@@ -16,12 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from benchmarks.page_cache import evict, resident
 from benchmarks.peers.stream import COMPLETE, IMG_SIZE, Missing, Setting, Stream
 from benchmarks.record import timed_window
 from fastdeit.pipelines.loading import LOADERS
 
 REPEATS = (3, 1)
+# Ours on the GPU besides, where there is one: what a training step would wait for.
+DEVICES = {"": "cpu", "-gpu": "cuda"} if torch.cuda.is_available() else {"": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,18 @@ def _peer(module: str, function: str) -> Callable[[Setting], Stream]:
     return lambda setting: getattr(importlib.import_module(f"benchmarks.peers.{module}"), function)(setting)
 
 
-def _ours(loader: str, repeats: int, setting: Setting) -> Stream:
+def _ours(loader: str, repeats: int, device: str, setting: Setting) -> Stream:
     from benchmarks.peers.ours import fastdeit
 
-    return fastdeit(setting, loader, repeats)
+    return fastdeit(setting, loader, repeats, device)
 
 
 SIDES: dict[str, Contestant] = {
     **{
-        f"fastdeit-{loader}-x{repeats}": Contestant(partial(_ours, loader, repeats), reads="beton", repeats=repeats)
+        f"fastdeit-{loader}-x{repeats}{end}": Contestant(
+            partial(_ours, loader, repeats, device), reads="beton", repeats=repeats
+        )
+        for end, device in DEVICES.items()
         for repeats in REPEATS
         for loader in LOADERS
     },

@@ -1,4 +1,4 @@
-"""Ours, put together as the trainer does: order, plan, loader, host stage and prefetcher."""
+"""Ours, put together as the trainer does: order, plan, loader, stage and prefetcher."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastdeit.pipelines.loader_turbo import find_turbo
 from fastdeit.recipes import deit_small
 
 
-def fastdeit(setting: Setting, loader: str, repeats: int) -> Stream:
-    """The recipe of DeiT-S without the model."""
+def fastdeit(setting: Setting, loader: str, repeats: int, device: str = "cpu") -> Stream:
+    """The recipe of DeiT-S without the model; on a GPU up to where a batch lies there, in the student's bf16."""
     _check_installed(loader)
     recipe = deit_small()
     named: Any = loader
@@ -28,10 +28,15 @@ def fastdeit(setting: Setting, loader: str, repeats: int) -> Stream:
         data=dataclasses.replace(recipe.data, loader=named, threads=setting.threads, repeats=repeats),
         run=dataclasses.replace(recipe.run, global_batch=setting.batch, epochs=sys.maxsize),
     ).resolved()
-    alone = World(0, 1, 1, torch.device("cpu"))
-    data = TrainingData(recipe, open_dataset(Path(setting.beton)), alone)
+    on_gpu = device == "cuda"
+    alone = World(0, 1, 1, torch.device("cuda", 0) if on_gpu else torch.device(device))
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    data = TrainingData(recipe, open_dataset(Path(setting.beton)), alone, dtype)
     remarks = (f"every image decoded once for its {repeats} copies in a batch",) if repeats > 1 else ()
-    return Stream((batch.data.images for batch in data.batches()), recipe.data.prefetch, remarks)
+    if on_gpu:
+        remarks += (f"bf16 on the GPU, made on the {data.stage.name} ({data.stage.reason})",)
+    images = (batch.data.images for batch in data.batches())
+    return Stream(images, recipe.data.prefetch, remarks, torch.cuda.synchronize if on_gpu else None)
 
 
 def _check_installed(loader: str) -> None:
