@@ -23,7 +23,7 @@ class ModelConfig:
     """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`.
 
     With another `arch` a timm model of that name is trained instead, which is how one's own convnet teacher is
-    made; of the other fields only `img_size`, `drop_rate`, `drop_path`, `num_classes` and `init` then count.
+    made; of the other fields only `img_size`, `drop_rate`, `drop_path`, `kernels`, `num_classes` and `init` then count.
     """
 
     arch: str = "deit"
@@ -36,6 +36,8 @@ class ModelConfig:
     distilled: bool = False  # distillation token and its head
     drop_rate: float = 0.0
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
+    drop_path_mode: Literal["mask", "skip"] = "mask"  # skip: a dropped sample is left out of the branch's computation
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU where its checks pass, announced
     num_classes: int | None = None  # None: as many as the training set has
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
     finetune: bool = False  # the recipe is one for trained weights: `init` must be given
@@ -269,6 +271,8 @@ class Recipe:
         if model.arch != "deit":
             if model.distilled:
                 raise ValueError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")
+            if model.drop_path_mode != "mask":
+                raise ValueError(f"model.drop_path_mode 'skip' needs model.arch 'deit', not '{model.arch}'")
         elif model.img_size % model.patch_size:
             raise ValueError(
                 f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}"

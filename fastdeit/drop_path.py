@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numba
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fastdeit.pipelines.philox import DROP, check_seed, philox, unit
@@ -68,3 +72,66 @@ class DropPath(nn.Module):
             )
         # In float32, since 1 / keep probability is no number of bf16.
         return (branch * self.mask.view(-1, *[1] * (branch.ndim - 1))).to(branch.dtype)
+
+
+class Kept(NamedTuple):
+    """The samples of a batch of `batch` whose residual branch is computed, as tensors of its device.
+
+    index   (K,) int64, ascending
+    factor  (K,) float32: 1 / keep probability
+    """
+
+    batch: int
+    index: Tensor
+    factor: Tensor
+
+
+def kept_samples(masks: Tensor, device: torch.device) -> list[Kept | None]:
+    """What `masks` keep, branch by branch; None for a branch that nothing is ever dropped from.
+
+    masks  (depth, 2, B) float32 on the CPU, where their sizes are known without waiting for a GPU
+
+    Source: Oquab et al., arXiv 2304.07193, section 5, "Efficient stochastic depth". DINOv2 drops the same number of
+    samples in each batch; here each sample has a draw of its own, so that the numbers differ.
+    """
+    rows = masks.flatten(0, 1)
+    branch, sample = rows.nonzero(as_tuple=True)
+    counts = branch.bincount(minlength=len(rows)).tolist()
+    factors = rows[branch, sample]
+    if device.type == "cuda":
+        # A copy from other memory is one that the host waits for.
+        sample, factors = sample.pin_memory(), factors.pin_memory()
+    index, factor = (t.to(device, non_blocking=True).split(counts) for t in (sample, factors))
+    for tensor in (*index, *factor):
+        # Their sizes differ from step to step, and one compiled graph is to serve all of them.
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    whole = (rows == 1.0).all(1).tolist()
+    return [None if whole[i] else Kept(rows.shape[1], index[i], factor[i]) for i in range(len(rows))]
+
+
+class SkipPath(nn.Module):
+    """Adds a residual branch that is computed for the samples alone which stochastic depth keeps.
+
+    `kept` is set before a forward pass, or None for all of them. Sum and gradients are those of `DropPath` up to
+    rounding, and repeatable: no two samples are added to the same place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Kept | None = None
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (B, N, C) with `branch` of it added, which keeps shapes; in eval mode it is added to every sample.
+
+        Raises ValueError where the samples are of another batch.
+        """
+        if self.kept is None or not self.training:
+            return x + branch(x)
+        batch, index, factor = self.kept
+        if batch != len(x):
+            raise ValueError(
+                f"the drop path masks are of {batch} samples, the batch has {len(x)}: "
+                f"call set_drop_path with masks of this batch"
+            )
+        scaled = branch(x.index_select(0, index)) * factor.view(-1, *[1] * (x.ndim - 1))
+        return x.index_add(0, index, scaled.to(x.dtype))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from fastdeit.drop_path import DropPath as PlannedDropPath
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.layer_norm import add_layer_norm, layer_norm
-from fastdeit.kernels.token_assembly import assemble_tokens
+from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
+from fastdeit.model import DeiT, SkippingBlock, StudentOutput
+
+Branch = tuple[Tensor, Tensor | None]  # what is still to be added to the stream, and its factors
 
 
 class Swap(NamedTuple):
@@ -62,8 +66,12 @@ class _Attention(Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
+        return self.first_rows(x, x.shape[1])
+
+    def first_rows(self, x: Tensor, rows: int) -> Tensor:
+        """The first `rows` tokens of the result, (B, rows, C)."""
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
-        return self.proj_drop(self.proj(attention(qkv)))
+        return self.proj_drop(self.proj(attention(qkv)[:, :rows]))
 
 
 class _Mlp(Mlp):
@@ -73,17 +81,31 @@ class _Mlp(Mlp):
 
 
 class _Block(Block):
-    def halves(self, x: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream after attention, the MLP's branch and its mask, of the stream and its first normalisation."""
-        branch = self.attn(normal)
+    def begin(self, x: Tensor, pending: Branch | None) -> tuple[Tensor, Tensor]:
+        """The stream and its first normalisation, once the branch of the block before is added."""
+        return (x, _norm(self.norm1, x)) if pending is None else _add_norm(x, *pending, self.norm1)
+
+    def halves(self, x: Tensor, normal: Tensor, rows: int | None = None) -> tuple[Tensor, Branch]:
+        """The stream after attention, and the MLP's branch, of the stream and its first normalisation.
+
+        Where nobody reads more than the first `rows` tokens of the result, it has no more.
+        """
+        if rows is None:
+            branch = self.attn(normal)
+        else:
+            x = x[:, :rows]
+            branch = (
+                self.attn.first_rows(normal, rows) if isinstance(self.attn, _Attention) else self.attn(normal)[:, :rows]
+            )
         x, normal = _add_norm(x, branch, _drop_path_mask(self.drop_path1, branch), self.norm2)
         branch = self.mlp(normal)
-        return x, branch, _drop_path_mask(self.drop_path2, branch)
+        return x, (branch, _drop_path_mask(self.drop_path2, branch))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
-        return _add(*self.halves(x, _norm(self.norm1, x)))
+        x, branch = self.halves(x, _norm(self.norm1, x))
+        return _add(x, *branch)
 
 
 def _add(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
@@ -96,16 +118,49 @@ class _Blocks(nn.Sequential):
     """Blocks one after another: the addition after a block's MLP is done with the next block's normalisation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pending: tuple[Tensor, Tensor | None] | None = None
+        pending: Branch | None = None
         for block in self:
             assert isinstance(block, _Block)
-            if pending is None:
-                normal = _norm(block.norm1, x)
-            else:
-                x, normal = _add_norm(x, *pending, block.norm1)
-            x, branch, mask = block.halves(x, normal)
-            pending = branch, mask
+            x, normal = block.begin(x, pending)
+            x, pending = block.halves(x, normal)
         return x if pending is None else _add(x, *pending)
+
+
+class _SkippingBlock(SkippingBlock):
+    def _normal(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return _norm(norm, x)
+
+
+class _DeiT(DeiT):
+    """Blocks fused across their borders; nothing is computed that no head reads; both heads as one product."""
+
+    def _prefix(self, tokens: Tensor) -> Tensor:
+        if not all(type(block) is _Block for block in self.blocks):
+            return super()._prefix(tokens)
+        x = tokens
+        pending: Branch | None = None
+        for place, block in enumerate(self.blocks, 1):
+            assert isinstance(block, _Block)
+            x, normal = block.begin(x, pending)
+            x, pending = block.halves(x, normal, self.num_prefix_tokens if place == len(self.blocks) else None)
+        assert pending is not None
+        return _add_norm(x, *pending, self.norm)[1]
+
+    def _logits(self, prefix: Tensor) -> StudentOutput:
+        if self.head_dist is None:
+            return super()._logits(prefix)
+        heads = self.head, self.head_dist
+        weight, bias = torch.stack([head.weight for head in heads]), torch.stack([head.bias for head in heads])
+        return StudentOutput(*torch.baddbmm(bias[:, None], prefix.transpose(0, 1), weight.transpose(1, 2)).unbind())
+
+
+class _AssemblingDeiT(_DeiT):
+    def _assemble(self, pixels: Tensor) -> Tensor:
+        projection, sequence = self.patch_embed.proj, (self.cls_token, self.dist_token, self.pos_embed)
+        if pixels.ndim == 3:
+            return embed_patches(pixels, projection.weight, projection.bias, *sequence)
+        patches = F.conv2d(pixels, projection.weight, None, projection.stride)  # pyright: ignore[reportArgumentType]
+        return assemble_tokens(patches.flatten(2).transpose(1, 2), *sequence, projection.bias)
 
 
 class _Tokens:
@@ -164,34 +219,41 @@ def _why_not_tokens(module: VisionTransformer) -> str | None:
     return "has register tokens" if module.reg_token is not None else None
 
 
-_SWAPS: tuple[tuple[type[nn.Module], type[nn.Module], Callable[[Any], str | None]], ...] = (
-    (Attention, _Attention, _why_not_attention),
-    (Mlp, _Mlp, _why_not_mlp),
-    (Block, _Block, _why_not_block),
-    (VisionTransformer, _VisionTransformer, _why_not_tokens),
-    (VisionTransformerDistilled, _VisionTransformerDistilled, _why_not_tokens),
+def _suits(module: nn.Module) -> None:
+    return None
+
+
+_SWAPS: tuple[tuple[str, type[nn.Module], type[nn.Module], Callable[[Any], str | None]], ...] = (
+    ("attention", Attention, _Attention, _why_not_attention),
+    ("bias_gelu", Mlp, _Mlp, _why_not_mlp),
+    ("layer_norm", Block, _Block, _why_not_block),
+    ("layer_norm", SkippingBlock, _SkippingBlock, _suits),
+    ("assemble_tokens", VisionTransformer, _VisionTransformer, _why_not_tokens),
+    ("assemble_tokens", VisionTransformerDistilled, _VisionTransformerDistilled, _why_not_tokens),
+    ("assemble_tokens", DeiT, _AssemblingDeiT, _suits),
 )
+_KNOWN = (*(fused for _, _, fused, _ in _SWAPS), _DeiT)
 
 
-def fuse(model: nn.Module) -> Swap:
+def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) -> Swap:
     """Let a timm ViT or DeiT, or this package's, run the Triton kernels where they do the same.
 
     model  changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
            module names and state dict stay. Forward hooks of blocks and of their norms no longer run
+    without  operations that stay PyTorch's, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
 
     Returns what was replaced and what was not, with the reason; modules of other types are not mentioned. A model
     that was fused needs a CUDA device. Fusing it again changes nothing. Raises ValueError for a model with nothing
     to replace.
     """
     swap = Swap([], [])
-    known = tuple(fused for _, fused, _ in _SWAPS)
     seen = 0
     for name, module in model.named_modules():
-        seen += isinstance(module, known)
-        for kind, fused, why_not in _SWAPS:
+        seen += isinstance(module, _KNOWN)
+        for op, kind, fused, why_not in _SWAPS:
             if type(module) is not kind:
                 continue
-            reason = why_not(module)
+            reason = without.get(op) or why_not(module)
             if reason is None:
                 module.__class__ = fused
                 swap.replaced.append(name or "tokens")
@@ -201,6 +263,8 @@ def fuse(model: nn.Module) -> Swap:
     if type(blocks) is nn.Sequential and len(blocks) and all(type(block) is _Block for block in blocks):
         blocks.__class__ = _Blocks
         swap.replaced.append("blocks")
+    if type(model) is DeiT and swap.replaced:
+        model.__class__ = _DeiT
     if not swap.replaced and not seen:
         found = "; ".join(swap.left) or "it has no Attention, Mlp or Block of timm"
         raise ValueError(f"nothing of {type(model).__name__} can be fused: {found}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.config import Departures, ObjectiveConfig
-from fastdeit.kernels.reference import hard_distillation, soft_cross_entropy, soft_distillation
+from fastdeit.kernels.reference import MixedLabels, hard_distillation, soft_cross_entropy, soft_distillation
 from fastdeit.model import StudentOutput
 
 
@@ -30,7 +30,8 @@ class Objective:
     soft  (1 - alpha) L_CE(class head, y) + alpha tau^2 KL(teacher / tau || student / tau)
     hard  1/2 L_CE(class head, y) + 1/2 L_CE(student, argmax teacher)
 
-    "student" is the distillation head where there is one, else the class head.
+    "student" is the distillation head where there is one, else the class head. With `kernels` loss and gradients
+    come from `fastdeit.kernels.distillation_loss`.
     """
 
     distillation: Literal["none", "soft", "hard"]
@@ -38,17 +39,22 @@ class Objective:
     alpha: float
     tau: float
     reduction: Literal["batchmean", "elements"]
+    kernels: bool = False
 
-    def __call__(self, student: StudentOutput, targets: Tensor, teacher: Tensor | None) -> LossParts:
+    def __call__(self, student: StudentOutput, targets: Tensor | MixedLabels, teacher: Tensor | None) -> LossParts:
         """The loss of a batch.
 
         student  logits (B, K)
-        targets  (B, K): mixed and smoothed true labels
+        targets  mixed and smoothed true labels: `MixedLabels`, or the distributions (B, K)
         teacher  logits (B, K) for "soft", integer labels (B,) for "hard", None for "none"
 
         Raises ValueError where an input is missing, superfluous or of another shape.
         """
         self._check(student, teacher)
+        if self.kernels:
+            return self._by_kernel(student, targets, teacher)
+        if isinstance(targets, MixedLabels):
+            targets = targets.dense(student.cls.shape[-1])
         base = soft_cross_entropy(student.cls, targets)
         if teacher is None:
             if student.dist is not None:
@@ -60,6 +66,13 @@ class Objective:
             return LossParts((1 - self.alpha) * base + self.alpha * distill, base, distill)
         distill = hard_distillation(learner, teacher)
         return LossParts((base + distill) / 2, base, distill)
+
+    def _by_kernel(self, student: StudentOutput, targets: Tensor | MixedLabels, teacher: Tensor | None) -> LossParts:
+        from fastdeit.kernels.distillation_loss import distillation_loss  # here, since it needs Triton
+
+        return LossParts(
+            *distillation_loss(*student, targets, teacher, alpha=self.alpha, tau=self.tau, reduction=self.reduction)
+        )
 
     def _check(self, student: StudentOutput, teacher: Tensor | None) -> None:
         if self.distilled != (student.dist is not None):
@@ -82,8 +95,10 @@ class Objective:
                 )
 
 
-def build_objective(cfg: ObjectiveConfig, distilled: bool, departures: Departures) -> Objective:
-    """The objective of a resolved recipe.
+def build_objective(
+    cfg: ObjectiveConfig, distilled: bool, departures: Departures, *, kernels: bool = False
+) -> Objective:
+    """The objective of a resolved recipe, by Triton's kernels or by PyTorch.
 
     Raises ValueError for a recipe that is not resolved, an alpha outside [0, 1] or a tau that is not positive.
     """
@@ -99,6 +114,7 @@ def build_objective(cfg: ObjectiveConfig, distilled: bool, departures: Departure
         alpha=cfg.alpha,
         tau=cfg.tau,
         reduction=departures.soft_reduction,
+        kernels=kernels,
     )
 
 

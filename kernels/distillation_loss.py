@@ -9,20 +9,7 @@ from torch import Tensor
 
 from fastdeit.kernels.distillation_rows import loss_gradients, loss_parts, teacher_kind
 from fastdeit.kernels.launch import check
-
-
-class MixedLabels(NamedTuple):
-    """True labels of mixed images, as (a, b, lambda): the target is lam * onehot(a) + (1 - lam) * onehot(b), smoothed.
-
-    label_a, label_b  (B,) integers
-    lam               (B,) floats: share of label_a
-    smoothing         of both one-hot vectors: each class gets smoothing / K, the label 1 - smoothing more
-    """
-
-    label_a: Tensor
-    label_b: Tensor
-    lam: Tensor
-    smoothing: float
+from fastdeit.kernels.reference import MixedLabels
 
 
 class DistillationLoss(NamedTuple):

@@ -5,11 +5,40 @@ Whatever the dtype of the inputs, the arithmetic is float32.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class MixedLabels(NamedTuple):
+    """True labels of mixed images, as (a, b, lambda): the target is lam * onehot(a) + (1 - lam) * onehot(b), smoothed.
+
+    label_a, label_b  (B,) integers
+    lam               (B,) floats: share of label_a
+    smoothing         of both one-hot vectors: each class gets smoothing / K, the label 1 - smoothing more
+    """
+
+    label_a: Tensor
+    label_b: Tensor
+    lam: Tensor
+    smoothing: float
+
+    def part(self, rows: slice) -> MixedLabels:
+        """Those of some samples."""
+        return MixedLabels(self.label_a[rows], self.label_b[rows], self.lam[rows], self.smoothing)
+
+    def dense(self, num_classes: int) -> Tensor:
+        """(B, num_classes) float32 soft targets, as `timm.data.mixup.mixup_target` makes them of a mixing group."""
+        off = self.smoothing / num_classes
+        shape = (len(self.lam), num_classes)
+        own, other = (
+            torch.full(shape, off, device=label.device).scatter_(1, label[:, None], 1.0 - self.smoothing + off)
+            for label in (self.label_a, self.label_b)
+        )
+        lam = self.lam[:, None]
+        return own * lam + other * (1.0 - lam)
 
 
 def assemble_tokens(

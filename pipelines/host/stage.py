@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdeit.kernels.reference import MixedLabels
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.host.buffers import Buffers
 from fastdeit.pipelines.host.checks import check_plan
@@ -49,16 +50,13 @@ class Batch:
         """All of them."""
         return self.images, self.label_a, self.label_b, self.lam, self.index
 
+    def labels(self, smoothing: float) -> MixedLabels:
+        """The true labels, mixed and smoothed, as the objective takes them."""
+        return MixedLabels(self.label_a, self.label_b, self.lam, smoothing)
+
     def targets(self, num_classes: int, smoothing: float) -> Tensor:
-        """(B, num_classes) float32 soft targets, as `timm.data.mixup.mixup_target` makes them of a mixing group."""
-        off = smoothing / num_classes
-        shape = (len(self.lam), num_classes)
-        own, other = (
-            torch.full(shape, off, device=label.device).scatter_(1, label[:, None], 1.0 - smoothing + off)
-            for label in (self.label_a, self.label_b)
-        )
-        lam = self.lam[:, None]
-        return own * lam + other * (1.0 - lam)
+        """The same as (B, num_classes) float32 soft targets: see `MixedLabels.dense`."""
+        return self.labels(smoothing).dense(num_classes)
 
 
 class _Work(NamedTuple):
