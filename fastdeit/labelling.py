@@ -50,6 +50,9 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
             topk=topk if kind == "soft" else 0,
         )
         writer = LabelWriter(folder, described)
+        if world.main:
+            print(f"loader {data.loader.name}: {data.loader.reason}")
+            print(f"augmentation on the {data.stage.name}: {data.stage.reason}")
         wanted = [epoch for epoch in range(first_epoch, end_epoch) if not writer.has(epoch)]
         if world.main and len(wanted) < end_epoch - first_epoch:
             print(f"{folder} holds {end_epoch - first_epoch - len(wanted)} of these epochs already")
