@@ -31,6 +31,7 @@ def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
         (recipe.optim.name == "sgd", "SGD takes its learning rate from the host"),
         (d.loss_sync == "every_step", "departures.loss_sync 'every_step' looks at each loss before the update"),
         (model.arch != "deit", f"a {model.arch} draws its stochastic depth from PyTorch's generator"),
+        (model.drop_path_mode == "skip", "what drop_path_mode 'skip' leaves out has another size in every step"),
         (model.drop_rate > 0, "dropout draws from PyTorch's generator"),
     )
     return next((reason for applies, reason in reasons if applies), None)

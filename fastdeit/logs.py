@@ -73,12 +73,15 @@ class RunLog:
                 disable=None,  # no bar where nobody looks: into a file or a pipe
             )
 
-    def advance(self, shown: dict[str, str] | None = None) -> None:
-        """One step done; `shown` goes behind the bar."""
+    def advance(self) -> None:
+        """One step done."""
         if self._bar is not None:
-            if shown:
-                self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
+
+    def show(self, shown: dict[str, str]) -> None:
+        """What stands behind the bar from its next move on."""
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
 
     def end_epoch(self) -> None:
         if self._bar is not None:

@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from fastdeit.distributed import World
 from fastdeit.objective import LossParts
+
+
+class OnItsWay:
+    """Numbers of the device's, copied to the host behind the work that makes them."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list[float]:
+        """The numbers; waits for them, not for work that the device was given since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps: their mean losses (loss, base, distill), images per second, share of time waiting for data."""
+
+    losses: OnItsWay
+    images_per_second: float
+    data_wait: float
 
 
 class Meter:
@@ -34,36 +62,12 @@ class Meter:
         self._sums += torch.stack(list(parts)).double()
         self._steps += 1
 
-    def read(self, wait_seconds: float, global_batch: int) -> dict[str, float]:
+    def read(self, wait_seconds: float, global_batch: int) -> Window:
         """Means over the processes and the steps since the last reading; starts the next window."""
         self.stop(wait_seconds)
-        mean = (self._world.sum(self._sums.clone()) / (self._steps * self._world.size)).tolist()
+        mean = self._world.sum(self._sums.clone()) / (self._steps * self._world.size)
         elapsed = max(self._elapsed, 1e-9)
-        out = {
-            "loss": mean[0],
-            "loss_base": mean[1],
-            "loss_distill": mean[2],
-            "images_per_second": self._steps * global_batch / elapsed,
-            "data_wait": min(1.0, self._waited / elapsed),
-        }
+        rate, waited = self._steps * global_batch / elapsed, min(1.0, self._waited / elapsed)
         self._sums.zero_()
         self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
-        return out
-
-
-class OnItsWay:
-    """A number of the device's, copied to the host behind the work that makes it."""
-
-    def __init__(self, number: torch.Tensor) -> None:
-        self._number, self._arrived = number, None
-        if number.is_cuda:
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def value(self) -> float:
-        """The number; waits for it, not for work that the device was given since."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return float(self._number)
+        return Window(OnItsWay(mean), rate, waited)

@@ -51,7 +51,7 @@ class StepInputs:
     """What a step computes on, on its device.
 
     data    images and labels
-    masks   (depth, 2, B) float32 factors of stochastic depth; None: none
+    masks   (depth, 2, B) float32 factors of stochastic depth, on the CPU for a model that skips; None: none
     stored  the teacher's labels (B,) int64 or logits (B, K) float32 where they were made beforehand, else None
     """
 
@@ -193,8 +193,8 @@ class TrainingStep:
         cfg = self.recipe.model
         if cfg.arch != "deit" or cfg.drop_path == 0 or not self.student.training:
             return None
-        masks = draw_drop_path(self.recipe.run.seed, global_step, positions, cfg.depth, cfg.drop_path)
-        return self._on_device(torch.from_numpy(masks))
+        masks = torch.from_numpy(draw_drop_path(self.recipe.run.seed, global_step, positions, cfg.depth, cfg.drop_path))
+        return masks if cfg.drop_path_mode == "skip" else self._on_device(masks)
 
     def _stored(self, epoch: int, entries: np.ndarray) -> Tensor | None:
         if self.labels is None:

@@ -94,6 +94,8 @@ class Trainer:
             teacher=self.teacher,
             labels=self.labels,
         )
+        # On a GPU what a step leaves is looked at while the next one runs, so that the GPU never waits for the host.
+        self.deferred = world.device.type == "cuda" and d.loss_sync == "deferred"
         self.profiler = self._open_profiler()
         self.epoch, self.step, self.global_step = 0, 0, 0
         self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
@@ -229,34 +231,31 @@ class Trainer:
         run = self.recipe.run
         finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
         self.train_step.student.train(not finetuning)
-        # On a GPU the loss of a step is looked at while the next one runs, so that the GPU never waits for the host.
-        deferred = self.world.device.type == "cuda" and self.recipe.departures.loss_sync == "deferred"
         meter.start(batches.wait_seconds)
         self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
         fallbacks: set[int] = set()
         replaced: set[tuple[int, int]] = set()
-        pending: tuple[OnItsWay, TrainBatch, int] | None = None
+        looks: list[Callable[[], None]] = []
         while self.step < self.data.steps:
             batch = next(batches)
             fallbacks.update(batch.fallbacks)
             replaced.update(batch.replaced)
-            check = None if deferred else self._check(batch)
+            check = None if self.deferred else self._check(batch)
             parts = self.train_step(batch, self.epoch, self.step, self.global_step, check)
-            self._check_late(pending)
-            pending = (OnItsWay(parts.loss), batch, self.step) if deferred else None
+            _look(looks)
+            if self.deferred:
+                looks.append(self._check_late(parts, batch))
             meter.add(parts)
             self.step += 1
             self.global_step += 1
-            shown = None
             if self.global_step % run.log_every == 0:
-                shown = self._log_train(meter, batches.wait_seconds)
-            self.log.advance(shown)
+                looks.append(self._train_line(meter, batches.wait_seconds))
+            saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
+            if not self.deferred or saving or self.step == self.data.steps:
+                _look(looks)
+            self.log.advance()
             if self.profiler is not None:
                 self._profile(self.profiler, batches.wait_seconds)
-            saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
-            if saving or self.step == self.data.steps:
-                self._check_late(pending)
-                pending = None
             if saving:
                 self._save()
         meter.stop(batches.wait_seconds)
@@ -267,10 +266,10 @@ class Trainer:
         """Looks at the losses of the coming step before the weights move."""
         return lambda parts: check_loss(self, float(parts.loss), batch, self.step, updated=False)
 
-    def _check_late(self, pending: tuple[OnItsWay, TrainBatch, int] | None) -> None:
-        if pending is not None:
-            loss, batch, step = pending
-            check_loss(self, loss.value(), batch, step, updated=True)
+    def _check_late(self, parts: LossParts, batch: TrainBatch) -> Callable[[], None]:
+        """Looks at the losses of the step that was just given to the device."""
+        loss, step = OnItsWay(parts.loss[None]), self.step
+        return lambda: check_loss(self, loss.tolist()[0], batch, step, updated=True)
 
     def _profile(self, profiler: StepProfiler, waited: float) -> None:
         found = profiler.step(self.data.steps - self.step, waited)
@@ -292,28 +291,34 @@ class Trainer:
             some = ", ".join(f"{bad} by {used}" for bad, used in replaced[:8])
             self.log.say(f"{counts[1]} images do not decode and were replaced, with their labels: {some}")
 
-    def _log_train(self, meter: Meter, wait_seconds: float) -> dict[str, str]:
-        run = self.recipe.run
-        left = run.epochs * self.data.steps - self.global_step
-        seen = meter.read(wait_seconds, run.global_batch)
-        eta = left * run.global_batch / seen["images_per_second"]
-        self.log.event(
-            "train",
-            epoch=self.epoch,
-            step=self.step - 1,
-            global_step=self.global_step,
-            **{k: v for k, v in seen.items() if k.startswith("loss")},
-            lr=self.train_step.lr,
-            images_per_second=round(seen["images_per_second"], 1),
-            data_wait=round(seen["data_wait"], 4),
-            eta_seconds=round(eta),
-        )
-        return {
-            "loss": f"{seen['loss']:.3f}",
-            "im/s": f"{seen['images_per_second']:.0f}",
-            "wait": f"{100 * seen['data_wait']:.0f}%",
-            "run left": duration(eta),
-        }
+    def _train_line(self, meter: Meter, wait_seconds: float) -> Callable[[], None]:
+        """Logs the steps since the last such line."""
+        run, window = self.recipe.run, meter.read(wait_seconds, self.recipe.run.global_batch)
+        eta = (run.epochs * self.data.steps - self.global_step) * run.global_batch / window.images_per_second
+        at = {"epoch": self.epoch, "step": self.step - 1, "global_step": self.global_step, "lr": self.train_step.lr}
+
+        def log() -> None:
+            loss, base, distill = window.losses.tolist()
+            self.log.event(
+                "train",
+                **at,
+                loss=loss,
+                loss_base=base,
+                loss_distill=distill,
+                images_per_second=round(window.images_per_second, 1),
+                data_wait=round(window.data_wait, 4),
+                eta_seconds=round(eta),
+            )
+            self.log.show(
+                {
+                    "loss": f"{loss:.3f}",
+                    "im/s": f"{window.images_per_second:.0f}",
+                    "wait": f"{100 * window.data_wait:.0f}%",
+                    "run left": duration(eta),
+                }
+            )
+
+        return log
 
     def _evaluate_if_due(self) -> None:
         run = self.recipe.run
@@ -356,3 +361,9 @@ class Trainer:
                 global_step=self.global_step,
             )
         self.world.barrier()
+
+
+def _look(looks: list[Callable[[], None]]) -> None:
+    for look in looks:
+        look()
+    looks.clear()

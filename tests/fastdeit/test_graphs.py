@@ -12,6 +12,7 @@ from fastdeit.data import TrainBatch
 from fastdeit.distributed import World, world
 from fastdeit.graphs import WARM_UP, Replayed, choose_graphs, why_not
 from fastdeit.networks import build_network
+from fastdeit.nonfinite import NonFiniteLoss
 from fastdeit.objective import build_objective
 from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision, resolve
@@ -56,6 +57,7 @@ def gpu(size=1):
         ({}, "fp16", 1, "loss scale"),
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
+        ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, "another size"),
         ({"departures": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
     ],
 )
@@ -284,3 +286,55 @@ def test_on_a_gpu_a_step_waits_for_nothing_and_keeps_its_memory(tiny, how):
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() <= held + 2**20
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_loop_waits_for_nothing(tiny, monkeypatch):
+    """Data, step, check of the loss, log lines: nothing asks the device while an epoch runs."""
+    recipe = on_gpu(tiny, run={"epochs": 1, "global_batch": 16, "log_every": 2}, data={"val": None})
+    call, number = TrainingStep.__call__, 0
+
+    def watched(self, *args):
+        nonlocal number
+        number += 1
+        if number == WARM_UP + 3:
+            torch.cuda.set_sync_debug_mode("error")
+        out = call(self, *args)
+        if number == 9:  # the last but one
+            torch.cuda.set_sync_debug_mode("default")
+        return out
+
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
+    try:
+        train(recipe)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert number == 10
+
+
+def test_late_looks_log_the_same_lines(tiny, events, tmp_path):
+    """What is looked at one step late, as on a GPU, is said of the same step, and before anything is saved."""
+    runs = [tiny(run={"output": tmp_path / name, "log_every": 2, "checkpoint_every": 3}) for name in ("now", "late")]
+    train(runs[0])
+    with world("cpu") as joined:
+        trainer = Trainer(runs[1], joined)
+        trainer.deferred = True
+        trainer.run()
+    kept = ("event", "epoch", "step", "global_step", "loss", "loss_base", "lr")
+    lines = [[{k: e[k] for k in kept if k in e} for e in events(r.run.output)] for r in runs]
+    assert [line for line in lines[0] if line["event"] in ("train", "checkpoint")] == [
+        line for line in lines[1] if line["event"] in ("train", "checkpoint")
+    ]
+
+
+def test_a_late_look_at_a_loss_that_is_not_finite_names_its_step(tiny, events):
+    recipe = tiny(optim={"lr": 1e30, "warmup_epochs": 0})
+    with world("cpu") as joined:
+        trainer = Trainer(recipe, joined)
+        trainer.deferred = True
+        with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 1, .*; the batch are in"):
+            trainer.run()
+    (record,) = events(recipe.run.output, "nonfinite")
+    saved = checkpoint.read_checkpoint(recipe.run.output / "nonfinite-rank0.pt")
+    assert (record["step"], saved["step"], saved["model"]) == (1, 1, None)
+    assert saved["index"].tolist() == record["indices"]
