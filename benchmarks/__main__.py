@@ -22,7 +22,7 @@ COMMANDS = {
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS:
-        print("usage: python -m benchmarks NAME [options]", *(f"  {n:12}{w}" for n, w in COMMANDS.items()), sep="\n")
+        print("usage: python -m benchmarks NAME [options]", *(f"  {n:15}{w}" for n, w in COMMANDS.items()), sep="\n")
         sys.exit(0 if name in ("-h", "--help") else 2)
     importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
 

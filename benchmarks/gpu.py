@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # argparse, since tyro need not be there.
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="Every check that needs a GPU.")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (8)")
-    told = "folder of kernels.jsonl, throughput.jsonl and gpu.md, which are added to"
+    told = "folder of kernels.jsonl and throughput.jsonl, which are added to, and gpu.md, written anew"
     parser.add_argument("--results", type=Path, default=RESULTS, help=told)
     options = parser.parse_args(argv)
     if not run(lambda: gpu(options.minutes, options.results)):
