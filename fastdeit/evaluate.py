@@ -29,6 +29,7 @@ class Options:
     stage: Literal["auto", "device", "host"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
     json: bool = False  # print one JSON object instead of a table
 
 
@@ -38,9 +39,10 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.data import EvaluationData, check_class_names, open_dataset, set_compute_threads
     from fastdeit.distributed import world
     from fastdeit.evaluation import evaluate
+    from fastdeit.kernel_choice import choose_kernels
     from fastdeit.networks import build_network
     from fastdeit.precision import resolve
-    from fastdeit.staging import image_dtype
+    from fastdeit.staging import image_dtype, image_layout
     from fastdeit.weights import describe, load_weights
 
     stored = read_checkpoint(options.checkpoint)
@@ -54,21 +56,31 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         val = open_dataset(options.val, "val")
         check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
         precision = resolve(recipe, joined.device)
-        data = EvaluationData(recipe, val, joined, image_dtype(recipe, precision, teacher=False))
+        classes = recipe.model.num_classes or val.num_classes
+        kernels = choose_kernels(recipe.model, precision, classes, joined)
+        dtype, layout = image_dtype(recipe, precision, teacher=False), image_layout(kernels, teacher=False)
+        data = EvaluationData(recipe, val, joined, dtype, layout)
         if joined.main and not options.json:
+            print(kernels.sentence())
             print(f"loader {data.loader.name}: {data.loader.reason}")
             print(f"images made on the {data.stage.name}: {data.stage.reason}")
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
-                classes = recipe.model.num_classes or val.num_classes
-                model = build_network(recipe.model, classes).to(joined.device)
+                model = build_network(recipe.model, classes, kernels).to(joined.device)
                 for message in load_weights(model, stored, ema=kind == "ema"):
                     if "reset" in message:
                         raise UserError(f"{options.checkpoint} cannot be evaluated on {options.val}: {message}")
                     if joined.main and not options.json:
                         print(message)
-                out[kind] = evaluate(model, data, joined, precision, progress=joined.main and not options.json)
+                out[kind] = evaluate(
+                    model,
+                    data,
+                    joined,
+                    precision,
+                    kernels="evaluate_heads" in kernels.ops,
+                    progress=joined.main and not options.json,
+                )
         finally:
             data.close()
         return out if joined.main else {}
@@ -84,7 +96,13 @@ def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -
     else:
         raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
     replace = dataclasses.replace
-    model = replace(recipe.model, init=None, finetune=False, num_classes=num_classes or recipe.model.num_classes)
+    model = replace(
+        recipe.model,
+        init=None,
+        finetune=False,
+        num_classes=num_classes or recipe.model.num_classes,
+        kernels=options.kernels,
+    )
     if options.img_size is not None:
         model = replace(model, img_size=options.img_size)
     return replace(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fastdeit.data import EvaluationData
 from fastdeit.distributed import World
+from fastdeit.model import StudentOutput
 from fastdeit.objective import fuse
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.precision import Precision
@@ -21,9 +22,15 @@ HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: EvaluationData, world: World, precision: Precision, *, progress: bool = False
+    model: nn.Module,
+    data: EvaluationData,
+    world: World,
+    precision: Precision,
+    *,
+    kernels: bool = False,
+    progress: bool = False,
 ) -> Scores:
-    """Top-1 and top-5 in percent, and the loss, of each head.
+    """Top-1 and top-5 in percent, and the loss, of each head; with `kernels` by `fastdeit.kernels.head_evaluation`.
 
     Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
     fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
@@ -49,11 +56,12 @@ def evaluate(
             labels = batch.label_a.to(world.device, non_blocking=True)
             with precision.autocast():
                 output = model(pixels)
-            for head, log_probabilities in _heads(output).items():
-                row = totals[HEADS.index(head)]
-                row[:4] += _hits(log_probabilities, labels)
+            for row, (hits, decision) in zip(
+                totals, (_by_kernel if kernels else _by_head)(output, labels), strict=False
+            ):
+                row[:4] += hits
                 if real is not None:
-                    row[4:] += _real_hits(log_probabilities, real[batch.index.to(world.device)])
+                    row[4:] += _real_hits(decision, real[batch.index.to(world.device)])
     model.train(training)
     fallbacks = torch.tensor(float(len(data.fallbacks)), device=world.device)
     if not data.replicate:
@@ -88,29 +96,41 @@ def real_labels(dataset: Dataset) -> Tensor | None:
     return table
 
 
-def _heads(output: Any) -> dict[str, Tensor]:
-    """Log-probabilities (B, K) float32 of each head."""
-    heads = {"class": F.log_softmax(output.cls.float(), -1)}
+def _by_head(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each of `HEADS` that there are: (4,) float64 sums over the batch, and the decisions (B,).
+
+    The sums are of images, top-1 hits, top-5 hits and the loss.
+    """
+    heads = [F.log_softmax(output.cls.float(), -1)]
     if output.dist is not None:
-        heads["distillation"] = F.log_softmax(output.dist.float(), -1)
+        heads.append(F.log_softmax(output.dist.float(), -1))
         # `fuse` sums the two softmaxes; half of it is a distribution again.
-        heads["fused_probabilities"] = (fuse(output, "probabilities").float() / 2).clamp_min(1e-30).log()
-        heads["fused_logits"] = F.log_softmax(fuse(output, "logits").float(), -1)
-    return heads
-
-
-def _hits(log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(4,) float64 sums over the batch: images, top-1 hits, top-5 hits, loss."""
-    top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices == labels[:, None]
-    loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+        heads.append((fuse(output, "probabilities").float() / 2).clamp_min(1e-30).log())
+        heads.append(F.log_softmax(fuse(output, "logits").float(), -1))
     count = torch.tensor(float(len(labels)), device=labels.device)
-    return torch.stack([count, top[:, 0].sum(), top.any(1).sum(), loss]).double()
+    out = []
+    for log_probabilities in heads:
+        top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices == labels[:, None]
+        loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+        hits = torch.stack([count, top[:, 0].sum(), top.any(1).sum(), loss]).double()
+        out.append((hits, log_probabilities.argmax(1)))
+    return out
 
 
-def _real_hits(log_probabilities: Tensor, real: Tensor) -> Tensor:
+def _by_kernel(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What `_by_head` gives."""
+    from fastdeit.kernels.head_evaluation import evaluate_heads  # here, since it needs Triton
+
+    rank, decision, loss = evaluate_heads(*output, labels)
+    top5 = rank < min(5, output.cls.shape[1])  # a label that is no class has rank K
+    hits = torch.stack([torch.ones_like(loss), rank == 0, top5, loss]).sum(1, dtype=torch.float64)
+    return list(zip(hits.unbind(1), decision.unbind(1), strict=True))
+
+
+def _real_hits(decision: Tensor, real: Tensor) -> Tensor:
     """(2,) float64 sums over the batch: images with any of the labels `real` (B, most), and those hit by the top-1."""
     any_label = (real >= 0).any(1)
-    hit = (log_probabilities.argmax(1, keepdim=True) == real).any(1)
+    hit = (decision[:, None] == real).any(1)
     return torch.stack([any_label.sum(), hit.sum()]).double()
 
 

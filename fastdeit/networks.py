@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
+from fastdeit.kernel_choice import TORCH, Kernels
 from fastdeit.model import DeiT, StudentOutput, build_model
 
 
@@ -34,10 +35,15 @@ class ConvnetStudent(nn.Module):
         return self.network.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def build_network(cfg: ModelConfig, num_classes: int) -> DeiT | ConvnetStudent:
-    """A freshly initialised network. Raises UserError where `cfg.arch` is not a model of timm's."""
+def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) -> DeiT | ConvnetStudent:
+    """A freshly initialised network, a DeiT with `kernels`. Raises UserError for an arch that timm does not have."""
     if cfg.arch == "deit":
-        return build_model(cfg, num_classes)
+        model = build_model(cfg, num_classes)
+        if kernels.ops:
+            from fastdeit.fused import fuse  # here, since it needs Triton
+
+            fuse(model, kernels.left)
+        return model
     if not timm.is_model(cfg.arch):
         close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]
         hint = f", such as {', '.join(close)}" if close else ""

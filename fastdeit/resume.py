@@ -22,9 +22,12 @@ FREE = {
         "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
     },
     "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
-    "model": {"init"},
+    "model": {"init", "kernels"},
     "teacher": {"checkpoint", "labels"},
 }  # fmt: skip
+
+# What was so before checkpoints said it.
+UNSAID = {"model.kernels": "torch"}
 
 
 def effective(trainer: Trainer) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "data.loader": trainer.data.loader.name,
         "run.precision": trainer.precision.name,
         "run.compile": trainer.train_step.compiled,
+        "model.kernels": trainer.kernels.name,
         "teacher.checkpoint": _teacher(trainer),
         "model.init (given or not)": trainer.recipe.model.init is not None,
         "repeats": trainer.data.repeats,
@@ -152,10 +156,11 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
             for name, value in values.items()
             if name not in FREE.get(section, ()) and old.get(name, unset[section][name]) != value
         ]
+    before = UNSAID | state["effective"]
     out += [
-        f"another {name} ({state['effective'].get(name)}, this run has {value})"
+        f"another {name} ({before.get(name)}, this run has {value})"
         for name, value in effective(trainer).items()
-        if state["effective"].get(name) != value
+        if before.get(name) != value
     ]
     return out
 

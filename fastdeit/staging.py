@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdeit.cli import UserError
 from fastdeit.config import Recipe
+from fastdeit.kernel_choice import Kernels
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.device.handover import CopyingStage, StreamPrefetcher
 from fastdeit.pipelines.host.stage import Batch, HostStage
@@ -186,3 +187,11 @@ def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch
     if precision.dtype is None or precision.device.type == "cpu" or recipe.model.arch != "deit" or teacher:
         return torch.float32
     return precision.dtype
+
+
+def image_layout(kernels: Kernels, *, teacher: bool) -> Layout:
+    """The layout of a run's images: patches where the kernels take them from there and no `teacher` looks at images.
+
+    The patch embedding is then a matrix product, whose sums round differently from a convolution's.
+    """
+    return "patches" if "assemble_tokens" in kernels.ops and not teacher else "nchw"

@@ -214,7 +214,7 @@ class TrainingStep:
         """Gradients of this process's share of a step; (3,) float32, the mean losses of the share."""
         images = inputs.data.images
         count = len(images)
-        targets = inputs.data.targets(self.num_classes, self.recipe.augment.label_smoothing)
+        labels = inputs.data.labels(self.recipe.augment.label_smoothing)
         micro = self.recipe.run.micro_batch or count
         joined = self.student if isinstance(self.student, DistributedDataParallel) else None
         total: list[Tensor] = []
@@ -229,7 +229,7 @@ class TrainingStep:
                     teacher = self._teach(images[part], stored)
                     student = self.student(images[part])
                     with record_function(LABEL + "loss"):
-                        loss = self.objective(student, targets[part], teacher)
+                        loss = self.objective(student, labels.part(part), teacher)
                 weighted = loss.loss * share
                 (self.scaler.scale(weighted) if self.scaler else weighted).backward()
             total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)

@@ -21,6 +21,7 @@ from fastdeit.data import (
 )
 from fastdeit.distributed import World
 from fastdeit.evaluation import Scores, evaluate, headline
+from fastdeit.kernel_choice import choose_kernels
 from fastdeit.label_cache import LabelCache, labelled_loader, pixel_key
 from fastdeit.logs import RunLog, duration
 from fastdeit.meter import Meter, OnItsWay
@@ -33,7 +34,7 @@ from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import allow_tf32, resolve
 from fastdeit.profiling import StepProfiler, room
 from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
-from fastdeit.staging import image_dtype
+from fastdeit.staging import image_dtype, image_layout
 from fastdeit.step import TrainingStep
 from fastdeit.teacher import Teacher
 from fastdeit.weights import load_weights
@@ -58,8 +59,10 @@ class Trainer:
         self._check_label_range(self.train_set)
         loader = checkpoint_loader(recipe, self.folder) or labelled_loader(recipe)
         taught = recipe.objective.distillation != "none" and recipe.teacher.labels is None
+        self.kernels = choose_kernels(recipe.model, self.precision, self.num_classes, world)
         dtype = image_dtype(recipe, self.precision, teacher=taught)
-        self.data = TrainingData(recipe, self.train_set, world, dtype, loader=loader)
+        layout = image_layout(self.kernels, teacher=taught)
+        self.data = TrainingData(recipe, self.train_set, world, dtype, layout, loader=loader)
         self.val: EvaluationData | None = None
         if recipe.data.val is not None:
             val_set = open_dataset(recipe.data.val, "data.val")
@@ -72,12 +75,15 @@ class Trainer:
                 val_set,
                 world,
                 image_dtype(recipe, self.precision, teacher=False),
+                image_layout(self.kernels, teacher=False),
                 loader=(self.data.loader.name.removesuffix("-mixed"), "as in training"),
                 stage=(self.data.stage.name, "as in training"),
             )
 
         torch.manual_seed(run.seed)
-        self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes).to(world.device)
+        self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes, self.kernels).to(
+            world.device
+        )
         self.messages: list[str] = []
         if recipe.model.init is not None:
             self.messages += load_weights(self.model, recipe.model.init)
@@ -88,7 +94,9 @@ class Trainer:
             world,
             self.precision,
             self.model,
-            build_objective(recipe.objective, recipe.model.distilled, d),
+            build_objective(
+                recipe.objective, recipe.model.distilled, d, kernels="distillation_loss" in self.kernels.ops
+            ),
             num_classes=self.num_classes,
             steps_per_epoch=self.data.steps,
             teacher=self.teacher,
@@ -196,6 +204,7 @@ class Trainer:
             precision=self.precision.name,
             compiled=self.train_step.compiled,
             cuda_graphs=self.train_step.graphs[0],
+            kernels=self.kernels.event(),
             optimizer=f"{recipe.optim.implementation} {recipe.optim.name}",
             loader=self.data.loader.name,
             stage=self.data.stage.name,
@@ -211,6 +220,7 @@ class Trainer:
         if self.world.device.type == "cuda":
             replayed, why = self.train_step.graphs
             self.log.say(f"CUDA graphs {'on' if replayed else 'off'}: {why}")
+        self.log.say(self.kernels.sentence())
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
         self.log.say(f"augmentation on the {self.data.stage.name}: {self.data.stage.reason}")
         if self.labels is not None:
@@ -336,7 +346,12 @@ class Trainer:
             # Running statistics of a convnet differ by process; a checkpoint holds the main one's.
             self.world.broadcast(self.model.buffers())
             scores = evaluate(
-                self.model, self.val, self.world, self.precision, progress=run.progress and self.world.main
+                self.model,
+                self.val,
+                self.world,
+                self.precision,
+                kernels="evaluate_heads" in self.kernels.ops,
+                progress=run.progress and self.world.main,
             )
             if plain is not None:
                 self.model.load_state_dict(plain)

@@ -1,0 +1,177 @@
+"""Runs with Triton's kernels against the same runs with PyTorch's operations, through the trainer itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import fastdeit.kernel_choice
+from fastdeit import checkpoint
+from fastdeit.cli import UserError
+from fastdeit.config import ModelConfig
+from fastdeit.distributed import World, world
+from fastdeit.evaluate import Options, evaluate_checkpoint
+from fastdeit.kernel_checks import failure
+from fastdeit.kernel_choice import OPS, choose_kernels
+from fastdeit.labelling import label_run
+from fastdeit.pipelines.convert import convert
+from fastdeit.precision import Precision
+from fastdeit.recipes import convnet_teacher
+from fastdeit.trainer import Trainer
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "distilled": True}
+
+
+def chosen(cfg, device=DEVICE, dtype=None):
+    device = torch.device(device)
+    return choose_kernels(cfg, Precision("test", dtype, device), 10, World(0, 1, 1, device))
+
+
+def run(recipe):
+    """The last scores; events and checkpoints are in the run's folder."""
+    with world(DEVICE) as joined:
+        return Trainer(recipe, joined).run()
+
+
+def losses(events, recipe):
+    return [[e["loss"], e["loss_base"], e["loss_distill"]] for e in events(recipe.run.output, "train")]
+
+
+@pytest.fixture
+def short(data, tiny, tmp_path):
+    """Function: a distilled recipe of three steps of eight samples on `train`; a random teacher, or stored labels."""
+    teacher = timm.create_model("resnet10t", num_classes=10, in_chans=3)
+    for parameter in teacher.fc.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+
+    def make(train, name, kernels, kind="hard", **model):
+        return tiny(
+            model={"embed_dim": 32, "patch_size": 16, "kernels": kernels, "num_classes": 10, **model},
+            data={"train": train, "val": None, "repeats": 1},
+            objective={"distillation": kind},
+            teacher={"name": "resnet10t", "checkpoint": tmp_path / "teacher.pt", "img_size": 32},
+            run={"epochs": 1, "global_batch": 8, "device": DEVICE, "precision": "fp32", "output": tmp_path / name},
+        )
+
+    return make
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.parametrize("stored", [False, True])
+def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
+    """With a teacher in the loop the student takes images; with labels stored beforehand, patches."""
+    train = tmp_path / "fashion.beton"
+    convert(str(FASHION / "train-images-idx3-ubyte.gz"), train, limit=24, progress=False)
+    recipes = [short(train, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
+    if stored:
+        recipes = [replace(r, teacher=replace(r.teacher, labels=tmp_path / "labels")) for r in recipes]
+        with world(DEVICE) as joined:
+            label_run(recipes[0], joined, first_epoch=0, end_epoch=1, topk=4)
+    for recipe in recipes:
+        run(recipe)
+    plain, fused = (torch.tensor(losses(events, recipe)) for recipe in recipes)
+    assert plain.shape == (3, 3)
+    assert len(plain.unique()) == 9
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=0)
+    weights = [checkpoint.load(checkpoint.found(r.run.output / "checkpoints")[0])["model"] for r in recipes]
+    assert list(weights[0]) == list(weights[1])
+    start = events(recipes[1].run.output, "start")[0]["kernels"]
+    assert start == {"ops": list(OPS), "left": {}, "reason": "as asked for"}
+    assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
+
+
+def test_resuming_with_other_kernels_is_a_change(data, short, events):
+    """Sums are in another order, so that the run would be another than either."""
+    recipe = short(data / "train.beton", "run", "torch", depth=1)
+    run(recipe)
+    more = replace(recipe, run=replace(recipe.run, epochs=2))
+    more = replace(more, model=replace(more.model, kernels="triton"))
+    changed = replace(more, run=replace(more.run, resume_changed=True, epochs=1))
+    with pytest.raises(UserError, match=r"another model\.kernels \(torch, this run has triton\)"):
+        run(replace(more, run=replace(more.run, epochs=1)))
+    run(changed)
+    assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
+
+
+def test_scores_are_those_without_kernels(data, short):
+    recipe = short(data / "train.beton", "run", "torch")
+    run(recipe)
+    path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+    found = [
+        evaluate_checkpoint(
+            Options(
+                checkpoint=path,
+                val=data / "val.beton",
+                batch=22,
+                device=DEVICE,
+                precision="fp32",
+                loader="torch",
+                kernels=kernels,
+                json=True,
+            )
+        )["model"]
+        for kernels in ("torch", "triton")
+    ]
+    assert found[0].keys() == found[1].keys() > {"images", "class", "distillation", "fused_probabilities"}
+    for head, scores in found[0].items():
+        assert found[1][head] == pytest.approx(scores, rel=1e-5), head
+
+
+def test_auto_is_pytorch_without_a_gpu(monkeypatch):
+    cfg = ModelConfig(**SMALL)
+    kernels = chosen(cfg, "cpu")
+    assert (kernels.name, kernels.sentence()) == ("torch", "kernels torch: there is no GPU")
+    assert chosen(replace(cfg, kernels="torch")).sentence() == "kernels torch: as asked for"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match=r"there is no GPU\. Set --model\.kernels torch, or auto"):
+        chosen(replace(cfg, kernels="triton"), "cpu")
+    monkeypatch.setattr(fastdeit.kernel_choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install triton"):
+        chosen(replace(cfg, kernels="triton"))
+
+
+def test_what_has_no_place_in_a_model_is_said():
+    wide = chosen(ModelConfig(**{**SMALL, "embed_dim": 320, "kernels": "triton"}))
+    assert wide.name == "triton without attention"
+    assert wide.sentence().endswith("; not attention: its head dim 160 is above 128")
+    teacher = chosen(replace(convnet_teacher().model, kernels="triton"))
+    assert teacher.ops == {"distillation_loss", "evaluate_heads"}
+    assert "timm's own" in teacher.sentence()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_every_kernel_passes_its_check(dtype, distilled):
+    cfg, precision = ModelConfig(**{**SMALL, "distilled": distilled}), Precision("test", dtype, torch.device(DEVICE))
+    assert {op: failure(op, cfg, precision, 10) for op in OPS} == dict.fromkeys(OPS)
+
+
+def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeypatch):
+    """The decision of a GPU, with the checks under the interpreter where there is none."""
+    cfg, here = ModelConfig(**SMALL), torch.device(DEVICE)
+    attention = fastdeit.kernel_checks.attention
+
+    def broken(*_, **__):
+        raise RuntimeError("out of resource: shared memory\nmore lines")
+
+    monkeypatch.setattr(fastdeit.kernel_checks, "attention", lambda qkv: attention(qkv) * 1.01)
+    monkeypatch.setattr(fastdeit.kernel_checks, "bias_gelu", broken)
+    monkeypatch.setitem(fastdeit.kernel_choice.SLOWER, "layer_norm", "0.9 x PyTorch on a test")
+    monkeypatch.setattr(fastdeit.kernel_choice, "_on_gpu", lambda device: True)
+    kernels = choose_kernels(cfg, Precision("test", None, here), 10, World(0, 1, 1, here))
+    assert kernels.ops == OPS.keys() - {"attention", "bias_gelu", "layer_norm"}
+    assert "its error on a small batch is" in kernels.left["attention"]
+    assert kernels.left["bias_gelu"] == "it fails here: RuntimeError: out of resource: shared memory"
+    assert kernels.left["layer_norm"] == "0.9 x PyTorch on a test"
+    assert kernels.name == "triton without attention, bias_gelu, layer_norm"
+
+
+def test_a_nan_fails_its_check(monkeypatch):
+    monkeypatch.setattr(fastdeit.kernel_checks, "bias_gelu", lambda x, bias: x * bias * float("nan"))
+    precision = Precision("test", None, torch.device(DEVICE))
+    assert "nan" in failure("bias_gelu", ModelConfig(**SMALL), precision, 10)
