@@ -9,18 +9,32 @@ import numpy as np
 @numba.njit(cache=True, nogil=True)
 def frame_size(jpeg: np.ndarray) -> tuple[int, int]:
     """Height and width in the frame header of (size,) uint8 bytes; (0, 0) where there is none to be found."""
+    at = _frame(jpeg)
+    return (_two_bytes(jpeg, at + 5), _two_bytes(jpeg, at + 7)) if at else (0, 0)
+
+
+@numba.njit(cache=True, nogil=True)
+def is_common(jpeg: np.ndarray) -> bool:
+    """Whether the frame header of (size,) uint8 bytes tells of one, three or four components of 8 bits."""
+    at = _frame(jpeg)
+    return at > 0 and jpeg[at + 4] == 8 and jpeg[at + 9] in (1, 3, 4)
+
+
+@numba.njit(cache=True, nogil=True)
+def _frame(jpeg: np.ndarray) -> int:
+    """Where the frame header's marker is; 0 where there is none with all that is read of it."""
     at = 2
-    while at + 9 <= len(jpeg) and jpeg[at] == 0xFF:
+    while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
         if marker == 0xFF:  # padding
             at += 1
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _two_bytes(jpeg, at + 5), _two_bytes(jpeg, at + 7)
+            return at
         elif marker == 0xDA:  # image data before any frame
             break
         else:
             at += 2 + _two_bytes(jpeg, at + 2)
-    return 0, 0
+    return 0
 
 
 @numba.njit(cache=True, nogil=True)

@@ -14,7 +14,7 @@ import torch
 
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.encode import MAX_SCANS
-from fastdeit.pipelines.jpeg_markers import frame_size, is_whole
+from fastdeit.pipelines.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.order import Order
 from fastdeit.pipelines.threaded import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
 
@@ -24,7 +24,9 @@ _Task = tuple[int, Any, Region | None]  # index and where it goes, on the host o
 _Jpeg = tuple[_Task, np.ndarray]  # with the bytes to be decoded
 
 _DEVICE_ROUNDING = 32 << 20  # bytes: batches of about one size then take the memory of those before them
-_CHUNK_PER_THREAD = 32  # images: threads wait for each other at the end of a chunk, whose pixels are there twice
+# Images at once. On the CPU one alone costs no more, and one that fails harms no other. On a GPU, by thread: threads
+# wait for each other at the end of a chunk, whose pixels are there twice.
+_CPU_CHUNK, _GPU_CHUNK_PER_THREAD = 1, 32
 
 
 class DaliLoader(ThreadedLoader):
@@ -34,19 +36,20 @@ class DaliLoader(ThreadedLoader):
     hw_decoder_load  share of the images that the GPU's hardware decoder takes, where it has one, 0 to 1
     on_device        whether the pixels of a batch stay on that GPU
 
-    On the CPU it decodes `threads` images at once, in threads of its own, through libjpeg-turbo with the accurate DCT
-    and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) the decoders are others,
-    with pixels of their own; that path has not been run on a GPU yet.
+    On the CPU every thread of the pool has a pipeline for one image at a time, through libjpeg-turbo with the accurate
+    DCT and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) DALI gets 32 images a
+    thread at once, whose pixels it holds beside the batch; its decoders are others there, with pixels of their own.
+    That path has not been run on a GPU yet.
 
-    A JPEG that is not whole segments and scans up to its end marker, or has more than 64 scans, is not given to DALI,
-    which does not notice all of such damage. That, and what DALI refuses, is read by PIL and listed in the batch's
-    `fallbacks`. DALI fails many images for one, and its pipeline with them: they are halved until that one is found.
-    Beside the batch, DALI holds the pixels of 32 images for each thread. One thread at a time may take its batches.
+    A JPEG that is not whole segments and scans up to its end marker, has more than 64 scans, or is not of 8 bits and of
+    one, three or four components, is not given to DALI, which does not notice all of such damage. That, and what DALI
+    refuses, is read by PIL and listed in the batch's `fallbacks`. DALI fails many images for one, and its pipeline with
+    them: they are halved until that one is found. One thread at a time may take the loader's batches.
 
     Raises ValueError where DALI is not installed, or cannot build its pipeline.
     """
 
-    name = "dali"
+    name, pixels = "dali", "pillow"
 
     def __init__(
         self,
@@ -64,17 +67,17 @@ class DaliLoader(ThreadedLoader):
         self.on_device = self._device is not None
         self._device_id, self._hw_decoder_load = device_id, hw_decoder_load
         if device_id is not None:
-            self.name = "dali-mixed"
-        self._chunk = _CHUNK_PER_THREAD * threads
+            self.name, self.pixels = "dali-mixed", "nvjpeg"
+        self._chunk = _CPU_CHUNK if device_id is None else _GPU_CHUNK_PER_THREAD * threads
         self._unfit: set[int] = set()  # for DALI: PIL reads them at once when they come again
-        self._using = threading.Lock()
-        self._pipeline: Any = None
+        self._free = threading.Semaphore(threads if self._chunk == 1 else 1)  # pipelines at work
+        self._idle: list[Any] = []
         super().__init__(dataset, order, pool=pool, threads=threads, **options)
 
     def _load(self) -> None:
         find_dali()
         try:
-            self._pipeline = self._build()
+            self._idle.append(self._build())
         except (ImportError, OSError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -94,7 +97,7 @@ class DaliLoader(ThreadedLoader):
             }
         pipeline = dali.Pipeline(
             batch_size=self._chunk,
-            num_threads=self._threads,
+            num_threads=1 if self._chunk == 1 else self._threads,
             device_id=self._device_id,
             prefetch_queue_depth=1,  # what is ahead is the prefetcher's business
             exec_pipelined=False,
@@ -111,28 +114,26 @@ class DaliLoader(ThreadedLoader):
 
     def close(self) -> None:
         super().close()
-        with self._using:
-            self._pipeline = None
+        self._idle.clear()
 
     def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         task = (index, out, None)
         jpeg = None if index in self._unfit else self._read(task)
-        if jpeg is not None:
-            with self._using:
-                if not self._through_dali([(task, jpeg)]):
-                    return True
+        if jpeg is not None and not self._through_dali([(task, jpeg)]):
+            return True
         read_with_pil(self.dataset, index, out)
         return False
 
     def _decode_all(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
+        if self._chunk == 1:
+            return super()._decode_all(tasks)
         jpegs = [task for task in tasks if self.dataset.is_jpeg(task[0]) and task[0] not in self._unfit]
         left: set[int] = set()
         for start in range(0, len(jpegs), self._chunk):
             chunk = jpegs[start : start + self._chunk]
             read = list(zip(chunk, self._in_pool(self._read_or_leave, chunk), strict=True))
             left.update(task[0] for task, jpeg in read if jpeg is None)
-            with self._using:
-                refused = self._through_dali([(task, jpeg) for task, jpeg in read if jpeg is not None])
+            refused = self._through_dali([(task, jpeg) for task, jpeg in read if jpeg is not None])
             left.update(task[0] for task in refused)
         decoded = {task[0] for task in jpegs} - left
         # The rest is raw, damaged or doubtful: a matter of one image at a time, as with any loader.
@@ -162,7 +163,9 @@ class DaliLoader(ThreadedLoader):
         found = frame_size(jpeg)
         if found != (0, 0):
             check_size(self.dataset, index, *found)
-            if is_whole(jpeg, MAX_SCANS):
+            # A header that DALI's parser refuses is no matter of one image: it leaves the batch's other tasks running
+            # in memory that it has given back, and the process may crash (seen with DALI 2.4).
+            if is_common(jpeg) and is_whole(jpeg, MAX_SCANS):
                 return jpeg
         self._unfit.add(index)
         return None
@@ -186,16 +189,20 @@ class DaliLoader(ThreadedLoader):
 
     def _run(self, jpegs: list[_Jpeg]) -> bool:
         """Have DALI decode at most a chunk; whether it could."""
-        self._check_open()
-        pipeline = self._build() if self._pipeline is None else self._pipeline
-        self._pipeline = None  # if it fails, or is interrupted: its next output would be this one
-        try:
-            pipeline.feed_input("jpeg", [jpeg for _, jpeg in jpegs])
-            (decoded,) = pipeline.run()
-        except RuntimeError:
-            return False
-        self._pipeline = pipeline
-        outs = [task[1] for task, _ in jpegs]
+        with self._free:
+            self._check_open()
+            pipeline = self._idle.pop() if self._idle else self._build()
+            try:
+                pipeline.feed_input("jpeg", [jpeg for _, jpeg in jpegs])
+                (decoded,) = pipeline.run()
+            except RuntimeError:
+                return False  # the pipeline has failed with it
+            done = self._copy(decoded, [task[1] for task, _ in jpegs])
+            self._idle.append(pipeline)
+            return done
+
+    def _copy(self, decoded: Any, outs: list[Any]) -> bool:
+        """Copy DALI's output to where the images go; whether it has their shapes."""
         if any(tuple(decoded[i].shape()) != tuple(out.shape) for i, out in enumerate(outs)):
             return False
         if isinstance(outs[0], torch.Tensor):
@@ -210,7 +217,7 @@ class DaliLoader(ThreadedLoader):
         def copy(place: int) -> None:
             outs[place][:] = np.asarray(decoded[place])
 
-        self._in_pool(copy, range(len(jpegs)))
+        self._in_pool(copy, range(len(outs)))
         return True
 
     def _in_pool(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:

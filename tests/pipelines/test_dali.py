@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from fastdeit.pipelines import loader_dali
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
-from fastdeit.pipelines.jpeg_markers import frame_size, is_whole
+from fastdeit.pipelines.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.pool import make_pool
@@ -159,9 +159,14 @@ def test_stray_markers_and_missing_ends_are_found():
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Files that DALI gets damaged, so that its pipeline fails; and how many it got at a time."""
+    """Files whose Huffman tables DALI gets damaged, so that its pipeline fails; and how many it got at a time."""
+    monkeypatch.setattr(loader_dali, "_CPU_CHUNK", 64)
     bad, runs = set(), []
     build = DaliLoader._build
+
+    def damaged(data):
+        lengths = data.tobytes().index(b"\xff\xc4") + 5
+        return np.concatenate([data[:lengths], np.full(16, 255, np.uint8), data[lengths + 16 :]])
 
     def damaging(loader):
         pipeline = build(loader)
@@ -169,7 +174,7 @@ def failing(monkeypatch):
 
         def feed_damaged(name, data):
             runs.append(len(data))
-            feed(name, [jpeg[:200] if jpeg.tobytes() in bad else jpeg for jpeg in data])
+            feed(name, [damaged(jpeg) if jpeg.tobytes() in bad else jpeg for jpeg in data])
 
         pipeline.feed_input = feed_damaged
         return pipeline
@@ -196,6 +201,21 @@ def test_a_failed_batch_is_halved_until_the_image_is_found(opened, tmp_path, fai
     assert runs == [38]  # those it refused are not given to it again
 
 
+def test_headers_that_its_parser_refuses_harm_no_image(opened, tmp_path, monkeypatch):
+    """DALI 2.4 leaves other tasks running in memory that it has given back when one of a batch has such a header."""
+    monkeypatch.setattr(loader_dali, "_CPU_CHUNK", 64)
+    images = [bytearray(jpeg(picture(i, (50 + i, 40)))) for i in range(40)]
+    for i, (field, value) in {7: (9, 2), 20: (4, 12)}.items():  # components, bits
+        images[i][images[i].index(b"\xff\xc0") + field] = value
+        assert not is_common(np.frombuffer(images[i], np.uint8))
+    dataset = write(tmp_path / "h.beton", [(bytes(data), (50 + i, 40)) for i, data in enumerate(images)])
+    with opened(dataset, on_error="replace") as loader:
+        for epoch in range(20):
+            batch = next(loader.batches(epoch))
+            assert batch.replaced == [(7, 8), (20, 21)]
+            np.testing.assert_array_equal(batch.image(6), with_pil(bytes(images[6])))
+
+
 def test_damage_among_good_images(opened, tmp_path):
     images = [(jpeg(picture(i, (50 + i, 40))), (50 + i, 40)) for i in range(40)]
     images[20] = images[20][0][:-300], images[20][1]
@@ -215,7 +235,7 @@ def test_damage_among_good_images(opened, tmp_path):
 
 def test_chunks_and_raw_images(opened, tmp_path, monkeypatch):
     """More images than DALI gets at once, and raw ones between them."""
-    monkeypatch.setattr(loader_dali, "_CHUNK_PER_THREAD", 3)
+    monkeypatch.setattr(loader_dali, "_CPU_CHUNK", 6)
     pictures = [picture(i, (30 + i, 40)) for i in range(25)]
     with BetonWriter(tmp_path / "c.beton", 25, page_size=MIN_PAGE) as writer:
         for i, image in enumerate(pictures):
@@ -262,7 +282,7 @@ def on_device(request, opened):
 
 def test_pixels_stay_on_the_device(opened, on_device, tmp_path, monkeypatch):
     """Decoded there, or on the host where PIL must or nothing is to be decoded; and copied from the step before."""
-    monkeypatch.setattr(loader_dali, "_CHUNK_PER_THREAD", 3)
+    monkeypatch.setattr(loader_dali, "_CPU_CHUNK", 6)
     pictures = [picture(i, (30 + i, 40)) for i in range(21)]
     with BetonWriter(tmp_path / "d.beton", 21, page_size=MIN_PAGE) as writer:
         for i, image in enumerate(pictures):
