@@ -17,6 +17,7 @@ from fastdeit.drop_path import DropPath as PlannedDropPath
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.layer_norm import add_layer_norm, layer_norm
+from fastdeit.kernels.reference import as_patches
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 from fastdeit.model import DeiT, SkippingBlock, StudentOutput
 
@@ -156,11 +157,12 @@ class _DeiT(DeiT):
 
 class _AssemblingDeiT(_DeiT):
     def _assemble(self, pixels: Tensor) -> Tensor:
-        projection, sequence = self.patch_embed.proj, (self.cls_token, self.dist_token, self.pos_embed)
-        if pixels.ndim == 3:
-            return embed_patches(pixels, projection.weight, projection.bias, *sequence)
-        patches = F.conv2d(pixels, projection.weight, None, projection.stride)  # pyright: ignore[reportArgumentType]
-        return assemble_tokens(patches.flatten(2).transpose(1, 2), *sequence, projection.bias)
+        projection = self.patch_embed.proj
+        if pixels.ndim == 4:
+            # One arithmetic however images come: a run with a teacher has no patches, one with its stored labels has.
+            pixels = as_patches(pixels, projection.kernel_size[0])
+        sequence = self.cls_token, self.dist_token, self.pos_embed
+        return embed_patches(pixels, projection.weight, projection.bias, *sequence)
 
 
 class _Tokens:

@@ -192,6 +192,6 @@ def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch
 def image_layout(kernels: Kernels, *, teacher: bool) -> Layout:
     """The layout of a run's images: patches where the kernels take them from there and no `teacher` looks at images.
 
-    The patch embedding is then a matrix product, whose sums round differently from a convolution's.
+    It changes no result: a model with these kernels cuts other images into patches itself.
     """
     return "patches" if "assemble_tokens" in kernels.ops and not teacher else "nchw"

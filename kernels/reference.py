@@ -41,6 +41,14 @@ class MixedLabels(NamedTuple):
         return own * lam + other * (1.0 - lam)
 
 
+def as_patches(images: Tensor, patch_size: int) -> Tensor:
+    """(B, P, 3 S S): the patches of side S of each of `images` (B, 3, H, W), row by row, a patch channel by channel."""
+    count, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = images.reshape(count, channels, rows, patch_size, columns, patch_size)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, channels * patch_size**2)
+
+
 def assemble_tokens(
     patches: Tensor,
     cls_token: Tensor,

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastdeit.kernels.reference import as_patches
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.host.stage import Batch, HostStage
 from fastdeit.pipelines.plan import Plan
@@ -98,11 +99,3 @@ class CopyingStage:
         if self._patch_size is not None:
             images = as_patches(images, self._patch_size)
         return Batch(images, *others)
-
-
-def as_patches(images: Tensor, patch_size: int) -> Tensor:
-    """(B, T, 3 * P * P): the T patches of side P of each of `images` (B, 3, S, S), row by row, channel by channel."""
-    count, channels, size, _ = images.shape
-    side = size // patch_size
-    cut = images.view(count, channels, side, patch_size, side, patch_size)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(count, side * side, channels * patch_size**2)

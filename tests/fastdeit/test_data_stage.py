@@ -15,6 +15,8 @@ from fastdeit import checkpoint, staging
 from fastdeit.cli import UserError
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World, world
+from fastdeit.fused import fuse
+from fastdeit.kernels.reference import as_patches
 from fastdeit.networks import build_network
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.loading import FAST
@@ -199,6 +201,20 @@ def test_a_patch_embedding_rounds_images_as_autocast_does(tiny, alone):
             (out.cls.float().logsumexp(1).sum() + out.dist.float().square().sum()).backward()
             found.append((out.cls, out.dist, *(p.grad.clone() for p in model.patch_embed.parameters())))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_fused_deit_computes_the_same_of_images_and_patches(tiny, alone):
+    """So labels that were stored, with which images come in patches, give the run that the teacher itself gives."""
+    model = build_network(tiny().model, 4).to(alone.device)
+    fuse(model)
+    images = torch.randn(2, 3, 32, 32, device=alone.device)
+    found = []
+    for given in (images, as_patches(images, 8)):
+        model.zero_grad()
+        out = model(given)
+        (out.cls.logsumexp(1).sum() + out.dist.square().sum()).backward()
+        found.append((out.cls, out.dist, *(p.grad.clone() for p in model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_images_are_rounded_only_where_nothing_else_reads_them(tiny):

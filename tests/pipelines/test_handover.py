@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastdeit.kernels.reference import as_patches
 from fastdeit.pipelines.device import handover
-from fastdeit.pipelines.device.handover import StreamPrefetcher, as_patches
+from fastdeit.pipelines.device.handover import StreamPrefetcher
 
 
 class FakeCuda:
