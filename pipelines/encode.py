@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image
 
-from fastdeit.pipelines.beton import JPEG, RAW
+from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
 
 Mode = Literal["auto", "jpeg", "raw"]
 SMALL_SIDE = 64  # decoded images up to this side are stored raw in mode "auto"
@@ -187,10 +187,11 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         changes.append("resized")
     width, height = image.size
+    most, what = (MAX_SIDE, "raw pixels") if raw else (JPEG_SIDE, "JPEGs")
+    if max(width, height) > most:
+        raise ValueError(f"{width} x {height} pixels, and sides of {what} go up to {most}: give --max-side")
     if raw:
         return Stored(image.tobytes(), height, width, RAW, tuple(changes))
-    if max(width, height) > JPEG_SIDE:
-        raise ValueError(f"{width} x {height} pixels, and sides of JPEGs go up to {JPEG_SIDE}: give --max-side")
     file = io.BytesIO()
     subsampling = "4:4:4" if encoding.quality >= 95 else "4:2:0"
     image.save(file, "JPEG", quality=encoding.quality, subsampling=subsampling)

@@ -154,10 +154,15 @@ def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | Non
             if size > MAX_EXTENDED:
                 raise SourceError(f"{label}: an extended header of {size} bytes, and {MAX_EXTENDED} are allowed")
             data = archive.read(at + BLOCK, size)
-            if kind == "L":
-                extended["path"] = _text(data)
-            elif kind == "x":
-                extended |= _pax(data, f"{where}, byte {at - start}")
+            # Each is checked, since a file that damage made one would be left out without a word.
+            here = f"{where}, byte {at - start}"
+            if kind in "LK":
+                if b"\0" in data.rstrip(b"\0"):
+                    raise SourceError(f"{here}: a damaged long name. {_FETCH}")
+                extended |= {"path": _text(data)} if kind == "L" else {}
+            else:
+                stated = _pax(data, here)
+                extended |= stated if kind == "x" else {}
         else:
             extended = {}
             _refuse(name, kind, label)

@@ -287,3 +287,11 @@ def test_warnings_are_counted_and_stay_in():
         warnings.simplefilter("always")
         Image.open(io.BytesIO(file)).convert("RGB")
     assert ("warned_of" in stored.changes) == bool(seen)
+
+
+@pytest.mark.parametrize(("mode", "side", "most"), [("raw", 65536, 65535), ("jpeg", 65501, 65500)])
+def test_sides_that_no_format_stores(mode, side, most):
+    """A bad image, to be left out by --on-error skip, not the end of the conversion."""
+    with pytest.raises(ValueError, match=rf"{side} x 1 pixels, .* go up to {most}: give --max-side"):
+        encode(Image.new("RGB", (side, 1)), Encoding(mode=mode))
+    assert encode(Image.new("RGB", (side, 1)), Encoding(mode=mode, max_side=500)).width == 500

@@ -157,6 +157,17 @@ def test_damaged_pax_headers(tmp_path, record):
         index(path)
 
 
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_file_that_became_an_extended_header_is_not_left_out(tmp_path, kind):
+    """One changed byte, and its checksum: GNU tar stops at most of them."""
+    image = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(256))
+    content = bytearray(write(tmp_path / "a.tar", member("a.jpg", image), member("b.jpg", image)).read_bytes())
+    content[156:157] = kind
+    (tmp_path / "a.tar").write_bytes(checksummed(content))
+    with pytest.raises(SourceError, match=r"a\.tar, byte 0: a damaged (pax header|long name)"):
+        index(tmp_path / "a.tar")
+
+
 def test_truncation_anywhere_is_found(tmp_path):
     """Also where only the end-of-archive blocks are missing, which tarfile puts up with."""
     content = write(tmp_path / "a.tar", *CONTENT).read_bytes()
