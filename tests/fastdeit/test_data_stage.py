@@ -196,9 +196,10 @@ def test_a_patch_embedding_rounds_images_as_autocast_does(tiny, alone):
         found = []
         for given in (images, images.to(dtype)):
             model.zero_grad()
-            with torch.autocast(alone.device.type, dtype=dtype):
+            with torch.autocast(alone.device.type, dtype=dtype), torch.backends.cudnn.flags(True, deterministic=True):
                 out = model(given)
-            (out.cls.float().logsumexp(1).sum() + out.dist.float().square().sum()).backward()
+                # Alone, since not all of PyTorch's backward passes on a GPU repeat themselves.
+                model.patch_embed(given).float().square().sum().backward()
             found.append((out.cls, out.dist, *(p.grad.clone() for p in model.patch_embed.parameters())))
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -214,7 +215,10 @@ def test_a_fused_deit_computes_the_same_of_images_and_patches(tiny, alone):
         out = model(given)
         (out.cls.logsumexp(1).sum() + out.dist.square().sum()).backward()
         found.append((out.cls, out.dist, *(p.grad.clone() for p in model.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*(one[:2] for one in found), strict=True))
+    bound = 0.0 if alone.device.type == "cpu" else 1e-5  # sums of a GPU may have another order each time
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def test_images_are_rounded_only_where_nothing_else_reads_them(tiny):
