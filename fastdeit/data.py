@@ -106,13 +106,14 @@ def _open(
     make: Make,
     regions: Regions,
     on_error: OnError,
-    preferred: tuple[str, str] | None,
+    loader: tuple[str, str] | None = None,
+    pixels: tuple[str, str] | None = None,
     chosen: tuple[StageName, str] | None = None,
 ) -> tuple[ThreadPoolExecutor, ThreadedLoader, Staging]:
     """A pool of this process's threads, and the loader and the stage that share it.
 
-    `make` is that of `Staging`. `preferred` and `chosen` are name and reason of the loader and of the stage that "auto"
-    is here, where that is known.
+    `make` is that of `Staging`. `loader` and `chosen` are name and reason of the loader and of the stage that "auto" is
+    here, where that is known; `pixels` those of `choose_loader`.
     """
     on_gpu = world.device.type == "cuda" and (chosen or (recipe.data.stage,))[0] != "host"
     threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
@@ -129,12 +130,14 @@ def _open(
     }
     name, reason = recipe.data.loader, "as asked for"
     if name == "auto":
-        name, reason = _agree(world, preferred or (choose_loader(dataset, order, **options) if world.main else None))
-    loader = open_loader(name, dataset, order, **options, reason=reason)
+        if loader is None and world.main:
+            loader = choose_loader(dataset, order, pixels=pixels, **options)
+        name, reason = _agree(world, loader)
+    opened = open_loader(name, dataset, order, **options, reason=reason)
     stage = Staging(
-        recipe, world.device, loader, make, pool=pool, threads=threads, dtype=dtype, layout=layout, chosen=chosen
+        recipe, world.device, opened, make, pool=pool, threads=threads, dtype=dtype, layout=layout, chosen=chosen
     )
-    return pool, loader, stage
+    return pool, opened, stage
 
 
 def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
@@ -151,9 +154,9 @@ def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
 class TrainingData:
     """Training batches of one process, in the exact order of the recipe.
 
-    `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `loader`,
-    name and reason, is what "auto" is on the main process; None: the fastest. `dtype` and `layout` ("nchw", or
-    "patches" as of `DeviceStage`) are those of the images.
+    `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `pixels`
+    are those that "auto" must decode, and whose they are; None: any. `dtype` and `layout` ("nchw", or "patches" as of
+    `DeviceStage`) are those of the images.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class TrainingData:
         dtype: torch.dtype = torch.float32,
         layout: Layout = "nchw",
         *,
-        loader: tuple[str, str] | None = None,
+        pixels: tuple[str, str] | None = None,
     ) -> None:
         d = recipe.departures
         dropped = d.single_process_repeats == "dropped" and world.size == 1
@@ -199,7 +202,7 @@ class TrainingData:
             make=self._make,
             regions=self._crops,
             on_error=recipe.data.on_error,
-            preferred=loader,
+            pixels=pixels,
         )
         self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
 
@@ -245,8 +248,8 @@ class TrainingData:
 class EvaluationData:
     """Evaluation batches of one process: every image once over all processes, unless replicated.
 
-    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `loader`, `dtype` and
-    `layout` are those of `TrainingData`; `stage`, name and reason, is what "auto" is, None: the faster.
+    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `dtype` and `layout` are
+    those of `TrainingData`; `loader` and `stage`, name and reason, are what "auto" is, None: the faster.
     """
 
     def __init__(
@@ -285,7 +288,7 @@ class EvaluationData:
             make=self._make,
             regions=regions,
             on_error="fail",
-            preferred=loader,
+            loader=loader,
             chosen=stage,
         )
         self.fallbacks: set[int] = set()

@@ -25,9 +25,11 @@ from torch import Tensor
 from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
+from fastdeit.pipelines.loading import pixels_of
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
 _INDEX = "labels.json"
+_PIXELS = "data.loader (pixels)"
 # Of the `augment` section, what does not reach the pixels of a training sample.
 _NO_PIXELS = ("label_smoothing", "eval_crop")
 
@@ -46,7 +48,7 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     augment = {f"augment.{k}": v for k, v in recipe.to_dict()["augment"].items() if k not in _NO_PIXELS}
     return {
         "data.train (content)": data.loader.dataset.content_hash,
-        "data.loader": data.loader.name,
+        _PIXELS: data.loader.pixels,
         "data.repeats": data.repeats,
         "data.cell_groups": recipe.data.cell_groups,
         "run.seed": recipe.run.seed,
@@ -61,13 +63,12 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def labelled_loader(recipe: Recipe) -> tuple[str, str] | None:
-    """The loader of the labels that `recipe` takes or adds to, and where that is said; None where there are none."""
+def labelled_pixels(recipe: Recipe) -> tuple[str, str] | None:
+    """The decoder's pixels of the labels that `recipe` takes or adds to, and whose they are; None without labels."""
     folder = recipe.teacher.labels
     if folder is None or recipe.objective.distillation == "none" or not (folder / _INDEX).is_file():
         return None
-    name = str(LabelCache(folder).described.key.get("data.loader"))
-    return name.removesuffix("-mixed"), f"as the labels in {folder} were made"
+    return str(LabelCache(folder).described.key.get(_PIXELS)), f"the labels in {folder}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,8 @@ class LabelCache:
             self.described = d = Described(**index)
             typed = isinstance(d.key, dict) and type(d.num_classes) is int and type(d.topk) is int
             files = [(e["file"] + e["sha256"], int(epoch)) for epoch, e in self.epochs.items()]
+            if "data.loader" in d.key:  # as it was before loaders said whose pixels they decode
+                d.key[_PIXELS] = pixels_of(str(d.key.pop("data.loader")))
             if not typed or any(not isinstance(text, str) for text, _ in files):
                 raise ValueError("fields of a wrong type")
         except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:

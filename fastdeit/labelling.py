@@ -10,7 +10,7 @@ from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, check_class_names, open_dataset, set_compute_threads
 from fastdeit.distributed import World
-from fastdeit.label_cache import Described, LabelWriter, labelled_loader, pixel_key
+from fastdeit.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
 from fastdeit.precision import resolve
 from fastdeit.teacher import Teacher
 
@@ -39,7 +39,7 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
     check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
     precision = resolve(recipe, world.device)
     teacher.settle(world.device, precision.dtype)
-    data = TrainingData(recipe, train_set, world, loader=labelled_loader(recipe))
+    data = TrainingData(recipe, train_set, world, pixels=labelled_pixels(recipe))
     try:
         described = Described(
             key=pixel_key(recipe, data),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdeit import checkpoint
 from fastdeit.cli import UserError
 from fastdeit.config import Recipe
+from fastdeit.pipelines.loading import pixels_of
 
 if TYPE_CHECKING:
     from fastdeit.trainer import Trainer
@@ -29,13 +30,15 @@ FREE = {
 # What was so before checkpoints said it.
 UNSAID = {"model.kernels": "torch"}
 
+_PIXELS = "data.loader (pixels)"
+
 
 def effective(trainer: Trainer) -> dict[str, Any]:
     """What a step depends on beyond the recipe's fields: what "auto" became, the data, the teacher's weights."""
-    on_gpu = trainer.data.loader.name == "dali-mixed"
+    pixels = trainer.data.loader.pixels
     return {
         "data.train": trainer.train_set.content_hash,
-        "data.loader": trainer.data.loader.name,
+        _PIXELS: pixels,
         "run.precision": trainer.precision.name,
         "run.compile": trainer.train_step.compiled,
         "model.kernels": trainer.kernels.name,
@@ -44,7 +47,7 @@ def effective(trainer: Trainer) -> dict[str, Any]:
         "repeats": trainer.data.repeats,
         "mixing group size": trainer.data.order.group_size,
         "steps per epoch": trainer.data.steps,
-        **({"data.hw_decoder_load": trainer.recipe.data.hw_decoder_load} if on_gpu else {}),
+        **({"data.hw_decoder_load": trainer.recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
     }
 
 
@@ -78,16 +81,23 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def checkpoint_loader(recipe: Recipe, folder: Path) -> tuple[str, str] | None:
-    """The loader of the checkpoint that a run goes on from, and where that is said; None for a fresh start.
+def checkpoint_pixels(recipe: Recipe, folder: Path) -> tuple[str, str] | None:
+    """The decoder's pixels of the checkpoint that a run goes on from, and whose they are; None for a fresh start.
 
-    Another would decode other pixels, so that a run whose loader is "auto" keeps to what it became.
+    A run whose loader is "auto" may go on with another, but with no other pixels.
     """
     path = _path(recipe, folder)
     if path is None or recipe.data.loader != "auto":
         return None
-    name = str(checkpoint.load(path)["effective"].get("data.loader"))
-    return name.removesuffix("-mixed"), f"as before: {path} names it"
+    return str(_effective(checkpoint.load(path)).get(_PIXELS)), f"the checkpoint {path}"
+
+
+def _effective(state: dict[str, Any]) -> dict[str, Any]:
+    """What `effective` was when a checkpoint was written."""
+    stored = UNSAID | state["effective"]
+    if "data.loader" in stored:  # as it was before loaders said whose pixels they decode
+        stored[_PIXELS] = pixels_of(str(stored.pop("data.loader")))
+    return stored
 
 
 def restore(trainer: Trainer) -> tuple[Path, list[str]] | None:
@@ -156,7 +166,7 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
             for name, value in values.items()
             if name not in FREE.get(section, ()) and old.get(name, unset[section][name]) != value
         ]
-    before = UNSAID | state["effective"]
+    before = _effective(state)
     out += [
         f"another {name} ({before.get(name)}, this run has {value})"
         for name, value in effective(trainer).items()

@@ -22,7 +22,7 @@ from fastdeit.data import (
 from fastdeit.distributed import World
 from fastdeit.evaluation import Scores, evaluate, headline
 from fastdeit.kernel_choice import choose_kernels
-from fastdeit.label_cache import LabelCache, labelled_loader, pixel_key
+from fastdeit.label_cache import LabelCache, labelled_pixels, pixel_key
 from fastdeit.logs import RunLog, duration
 from fastdeit.meter import Meter, OnItsWay
 from fastdeit.model import DeiT
@@ -33,7 +33,7 @@ from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import allow_tf32, resolve
 from fastdeit.profiling import StepProfiler, room
-from fastdeit.resume import checkpoint_loader, restore, snapshot, write_recipe
+from fastdeit.resume import checkpoint_pixels, restore, snapshot, write_recipe
 from fastdeit.staging import image_dtype, image_layout
 from fastdeit.step import TrainingStep
 from fastdeit.teacher import Teacher
@@ -57,12 +57,12 @@ class Trainer:
         self.train_set = open_dataset(recipe.data.train, "data.train")
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes
         self._check_label_range(self.train_set)
-        loader = checkpoint_loader(recipe, self.folder) or labelled_loader(recipe)
+        pixels = checkpoint_pixels(recipe, self.folder) or labelled_pixels(recipe)
         taught = recipe.objective.distillation != "none" and recipe.teacher.labels is None
         self.kernels = choose_kernels(recipe.model, self.precision, self.num_classes, world)
         dtype = image_dtype(recipe, self.precision, teacher=taught)
         layout = image_layout(self.kernels, teacher=taught)
-        self.data = TrainingData(recipe, self.train_set, world, dtype, layout, loader=loader)
+        self.data = TrainingData(recipe, self.train_set, world, dtype, layout, pixels=pixels)
         self.val: EvaluationData | None = None
         if recipe.data.val is not None:
             val_set = open_dataset(recipe.data.val, "data.val")

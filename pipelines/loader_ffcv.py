@@ -27,7 +27,7 @@ class FfcvLoader(ThreadedLoader):
     Raises ValueError where FFCV is not installed or cannot be loaded.
     """
 
-    name = "ffcv"
+    name, pixels = "ffcv", "ffcv"
 
     def _load(self) -> None:
         self._imdecode = _load(find_libffcv()).imdecode

@@ -10,7 +10,7 @@ from fastdeit.pipelines.threaded import Region, ThreadedLoader, read_with_pil
 class TorchLoader(ThreadedLoader):
     """Decodes through PIL, pixel for pixel what torchvision's and timm's data sets read."""
 
-    name = "torch"
+    name, pixels = "torch", "pillow"
 
     def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         read_with_pil(self.dataset, index, out)

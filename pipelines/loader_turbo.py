@@ -28,7 +28,7 @@ class TurboLoader(ThreadedLoader):
     Raises ValueError where the library was not built or cannot be loaded.
     """
 
-    name = "turbo"
+    name, pixels = "turbo", "pillow"
     crops = True
 
     def _load(self) -> None:

@@ -28,6 +28,16 @@ ROUNDS = 5
 PIXELS = 6_000_000  # that are timed at a time, for each thread: 32 photographs of ImageNet's usual size
 
 
+def pixels_of(name: str, device_id: int | None = None) -> str:
+    """Whose pixels the loader `name` decodes, with a GPU where it is given one: see `ThreadedLoader.pixels`.
+
+    Also of `dali-mixed`, the name that dali has on a GPU. A name that is no loader's is its own pixels' name.
+    """
+    if name == "dali-mixed" or (name == "dali" and device_id is not None):
+        return "nvjpeg"
+    return LOADERS[name].pixels if name in LOADERS else name
+
+
 def open_loader(
     name: Literal["auto", "turbo", "ffcv", "dali", "torch"],
     dataset: Dataset,
@@ -69,27 +79,49 @@ def choose_loader(
     device_id: int | None = None,
     hw_decoder_load: float = 0.65,
     on_device: bool = False,
+    pixels: tuple[str, str] | None = None,
     **options: Any,
 ) -> tuple[str, str]:
     """Name of the fastest loader that can be used here, and one sentence: why it is that.
 
-    `options` are the other ones of `open_loader`, without the reason. Where several of `FAST` are installed, they
-    decode the first JPEGs of the order, as much of them as the first step needs, by turns and for about two seconds,
-    after a round that does not count. An order is a function of its numbers, so that training sees nothing of this.
-    Without any of `FAST` it is torch.
+    `options` are the other ones of `open_loader`, without the reason. `pixels` are those that it must decode, and a
+    phrase for what has them; None: any. Where several of `FAST` are installed, they decode the first JPEGs of the
+    order, as much of them as the first step needs, by turns and for about two seconds, after a round that does not
+    count. An order is a function of its numbers, so that training sees nothing of this. Without any of `FAST` it is
+    torch.
+
+    Raises ValueError where no loader here decodes the `pixels` that are asked for.
     """
+    gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
+    if pixels is None:
+        return _fastest(dataset, order, FAST, gpu, options)
+    wanted, whose = pixels
+    fitting = {name: find for name, find in FAST.items() if pixels_of(name, device_id) == wanted}
+    chosen, reason = _fastest(dataset, order, fitting, gpu, options)
+    if pixels_of(chosen, device_id) != wanted:
+        raise ValueError(
+            f"no loader here decodes the pixels of {whose}, which are {wanted}'s ({reason}): "
+            f"use a machine that has one, or choose another with --data.loader"
+        )
+    return chosen, f"{reason} (among those with the pixels of {whose}: {wanted})"
+
+
+def _fastest(
+    dataset: Dataset, order: Order, fast: dict[str, Any], gpu: dict[str, Any], options: dict[str, Any]
+) -> tuple[str, str]:
+    """As `choose_loader`, of the loaders `fast`."""
     missing: list[str] = []
     there: list[str] = []
-    for name, find in FAST.items():
+    for name, find in fast.items():
         try:
             find()
             there.append(name)
         except ValueError as error:
             missing.append(str(error))
     if not there:
-        return "torch", f"PIL decodes, since {'; '.join(missing)}"
+        return "torch", f"PIL decodes, since {'; '.join(missing) or 'no other can do so here'}"
     if len(there) == 1:
-        return there[0], f"of {', '.join(FAST)} the only one installed"
+        return there[0], f"of {', '.join(fast)} the only one installed"
     few = _first_images(dataset, order, options["threads"])
     if few is None:
         return there[0], "the first images are stored raw, which every loader copies alike"
@@ -100,7 +132,6 @@ def choose_loader(
     with ExitStack() as stack:
         loaders: dict[str, ThreadedLoader] = {}
         for name in there:
-            gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
             try:
                 loader = LOADERS[name](dataset, few, **options, **(gpu if name == "dali" else {}))
                 stack.enter_context(loader)

@@ -58,6 +58,7 @@ class ThreadedLoader:
     """
 
     name: str
+    pixels: str  # whose pixels it decodes: loaders of one name of these are equal to the bit
     crops = False  # whether `decode` takes a region
     on_device = False  # whether the pixels of a batch are on a GPU
 

@@ -1,14 +1,19 @@
-"""What "auto" became stays: over a resume, with stored labels, in evaluation, on every process."""
+"""The pixels of what "auto" became stay: over a resume, with stored labels, in evaluation, on every process."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fastdeit.data
+from fastdeit import checkpoint
 from fastdeit.cli import UserError
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World, world
 from fastdeit.labelling import label_run
 from fastdeit.pipelines.loader_torch import TorchLoader
+from fastdeit.pipelines.loader_turbo import find_turbo
 from fastdeit.pipelines.loading import LOADERS
 from fastdeit.trainer import Trainer
 
@@ -20,8 +25,8 @@ def fastest(monkeypatch):
     def make(name):
         asked = []
 
-        def choose(dataset, order, **options):
-            asked.append(len(dataset))
+        def choose(dataset, order, pixels=None, **options):
+            asked.append((len(dataset), pixels))
             return name, f"measured: {name}"
 
         monkeypatch.setitem(LOADERS, name, type("Named", (TorchLoader,), {"name": name}))
@@ -31,47 +36,116 @@ def fastest(monkeypatch):
     return make
 
 
-def test_a_resumed_run_keeps_its_loader(tiny, fastest, events, capsys):
+def test_a_resumed_run_may_choose_again_among_equal_pixels(tiny, fastest, events, capsys):
     asked = fastest("one")
     first = tiny(data={"loader": "auto"}, run={"epochs": 1})
     with world("cpu") as joined:
         Trainer(first, joined).run()
-        assert asked == [160]  # once, and for training alone
+        assert asked == [(160, None)]  # once, and for training alone
         assert "loader one: measured: one" in capsys.readouterr().out
         asked = fastest("another")
         trainer = Trainer(first, joined)
         trainer.run()
-        assert asked == []
-        assert "loader one: as before: " in capsys.readouterr().out
-        assert trainer.val.loader.name == "one"
-        assert [e["loader"] for e in events(first.run.output, "start")] == ["one", "one"]
-        # Asked for by name, another is another run.
-        with pytest.raises(UserError, match=r"another data\.loader \(one, this run has another\)"):
-            Trainer(tiny(data={"loader": "another"}, run={"epochs": 1}), joined).run()
+    ((images, (pixels, whose)),) = asked
+    assert (images, pixels) == (160, "pillow")
+    assert whose.startswith("the checkpoint ")
+    assert whose.endswith("-000000005.pt")
+    assert trainer.val.loader.name == "another"
+    assert [e["loader"] for e in events(first.run.output, "start")] == ["one", "another"]
 
 
-def test_what_the_checkpoint_names_must_be_there(tiny, fastest, monkeypatch):
-    fastest("one")
-    first = tiny(data={"loader": "auto"}, run={"epochs": 1})
+def needs_turbo():
+    try:
+        find_turbo()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def with_loader(recipe, name, output=None):
+    run = recipe.run if output is None else replace(recipe.run, output=recipe.run.output.with_name(output))
+    return replace(recipe, data=replace(recipe.data, loader=name), run=run)
+
+
+def train(recipe):
+    """The newest checkpoint's path after a run in this process."""
     with world("cpu") as joined:
-        Trainer(first, joined).run()
-        monkeypatch.delitem(LOADERS, "one")
-        with pytest.raises(UserError, match=r"'one', as before: .*-000000005\.pt names it: .* --data\.loader"):
-            Trainer(first, joined)
+        Trainer(recipe, joined).run()
+    return checkpoint.found(recipe.run.output / "checkpoints")[0]
 
 
-def test_stored_labels_name_the_loader(tiny, teacher_checkpoint, fastest, tmp_path):
-    teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": tmp_path / "labels"}
-    recipe = tiny(objective={"distillation": "hard"}, teacher=teacher, data={"loader": "auto"}, run={"epochs": 1})
-    fastest("one")
+def rewritten(path, loader):
+    """Make a checkpoint one of before loaders said whose pixels they decode."""
+    state = checkpoint.load(path)
+    state["effective"].pop("data.loader (pixels)", None)
+    state["effective"]["data.loader"] = loader
+    torch.save(state, path)
+
+
+def test_auto_goes_on_with_the_checkpoints_pixels(tiny, launch):
+    pytest.importorskip("ffcv")
+    first = tiny(data={"loader": "ffcv"}, run={"epochs": 1})
+    path = train(first)
+    process = launch(with_loader(first, "auto"))
+    assert process.returncode == 0, process.err
+    assert f"(among those with the pixels of the checkpoint {path}: ffcv)" in process.out
+    assert "loader ffcv: " in process.out
+    with pytest.raises(UserError, match=r"another data\.loader \(pixels\) \(ffcv, this run has pillow\)"):
+        train(with_loader(first, "torch"))
+
+
+def test_checkpoints_that_name_a_loader_still_open(tiny, capsys):
+    first = tiny(run={"epochs": 1})
+    path = train(first)
+    for name in ("turbo", "dali"):
+        rewritten(path, name)
+        train(first)
+        train(with_loader(first, "auto"))
+        assert f"the pixels of the checkpoint {path}: pillow)" in capsys.readouterr().out
+    for name, pixels in (("ffcv", "ffcv"), ("dali-mixed", "nvjpeg")):
+        rewritten(path, name)
+        with pytest.raises(UserError, match=rf"\({pixels}, this run has pillow\)"):
+            train(first)
+    # On this machine nothing decodes as a GPU does, or as what has gone did.
+    for name, pixels in (("dali-mixed", "nvjpeg"), ("gone", "gone")):
+        rewritten(path, name)
+        with pytest.raises(ValueError, match=rf"no loader here .* the checkpoint {path}, which are {pixels}'s"):
+            train(with_loader(first, "auto"))
+
+
+def test_a_loader_of_equal_pixels_goes_on_with_the_same_bits(tiny, events):
+    needs_turbo()
+    straight, changed = (with_loader(tiny(run={"epochs": 2}), "torch", name) for name in ("straight", "changed"))
+    expected = checkpoint.load(train(straight))
+    train(changed).unlink()  # the first epoch's is left
+    found = checkpoint.load(train(with_loader(changed, "turbo")))
+    assert [e["loader"] for e in events(changed.run.output, "start")] == ["torch", "turbo"]
+    assert found["global_step"] == expected["global_step"] == 10
+    assert all(torch.equal(found["model"][name], expected["model"][name]) for name in expected["model"])
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_stored_labels_serve_loaders_of_equal_pixels(tiny, teacher_checkpoint, launch, old, tmp_path):
+    needs_turbo()
+    labels = tmp_path / "labels"
+    teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": labels}
+    recipe = tiny(objective={"distillation": "hard"}, teacher=teacher, data={"loader": "turbo"}, run={"epochs": 1})
     with world("cpu") as joined:
         label_run(recipe, joined, first_epoch=0, end_epoch=1, topk=4)
-        asked = fastest("another")
-        label_run(recipe, joined, first_epoch=0, end_epoch=1, topk=4)
-        trainer = Trainer(recipe, joined)
-        trainer.run()
-    assert trainer.data.loader.name == "one"
-    assert asked == []
+    described = json.loads((labels / "labels.json").read_text())
+    assert described["key"]["data.loader (pixels)"] == "pillow"
+    if old:
+        del described["key"]["data.loader (pixels)"]
+        described["key"]["data.loader"] = "turbo"
+        (labels / "labels.json").write_text(json.dumps(described))
+        process = launch(with_loader(recipe, "auto", "auto"))
+        assert process.returncode == 0, process.err
+        assert f"(among those with the pixels of the labels in {labels}: pillow)" in process.out
+    train(with_loader(recipe, "torch"))
+    described["key"].pop("data.loader", None)
+    described["key"]["data.loader (pixels)"] = "ffcv"
+    (labels / "labels.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"data\.loader \(pixels\) is 'ffcv' there and 'pillow' here"):
+        train(with_loader(recipe, "torch", "other"))
 
 
 class Joined(World):
@@ -97,7 +171,7 @@ def test_all_processes_take_the_choice_of_the_first(tiny, fastest):
             for data in (TrainingData(recipe, train, joined), EvaluationData(recipe, val, joined)):
                 assert data.loader.name == name
                 data.close()
-        assert asked == [160, 44]  # the first process alone
+        assert asked == [(160, None), (44, None)]  # the first process alone
 
 
 def test_the_hardware_decoder_takes_a_share(tiny):

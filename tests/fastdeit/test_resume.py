@@ -115,7 +115,7 @@ def test_what_auto_became_is_compared(tiny, data):
     first = tiny(run={"epochs": 1})
     with world("cpu") as joined:
         Trainer(first, joined).run()
-        with pytest.raises(UserError, match=r"another data\.loader \(torch, this run has ffcv\)"):
+        with pytest.raises(UserError, match=r"another data\.loader \(pixels\) \(pillow, this run has ffcv\)"):
             Trainer(tiny(run={"epochs": 1}, data={"loader": "ffcv"}), joined).run()
         with pytest.raises(UserError, match=r"another run\.precision \(fp32, this run has bf16\)"):
             Trainer(tiny(run={"epochs": 1, "precision": "bf16"}), joined).run()
