@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -88,3 +89,20 @@ def next_power_of_two(n: int) -> int:
 def pointer(dtype: torch.dtype) -> str:
     """Triton's type of a pointer to `dtype`."""
     return f"*{DTYPES[dtype]}"
+
+
+def _interpret_one_launch_at_a_time() -> None:
+    """Triton's interpreter changes `triton.language` while a kernel runs, for every thread of the process."""
+    from triton.runtime.interpreter import GridExecutor
+
+    lock, launch = threading.RLock(), GridExecutor.__call__
+
+    def locked(self: Any, *arguments: Any, **options: Any) -> Any:
+        with lock:
+            return launch(self, *arguments, **options)
+
+    GridExecutor.__call__ = locked
+
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    _interpret_one_launch_at_a_time()
