@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from fastdeit.config import Recipe
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
-from fastdeit.fused import fuse
 from fastdeit.graphs import why_not
-from fastdeit.model import DeiT, build_model
+from fastdeit.kernel_choice import TORCH, Kernels, choose_kernels
+from fastdeit.networks import build_network
 from fastdeit.objective import build_objective
 from fastdeit.optim import parameter_groups
 from fastdeit.pipelines.host.stage import Batch
@@ -73,7 +73,8 @@ class Case:
 class Form:
     """One way to do a case's step.
 
-    kernels  the Triton kernels in place of the model's passes
+    kernels  the Triton kernels in place of PyTorch's passes
+    skip     what stochastic depth drops is left out of the computation
     graph    a whole training step replayed as one CUDA graph
     apex     AdamW by apex's FusedAdam
     """
@@ -81,12 +82,13 @@ class Form:
     who: Literal["timm", "fastdeit"]
     compiled: bool = False
     kernels: bool = False
+    skip: bool = False
     graph: bool = False
     apex: bool = False
 
     @property
     def name(self) -> str:
-        options = [name for name in ("kernels", "graph", "apex") if getattr(self, name)]
+        options = [name for name in ("kernels", "skip", "graph", "apex") if getattr(self, name)]
         return f"{self.who} {' + '.join(['compiled' if self.compiled else 'eager', *options])}"
 
 
@@ -102,8 +104,10 @@ def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
     replace = dataclasses.replace
     if case.device.type == "cuda":
         ours.append(replace(ours[-1], kernels=True))
+    if case.mode == "train" and case.recipe.model.drop_path > 0:
+        ours.insert(-1, replace(ours[-1], skip=True))
     if case.mode == "train" and why_not(case.recipe, case.world, case.precision) is None:
-        ours += [replace(form, graph=True) for form in ours[-2:]]
+        ours += [replace(form, graph=True) for form in ours if form.compiled == compiled and not form.skip]
         if importlib.util.find_spec("apex") is not None:
             ours.append(replace(ours[-1], apex=True))
     return [*theirs[-1:], *ours[-1:]] if quick else [*theirs, *ours]
@@ -147,11 +151,17 @@ class _Said:
         raise NotImplementedError("the benchmark distils hard labels")
 
 
-def our_model(case: Case, *, kernels: bool = False) -> DeiT:
-    model = build_model(case.recipe.model, CLASSES).to(case.device)
-    if kernels:
-        fuse(model)
-    return model
+def our_kernels(case: Case, form: Form) -> Kernels:
+    """Raises UserError where the form asks for kernels and none can run."""
+    if not form.kernels:
+        return TORCH
+    cfg = dataclasses.replace(case.recipe.model, kernels="triton")
+    return choose_kernels(cfg, case.precision, CLASSES, case.world)
+
+
+def our_model(case: Case, form: Form) -> Any:
+    cfg = dataclasses.replace(case.recipe.model, drop_path_mode="skip" if form.skip else "mask")
+    return build_network(cfg, CLASSES, our_kernels(case, form)).to(case.device)
 
 
 def timm_model(case: Case, *, both_heads: bool, drop_path: float) -> nn.Module:
@@ -171,7 +181,7 @@ def make_step(case: Case, form: Form, state: State, inputs: Inputs) -> Step:
     """
     drop_path = case.recipe.model.drop_path if case.mode == "train" else 0.0
     model: Any = (
-        our_model(case, kernels=form.kernels)
+        our_model(case, form)
         if form.who == "fastdeit"
         else timm_model(case, both_heads=case.mode == "train", drop_path=drop_path)
     )
@@ -195,7 +205,7 @@ def _infer_step(called: Any, case: Case, inputs: Inputs) -> Step:
     return step
 
 
-def _our_train_step(model: DeiT, case: Case, form: Form, inputs: Inputs) -> Step:
+def _our_train_step(model: Any, case: Case, form: Form, inputs: Inputs) -> Step:
     recipe, replace = case.recipe, dataclasses.replace
     # A learning rate that stays, as the other side's does.
     optim = replace(
@@ -214,14 +224,20 @@ def _our_train_step(model: DeiT, case: Case, form: Form, inputs: Inputs) -> Step
     kind = "hard" if recipe.model.distilled else "none"
     objective = replace(recipe.objective, distillation=kind)
     recipe = replace(
-        recipe, optim=optim, run=run, objective=objective, ema=replace(recipe.ema, enabled=case.ema)
+        recipe,
+        model=replace(recipe.model, drop_path_mode="skip" if form.skip else "mask"),
+        optim=optim,
+        run=run,
+        objective=objective,
+        ema=replace(recipe.ema, enabled=case.ema),
     ).resolved()
+    kernels = "distillation_loss" in our_kernels(case, form).ops
     training = TrainingStep(
         recipe,
         case.world,
         case.precision,
         model,
-        build_objective(recipe.objective, recipe.model.distilled, recipe.departures),
+        build_objective(recipe.objective, recipe.model.distilled, recipe.departures, kernels=kernels),
         num_classes=CLASSES,
         steps_per_epoch=1,
         labels=_Said(inputs.labels) if recipe.model.distilled else None,
@@ -263,7 +279,7 @@ def _timm_train_step(model: nn.Module, called: Any, case: Case, inputs: Inputs) 
     return step
 
 
-def disagreement(case: Case, ours: DeiT) -> str | None:
+def disagreement(case: Case, ours: Any) -> str | None:
     """Why ours must not be compared with timm, or None where both compute the same thing.
 
     With the weights of `ours`, logits and gradients of two images must agree in float32 to 1e-4 and 1e-3 of the

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.record import RESULTS, Timing, append, environment, timed_window
-from benchmarks.sides import Case, Inputs, Step, disagreement, forms, make_step, our_model
+from benchmarks.sides import Case, Form, Inputs, Step, disagreement, forms, make_step, our_model
 from fastdeit.cli import UserError, run
 from fastdeit.graphs import WARM_UP
 from fastdeit.precision import resolve
@@ -86,7 +86,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     record: dict[str, Any] = {"benchmark": "throughput", **case.describe(), "environment": environment()}
     record["threads"] = torch.get_num_threads()
     torch._dynamo.reset()  # a case must not inherit the recompilations of the one before
-    ours = our_model(case)
+    ours = our_model(case, Form(who="fastdeit"))
     if options.peer == "timm" and (reason := disagreement(case, ours)):
         return {**record, "refused": f"fastdeit and timm disagree: {reason}"}
     state, inputs = ours.state_dict(), Inputs.draw(case, case.batch)
@@ -98,7 +98,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
     failed: dict[str, str] = {}
     compared = forms(case, peer=options.peer == "timm", compiled=compile_too, quick=options.quick)
     kernels = any(form.kernels for form in compared)
-    wrong = disagreement(case, our_model(case, kernels=True)) if kernels else None
+    wrong = disagreement(case, our_model(case, Form(who="fastdeit", kernels=True))) if kernels else None
     for form in compared:
         if form.kernels and wrong is not None:
             failed[form.name] = f"its kernels disagree with timm: {wrong}"
