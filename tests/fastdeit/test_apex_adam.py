@@ -159,7 +159,8 @@ def test_without_apex_the_remedy_is_named(monkeypatch):
 def test_pypis_apex_is_told_apart(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
-    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    monkeypatch.setitem(sys.modules, "apex", None)  # so that what is imported here goes again
+    monkeypatch.delitem(sys.modules, "apex")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=rf"{tmp_path}.* is not NVIDIA's.*PyPI's apex is another project"):
         build_optimizer(network(), recipe("apex"))
