@@ -81,9 +81,7 @@ class Trainer:
             )
 
         torch.manual_seed(run.seed)
-        self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes, self.kernels).to(
-            world.device
-        )
+        self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes, self.kernels).to(world.device)
         self.messages: list[str] = []
         if recipe.model.init is not None:
             self.messages += load_weights(self.model, recipe.model.init)
