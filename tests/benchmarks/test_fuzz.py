@@ -47,10 +47,13 @@ def test_a_small_campaign(tmp_path):
 
 PLANTED = """
 import os, signal, tempfile
+from contextlib import closing
 from pathlib import Path
 from unittest import mock
+from benchmarks import fuzz_cases
 from benchmarks.fuzz_cases import damaged_output, damaged_source, image_batch, outputs_to_damage
 from fastdeit.pipelines import conversion, encode, verify
+from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.sources.webdataset import WebDataset
 
@@ -58,7 +61,13 @@ decode, to_rgb, write, read = TorchLoader.decode, encode._to_rgb, conversion._wr
 pristine = outputs_to_damage(Path("pristine"))
 images = image_batch, (range(95), ["torch"], 0)
 archive = damaged_source, ("webdataset shards", 0, ["torch"])
-beton = damaged_output, ("beton of pixels", 5, ["torch"], pristine)
+beton = damaged_output, ("beton of pixels", 1, ["torch"], pristine)
+with closing(open_dataset(pristine["beton", "raw"] / "x.beton")) as dataset:
+    pixels = dataset.read(5).tobytes()
+
+def one_bit(data, rng):
+    at = data.index(pixels)
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 def brighter(self, index, out, region=None):
     decode(self, index, out)
@@ -77,7 +86,7 @@ for name, where, attribute, fault, (case, arguments) in (
     ("flip", verify, "_check_samples", lambda *unused: None, beton),
 ):
     folder = Path(tempfile.mkdtemp())
-    with mock.patch.object(where, attribute, fault):
+    with mock.patch.object(fuzz_cases, "damage", one_bit), mock.patch.object(where, attribute, fault):
         print("==", name, *case(folder, 0, *arguments).problems)
 """
 
