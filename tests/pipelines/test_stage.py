@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.mixup import mixup_target
 
+from fastdeit.pipelines.arena import Arenas
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.plan import CUTMIX, MIXUP, NO_MIX
 from fastdeit.pipelines.replay import replay_batch
@@ -89,13 +90,18 @@ def test_a_batch_keeps_its_pixels_while_anything_refers_to_them(pool, make_decod
     assert torch.equal(part, before)
 
 
-def test_memory_of_a_batch_is_used_again(pool, make_decoded, make_plan):
+def test_memory_of_a_batch_is_used_again(pool, make_decoded, make_plan, monkeypatch):
     rng = np.random.default_rng(6)
     decoded = make_decoded(rng, SIZES, 8)
     plan = make_plan(rng, decoded, 24)
     stage = make_stage(pool, 24)
-    first = stage(decoded, plan).images.data_ptr()
-    assert stage(decoded, plan).images.data_ptr() == first
+    made = []
+    new = Arenas._new
+    monkeypatch.setattr(Arenas, "_new", lambda self, size: made.append(size) or new(self, size))
+    for _ in range(20):
+        stage(decoded, plan)
+    # A thread of the pool may let go of its part a moment after it is done.
+    assert 1 <= len(made) <= 3
 
 
 def test_bfloat16_is_the_float32_batch_rounded(pool, make_decoded, make_plan):
