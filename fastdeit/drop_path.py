@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.philox import DROP, check_seed, philox, unit
 
 
@@ -35,7 +35,7 @@ def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw(seed: np.uint64, step: int, positions: np.ndarray, rates: np.ndarray, out: np.ndarray) -> None:
     branches = 2 * len(rates)
     for s in range(len(positions)):

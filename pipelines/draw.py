@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import numba
 import numpy as np
 
+from fastdeit.pipelines.compiled import compiled, inlined
 from fastdeit.pipelines.order import StepSamples
 from fastdeit.pipelines.philox import MIX, SAMPLE, Word, check_seed, normal_pair, philox, unit
 from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, INCREASING, MIXUP, NO_MIX, Plan
@@ -188,18 +188,18 @@ class PlanDrawer:
         return plan
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _uniform(word: Word, low: float, high: float) -> float:
     return low + (high - low) * unit(word)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _below(word: Word, count: int) -> int:
     """Uniform integer in [0, count)."""
     return int(unit(word) * count)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_crops(seed, epoch, index, repeat, height, width, scale, ratio, hflip, crop, flip):
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for s in range(len(index)):
@@ -227,7 +227,7 @@ def _draw_crops(seed, epoch, index, repeat, height, width, scale, ratio, hflip, 
         flip[s] = unit(a) < hflip
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _increasing_arg(op: int, level: float, negate: bool) -> float:
     """timm's argument of an operation of the increasing set at `level` (0 to 10)."""
     part = level / 10.0
@@ -249,7 +249,7 @@ def _increasing_arg(op: int, level: float, negate: bool) -> float:
     return 0.0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_randaugment(seed, epoch, index, repeat, mean, std, top, prob, interp_choice, op, arg, interp):
     for s in range(len(index)):
         stream = SAMPLE | np.uint32(repeat[s])
@@ -273,7 +273,7 @@ def _draw_randaugment(seed, epoch, index, repeat, mean, std, top, prob, interp_c
                 interp[s, layer] = BILINEAR if unit(f) < 0.5 else BICUBIC
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_three(seed, epoch, index, repeat, jitter, op, arg):
     for s in range(len(index)):
         stream = SAMPLE | np.uint32(repeat[s])
@@ -300,7 +300,7 @@ def _draw_three(seed, epoch, index, repeat, jitter, op, arg):
         op[s, 3], arg[s, 3] = _JITTER[third], factors[third]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_erase(seed, epoch, index, repeat, size, prob, area_range, aspect_range, erase):
     low, high = math.log(aspect_range[0]), math.log(aspect_range[1])
     for s in range(len(index)):
@@ -319,7 +319,7 @@ def _draw_erase(seed, epoch, index, repeat, size, prob, area_range, aspect_range
                 break
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _symmetric_beta(seed, epoch, step, group, alpha):
     """Beta(alpha, alpha) by Johnk's rejection (Devroye 1986, section IX.3.5).
 
@@ -337,7 +337,7 @@ def _symmetric_beta(seed, epoch, step, group, alpha):
             return 0.5
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _draw_mix(seed, epoch, step, first, size, prob, switch, mixup, cutmix, odd, mix, lam, box):
     for g in range(len(mix)):
         group = first + g

@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numba
 import numpy as np
 import torch
 
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.philox import ORDER, Word, check_seed, philox
 
 
@@ -178,7 +178,7 @@ class EvalOrder:
         return StepSamples(index=index, repeat=zeros, position=index, group=zeros, first_group=0)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _order_keys(seed: Word, epoch: int, length: int) -> np.ndarray:
     """(length,) uint64: the sort keys whose order is the epoch's permutation."""
     keys = np.empty(length, np.uint64)

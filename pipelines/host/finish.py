@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from fastdeit.pipelines.host.compiled import compiled
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.host.noise import NOISE_ROWS, NoiseScratch, noise_rows, noise_scratch
 from fastdeit.pipelines.host.vector import copy_run
 from fastdeit.pipelines.plan import CUTMIX, MIXUP

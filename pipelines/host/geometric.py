@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from fastdeit.pipelines.host.compiled import compiled, inlined
+from fastdeit.pipelines.compiled import compiled, inlined
 from fastdeit.pipelines.host.vector import copy_run, fill_run, load_four, transpose
 
 MARGIN = 2  # pixels that a bicubic filter reaches beyond the edge

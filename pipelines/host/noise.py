@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeit.pipelines.host.compiled import compiled, inlined
+from fastdeit.pipelines.compiled import compiled, inlined
 from fastdeit.pipelines.philox import NOISE, philox
 
 NOISE_ROWS = 16  # rows of an erased box that are drawn at once

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.host import geometric, photometric
-from fastdeit.pipelines.host.compiled import compiled
 from fastdeit.pipelines.plan import BICUBIC, CODE, OPS
 
 _IDENTITY, _AUTO_CONTRAST, _EQUALIZE, _INVERT, _ROTATE, _POSTERIZE = (CODE[name] for name in OPS[:6])

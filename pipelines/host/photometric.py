@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from fastdeit.pipelines.host.compiled import compiled, inlined
+from fastdeit.pipelines.compiled import compiled, inlined
 from fastdeit.pipelines.host.vector import copy_run, fill_run, transpose
 
 

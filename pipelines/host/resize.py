@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeit.pipelines.host.compiled import compiled
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.host.vector import LANES, copy_run, transpose, weighted_sum
 from fastdeit.pipelines.plan import BICUBIC
 

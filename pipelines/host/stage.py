@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels.reference import MixedLabels
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.host.buffers import Buffers
 from fastdeit.pipelines.host.checks import check_plan
-from fastdeit.pipelines.host.compiled import compiled
 from fastdeit.pipelines.host.finish import FinishScratch, finish, finish_scratch, normalised_levels
 from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, matrices, operation_scratch
 from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch, source_range

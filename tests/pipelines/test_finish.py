@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torchvision.transforms.functional import normalize, to_tensor
 
+from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.host import finish
-from fastdeit.pipelines.host.compiled import compiled
 from fastdeit.pipelines.host.noise import NOISE_ROWS, noise_rows, noise_scratch
 from fastdeit.pipelines.philox import NOISE, normal_pair, philox
 
