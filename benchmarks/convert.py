@@ -132,7 +132,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     size: dict[str, int] = {}
     failed: dict[str, str] = {}
     missing: dict[str, str] = {}
-    with tqdm(total=len(sides) * (1 + options.windows), unit=" conversions", mininterval=1) as bar:
+    with tqdm(total=len(sides) * (1 + options.windows), unit=" conversions", mininterval=1, disable=None) as bar:
         for window in range(-1, options.windows):
             # Every other round runs backwards, so that no side always follows the same one.
             for name in list(rates)[:: -1 if window % 2 else 1]:

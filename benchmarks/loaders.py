@@ -113,7 +113,9 @@ def measure(options: Options, folder: Path) -> Iterator[dict[str, Any]]:
         f"about {seconds / 60:.0f} minutes",
         flush=True,
     )
-    with tqdm(total=len(todo) * len(names) * (1 + options.windows), unit=" windows", mininterval=1) as bar:
+    with tqdm(
+        total=len(todo) * len(names) * (1 + options.windows), unit=" windows", mininterval=1, disable=None
+    ) as bar:
         for (side, cache), group in itertools.groupby(todo, lambda case: (case.photo_side, case.cache)):
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 data = _prepare(options, photos, side, cache, Path(place))

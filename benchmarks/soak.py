@@ -130,7 +130,7 @@ def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] |
     total = 60 * options.minutes
     gc.collect()
     gc.freeze()  # what is imported: looking through it at every epoch's end would take longer than a short epoch
-    with Watch(options.sample_seconds) as watch, tqdm(total=round(total), unit="s", desc="soak") as bar:
+    with Watch(options.sample_seconds) as watch, tqdm(total=round(total), unit="s", desc="soak", disable=None) as bar:
         for epoch in range(sys.maxsize):
             dataset = open_dataset(data, "data")
             loading = TrainingData(_recipe(options, epochs=epoch + 1), dataset, alone)

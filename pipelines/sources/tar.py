@@ -128,7 +128,7 @@ def index(archive: Archive, where: str, start: int = 0, end: int | None = None, 
 
 def progress(total: int) -> tqdm:
     """A bar over bytes, for an indexing that takes longer than a moment."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc="indexing", delay=2, leave=False)
+    return tqdm(total=total, unit="B", unit_scale=True, desc="indexing", delay=2, leave=False, disable=None)
 
 
 def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | None) -> Iterator[tuple[str, int, int]]:
