@@ -195,11 +195,12 @@ class HostStage:
             unit=unit,
         )
         images, out = self._buffers.take((len(plan), 3, size, size), self.dtype)
-        out = out.reshape(len(plan), 3 * size * size)
         side = int(plan.crop[:, 2:].max(initial=1))
         turns = itertools.count(0, _CHUNK)
+        batch = [(work, out.reshape(len(plan), 3 * size * size))]
 
         def take_turns() -> None:
+            work, out = batch[0]
             scratch = self._scratch(side)
             while (start := next(turns)) < len(unit):
                 _run_units(
@@ -215,6 +216,9 @@ class HostStage:
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
+            # The pool keeps what was cancelled until it has a thread for it: without the batch, whose memory is used
+            # again.
+            batch.clear()
         return images
 
     def _scratch(self, side: int) -> _Scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -98,10 +99,18 @@ def test_memory_of_a_batch_is_used_again(pool, make_decoded, make_plan, monkeypa
     made = []
     new = Arenas._new
     monkeypatch.setattr(Arenas, "_new", lambda self, size: made.append(size) or new(self, size))
-    for _ in range(20):
+    for _ in range(10):
         stage(decoded, plan)
-    # A thread of the pool may let go of its part a moment after it is done.
-    assert 1 <= len(made) < 10
+    # Also where the pool has no thread for it, so that what it was given waits there.
+    blocked = threading.Event()
+    held = [pool.submit(blocked.wait) for _ in range(3)]
+    try:
+        for _ in range(10):
+            stage(decoded, plan)
+    finally:
+        blocked.set()
+    assert all(future.result() for future in held)
+    assert len(made) == 1
 
 
 def test_bfloat16_is_the_float32_batch_rounded(pool, make_decoded, make_plan):
