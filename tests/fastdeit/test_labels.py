@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
-from fastdeit import checkpoint
+from fastdeit import checkpoint, teacher
 from fastdeit.cli import UserError
 from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
@@ -62,6 +63,21 @@ def test_a_run_with_labels_is_the_run_with_the_teacher(distilled, tmp_path, micr
     live = weights(changed(changed(recipe, "teacher", labels=None), "run", output=tmp_path / "live"))
     label(recipe)
     assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
+
+
+def test_the_teacher_is_compiled_where_training_compiles_it(distilled, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    stored = []
+    for compile in ("off", "on"):
+        recipe = distilled(run={"compile": compile})
+        recipe = changed(recipe, "teacher", labels=tmp_path / compile)
+        torch._dynamo.utils.counters.clear()
+        label(recipe)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1) == (compile == "on")
+        stored.append({path.name: path.read_bytes() for path in (tmp_path / compile).glob("*.npy")})
+    assert stored[0]
+    assert stored[0] == stored[1]
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from fastdeit import checkpoint, step
+from fastdeit import checkpoint, step, teacher
 from fastdeit.cli import UserError
 from fastdeit.distributed import world
 from fastdeit.networks import build_network
@@ -65,7 +65,8 @@ def test_accumulation_keeps_the_global_batch(tiny, events):
 
 def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoint, monkeypatch):
     """aot_eager traces forward and backward as the default backend does, and then runs PyTorch's own ops."""
-    monkeypatch.setattr(step, "COMPILER", "aot_eager")
+    for module in (step, teacher):
+        monkeypatch.setattr(module, "COMPILER", "aot_eager")
     runs = [
         tiny(
             model={"drop_path": 0.2},
