@@ -262,4 +262,4 @@ def _name(dataset: Dataset, index: int) -> str:
 
 
 def _bar(total: int, what: str, progress: bool) -> Any:
-    return tqdm(total=total, unit=" images", desc=what, disable=not progress)
+    return tqdm(total=total, unit=" images", desc=what, disable=None if progress else True)
