@@ -7,16 +7,21 @@ once, on any number of processes, and used by any number of runs. A cache is a f
                       "soft", `topk`, `num_classes`; `epochs`: a file and its SHA-256 for each epoch
     epoch-0000.npy    hard: (samples of an epoch,) uint16 or uint32, in the order of the global batches
     epoch-0000.npz    soft: `index` (samples, topk) and `logits` (samples, topk) float16
+    labels.lock       whoever writes holds it, so that several processes may label epochs of one run at a time
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,10 +30,11 @@ from torch import Tensor
 from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
+from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.loading import pixels_of
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
-_INDEX = "labels.json"
+_INDEX, _LOCK = "labels.json", "labels.lock"
 _PIXELS = "data.loader (pixels)"
 # Of the `augment` section, what does not reach the pixels of a training sample.
 _NO_PIXELS = ("label_smoothing", "eval_crop")
@@ -46,9 +52,11 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         )
     d = recipe.departures
     augment = {f"augment.{k}": v for k, v in recipe.to_dict()["augment"].items() if k not in _NO_PIXELS}
+    pixels = data.loader.pixels
     return {
         "data.train (content)": data.loader.dataset.content_hash,
-        _PIXELS: data.loader.pixels,
+        _PIXELS: pixels,
+        **({"data.hw_decoder_load": recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
         "data.repeats": data.repeats,
         "data.cell_groups": recipe.data.cell_groups,
         "run.seed": recipe.run.seed,
@@ -90,46 +98,56 @@ class Described:
 class LabelWriter:
     """Stores the labels of a run epoch by epoch, each file whole or not at all.
 
-    A folder that holds labels of the same key, teacher and kind is added to. Raises UserError, naming the field,
-    where it holds others.
+    A folder that holds labels of the same key, teacher and kind is added to, also by several processes at a time.
+    Raises UserError, naming the field, where it holds others.
     """
 
     def __init__(self, folder: Path, described: Described) -> None:
         self.folder, self._described = folder, described
-        self._epochs: dict[str, dict[str, str]] = {}
-        if (folder / _INDEX).exists():
-            there = LabelCache(folder)
-            there.check(described.key, described.teacher)
-            if (there.described.topk, there.described.num_classes) != (described.topk, described.num_classes):
-                raise UserError(
-                    f"{folder} holds {there.described.kind} labels (topk {there.described.topk}, "
-                    f"{there.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
-                    f"{described.num_classes} classes): choose another folder"
-                )
-            self._epochs = there.epochs
+        self._stored = self._open()
+
+    def _open(self) -> LabelCache | None:
+        """What the folder holds by now."""
+        folder, described = self.folder, self._described
+        if not (folder / _INDEX).exists():
+            return None
+        there = LabelCache(folder)
+        there.check(described.key, described.teacher)
+        if (there.described.topk, there.described.num_classes) != (described.topk, described.num_classes):
+            raise UserError(
+                f"{folder} holds {there.described.kind} labels (topk {there.described.topk}, "
+                f"{there.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
+                f"{described.num_classes} classes): choose another folder"
+            )
+        return there
 
     def has(self, epoch: int) -> bool:
-        return str(epoch) in self._epochs
+        return self._stored is not None and self._stored.has(epoch)
 
     def write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None = None) -> None:
-        """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk)."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk).
+
+        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it.
+        """
         small = labels.astype(np.uint16 if self._described.num_classes <= 1 << 16 else np.uint32)
         name = f"epoch-{epoch:04d}." + ("npy" if logits is None else "npz")
-        temporary = self.folder / (name + ".tmp")
-        with open(temporary, "wb") as file:
+
+        def save(file: BinaryIO) -> None:
             if logits is None:
                 np.save(file, small, allow_pickle=False)
             else:
                 np.savez(file, index=small, logits=logits.astype(np.float16))
-            file.flush()
-            os.fsync(file.fileno())
-        self._epochs[str(epoch)] = {"file": name, "sha256": _sha256(temporary)}
-        os.replace(temporary, self.folder / name)
-        index = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self._described), "epochs": self._epochs}
-        temporary = self.folder / (_INDEX + ".tmp")
-        temporary.write_text(json.dumps(index, indent=1) + "\n")
-        os.replace(temporary, self.folder / _INDEX)
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / _LOCK):
+            self._stored = self._open()
+            if self.has(epoch):
+                return
+            epochs = {} if self._stored is None else self._stored.epochs
+            epochs[str(epoch)] = {"file": name, "sha256": _replace(self.folder / name, save)}
+            index = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self._described), "epochs": epochs}
+            _replace(self.folder / _INDEX, lambda file: file.write((json.dumps(index, indent=1) + "\n").encode()))
+            self._stored = self._open()
 
 
 class LabelCache:
@@ -172,9 +190,16 @@ class LabelCache:
                 f"Make them for it with fastdeit-label, in another folder"
             )
 
+    def has(self, epoch: int) -> bool:
+        """Whether there are labels for `epoch`; whether they are whole is found when they are read."""
+        return str(epoch) in self.epochs and self._path(epoch).is_file()
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / Path(self.epochs[str(epoch)]["file"]).name
+
     def check_epochs(self, first: int, end: int) -> None:
         """Raises UserError unless there are labels for each epoch from `first` to before `end`."""
-        missing = [epoch for epoch in range(first, end) if str(epoch) not in self.epochs]
+        missing = [epoch for epoch in range(first, end) if not self.has(epoch)]
         if missing:
             raise UserError(
                 f"{self.folder} has no labels for {len(missing)} of the run's epochs, the first of them "
@@ -205,11 +230,10 @@ class LabelCache:
 
     def _read(self, epoch: int) -> dict[str, np.ndarray]:
         self.check_epochs(epoch, epoch + 1)
-        entry = self.epochs[str(epoch)]
-        path = self.folder / Path(str(entry.get("file"))).name
+        path = self._path(epoch)
         again = "remove it and make it again with fastdeit-label"
         try:
-            if _sha256(path) != entry.get("sha256"):
+            if _sha256(path) != self.epochs[str(epoch)]["sha256"]:
                 raise UserError(f"{path}: it changed since it was written: {again}")
             loaded = np.load(path, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
@@ -232,3 +256,28 @@ class LabelCache:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
+    """Have `write` make the file at `path`, which is the old one or the new one whatever happens; its SHA-256."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = _sha256(temporary)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+    return digest
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that do the same, where the file system has locks."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield

@@ -55,7 +55,11 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
         if world.main:
             print(f"loader {data.loader.name}: {data.loader.reason}")
             print(f"augmentation on the {data.stage.name}: {data.stage.reason}")
-        wanted = [epoch for epoch in range(first_epoch, end_epoch) if not writer.has(epoch)]
+        epochs = range(first_epoch, end_epoch)
+        # The main process's word: others may not see the folder, or see it later.
+        there = torch.tensor([int(writer.has(epoch)) for epoch in epochs], device=world.device)
+        world.broadcast([there])
+        wanted = [epoch for epoch, known in zip(epochs, there.tolist(), strict=True) if not known]
         if world.main and len(wanted) < end_epoch - first_epoch:
             print(f"{folder} holds {end_epoch - first_epoch - len(wanted)} of these epochs already")
         batch, steps = recipe.run.global_batch, data.steps
@@ -86,7 +90,7 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
                     writer.write(epoch, index[:, 0])
         bar.close()
         if world.main:
-            size = sum(path.stat().st_size for path in folder.iterdir())
+            size = sum(path.stat().st_size for path in folder.glob("epoch-*.np[yz]"))
             print(f"{folder}: {described.kind} labels of {len(wanted)} more epochs, {size / 1e6:.1f} MB in all")
     finally:
         data.close()

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastdeit import checkpoint, teacher
 from fastdeit.cli import UserError
 from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
-from fastdeit.label_cache import LabelCache
+from fastdeit.label_cache import Described, LabelCache, LabelWriter, pixel_key
 from fastdeit.labelling import label_run
 from fastdeit.pipelines.convert import convert
 from fastdeit.teacher import Teacher
@@ -204,6 +205,60 @@ def test_missing_epochs_are_named(distilled):
         weights(recipe)
 
 
+@pytest.fixture
+def described():
+    """Function: what labels of 9 classes say of themselves."""
+
+    def describe(seed=0):
+        return Described({"run.seed": seed}, "0" * 64, "resnet10t", class_names=None, num_classes=9, topk=0)
+
+    return describe
+
+
+def test_writers_at_a_time_keep_one_anothers_epochs(described, tmp_path):
+    written = np.random.default_rng(0).integers(0, 9, (24, 50))
+
+    def write(first):
+        writer = LabelWriter(tmp_path, described())
+        for epoch in range(first, 24, 6):
+            writer.write(epoch, written[epoch])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(6)))
+    cache = LabelCache(tmp_path)
+    cache.check_epochs(0, 24)
+    for epoch in range(24):
+        np.testing.assert_array_equal(cache.labels(epoch, np.arange(50)), written[epoch])
+
+
+def test_an_epoch_that_another_process_stored_stays(described, tmp_path):
+    writers = [LabelWriter(tmp_path, described()) for _ in range(2)]
+    for label, writer in enumerate(writers):
+        writer.write(0, np.full(5, label))
+    assert LabelCache(tmp_path).labels(0, np.arange(5)).tolist() == [0] * 5
+
+
+def test_a_writer_of_other_pixels_is_refused_however_late(described, tmp_path):
+    writers = [LabelWriter(tmp_path, described(seed)) for seed in range(2)]
+    writers[0].write(0, np.zeros(5))
+    with pytest.raises(UserError, match=r"run\.seed is 0 there and 1 here"):
+        writers[1].write(1, np.zeros(5))
+
+
+def test_what_goes_to_the_hardware_decoder_is_named_where_it_reaches_pixels(distilled):
+    recipe, key = distilled(), {}
+    with world("cpu") as joined:
+        data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
+        for pixels in ("pillow", "nvjpeg"):
+            data.loader.pixels = pixels
+            shares = [changed(recipe, "data", hw_decoder_load=load) for load in (0.65, 0.0)]
+            key[pixels] = [pixel_key(share, data) for share in shares]
+        data.close()
+    assert key["pillow"][0] == key["pillow"][1]
+    differing = [name for name, value in key["nvjpeg"][0].items() if key["nvjpeg"][1][name] != value]
+    assert differing == ["data.hw_decoder_load"]
+
+
 def test_mistakes_of_the_recipe(distilled, tiny):
     with pytest.raises(UserError, match="does not distil"):
         label(tiny())
@@ -249,3 +304,22 @@ def test_damaged_labels_are_named(distilled, damage, capsys):
     with pytest.raises(UserError, match=r"labels"):
         weights(recipe)
     assert "never" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone"])
+def test_labels_are_made_again_as_the_error_says(distilled, damage):
+    recipe = distilled()
+    label(recipe)
+    file = recipe.teacher.labels / "epoch-0001.npy"
+    before = file.read_bytes()
+    if damage == "flip":
+        file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        said = "it changed since it was written: remove it and make it again with fastdeit-label"
+    else:
+        file.unlink()
+        said = r"no labels for 1 of the run's epochs, the first of them 1 .*: run fastdeit-label with the same recipe"
+    with pytest.raises(UserError, match=said):
+        weights(recipe)
+    file.unlink(missing_ok=True)
+    label(recipe)
+    assert file.read_bytes() == before
