@@ -173,10 +173,11 @@ def disagreement(job: Job, device: torch.device) -> str | None:
 
 @dataclass
 class Peers:
-    """Calls by name of a pass; why others are absent."""
+    """Calls by name of a pass; why others are absent; what those said that cannot be put together here."""
 
     calls: dict[str, dict[str, Callable[[], object]]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def peers(job: Job, device: torch.device) -> Peers:
@@ -184,10 +185,21 @@ def peers(job: Job, device: torch.device) -> Peers:
     found = Peers({"resize": {}, "augment": {}})
     pixels = torch.from_numpy(job.decoded.pixels).view(-1, HEIGHT, WIDTH, 3).permute(0, 3, 1, 2).contiguous().to(device)
     images = torch.randint(0, 256, (len(job.plan), 3, job.size, job.size), dtype=torch.uint8, device=device)
-    _add_torchvision(found, job, pixels, images)
-    _add_kornia(found, job, images)
-    _add_dali(found, job, images)
+    adding: dict[str, Callable[[], None]] = {
+        "torchvision": lambda: _add_torchvision(found, job, pixels, images),
+        "kornia": lambda: _add_kornia(found, job, images),
+        "DALI": lambda: _add_dali(found, job, images),
+    }
+    for name, add in adding.items():
+        try:
+            add()
+        except Exception as error:  # of a version that works otherwise: our own figures do not hang on it
+            found.failed[name] = _reason(error)
     return found
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _add_torchvision(found: Peers, job: Job, pixels: Tensor, images: Tensor) -> None:
@@ -287,14 +299,15 @@ def measure(
     others, floors = peers(job, device), job.bytes()
     for name, call in passes(job, device).calls.items():
         record: dict[str, Any] = {**about, "pass": name, "sides": {}, "failed": {}}
-        record["absent"] = others.absent if name == "augment" else {}  # which is what they would do
+        if name == "augment":  # which is what they would do
+            record |= {"absent": others.absent, "failed": dict(others.failed)}
         if name in floors:
             record["floor_ms"] = 1e3 * floors[name] / bytes_per_second
         for side, run in {"fastdeit": call, **others.calls.get(name, {})}.items():
             try:
                 windows = milliseconds(run)
-            except (RuntimeError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-                record["failed"][side] = str(error).splitlines()[0]
+            except Exception as error:  # peers raise what they like
+                record["failed"][side] = _reason(error)
                 continue
             median = statistics.median(windows)
             figures = {"ms": median, "windows": windows, "images_per_second": 1e3 * len(job.plan) / median}

@@ -41,6 +41,22 @@ def test_every_pass_is_timed_beside_its_peers(job, device):
     assert records["finish"]["floor_ms"] == pytest.approx(4 * 768 * 5 / 1e6)
 
 
+def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, device, monkeypatch):
+    def broken(found, job, images):
+        raise AttributeError("module 'kornia' has no attribute 'auto'\nsome more")
+
+    def silent(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(augment_kernels, "_add_kornia", broken)
+    monkeypatch.setattr(augment_kernels.v2.RandAugment, "forward", silent)
+    records = {record["pass"]: record for record in measure(job, device, by_the_clock, 1e9)}
+    assert records["augment"]["failed"]["kornia"] == "module 'kornia' has no attribute 'auto'"
+    assert records["augment"]["failed"]["torchvision, one draw a batch"] == "AssertionError"
+    assert not records["stage"]["failed"]
+    assert all("fastdeit" in record["sides"] for record in records.values())
+
+
 def test_what_is_wrong_is_not_timed(job, device, monkeypatch):
     monkeypatch.setattr(augment_kernels, "normalised_levels", lambda *_: torch.zeros(3, 256).numpy())
     (record,) = measure(job, device, by_the_clock, 1e9)
