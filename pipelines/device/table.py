@@ -15,6 +15,7 @@ from fastdeit.pipelines.host.operations import matrices
 from fastdeit.pipelines.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan
 
 _ALIGNMENT = 128  # bytes, of the start of an array
+_MOST_BYTES = (1 << 31) - 1
 
 _KERNEL_CODE = {
     "Identity": augment_levels.IDENTITY,
@@ -133,6 +134,8 @@ def fill_table(table: Tensor, decoded: DecodedBatch, plan: Plan, window: np.ndar
     """Write a batch into `table`, uint8 on the host, of the size that `table_sizes` says.
 
     window  (B, 4) int32  height and width that a crop is resized to, top and left of the part that is kept
+
+    Raises ValueError, naming the dataset index, for a crop whose rows span 2 GiB: a kernel counts its bytes in 32 bits.
     """
     count, layers = plan.op.shape
     first_bytes, _ = table_sizes(count, layers)
@@ -147,6 +150,13 @@ def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan, window: np.ndarr
     place, start = work.place.numpy(), work.start.numpy()
     slot, crop = decoded.source, plan.crop
     pitch = 3 * decoded.width[slot]
+    span = crop[:, 2].astype(np.int64) * pitch
+    if span.max(initial=0) >= _MOST_BYTES:
+        sample = int(span.argmax())
+        raise ValueError(
+            f"dataset index {plan.index[sample]} (sample {sample} of the plan) is cropped from {span[sample]} bytes, "
+            f"at most {_MOST_BYTES} on the device: set --data.stage host, or convert it smaller (--max-side)"
+        )
     vertical_first = _vertical_first(crop, window)
     # What the second pass reads is along the rows, or along the columns if the vertical pass comes first.
     axis = vertical_first.astype(np.intp)

@@ -212,6 +212,20 @@ def test_a_plan_that_does_not_fit_is_refused_by_index(device, make_decoded, make
         device_stage(device, 6)(decoded, plan)
 
 
+def test_a_crop_beyond_32_bits_is_refused_by_index(device, make_decoded, make_plan):
+    """715 million pixels; none of them exists."""
+    rng = np.random.default_rng(13)
+    decoded = make_decoded(rng, [(20, 20)], 4)
+    plan = make_plan(rng, decoded, 6)
+    height, width = 27000, 26600
+    pixels = np.broadcast_to(np.uint8(7), height * width * 3)
+    sizes = {"height": np.array([height], np.int32), "width": np.array([width], np.int32)}
+    decoded = dataclasses.replace(decoded, pixels=pixels, **sizes)
+    plan.crop[2] = 0, 0, height, 10
+    with pytest.raises(ValueError, match=f"dataset index {plan.index[2]} .* is cropped from 2154600000 bytes"):
+        device_stage(device, 6)(decoded, plan)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
