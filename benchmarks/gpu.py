@@ -1,8 +1,9 @@
 """`python -m benchmarks gpu`: every check and figure that needs a GPU, in one command of eight minutes.
 
 First the tests marked `gpu`, then those of the kernels, which run on the GPU for real where there is one; then
-`kernels` and `throughput`, each for as long as it may. What a step leaves of its time the next one has. Nothing needs
-to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba are enough, with pytest for the tests.
+`kernels`, the whole loader up to batches on the GPU, and `throughput`, each for as long as it may. What a step leaves
+of its time the next one has. Nothing needs to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba
+are enough, with pytest for the tests, and with tyro, DALI and photographs (see `loaders`) for the loader.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ ROOT = Path(__file__).parents[1]
 PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "apex": "apex", "kornia": "kornia"}
 PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest: without it no test ran"}
 # Share of all the time at which a step must be over.
-MARKED_TESTS, KERNEL_TESTS, KERNELS, THROUGHPUT = 0.3, 0.45, 0.75, 0.95
+MARKED_TESTS, KERNEL_TESTS, KERNELS, LOADERS, THROUGHPUT = 0.3, 0.45, 0.7, 0.82, 0.95
+LOADER_SIDES = ("fastdeit-dali-x3-gpu", "fastdeit-turbo-x3-gpu", "fastdeit-torch-x3-gpu")
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,34 @@ def run_tests(name: str, arguments: Sequence[str | Path], seconds: float, root: 
     """Run pytest in a process of its own, for so many seconds at most; what it prints is shown."""
     if importlib.util.find_spec("pytest") is None:
         return Step(name, "missing", 0.0, "pip install pytest")
-    command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    command += map(str, arguments)
+    command = ["pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", *map(str, arguments)]
     begin = time.perf_counter()
+    told, code, cut = _follow(command, seconds, root)
+    return Step(name, how_it_ended(told, code, cut), time.perf_counter() - begin, told)
+
+
+def run_loaders(results: Path, seconds: float, root: Path = ROOT) -> Step:
+    """Time whole loaders in a process of its own, for so many seconds at most; what it prints is shown."""
+    if not _is_there("tyro"):
+        return Step("loaders", "missing", 0.0, "pip install tyro")
+    command = ["benchmarks", "loaders", "--quick", "--batch", "256", "--repeats", "3", "--results", str(results)]
+    begin = time.perf_counter()
+    told, code, cut = _follow([*command, "--sides", *LOADER_SIDES], seconds, root, errors=subprocess.STDOUT)
+    # 2: what they need is not there, which `told` says.
+    ended = "passed" if code == 0 else "cut" if cut else "missing" if code == 2 else "failed"
+    return Step("loaders", ended, time.perf_counter() - begin, told)
+
+
+def _follow(module: Sequence[str], seconds: float, root: Path, errors: int | None = None) -> tuple[str, int, bool]:
+    """Run a module in a process of its own; its last line, its exit status, and whether its time was over before.
+
+    errors  where they go; None: to ours
+    """
+    command = [sys.executable, "-m", *module]
     lines: list[str] = []
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         # Its summary still comes after an interrupt; what hangs even then is killed, with what it started.
         interrupt = Timer(seconds, lambda: _signal(process, signal.SIGINT))
@@ -78,8 +103,7 @@ def run_tests(name: str, arguments: Sequence[str | Path], seconds: float, root: 
             interrupt.cancel()
             kill.cancel()
             _signal(process, signal.SIGKILL)
-    told = lines[-1].strip("= ") if lines else f"exit status {code}"
-    return Step(name, how_it_ended(told, code, cut), time.perf_counter() - begin, told)
+    return lines[-1].strip("= ") if lines else f"exit status {code}", code, cut
 
 
 def how_it_ended(told: str, code: int, cut: bool) -> str:
@@ -137,7 +161,7 @@ def gpu(minutes: float, results: Path, device: str | None = None) -> bool:
     if device is None and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU: the kernels run under Triton's interpreter in `pytest` instead")
     begin, where, seconds = time.perf_counter(), environment(), 60 * minutes
-    files = {name: results / f"{name}.jsonl" for name in ("kernels", "throughput")}
+    files = {name: results / f"{name}.jsonl" for name in ("kernels", "loaders", "throughput")}
     before = {name: len(tables.read(path)) for name, path in files.items()}
 
     def left(share: float) -> float:
@@ -161,6 +185,7 @@ def gpu(minutes: float, results: Path, device: str | None = None) -> bool:
         lambda: run_tests("tests marked gpu", ["-m", "gpu", *marked], left(MARKED_TESTS)),
         lambda: run_tests("tests of the kernels", ["-m", "not gpu", ROOT / "tests/kernels"], left(KERNEL_TESTS)),
         lambda: run_benchmark("kernels", time_kernels),
+        lambda: run_loaders(files["loaders"], left(LOADERS)),
         lambda: run_benchmark("throughput", time_models),
     ]
     steps: list[Step] = []
@@ -178,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # argparse, since tyro need not be there.
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="Every check that needs a GPU.")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (8)")
-    told = "folder of kernels.jsonl and throughput.jsonl, which are added to, and gpu.md, written anew"
+    told = "folder of kernels.jsonl, loaders.jsonl and throughput.jsonl, which are added to, and gpu.md, written anew"
     parser.add_argument("--results", type=Path, default=RESULTS, help=told)
     options = parser.parse_args(argv)
     if not run(lambda: gpu(options.minutes, options.results)):

@@ -22,7 +22,7 @@ from benchmarks.record import RESULTS, append, environment
 from fastdeit.cli import UserError, run
 
 Op = Literal[
-    "attention", "assemble_tokens", "layer_norm", "add_layer_norm", "bias_gelu", "distillation_loss", "augment"
+    "attention", "augment", "assemble_tokens", "layer_norm", "add_layer_norm", "bias_gelu", "distillation_loss"
 ]
 CHECKED = 4  # samples that are checked before anything is timed
 # Seconds that are guessed before the first case is over: most of them are compilers'.

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.loader_sides import SIDES
-from benchmarks.loader_tables import report
+from benchmarks.loader_tables import report, verdicts
 from benchmarks.page_cache import evict, resident, warm
 from benchmarks.peers.stream import Missing, Setting
 from benchmarks.photos import copy_photos, make_photos, shrink_photos
@@ -256,7 +256,7 @@ def loaders(options: Options) -> bool:
     timed = True
     with tempfile.TemporaryDirectory() as folder:
         for record in measure(options, Path(folder)):
-            append(options.results, record)
+            append(options.results, {**record, "targets": verdicts(record)})
             tqdm.write(report(record))
             timed = timed and not record["failed"]
     return timed

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, kernels, throughput
-from benchmarks.gpu import Step, how_it_ended, marked_files, run_benchmark, run_tests, summary
+from benchmarks import gpu, kernels, loader_tables, throughput
+from benchmarks.gpu import Step, how_it_ended, marked_files, run_benchmark, run_loaders, run_tests, summary
 
 ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
@@ -87,18 +87,49 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
         options.results.write_text(json.dumps({"benchmark": options.results.stem, "targets": []}) + "\n")
         return True
 
+    def loaders(results, seconds):
+        given.append((results.stem, seconds))
+        return Step("loaders", "missing", 0.1, "no photographs")
+
     monkeypatch.setattr(gpu, "run_tests", tests)
+    monkeypatch.setattr(gpu, "run_loaders", loaders)
     monkeypatch.setattr(kernels, "kernels", timed)
     monkeypatch.setattr(throughput, "throughput", timed)
     monkeypatch.setattr(gpu.tables, "markdown", lambda records: f"{len(records)} records")
     (tmp_path / "throughput.jsonl").write_text('{"benchmark": "throughput", "old": true}\n')
     assert gpu.gpu(1.0, tmp_path, device="any")
     names, seconds = zip(*given, strict=True)
-    assert names == ("tests marked gpu", "tests of the kernels", "kernels", "throughput")
-    assert seconds == pytest.approx((18, 27, 45, 57), abs=2)
+    assert names == ("tests marked gpu", "tests of the kernels", "kernels", "loaders", "throughput")
+    assert seconds == pytest.approx((18, 27, 42, 49, 57), abs=2)
     text = (tmp_path / "gpu.md").read_text()
     assert "| kernels | passed |" in text
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("program", "ended", "told"),
+    [
+        ("print('im/s')", "passed", "im/s"),
+        ("print('error: no photographs', file=sys.stderr); raise SystemExit(2)", "missing", "error: no photographs"),
+        ("raise SystemExit(1)", "failed", "exit status 1"),
+        ("import time; print('begun', flush=True); time.sleep(60)", "cut", ""),
+    ],
+)
+def test_loaders_are_timed_in_a_process_of_their_own(tmp_path, program, ended, told):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__main__.py").write_text(
+        f"import sys\nassert sys.argv[1] == 'loaders' and 'fastdeit-dali-x3-gpu' in sys.argv\n{program}\n"
+    )
+    step = run_loaders(tmp_path / "loaders.jsonl", 2, tmp_path)
+    assert (step.name, step.ended) == ("loaders", ended)
+    assert told in step.told
+
+
+def test_the_whole_loader_has_a_target():
+    sides = {"fastdeit-dali-x3-gpu": {"images_per_second": 31_000.0}, "fastdeit-turbo-x3": {"images_per_second": 9.0}}
+    (verdict,) = loader_tables.verdicts({"sides": sides})
+    assert verdict == {"text": "fastdeit-dali-x3-gpu: 31,000 samples/s of at least 25,000", "reached": True}
+    assert loader_tables.verdicts({"sides": {"timm": {"images_per_second": 1.0}}}) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
