@@ -10,6 +10,7 @@ import contextlib
 import types
 import weakref
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize("sizes", [[64] * 12, [64, 64, 64, 65, 65, 80, 10, 90, 90, 90]], ids=["alike", "larger"])
 @pytest.mark.parametrize("kind", ["pinned", "not pinned", "on the device"])
 def test_no_byte_is_overwritten_before_it_was_read(machine, kind, sizes):
-    uploads = Uploads(GPU)
+    uploads: Any = Uploads(GPU)
     device = GPU if kind == "on the device" else torch.device("cpu")
 
     free = []  # as in an arena: what nobody holds any more is decoded into again, at once
@@ -155,7 +156,7 @@ def test_no_byte_is_overwritten_before_it_was_read(machine, kind, sizes):
 
 
 def test_two_batches_are_under_way_at_most(machine):
-    uploads = Uploads(GPU)
+    uploads: Any = Uploads(GPU)
     copied = []
     for _ in range(8):
         uploads.begin(64)
