@@ -142,7 +142,7 @@ def measure(
     about: dict[str, Any] = {"benchmark": "kernels", "op": case.op, "batch": options.batch, "roof": roof}
     if case.op == "augment":
         job = augment_kernels.Job.draw(options.batch, augment_kernels.SIZE)
-        found = augment_kernels.measure(job, device, clock.launched, roof["bytes_per_second"])
+        found = augment_kernels.measure(job, device, clock.launched, clock.graphed, roof["bytes_per_second"])
         yield from ({**about, **record} for record in found)
         return
     shape = case.shape or SHAPES[-1]

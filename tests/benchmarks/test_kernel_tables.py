@@ -77,6 +77,10 @@ def test_the_terminal_shows_the_fastest_first_and_what_was_not_timed():
     assert "fastdeit: refused: output 0: error 1e0" in report(RECORDS[1])
     assert "0.160        - ms" in report(RECORDS[2])
     assert "target MISSED: 4.00x the floor" in report(RECORDS[5])
+    quick = pass_record("augment", {"fastdeit": 2.0})
+    quick["sides"]["fastdeit"] |= {"graph_ms": 1.25, "times_floor": 2.5}
+    assert "2.000 ms (1.250 in a graph)" in report(quick)
+    assert "| augment | fastdeit | 2.000 (1.250 in a graph) | 2.50 | 128,000 |  |" in tables.markdown([quick])
     assert "DALI: absent: pip install" in report(RECORDS[5])
     assert "fastdeit: refused: 3 of 4" in report(RECORDS[6])
 
