@@ -104,5 +104,19 @@ def _interpret_one_launch_at_a_time() -> None:
     GridExecutor.__call__ = locked
 
 
+def _count_in_loops_whatever_numpy() -> None:
+    """NumPy takes an array of one for no index from 2.4 on, as which Triton's interpreter 3.6 gives it a loop's end."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     _interpret_one_launch_at_a_time()
+    _count_in_loops_whatever_numpy()
