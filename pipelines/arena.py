@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import weakref
 
@@ -41,7 +42,11 @@ class Arenas:
     def _new(self, size: int) -> np.ndarray:
         if self._pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        return np.empty(size, np.uint8)
+        # Straight from the system, and back to it: malloc would keep some blocks of this size, and never the same ones.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, np.uint8)
 
     def _fitting(self, size: int) -> np.ndarray | None:
         """The smallest free memory that is large enough; what is too small is let go where there is none."""
