@@ -155,7 +155,9 @@ class Conversion:
         flushed = time.monotonic()
         with (
             closing(encoded(self.source, self.order[self.position :].tolist(), encoding, workers)) as samples,
-            tqdm(initial=self.position, total=len(self.order), unit=" images", disable=None if progress else True) as bar,
+            tqdm(
+                initial=self.position, total=len(self.order), unit=" images", disable=None if progress else True
+            ) as bar,
         ):
             try:
                 for sample in samples:
