@@ -132,13 +132,15 @@ def choose_stage(
             stages[name] = stage
     if not stages:
         raise next(iter(failed.values()))
+    for error in failed.values():
+        error.__traceback__ = None  # its frames hold that stage's memory, and this one the error
     seconds = dict.fromkeys(stages, float("inf"))
     for _ in range(ROUNDS):
         for name, stage in stages.items():
             seconds[name] = min(seconds[name], _seconds(stage, make, decoded, device))
     name = min(seconds, key=lambda name: seconds[name])
     rates = [f"{name} {len(decoded.index) / spent:,.0f}" for name, spent in seconds.items()]
-    excluded = [f"; not {name}: {error}" for name, error in failed.items()]
+    excluded = [f"; not {name}: {next(iter(str(e).splitlines()), repr(e))}" for name, e in failed.items()]
     return name, f"samples/s measured: {', '.join(rates)}{''.join(excluded)}", stages[name]
 
 

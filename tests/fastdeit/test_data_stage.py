@@ -1,10 +1,12 @@
 """The device stage in the main path: the same run, wherever the images are made."""
 
 import dataclasses
+import gc
 import itertools
 import re
 import shutil
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -184,8 +186,28 @@ def test_auto_goes_on_with_the_stage_that_works():
     name, reason, _ = choose(device=Fake(0, RuntimeError("no compiler")), host=Fake(0.01))
     assert name == "host"
     assert reason.endswith("; not device: no compiler")
+    assert choose(device=Fake(0, RuntimeError("ptxas failed\nline 1")), host=Fake(0))[1].endswith(
+        "; not device: ptxas failed"
+    )
     with pytest.raises(RuntimeError, match="no compiler"):
         choose(device=Fake(0, RuntimeError("no compiler")), host=Fake(0, ValueError("a bad plan")))
+
+
+def test_auto_lets_go_of_the_stage_that_fails():
+    memory = []
+
+    class Full(Fake):
+        def __call__(self, decoded, plan):
+            image = np.zeros(3)
+            memory.append(weakref.ref(image))
+            raise torch.OutOfMemoryError("no room")
+
+    gc.disable()
+    try:
+        assert choose(device=Full(0), host=Fake(0))[0] == "host"
+        assert [image() for image in memory] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_patch_embedding_rounds_images_as_autocast_does(tiny, alone):
