@@ -51,7 +51,7 @@ class DataConfig:
     val: Path | None = None
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest on these images, announced
     stage: Literal["auto", "device", "host"] = "auto"  # who augments: the GPU or the CPU; auto: the faster, announced
-    hw_decoder_load: float = 0.65  # loader dali on a GPU: share of the images that its hardware decoder takes
+    hw_decoder_load: float = 0.65  # loader dali on a GPU: its hardware decoder's share; 0: pixels repeat on any threads
     threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
     prefetch: int = 2  # training batches prepared ahead
     repeats: int = 3  # repeated augmentation: copies of an image in a batch; 1: none

@@ -39,6 +39,8 @@ class DaliLoader(ThreadedLoader):
     On the CPU every thread of the pool has a pipeline for one image at a time, through libjpeg-turbo with the accurate
     DCT and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) DALI gets 32 images a
     thread at once, whose pixels it holds beside the batch; its decoders are others there, with pixels of their own.
+    Which images of a chunk the hardware decoder takes is DALI's to decide: with `hw_decoder_load` 0 alone an image has
+    the same pixels whatever it is decoded with, on any number of threads and processes, and after a resume.
     That path has not been run on a GPU yet.
 
     A JPEG that is not whole segments and scans up to its end marker, has more than 64 scans, or is not of 8 bits and of
