@@ -1,6 +1,8 @@
 """Memory comes back when nobody holds any part of it, and never before."""
 
+import errno
 import gc
+import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdeit.pipelines import arena
 from fastdeit.pipelines.arena import Arenas, place
 
 
@@ -64,6 +67,17 @@ def test_arrays_are_aligned_writable_and_apart():
         assert array.ctypes.data % 64 == 0
         array[:] = number
     assert all((array == number).all() for number, array in enumerate(held))
+
+
+def test_a_kernel_without_large_pages_will_do(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(arena.mmap, "mmap", Refusing)
+    array = Arenas().take(5000)
+    array[:] = 7
+    assert array.sum() == 35_000
 
 
 def test_many_threads_never_share_memory():
