@@ -272,7 +272,8 @@ def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:
     """Decode JPEG `index` through PIL into `out`, (height, width, 3) uint8. Raises DecodeError."""
     stored = read_stored(dataset, index)
     try:
-        with Image.open(io.BytesIO(stored.data)) as image:
+        # Of others of PIL's readers some start programs (EPS), and a data set may be anybody's.
+        with Image.open(io.BytesIO(stored.data), formats=["JPEG"]) as image:
             check_size(dataset, index, image.height, image.width)
             out[:] = np.asarray(image.convert("RGB"))
     except (DecodeError, MemoryError):

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import EpsImagePlugin, Image, ImageFilter
 
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
@@ -112,6 +112,16 @@ def test_a_damaged_image_is_named_after_the_batches_before_it(opened, tmp_path, 
         assert next(batches).step == 0
         with pytest.raises(DecodeError, match=r"bad\.beton: image 10: PIL cannot read it .*; replace .* convert"):
             next(batches)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PNG"])
+def test_what_is_no_jpeg_is_not_read_as_anything_else(opened, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("an image started a program"))
+    file = io.BytesIO()
+    picture(0, (90, 70)).save(file, kind)
+    dataset = write(tmp_path / "other.beton", [(file.getvalue(), (90, 70), JPEG)])
+    with opened(dataset) as loader, pytest.raises(DecodeError, match=r"other\.beton: image 0: PIL cannot read it"):
+        next(loader.batches(0))
 
 
 @pytest.mark.parametrize("stored", [(90, 70), (45, 35), (180, 140), (70, 90)])
