@@ -151,7 +151,11 @@ class Conversion:
         self, writer: Writer, journal: Journal, encoding: Encoding, workers: int, skip: bool, progress: bool
     ) -> None:
         if self.rejects and not skip:
-            raise self._rejected(self.rejects[0])
+            reject = self.rejects[0]
+            raise ConvertError(
+                f"{reject.name}, sample {reject.index}: was left out before the interruption: {reject.reason}. Go on "
+                f"with --on-error skip --resume, or mend the image and begin anew without --resume"
+            )
         flushed = time.monotonic()
         with (
             closing(encoded(self.source, self.order[self.position :].tolist(), encoding, workers)) as samples,

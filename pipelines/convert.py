@@ -120,6 +120,7 @@ def convert(
     dest = Path(dest)
     if not dest.parent.is_dir():
         raise ConvertError(f"{dest}: the folder {dest.parent} does not exist: create it first")
+    _check_apart(dest, format, source)
     if format == "beton" and dest.is_dir():
         raise ConvertError(f"{dest}: is a folder: name a file, e.g. {dest / 'train.beton'}")
     options = {
@@ -172,6 +173,15 @@ def sample_order(count: int, shuffle_seed: int | None, limit: int | None) -> np.
         words = np.asarray(np.random.Philox(key=shuffle_seed).random_raw(count))
         order = np.argsort(words, kind="stable")
     return order[:limit]
+
+
+def _check_apart(dest: Path, format: Format, source: Source) -> None:
+    """Raise ConvertError for a place in the source that would make it another one, which nothing can resume."""
+    said = source.describe()
+    taken = ("folder", "webdataset", "parquet") if format == "webdataset" else ("folder",)
+    folder = Path(said.get("path", ""))
+    if said["kind"] in taken and dest.resolve().is_relative_to(folder.resolve()):
+        raise ConvertError(f"{dest}: lies within {folder}, which is converted: name a place outside of it")
 
 
 def _size(path: Path) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-# torchvision.datasets.folder.IMG_EXTENSIONS
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# torchvision.datasets.folder.IMG_EXTENSIONS, and what else `encode` reads
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
+MAX_FILE = 1 << 28  # bytes of one image
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -79,6 +81,16 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
 
 def is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises SampleError for what is no file, or too large for one image."""
+    status = os.stat(path)
+    if not S_ISREG(status.st_mode):  # to read a fifo would wait forever
+        raise SampleError(f"{path}: is not a regular file. Remove it")
+    if status.st_size > MAX_FILE:
+        raise SampleError(f"{path}: {status.st_size} bytes, and an image has at most {MAX_FILE}. Remove it")
+    return path.read_bytes()
 
 
 def stamp(file: Path | int) -> tuple[int, int]:

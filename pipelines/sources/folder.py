@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fastdeit.pipelines.sources.base import SPLITS, SourceError, class_labels, is_image
+from fastdeit.pipelines.sources.base import SPLITS, SourceError, class_labels, is_image, read_image
 
 
 class ImageFolder:
     """A folder of class folders, in torchvision's order: classes by name, files by folder and name.
+
+    Beside torchvision's extensions .gif and .jp2 are taken for images.
 
     With `class_names` the labels follow that list instead; a listed class may be absent, a folder that is not
     listed is an error, as is a class folder without images.
@@ -66,4 +68,4 @@ class ImageFolder:
 
     def read(self, index: int) -> tuple[bytes, int, str]:
         path = self.root / self._files[index]
-        return path.read_bytes(), int(self._labels[index]), str(path)
+        return read_image(path), int(self._labels[index]), str(path)

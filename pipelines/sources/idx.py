@@ -12,6 +12,8 @@ import numpy as np
 
 from fastdeit.pipelines.sources.base import SourceError
 
+MAX_BYTES = 4 << 30  # of an array, which is held in memory
+
 
 class Idx:
     """Images and labels of the MNIST family's IDX files, plain or gzipped.
@@ -50,17 +52,24 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The array of an IDX file of unsigned bytes. Raises SourceError for another format or a truncated file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read()
+            start = 4 + 4 * dimensions
+            header = file.read(start)
+            if len(header) < start or header[:4] != bytes([0, 0, 8, dimensions]):
+                raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension(s)")
+            shape = [int(n) for n in np.frombuffer(header[4:], ">u4")]
+            expected = math.prod(shape)
+            if expected > MAX_BYTES:
+                raise SourceError(
+                    f"{path}: truncated or damaged (its header announces {expected} bytes, and up to {MAX_BYTES} are "
+                    f"read). Fetch it again"
+                )
+            data = file.read(expected + 1)  # no more, whatever a small gzipped file unpacks to
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: truncated or damaged ({error}). Fetch it again") from error
-    start = 4 + 4 * dimensions
-    if len(data) < start or data[:4] != bytes([0, 0, 8, dimensions]):
-        raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension(s)")
-    shape = [int(n) for n in np.frombuffer(data[4:start], ">u4")]
-    expected = start + math.prod(shape)
     if len(data) != expected:
-        raise SourceError(f"{path}: {len(data)} bytes, but its header announces {expected}. Fetch it again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+        found = f"more than {expected}" if len(data) > expected else len(data)
+        raise SourceError(f"{path}: {found} bytes of data, but its header announces {expected}. Fetch it again")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _labels_file(images: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastdeit.pipelines.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
 from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names
 from fastdeit.pipelines.sources.cifar import Cifar
@@ -156,7 +157,8 @@ def _recognise(path: Path, split: str | None) -> str | None:
 
 def _folder_form(folder: Path) -> str | None:
     """The form of the files in a folder; a folder of folders is one of classes, whatever else lies in it."""
-    if not folder.is_dir() or any(f.is_dir() and f.name != "data" and f.name[0] != "." for f in folder.iterdir()):
+    beside = ("data", NODES)
+    if not folder.is_dir() or any(f.is_dir() and f.name not in beside and f.name[0] != "." for f in folder.iterdir()):
         return None
     for suffix, form in ((".parquet", "parquet"), (".tar", "webdataset")):
         if any(folder.glob(f"*{suffix}")):

@@ -13,12 +13,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from fastdeit.pipelines.sources.base import SampleError, SourceError, check_stamp, stamp
+from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, check_stamp, stamp
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of a long name or of a pax header
 MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to a record of 10 KiB or so
-MAX_MEMBER = 1 << 28  # bytes of one sample
 MAX_UNZIPPED = 4 << 30  # bytes of a gzipped archive, which is held in memory
 _FETCH = "Fetch the archive again"
 _KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a fifo", "S": "sparse"}
@@ -28,7 +27,7 @@ _KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a d
 class Archive:
     """The bytes of a tar archive: a file, or where that was gzipped what it holds.
 
-    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes.
+    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes; of limit 0 any such file.
     """
 
     path: Path
@@ -37,6 +36,8 @@ class Archive:
     def __post_init__(self) -> None:
         with open(self.path, "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
+        if zipped and not self.limit:
+            raise SourceError(f"{self.path}: is gzipped, and shards are read where they lie: gunzip it first")
         self.data = _unzip(self.path, self.limit) if zipped else None
         self._held: int | None = None
         self._stamp = stamp(self.path)
@@ -74,8 +75,8 @@ class Archive:
 
     def member(self, name: str, offset: int, size: int) -> bytes:
         """A whole member. Raises SampleError where it is too large for a sample or cut short."""
-        if size > MAX_MEMBER:
-            raise SampleError(f"{name}: {size} bytes, and a sample has at most {MAX_MEMBER}. Remove it")
+        if size > MAX_FILE:
+            raise SampleError(f"{name}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
         data = self.read(offset, size)
         if len(data) != size:
             raise SampleError(f"{name}: cut short after {len(data)} of {size} bytes. {_FETCH}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastdeit.pipelines.sources.base import SourceError
+from fastdeit.pipelines.sources.base import SourceError, read_image
 
 
 class Torchvision:
@@ -82,7 +82,7 @@ class Torchvision:
             raise SourceError(f"{name}: not an image and the number of a class: it cannot be converted") from error
         file = image if isinstance(image, Path) else getattr(image, "filename", None)
         if file:
-            return Path(file).read_bytes(), label, str(file)
+            return read_image(Path(file)), label, str(file)
         if not isinstance(image, (Image.Image, np.ndarray)):
             raise SourceError(f"{name}: holds a {type(image).__name__}, not an image: it cannot be converted")
         return image, label, name

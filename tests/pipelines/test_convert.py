@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,6 +426,21 @@ def test_mistaken_destinations(tree, tmp_path):
         convert(Items(GOOD), tmp_path / "data.beton", class_names=["a"])
     with pytest.raises(ConvertError, match="holds no images"):
         convert(Items(), tmp_path / "data.beton")
+
+
+def test_places_within_the_source(tree, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(tree, root)
+    for dest in (root, root / "train", root / "class0" / "train", tmp_path / "root" / ".." / "root" / "train"):
+        for format in ("beton", "webdataset"):
+            with pytest.raises(ConvertError, match=r"lies within .*root, which is converted: name a place outside"):
+                convert(root, dest, format=format, progress=False)
+    convert(root, tmp_path / "shards", format="webdataset", progress=False)
+    with pytest.raises(ConvertError, match="lies within"):
+        convert(tmp_path / "shards", tmp_path / "shards" / "again", format="webdataset", progress=False)
+    # One more file beside tar files makes no other source of them.
+    convert(tmp_path / "shards", tmp_path / "shards" / "all.beton", progress=False)
+    assert sorted(path.name for path in root.iterdir()) == [f"class{i}" for i in range(4)]
 
 
 def test_labels_must_have_names(tmp_path):

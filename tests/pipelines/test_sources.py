@@ -1,8 +1,10 @@
 """Sources, judged by torchvision: its order, its labels, its readers of the same files."""
 
 import gzip
+import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from fastdeit.pipelines.sources import SourceError, open_source, read_class_names
+from fastdeit.pipelines.sources import SampleError, SourceError, open_source, read_class_names
 from fastdeit.pipelines.sources.idx import Idx
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # as Debian's dataset-fashion-mnist installs it
@@ -57,6 +59,29 @@ def test_image_folder_is_torchvisions(folder):
         assert ours.read(i) == (Path(path).read_bytes(), label, path)
         assert ours.name(i) == path
     assert ours.describe()["files_that_are_no_images"] == 2
+
+
+def test_formats_that_torchvision_passes_over(folder):
+    for name in ("b/a.gif", "B/y.jp2"):
+        Image.new("L", (4, 4)).save(folder / name)
+    source = open_source(folder)
+    names = [source.name(i) for i in range(len(source))]
+    assert {str(folder / "b/a.gif"), str(folder / "B/y.jp2")} <= set(names)
+    assert len(source) == len(torchvision.datasets.ImageFolder(str(folder))) + 2
+
+
+def test_what_is_no_image_file_is_not_read(folder):
+    os.mkfifo(folder / "10" / "a.jpg")
+    with open(folder / "10" / "b.jpg", "wb") as file:
+        file.truncate((1 << 28) + 1)
+    (folder / "10" / "c.jpg").symlink_to("nowhere")
+    source = open_source(folder)
+    with pytest.raises(SampleError, match=r"a\.jpg: is not a regular file"):
+        source.read(0)
+    with pytest.raises(SampleError, match=r"b\.jpg: 268435457 bytes, and an image has at most 268435456"):
+        source.read(1)
+    with pytest.raises(FileNotFoundError):
+        source.read(2)
 
 
 def test_class_list_orders_the_labels(folder):
@@ -150,6 +175,22 @@ def test_damaged_idx_files_are_named(tmp_path, zipped, what):
     path.unlink()
     with pytest.raises((SourceError, FileNotFoundError), match=r"train-labels|train-images"):
         Idx(images)
+
+
+def test_idx_files_that_unpack_to_more_than_they_announce(tmp_path):
+    write_mnist(tmp_path, zipped=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    good = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(good + bytes(1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(SourceError, match="more than 11200 bytes of data, but its header announces 11200"):
+        Idx(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+    path.write_bytes(gzip.compress(good[:4] + b"\xff" * 12))
+    with pytest.raises(SourceError, match=r"its header announces .* bytes, and up to"):
+        Idx(path)
 
 
 def test_idx_counts_must_agree(tmp_path):

@@ -134,7 +134,7 @@ def test_splits_and_patterns(shards, tmp_path):
 
 def test_gzipped_shards_are_refused(shards):
     (shards / "train-0000.tar").write_bytes(gzip.compress(b"x"))
-    with pytest.raises(SourceError, match=r"train-0000.tar: holds more than 0 bytes.*gunzip it first"):
+    with pytest.raises(SourceError, match=r"train-0000.tar: is gzipped.*gunzip it first"):
         open_source(shards)
 
 

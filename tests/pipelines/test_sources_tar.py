@@ -231,7 +231,7 @@ def test_an_archive_that_changes_is_noticed(tmp_path):
 def test_members_too_large_for_a_sample(tmp_path):
     with open(tmp_path / "a.tar", "wb") as file:
         info = tarfile.TarInfo("huge.jpg")
-        info.size = tar.MAX_MEMBER + 512
+        info.size = tar.MAX_FILE + 512
         file.write(info.tobuf())
         file.truncate(512 + info.size + 1024)
     archive, members = index(tmp_path / "a.tar")
