@@ -119,6 +119,8 @@ def class_names(path: Path | None) -> list[str] | None:
 
     if path is None:
         return None
+    if not path.exists():
+        raise UserError(f"--class-names {path}: there is no such file or folder")
     if path.suffix != ".beton" and not path.is_dir():
         return read_class_names(path)
     with_names = open_dataset(path)

@@ -18,6 +18,7 @@ from fastdeit.pipelines.beton_layout import (
     HEADER,
     JPEG,
     KIND,
+    MAX_CLASSES,
     MAX_SIDE,
     METADATA_START,
     MIN_PAGE,
@@ -119,6 +120,7 @@ class BetonDataset:
         pixels = self.height.astype(np.int64) * self.width * 3
         self._forbid((self._mode == RAW) & (self.size != pixels), "raw pixels do not have the size of its sides")
         self._forbid(self.label < 0, "its label is negative")
+        self._forbid(self.label >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")
         for array in (self.offset, self.size, self.height, self.width, self.label):
             array.setflags(write=False)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from PIL import UnidentifiedImageError
 
+from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.encode import Encoding, Stored, encode
 from fastdeit.pipelines.sources import Source, SourceError
 
@@ -83,8 +84,9 @@ def encoded(
 def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | Reject:
     try:
         item, label, name = source.read(index)
-        if label < 0 or (source.class_names is not None and label >= len(source.class_names)):
-            known = "" if source.class_names is None else f", there are {len(source.class_names)} class names"
+        most = MAX_CLASSES if source.class_names is None else len(source.class_names)
+        if not 0 <= label < most:
+            known = f", {most} are the most" if source.class_names is None else f", there are {most} class names"
             raise SourceError(f"{name}, sample {index}: label {label} names no class{known}. Give --class-names")
         image = encode(item, encoding)
     except SourceError:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.files import OpenFile, identity
 from fastdeit.pipelines.shard_layout import (
     END,
@@ -99,6 +100,7 @@ class ShardDataset:
         wrong = (self._mode == RAW) & (samples["size"].astype(np.int64) != pixels)
         self._forbid(wrong, "raw pixels do not have the size of its sides")
         self._forbid(samples["label"] < 0, "its label is negative")
+        self._forbid(samples["label"] >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")
         # No sum of so few, so small sizes can overflow; what follows from them needs no other check.
         offset, self._shard_bytes = layout(samples)
         self._forbid(samples["offset"].astype(np.int64) != offset, "its place is not behind the sample before it")

@@ -169,7 +169,10 @@ def _folder_form(folder: Path) -> str | None:
 def _open_plain(path: Path, split: str | None, class_names: list[str] | None) -> Source:
     if path.is_file():
         if not is_idx(path):
-            raise SourceError(f"{path}: neither a folder nor an IDX images file (...images...idx3-ubyte[.gz])")
+            raise SourceError(
+                f"{path}: neither a folder nor a file whose name tells what it is: put that before it, "
+                f"such as webdataset:{path}; IDX images are named ...images...idx3-ubyte[.gz]"
+            )
         if split is not None:
             raise SourceError(f"{path}: one file is one split: leave out --split, or name the folder")
         return Idx(path, class_names)

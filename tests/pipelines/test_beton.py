@@ -327,6 +327,7 @@ RECORD = 24 + 2 * 1041
         (RECORD + 24 * 2, "<B", "sample 2: its mode"),
         (RECORD + 24 * 2 + 5, "<Q", "sample 2: record and allocation table"),
         (RECORD + 24 * 4 + 16, "<q", "sample 4: its label is negative"),
+        (RECORD + 24 * 4 + 16 + 5, "<H", "sample 4: its label is not below 1048576"),
         (-24 * 6, "<Q", "allocation table names sample"),
         (-24 * 3 + 8, "<Q", "sample 3: record and allocation table"),
         (-24 * 3 + 16, "<Q", "sample 3: its place is outside"),

@@ -450,3 +450,9 @@ def test_labels_must_have_names(tmp_path):
     source.class_names = ["a", "b"]
     with pytest.raises(SourceError, match="item 2, sample 2: label 2 names no class, there are 2"):
         convert(source, tmp_path / "data.beton", progress=False)
+    # Without names each label below it would get one.
+    source.class_names = None
+    for label in (1 << 20, 10**17, 10**30, -1):
+        source.read = lambda index, label=label: (GOOD, label, f"item {index}")
+        with pytest.raises(SourceError, match=f"item 0, sample 0: label {label} names no class, 1048576 are the most"):
+            convert(source, tmp_path / "data.beton", progress=False)

@@ -106,7 +106,7 @@ def test_mistaken_folders_are_named(folder, tmp_path):
         open_source(folder / "9")
     with pytest.raises(SourceError, match="nowhere: there is no such"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="neither a folder nor an IDX"):
+    with pytest.raises(SourceError, match="neither a folder nor a file whose name tells"):
         open_source(folder / "README")
 
 
