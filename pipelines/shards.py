@@ -39,6 +39,7 @@ from fastdeit.pipelines.sidecar import SidecarError
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ShardDataset", "ShardError", "ShardWriter"]
 
+_REMEDY = "Convert the data set again, or copy the folder again"
 _OPEN_SHARDS = 256  # at once; a process may have 1024 files by default
 
 
@@ -72,7 +73,7 @@ class ShardDataset:
 
     def _error(self, reason: str, index: int | None = None, file: str = TABLE) -> ShardError:
         where = f"{self.path / file}, sample {index}" if index is not None else str(self.path / file)
-        return ShardError(f"{where}: {reason}. Convert the data set again, or copy the folder again")
+        return ShardError(f"{where}: {reason}. {_REMEDY}")
 
     def _forbid(self, bad: np.ndarray, reason: str) -> None:
         if bad.any():
@@ -231,11 +232,13 @@ class ShardDataset:
             head = before(index, size=size, height=height, width=width, mode=mode)
             tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
             if file.read(len(head), offset - len(head)).tobytes() != head:
-                found.append(f"{path}, sample {index}: the header before its bytes is not what was written")
+                found.append(f"{path}, sample {index}: the header before its bytes is not what was written. {_REMEDY}")
             if file.read(len(tail), offset + size).tobytes() != tail:
-                found.append(f"{path}, sample {index}: the label or padding after its bytes is not what was written")
+                found.append(
+                    f"{path}, sample {index}: the label or padding after its bytes is not what was written. {_REMEDY}"
+                )
         if file.read(len(END) + 1, int(self._shard_bytes[shard]) - len(END)).tobytes() != END:
-            found.append(f"{path}: it does not end in two blocks of zeros")
+            found.append(f"{path}: it does not end in two blocks of zeros. {_REMEDY}")
         return found + self._compare(index_name(shard), index_file(first, samples))
 
     def _check_strays(self) -> list[str]:
@@ -262,7 +265,7 @@ class ShardDataset:
                 return []
         except OSError as error:
             return [f"{self.path / name}: it cannot be read ({error.strerror})"]
-        return [f"{self.path / name}: it is not what was written"]
+        return [f"{self.path / name}: it is not what was written. {_REMEDY}"]
 
     def close(self) -> None:
         """Let go of the shards; each is closed with the last read that is under way."""
