@@ -133,7 +133,8 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
     axes[0].set(xlabel="images per second (whiskers: all windows; hatched: less work)", title=_case(last))
     axes[0].set_xlim(0, 1.12 * max(edges))
     if several:
-        for number, side in enumerate(reversed(sides)):
+        both = [side for side in reversed(sides) if sum(side in record["sides"] for record in records) > 1]
+        for number, side in enumerate(both):
             points = [
                 (record["threads"], record["sides"][side]["images_per_second"])
                 for record in records
