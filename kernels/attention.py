@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastdeit.kernels.attention_backward import backward
 from fastdeit.kernels.attention_forward import forward
-from fastdeit.kernels.launch import check
+from fastdeit.kernels.launch import check, operator
 
 
-@torch.library.custom_op("fastdeit::attention", mutates_args=())
+@operator("fastdeit::attention")
 def _op(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return forward(qkv)
 
@@ -22,7 +22,7 @@ def _fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastdeit::attention_backward", mutates_args=())
+@operator("fastdeit::attention_backward")
 def _backward_op(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     return backward(grad, qkv, out, lse)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -55,7 +55,7 @@ _FORWARD = Launch(constants=(("ROWS", 8), ("BLOCK", _BLOCK)), num_warps=4)
 _BACKWARD = Launch(constants=(("ROWS", 8), ("BLOCK", _BLOCK)), num_warps=4)
 
 
-@torch.library.custom_op("fastdeit::bias_gelu", mutates_args=())
+@operator("fastdeit::bias_gelu")
 def _op(x: Tensor, bias: Tensor) -> Tensor:
     out = _fake(x, bias)
     if x.numel():
@@ -71,7 +71,7 @@ def _fake(x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fastdeit::bias_gelu_backward", mutates_args=())
+@operator("fastdeit::bias_gelu_backward")
 def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, total = _backward_fake(grad, x, bias)
     if not x.numel():

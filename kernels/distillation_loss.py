@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels.distillation_rows import loss_gradients, loss_parts, teacher_kind
-from fastdeit.kernels.launch import check
+from fastdeit.kernels.launch import check, operator
 from fastdeit.kernels.reference import MixedLabels
 
 
@@ -20,7 +20,7 @@ class DistillationLoss(NamedTuple):
     distill: Tensor
 
 
-@torch.library.custom_op("fastdeit::distillation_loss", mutates_args=())
+@operator("fastdeit::distillation_loss")
 def _op(
     cls: Tensor,
     dist: Tensor | None,
@@ -44,7 +44,7 @@ def _fake(cls, dist, dense, label_a, label_b, lam, teacher, smoothing, tau, weig
     return cls.new_empty(3, dtype=torch.float32)
 
 
-@torch.library.custom_op("fastdeit::distillation_loss_backward", mutates_args=())
+@operator("fastdeit::distillation_loss_backward")
 def _backward_op(
     grad_parts: Tensor,
     cls: Tensor,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels.distillation_rows import PLAIN, normaliser
-from fastdeit.kernels.launch import DTYPES, Launch, check, next_power_of_two, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, check, next_power_of_two, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
@@ -122,7 +122,7 @@ def _launch(num_classes: int, heads: int) -> Launch:
     return Launch(constants=(("HEADS", heads), ("BLOCK", block)), num_warps=max(1, block // 128))
 
 
-@torch.library.custom_op("fastdeit::evaluate_heads", mutates_args=())
+@operator("fastdeit::evaluate_heads")
 def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _fake(cls, dist, labels)
     if cls.numel():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,23 @@ class Launch:
             num_stages=self.num_stages,
             fp_fusion=self.fp_fusion,
         )
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a PyTorch operator of a function whose first argument is a tensor: `torch.library.custom_op`.
+
+    It runs with that tensor's device as the current one, on which Triton launches, whosever the pointers are.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def on_its_device(first: Tensor, *rest: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *rest)
+
+        return torch.library.custom_op(name, on_its_device, mutates_args=())
+
+    return define
 
 
 def check(op: str, *tensors: Tensor | None) -> None:

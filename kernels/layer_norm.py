@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, next_power_of_two, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, next_power_of_two, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 
@@ -130,7 +130,7 @@ def _rows_a_sample(x: Tensor) -> int:
     return x.numel() // (len(x) * x.shape[-1])
 
 
-@torch.library.custom_op("fastdeit::add_layer_norm", mutates_args=())
+@operator("fastdeit::add_layer_norm")
 def _op(
     x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,7 +172,7 @@ def _fake(
     return total, x.new_empty(x.shape, dtype=dtype), torch.empty_like(statistics[0]), torch.empty_like(statistics[1])
 
 
-@torch.library.custom_op("fastdeit::add_layer_norm_backward", mutates_args=())
+@operator("fastdeit::add_layer_norm_backward")
 def _backward_op(
     grad_out: Tensor,
     grad_total: Tensor | None,

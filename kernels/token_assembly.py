@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 
@@ -103,7 +103,7 @@ def _backward_launch(embed_dim: int, prefix: int) -> Launch:
 _SAMPLES_A_SPLIT = 64
 
 
-@torch.library.custom_op("fastdeit::assemble_tokens", mutates_args=())
+@operator("fastdeit::assemble_tokens")
 def _op(
     patches: Tensor, bias: Tensor | None, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor
 ) -> Tensor:
@@ -139,7 +139,7 @@ def _fake(
     return patches.new_empty((batch, pos_embed.shape[1], width), dtype=dtype)
 
 
-@torch.library.custom_op("fastdeit::assemble_tokens_backward", mutates_args=())
+@operator("fastdeit::assemble_tokens_backward")
 def _backward_op(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, tokens, width = grad.shape
     grad_patches, total = _backward_fake(grad, prefix, dtype)
