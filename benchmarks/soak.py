@@ -108,6 +108,13 @@ class Watch:
                     threads += member.num_threads()
             self.samples.append(Sample(self.seconds, self.batches, memory / 2**20, descriptors, threads, epoch_end))
 
+    def settle(self) -> None:
+        """Wait, at most a second, for threads to leave that were joined: the kernel counts them a moment longer."""
+        before = next((sample.threads for sample in reversed(self.samples) if sample.epoch_end), sys.maxsize)
+        process, deadline = psutil.Process(), time.monotonic() + 1
+        while process.num_threads() > before and time.monotonic() < deadline:
+            time.sleep(0.002)
+
     def __enter__(self) -> Watch:
         self._thread.start()
         return self
@@ -144,6 +151,7 @@ def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] |
             dataset.close()
             del dataset, loading, batches
             gc.collect()
+            watch.settle()
             watch.look(epoch_end=True)
             bar.update(min(round(watch.seconds), bar.total) - bar.n)
             if watch.seconds >= total:
