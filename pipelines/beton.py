@@ -19,6 +19,7 @@ from fastdeit.pipelines.beton_layout import (
     JPEG,
     KIND,
     MAX_CLASSES,
+    MAX_PIXELS,
     MAX_SIDE,
     METADATA_START,
     MIN_PAGE,
@@ -118,6 +119,7 @@ class BetonDataset:
         self._forbid((self.height == 0) | (self.width == 0), "its height or width is 0")
         self._forbid(self._mode > RAW, "its mode is neither JPEG nor raw")
         pixels = self.height.astype(np.int64) * self.width * 3
+        self._forbid(pixels > 3 * MAX_PIXELS, f"it has more than {MAX_PIXELS} pixels")
         self._forbid((self._mode == RAW) & (self.size != pixels), "raw pixels do not have the size of its sides")
         self._forbid(self.label < 0, "its label is negative")
         self._forbid(self.label >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")

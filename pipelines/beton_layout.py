@@ -17,6 +17,7 @@ JPEG, RAW = 0, 1
 MIN_PAGE, DEFAULT_PAGE, MAX_PAGE = 1 << 21, 1 << 23, 1 << 31
 MAX_CLASSES = 1 << 20  # without class names a label decides how many there are, and so the size of a model
 MAX_SIDE = 65535  # sides are stored in 16 bits
+MAX_PIXELS = 89_478_485  # of an image, before it is decoded: PIL's own MAX_IMAGE_PIXELS, from where it warns
 
 HEADER = np.dtype(
     [

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.beton_layout import MAX_PIXELS
 
 Mode = Literal["auto", "jpeg", "raw"]
 SMALL_SIDE = 64  # decoded images up to this side are stored raw in mode "auto"
@@ -29,7 +30,6 @@ CHANGES = (
 )
 # Of PIL's readers those for what data sets hold; others start programs (EPS) or guess (raw formats).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-MAX_PIXELS = 89_478_485  # PIL's own MAX_IMAGE_PIXELS, from where it warns
 MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten, and every one costs a pass over the image
 
 _UPRIGHT = {

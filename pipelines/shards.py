@@ -14,7 +14,7 @@ import numpy as np
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.beton_layout import MAX_CLASSES
+from fastdeit.pipelines.beton_layout import MAX_CLASSES, MAX_PIXELS
 from fastdeit.pipelines.files import OpenFile, identity
 from fastdeit.pipelines.shard_layout import (
     END,
@@ -97,6 +97,7 @@ class ShardDataset:
         sides = np.stack([samples["height"], samples["width"]])
         self._forbid(((sides == 0) | (sides > MAX_SIDE)).any(0), f"its height or width is 0 or above {MAX_SIDE}")
         pixels = sides.astype(np.int64).prod(0) * 3
+        self._forbid(pixels > 3 * MAX_PIXELS, f"it has more than {MAX_PIXELS} pixels")
         self._forbid((samples["size"] == 0) | (samples["size"] > MAX_SIZE), f"its size is 0 or above {MAX_SIZE} bytes")
         wrong = (self._mode == RAW) & (samples["size"].astype(np.int64) != pixels)
         self._forbid(wrong, "raw pixels do not have the size of its sides")

@@ -345,6 +345,14 @@ def test_damaged_tables_are_named(small, at, patch, reason):
         assert str(small) in str(caught.value)
 
 
+def test_an_image_that_announces_more_than_a_decoder_may_take_is_named(small):
+    data = bytearray(small.read_bytes())
+    data[RECORD + 24 + 1 : RECORD + 24 + 5] = b"\xff" * 4  # width and height
+    small.write_bytes(data)
+    with pytest.raises(BetonError, match=r"small\.beton, sample 1: it has more than 89478485 pixels"):
+        BetonDataset(small)
+
+
 def test_no_damaged_byte_of_the_tables_reads_outside(small):
     """Random damage either is refused or leaves every sample within the file."""
     good = small.read_bytes()
