@@ -51,8 +51,8 @@ def test_equals_pytorch_at_lengths(device, at_most_twice, tokens, dtype):
     compare(at_most_twice, packed(device, 1, tokens, 1, 64, dtype))
 
 
-@pytest.mark.parametrize("tokens", [207, 208, 209, 256, 257])
-def test_equals_pytorch_at_the_border_of_what_is_resident(device, at_most_twice, tokens):
+@pytest.mark.parametrize("tokens", [207, 208, 209, 256, 257, 577, 578])
+def test_equals_pytorch_around_and_above_what_is_resident(device, at_most_twice, tokens):
     compare(at_most_twice, packed(device, 1, tokens, 1, 32, torch.float16))
 
 
