@@ -142,6 +142,8 @@ def _check_shapes(
 ) -> None:
     floats = [cls, dist, targets if isinstance(targets, Tensor) else targets.lam, teacher if kind == "soft" else None]
     check("distillation_loss", *floats)
+    if cls.ndim != 2:
+        raise ValueError(f"cls_logits is {tuple(cls.shape)}: give (batch, classes)")
     wanted = {"dist_logits": (dist, cls.shape)}
     wanted["teacher"] = (teacher, cls.shape if kind == "soft" else cls.shape[:1])
     if isinstance(targets, Tensor):

@@ -166,10 +166,14 @@ def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tenso
     a NaN loss; a NaN score never makes a hit. Raises ValueError for shapes that do not fit and without a GPU.
     """
     check("evaluate_heads", cls_logits, dist_logits)
+    if cls_logits.ndim != 2:
+        raise ValueError(f"cls_logits is {tuple(cls_logits.shape)}: give (batch, classes)")
     if dist_logits is not None and dist_logits.shape != cls_logits.shape:
         raise ValueError(f"dist_logits is {tuple(dist_logits.shape)}, cls_logits {tuple(cls_logits.shape)}")
     if labels.shape != cls_logits.shape[:1] or labels.is_floating_point():
         raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}: give {len(cls_logits)} integers")
+    if labels.device != cls_logits.device:
+        raise ValueError(f"labels lie on {labels.device}, the logits on {cls_logits.device}: move them there")
     cls, dist = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (cls_logits, dist_logits))
     assert cls is not None
     return HeadEvaluation(*_op(cls, dist, labels.contiguous()))

@@ -146,8 +146,8 @@ def _op(
         x,
         x if branch is None else branch.contiguous(),
         x if mask is None else mask.contiguous(),
-        weight,
-        bias,
+        weight.contiguous(),
+        bias.contiguous(),
         total,
         out,
         mean,
@@ -168,8 +168,8 @@ def _fake(
     # Without a branch the sum is `x`, which the caller has: an operator may not return its argument.
     kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total = x.new_empty(x.shape if branch is not None else (0,), dtype=kind)
-    statistics = x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)
-    return total, x.new_empty(x.shape, dtype=dtype), torch.empty_like(statistics[0]), torch.empty_like(statistics[1])
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return total, x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
 @operator("fastdeit::add_layer_norm_backward")
@@ -202,7 +202,7 @@ def _backward_op(
         total if grad_total is None else grad_total.contiguous(),
         total,
         mean if mask is None else mask.contiguous(),
-        weight,
+        weight.contiguous(),
         mean,
         rstd,
         grad_x,

@@ -212,20 +212,18 @@ def assemble_tokens(
     et al., arXiv 2012.12877, section 4, "distillation token".
     """
     check("assemble_tokens", patches, cls_token, dist_token, pos_embed, bias)
+    if patches.ndim != 3:
+        raise ValueError(f"patches are {tuple(patches.shape)}: give (batch, patches, channels)")
     _, count, width = patches.shape
-    prefix = 1 if dist_token is None else 2
-    if pos_embed.shape[1] != count + prefix:
-        raise ValueError(
-            f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {prefix} tokens: give it {count + prefix}"
-        )
-    for name, tensor in (
-        ("cls_token", cls_token),
-        ("dist_token", dist_token),
-        ("bias", bias),
-        ("pos_embed", pos_embed),
+    rows = count + (1 if dist_token is None else 2)
+    for name, tensor, shape in (
+        ("cls_token", cls_token, (1, 1, width)),
+        ("dist_token", dist_token, (1, 1, width)),
+        ("bias", bias, (width,)),
+        ("pos_embed", pos_embed, (1, rows, width)),
     ):
-        if tensor is not None and tensor.shape[-1] != width:
-            raise ValueError(f"{name} has {tensor.shape[-1]} channels, the patches have {width}")
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, and patches of {tuple(patches.shape)} need {shape}")
     return _op(patches, bias, cls_token, dist_token, pos_embed)
 
 

@@ -227,3 +227,5 @@ def test_what_does_not_fit_is_refused(device):
         distillation_loss(cls, None, target[:2], None)
     with pytest.raises(ValueError, match="give integers"):
         distillation_loss(cls, None, labels._replace(label_a=labels.lam), None)
+    with pytest.raises(ValueError, match=r"cls_logits is \(1, 3, 8\)"):
+        distillation_loss(cls[None], None, labels, None)

@@ -126,6 +126,8 @@ def test_strided_inputs(device, at_most_twice):
         at_most_twice,
         (x.detach()[:, ::2].requires_grad_(), branch.detach()[:, 5:].requires_grad_(), weight, bias, mask),
     )
+    apart = [t.detach()[:1].expand(32).requires_grad_() for t in (weight, bias)]
+    compare(at_most_twice, (x, branch, *apart, mask))
 
 
 def test_an_empty_batch(device):
