@@ -233,6 +233,8 @@ def main(args: list[str]) -> None:
     if options.update is not None and (options.match or options.first):
         sys.exit("error: --update writes the whole table: leave --match and --first away")
     variants = [variant for variant in all_variants() if options.match in variant.name]
+    if not variants:
+        sys.exit(f"error: --match {options.match}: no kernel has that in its name; without --match all are shown")
     variants = first_of_each(variants) if options.first else variants
     total = len(variants) * len(ARCHITECTURES)
     found = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))

@@ -99,3 +99,9 @@ def test_the_whole_table_is_written_or_nothing(capsys):
     with pytest.raises(SystemExit) as ended:
         compiled.main(["--update", "kernels.md", "--first"])
     assert "leave --match and --first away" in str(ended.value.code)
+
+
+def test_a_name_that_no_kernel_has_is_an_error():
+    with pytest.raises(SystemExit) as ended:
+        compiled.main(["--match", "atention"])
+    assert "no kernel has that in its name" in str(ended.value.code)
