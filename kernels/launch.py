@@ -92,7 +92,7 @@ def check_device(op: str, device: torch.device) -> None:
     if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise ValueError(
             f"{op}: Triton's kernels need a CUDA device, and the tensors are on {device}: "
-            f"use the function of that name in fastdeit.kernels.reference there"
+            f"move them to one, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels, slowly"
         )
 
 
