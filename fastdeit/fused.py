@@ -241,7 +241,8 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
     """Let a timm ViT or DeiT, or this package's, run the Triton kernels where they do the same.
 
     model  changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
-           module names and state dict stay. Forward hooks of blocks and of their norms no longer run
+           module names and state dict stay. Forward hooks of blocks, of their norms and stochastic depth, and of
+           an MLP's fc1 and act no longer run
     without  operations that stay PyTorch's, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
 
     Returns what was replaced and what was not, with the reason; modules of other types are not mentioned. A model
