@@ -119,7 +119,7 @@ class Trainer:
         if run.profile > most:
             raise UserError(
                 f"run.profile {run.profile}: {run.epochs} epochs of {self.data.steps} steps have room for {most} steps "
-                f"of one epoch once the run is warm: ask for fewer"
+                f"of one epoch once the run is warm: ask for fewer, or for a longer run"
             )
         if not (run.profile and self.world.main):
             return None
