@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.record import first_line
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.distillation_loss import distillation_loss
@@ -190,8 +191,9 @@ def _imported(package: str, module: str, name: str, absent: dict[str, str]) -> A
     """`module.name`, or None, with an entry in `absent`."""
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        absent[package] = f"pip install {package}" if " " not in package else f"install {package}"
+    except Exception as error:  # what is another project's of that name may raise whatever it likes
+        how = f"pip install {package}" if " " not in package else f"install {package}"
+        absent[package] = how if isinstance(error, ModuleNotFoundError) else f"{how}: {first_line(error)}"
         return None
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import augment_kernels
 from benchmarks.kernel_ops import OPS, SHAPES, Function, Shape, Work, disagreement, outputs
 from benchmarks.kernel_tables import plot, report, verdicts
-from benchmarks.record import RESULTS, append, environment
+from benchmarks.record import RESULTS, append, environment, first_line
 from fastdeit.cli import UserError, run
 
 Op = Literal[
@@ -162,9 +162,10 @@ def measure(
                 record["refused"][name] = reason
                 continue
             record["sides"][name] = _timed(work, side, clock, floors)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            # A backend of SDPA that cannot take the shape says so with a RuntimeError.
-            record["failed"][name] = str(error).splitlines()[0]
+        except Exception as error:
+            # A backend of SDPA that cannot take the shape, Triton where a kernel does not fit, an extension that was
+            # built for another PyTorch: each says so with an exception of its own, and none ends the other sides.
+            record["failed"][name] = first_line(error)
     yield record
 
 

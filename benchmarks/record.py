@@ -27,6 +27,12 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton"
 PEERS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset", "spdl")  # of the loader benchmark
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line: its type too, where it is none that tells by itself."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if text and type(error) is RuntimeError else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 @dataclass(frozen=True)
 class Timing:
     """Rates of the timed windows, units per second."""

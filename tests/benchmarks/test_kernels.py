@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from benchmarks import augment_kernels, kernels
 from benchmarks.kernel_ops import OPS, Shape, disagreement, outputs
@@ -134,6 +136,41 @@ def test_a_wrong_kernel_is_no_figure_and_ends_with_status_1(monkeypatch, tmp_pat
     assert set(record["sides"]) == {"eager"}
     assert "error" in record["refused"]["fastdeit"]
     assert "fastdeit: refused: output 0" in capsys.readouterr().out
+
+
+def test_a_side_that_raises_anything_ends_alone(monkeypatch, tmp_path, device, clock, capsys):
+    """Triton's and an extension's exceptions are no RuntimeErrors."""
+    right = OPS["layer_norm"]
+
+    def broken(error):
+        def side(*arguments):
+            raise error
+
+        return side
+
+    def work(*arguments):
+        made = right(*arguments)
+        raised = {"triton": OutOfResources(300_000, 232_448, "shared memory"), "apex": ModuleNotFoundError("no kernel")}
+        return dataclasses.replace(made, sides={k: broken(error) for k, error in raised.items()} | made.sides)
+
+    monkeypatch.setitem(OPS, "layer_norm", work)
+    complete, records = small_run(monkeypatch, tmp_path, device, clock, ops=("layer_norm",))
+    assert complete
+    assert [set(record["sides"]) for record in records] == [{"fastdeit", "eager"}] * 2
+    assert records[0]["failed"]["triton"].startswith("OutOfResources: out of resource: shared memory")
+    assert records[0]["failed"]["apex"] == "ModuleNotFoundError: no kernel"
+    assert "apex: failed: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_another_project_of_a_peers_name_is_told(monkeypatch, tmp_path, device):
+    """PyPI's apex is no NVIDIA's, and written for Python 2."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("print 'hello'\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    absent = OPS["layer_norm"](SMALL, 2, torch.float32, device).absent
+    assert "SyntaxError" in absent["apex (NVIDIA's, from its source)"]
 
 
 def test_a_guess_has_the_compilers_in_it():
