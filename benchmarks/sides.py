@@ -93,7 +93,7 @@ class Form:
 
 
 def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
-    """What there is to compare, from plain to all that helps; of each side only the last if `quick`.
+    """What there is to compare, from plain to all that helps; of each side only the last if `quick`, apex's beside it.
 
     peer      whether timm's are among them
     compiled  whether torch.compile is
@@ -110,7 +110,9 @@ def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
         ours += [replace(form, graph=True) for form in ours if form.compiled == compiled and not form.skip]
         if importlib.util.find_spec("apex") is not None:
             ours.append(replace(ours[-1], apex=True))
-    return [*theirs[-1:], *ours[-1:]] if quick else [*theirs, *ours]
+    if not quick:
+        return [*theirs, *ours]
+    return [*theirs[-1:], *(form for form in ours if replace(form, apex=False) == replace(ours[-1], apex=False))]
 
 
 @dataclass(frozen=True)

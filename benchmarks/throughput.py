@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
-from benchmarks.record import RESULTS, Timing, append, environment, timed_window
+from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.sides import Case, Form, Inputs, Step, disagreement, forms, make_step, our_model
 from fastdeit.cli import UserError, run
 from fastdeit.graphs import WARM_UP
@@ -105,19 +105,51 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
             continue
         base = torch.cuda.memory_allocated() if cuda else 0
         try:
-            side = Side(make_step(case, form, state, inputs))
+            step = make_step(case, form, state, inputs)
+            side = Side(one_ahead(step, torch.cuda.Event) if cuda else step)
             _warm_up(side, seconds, base, wait)
             sides[form.name] = side
         except torch.OutOfMemoryError:
             failed[form.name] = f"out of memory at batch {case.batch}"
         except UserError as error:
             failed[form.name] = str(error)
+        except Exception as error:  # a compiler's, or of a graph that cannot be recorded: the others go on
+            failed[form.name] = first_line(error)
     for window in range(options.windows):
         # Every other round runs backwards, so that no side always follows the same one.
         for side in list(sides.values())[:: -1 if window % 2 else 1]:
             side.rates.append(timed_window(side.step, seconds, wait))
     record |= {"failed": failed, "sides": {name: _figures(side) for name, side in sides.items()}}
     return {**record, "targets": verdicts(record)}
+
+
+class Event(Protocol):
+    """A place in the work of a device: `torch.cuda.Event`."""
+
+    def record(self) -> object: ...
+
+    def synchronize(self) -> object: ...
+
+
+def one_ahead(step: Step, event: Callable[[], Event]) -> Step:
+    """`step`, which waits for the end of the one before, as the training loop does that looks at its loss.
+
+    Without it the host gives a device a hundred replays of a graph before a window's time is over, and all of them
+    are waited for.
+    """
+    before: Event | None = None
+
+    def bounded() -> int:
+        nonlocal before
+        units = step()
+        ended = event()
+        ended.record()
+        if before is not None:
+            before.synchronize()
+        before = ended
+        return units
+
+    return bounded
 
 
 def _warm_up(side: Side, seconds: float, base: int, wait: Callable[[], object] | None) -> None:

@@ -1,6 +1,7 @@
 """Ours and timm do the same step before either is timed; what differs is refused; what is timed is recorded."""
 
 import dataclasses
+import itertools
 import json
 import statistics
 
@@ -140,6 +141,42 @@ def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
     assert throughput.ratio(record) is None
 
 
+def test_what_a_side_raises_leaves_it_out(monkeypatch):
+    def make_step(case, form, state, inputs):
+        if form.who == "fastdeit":
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        return lambda: case.batch
+
+    monkeypatch.setattr(throughput, "make_step", make_step)
+    record = throughput.measure(one_case("infer"), SMALL)
+    assert record["failed"] == {"fastdeit eager": "operation not permitted when stream is capturing"}
+    assert set(record["sides"]) == {"timm eager"}
+
+
+def test_the_host_is_one_step_ahead_of_the_device():
+    """As much as the training loop is, so that a window ends when its time is over."""
+    told = []
+
+    class Event:
+        def __init__(self):
+            self.number = sum(what == "step" for what, _ in told)
+
+        def record(self):
+            told.append(("recorded", self.number))
+
+        def synchronize(self):
+            told.append(("waited", self.number))
+
+    number = itertools.count(1)
+    step = throughput.one_ahead(lambda: told.append(("step", next(number))) or 8, Event)
+    assert [step() for _ in range(3)] == [8, 8, 8]
+    assert told == [
+        ("step", 1), ("recorded", 1),
+        ("step", 2), ("recorded", 2), ("waited", 1),
+        ("step", 3), ("recorded", 3), ("waited", 2),
+    ]  # fmt: skip
+
+
 def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: case.batch)
     path = tmp_path / "figures.jsonl"
@@ -166,6 +203,8 @@ def test_forms_go_from_plain_to_all_that_helps(monkeypatch):
     assert names(on_gpu, quick=True) == ["timm compiled", replayed[-1]]
     monkeypatch.setattr(sides.importlib.util, "find_spec", lambda name: object())
     assert names(on_gpu)[-1] == "fastdeit compiled + kernels + graph + apex"
+    # An apex that cannot be used must not be all that is tried.
+    assert names(on_gpu, quick=True) == ["timm compiled", replayed[-1], f"{replayed[-1]} + apex"]
 
 
 def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
