@@ -53,13 +53,34 @@ def test_files_with_marked_tests_are_found(tmp_path):
     assert ROOT / "tests/kernels/test_attention.py" in marked_files(ROOT / "tests")
 
 
-def test_a_benchmark_that_raises_ends_alone():
-    def broken():
-        raise RuntimeError("no more memory")
+@pytest.mark.parametrize(
+    ("program", "ended", "told"),
+    [
+        ("pass", "passed", ""),
+        ("raise SystemExit(1)", "failed", "see above"),
+        ("print('CUDA error'); os.abort()", "failed", "exit status -6: CUDA error"),
+        # As a kernel that never ends: the process does not even hear an interrupt.
+        ("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun'); time.sleep(99)", "cut", "its time was over"),
+    ],
+)
+def test_a_benchmark_that_dies_or_hangs_ends_alone(tmp_path, monkeypatch, program, ended, told):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__main__.py").write_text(f"import os, signal, sys, time\n{program}\n")
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    step = run_benchmark("kernels", tmp_path / "kernels.jsonl", 1.0, 2.0, tmp_path)
+    assert (step.name, step.ended) == ("kernels", ended)
+    assert told in step.told
 
-    assert run_benchmark("kernels", broken).told == "RuntimeError: no more memory"
-    assert run_benchmark("kernels", lambda: False).ended == "failed"
-    assert run_benchmark("kernels", lambda: True).ended == "passed"
+
+def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(kernels, "kernels", lambda options: called.append(options) or True)
+    monkeypatch.setattr(throughput, "throughput", lambda options: called.append(options) or False)
+    gpu.main(["--part", "kernels", "--budget", "9", "--results", str(tmp_path / "a.jsonl")])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--part", "throughput", "--budget", "8", "--results", str(tmp_path / "b.jsonl")])
+    assert ended.value.code == 1
+    assert [(options.budget, options.results.name) for options in called] == [(9.0, "a.jsonl"), (8.0, "b.jsonl")]
 
 
 def test_the_summary_names_steps_peers_and_targets(monkeypatch):
@@ -82,10 +103,11 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
         given.append((name, seconds))
         return Step(name, "passed", 0.1, "3 passed")
 
-    def timed(options):
-        given.append((options.results.stem, options.budget))
-        options.results.write_text(json.dumps({"benchmark": options.results.stem, "targets": []}) + "\n")
-        return True
+    def timed(name, results, budget, seconds):
+        assert budget < seconds <= 60
+        given.append((name, budget))
+        results.write_text(json.dumps({"benchmark": name, "targets": []}) + "\n")
+        return Step(name, "passed", 0.1)
 
     def loaders(results, seconds):
         given.append((results.stem, seconds))
@@ -93,8 +115,7 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
 
     monkeypatch.setattr(gpu, "run_tests", tests)
     monkeypatch.setattr(gpu, "run_loaders", loaders)
-    monkeypatch.setattr(kernels, "kernels", timed)
-    monkeypatch.setattr(throughput, "throughput", timed)
+    monkeypatch.setattr(gpu, "run_benchmark", timed)
     monkeypatch.setattr(gpu.tables, "markdown", lambda records: f"{len(records)} records")
     (tmp_path / "throughput.jsonl").write_text('{"benchmark": "throughput", "old": true}\n')
     assert gpu.gpu(1.0, tmp_path, device="any")
