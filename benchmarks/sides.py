@@ -8,9 +8,10 @@ same parameter groups, and fused AdamW on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -293,8 +294,9 @@ def disagreement(case: Case, ours: Any) -> str | None:
     peer.load_state_dict(ours.state_dict())
     inputs = Inputs.draw(case, batch=2)
     exact = Precision("fp32", None, case.device)
-    logits, gradients = _outcome(peer, case, inputs, exact)
-    our_logits, our_gradients = _outcome(ours, case, inputs, exact)
+    with _whole_float32():
+        logits, gradients = _outcome(peer, case, inputs, exact)
+        our_logits, our_gradients = _outcome(ours, case, inputs, exact)
     if our_logits.keys() != logits.keys() or our_gradients.keys() != gradients.keys():
         return "they differ in their heads or in which parameters have gradients"
     for what, found, wanted, limit in (
@@ -310,6 +312,17 @@ def disagreement(case: Case, ours: Any) -> str | None:
         if not distance <= 2 * theirs:
             return f"logits of {name} lose {distance:.1e} in {case.precision.name}, where timm's lose {theirs:.1e}"
     return None
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """cuDNN cuts float32 to TF32 unless told otherwise, and timm's patches are a convolution where ours are a GEMM."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _outcome(model: Any, case: Case, inputs: Inputs, precision: Precision) -> tuple[State, State]:

@@ -38,6 +38,7 @@ def allow_tf32(precision: Precision) -> None:
     """
     if precision.device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision.dtype is None else "high")
+        torch.backends.cudnn.allow_tf32 = precision.dtype is not None  # on by default, other than for products
 
 
 def resolve(recipe: Recipe, device: torch.device) -> Precision:

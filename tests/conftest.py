@@ -16,6 +16,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """A GPU's products and convolutions in float32 are not cut to TF32, and what a run sets is not left to others."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def pytest_collection_modifyitems(items):
     """Skip what is marked `gpu` where there is none."""
     if not torch.cuda.is_available():

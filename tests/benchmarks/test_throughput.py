@@ -42,6 +42,22 @@ def test_ours_and_timm_agree(distilled):
     assert sides.disagreement(case, sides.our_model(case, PLAIN)) is None
 
 
+def test_both_are_compared_in_whole_float32(monkeypatch):
+    """A convolution in TF32 and a GEMM in float32 differ by more than the limit, though both are right."""
+    case, seen = one_case(), []
+    forward = torch.nn.Conv2d.forward
+
+    def looked_at(self, x):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", looked_at)
+    torch.backends.cudnn.allow_tf32 = True
+    assert sides.disagreement(case, sides.our_model(case, PLAIN)) is None
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_other_logits_are_refused():
     case = one_case(distilled=True)
     ours = sides.our_model(case, PLAIN)
