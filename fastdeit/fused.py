@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, Mlp
+from timm.layers import Attention, DropPath, LayerNorm, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class _Blocks(nn.Sequential):
     """Blocks one after another: the addition after a block's MLP is done with the next block's normalisation."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not all(type(block) is _Block for block in self):  # some were replaced or wrapped since
+            return super().forward(x)
         pending: Branch | None = None
         for block in self:
             assert isinstance(block, _Block)
@@ -191,9 +193,12 @@ def _why_not_attention(module: Attention) -> str | None:
 
 
 def _why_not_mlp(module: Mlp) -> str | None:
-    if not (isinstance(module.fc1, nn.Linear) and module.fc1.bias is not None):
-        return "its first layer is no linear one with a bias"
-    if not isinstance(module.act, nn.GELU) or getattr(module.act, "approximate", "none") != "none":
+    # A subclass may compute with its weights, as LoRA's do.
+    if type(module.fc1) is not nn.Linear or module.fc1.bias is None:
+        return "its first layer is no plain linear one with a bias"
+    if module.fc1._forward_pre_hooks:  # as old weight norm, spectral norm and pruning make its weight
+        return "its first layer has a hook that runs before it"
+    if type(module.act) is not nn.GELU or module.act.approximate != "none":
         return f"its activation is {type(module.act).__name__}, not the exact GELU"
     return None
 
@@ -204,7 +209,7 @@ def _why_not_block(module: Block) -> str | None:
             return "has LayerScale"
     for name in ("norm1", "norm2"):
         norm = getattr(module, name)
-        if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None:
             return f"{name} is no LayerNorm with weight and bias"
     for name in ("drop_path1", "drop_path2"):
         if type(getattr(module, name)) not in (nn.Identity, DropPath, PlannedDropPath):

@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers import LayerScale
 from torch import nn
+from torch.nn.utils import prune
 
 from fastdeit.config import ModelConfig
 from fastdeit.fused import fuse
@@ -117,6 +118,86 @@ def test_what_is_left_is_named(device):
     assert "blocks.1: has LayerScale" in swap.left
     assert "blocks.0" in swap.replaced
     assert "blocks" not in swap.replaced
+
+
+class Adapted(nn.Linear):
+    """As LoRA's: it adds to what its weight gives."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+class Doubling(nn.LayerNorm):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+class Clipped(nn.GELU):
+    def forward(self, x):
+        return super().forward(x).clamp(max=0.1)
+
+
+def test_what_a_subclass_or_a_hook_computes_is_kept(device):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "depth": 4}).to(device)
+        model.blocks[0].mlp.fc1.__class__ = Adapted
+        model.blocks[1].mlp.act = Clipped()
+        model.blocks[2].norm2.__class__ = Doubling
+        prune.l1_unstructured(model.blocks[3].mlp.fc1, "weight", amount=0.5)
+        models.append(model.eval())
+    model, fused = models
+    swap = fuse(fused)
+    assert [line.partition(":")[0] for line in swap.left] == [
+        "blocks.0.mlp", "blocks.1.mlp", "blocks.2", "blocks.3.mlp",
+    ]  # fmt: skip
+    images = torch.randn(2, 3, 16, 16, device=device)
+    for m in (model, fused):
+        m.blocks[3].mlp.fc1.weight_orig.data += 1.0
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_is_wrapped_afterwards_is_called(device):
+    """As activation checkpointing and FSDP wrap them."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.calls = block, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.block(x)
+
+    model, fused, _ = pair(device=device)
+    fused.blocks[1] = Wrapped(fused.blocks[1])
+    images = torch.randn(2, 3, 16, 16, device=device)
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    assert fused.blocks[1].calls == 1
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_in_float16_as_exact_as_timm(device, halved):
+    """Under autocast with float32 weights, whose gradients are float32; and in a model that is float16 itself."""
+    model, fused, _ = pair("deit_tiny_distilled_patch16_224", device)
+    images = torch.randn(4, 3, 16, 16, device=device)
+    exact = step(copy.deepcopy(model).double(), images.double())[1]
+    if halved:
+        model, fused, images = model.half(), fused.half(), images.half()
+    found = []
+    for m in (model, fused):
+        with torch.autocast(device.type, dtype=torch.float16, enabled=not halved):
+            out = m(images)
+        assert out.dtype is torch.float16
+        found.append(torch.autograd.grad(out.float().square().mean(), list(m.parameters())))
+    for parameter, mine, theirs in zip(model.parameters(), *reversed(found), strict=True):
+        assert mine.dtype is theirs.dtype is parameter.dtype
+    errors = [
+        max(float((g.double() - e).abs().max() / e.abs().max()) for g, e in zip(grads, exact.values(), strict=True))
+        for grads in found
+    ]
+    assert errors[1] <= max(2 * errors[0], 4e-3)
 
 
 def test_a_mask_is_refused(device):
