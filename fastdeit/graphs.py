@@ -74,11 +74,18 @@ class CudaRecorder:
         return out
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """What replays `function` on the current stream, and the tensor that it then writes. It is not run yet."""
+        """What replays `function` on the current stream, and the tensor that it then writes. It is not run yet.
+
+        Raises UserError where CUDA or its memory refuses.
+        """
         graph = torch.cuda.CUDAGraph()
         # The thread that prepares batches may allocate and copy meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            out = function()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                out = function()
+        except RuntimeError as error:
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"a step cannot be recorded as a CUDA graph ({why}): set --run.cuda_graphs off") from error
         return graph.replay, out
 
 

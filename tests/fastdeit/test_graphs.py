@@ -1,6 +1,7 @@
 """A step that is replayed is the step: chosen where it can be, the same bits, no waiting, no growing memory."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fastdeit import checkpoint, graphs, step
 from fastdeit.cli import UserError
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World, world
-from fastdeit.graphs import WARM_UP, Replayed, choose_graphs, why_not
+from fastdeit.graphs import WARM_UP, CudaRecorder, Replayed, choose_graphs, why_not
 from fastdeit.networks import build_network
 from fastdeit.nonfinite import NonFiniteLoss
 from fastdeit.objective import build_objective
@@ -209,6 +210,26 @@ def test_loading_a_state_records_anew(tiny, taped):
         training.load(training.state())
         training(make(0), 0, 0, 0)
     assert [(tape.ran, tape.recorded) for tape in taped] == [(WARM_UP, 1), (1, 0)]
+
+
+def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(monkeypatch):
+    class Refusing:
+        def __init__(self, graph, **options):
+            assert options["capture_error_mode"] == "thread_local"
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture\nCUDA kernel errors"
+            )
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", Refusing)
+    with pytest.raises(UserError, match=r"previous error during capture\): set --run.cuda_graphs off"):
+        CudaRecorder(torch.device("cuda")).record(lambda: torch.zeros(3))
 
 
 @pytest.fixture
