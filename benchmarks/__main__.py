@@ -24,7 +24,11 @@ def main() -> None:
     if name not in COMMANDS:
         print("usage: python -m benchmarks NAME [options]", *(f"  {n:15}{w}" for n, w in COMMANDS.items()), sep="\n")
         sys.exit(0 if name in ("-h", "--help") else 2)
-    importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+    try:
+        importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+    except ModuleNotFoundError as error:
+        print(f"error: {error}, which `python -m benchmarks {name}` needs: install it with pip", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
