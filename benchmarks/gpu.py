@@ -131,9 +131,9 @@ def run_benchmark(name: str, results: Path, budget: float, seconds: float, root:
     """
     command = ["benchmarks", "gpu", "--part", name, "--budget", str(budget), "--results", str(results)]
     begin = time.perf_counter()
-    told, code, cut = _follow(command, seconds, root)
+    told, code, cut = _follow(command, seconds, root, errors=subprocess.STDOUT)
     ended = "passed" if code == 0 else "cut" if cut else "failed"
-    why = {0: "", 1: "something of ours was refused or failed: see above"}.get(code, f"exit status {code}: {told}")
+    why = {0: "", 1: f"something of ours was refused or failed: {told}"}.get(code, f"exit status {code}: {told}")
     return Step(name, ended, time.perf_counter() - begin, "its time was over" if ended == "cut" else why)
 
 

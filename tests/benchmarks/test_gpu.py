@@ -58,7 +58,9 @@ def test_files_with_marked_tests_are_found(tmp_path):
     ("program", "ended", "told"),
     [
         ("pass", "passed", ""),
-        ("raise SystemExit(1)", "failed", "see above"),
+        ("print('fastdeit: failed: why'); raise SystemExit(1)", "failed", "refused or failed: fastdeit: failed: why"),
+        ("raise RuntimeError('no more memory')", "failed", "RuntimeError: no more memory"),
+        ("print('error: no GPU', file=sys.stderr); raise SystemExit(2)", "failed", "exit status 2: error: no GPU"),
         ("print('CUDA error'); os.abort()", "failed", "exit status -6: CUDA error"),
         # As a kernel that never ends: the process does not even hear an interrupt.
         ("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun'); time.sleep(99)", "cut", "its time was over"),
