@@ -19,9 +19,9 @@ DISPATCH, REST = "Python and dispatch", "other"
 LABEL = "fastdeit."  # begins the names of the ranges that `step` marks, of groups by the rest of the name
 # A kernel of a graph has nothing but its name, so names tell on a GPU. First match; without regard to case.
 _BY_NAME: tuple[tuple[str, str], ...] = (
-    ("attention", r"flash|fmha|attention|sdpa|^_(resident|online|queries|keys)$"),
+    ("attention", r"flash|fmha|attention|sdpa"),
     ("augmentation", r"^(_finish|_pass|_tables|_pixels|_color|_sharpness|_box|affine|shift)$"),
-    ("loss", r"softmax|nll_loss|cross_entropy|kl_div|^_(loss|mean)$"),
+    ("loss", r"softmax|nll_loss|cross_entropy|kl_div|distillation|evaluate_heads"),
     ("average", r"lerp"),
     ("optimizer", r"adam|sgd|multi_tensor_apply|_foreach_"),
     ("convolution", r"conv|fprop|dgrad|wgrad|cudnn|winograd"),
@@ -29,7 +29,7 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
     ("copies", r"memcpy|memset|copy|clone|contiguous|::(fill_|zero_|to|cat)$"),
     (
         "norm, element-wise",
-        r"norm|gelu|relu|elementwise|reduce|^triton_|cpp_fused|^_(forward|backward)$|"
+        r"norm|gelu|relu|elementwise|reduce|^triton_|cpp_fused|assemble_tokens|"
         r"::(add|sub|rsub|mul|div|sum|mean|neg|exp|log|sqrt|square|pow|silu|sigmoid|max_pool\w*|where|scatter)_?(_out)?$",
     ),
 )

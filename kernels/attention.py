@@ -57,5 +57,5 @@ def attention(qkv: Tensor) -> Tensor:
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3 or not 0 < qkv.shape[4] <= 128:
         raise ValueError(f"qkv is {tuple(qkv.shape)}: give (batch, tokens, 3, heads, head dim of at most 128)")
-    check("attention", qkv)
+    check("attention", qkv=qkv)
     return _op(qkv if qkv.stride(-1) == 1 else qkv.contiguous())[0]

@@ -32,7 +32,7 @@ def _store_rows(base, start, stride, num_rows, head_dim, value, ROWS: tl.constex
 
 
 @triton.jit
-def _queries(
+def _attention_grad_queries(
     qkv,
     out,
     lse,
@@ -53,7 +53,7 @@ def _queries(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The gradient of a tile of queries; and each query's sum of output times gradient, which `_keys` needs too.
+    # The gradient of a tile of queries; and each query's sum of output times gradient, for the other kernel too.
     blocks = tl.cdiv(num_tokens, QUERIES)
     start = tl.program_id(0) % blocks * QUERIES
     pair = (tl.program_id(0) // blocks).to(tl.int64)
@@ -86,7 +86,7 @@ def _queries(
 
 
 @triton.jit
-def _keys(
+def _attention_grad_keys(
     qkv,
     lse,
     grad,
@@ -141,7 +141,7 @@ def _keys(
 
 
 def _launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
-    """Of `_queries` and `_keys`: the widest tiles whose sums stay in registers."""
+    """Of the kernels for queries and for keys: the widest tiles whose sums stay in registers."""
     columns = max(16, next_power_of_two(head_dim))
     common = (("COLUMNS", columns), ("PRECISION", precision(dtype)))
     own = 32 if dtype is torch.float32 else 128 if columns <= 64 else 64
@@ -172,8 +172,10 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     delta = torch.empty_like(lse)
     for_queries, for_keys = _launches(head_dim, qkv.dtype)
     blocks = cdiv(tokens, dict(for_queries.constants)["QUERIES"]), cdiv(tokens, dict(for_keys.constants)["KEYS"])
-    _queries[(blocks[0] * batch * heads,)](qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options())
-    _keys[(blocks[1] * batch * heads,)](qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options())
+    _attention_grad_queries[(blocks[0] * batch * heads,)](
+        qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options()
+    )
+    _attention_grad_keys[(blocks[1] * batch * heads,)](qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options())
     return grad_qkv
 
 
@@ -188,6 +190,8 @@ def variants() -> list[Variant]:
         for_queries, for_keys = _launches(head_dim, dtype)
         keys = {**tensors, "delta": "*fp32", **sizes}
         queries = {**keys, "out": pointer(dtype)}
-        found.append(for_queries.variant(f"attention_backward_queries {name}", _queries, queries, multiples))
-        found.append(for_keys.variant(f"attention_backward_keys {name}", _keys, keys, multiples))
+        found.append(
+            for_queries.variant(f"attention_backward_queries {name}", _attention_grad_queries, queries, multiples)
+        )
+        found.append(for_keys.variant(f"attention_backward_keys {name}", _attention_grad_keys, keys, multiples))
     return found

@@ -45,7 +45,7 @@ def scores(q, k_t, start, num_rows, scale, ROWS: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _resident(
+def _attention_resident(
     qkv,
     out,
     lse,
@@ -112,7 +112,7 @@ def _resident(
 
 
 @triton.jit
-def _online(
+def _attention_online(
     qkv,
     out,
     lse,
@@ -206,9 +206,9 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
         return out, lse
     launch = forward_launch(tokens, head_dim, qkv.dtype)
     if is_resident(tokens, head_dim, qkv.dtype):
-        kernel, grid = _resident, (batch * heads,)
+        kernel, grid = _attention_resident, (batch * heads,)
     else:
-        kernel, grid = _online, (cdiv(tokens, dict(launch.constants)["QUERIES"]) * batch * heads,)
+        kernel, grid = _attention_online, (cdiv(tokens, dict(launch.constants)["QUERIES"]) * batch * heads,)
     kernel[grid](
         qkv,
         out,
@@ -245,7 +245,7 @@ def variants() -> list[Variant]:
     return [
         forward_launch(tokens, head_dim, dtype).variant(
             f"attention_forward {DTYPES[dtype]} N{tokens} D{head_dim}",
-            _resident if is_resident(tokens, head_dim, dtype) else _online,
+            _attention_resident if is_resident(tokens, head_dim, dtype) else _attention_online,
             {"qkv": pointer(dtype), "out": pointer(dtype), "lse": "*fp32", **SIZES},
             (*STRIDES, "head_dim"),
         )

@@ -10,12 +10,32 @@ from torch import Tensor
 from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, operator, pointer
 from fastdeit.kernels.variants import Variant
 
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_EXPONENT = tl.constexpr(-0.7213475204444817)  # -log2(e) / 2
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+_SLOPE = tl.constexpr(0.3005203820042827)
 
 
 @triton.jit
-def _forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _normal(value):
+    """Phi(value), the normal distribution's, and exp(-value^2 / 2), of which its density is made."""
+    # Phi(-y) = exp(-y^2 / 2) t P(t), t = 1 / (1 + _SLOPE y): the form of Abramowitz and Stegun, 7.1.26, with
+    # coefficients of the least largest relative error for y from 0 to 13: 1.2e-7, an ulp of float32. With an erf the
+    # passes have a quarter to a third more instructions; and far below zero, 1 + erf has no digits left.
+    bell = tl.exp2(value * value * _EXPONENT)
+    t = 1.0 / (1.0 + _SLOPE * tl.abs(value))
+    p = 0.03609196305 * t - 0.1580486103
+    p = p * t + 0.2063423363
+    p = p * t - 0.0539580389
+    p = p * t + 0.1287779773
+    p = p * t + 0.09997853832
+    p = p * t + 0.1209803848
+    p = p * t + 0.1198353894
+    tail = bell * t * p
+    return tl.where(value < 0, tail, 1.0 - tail), bell
+
+
+@triton.jit
+def _bias_gelu_forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_width = columns < width
@@ -23,12 +43,14 @@ def _forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.conste
     places = rows[:, None] * width + columns[None, :]
     shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
     value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-    gelu = value * (0.5 * (1.0 + tl.erf(value * _ROOT_HALF)))
-    tl.store(out + places, gelu.to(out.dtype.element_ty), mask=inside)
+    below, _ = _normal(value)
+    tl.store(out + places, (value * below).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward(x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _bias_gelu_backward(
+    x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     # A program takes `chunk` rows of some channels and keeps its own sums for the bias.
     first = tl.program_id(0).to(tl.int64) * chunk
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -41,8 +63,8 @@ def _backward(x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.c
         places = rows[:, None] * width + columns[None, :]
         value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
         back = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
-        slope = 0.5 * (1.0 + tl.erf(value * _ROOT_HALF)) + value * (_DENSITY * tl.exp(-0.5 * value * value))
-        back = back * slope
+        below, bell = _normal(value)
+        back = back * (below + value * (_DENSITY * bell))
         tl.store(grad_x + places, back.to(grad_x.dtype.element_ty), mask=inside)
         total += back
     place = tl.program_id(0).to(tl.int64) * width + columns
@@ -62,7 +84,7 @@ def _op(x: Tensor, bias: Tensor) -> Tensor:
         width = x.shape[-1]
         rows = x.numel() // width
         grid = cdiv(rows, dict(_FORWARD.constants)["ROWS"]), cdiv(width, _BLOCK)
-        _forward[grid](x.contiguous(), bias.contiguous(), out, rows, width, **_FORWARD.options())
+        _bias_gelu_forward[grid](x.contiguous(), bias.contiguous(), out, rows, width, **_FORWARD.options())
     return out
 
 
@@ -80,7 +102,7 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     rows = x.numel() // width
     programs = cdiv(rows, _ROWS_A_PROGRAM)
     partial = total[None] if programs == 1 else x.new_empty((programs, width), dtype=torch.float32)
-    _backward[(programs, cdiv(width, _BLOCK))](
+    _bias_gelu_backward[(programs, cdiv(width, _BLOCK))](
         x.contiguous(),
         bias.contiguous(),
         grad.contiguous(),
@@ -124,9 +146,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     computes the sum again, so only `x` is kept; the bias's gradient is summed in float32 in a fixed order. Raises
     ValueError for shapes that do not fit and without a GPU. Source: Hendrycks and Gimpel, arXiv 1606.08415.
     """
-    check("bias_gelu", x, bias)
-    if bias.shape != x.shape[-1:]:
-        raise ValueError(f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}: give ({x.shape[-1]},)")
+    check("bias_gelu", x=x, bias=bias)
+    if not x.ndim or bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}: give (..., C) and (C,)")
     return _op(x, bias)
 
 
@@ -138,6 +160,6 @@ def variants() -> list[Variant]:
     forward = {"x": low, "bias": "*fp32", "out": low, **sizes}
     backward = {"x": low, "bias": "*fp32", "grad": low, "grad_x": low, "partial": "*fp32", "chunk": "i32", **sizes}
     return [
-        _FORWARD.variant(f"bias_gelu_forward {name}", _forward, forward, ("num_rows", "width")),
-        _BACKWARD.variant(f"bias_gelu_backward {name}", _backward, backward, ("num_rows", "width", "chunk")),
+        _FORWARD.variant(f"bias_gelu_forward {name}", _bias_gelu_forward, forward, ("num_rows", "width")),
+        _BACKWARD.variant(f"bias_gelu_backward {name}", _bias_gelu_backward, backward, ("num_rows", "width", "chunk")),
     ]

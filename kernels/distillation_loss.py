@@ -112,6 +112,8 @@ def distillation_loss(
         raise ValueError(f"reduction '{reduction}' is neither 'batchmean' nor 'elements'")
     if not tau > 0:
         raise ValueError(f"tau {tau} is a temperature: choose it above 0")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha {alpha} is the teacher's share of the loss: choose it from 0 to 1")
     kind = teacher_kind(teacher)
     _check_shapes(cls_logits, dist_logits, targets, teacher, kind)
     mixed = isinstance(targets, MixedLabels)
@@ -140,10 +142,15 @@ def _rows(tensor: Any) -> Any:
 def _check_shapes(
     cls: Tensor, dist: Tensor | None, targets: Tensor | MixedLabels, teacher: Tensor | None, kind: str
 ) -> None:
-    floats = [cls, dist, targets if isinstance(targets, Tensor) else targets.lam, teacher if kind == "soft" else None]
-    check("distillation_loss", *floats)
-    if cls.ndim != 2:
+    if isinstance(targets, Tensor) and not targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype}: give (batch, classes) floats, or labels as MixedLabels")
+    floats: dict[str, Tensor | None] = {"cls_logits": cls, "dist_logits": dist}
+    floats |= {"targets": targets} if isinstance(targets, Tensor) else {"lam": targets.lam}
+    check("distillation_loss", **floats, teacher=teacher if kind == "soft" else None)
+    if cls.ndim != 2 or not cls.shape[1]:
         raise ValueError(f"cls_logits is {tuple(cls.shape)}: give (batch, classes)")
+    if kind == "hard" and teacher is not None and teacher.dtype is torch.bool:
+        raise ValueError("teacher is of torch.bool: give its labels as integers, or its logits")
     wanted = {"dist_logits": (dist, cls.shape)}
     wanted["teacher"] = (teacher, cls.shape if kind == "soft" else cls.shape[:1])
     if isinstance(targets, Tensor):

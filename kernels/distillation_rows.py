@@ -54,7 +54,7 @@ def _target(dense_row, a, b, lam, smoothing, places, inside, num_classes, DENSE:
 
 
 @triton.jit
-def _loss(
+def _distillation_rows(
     cls,
     dist,
     dense,
@@ -175,7 +175,7 @@ def _loss(
 
 
 @triton.jit
-def _mean(row_losses, parts, batch, weight_base, weight_distill, BLOCK: tl.constexpr):
+def _distillation_mean(row_losses, parts, batch, weight_base, weight_distill, BLOCK: tl.constexpr):
     # One program: the order of the sum is fixed.
     columns = tl.arange(0, BLOCK)
     base = tl.zeros((BLOCK,), tl.float32)
@@ -220,7 +220,7 @@ def loss_parts(tensors: Tensors, scalars: Scalars) -> Tensor:
         return parts.fill_(float("nan"))
     row_losses = cls.new_empty(2, len(cls), dtype=torch.float32)
     _take_rows(tensors, scalars, row_losses=row_losses)
-    _mean[(1,)](row_losses, parts, len(cls), scalars[2], scalars[3], **_MEAN.options())
+    _distillation_mean[(1,)](row_losses, parts, len(cls), scalars[2], scalars[3], **_MEAN.options())
     return parts
 
 
@@ -263,7 +263,7 @@ def _take_rows(
     def or_cls(tensor: Tensor | None) -> Tensor:
         return cls if tensor is None else tensor
 
-    _loss[(batch,)](
+    _distillation_rows[(batch,)](
         cls,
         or_cls(dist),
         or_cls(dense),
@@ -311,7 +311,7 @@ def variants() -> list[Variant]:
             found.append(
                 launch.variant(
                     f"distillation_loss_{name} {DTYPES[torch.bfloat16]} K{num_classes}",
-                    _loss,
+                    _distillation_rows,
                     signature,
                     ("batch",),
                     **({} if teacher == "soft" else {"stride_teacher": 1}),
@@ -319,4 +319,4 @@ def variants() -> list[Variant]:
             )
     weights = {"weight_base": "fp32", "weight_distill": "fp32"}
     signature = {"row_losses": "*fp32", "parts": "*fp32", "batch": "i32", **weights}
-    return [*found, _MEAN.variant("distillation_loss_mean", _mean, signature, ("batch",))]
+    return [*found, _MEAN.variant("distillation_loss_mean", _distillation_mean, signature, ("batch",))]

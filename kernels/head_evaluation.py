@@ -54,7 +54,7 @@ def _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist
 
 
 @triton.jit
-def _evaluate(
+def _evaluate_heads(
     cls,
     dist,
     labels,
@@ -128,7 +128,7 @@ def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tenso
     if cls.numel():
         second = cls if dist is None else dist
         launch = _launch(cls.shape[1], outputs[0].shape[1])
-        _evaluate[(len(cls),)](
+        _evaluate_heads[(len(cls),)](
             cls,
             second,
             labels,
@@ -165,8 +165,8 @@ def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tenso
     classifiers"), "fused_logits" the mean of the logits (the released code). A label that is no class has rank K and
     a NaN loss; a NaN score never makes a hit. Raises ValueError for shapes that do not fit and without a GPU.
     """
-    check("evaluate_heads", cls_logits, dist_logits)
-    if cls_logits.ndim != 2:
+    check("evaluate_heads", cls_logits=cls_logits, dist_logits=dist_logits)
+    if cls_logits.ndim != 2 or not cls_logits.shape[1]:
         raise ValueError(f"cls_logits is {tuple(cls_logits.shape)}: give (batch, classes)")
     if dist_logits is not None and dist_logits.shape != cls_logits.shape:
         raise ValueError(f"dist_logits is {tuple(dist_logits.shape)}, cls_logits {tuple(cls_logits.shape)}")
@@ -185,6 +185,8 @@ def variants() -> list[Variant]:
     signature = {"cls": low, "dist": low, "labels": "*i64", "rank": "*i32", "decision": "*i32", "loss": "*fp32"}
     signature |= dict.fromkeys(("stride_cls", "stride_dist", "num_classes"), "i32")
     return [
-        _launch(1000, heads).variant(f"evaluate_heads {DTYPES[torch.bfloat16]} {heads} outputs", _evaluate, signature)
+        _launch(1000, heads).variant(
+            f"evaluate_heads {DTYPES[torch.bfloat16]} {heads} outputs", _evaluate_heads, signature
+        )
         for heads in (1, len(HEADS))
     ]

@@ -72,19 +72,24 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
-def check(op: str, *tensors: Tensor | None) -> None:
-    """Raise ValueError unless `op` can run on these tensors: floats of 16 or 32 bits, on one CUDA device.
+def check(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless `op` can run on the named tensors: floats of 16 or 32 bits, on one CUDA device.
 
     Under Triton's interpreter (TRITON_INTERPRET=1 before the first import) the CPU is as good.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    device = given[0].device
-    for tensor in given:
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{op}: a tensor is {tensor.dtype}: give float32, float16 or bfloat16")
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, device = next((name, tensor.device) for name, tensor in given.items())
+    for name, tensor in given.items():
+        check_dtype(op, name, tensor.dtype)
         if tensor.device != device:
-            raise ValueError(f"{op}: tensors lie on {device} and {tensor.device}: move them to one device")
+            raise ValueError(f"{op}: {first} lies on {device}, {name} on {tensor.device}: move them to one device")
     check_device(op, device)
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless kernels take `dtype`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: {name} is {dtype}: give float32, float16 or bfloat16")
 
 
 def check_device(op: str, device: torch.device) -> None:

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, next_power_of_two, operator, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, check_dtype, next_power_of_two, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 
 @triton.jit
-def _forward(
+def _add_layer_norm_forward(
     x,
     branch,
     mask,
@@ -59,7 +59,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _add_layer_norm_backward(
     grad_out,
     grad_total,
     total,
@@ -83,10 +83,11 @@ def _backward(
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
     scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros((BLOCK,), tl.float32)
-    grad_bias = tl.zeros((BLOCK,), tl.float32)
+    grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     first = tl.program_id(0).to(tl.int64) * chunk
-    for step in range(0, chunk, ROWS):
+    # Few programs are on a multiprocessor: the rows of the next turns are under way while one is computed.
+    for step in tl.range(0, chunk, ROWS, num_stages=3):  # pyright: ignore[reportGeneralTypeIssues]
         rows = first + step + tl.arange(0, ROWS)
         in_rows = (rows < num_rows) & (rows < first + chunk)
         inside = in_rows[:, None] & in_width[None, :]
@@ -96,8 +97,8 @@ def _backward(
         inverse = tl.load(rstd + rows, mask=in_rows, other=0.0)
         grad = tl.load(grad_out + places, mask=inside, other=0.0).to(tl.float32)
         normal = tl.where(inside, (value - centre[:, None]) * inverse[:, None], 0.0)
-        grad_weight += tl.sum(grad * normal, axis=0)
-        grad_bias += tl.sum(grad, axis=0)
+        grad_weight += grad * normal
+        grad_bias += grad
         scaled = grad * scale[None, :]
         along = tl.sum(scaled * normal, axis=1) / width
         level = tl.sum(scaled, axis=1) / width
@@ -111,9 +112,11 @@ def _backward(
             tl.store(grad_branch + places, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
         tl.store(grad_x + places, back.to(grad_x.dtype.element_ty), mask=inside)
     place = tl.program_id(0).to(tl.int64) * 2 * width + columns
-    tl.store(partial + place, grad_weight, mask=in_width)
-    tl.store(partial + place + width, grad_bias, mask=in_width)
+    tl.store(partial + place, tl.sum(grad_weight, axis=0), mask=in_width)
+    tl.store(partial + place + width, tl.sum(grad_bias, axis=0), mask=in_width)
 
+
+MAX_WIDTH = 4096  # channels: what a program of 16 warps has registers for
 
 # Programs of the backward pass: enough for every multiprocessor to have a few, few enough for a short second stage.
 _PROGRAMS = 512
@@ -142,7 +145,7 @@ def _op(
     rows = x.numel() // width
     launch = _launch(width, branch is not None, mask is not None)
     x = x.contiguous()
-    _forward[(cdiv(rows, dict(launch.constants)["ROWS"]),)](
+    _add_layer_norm_forward[(cdiv(rows, dict(launch.constants)["ROWS"]),)](
         x,
         x if branch is None else branch.contiguous(),
         x if mask is None else mask.contiguous(),
@@ -197,7 +200,7 @@ def _backward_op(
     programs = cdiv(rows, chunk)
     partial = sums[None] if programs == 1 else total.new_empty((programs, 2, width), dtype=torch.float32)
     total = total.contiguous()
-    _backward[(programs,)](
+    _add_layer_norm_backward[(programs,)](
         grad_out.contiguous(),
         total if grad_total is None else grad_total.contiguous(),
         total,
@@ -260,7 +263,7 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalisation over the last dimension.
 
-    x             (B, ..., C)
+    x             (B, ..., C), C at most `MAX_WIDTH`
     weight, bias  (C,)
     dtype         of the result, e.g. that of the GEMM that reads it; None: that of `x`
 
@@ -268,8 +271,9 @@ def layer_norm(
     float32 in a fixed order. Raises ValueError for shapes that do not fit and without a GPU. Source: Ba et al.,
     arXiv 1607.06450.
     """
-    _check(x, None, None, weight, bias)
-    return _op(x, None, None, weight, bias, eps, dtype or x.dtype)[1]
+    dtype = dtype or x.dtype
+    _check(x, None, None, weight, bias, dtype)
+    return _op(x, None, None, weight, bias, eps, dtype)[1]
 
 
 def add_layer_norm(
@@ -293,9 +297,9 @@ def add_layer_norm(
     branch is rounded to the branch's dtype first, as `fastdeit.drop_path.DropPath` does. No gradient reaches the
     mask. The other arguments and the errors are those of `layer_norm`.
     """
-    _check(x, branch, mask, weight, bias)
-    wide = torch.promote_types(x.dtype, branch.dtype)
-    total, out, _, _ = _op(x, branch, mask, weight, bias, eps, dtype or wide)
+    dtype = dtype or torch.promote_types(x.dtype, branch.dtype)
+    _check(x, branch, mask, weight, bias, dtype)
+    total, out, _, _ = _op(x, branch, mask, weight, bias, eps, dtype)
     return total, out
 
 
@@ -306,20 +310,27 @@ def token_norm(
     return layer_norm(x[:, :num_tokens], weight, bias, eps, dtype=dtype)
 
 
-def _check(x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor) -> None:
-    check("layer_norm", x, branch, mask, weight, bias)
-    if x.ndim < 2 or weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+def _check(
+    x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> None:
+    if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.float32):
+        raise ValueError(
+            f"add_layer_norm: mask is {tuple(mask.shape)} {mask.dtype}: "
+            f"give a float32 factor for each of {len(x)} samples"
+        )
+    check("layer_norm", x=x, branch=branch, mask=mask, weight=weight, bias=bias)
+    check_dtype("layer_norm", "dtype", dtype)
+    if x.ndim < 2 or x.shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f"layer_norm: x is {tuple(x.shape)}: give (batch, ..., channels), at most {MAX_WIDTH} channels"
+        )
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit x {tuple(x.shape)}: "
             f"give both ({x.shape[-1]},)"
         )
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, x is {tuple(x.shape)}")
-    if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.float32):
-        raise ValueError(
-            f"add_layer_norm: mask is {tuple(mask.shape)} {mask.dtype}: "
-            f"give a float32 factor for each of {len(x)} samples"
-        )
 
 
 def variants() -> list[Variant]:
@@ -336,6 +347,10 @@ def variants() -> list[Variant]:
             backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low} | common
             backward |= {"partial": "*fp32", "chunk": "i32"}
             kind = "add_layer_norm" if branch else "layer_norm"
-            found.append(launch.variant(f"{kind}_forward {name}", _forward, forward, ("num_rows", "width")))
-            found.append(launch.variant(f"{kind}_backward {name}", _backward, backward, ("num_rows", "width")))
+            found.append(
+                launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, ("num_rows", "width"))
+            )
+            found.append(
+                launch.variant(f"{kind}_backward {name}", _add_layer_norm_backward, backward, ("num_rows", "width"))
+            )
     return found

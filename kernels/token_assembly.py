@@ -12,7 +12,7 @@ from fastdeit.kernels.variants import Variant
 
 
 @triton.jit
-def _forward(
+def _assemble_tokens_forward(
     patches,
     bias,
     cls_token,
@@ -51,7 +51,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _assemble_tokens_backward(
     grad,
     grad_patches,
     partial,
@@ -113,7 +113,7 @@ def _op(
     launch = _forward_launch(width, prefix, bias is not None)
     blocks = dict(launch.constants)
     if out.numel():
-        _forward[(batch, cdiv(count + prefix, blocks["BLOCK_N"]), cdiv(width, blocks["BLOCK_C"]))](
+        _assemble_tokens_forward[(batch, cdiv(count + prefix, blocks["BLOCK_N"]), cdiv(width, blocks["BLOCK_C"]))](
             patches,
             cls_token if bias is None else bias.contiguous(),
             cls_token.contiguous(),
@@ -148,7 +148,7 @@ def _backward_op(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor,
     splits = cdiv(batch, _SAMPLES_A_SPLIT)
     partial = total[None] if splits == 1 else grad.new_empty((splits, tokens, width), dtype=torch.float32)
     launch = _backward_launch(width, prefix)
-    _backward[(tokens, cdiv(width, dict(launch.constants)["BLOCK_C"]), splits)](
+    _assemble_tokens_backward[(tokens, cdiv(width, dict(launch.constants)["BLOCK_C"]), splits)](
         grad.contiguous(),
         grad_patches,
         partial,
@@ -211,7 +211,14 @@ def assemble_tokens(
     a fixed order. Raises ValueError for shapes that do not fit, for another dtype and without a GPU. Source: Touvron
     et al., arXiv 2012.12877, section 4, "distillation token".
     """
-    check("assemble_tokens", patches, cls_token, dist_token, pos_embed, bias)
+    check(
+        "assemble_tokens",
+        patches=patches,
+        cls_token=cls_token,
+        dist_token=dist_token,
+        pos_embed=pos_embed,
+        bias=bias,
+    )
     if patches.ndim != 3:
         raise ValueError(f"patches are {tuple(patches.shape)}: give (batch, patches, channels)")
     _, count, width = patches.shape
@@ -242,6 +249,11 @@ def embed_patches(
 
     The other arguments, the result and the errors are those of `assemble_tokens`.
     """
+    if pixels.ndim != 3 or pixels.shape[-1] != weight[0].numel():
+        raise ValueError(
+            f"pixels are {tuple(pixels.shape)}, and a projection of {tuple(weight.shape)} needs (batch, patches, "
+            f"{weight[0].numel()}): lay images out with fastdeit.kernels.reference.as_patches"
+        )
     patches = torch.nn.functional.linear(pixels, weight.flatten(1))
     return assemble_tokens(patches, cls_token, dist_token, pos_embed, bias)
 
@@ -257,7 +269,7 @@ def variants() -> list[Variant]:
             found.append(
                 forward.variant(
                     f"assemble_tokens_forward {name}",
-                    _forward,
+                    _assemble_tokens_forward,
                     {"patches": "*bf16", **parameters}
                     | {"stride_b": "i32", "stride_p": "i32", "num_tokens": "i32", "embed_dim": "i32"},
                     ("stride_b", "stride_p", "embed_dim"),
@@ -267,7 +279,7 @@ def variants() -> list[Variant]:
             found.append(
                 backward.variant(
                     f"assemble_tokens_backward {name}",
-                    _backward,
+                    _assemble_tokens_backward,
                     {"grad": sequence, "grad_patches": "*bf16", "partial": "*fp32"}
                     | {"batch": "i32", "chunk": "i32", "num_tokens": "i32", "embed_dim": "i32"},
                     ("batch", "chunk", "embed_dim"),

@@ -61,6 +61,23 @@ def test_far_from_zero(device):
     torch.testing.assert_close(grad, torch.autograd.grad(F.gelu(x).sum(), x)[0], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_half_precision(device, dtype):
+    """Value and slope are float64's but for the rounding, and a millionth of float32's before it."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).to(device)
+    x = numbers[numbers.isfinite()].view(-1, 8).requires_grad_()
+    out = bias_gelu(x, torch.zeros(8, dtype=dtype, device=device))
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    exact = x.detach().double().requires_grad_()
+    right = F.gelu(exact)
+    (slope,) = torch.autograd.grad(right.sum(), exact)
+    # The interpreter cuts a float32 off where a GPU rounds it to bfloat16.
+    rounding = torch.finfo(dtype).eps / (1 if dtype is torch.bfloat16 and device.type == "cpu" else 2)
+    for mine, truth in ((out, right), (grad, slope)):
+        assert mine.isfinite().all()
+        assert ((mine.double() - truth).abs() <= truth.abs() * (rounding + 1e-6) + 1e-7).all()
+
+
 def test_strided_inputs(device, at_most_twice):
     x, bias = inputs(device, (4, 12), torch.float32)
     compare(
@@ -86,5 +103,7 @@ def test_opcheck_and_compile_without_a_graph_break(device):
 
 def test_another_width_is_refused(device):
     x, bias = inputs(device, (3, 16), torch.float32)
-    with pytest.raises(ValueError, match=r"give \(16,\)"):
+    with pytest.raises(ValueError, match=r"bias is \(4,\), x is \(3, 16\)"):
         bias_gelu(x, bias[:4])
+    with pytest.raises(ValueError, match=r"x is \(\)"):
+        bias_gelu(x[0, 0], bias[:1])

@@ -227,5 +227,11 @@ def test_what_does_not_fit_is_refused(device):
         distillation_loss(cls, None, target[:2], None)
     with pytest.raises(ValueError, match="give integers"):
         distillation_loss(cls, None, labels._replace(label_a=labels.lam), None)
+    with pytest.raises(ValueError, match="labels as MixedLabels"):
+        distillation_loss(cls, None, labels.label_a, None)
+    with pytest.raises(ValueError, match=r"teacher is of torch\.bool"):
+        distillation_loss(cls, None, labels, labels.label_a > 0)
+    with pytest.raises(ValueError, match="share of the loss"):
+        distillation_loss(cls, None, labels, cls, alpha=2.0)
     with pytest.raises(ValueError, match=r"cls_logits is \(1, 3, 8\)"):
         distillation_loss(cls[None], None, labels, None)

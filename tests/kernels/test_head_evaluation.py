@@ -86,5 +86,7 @@ def test_what_does_not_fit_is_refused(device):
         evaluate_heads(cls, dist, labels.float())
     with pytest.raises(ValueError, match=r"cls_logits is \(20,\)"):
         evaluate_heads(cls[0], None, labels)
+    with pytest.raises(ValueError, match=r"cls_logits is \(3, 0\)"):
+        evaluate_heads(cls[:, :0], None, labels)
     with pytest.raises(ValueError, match="labels lie on meta"):
         evaluate_heads(cls, dist, labels.to("meta"))

@@ -162,3 +162,13 @@ def test_what_does_not_fit_is_refused(device):
         add_layer_norm(x, branch[:1], weight, bias)
     with pytest.raises(ValueError, match="each of 2 samples"):
         add_layer_norm(x, branch, weight, bias, mask=mask[:1])
+    with pytest.raises(ValueError, match="each of 2 samples"):
+        add_layer_norm(x, branch, weight, bias, mask=mask > 0)
+    with pytest.raises(ValueError, match=r"x is \(16,\)"):
+        layer_norm(x[0, 0], weight, bias)
+    with pytest.raises(ValueError, match="at most 4096 channels"):
+        layer_norm(x.new_zeros(1, 4097), weight.new_zeros(4097), bias.new_zeros(4097))
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
+        layer_norm(x, weight, bias, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"weight is torch\.float64"):
+        layer_norm(x, weight.double(), bias)
