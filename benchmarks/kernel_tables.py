@@ -40,7 +40,9 @@ def verdicts(record: Record) -> list[dict[str, Any]]:
     elif record["op"] == "distillation_loss":
         for name, limit in LOSS_OVER.items():
             if name in sides:
-                judge(f"faster than {name}", sides[name]["both"]["ms"] / ours["both"]["ms"], limit)
+                judge(
+                    f"faster than {name}, launched call by call", sides[name]["both"]["ms"] / ours["both"]["ms"], limit
+                )
     elif record["model"] == "base":
         backends = [_best(figures["both"]) for name, figures in sides.items() if name.startswith("sdpa ")]
         if record["op"] == "attention" and record["tokens"] == 198 and backends:
@@ -227,8 +229,11 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
                 # The last is the one that counts: forward and backward.
                 colour = (_COLOURS if which == len(bars) - 1 else _LIGHT)[ours]
                 middle = row - 0.42 + (which + 0.5) * thick
-                axis.barh(middle, 100 * share, height=0.9 * thick, color=colour, zorder=2)
-                axis.text(100 * share + 1.5, middle, label, va="center", fontsize=7, zorder=3)
+                # What stays in the cache between calls has more than the roof: its bar ends early, and says so.
+                percent = min(100 * share, 105)
+                label = label if percent == 100 * share else f"{100 * share:.0f}%, {label}"
+                axis.barh(middle, percent, height=0.9 * thick, color=colour, zorder=2)
+                axis.text(percent + 1.5, middle, label, va="center", fontsize=7, zorder=3)
         axis.set_yticks(range(len(rows)), [side for side, _ in rows], fontsize=8)
         axis.set_ylim(most[number // across] - 0.5, -0.5)
         axis.set_title(text, fontsize=9, loc="left")

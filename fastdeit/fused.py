@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdeit.drop_path import DropPath as PlannedDropPath
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
-from fastdeit.kernels.layer_norm import add_layer_norm, layer_norm
+from fastdeit.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
 from fastdeit.kernels.reference import as_patches
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 from fastdeit.model import DeiT, SkippingBlock, StudentOutput
@@ -77,6 +77,8 @@ class _Attention(Attention):
 
 class _Mlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.fc1) is not nn.Linear:  # an adapter has come since
+            return super().forward(x)
         hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)  # pyright: ignore[reportArgumentType]
         return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
 
@@ -211,6 +213,8 @@ def _why_not_block(module: Block) -> str | None:
         norm = getattr(module, name)
         if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None:
             return f"{name} is no LayerNorm with weight and bias"
+        if len(norm.weight) > MAX_WIDTH:
+            return f"has more than {MAX_WIDTH} channels"
     for name in ("drop_path1", "drop_path2"):
         if type(getattr(module, name)) not in (nn.Identity, DropPath, PlannedDropPath):
             return f"{name} is unknown"
@@ -239,6 +243,7 @@ _SWAPS: tuple[tuple[str, type[nn.Module], type[nn.Module], Callable[[Any], str |
     ("assemble_tokens", VisionTransformerDistilled, _VisionTransformerDistilled, _why_not_tokens),
     ("assemble_tokens", DeiT, _AssemblingDeiT, _suits),
 )
+_KINDS: tuple[type[nn.Module], ...] = tuple(kind for _, kind, _, _ in _SWAPS)
 _KNOWN = (*(fused for _, _, fused, _ in _SWAPS), _DeiT)
 
 
@@ -250,14 +255,24 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
            an MLP's fc1 and act no longer run
     without  operations that stay PyTorch's, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
 
-    Returns what was replaced and what was not, with the reason; modules of other types are not mentioned. A model
-    that was fused needs a CUDA device. Fusing it again changes nothing. Raises ValueError for a model with nothing
-    to replace.
+    Returns what was replaced and what was not, with the reason; of modules of other types, those are named that derive
+    from one of these. A model that was fused needs a CUDA device. Fusing it again changes nothing. Raises TypeError
+    for what is no module, and ValueError for a model with nothing to replace or an operation that is none.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fuse takes a model, and this is a {type(model).__name__}: give what timm.create_model returns"
+        )
+    ops = sorted({op for op, *_ in _SWAPS})
+    for op in without:
+        if op not in ops:
+            raise ValueError(f"without: '{op}' is no operation: give some of {', '.join(ops)}")
     swap = Swap([], [])
     seen = 0
     for name, module in model.named_modules():
         seen += isinstance(module, _KNOWN)
+        if isinstance(module, _KINDS) and type(module) not in (*_KINDS, *_KNOWN):
+            swap.left.append(f"{name or 'tokens'}: is a {type(module).__name__}, which may compute something else")
         for op, kind, fused, why_not in _SWAPS:
             if type(module) is not kind:
                 continue

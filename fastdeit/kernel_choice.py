@@ -75,7 +75,8 @@ def choose_kernels(cfg: ModelConfig, precision: Precision, num_classes: int, wor
     if cfg.kernels == "triton":
         if cannot is not None:
             raise UserError(f"model.kernels triton cannot be had: {cannot}. Set --model.kernels torch, or auto")
-        return Kernels(frozenset(OPS) - left.keys(), left, "as asked for")
+        how = "as asked for" + ("" if _on_gpu(device) else ", under Triton's interpreter, which is slow")
+        return Kernels(frozenset(OPS) - left.keys(), left, how)
     if cannot is not None or not _on_gpu(device):
         return Kernels(frozenset(), {}, cannot or "there is no GPU")
     left |= {op: why for op, why in SLOWER.items() if op not in left}

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
-from fastdeit.kernel_choice import TORCH, Kernels
+from fastdeit.kernel_choice import MODEL_OPS, TORCH, Kernels
 from fastdeit.model import DeiT, StudentOutput, build_model
 
 
@@ -42,7 +42,7 @@ def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) 
         if kernels.ops:
             from fastdeit.fused import fuse  # here, since it needs Triton
 
-            fuse(model, kernels.left)
+            fuse(model, {op: why for op, why in kernels.left.items() if op in MODEL_OPS})
         return model
     if not timm.is_model(cfg.arch):
         close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]

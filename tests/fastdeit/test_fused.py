@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import LayerScale
+from timm.layers import Attention, LayerScale
 from torch import nn
 from torch.nn.utils import prune
 
@@ -204,6 +204,31 @@ def test_a_mask_is_refused(device):
     _, fused, _ = pair(device=device)
     with pytest.raises(ValueError, match="no mask"):
         fused.blocks[0](torch.randn(1, 5, 32, device=device), attn_mask=torch.ones(5, 5, device=device))
+
+
+def test_another_attention_of_the_kind_is_named(device):
+    class Shifted(Attention):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return super().forward(x.roll(1, 1), attn_mask, is_causal)
+
+    model = timm.create_model("deit_tiny_patch16_224", **SMALL)
+    model.blocks[0].attn.__class__ = Shifted
+    assert fuse(model).left == ["blocks.0.attn: is a Shifted, which may compute something else"]
+
+
+def test_an_adapter_that_comes_afterwards_is_called(device):
+    model, fused, _ = pair(device=device)
+    for one in (model, fused):
+        one.blocks[0].mlp.fc1.__class__ = Adapted
+    images = torch.randn(2, 3, 16, 16, device=device)
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_model_or_no_operation_is_refused():
+    with pytest.raises(TypeError, match="this is a str"):
+        fuse("deit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="'atention' is no operation: give some of assemble_tokens, attention"):
+        fuse(timm.create_model("deit_tiny_patch16_224", **SMALL), {"atention": "is slower"})
 
 
 def test_a_convnet_is_refused():

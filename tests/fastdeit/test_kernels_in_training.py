@@ -81,7 +81,8 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     weights = [checkpoint.load(checkpoint.found(r.run.output / "checkpoints")[0])["model"] for r in recipes]
     assert list(weights[0]) == list(weights[1])
     start = events(recipes[1].run.output, "start")[0]["kernels"]
-    assert start == {"ops": list(OPS), "left": {}, "reason": "as asked for"}
+    how = "as asked for" + ("" if DEVICE == "cuda" else ", under Triton's interpreter, which is slow")
+    assert start == {"ops": list(OPS), "left": {}, "reason": how}
     assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
 
 
