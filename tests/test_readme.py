@@ -12,6 +12,7 @@ from fastdeit.label import parse as parse_label
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def commands():
@@ -60,3 +61,9 @@ def test_command_is_understood(words):
         assert (ROOT / "benchmarks" / f"{args[2]}.py").exists()
     else:
         assert program in ("sudo", "apt-get", "pip", "tensorboard"), words
+
+
+def test_the_readmes_python_does_what_it_says(capsys):
+    (code,) = PYTHON.findall((ROOT / "README.md").read_text())
+    exec(code.replace(".cuda()", ""), {})
+    assert capsys.readouterr().out == "[]\n"
