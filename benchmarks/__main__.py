@@ -12,6 +12,7 @@ COMMANDS = {
     "soak": "an hour of epochs with flat memory, descriptors and threads",
     "gpu": "every check and figure that needs a GPU, in eight minutes",
     "kernels": "time of every kernel on a GPU, beside every alternative, with the roof",
+    "tune": "search for faster launches of the kernels on a GPU",
     "convert": "images per second into both formats, beside FFCV's writer and wds2idx",
     "contact_sheet": "every operation of RandAugment beside Pillow, as a picture",
     "compiled": "registers, shared memory and instructions of every kernel, without a GPU",

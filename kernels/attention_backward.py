@@ -19,7 +19,7 @@ from fastdeit.kernels.attention_forward import (
     load_rows,
     precision,
 )
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, next_power_of_two, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, chosen, next_power_of_two, pointer
 from fastdeit.kernels.variants import Variant
 
 
@@ -171,6 +171,8 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     )
     delta = torch.empty_like(lse)
     for_queries, for_keys = _launches(head_dim, qkv.dtype)
+    for_queries = chosen("attention_backward_queries", for_queries)
+    for_keys = chosen("attention_backward_keys", for_keys)
     blocks = cdiv(tokens, dict(for_queries.constants)["QUERIES"]), cdiv(tokens, dict(for_keys.constants)["KEYS"])
     _attention_grad_queries[(blocks[0] * batch * heads,)](
         qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, next_power_of_two, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, chosen, next_power_of_two, pointer
 from fastdeit.kernels.variants import Variant
 
 RESIDENT = 208  # tokens: their scores for 64 queries are all that the registers of 4 warps hold
@@ -204,7 +204,7 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
     if not qkv.numel():
         return out, lse
-    launch = forward_launch(tokens, head_dim, qkv.dtype)
+    launch = chosen("attention_forward", forward_launch(tokens, head_dim, qkv.dtype))
     if is_resident(tokens, head_dim, qkv.dtype):
         kernel, grid = _attention_resident, (batch * heads,)
     else:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, operator, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, chosen, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 _EXPONENT = tl.constexpr(-0.7213475204444817)  # -log2(e) / 2
@@ -35,9 +35,9 @@ def _normal(value):
 
 
 @triton.jit
-def _bias_gelu_forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _bias_gelu_forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = columns < width
     inside = (rows < num_rows)[:, None] & in_width[None, :]
     places = rows[:, None] * width + columns[None, :]
@@ -49,14 +49,14 @@ def _bias_gelu_forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _bias_gelu_backward(
-    x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     # A program takes `chunk` rows of some channels and keeps its own sums for the bias.
     first = tl.program_id(0).to(tl.int64) * chunk
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = columns < width
     shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for step in range(0, chunk, ROWS):
         rows = first + step + tl.arange(0, ROWS)
         inside = ((rows < num_rows) & (rows < first + chunk))[:, None] & in_width[None, :]
@@ -71,10 +71,9 @@ def _bias_gelu_backward(
     tl.store(partial + place, tl.sum(total, axis=0), mask=in_width)
 
 
-_BLOCK = 256
 _ROWS_A_PROGRAM = 256  # of the backward pass
-_FORWARD = Launch(constants=(("ROWS", 8), ("BLOCK", _BLOCK)), num_warps=4)
-_BACKWARD = Launch(constants=(("ROWS", 8), ("BLOCK", _BLOCK)), num_warps=4)
+_FORWARD = Launch(constants=(("ROWS", 8), ("BLOCK_C", 256)), num_warps=4)
+_BACKWARD = Launch(constants=(("ROWS", 8), ("BLOCK_C", 256)), num_warps=4)
 
 
 @operator("fastdeit::bias_gelu")
@@ -83,8 +82,10 @@ def _op(x: Tensor, bias: Tensor) -> Tensor:
     if x.numel():
         width = x.shape[-1]
         rows = x.numel() // width
-        grid = cdiv(rows, dict(_FORWARD.constants)["ROWS"]), cdiv(width, _BLOCK)
-        _bias_gelu_forward[grid](x.contiguous(), bias.contiguous(), out, rows, width, **_FORWARD.options())
+        launch = chosen("bias_gelu_forward", _FORWARD)
+        blocks = dict(launch.constants)
+        grid = cdiv(rows, blocks["ROWS"]), cdiv(width, blocks["BLOCK_C"])
+        _bias_gelu_forward[grid](x.contiguous(), bias.contiguous(), out, rows, width, **launch.options())
     return out
 
 
@@ -102,7 +103,8 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
     rows = x.numel() // width
     programs = cdiv(rows, _ROWS_A_PROGRAM)
     partial = total[None] if programs == 1 else x.new_empty((programs, width), dtype=torch.float32)
-    _bias_gelu_backward[(programs, cdiv(width, _BLOCK))](
+    launch = chosen("bias_gelu_backward", _BACKWARD)
+    _bias_gelu_backward[(programs, cdiv(width, dict(launch.constants)["BLOCK_C"]))](
         x.contiguous(),
         bias.contiguous(),
         grad.contiguous(),
@@ -111,7 +113,7 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
         rows,
         width,
         _ROWS_A_PROGRAM,
-        **_BACKWARD.options(),
+        **launch.options(),
     )
     if programs > 1:
         torch.sum(partial, 0, out=total)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,26 @@ class Launch:
             num_stages=self.num_stages,
             fp_fusion=self.fp_fusion,
         )
+
+
+Choose = Callable[[str, Launch], Launch]
+_choose: Choose = lambda name, default: default  # noqa: E731
+
+
+def chosen(name: str, default: Launch) -> Launch:
+    """How to launch the kernel `name`: `default`, unless a benchmark tries another way."""
+    return _choose(name, default)
+
+
+@contextlib.contextmanager
+def trying(choose: Choose) -> Iterator[None]:
+    """Launch kernels as `choose(name, default)` says, for the whole process; for benchmarks."""
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:

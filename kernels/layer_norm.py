@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, check_dtype, next_power_of_two, operator, pointer
+from fastdeit.kernels.launch import (
+    DTYPES,
+    Launch,
+    cdiv,
+    check,
+    check_dtype,
+    chosen,
+    next_power_of_two,
+    operator,
+    pointer,
+)
 from fastdeit.kernels.variants import Variant
 
 
@@ -78,6 +90,7 @@ def _add_layer_norm_backward(
     MASK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # A program takes `chunk` rows and keeps its own sums for the weight and the bias.
     columns = tl.arange(0, BLOCK)
@@ -86,8 +99,7 @@ def _add_layer_norm_backward(
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     first = tl.program_id(0).to(tl.int64) * chunk
-    # Few programs are on a multiprocessor: the rows of the next turns are under way while one is computed.
-    for step in tl.range(0, chunk, ROWS, num_stages=3):  # pyright: ignore[reportGeneralTypeIssues]
+    for step in tl.range(0, chunk, ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = first + step + tl.arange(0, ROWS)
         in_rows = (rows < num_rows) & (rows < first + chunk)
         inside = in_rows[:, None] & in_width[None, :]
@@ -122,11 +134,17 @@ MAX_WIDTH = 4096  # channels: what a program of 16 warps has registers for
 _PROGRAMS = 512
 
 
-def _launch(width: int, branch: bool, mask: bool) -> Launch:
+def _forward_launch(width: int, branch: bool, mask: bool) -> Launch:
     block = max(16, next_power_of_two(width))
     rows = max(1, 1024 // block)
     constants = (("BRANCH", branch), ("MASK", mask), ("ROWS", rows), ("BLOCK", block))
     return Launch(constants=constants, num_warps=max(4, min(16, block // 256)))
+
+
+def _backward_launch(width: int, branch: bool, mask: bool) -> Launch:
+    launch = _forward_launch(width, branch, mask)
+    # Few programs are on a multiprocessor: the rows of the next turns are under way while one is computed.
+    return replace(launch, constants=(*launch.constants, ("STAGES", 3)))
 
 
 def _rows_a_sample(x: Tensor) -> int:
@@ -143,7 +161,7 @@ def _op(
     total, out, mean, rstd = outputs
     width = x.shape[-1]
     rows = x.numel() // width
-    launch = _launch(width, branch is not None, mask is not None)
+    launch = chosen("add_layer_norm_forward", _forward_launch(width, branch is not None, mask is not None))
     x = x.contiguous()
     _add_layer_norm_forward[(cdiv(rows, dict(launch.constants)["ROWS"]),)](
         x,
@@ -194,7 +212,7 @@ def _backward_op(
         return outputs
     width = total.shape[-1]
     rows = total.numel() // width
-    launch = _launch(width, branch_dtype is not None, mask is not None)
+    launch = chosen("add_layer_norm_backward", _backward_launch(width, branch_dtype is not None, mask is not None))
     tile = dict(launch.constants)["ROWS"]
     chunk = cdiv(cdiv(rows, _PROGRAMS), tile) * tile
     programs = cdiv(rows, chunk)
@@ -338,7 +356,7 @@ def variants() -> list[Variant]:
     found = []
     for width in (192, 384, 768):
         for stream, branch in ((torch.float32, True), (torch.bfloat16, True), (torch.float32, False)):
-            launch = _launch(width, branch, branch)
+            forward_launch, backward_launch = (f(width, branch, branch) for f in (_forward_launch, _backward_launch))
             wide, low = pointer(stream), pointer(torch.bfloat16)
             name = f"{DTYPES[stream]} C{width}"
             sizes = {"num_rows": "i32", "rows_a_sample": "i32", "width": "i32"}
@@ -347,10 +365,7 @@ def variants() -> list[Variant]:
             backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low} | common
             backward |= {"partial": "*fp32", "chunk": "i32"}
             kind = "add_layer_norm" if branch else "layer_norm"
-            found.append(
-                launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, ("num_rows", "width"))
-            )
-            found.append(
-                launch.variant(f"{kind}_backward {name}", _add_layer_norm_backward, backward, ("num_rows", "width"))
-            )
+            both = ("num_rows", "width")
+            found.append(forward_launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, both))
+            found.append(backward_launch.variant(f"{kind}_backward {name}", _add_layer_norm_backward, backward, both))
     return found

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, operator, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, chosen, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 
@@ -110,7 +110,7 @@ def _op(
     batch, count, width = patches.shape
     prefix = 1 if dist_token is None else 2
     out = _fake(patches, bias, cls_token, dist_token, pos_embed)
-    launch = _forward_launch(width, prefix, bias is not None)
+    launch = chosen("assemble_tokens_forward", _forward_launch(width, prefix, bias is not None))
     blocks = dict(launch.constants)
     if out.numel():
         _assemble_tokens_forward[(batch, cdiv(count + prefix, blocks["BLOCK_N"]), cdiv(width, blocks["BLOCK_C"]))](
@@ -147,7 +147,7 @@ def _backward_op(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor,
         return grad_patches, total.zero_()
     splits = cdiv(batch, _SAMPLES_A_SPLIT)
     partial = total[None] if splits == 1 else grad.new_empty((splits, tokens, width), dtype=torch.float32)
-    launch = _backward_launch(width, prefix)
+    launch = chosen("assemble_tokens_backward", _backward_launch(width, prefix))
     _assemble_tokens_backward[(tokens, cdiv(width, dict(launch.constants)["BLOCK_C"]), splits)](
         grad.contiguous(),
         grad_patches,
