@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from benchmarks.record import first_line
 from fastdeit.kernels.augment_finish import finish
 from fastdeit.kernels.augment_ops import apply_operations
 from fastdeit.kernels.augment_resize import crop_resize
@@ -194,12 +195,8 @@ def peers(job: Job, device: torch.device) -> Peers:
         try:
             add()
         except Exception as error:  # of a version that works otherwise: our own figures do not hang on it
-            found.failed[name] = _reason(error)
+            found.failed[name] = first_line(error)
     return found
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _add_torchvision(found: Peers, job: Job, pixels: Tensor, images: Tensor) -> None:
@@ -314,7 +311,7 @@ def measure(
                 windows = launched(run)
                 in_graph = graphed(run) if run is call and name in floors else None
             except Exception as error:  # peers raise what they like
-                record["failed"][side] = _reason(error)
+                record["failed"][side] = first_line(error)
                 continue
             median = statistics.median(windows)
             figures = {"ms": median, "windows": windows, "images_per_second": 1e3 * len(job.plan) / median}

@@ -1,9 +1,11 @@
 """`python -m benchmarks gpu`: every check and figure that needs a GPU, in one command of eight minutes.
 
-First the tests marked `gpu`, then those of the kernels, which run on the GPU for real where there is one; then
-`kernels`, the whole loader up to batches on the GPU, and `throughput`, each for as long as it may. What a step leaves
-of its time the next one has. Nothing needs to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba
-are enough, with pytest for the tests, and with tyro, DALI and photographs (see `loaders`) for the loader.
+In this order: throughput beside timm's, the tests of the kernels (attention in bf16 first), the other tests marked
+`gpu`, the kernels beside every alternative, and the whole loader. Each part has a share of the time and passes on what
+it leaves of it; `--part throughput` runs one part with all of it. Every record is written as soon as it is taken.
+Nothing needs to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba are enough. The tests also need
+pytest, and run in parallel with pytest-xdist; the loader also needs tyro, photographs (see `loaders`) and, for its
+GPU decoder, DALI.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
@@ -27,15 +29,17 @@ import torch
 from benchmarks import kernels, tables, throughput
 from benchmarks.record import RESULTS, environment
 from fastdeit.cli import UserError, run
+from fastdeit.pipelines.pool import usable_cores
 
 ROOT = Path(__file__).parents[1]
 # Modules of the peers, and what their absence means.
 PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "apex": "apex", "kornia": "kornia"}
 PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest: without it no test ran"}
-# Share of all the time at which a step must be over.
-MARKED_TESTS, KERNEL_TESTS, KERNELS, LOADERS, THROUGHPUT = 0.3, 0.45, 0.7, 0.82, 0.95
-BENCHMARKS = ("kernels", "throughput")
-LATE = 0.06  # of all the time, that a case which was begun in time may take beyond
+# The parts in their order, and the share of all the time at which each must be over.
+PARTS = {"throughput": 0.45, "tests": 0.65, "kernels": 0.85, "loaders": 1.0}
+TESTED = ("kernels", "pipelines", "fastdeit")  # folders of tests; those of the benchmarks themselves need no GPU
+WORKERS = 12  # processes that share the GPU among tests
+LATE = 0.06  # of all the time, kept for a case that was begun in time
 GRACE = 10.0  # seconds from the interrupt of a process to its end
 LOADER_SIDES = ("fastdeit-dali-x3-gpu", "fastdeit-turbo-x3-gpu", "fastdeit-torch-x3-gpu")
 
@@ -53,16 +57,25 @@ class Step:
     told: str = ""
 
 
-def marked_files(tests: Path) -> list[Path]:
-    """The test files that have a test marked `gpu`."""
-    return sorted(path for path in tests.rglob("test_*.py") if "pytest.mark.gpu" in path.read_text())
+def test_runs(tests: Path) -> dict[str, list[str | Path]]:
+    """pytest's arguments of each test run: first the kernels, all of whose tests run on the GPU for real."""
+    of_kernels = sorted((tests / "kernels").glob("test_*.py"), key=lambda path: (path.stem != "test_attention", path))
+    marked = [
+        path
+        for folder in TESTED[1:]
+        for path in sorted((tests / folder).rglob("test_*.py"))
+        if "pytest.mark.gpu" in path.read_text()
+    ]
+    return {"tests of the kernels": [*of_kernels], "other tests marked gpu": ["-m", "gpu", *marked]}
 
 
 def run_tests(name: str, arguments: Sequence[str | Path], seconds: float, root: Path = ROOT) -> Step:
     """Run pytest in a process of its own, for so many seconds at most; what it prints is shown."""
     if importlib.util.find_spec("pytest") is None:
         return Step(name, "missing", 0.0, "pip install pytest")
-    command = ["pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", *map(str, arguments)]
+    parallel = ["-n", str(min(WORKERS, usable_cores()))] if _is_there("xdist") else []
+    command = ["pytest", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", *parallel]
+    command += map(str, arguments)
     begin = time.perf_counter()
     told, code, cut = _follow(command, seconds, root)
     return Step(name, how_it_ended(told, code, cut), time.perf_counter() - begin, told)
@@ -129,7 +142,7 @@ def run_benchmark(name: str, results: Path, budget: float, seconds: float, root:
 
     budget  seconds after which nothing new is begun
     """
-    command = ["benchmarks", "gpu", "--part", name, "--budget", str(budget), "--results", str(results)]
+    command = ["benchmarks", "gpu", "--in-process", name, "--budget", str(budget), "--results", str(results)]
     begin = time.perf_counter()
     told, code, cut = _follow(command, seconds, root, errors=subprocess.STDOUT)
     ended = "passed" if code == 0 else "cut" if cut else "failed"
@@ -140,9 +153,13 @@ def run_benchmark(name: str, results: Path, budget: float, seconds: float, root:
 def benchmark(name: str, results: Path, budget: float) -> bool:
     """What `run_benchmark` runs; whether none of ours was refused or failed."""
     if name == "kernels":
-        return kernels.kernels(kernels.Options(results=results, budget=budget))
+        return kernels.kernels(kernels.Options(results=results / "kernels.jsonl", budget=budget))
     options = throughput.Options(
-        models=("base", "small", "tiny"), mode=("train",), quick=True, results=results, budget=budget
+        models=("base", "small", "tiny"),
+        mode=("train",),
+        quick=True,
+        results=results / "throughput.jsonl",
+        budget=budget,
     )
     return throughput.throughput(options)
 
@@ -170,36 +187,50 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def gpu(minutes: float, results: Path, device: str | None = None) -> bool:
-    """Run every step and write `gpu.md` beside the results; whether all went well.
+def gpu(minutes: float, results: Path, parts: Sequence[str] = tuple(PARTS), device: str | None = None) -> bool:
+    """Run some of `PARTS` and write `gpu.md` beside the results; whether all went well.
 
-    device  None: a GPU; raises UserError where there is none
+    results  a folder
+    device   None: a GPU; raises UserError where there is none
     """
     if device is None and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU: the kernels run under Triton's interpreter in `pytest` instead")
     begin, where, seconds = time.perf_counter(), environment(), 60 * minutes
     files = {name: results / f"{name}.jsonl" for name in ("kernels", "loaders", "throughput")}
     before = {name: len(tables.read(path)) for name, path in files.items()}
-
-    def left(share: float) -> float:
-        return max(1.0, share * seconds - (time.perf_counter() - begin))
-
-    marked = marked_files(ROOT / "tests")
-    parts: list[Callable[[], Step]] = [
-        lambda: run_tests("tests marked gpu", ["-m", "gpu", *marked], left(MARKED_TESTS)),
-        lambda: run_tests("tests of the kernels", ["-m", "not gpu", ROOT / "tests/kernels"], left(KERNEL_TESTS)),
-        lambda: run_benchmark("kernels", files["kernels"], left(KERNELS), left(KERNELS) + LATE * seconds),
-        lambda: run_loaders(files["loaders"], left(LOADERS)),
-        lambda: run_benchmark("throughput", files["throughput"], left(THROUGHPUT), left(1.0)),
-    ]
     steps: list[Step] = []
-    for part in parts:
-        steps.append(part())
+
+    def note(step: Step) -> None:
+        steps.append(step)
         records = [record for name, path in files.items() for record in tables.read(path)[before[name] :]]
         results.mkdir(parents=True, exist_ok=True)
         (results / "gpu.md").write_text(summary(steps, records, where))
+
+    chosen = [name for name in PARTS if name in parts]
+    for name in chosen:
+        # What is left out of the parts, those that run share in proportion.
+        share = sum(_own_share(n) for n in chosen[: chosen.index(name) + 1]) / sum(map(_own_share, chosen))
+
+        def left(share: float = share) -> float:
+            return max(1.0, share * seconds - (time.perf_counter() - begin))
+
+        if name == "tests":
+            runs = test_runs(ROOT / "tests")
+            for place, (which, arguments) in enumerate(runs.items(), 1):
+                note(run_tests(which, arguments, left() * place / len(runs)))
+        elif name == "loaders":
+            note(run_loaders(files["loaders"], left()))
+        else:
+            budget = max(1.0, left() - LATE * seconds)
+            note(run_benchmark(name, results, budget, budget + LATE * seconds))
     print((results / "gpu.md").read_text())
     return all(step.ended != "failed" for step in steps)
+
+
+def _own_share(name: str) -> float:
+    names = list(PARTS)
+    place = names.index(name)
+    return PARTS[name] - (PARTS[names[place - 1]] if place else 0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -209,12 +240,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (8)")
     told = "folder of kernels.jsonl, loaders.jsonl and throughput.jsonl, which are added to, and gpu.md, written anew"
     parser.add_argument("--results", type=Path, default=RESULTS, help=told)
-    parser.add_argument("--part", choices=BENCHMARKS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=tuple(PARTS), nargs="+", default=tuple(PARTS), help="only these (all)")
+    parser.add_argument("--in-process", choices=("kernels", "throughput"), help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.part is not None:
-        complete = run(lambda: benchmark(options.part, options.results, options.budget))
+    if options.in_process is not None:
+        complete = run(lambda: benchmark(options.in_process, options.results, options.budget))
     else:
-        complete = run(lambda: gpu(options.minutes, options.results))
+        complete = run(lambda: gpu(options.minutes, options.results, options.part))
     if not complete:
         sys.exit(1)

@@ -76,7 +76,7 @@ class Form:
 
     kernels  the Triton kernels in place of PyTorch's passes
     skip     what stochastic depth drops is left out of the computation
-    graph    a whole training step replayed as one CUDA graph
+    graph    a whole training step of ours replayed as one CUDA graph; otherwise torch.compile's own CUDA graphs
     apex     AdamW by apex's FusedAdam
     """
 
@@ -94,13 +94,17 @@ class Form:
 
 
 def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
-    """What there is to compare, from plain to all that helps; of each side only the last if `quick`, apex's beside it.
+    """What there is to compare, from plain to all that helps.
+
+    If `quick`, only the last of ours, with apex's beside it, and timm's compiled forms.
 
     peer      whether timm's are among them
     compiled  whether torch.compile is
     """
     plain = [False, True] if compiled else [False]
     theirs = [Form(who="timm", compiled=compiled) for compiled in plain] if peer else []
+    if theirs and compiled and case.device.type == "cuda":
+        theirs.append(Form(who="timm", compiled=True, graph=True))
     ours = [Form(who="fastdeit", compiled=compiled) for compiled in plain]
     replace = dataclasses.replace
     if case.device.type == "cuda":
@@ -111,9 +115,15 @@ def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
         ours += [replace(form, graph=True) for form in ours if form.compiled == compiled and not form.skip]
         if importlib.util.find_spec("apex") is not None:
             ours.append(replace(ours[-1], apex=True))
+    elif case.mode == "infer" and compiled and case.device.type == "cuda":
+        ours.append(replace(ours[-1], graph=True))
     if not quick:
         return [*theirs, *ours]
-    return [*theirs[-1:], *(form for form in ours if replace(form, apex=False) == replace(ours[-1], apex=False))]
+    best = replace(ours[-1], apex=False)
+    return [
+        *(form for form in theirs if form.compiled == compiled),
+        *(form for form in ours if replace(form, apex=False) == best),
+    ]
 
 
 @dataclass(frozen=True)
@@ -192,7 +202,9 @@ def make_step(case: Case, form: Form, state: State, inputs: Inputs) -> Step:
     model.train(case.mode == "train")
     if form.who == "fastdeit" and case.mode == "train":
         return _our_train_step(model, case, form, inputs)
-    called: Any = torch.compile(model, dynamic=False) if form.compiled else model
+    # "reduce-overhead" records PyTorch's own CUDA graphs, the fewest launches that timm's model can have.
+    graphs = "reduce-overhead" if form.graph else None
+    called: Any = torch.compile(model, dynamic=False, mode=graphs) if form.compiled else model
     if case.mode == "infer":
         return _infer_step(called, case, inputs)
     return _timm_train_step(model, called, case, inputs)

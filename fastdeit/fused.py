@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -111,6 +111,10 @@ class _Block(Block):
         return _add(x, *branch)
 
 
+def _all_fused(blocks: Iterable[nn.Module]) -> bool:
+    return all(type(block) is _Block for block in blocks)
+
+
 def _add(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         branch = (branch * mask.view(-1, 1, 1)).to(branch.dtype)
@@ -121,7 +125,7 @@ class _Blocks(nn.Sequential):
     """Blocks one after another: the addition after a block's MLP is done with the next block's normalisation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not all(type(block) is _Block for block in self):  # some were replaced or wrapped since
+        if not _all_fused(self):  # some were replaced or wrapped since
             return super().forward(x)
         pending: Branch | None = None
         for block in self:
@@ -140,7 +144,7 @@ class _DeiT(DeiT):
     """Blocks fused across their borders; nothing is computed that no head reads; both heads as one product."""
 
     def _prefix(self, tokens: Tensor) -> Tensor:
-        if not all(type(block) is _Block for block in self.blocks):
+        if not _all_fused(self.blocks):
             return super()._prefix(tokens)
         x = tokens
         pending: Branch | None = None
@@ -283,7 +287,7 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
             else:
                 swap.left.append(f"{name or 'tokens'}: {reason}")
     blocks = getattr(model, "blocks", None)
-    if type(blocks) is nn.Sequential and len(blocks) and all(type(block) is _Block for block in blocks):
+    if type(blocks) is nn.Sequential and len(blocks) and _all_fused(blocks):
         blocks.__class__ = _Blocks
         swap.replaced.append("blocks")
     if type(model) is DeiT and swap.replaced:

@@ -32,7 +32,7 @@ def _store_rows(base, start, stride, num_rows, head_dim, value, ROWS: tl.constex
 
 
 @triton.jit
-def _attention_grad_queries(
+def _attention_backward_queries(
     qkv,
     out,
     lse,
@@ -86,7 +86,7 @@ def _attention_grad_queries(
 
 
 @triton.jit
-def _attention_grad_keys(
+def _attention_backward_keys(
     qkv,
     lse,
     grad,
@@ -141,14 +141,14 @@ def _attention_grad_keys(
 
 
 def _launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
-    """Of the kernels for queries and for keys: the widest tiles whose sums stay in registers."""
+    """Launches of the kernels for queries and for keys."""
     columns = max(16, next_power_of_two(head_dim))
     common = (("COLUMNS", columns), ("PRECISION", precision(dtype)))
     own = 32 if dtype is torch.float32 else 128 if columns <= 64 else 64
-    return (
-        Launch(constants=(("QUERIES", own), ("KEYS", 32), *common), num_warps=8),
-        Launch(constants=(("QUERIES", 32), ("KEYS", own), *common), num_warps=8),
-    )
+    for_queries = Launch(constants=(("QUERIES", own), ("KEYS", 32), *common), num_warps=8)
+    if own == 128:  # three programs fit a multiprocessor, where tiles of 128 keys leave room for one
+        return for_queries, Launch(constants=(("QUERIES", 32), ("KEYS", 64), *common), num_warps=4)
+    return for_queries, Launch(constants=(("QUERIES", 32), ("KEYS", own), *common), num_warps=8)
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
@@ -174,10 +174,12 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     for_queries = chosen("attention_backward_queries", for_queries)
     for_keys = chosen("attention_backward_keys", for_keys)
     blocks = cdiv(tokens, dict(for_queries.constants)["QUERIES"]), cdiv(tokens, dict(for_keys.constants)["KEYS"])
-    _attention_grad_queries[(blocks[0] * batch * heads,)](
+    _attention_backward_queries[(blocks[0] * batch * heads,)](
         qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options()
     )
-    _attention_grad_keys[(blocks[1] * batch * heads,)](qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options())
+    _attention_backward_keys[(blocks[1] * batch * heads,)](
+        qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options()
+    )
     return grad_qkv
 
 
@@ -193,7 +195,7 @@ def variants() -> list[Variant]:
         keys = {**tensors, "delta": "*fp32", **sizes}
         queries = {**keys, "out": pointer(dtype)}
         found.append(
-            for_queries.variant(f"attention_backward_queries {name}", _attention_grad_queries, queries, multiples)
+            for_queries.variant(f"attention_backward_queries {name}", _attention_backward_queries, queries, multiples)
         )
-        found.append(for_keys.variant(f"attention_backward_keys {name}", _attention_grad_keys, keys, multiples))
+        found.append(for_keys.variant(f"attention_backward_keys {name}", _attention_backward_keys, keys, multiples))
     return found

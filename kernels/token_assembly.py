@@ -179,11 +179,12 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, grad):
     of_patches, of_bias, of_cls, of_dist, of_pos = ctx.dtypes
     grad_patches, total = _backward_op(grad, ctx.prefix, of_patches)
+    # Copies: autograd keeps what it is given as `.grad` and adds to it in place, so no two may share memory.
     return (
         grad_patches,
         None if of_bias is None else total[ctx.prefix :].sum(0).to(of_bias),
-        total[None, :1].to(of_cls),
-        None if of_dist is None else total[None, 1:2].to(of_dist),
+        total[None, :1].to(of_cls, copy=True),
+        None if of_dist is None else total[None, 1:2].to(of_dist, copy=True),
         total[None].to(of_pos),
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, kernels, loader_tables, throughput
-from benchmarks.gpu import Step, how_it_ended, marked_files, run_benchmark, run_loaders, run_tests, summary
+from benchmarks.gpu import Step, how_it_ended, run_benchmark, run_loaders, run_tests, summary
 
 ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
@@ -46,12 +46,16 @@ def test_a_failure_before_the_cut_is_a_failure():
     assert how_it_ended("Segmentation fault", 139, False) == "failed"
 
 
-def test_files_with_marked_tests_are_found(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "test_x.py").write_text("@pytest.mark.gpu\ndef test_a():\n    pass\n")
-    (tmp_path / "test_y.py").write_text("def test_a():\n    pass\n")
-    assert marked_files(tmp_path) == [tmp_path / "a" / "test_x.py"]
-    assert ROOT / "tests/kernels/test_attention.py" in marked_files(ROOT / "tests")
+def test_the_kernels_tests_come_first_and_none_of_the_benchmarks(tmp_path):
+    marked = "@pytest.mark.gpu\ndef test_a():\n    pass\n"
+    for name in ("kernels/test_add.py", "kernels/test_attention.py", "pipelines/test_x.py", "benchmarks/test_z.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(marked)
+    (tmp_path / "pipelines/test_y.py").write_text("def test_a():\n    pass\n")
+    kernels_first, others = gpu.test_runs(tmp_path).values()
+    assert kernels_first == [tmp_path / "kernels/test_attention.py", tmp_path / "kernels/test_add.py"]
+    assert others == ["-m", "gpu", tmp_path / "pipelines/test_x.py"]
+    assert ROOT / "tests/fastdeit/test_graphs.py" in gpu.test_runs(ROOT / "tests")["other tests marked gpu"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,7 @@ def test_a_benchmark_that_dies_or_hangs_ends_alone(tmp_path, monkeypatch, progra
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__main__.py").write_text(f"import os, signal, sys, time\n{program}\n")
     monkeypatch.setattr(gpu, "GRACE", 1.0)
-    step = run_benchmark("kernels", tmp_path / "kernels.jsonl", 1.0, 2.0, tmp_path)
+    step = run_benchmark("kernels", tmp_path, 1.0, 2.0, tmp_path)
     assert (step.name, step.ended) == ("kernels", ended)
     assert told in step.told
 
@@ -79,11 +83,14 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(kernels, "kernels", lambda options: called.append(options) or True)
     monkeypatch.setattr(throughput, "throughput", lambda options: called.append(options) or False)
-    gpu.main(["--part", "kernels", "--budget", "9", "--results", str(tmp_path / "a.jsonl")])
+    gpu.main(["--in-process", "kernels", "--budget", "9", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["--part", "throughput", "--budget", "8", "--results", str(tmp_path / "b.jsonl")])
+        gpu.main(["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
     assert ended.value.code == 1
-    assert [(options.budget, options.results.name) for options in called] == [(9.0, "a.jsonl"), (8.0, "b.jsonl")]
+    assert [(options.budget, options.results) for options in called] == [
+        (9.0, tmp_path / "kernels.jsonl"),
+        (8.0, tmp_path / "throughput.jsonl"),
+    ]
 
 
 def test_the_summary_names_steps_peers_and_targets(monkeypatch):
@@ -109,7 +116,7 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
     def timed(name, results, budget, seconds):
         assert budget < seconds <= 60
         given.append((name, budget))
-        results.write_text(json.dumps({"benchmark": name, "targets": []}) + "\n")
+        (results / f"{name}.jsonl").open("a").write(json.dumps({"benchmark": name, "targets": []}) + "\n")
         return Step(name, "passed", 0.1)
 
     def loaders(results, seconds):
@@ -123,11 +130,14 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
     (tmp_path / "throughput.jsonl").write_text('{"benchmark": "throughput", "old": true}\n')
     assert gpu.gpu(1.0, tmp_path, device="any")
     names, seconds = zip(*given, strict=True)
-    assert names == ("tests marked gpu", "tests of the kernels", "kernels", "loaders", "throughput")
-    assert seconds == pytest.approx((18, 27, 42, 49, 57), abs=2)
+    assert names == ("throughput", "tests of the kernels", "other tests marked gpu", "kernels", "loaders")
+    assert seconds == pytest.approx((23, 20, 39, 47, 60), abs=2)
     text = (tmp_path / "gpu.md").read_text()
     assert "| kernels | passed |" in text
     assert text in capsys.readouterr().out
+    given.clear()
+    assert gpu.gpu(1.0, tmp_path, ["throughput"], device="any")
+    assert given == [("throughput", pytest.approx(56, abs=2))]
 
 
 @pytest.mark.parametrize(

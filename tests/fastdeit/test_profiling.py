@@ -100,7 +100,7 @@ def test_a_run_without_room_left_says_so(tiny, capsys):
         ("aten::addmm", "GEMM"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("_attention_grad_queries", "attention"),
+        ("_attention_backward_queries", "attention"),
         (
             "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>",
             "optimizer",
