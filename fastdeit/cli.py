@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastdeit.config import Recipe
+from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
-
-
-class UserError(Exception):
-    """A mistake in what the user gave; its message is all that is printed."""
 
 
 def run(main: Callable[[], T]) -> T:
