@@ -136,7 +136,7 @@ def _gpu() -> dict[str, Any] | None:
         "name": device.name,
         "count": torch.cuda.device_count(),
         "memory_gib": round(device.total_memory / 2**30, 1),
-        "driver": _first_match(Path("/proc/driver/nvidia/version"), r"Kernel Module\D*([\d.]+)"),
+        "driver": _first_match(Path("/proc/driver/nvidia/version"), r"Kernel Module.*?\s(\d+\.[\d.]+)"),
         "cuda": torch.version.cuda,
     }
 
