@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeit.kernels.column_sum import column_sum
 from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, chosen, operator, pointer
 from fastdeit.kernels.variants import Variant
 
@@ -116,7 +117,7 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
         **launch.options(),
     )
     if programs > 1:
-        torch.sum(partial, 0, out=total)
+        column_sum(partial, total)
     return grad_x, total
 
 

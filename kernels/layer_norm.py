@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeit.kernels.column_sum import column_sum
 from fastdeit.kernels.launch import (
     DTYPES,
     Launch,
@@ -236,7 +237,7 @@ def _backward_op(
         **launch.options(),
     )
     if programs > 1:
-        torch.sum(partial, 0, out=sums)
+        column_sum(partial, sums)
     return outputs
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdeit.kernels.column_sum import column_sum
 from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, chosen, operator, pointer
 from fastdeit.kernels.variants import Variant
 
@@ -159,7 +160,7 @@ def _backward_op(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor,
         **launch.options(),
     )
     if splits > 1:
-        torch.sum(partial, 0, out=total)
+        column_sum(partial, total)
     return grad_patches, total
 
 
