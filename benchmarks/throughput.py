@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
         if form.kernels and wrong is not None:
             failed[form.name] = f"its kernels disagree with timm: {wrong}"
             continue
-        base = torch.cuda.memory_allocated() if cuda else 0
+        base = _reserved() if cuda else 0
         try:
             step = make_step(case, form, state, inputs)
             side = Side(one_ahead(step, torch.cuda.Event) if cuda else step)
@@ -161,10 +162,19 @@ def _warm_up(side: Side, seconds: float, base: int, wait: Callable[[], object] |
         side.step()
     if wait is not None:
         wait()
+        _reserved()
         torch.cuda.reset_peak_memory_stats()
     timed_window(side.step, seconds, wait)
     if wait is not None:
-        side.peak_memory_mib = round((torch.cuda.max_memory_allocated() - base) / 2**20, 1)
+        # Reserved, not allocated: PyTorch does not count a replayed graph's memory as allocated.
+        side.peak_memory_mib = round((torch.cuda.max_memory_reserved() - base) / 2**20, 1)
+
+
+def _reserved() -> int:
+    """Bytes that PyTorch holds of the GPU, without what it only keeps for later."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def _figures(side: Side) -> dict[str, Any]:
