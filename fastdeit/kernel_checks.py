@@ -72,14 +72,20 @@ def failure(op: str, cfg: ModelConfig, precision: Precision, num_classes: int) -
 
 
 def _outcome(function: Function, inputs: list[Tensor]) -> list[Tensor]:
-    """Results, and the gradients of their sum with fixed weights where there are any."""
+    """Results, and where there are gradients, those of their weighted sum, accumulated over two backward passes.
+
+    Autograd adds to a gradient in place, so two that share memory are wrong from the second pass on.
+    """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     results = function(*leaves)
-    learned = [result for result in results if result.requires_grad]
-    if not learned:
+    if not any(result.requires_grad for result in results):
         return list(results)
-    weights = [torch.linspace(-1, 1, r.numel(), device=r.device).view_as(r).to(r.dtype) + 0.5 for r in learned]
-    return [*(result.detach() for result in results), *torch.autograd.grad(learned, leaves, weights)]
+    for passed in (results, function(*leaves)):
+        learned = [result for result in passed if result.requires_grad]
+        weights = [torch.linspace(-1, 1, r.numel(), device=r.device).view_as(r).to(r.dtype) + 0.5 for r in learned]
+        torch.autograd.backward(learned, weights)
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return [*(result.detach() for result in results), *gradients]
 
 
 def _assemble_tokens(s: _Shapes) -> _Work:

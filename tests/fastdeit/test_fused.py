@@ -80,6 +80,27 @@ def test_training_steps_equal_timms(device):
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_accumulated_and_clipped_gradients_equal_timms(device, name):
+    model, fused, _ = pair(name, device)
+    parts = torch.randn(6, 3, 16, 16, device=device).split(2)
+    for m in (model, fused):
+        for part in parts:
+            m(part).square().sum().backward()
+    for clip in (None, 0.5):
+        if clip is not None:
+            for m in (model, fused):
+                nn.utils.clip_grad_norm_(m.parameters(), clip)
+        for (parameter, right), mine in zip(model.named_parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(
+                mine.grad, right.grad, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}"
+            )
+    gradients = [parameter.grad for parameter in fused.parameters()]
+    for place, gradient in enumerate(gradients):
+        gradient.fill_(place)
+    assert all((gradient == place).all() for place, gradient in enumerate(gradients))
+
+
 def test_state_dict_is_timms(device):
     model, fused, _ = pair(device=device)
     assert list(fused.state_dict()) == list(model.state_dict())

@@ -86,6 +86,20 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
 
 
+def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, short, tmp_path):
+    """SGD, whose update shows every error of a gradient; AdamW's hides a factor."""
+    convert(str(images / "train"), tmp_path / "few.beton", limit=16, progress=False)
+    weights = []
+    for kernels in ("torch", "triton"):
+        recipe = short(tmp_path / "few.beton", kernels, kernels, depth=1)
+        optim = replace(recipe.optim, name="sgd", lr=0.5, warmup_epochs=0, clip_grad=0.5)
+        recipe = replace(recipe, optim=optim, run=replace(recipe.run, micro_batch=3))
+        run(recipe)
+        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
+    for name, right in weights[0].items():
+        torch.testing.assert_close(weights[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_resuming_with_other_kernels_is_a_change(data, short, events):
     """Sums are in another order, so that the run would be another than either."""
     recipe = short(data / "train.beton", "run", "torch", depth=1)
@@ -170,6 +184,35 @@ def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeyp
     assert kernels.left["bias_gelu"] == "it fails here: RuntimeError: out of resource: shared memory"
     assert kernels.left["layer_norm"] == "0.9 x PyTorch on a test"
     assert kernels.name == "triton without attention, bias_gelu, layer_norm"
+
+
+class _AddToken(torch.autograd.Function):
+    """The class token added to its position: right, but its gradient is a view of the positions'."""
+
+    @staticmethod
+    def forward(ctx, cls_token, pos_embed):
+        return torch.cat([pos_embed[:, :1] + cls_token, pos_embed[:, 1:]], 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        return grad[:, :1], grad
+
+
+def test_gradients_that_share_memory_fail_the_check(monkeypatch):
+    """A single backward pass would not show them."""
+
+    def shared(patches, cls_token, dist_token, pos_embed, bias):
+        zeros = torch.zeros_like(cls_token)
+        tokens = torch.cat([t.expand(len(patches), -1, -1) for t in (zeros, dist_token)], 1)
+        return torch.cat([tokens, patches + bias], 1) + _AddToken.apply(cls_token, pos_embed)
+
+    cfg, precision = ModelConfig(**SMALL), Precision("test", None, torch.device(DEVICE))
+    monkeypatch.setattr(fastdeit.kernel_checks, "assemble_tokens", shared)
+    assert "its error on a small batch is" in failure("assemble_tokens", cfg, precision, 10)
+    add = _AddToken.apply
+    monkeypatch.setattr(_AddToken, "apply", lambda *tokens: add(*(token * 1 for token in tokens)))
+    assert failure("assemble_tokens", cfg, precision, 10) is None
 
 
 def test_a_nan_fails_its_check(monkeypatch):
