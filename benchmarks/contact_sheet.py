@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import auto_augment
 from tqdm import tqdm
 
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.plan import BICUBIC, CODE, INCREASING, Plan
 from fastdeit.pipelines.replay import fill_color, replay

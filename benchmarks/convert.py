@@ -27,9 +27,10 @@ from tqdm import tqdm
 from benchmarks.loaders import prepare_photos
 from benchmarks.photos import copy_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, Timing, append, environment
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.pipelines import convert as converting
 from fastdeit.pipelines.beton import BetonDataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.pool import usable_cores
 

@@ -32,6 +32,7 @@ from benchmarks.fuzz_images import KINDS
 from benchmarks.fuzz_judge import loaders
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from fastdeit.cli import run
+from fastdeit.pipelines.errors import UserError
 
 _BATCH = 500  # images that one conversion takes
 
@@ -62,10 +63,10 @@ class Campaign:
 
 
 def campaign(options: Options) -> Campaign:
-    """Run it. Raises ValueError for a loader that is not there."""
+    """Run it. Raises UserError for a loader that is not there."""
     names = loaders()
     if missing := set(options.loader) - set(names):
-        raise ValueError(f"loaders {', '.join(sorted(missing))} cannot be used here, only {', '.join(names)}")
+        raise UserError(f"loaders {', '.join(sorted(missing))} cannot be used here, only {', '.join(names)}")
     names = [name for name in names if name in (options.loader or names)]
     found = Campaign()
     with tempfile.TemporaryDirectory(prefix="fastdeit-fuzz-") as folder:

@@ -19,7 +19,8 @@ from benchmarks import augment_kernels
 from benchmarks.kernel_ops import OPS, SHAPES, Function, Shape, Work, disagreement, outputs
 from benchmarks.kernel_tables import plot, report, verdicts
 from benchmarks.record import RESULTS, append, environment, first_line
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
+from fastdeit.pipelines.errors import UserError
 
 Op = Literal[
     "attention", "augment", "assemble_tokens", "layer_norm", "add_layer_norm", "bias_gelu", "distillation_loss"

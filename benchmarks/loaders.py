@@ -30,9 +30,10 @@ from benchmarks.peers.stream import Missing, Setting
 from benchmarks.photos import copy_photos, make_photos, shrink_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from benchmarks.side_process import Side, SideError
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.pipelines.beton import sidecar_path
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import usable_cores
 
 _START_SECONDS = 12.0  # of a side on two cores of 2023, for the estimate only

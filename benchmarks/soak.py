@@ -37,11 +37,12 @@ from tqdm import tqdm
 from benchmarks.loaders import prepare_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from benchmarks.side_process import members
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.config import Recipe
 from fastdeit.data import TrainBatch, TrainingData, open_dataset
 from fastdeit.distributed import World
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import usable_cores
 from fastdeit.recipes import deit_small
 

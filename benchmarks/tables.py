@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks import kernel_tables, loader_tables
 from benchmarks.record import RESULTS
 from benchmarks.throughput import ratio
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
+from fastdeit.pipelines.errors import UserError
 
 Record = dict[str, Any]
 CONFIGURATION = {

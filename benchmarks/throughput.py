@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.sides import Case, Form, Inputs, Step, disagreement, forms, make_step, our_model
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.graphs import WARM_UP
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import resolve
 from fastdeit.recipes import RECIPES
 

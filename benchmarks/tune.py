@@ -23,8 +23,9 @@ from tqdm import tqdm
 from benchmarks.kernel_ops import OPS, SHAPES, Shape, Work, disagreement, outputs
 from benchmarks.kernels import CHECKED, Clock, gpu_clock
 from benchmarks.record import RESULTS, append, environment, first_line
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.kernels.launch import Launch, trying
+from fastdeit.pipelines.errors import UserError
 
 Op = Literal["attention", "add_layer_norm", "layer_norm", "bias_gelu", "assemble_tokens"]
 # Sizes of tiles that a kernel is right with whatever they are, and the least that each may be.

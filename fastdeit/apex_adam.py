@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastdeit.cli import UserError
 from fastdeit.config import OptimConfig
+from fastdeit.pipelines.errors import UserError
 
 DEVICE = "cuda"  # the only one that its kernels run on
 _BUILD = "build it from https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError, os_sentence
+from fastdeit.pipelines.files import sync_folder
 
 FORMAT = 1
 _FIELDS = {
@@ -30,23 +33,35 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` through a temporary file: synced, then renamed.
 
     A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it.
+    Raises UserError naming the file where it cannot be written, as on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file, _os_error():
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or path
+        raise UserError(f"{os_sentence(error) or error}; the checkpoints before it are untouched") from error
+
+
+@contextlib.contextmanager
+def _os_error() -> Iterator[None]:
+    """Raise the OSError that PyTorch's writer of archives hides behind its own RuntimeError."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -11,22 +11,32 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastdeit.config import Recipe
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
 
 
 def run(main: Callable[[], T]) -> T:
-    """Call `main`; an error that a person can mend ends the program with its sentence, without a traceback."""
+    """Call `main`; an error that a person can mend ends the program with its sentence and exit status 2.
+
+    Those are UserError, and an OSError about a path or a full, read-only or failing machine. Any other exception is
+    a bug and goes on: a traceback, and exit status 1. Ctrl-C: "interrupted", 130.
+    """
     try:
         return main()
-    except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except UserError as error:
+        sentence = str(error)
+    except OSError as error:
+        found = os_sentence(error)
+        if found is None:
+            raise
+        sentence = found
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
@@ -107,11 +117,11 @@ def _take_config(args: list[str]) -> tuple[list[str], Path | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(os_sentence(error)) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
 
     if not isinstance(values, dict):

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.errors import UserError
 
 BAD = 3  # exit status: images were left out, or a check found something
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdeit.cli import UserError
 from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.distributed import World
 from fastdeit.pipelines import dataset as datasets
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.draw import PlanDrawer, Policy
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions
 from fastdeit.pipelines.loading import LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order, StepSamples
@@ -49,7 +49,7 @@ class TrainBatch:
 def open_dataset(path: Path | None, option: str) -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    Raises UserError where it is not given or not there, ValueError where it is damaged or of another kind.
+    Raises UserError where it is not given not there, damaged or of another kind.
     """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastdeit.pipelines.errors import UserError
+
 GIB = 2**30
 MODULES = {"pillow": "PIL"}  # where a distribution and its module differ in name
 FFCV_SYSTEM = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++"
@@ -273,7 +275,7 @@ def turbo() -> Check:
 
     try:
         return Check("turbo", "ok", f"built: {find_turbo().name}")
-    except ValueError as error:
+    except UserError as error:
         remedy = "apt-get install gcc libjpeg-dev, then pip install fastdeit again (-e . in a checkout)"
         return Check("turbo", "absent", _sentence(error), remedy)
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastdeit.cli import UserError, recipe_from_dict, run
+from fastdeit.cli import recipe_from_dict, run
 from fastdeit.config import Recipe
+from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 

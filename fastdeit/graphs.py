@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.distributed import World
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
 WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, the optimizer's state

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
+from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.loading import pixels_of
 
@@ -261,12 +261,16 @@ def _sha256(path: Path) -> str:
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Have `write` make the file at `path`, which is the old one or the new one whatever happens; its SHA-256."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = _sha256(temporary)
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _sha256(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
     return digest
 
@@ -274,7 +278,7 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone among the processes that do the same, where the file system has locks."""
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, check_class_names, open_dataset, set_compute_threads
 from fastdeit.distributed import World
 from fastdeit.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import allow_tf32, compiles, resolve
 from fastdeit.teacher import Teacher
 

@@ -30,6 +30,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from fastdeit.pipelines.errors import naming
+
 
 class RunLog:
     """Writes the events of a run; on processes other than the main one every call does nothing."""
@@ -40,7 +42,8 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = _open_whole(folder / "log.jsonl")
+        with naming(folder):
+            self._file = _open_whole(folder / "log.jsonl")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -50,7 +53,8 @@ class RunLog:
         """One line of the log; numbers of train and eval events go to TensorBoard as well."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+        with naming(self._file.name):
+            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
         if self._board is not None and event in ("train", "eval"):
             prefix = event if event == "train" else f"eval_{fields['weights']}"
             for name, value in _numbers(fields):
@@ -93,8 +97,9 @@ class RunLog:
         if self._board is not None:
             self._board.close()
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with naming(file.name):
+                file.close()
 
 
 def _open_whole(path: Path) -> TextIO:

@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.kernel_choice import Kernels
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.device.handover import CopyingStage, StreamPrefetcher
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import Batch, HostStage
 from fastdeit.pipelines.plan import Plan
 from fastdeit.pipelines.pool import Prefetcher

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from fastdeit import __version__, checkpoint
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import (
     EvaluationData,
@@ -30,6 +29,7 @@ from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import allow_tf32, resolve
 from fastdeit.profiling import StepProfiler, room

@@ -18,6 +18,7 @@ from PIL import UnidentifiedImageError
 
 from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.encode import Encoding, Stored, encode
+from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.sources import Source, SourceError
 
 CHUNK = 16  # samples a worker is handed at once
@@ -25,7 +26,7 @@ SMALL = 2048  # samples that one process converts before others have started
 LONGEST = 500  # characters of a reason
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError):
     """A conversion that cannot be done as asked; says which sample, why, and what to do."""
 
 
@@ -109,11 +110,6 @@ def reason(error: Exception, name: str = "") -> str:
     text = str(error).removeprefix(f"{name}: ") or type(error).__name__
     # Addresses differ from run to run.
     return printable(re.sub(r" at 0x[0-9a-f]+", "", text))[:LONGEST]
-
-
-def printable(text: str) -> str:
-    """`text` with what cannot be printed, or is no UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 _worker: tuple[Source, Encoding]  # of a worker process, set once at its start

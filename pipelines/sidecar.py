@@ -31,11 +31,13 @@ from typing import Any
 
 import numpy as np
 
+from fastdeit.pipelines.errors import UserError
+
 VERSION = 2
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"
 
 
-class SidecarError(ValueError):
+class SidecarError(UserError):
     """A sidecar that is damaged, or that is not of this data set."""
 
 

@@ -10,17 +10,19 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from fastdeit.pipelines.errors import UserError
+
 # torchvision.datasets.folder.IMG_EXTENSIONS, and what else `encode` reads
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 MAX_FILE = 1 << 28  # bytes of one image
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that cannot be opened or read; says which file or sample, why, and what to do."""
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """A single sample that cannot be used, while the rest of its source can; says which, why, and what to do."""
 
 

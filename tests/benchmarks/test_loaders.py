@@ -16,7 +16,7 @@ from benchmarks.loaders import Case, Options, cases, chosen_sides, measure, prep
 from benchmarks.peers.stream import Missing, Setting
 from benchmarks.peers.timm_loader import posterize
 from benchmarks.side_process import Side, SideError
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 
 @pytest.fixture(scope="module")

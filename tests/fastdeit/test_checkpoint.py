@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 
 def state(value=1.0):
