@@ -17,7 +17,7 @@ from benchmarks.sides import Case, Form, Inputs, Step, disagreement, forms, make
 from fastdeit.cli import run
 from fastdeit.graphs import WARM_UP
 from fastdeit.pipelines.errors import UserError
-from fastdeit.precision import resolve
+from fastdeit.precision import allow_tf32, resolve
 from fastdeit.recipes import RECIPES
 
 # At 224 pixels, by GPU: images per second of a training step; and times timm's fastest.
@@ -74,6 +74,7 @@ def cases(options: Options) -> Iterator[Case]:
                 run=dataclasses.replace(recipe.run, precision=options.precision),
             ).resolved()
             precision = resolve(recipe, device)
+            allow_tf32(precision)  # as in training
             if precision.name == "fp16":
                 raise UserError("this GPU has no bf16: give --precision fp32")
             for mode in options.mode:

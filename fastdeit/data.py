@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -313,13 +312,3 @@ class EvaluationData:
     def close(self) -> None:
         self.loader.close()
         self._pool.shutdown()
-
-
-def set_compute_threads(world: World) -> None:
-    """Give PyTorch's CPU operators this process's share of the cores, unless OMP_NUM_THREADS says otherwise.
-
-    A value of 1 that torchrun set by itself is not the user's word.
-    """
-    said = os.environ.get("OMP_NUM_THREADS")
-    if said is None or (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
-        torch.set_num_threads(max(1, usable_cores() // world.local_size))
