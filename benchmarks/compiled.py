@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastdeit.kernels
-from fastdeit.cli import run
+from fastdeit.cli import parse, run
 from fastdeit.kernels.variants import Variant
 from fastdeit.pipelines.errors import UserError
 
@@ -250,7 +250,4 @@ def compiled(options: Options) -> bool:
 
 
 def main(args: list[str]) -> None:
-    import tyro
-
-    options = tyro.cli(Options, args=args, prog="python -m benchmarks compiled")
-    sys.exit(run(lambda: compiled(options)))
+    sys.exit(run(lambda: compiled(parse(Options, "python -m benchmarks compiled", args))))

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from benchmarks.fuzz_cases import Case, damaged_output, damaged_source, image_batch, outputs_to_damage
@@ -31,7 +30,7 @@ from benchmarks.fuzz_containers import OUTPUTS, SOURCES
 from benchmarks.fuzz_images import KINDS
 from benchmarks.fuzz_judge import loaders
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
-from fastdeit.cli import run
+from fastdeit.cli import parse, run
 from fastdeit.pipelines.errors import UserError
 
 _BATCH = 500  # images that one conversion takes
@@ -136,6 +135,5 @@ def report(record: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where something came out wrong."""
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks fuzz")
-    if not run(lambda: measure(options)):
+    if not run(lambda: measure(parse(Options, "python -m benchmarks fuzz", argv))):
         sys.exit(1)

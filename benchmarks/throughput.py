@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.sides import Case, Form, Inputs, Step, disagreement, forms, make_step, our_model
-from fastdeit.cli import run
+from fastdeit.cli import parse, run
 from fastdeit.graphs import WARM_UP
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import allow_tf32, resolve
@@ -246,8 +246,6 @@ def throughput(options: Options) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a case or a side could not be timed."""
-    import tyro
 
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks throughput")
-    if not run(lambda: throughput(options)):
+    if not run(lambda: throughput(parse(Options, "python -m benchmarks throughput", argv))):
         sys.exit(1)

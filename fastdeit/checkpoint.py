@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastdeit.pipelines.errors import UserError, os_sentence
-from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.files import check_regular, misfetched, sync_folder
 
 FORMAT = 1
 _FIELDS = {
@@ -26,6 +26,7 @@ _FIELDS = {
     "step": int,
     "global_step": int,
 }
+_GLOBAL = re.compile(r"GLOBAL (\S+) ")  # of PyTorch's message about a class that it does not admit
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 
 
@@ -72,6 +73,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     it holds anything else than tensors and plain containers.
     """
     path = Path(path)
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -79,18 +81,30 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
             return dict(load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: there is no such checkpoint file") from error
     except pickle.UnpicklingError as error:
+        refused = _GLOBAL.search(str(error))
+        held = f"holds an object of {refused[1]}, and only tensors and plain containers are" if refused else "was not"
         raise UserError(
-            f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
-            f"Save the state dict alone, or as .safetensors. ({str(error).splitlines()[0]})"
+            f"{path} {held} loaded: it is no checkpoint, or one to save again as a state dict or .safetensors"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint ({error}): fetch it again") from error
+        raise UserError(f"{path} is damaged or no checkpoint: fetch it again") from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
     return stored
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError where there is no file that could be a checkpoint, without reading it."""
+    try:
+        check_regular(path)
+        reason = misfetched(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such checkpoint file: check the path") from error
+    except OSError as error:
+        raise UserError(os_sentence(error)) from error
+    if reason is not None:
+        raise UserError(f"{path}: {reason}")
 
 
 def load(path: Path) -> dict[str, Any]:

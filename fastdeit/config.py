@@ -299,6 +299,7 @@ class Recipe:
         ):
             if value < 0:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
+        self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
             raise UserError("optim.implementation is of AdamW: leave it at 'torch' with optim.name 'sgd'")
         if not 0 <= self.data.hw_decoder_load <= 1:
@@ -318,6 +319,25 @@ class Recipe:
             raise UserError(
                 "compat 'released' refuses distillation while fine-tuning: "
                 "set departures.finetune_distillation to 'allowed', or objective.distillation to 'none'"
+            )
+
+    def _check_batch(self) -> None:
+        """Mixing groups divide the global batch, and have pairs where Mixup or CutMix is on."""
+        batch, group, augment = self.run.global_batch, self.departures.mix_group or 0, self.augment
+        if group < 0:
+            raise UserError(f"departures.mix_group is {group}: it must be 0 or more")
+        if 0 < group < batch and batch % group:
+            low = batch - batch % group
+            raise UserError(
+                f"run.global_batch is {batch}, which is no multiple of departures.mix_group, {group}: "
+                f"set --run.global_batch {low} or {low + group}, or another --departures.mix_group"
+            )
+        shared = min(group, batch) or batch
+        if shared % 2 and augment.mix_prob > 0 and (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0):
+            name = "run.global_batch" if shared == batch else "departures.mix_group"
+            raise UserError(
+                f"{name} is {shared}, but Mixup and CutMix mix pairs of samples: set an even --{name}, "
+                f"or --augment.mix_prob 0"
             )
 
     def to_dict(self) -> dict[str, Any]:

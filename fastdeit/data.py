@@ -190,6 +190,11 @@ class TrainingData:
             dataset.height,
             dataset.width,
         )
+        if self.drawer.mixes and self.order.group_size % 2:
+            raise UserError(
+                f"run.global_batch {recipe.run.global_batch} gives each of {world.size} processes "
+                f"{self.order.rank_batch} samples, but Mixup and CutMix mix pairs: set a multiple of {2 * world.size}"
+            )
         self._drawn: tuple[tuple[int, int], Plan] | None = None
         self._pool, self.loader, self.stage = _open(
             recipe,

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastdeit import checkpoint
-from fastdeit.cli import run
+from fastdeit.cli import run, words
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
@@ -152,7 +152,7 @@ def demo(folder: Path) -> None:
 
 
 def main() -> None:
-    run(lambda: demo(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")))
+    run(lambda: demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0])))
 
 
 if __name__ == "__main__":

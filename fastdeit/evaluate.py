@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastdeit.cli import recipe_from_dict, run
+from fastdeit.cli import parse, recipe_from_dict, run
 from fastdeit.config import Recipe
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
@@ -133,7 +133,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     def go() -> None:
-        options = tyro.cli(Options, prog="fastdeit-eval")
+        options = parse(Options, "fastdeit-eval")
         results = evaluate_checkpoint(options)
         if results:
             print(json.dumps(results) if options.json else table(results))

@@ -17,8 +17,11 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
-from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.errors import UserError, fact, naming
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.loading import pixels_of
 
@@ -241,8 +244,10 @@ class LabelCache:
             else:
                 with loaded:
                     arrays = {name: loaded[name] for name in ("index", "logits")}
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({error}): {again}") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or fact(error)}): {again}") from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: holds no labels, or is damaged: {again}") from error
         classes = arrays["labels" if "labels" in arrays else "index"]
         soft = "logits" in arrays
         shaped = classes.ndim == 1 + soft and (not soft or classes.shape == arrays["logits"].shape)
@@ -262,8 +267,10 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Have `write` make the file at `path`, which is the old one or the new one whatever happens; its SHA-256."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        data = io.BytesIO()  # NumPy says of a file on a full disk how many bytes it lacks, not why
+        write(data)
         with naming(path), open(temporary, "wb") as file:
-            write(file)
+            file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         digest = _sha256(temporary)

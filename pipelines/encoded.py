@@ -9,9 +9,10 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import UnidentifiedImageError
@@ -71,7 +72,8 @@ def encoded(
     try:
         waiting: deque[Future[list[Encoded | Reject]]] = deque()
         for at in range(0, len(indices), CHUNK):
-            waiting.append(pool.submit(_encode_chunk, list(indices[at : at + CHUNK])))
+            with _uninterrupted():
+                waiting.append(pool.submit(_encode_chunk, list(indices[at : at + CHUNK])))
             if len(waiting) == 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -80,6 +82,27 @@ def encoded(
         raise ConvertError("a worker process died, most likely for want of memory: give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Have Ctrl-C wait until the block has ended, and never reach a process that it starts.
+
+    One that is still importing would end in a traceback: it cannot ignore the signal before it runs.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | Reject:

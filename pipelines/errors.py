@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 
 
@@ -41,7 +42,7 @@ _PATH = {
     errno.ENXIO: "name a regular file",
     errno.ETXTBSY: "wait until the program that uses it has ended",
     errno.EBUSY: "wait until the program that uses it has ended",
-    errno.EINVAL: "check the path",
+    errno.EINVAL: "name a regular file",
 }
 
 
@@ -56,6 +57,14 @@ def os_sentence(error: OSError) -> str | None:
 def remedy(error: OSError) -> str:
     """What to do about it."""
     return (_MACHINE | _PATH).get(error.errno or 0, "check the path")
+
+
+def fact(error: BaseException) -> str:
+    """The first sentence of another library's error, since the others advise on the use of that library."""
+    if isinstance(error, UserError):
+        return str(error)
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return re.split(r"\.\s+(?=[A-Z])", line)[0].rstrip(".")
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.encode import MAX_SCANS
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.order import Order
 from fastdeit.pipelines.threaded import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
@@ -82,7 +82,7 @@ class DaliLoader(ThreadedLoader):
         try:
             self._idle.append(self._build())
         except (ImportError, OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = fact(error)
             raise UserError(
                 f"DALI cannot build its pipeline ({reason}): fastdeit-doctor tells more; or use another loader"
             ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.jpeg_markers import frame_size
 from fastdeit.pipelines.threaded import Region, ThreadedLoader, check_size, read_stored, read_with_pil
 
@@ -63,7 +63,9 @@ def find_libffcv() -> Path:
     try:
         _load(libraries[0])
     except (OSError, AttributeError) as error:
-        raise UserError(f"FFCV's library cannot be loaded ({error}): {install}, or use the torch loader") from error
+        raise UserError(
+            f"FFCV's library cannot be loaded ({fact(error)}): {install}, or use the torch loader"
+        ) from error
     return libraries[0]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdeit.pipelines.encode import MAX_SCANS
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.threaded import Region, ThreadedLoader, decode_error, read_stored, read_with_pil
 
 _DECODED, _TOO_MANY_SCANS = 0, 2  # verdicts of native/jpeg.c
@@ -67,7 +67,7 @@ def find_turbo() -> Path:
     try:
         _load(library)
     except (OSError, AttributeError) as error:
-        raise UserError(f"the turbo loader's library cannot be loaded ({error}): {remedy}") from error
+        raise UserError(f"the turbo loader's library cannot be loaded ({fact(error)}): {remedy}") from error
     return library
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastdeit.pipelines.dataset import Dataset
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
 from fastdeit.pipelines.loader_ffcv import FfcvLoader, find_libffcv
 from fastdeit.pipelines.loader_torch import TorchLoader
@@ -140,7 +140,7 @@ def _fastest(
             except DecodeError as error:
                 return there[0], f"not timed, since an image does not decode ({error})"
             except Exception as error:  # one that does not work here must not end a run that others can do
-                failed.append(f"; not {name}: {error}")
+                failed.append(f"; not {name}: {fact(error)}")
             else:
                 loaders[name] = loader
         if not loaders:

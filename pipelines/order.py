@@ -86,13 +86,15 @@ class EpochOrder:
         if repeats < 1:
             raise UserError(f"repeats is {repeats}: it must be at least 1")
         if global_batch % world:
-            raise UserError(f"global batch {global_batch} is not a multiple of the {world} processes: change either")
+            raise UserError(
+                f"run.global_batch {global_batch} is not a multiple of the {world} processes: change either"
+            )
         self.length, self.global_batch, self.repeats = length, global_batch, repeats
         self.seed, self.rank, self.world, self.order_seed = check_seed(seed), rank, world, order_seed
         self.group_size = min(group_size, global_batch) if group_size else global_batch // world
         if global_batch % self.group_size or (global_batch // self.group_size) % world:
             raise UserError(
-                f"global batch {global_batch} does not make whole mixing groups of {self.group_size} on each "
+                f"run.global_batch {global_batch} does not make whole mixing groups of {self.group_size} on each "
                 f"of {world} processes: use a global batch that is a multiple of {self.group_size * world}, "
                 f"or another departures.mix_group"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdeit.pipelines.arena import Arenas, place
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.order import Order, StepSamples
 
 Region = tuple[int, int, int, int]  # top, left, height, width in the decoded image, pixels
@@ -280,7 +280,7 @@ def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # PIL's plugins raise almost anything on damaged data
-        raise decode_error(dataset, index, f"PIL cannot read it ({type(error).__name__}: {error})") from error
+        raise decode_error(dataset, index, f"PIL cannot read it ({type(error).__name__}: {fact(error)})") from error
 
 
 def check_size(dataset: Dataset, index: int, height: int, width: int) -> None:

@@ -60,7 +60,7 @@ class Source(Protocol):
 def check_class_names(names: list[str], where: str) -> list[str]:
     """`names` itself. Raises SourceError, which says `where`, unless each is there and named once."""
     if not names:
-        raise SourceError(f"{where}: no class names")
+        raise SourceError(f"{where}: no class names: give one a line")
     seen: set[str] = set()
     for line, name in enumerate(names, 1):
         if not name or name in seen:
@@ -77,7 +77,9 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
     label = {name: i for i, name in enumerate(class_names or sorted(found))}
     for name in found:
         if name not in label:
-            raise SourceError(f"{where}: class '{name}' is not in the list of class names")
+            raise SourceError(
+                f"{where}: class '{name}' is not in the list of class names: add it, or leave out --class-names"
+            )
     return label
 
 

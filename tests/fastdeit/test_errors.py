@@ -1,17 +1,22 @@
 """What a person can mend ends in a sentence and status 2; a bug in a traceback and status 1."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 
 from fastdeit import checkpoint
 from fastdeit.cli import run
+from fastdeit.label_cache import LabelCache
 from fastdeit.logs import RunLog
-from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.errors import UserError, fact, naming
+from fastdeit.pipelines.sources import open_source
 
 SCRIPT = """
 import errno, os, sys
@@ -101,6 +106,40 @@ def test_the_log_on_a_full_disk(tmp_path):
 def test_an_output_that_is_a_file(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit, match="2"):
-        run(lambda: RunLog(tmp_path / "out", active=True, tensorboard=False, progress=False))
+        run(lambda: RunLog(tmp_path / "out", active=True, tensorboard=False, progress=False).event("end"))
     assert capsys.readouterr().err == f"error: {tmp_path}/out: File exists: remove it, or name another place\n"
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_no_advice_of_another_library_is_passed_on(tmp_path):
+    """NumPy's is to allow pickles; torchvision's to download."""
+    (tmp_path / "labels.json").write_text("{}")
+    np.save(tmp_path / "epoch.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle") as theirs:
+        np.load(tmp_path / "epoch.npy")
+    cache = LabelCache.__new__(LabelCache)
+    cache.folder = tmp_path
+    held = hashlib.sha256((tmp_path / "epoch.npy").read_bytes()).hexdigest()
+    cache.epochs = {"0": {"file": "epoch.npy", "sha256": held}}
+    with pytest.raises(UserError, match=r"epoch\.npy: holds no labels, or is damaged: remove it") as ours:
+        cache._read(0)
+    assert "pickle" in str(theirs.value)
+    assert "pickle" not in str(ours.value)
+    with pytest.raises(RuntimeError, match="download=True"):
+        torchvision.datasets.CIFAR10(tmp_path)
+    with pytest.raises(UserError, match="Dataset not found or corrupted") as ours:
+        open_source(f"torchvision:CIFAR10:{tmp_path}")
+    assert "download=True" not in str(ours.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "fact_of_it"),
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB. If reserved, set PYTORCH_CUDA_ALLOC_CONF", "CUDA out of memory"),
+        ("CUDA error: launch failure\nCompile with `TORCH_USE_CUDA_DSA`", "CUDA error: launch failure"),
+        ("/a.b/c.so: no such file", "/a.b/c.so: no such file"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_the_fact_of_an_error(said, fact_of_it):
+    assert fact(RuntimeError(said)) == fact_of_it
