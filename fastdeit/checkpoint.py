@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fastdeit.pipelines.errors import UserError, os_sentence
-from fastdeit.pipelines.files import check_regular, misfetched, sync_folder
+from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.regular import check_regular, misfetched
 
 FORMAT = 1
 _FIELDS = {

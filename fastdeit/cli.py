@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastdeit.config import Recipe
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
-from fastdeit.pipelines.files import check_regular
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")

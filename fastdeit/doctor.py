@@ -367,7 +367,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastdeit-doctor", description="What this machine can use for training.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    checks = examine()
+    try:
+        checks = examine()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     possible, sentence = verdict(checks)
     if options.json:
         print(json.dumps({"can_train": possible, "checks": [dataclasses.asdict(c) for c in checks]}, indent=2))

@@ -31,7 +31,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from fastdeit.pipelines.errors import naming
-from fastdeit.pipelines.files import check_regular
+from fastdeit.pipelines.regular import check_regular
 
 
 class RunLog:

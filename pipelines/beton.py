@@ -31,7 +31,8 @@ from fastdeit.pipelines.beton_layout import (
     sidecar_path,
 )
 from fastdeit.pipelines.beton_writer import BetonWriter
-from fastdeit.pipelines.files import OpenFile, misfetched
+from fastdeit.pipelines.files import OpenFile
+from fastdeit.pipelines.regular import misfetched
 from fastdeit.pipelines.sidecar import SidecarError
 
 __all__ = ["JPEG", "MAX_SIDE", "MIN_PAGE", "RAW", "BetonDataset", "BetonError", "BetonWriter", "sidecar_path"]

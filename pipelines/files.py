@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from pathlib import Path
 
 import numpy as np
 
-_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
+from fastdeit.pipelines.regular import check_mode
 
 
 class OpenFile:
@@ -24,7 +22,7 @@ class OpenFile:
         # Without waiting, as a fifo would have it.
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(self.descriptor)
-        _check_regular(path, status.st_mode)
+        check_mode(path, status.st_mode)
         self.identity = identity(status)
 
     def read(self, size: int, offset: int) -> np.ndarray:
@@ -41,29 +39,6 @@ class OpenFile:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError naming `path` unless it is a regular file; before it is opened, since a fifo would wait forever."""
-    _check_regular(path, os.stat(path).st_mode)
-
-
-def _check_regular(path: str | os.PathLike[str], mode: int) -> None:
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"Is a {_KINDS.get(stat.S_IFMT(mode), 'device')}, not a file", os.fspath(path))
-
-
-def misfetched(path: str | os.PathLike[str]) -> str | None:
-    """Why a file is not what its name says, and the remedy: it is a Git LFS pointer, or a web page; None: neither."""
-    with open(path, "rb") as file:
-        head = file.read(512).lstrip().lower()
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        return "it is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
-    if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        return "it is a web page, so the download failed: fetch the file again, from its direct link"
-    return None
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:

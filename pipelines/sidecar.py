@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.files import check_regular
+from fastdeit.pipelines.regular import check_regular
 
 VERSION = 2
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.errors import fact
-from fastdeit.pipelines.files import check_regular
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SourceError, class_labels, is_image
 

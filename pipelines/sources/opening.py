@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from fastdeit.pipelines.files import check_regular
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
 from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names

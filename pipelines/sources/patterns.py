@@ -6,7 +6,7 @@ import glob
 import re
 from pathlib import Path
 
-from fastdeit.pipelines.files import check_regular
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources.base import SPLITS, SourceError
 
 MAX_FILES = 10**6
