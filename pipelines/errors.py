@@ -33,11 +33,11 @@ _PATH = {
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of this path is a file and no folder: check it",
+    errno.ENOTDIR: "part of this path is a file, not a folder: check it",
     errno.EISDIR: "name a file",
     errno.EEXIST: "remove it, or name another place",
     errno.ENOTEMPTY: "empty it, or name another place",
-    errno.ELOOP: "its links lead back to themselves: name the file that is meant",
+    errno.ELOOP: "its links form a loop: name the file itself",
     errno.EXDEV: "name a place on the same file system",
     errno.ENXIO: "name a regular file",
     errno.ETXTBSY: "wait until the program that uses it has ended",
@@ -47,10 +47,11 @@ _PATH = {
 
 
 def os_sentence(error: OSError) -> str | None:
-    """One sentence with the path, the reason and the remedy; None for an error that is about no path and no machine."""
-    if error.errno is None or (error.filename is None and error.errno not in _MACHINE):
+    """One sentence with the path, the reason and the remedy; None unless a path or the machine's state is at fault."""
+    path = None if isinstance(error.filename, int) else error.filename  # open() also takes a descriptor
+    if error.errno is None or (path is None and error.errno not in _MACHINE):
         return None
-    where = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
+    where = "" if path is None else f"{printable(os.fsdecode(path))}: "
     return f"{where}{error.strerror or os.strerror(error.errno)}: {remedy(error)}"
 
 

@@ -99,7 +99,9 @@ def _options(form: str, rest: str) -> tuple[str, dict[str, str]]:
     """The text before `#`, and the options after it."""
     if not _OPTIONS[form]:
         return rest, {}
-    rest, *more = re.split(r"#(?=\w*=)", rest, maxsplit=1)  # a path may hold a #
+    if os.path.lexists(rest):  # a path may hold a #
+        return rest, {}
+    rest, *more = re.split(r"#(?=\w*(?:=|$))", rest, maxsplit=1)
     options: dict[str, str] = {}
     for option in re.split(r",(?=\w*=)", more[0]) if more else ():
         name, _, value = option.partition("=")

@@ -94,6 +94,11 @@ def test_a_hash_in_a_path(images, tmp_path, name):
         open_source(f"webdataset:{tmp_path}/{name}/none.tar#label=cls")
     (tmp_path / name / "ILSVRC2012_img_val.tar").write_bytes(b"")
     (tmp_path / name / "truth").write_text("no wnid")
+    (tmp_path / name / "x#1.tar").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path}/{name}/x#1.tar: ")):
+        open_source(f"webdataset:{tmp_path}/{name}/x#1.tar")
+    with pytest.raises(UserError, match="unknown option 'lable=x'"):
+        open_source(f"webdataset:{tmp_path}/{name}/x#1.tar#lable=x")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}/{name}/truth, image 1: 'no wnid'")):
         open_source(f"imagenet:{tmp_path}/{name}/ILSVRC2012_img_val.tar#labels={tmp_path}/{name}/truth")
 
