@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fastdeit.cli import run
+
 COMMANDS = {
     "throughput": "images per second of the model, inference and training step, beside timm's",
     "loaders": "training batches per second from JPEG files, beside those of the peers",
@@ -26,7 +28,7 @@ def main() -> None:
         print("usage: python -m benchmarks NAME [options]", *(f"  {n:15}{w}" for n, w in COMMANDS.items()), sep="\n")
         sys.exit(0 if name in ("-h", "--help") else 2)
     try:
-        importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:])
+        run(lambda: importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:]))
     except ModuleNotFoundError as error:
         print(f"error: {error}, which `python -m benchmarks {name}` needs: install it with pip", file=sys.stderr)
         sys.exit(2)

@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastdeit.kernels
+from fastdeit.cli import parse, run
 from fastdeit.kernels.variants import Variant
+from fastdeit.pipelines.errors import UserError
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
 # Bytes of shared memory a program can have (CUDA programming guide, technical specifications by compute capability).
@@ -187,7 +189,7 @@ def _cell(found: Compiled) -> str:
 
 
 def updated(text: str, found: Iterable[Compiled]) -> str:
-    """`text` with versions and table between its marks. Raises ValueError where it has none."""
+    """`text` with versions and table between its marks. Raises UserError where it has none."""
     before, _, after = _cut(text)
     return "\n".join([before + _MARKS[0], f"{versions()}.", "", *table(found), _MARKS[1] + after])
 
@@ -195,7 +197,7 @@ def updated(text: str, found: Iterable[Compiled]) -> str:
 def differences(text: str, found: Sequence[Compiled]) -> list[str] | None:
     """Rows of `found` that the table between the marks of `text` has otherwise or not at all, as they should be.
 
-    None where the table was made by other versions. Raises ValueError where there are no marks.
+    None where the table was made by other versions. Raises UserError where there are no marks.
     """
     _, between, _ = _cut(text)
     lines = between.strip().splitlines()
@@ -208,7 +210,7 @@ def _cut(text: str) -> tuple[str, str, str]:
     before, begin, rest = text.partition(_MARKS[0])
     between, end, after = rest.partition(_MARKS[1])
     if not (begin and end):
-        raise ValueError(f"no place for the table: the file needs the lines {_MARKS[0]} and {_MARKS[1]}")
+        raise UserError(f"no place for the table: the file needs the lines {_MARKS[0]} and {_MARKS[1]}")
     return before, between, after
 
 
@@ -226,15 +228,13 @@ class Options:
     jobs: int = len(os.sched_getaffinity(0))  # compilers at a time
 
 
-def main(args: list[str]) -> None:
-    import tyro
-
-    options = tyro.cli(Options, args=args, prog="python -m benchmarks compiled")
+def compiled(options: Options) -> bool:
+    """Compile and print; whether a kernel has a fault. Raises UserError for options that do not go together."""
     if options.update is not None and (options.match or options.first):
-        sys.exit("error: --update writes the whole table: leave --match and --first away")
+        raise UserError("--update writes the whole table: leave --match and --first away")
     variants = [variant for variant in all_variants() if options.match in variant.name]
     if not variants:
-        sys.exit(f"error: --match {options.match}: no kernel has that in its name; without --match all are shown")
+        raise UserError(f"--match {options.match}: no kernel has that in its name; without --match all are shown")
     variants = first_of_each(variants) if options.first else variants
     total = len(variants) * len(ARCHITECTURES)
     found = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))
@@ -246,4 +246,8 @@ def main(args: list[str]) -> None:
         print(f"{versions()}.", "", *table(found), sep="\n")
     faults = [fault for each in found if (fault := each.fault()) is not None]
     print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)
-    sys.exit(bool(faults))
+    return bool(faults)
+
+
+def main(args: list[str]) -> None:
+    sys.exit(run(lambda: compiled(parse(Options, "python -m benchmarks compiled", args))))

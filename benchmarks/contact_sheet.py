@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import auto_augment
 from tqdm import tqdm
 
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.plan import BICUBIC, CODE, INCREASING, Plan
 from fastdeit.pipelines.replay import fill_color, replay
@@ -152,8 +153,6 @@ def contact_sheet(options: Options) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a picture differs from Pillow's."""
-    import tyro
 
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks contact_sheet")
-    if not run(lambda: contact_sheet(options)):
+    if not run(lambda: contact_sheet(parse(Options, "python -m benchmarks contact_sheet", argv))):
         sys.exit(1)

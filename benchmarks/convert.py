@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from benchmarks.loaders import prepare_photos
 from benchmarks.photos import copy_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, Timing, append, environment
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.pipelines import convert as converting
 from fastdeit.pipelines.beton import BetonDataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.pool import usable_cores
 
@@ -222,6 +222,5 @@ def conversions(options: Options) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a side could not be timed."""
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks convert")
-    if not run(lambda: conversions(options)):
+    if not run(lambda: conversions(parse(Options, "python -m benchmarks convert", argv))):
         sys.exit(1)

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from benchmarks.fuzz_cases import Case, damaged_output, damaged_source, image_batch, outputs_to_damage
@@ -31,7 +30,8 @@ from benchmarks.fuzz_containers import OUTPUTS, SOURCES
 from benchmarks.fuzz_images import KINDS
 from benchmarks.fuzz_judge import loaders
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
-from fastdeit.cli import run
+from fastdeit.cli import parse, run
+from fastdeit.pipelines.errors import UserError
 
 _BATCH = 500  # images that one conversion takes
 
@@ -62,10 +62,10 @@ class Campaign:
 
 
 def campaign(options: Options) -> Campaign:
-    """Run it. Raises ValueError for a loader that is not there."""
+    """Run it. Raises UserError for a loader that is not there."""
     names = loaders()
     if missing := set(options.loader) - set(names):
-        raise ValueError(f"loaders {', '.join(sorted(missing))} cannot be used here, only {', '.join(names)}")
+        raise UserError(f"loaders {', '.join(sorted(missing))} cannot be used here, only {', '.join(names)}")
     names = [name for name in names if name in (options.loader or names)]
     found = Campaign()
     with tempfile.TemporaryDirectory(prefix="fastdeit-fuzz-") as folder:
@@ -135,6 +135,5 @@ def report(record: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where something came out wrong."""
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks fuzz")
-    if not run(lambda: measure(options)):
+    if not run(lambda: measure(parse(Options, "python -m benchmarks fuzz", argv))):
         sys.exit(1)

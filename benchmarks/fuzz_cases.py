@@ -23,6 +23,7 @@ from fastdeit import convert
 from fastdeit.pipelines.beton import sidecar_path
 from fastdeit.pipelines.conversion import rejects_path
 from fastdeit.pipelines.dataset import Dataset, open_dataset
+from fastdeit.pipelines.errors import UserError
 
 _UNDAMAGED = 3  # the first so many images of a kind
 _ITEM_SECONDS = 1.0  # beside what every command gets
@@ -276,7 +277,7 @@ def damaged_output(
     def look() -> Iterator[Any]:
         try:
             dataset = open_dataset(dest)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             yield "refused", str(error)
             return
         with closing(dataset), closing(open_dataset(right / dest.name)) as written:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.encode import FORMATS, MAX_SCANS
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jpeg_markers import frame_size, is_whole
 from fastdeit.pipelines.loading import FAST, LOADERS, open_loader
 from fastdeit.pipelines.order import EvalOrder, StepSamples
@@ -53,7 +54,7 @@ def pillow(file: bytes) -> np.ndarray:
 def _turbojpeg() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     name = ctypes.util.find_library("turbojpeg")
     if name is None:
-        raise ValueError("FFCV's pixels are judged by libturbojpeg, which is not there: install libturbojpeg0")
+        raise UserError("FFCV's pixels are judged by libturbojpeg, which is not there: install libturbojpeg0")
     library = ctypes.CDLL(name)
     library.tjInitDecompress.restype = ctypes.c_void_p
     pointer, number = ctypes.c_void_p, ctypes.c_int

@@ -28,7 +28,8 @@ import torch
 
 from benchmarks import kernels, tables, throughput
 from benchmarks.record import RESULTS, environment
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import usable_cores
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,8 @@ from benchmarks import augment_kernels
 from benchmarks.kernel_ops import OPS, SHAPES, Function, Shape, Work, disagreement, outputs
 from benchmarks.kernel_tables import plot, report, verdicts
 from benchmarks.record import RESULTS, append, environment, first_line
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
+from fastdeit.pipelines.errors import UserError
 
 Op = Literal[
     "attention", "augment", "assemble_tokens", "layer_norm", "add_layer_norm", "bias_gelu", "distillation_loss"
@@ -243,8 +244,6 @@ def kernels(options: Options, device: torch.device | None = None, clock: Clock |
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where one of our kernels was wrong or could not run."""
-    import tyro
 
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks kernels")
-    if not run(lambda: kernels(options)):
+    if not run(lambda: kernels(parse(Options, "python -m benchmarks kernels", argv))):
         sys.exit(1)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,9 +29,10 @@ from benchmarks.peers.stream import Missing, Setting
 from benchmarks.photos import copy_photos, make_photos, shrink_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from benchmarks.side_process import Side, SideError
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.pipelines.beton import sidecar_path
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import usable_cores
 
 _START_SECONDS = 12.0  # of a side on two cores of 2023, for the estimate only
@@ -264,6 +264,5 @@ def loaders(options: Options) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a side could not be timed."""
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks loaders")
-    if not run(lambda: loaders(options)):
+    if not run(lambda: loaders(parse(Options, "python -m benchmarks loaders", argv))):
         sys.exit(1)

@@ -19,6 +19,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from fastdeit.pipelines.errors import UserError
+
 PACKAGES = {
     "lomiri-wallpapers-16.04": (
         "/usr/share/backgrounds/Dragonfly_by_Bolly.jpg",
@@ -68,7 +70,7 @@ def make_photos(
 
     sources  image files to cut from; default: those of the Debian packages above
 
-    Raises FileNotFoundError naming the packages that are missing; ValueError where a source is smaller than `size`,
+    Raises UserError naming the packages that are missing, and where a source is smaller than `size`,
     has no texture, or the folder holds something else.
     """
     files = debian_photographs() if sources is None else list(sources)
@@ -85,7 +87,7 @@ def make_photos(
         made = json.loads(record.read_text(encoding="utf-8"))
         if {name: made.get(name) for name in asked} == asked:
             return folder
-        raise ValueError(f"{folder} holds other photographs (see {record}): remove it or name another folder")
+        raise UserError(f"{folder} holds other photographs (see {record}): remove it or name another folder")
     for label in range(_CLASSES):
         (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
     passed_over = 0
@@ -93,7 +95,7 @@ def make_photos(
         with Image.open(path) as opened:
             photograph = opened.convert("RGB")
         if photograph.width < size[0] or photograph.height < size[1]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {photograph.width} x {photograph.height} pixels, smaller than {size}: leave it out"
             )
         rng = np.random.default_rng([seed, number])
@@ -141,10 +143,10 @@ def copy_photos(source: Path, dest: Path, count: int) -> Path:
 
 
 def debian_photographs() -> list[Path]:
-    """The photographs of `PACKAGES`. Raises FileNotFoundError naming the packages to install."""
+    """The photographs of `PACKAGES`. Raises UserError naming the packages to install."""
     missing = [name for name, files in PACKAGES.items() if not all(Path(file).exists() for file in files)]
     if missing:
-        raise FileNotFoundError(
+        raise UserError(
             f"photographs to cut from are missing: apt-get install --no-install-recommends {' '.join(missing)}"
         )
     return [Path(file) for files in PACKAGES.values() for file in files]
@@ -165,4 +167,4 @@ def _cut(
         grey = np.asarray(window.convert("L"), np.float32)
         if (np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2 >= _MIN_GRADIENT:
             return window, attempt
-    raise ValueError(f"{path}: {_ATTEMPTS} windows in a row without texture: leave it out")
+    raise UserError(f"{path}: {_ATTEMPTS} windows in a row without texture: leave it out")

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.pool import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,9 +82,9 @@ def median_window(
     warmup_seconds: float = 3.0,
     synchronize: Callable[[], object] | None = None,
 ) -> Timing:
-    """Rates of `windows` timed windows after a warm-up; see `timed_window`. Raises ValueError for fewer than 1."""
+    """Rates of `windows` timed windows after a warm-up; see `timed_window`. Raises UserError for fewer than 1."""
     if windows < 1:
-        raise ValueError(f"{windows} windows: at least 1 is needed, 5 for a figure that is to be quoted")
+        raise UserError(f"{windows} windows: at least 1 is needed, 5 for a figure that is to be quoted")
     if warmup_seconds > 0:
         timed_window(step, warmup_seconds, synchronize)
     return Timing(tuple(timed_window(step, seconds, synchronize) for _ in range(windows)))
@@ -111,7 +112,7 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add `record` as a line of JSON to `path`, whose folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, sort_keys=True) + "\n")
 
 

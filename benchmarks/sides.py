@@ -328,13 +328,15 @@ def disagreement(case: Case, ours: Any) -> str | None:
 
 @contextlib.contextmanager
 def _whole_float32() -> Iterator[None]:
-    """cuDNN cuts float32 to TF32 unless told otherwise, and timm's patches are a convolution where ours are a GEMM."""
-    before = torch.backends.cudnn.allow_tf32
+    """No TF32, in products or in convolutions: timm's patches are a convolution where ours are a GEMM."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _outcome(model: Any, case: Case, inputs: Inputs, precision: Precision) -> tuple[State, State]:

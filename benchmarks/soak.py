@@ -31,17 +31,17 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import tyro
 from tqdm import tqdm
 
 from benchmarks.loaders import prepare_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from benchmarks.side_process import members
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.config import Recipe
 from fastdeit.data import TrainBatch, TrainingData, open_dataset
 from fastdeit.distributed import World
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import usable_cores
 from fastdeit.recipes import deit_small
 
@@ -334,6 +334,5 @@ def report(record: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where something grew."""
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks soak")
-    if not run(lambda: measure(options)):
+    if not run(lambda: measure(parse(Options, "python -m benchmarks soak", argv))):
         sys.exit(1)

@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks import kernel_tables, loader_tables
 from benchmarks.record import RESULTS
 from benchmarks.throughput import ratio
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
+from fastdeit.pipelines.errors import UserError
 
 Record = dict[str, Any]
 CONFIGURATION = {
@@ -307,7 +308,5 @@ def tables(options: Options) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    import tyro
 
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks tables")
-    run(lambda: tables(options))
+    run(lambda: tables(parse(Options, "python -m benchmarks tables", argv)))

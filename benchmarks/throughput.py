@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.sides import Case, Form, Inputs, Step, disagreement, forms, make_step, our_model
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.graphs import WARM_UP
-from fastdeit.precision import resolve
+from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import allow_tf32, resolve
 from fastdeit.recipes import RECIPES
 
 # At 224 pixels, by GPU: images per second of a training step; and times timm's fastest.
@@ -74,6 +75,7 @@ def cases(options: Options) -> Iterator[Case]:
                 run=dataclasses.replace(recipe.run, precision=options.precision),
             ).resolved()
             precision = resolve(recipe, device)
+            allow_tf32(precision)  # as in training
             if precision.name == "fp16":
                 raise UserError("this GPU has no bf16: give --precision fp32")
             for mode in options.mode:
@@ -254,8 +256,6 @@ def throughput(options: Options) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a case or a side could not be timed."""
-    import tyro
 
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks throughput")
-    if not run(lambda: throughput(options)):
+    if not run(lambda: throughput(parse(Options, "python -m benchmarks throughput", argv))):
         sys.exit(1)

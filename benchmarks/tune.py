@@ -23,8 +23,9 @@ from tqdm import tqdm
 from benchmarks.kernel_ops import OPS, SHAPES, Shape, Work, disagreement, outputs
 from benchmarks.kernels import CHECKED, Clock, gpu_clock
 from benchmarks.record import RESULTS, append, environment, first_line
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.kernels.launch import Launch, trying
+from fastdeit.pipelines.errors import UserError
 
 Op = Literal["attention", "add_layer_norm", "layer_norm", "bias_gelu", "assemble_tokens"]
 # Sizes of tiles that a kernel is right with whatever they are, and the least that each may be.
@@ -197,8 +198,6 @@ def tune(options: Options, device: torch.device | None = None, clock: Clock | No
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 where a kernel's own launch was wrong or could not run."""
-    import tyro
 
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks tune")
-    if not run(lambda: tune(options)):
+    if not run(lambda: tune(parse(Options, "python -m benchmarks tune", argv))):
         sys.exit(1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastdeit.cli import UserError
 from fastdeit.config import OptimConfig
+from fastdeit.pipelines.errors import UserError, fact
 
 DEVICE = "cuda"  # the only one that its kernels run on
 _BUILD = "build it from https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"
@@ -24,7 +24,7 @@ def _fused_adam() -> Any:
             raise UserError(f"NVIDIA's apex is not installed: {_BUILD} {_OTHER}") from error
         where = found.origin or next(iter(found.submodule_search_locations or ()), "?")
         raise UserError(
-            f"the apex in {where} is not NVIDIA's, or not whole ({error}). PyPI's apex is another project: "
+            f"the apex in {where} is not NVIDIA's, or not whole ({fact(error)}). PyPI's apex is another project: "
             f"pip uninstall apex, then {_BUILD} {_OTHER}"
         ) from error
     return FusedAdam
@@ -47,7 +47,7 @@ def build_apex_adam(groups: list[dict[str, Any]], cfg: OptimConfig, *, capturabl
     try:
         return FusedAdam(groups, **options)
     except RuntimeError as error:
-        raise UserError(f"apex cannot be used ({error}): {_BUILD} {_OTHER}") from error
+        raise UserError(f"apex cannot be used ({fact(error)}): {_BUILD} {_OTHER}") from error
 
 
 def is_apex_adam(optimizer: torch.optim.Optimizer) -> bool:

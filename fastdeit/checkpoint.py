@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError, os_sentence
+from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.regular import check_regular, misfetched
 
 FORMAT = 1
 _FIELDS = {
@@ -23,6 +27,7 @@ _FIELDS = {
     "step": int,
     "global_step": int,
 }
+_GLOBAL = re.compile(r"GLOBAL (\S+) ")  # of PyTorch's message about a class that it does not admit
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 
 
@@ -30,23 +35,35 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` through a temporary file: synced, then renamed.
 
     A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it.
+    Raises UserError naming the file where it cannot be written, as on a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file, _os_error():
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or path
+        raise UserError(f"{os_sentence(error) or error}; the checkpoints before it are untouched") from error
+
+
+@contextlib.contextmanager
+def _os_error() -> Iterator[None]:
+    """Raise the OSError that PyTorch's writer of archives hides behind its own RuntimeError."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
@@ -57,6 +74,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     it holds anything else than tensors and plain containers.
     """
     path = Path(path)
+    check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -64,18 +82,30 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
             return dict(load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: there is no such checkpoint file") from error
     except pickle.UnpicklingError as error:
+        refused = _GLOBAL.search(str(error))
+        held = f"holds an object of {refused[1]}, and only tensors and plain containers are" if refused else "was not"
         raise UserError(
-            f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
-            f"Save the state dict alone, or as .safetensors. ({str(error).splitlines()[0]})"
+            f"{path} {held} loaded: it is no checkpoint, or one to save again as a state dict or .safetensors"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint ({error}): fetch it again") from error
+        raise UserError(f"{path} is damaged or no checkpoint: fetch it again") from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
     return stored
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError where there is no file that could be a checkpoint, without reading it."""
+    try:
+        check_regular(path)
+        reason = misfetched(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such checkpoint file: check the path") from error
+    except OSError as error:
+        raise UserError(os_sentence(error)) from error
+    if reason is not None:
+        raise UserError(f"{path}: {reason}")
 
 
 def load(path: Path) -> dict[str, Any]:

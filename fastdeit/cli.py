@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -11,22 +13,72 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastdeit.config import Recipe
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, os_sentence, printable
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
 
+# A home at the start of a path: of a word, of an option's value, after the words that name a source, or #labels=.
+_HOME = re.compile(r"(^(?:--[^=]+=)?(?:torchvision:\w+:|[a-z0-9]+:)?|(?<=#labels=))(~[^/:#]*)")
+
 
 def run(main: Callable[[], T]) -> T:
-    """Call `main`; an error that a person can mend ends the program with its sentence, without a traceback."""
+    """Call `main`; an error that a person can mend ends the program with its sentence and exit status 2.
+
+    Those are UserError, and an OSError about a path or a full, read-only or failing machine. Any other exception is
+    a bug and goes on: a traceback, and exit status 1. Ctrl-C: "interrupted", 130.
+    """
     try:
         return main()
-    except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except UserError as error:
+        sentence = str(error)
+    except OSError as error:
+        found = os_sentence(error)
+        if found is None:
+            raise
+        sentence = found
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(options: type[T], prog: str, args: Sequence[str] | None = None) -> T:
+    """The command line as an object of the dataclass `options`, with `words` applied."""
+    import tyro
+
+    return tyro.cli(options, prog=prog, args=words(sys.argv[1:] if args is None else args))
+
+
+def words(args: Sequence[str]) -> list[str]:
+    """The words of a command line with `~` as the home folder in every path, also after `--option=` and `cifar:`.
+
+    A shell expands it at the start of a word alone. Raises UserError for an empty word, a home that does not exist,
+    and what no path can hold.
+    """
+    before = ["", *(f" of {word}" if word.startswith("--") else "" for word in args)]
+    return [_word(word, of) for word, of in zip(args, before, strict=False)]
+
+
+def _word(word: str, of: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if not value and (equals or not option):
+        raise UserError(f"the value{f' of {option}' if option else of} is empty: give one, or leave the option out")
+    try:
+        if b"\0" in os.fsencode(word):
+            raise UserError(f"{word!r}{of} holds a zero byte, which no path can: remove it")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{word!r}{of} is no text that a path can hold: write it in UTF-8") from error
+
+    def home(match: re.Match[str]) -> str:
+        found = os.path.expanduser(match[2])
+        if found.startswith("~"):
+            raise UserError(f"{match[2]} in {word}: no such user here; for a file of that name give its full path")
+        return match[1] + found
+
+    return _HOME.sub(home, word)
 
 
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
@@ -38,8 +90,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """
     import tyro  # here, since the benchmarks on a GPU run where it is not installed
 
-    args = list(sys.argv[1:] if args is None else args)
-    args, file = _take_config(args)
+    args, file = _take_config(words(sys.argv[1:] if args is None else args))
     values = _read_config(file) if file else {}
     if file and any(word.startswith("--compat") for word in args):
         # What the file's own compat had decided gives way to the switch.
@@ -57,7 +108,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     if args and not args[0].startswith("-") and args[0] not in RECIPES:
         raise UserError(f"there is no recipe '{args[0]}': choose one of {', '.join(RECIPES)}")
     if args and args[0] in RECIPES:
-        args[1:1] = _flatten(values, file)
+        args[1:1] = words(_flatten(values, file))
     return tyro.cli(
         tyro.extras.subcommand_type_from_defaults(
             {name: make() for name, make in RECIPES.items()},
@@ -80,6 +131,7 @@ def recipe_from_dict(values: dict[str, Any], more: Sequence[str] = (), file: Pat
     import tyro
 
     args = [*_flatten({k: v for k, v in values.items() if k != "name"}, file or Path("the stored recipe")), *more]
+    args = words(args)
     try:
         default = Recipe(name=str(values.get("name", "recipe")))
         return tyro.cli(
@@ -107,13 +159,17 @@ def _take_config(args: list[str]) -> tuple[list[str], Path | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        check_regular(path)
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+        raise UserError(os_sentence(error)) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise UserError(f"{path} is not valid {kind} ({error}): correct it, or give another file") from error
 
+    if not values:
+        raise UserError(f"{path} holds no settings: leave out --config, or give another file")
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not a recipe's sections")
     return values

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fastdeit.pipelines.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -248,7 +250,7 @@ class Recipe:
     def resolved(self) -> Recipe:
         """This recipe with every None that `compat` decides filled in, after checks that need no data.
 
-        Raises ValueError naming the field and the remedy.
+        Raises UserError naming the field and the remedy.
         """
         base = COMPAT[self.compat]
         filled = {
@@ -270,17 +272,13 @@ class Recipe:
         run, model = self.run, self.model
         if model.arch != "deit":
             if model.distilled:
-                raise ValueError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")
+                raise UserError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")
             if model.drop_path_mode != "mask":
-                raise ValueError(f"model.drop_path_mode 'skip' needs model.arch 'deit', not '{model.arch}'")
+                raise UserError(f"model.drop_path_mode 'skip' needs model.arch 'deit', not '{model.arch}'")
         elif model.img_size % model.patch_size:
-            raise ValueError(
-                f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}"
-            )
+            raise UserError(f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}")
         elif model.embed_dim % model.num_heads:
-            raise ValueError(
-                f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}"
-            )
+            raise UserError(f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}")
         for name, value in (
             ("run.epochs", run.epochs),
             ("run.global_batch", run.global_batch),
@@ -293,22 +291,23 @@ class Recipe:
             ("run.keep_checkpoints", run.keep_checkpoints),
         ):
             if value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+                raise UserError(f"{name} is {value}: it must be at least 1")
         for name, value in (
             ("run.micro_batch", run.micro_batch),
             ("run.checkpoint_every", run.checkpoint_every),
             ("run.profile", run.profile),
         ):
             if value < 0:
-                raise ValueError(f"{name} is {value}: it must be 0 or more")
+                raise UserError(f"{name} is {value}: it must be 0 or more")
+        self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
-            raise ValueError("optim.implementation is of AdamW: leave it at 'torch' with optim.name 'sgd'")
+            raise UserError("optim.implementation is of AdamW: leave it at 'torch' with optim.name 'sgd'")
         if not 0 <= self.data.hw_decoder_load <= 1:
-            raise ValueError(f"data.hw_decoder_load is {self.data.hw_decoder_load}: it must be from 0 to 1")
+            raise UserError(f"data.hw_decoder_load is {self.data.hw_decoder_load}: it must be from 0 to 1")
         if model.finetune and model.init is None:
-            raise ValueError(f"recipe {self.name} starts from trained weights: give --model.init CHECKPOINT")
+            raise UserError(f"recipe {self.name} starts from trained weights: give --model.init CHECKPOINT")
         if self.teacher.labels is not None and self.data.on_error == "replace":
-            raise ValueError(
+            raise UserError(
                 "teacher.labels are of the images that were there when they were made, and would be wrong for one that "
                 "is replaced: set data.on_error to 'fail', or train with the teacher itself"
             )
@@ -317,9 +316,28 @@ class Recipe:
             and model.init is not None
             and self.objective.distillation != "none"
         ):
-            raise ValueError(
+            raise UserError(
                 "compat 'released' refuses distillation while fine-tuning: "
                 "set departures.finetune_distillation to 'allowed', or objective.distillation to 'none'"
+            )
+
+    def _check_batch(self) -> None:
+        """Mixing groups divide the global batch, and have pairs where Mixup or CutMix is on."""
+        batch, group, augment = self.run.global_batch, self.departures.mix_group or 0, self.augment
+        if group < 0:
+            raise UserError(f"departures.mix_group is {group}: it must be 0 or more")
+        if 0 < group < batch and batch % group:
+            low = batch - batch % group
+            raise UserError(
+                f"run.global_batch is {batch}, which is no multiple of departures.mix_group, {group}: "
+                f"set --run.global_batch {low} or {low + group}, or another --departures.mix_group"
+            )
+        shared = min(group, batch) or batch
+        if shared % 2 and augment.mix_prob > 0 and (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0):
+            name = "run.global_batch" if shared == batch else "departures.mix_group"
+            raise UserError(
+                f"{name} is {shared}, but Mixup and CutMix mix pairs of samples: set an even --{name}, "
+                f"or --augment.mix_prob 0"
             )
 
     def to_dict(self) -> dict[str, Any]:

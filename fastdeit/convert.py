@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastdeit.cli import UserError, run
+from fastdeit.cli import parse, run
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.errors import UserError
 
 BAD = 3  # exit status: images were left out, or a check found something
 
@@ -120,7 +121,7 @@ def class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     if not path.exists():
-        raise UserError(f"--class-names {path}: there is no such file or folder")
+        raise UserError(f"--class-names {path}: there is no such file or folder: check the path")
     if path.suffix != ".beton" and not path.is_dir():
         return read_class_names(path)
     with_names = open_dataset(path)
@@ -133,7 +134,7 @@ def class_names(path: Path | None) -> list[str] | None:
 def main() -> None:
     # A batch system's request to stop is as good as Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(run(lambda: convert_options(tyro.cli(Options, prog="fastdeit-convert"))))
+    sys.exit(run(lambda: convert_options(parse(Options, "fastdeit-convert"))))
 
 
 if __name__ == "__main__":

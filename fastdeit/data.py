@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdeit.cli import UserError
 from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.distributed import World
 from fastdeit.pipelines import dataset as datasets
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.draw import PlanDrawer, Policy
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions
 from fastdeit.pipelines.loading import LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order, StepSamples
@@ -49,7 +48,7 @@ class TrainBatch:
 def open_dataset(path: Path | None, option: str) -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    Raises UserError where it is not given or not there, ValueError where it is damaged or of another kind.
+    Raises UserError where it is not given not there, damaged or of another kind.
     """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
@@ -191,6 +190,11 @@ class TrainingData:
             dataset.height,
             dataset.width,
         )
+        if self.drawer.mixes and self.order.group_size % 2:
+            raise UserError(
+                f"run.global_batch {recipe.run.global_batch} gives each of {world.size} processes "
+                f"{self.order.rank_batch} samples, but Mixup and CutMix mix pairs: set a multiple of {2 * world.size}"
+            )
         self._drawn: tuple[tuple[int, int], Plan] | None = None
         self._pool, self.loader, self.stage = _open(
             recipe,
@@ -313,13 +317,3 @@ class EvaluationData:
     def close(self) -> None:
         self.loader.close()
         self._pool.shutdown()
-
-
-def set_compute_threads(world: World) -> None:
-    """Give PyTorch's CPU operators this process's share of the cores, unless OMP_NUM_THREADS says otherwise.
-
-    A value of 1 that torchrun set by itself is not the user's word.
-    """
-    said = os.environ.get("OMP_NUM_THREADS")
-    if said is None or (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
-        torch.set_num_threads(max(1, usable_cores() // world.local_size))

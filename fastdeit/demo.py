@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError, run
+from fastdeit.cli import run, words
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.evaluation import Scores
 from fastdeit.model import build_model
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.plan import CUTMIX, OPS
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
 from fastdeit.trainer import Trainer
@@ -40,7 +41,9 @@ def write_digits(folder: Path) -> None:
         place = folder / ("val" if i % 5 == 0 else "train") / str(label)
         place.mkdir(parents=True, exist_ok=True)
         large = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
-        large.convert("RGB").save(place / f"{i:04d}.jpg", quality=95)
+        path = place / f"{i:04d}.jpg"
+        with naming(path):
+            large.convert("RGB").save(path, quality=95)
 
 
 def _common(recipe: Recipe, folder: Path, epochs: int) -> Recipe:
@@ -149,7 +152,7 @@ def demo(folder: Path) -> None:
 
 
 def main() -> None:
-    run(lambda: demo(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")))
+    run(lambda: demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0])))
 
 
 if __name__ == "__main__":

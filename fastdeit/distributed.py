@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fastdeit.pipelines.errors import UserError
+
 GIB = 2**30
 MODULES = {"pillow": "PIL"}  # where a distribution and its module differ in name
 FFCV_SYSTEM = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++"
@@ -273,7 +275,7 @@ def turbo() -> Check:
 
     try:
         return Check("turbo", "ok", f"built: {find_turbo().name}")
-    except ValueError as error:
+    except UserError as error:
         remedy = "apt-get install gcc libjpeg-dev, then pip install fastdeit again (-e . in a checkout)"
         return Check("turbo", "absent", _sentence(error), remedy)
 
@@ -365,7 +367,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastdeit-doctor", description="What this machine can use for training.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    checks = examine()
+    try:
+        checks = examine()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     possible, sentence = verdict(checks)
     if options.json:
         print(json.dumps({"can_train": possible, "checks": [dataclasses.asdict(c) for c in checks]}, indent=2))

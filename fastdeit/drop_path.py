@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.pipelines.compiled import compiled
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.philox import DROP, check_seed, philox, unit
 
 
@@ -20,11 +21,12 @@ def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_
     positions  (B,) integers: places of the samples in the global batch, so that any number of processes agrees
     max_rate   drop rate of the last block; it grows linearly from 0 over the blocks
 
-    Returns (depth, 2, B) float32, the branches in the order attention, MLP. Raises ValueError for a rate outside
-    [0, 1) or a step or position of more than 32 bits. Source: paper, Table 9; Huang et al., arXiv 1603.09382.
+    Returns (depth, 2, B) float32, the branches in the order attention, MLP. Raises UserError for a rate outside
+    [0, 1), ValueError for a step or position of more than 32 bits. Source: paper, Table 9; Huang et al., arXiv
+    1603.09382.
     """
     if not 0 <= max_rate < 1:
-        raise ValueError(f"a drop path rate of {max_rate} is outside [0, 1): choose a smaller model.drop_path")
+        raise UserError(f"a drop path rate of {max_rate} is outside [0, 1): choose a smaller model.drop_path")
     if not 0 <= step < 2**32:
         raise ValueError(f"step {step} is not an unsigned 32-bit number")
     wide = np.ascontiguousarray(positions, dtype=np.int64)

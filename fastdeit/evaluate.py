@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastdeit.cli import UserError, recipe_from_dict, run
+from fastdeit.cli import parse, recipe_from_dict, run
 from fastdeit.config import Recipe
+from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 
@@ -36,12 +37,12 @@ class Options:
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
     from fastdeit.checkpoint import read_checkpoint
-    from fastdeit.data import EvaluationData, check_class_names, open_dataset, set_compute_threads
+    from fastdeit.data import EvaluationData, check_class_names, open_dataset
     from fastdeit.distributed import world
     from fastdeit.evaluation import evaluate
     from fastdeit.kernel_choice import choose_kernels
     from fastdeit.networks import build_network
-    from fastdeit.precision import resolve
+    from fastdeit.setup import set_up
     from fastdeit.staging import image_dtype, image_layout
     from fastdeit.weights import describe, load_weights
 
@@ -52,15 +53,16 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     if options.weights == "both" and not stored.get("ema"):
         kinds = ["model"]
     with world(options.device) as joined:
-        set_compute_threads(joined)
+        precision = set_up(recipe, joined)
         val = open_dataset(options.val, "val")
         check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
-        precision = resolve(recipe, joined.device)
         classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
         dtype, layout = image_dtype(recipe, precision, teacher=False), image_layout(kernels, teacher=False)
         data = EvaluationData(recipe, val, joined, dtype, layout)
         if joined.main and not options.json:
+            if precision.note:
+                print(precision.note)
             print(kernels.sentence())
             print(f"loader {data.loader.name}: {data.loader.reason}")
             print(f"images made on the {data.stage.name}: {data.stage.reason}")
@@ -131,7 +133,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     def go() -> None:
-        options = tyro.cli(Options, prog="fastdeit-eval")
+        options = parse(Options, "fastdeit-eval")
         results = evaluate_checkpoint(options)
         if results:
             print(json.dumps(results) if options.json else table(results))

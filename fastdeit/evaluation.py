@@ -14,6 +14,7 @@ from fastdeit.distributed import World
 from fastdeit.model import StudentOutput
 from fastdeit.objective import fuse
 from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
 Scores = dict[str, Any]
@@ -81,17 +82,17 @@ def evaluate(
 def real_labels(dataset: Dataset) -> Tensor | None:
     """ImageNet-ReaL's labels of every image of `dataset`, (N, most) int64 filled up with -1; None where it has none.
 
-    Raises ValueError where they are not N lists of class numbers.
+    Raises UserError where they are not N lists of class numbers.
     """
     lists = (dataset.sidecar or {}).get("real_labels")
     if lists is None:
         return None
     if not (isinstance(lists, list) and len(lists) == len(dataset) and all(isinstance(one, list) for one in lists)):
-        raise ValueError(f"{dataset.path}: real_labels of its sidecar are not {len(dataset)} lists. Convert it again")
+        raise UserError(f"{dataset.path}: real_labels of its sidecar are not {len(dataset)} lists. Convert it again")
     table = torch.full((len(lists), max(1, max(map(len, lists)))), -1)
     for row, labels in zip(table, lists, strict=True):
         if not all(type(label) is int and label >= 0 for label in labels):
-            raise ValueError(f"{dataset.path}: real_labels of its sidecar hold {labels}. Convert it again")
+            raise UserError(f"{dataset.path}: real_labels of its sidecar hold {labels}. Convert it again")
         row[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
     return table
 

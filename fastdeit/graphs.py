@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.distributed import World
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.precision import Precision
 
 WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, the optimizer's state
@@ -84,8 +84,9 @@ class CudaRecorder:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 out = function()
         except RuntimeError as error:
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"a step cannot be recorded as a CUDA graph ({why}): set --run.cuda_graphs off") from error
+            raise UserError(
+                f"a step cannot be recorded as a CUDA graph ({fact(error)}): set --run.cuda_graphs off"
+            ) from error
         return graph.replay, out
 
 

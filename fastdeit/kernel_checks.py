@@ -17,6 +17,7 @@ from fastdeit.kernels.head_evaluation import evaluate_heads
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.reference import MixedLabels
 from fastdeit.kernels.token_assembly import assemble_tokens
+from fastdeit.pipelines.errors import fact
 from fastdeit.precision import Precision
 
 BATCH = 3
@@ -58,7 +59,7 @@ def failure(op: str, cfg: ModelConfig, precision: Precision, num_classes: int) -
     try:
         ours = _outcome(work.ours, work.inputs)
     except Exception as error:  # a kernel that does not compile here must not end a run that PyTorch can do
-        return f"it fails here: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"it fails here: {type(error).__name__}: {fact(error)}"
     judge = _outcome(work.judge, work.inputs)
     exact = _outcome(work.judge, [tensor.double() for tensor in work.inputs])
     for mine, theirs, right in zip(ours, judge, exact, strict=True):

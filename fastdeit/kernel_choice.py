@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
 from fastdeit.distributed import World
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
 # Files of fastdeit.kernels, and what a log calls them.

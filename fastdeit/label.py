@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 
-from fastdeit.cli import UserError, parse_recipe, run
+from fastdeit.cli import parse_recipe, run
 from fastdeit.config import Recipe
+from fastdeit.pipelines.errors import UserError
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:

@@ -17,8 +17,11 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
+from fastdeit.pipelines.errors import UserError, fact, naming
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.loading import pixels_of
 
@@ -241,8 +244,10 @@ class LabelCache:
             else:
                 with loaded:
                     arrays = {name: loaded[name] for name in ("index", "logits")}
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read ({error}): {again}") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or fact(error)}): {again}") from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{path}: holds no labels, or is damaged: {again}") from error
         classes = arrays["labels" if "labels" in arrays else "index"]
         soft = "logits" in arrays
         shaped = classes.ndim == 1 + soft and (not soft or classes.shape == arrays["logits"].shape)
@@ -261,12 +266,18 @@ def _sha256(path: Path) -> str:
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Have `write` make the file at `path`, which is the old one or the new one whatever happens; its SHA-256."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = _sha256(temporary)
-    os.replace(temporary, path)
+    try:
+        data = io.BytesIO()  # NumPy says of a file on a full disk how many bytes it lacks, not why
+        write(data)
+        with naming(path), open(temporary, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _sha256(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
     return digest
 
@@ -274,7 +285,7 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone among the processes that do the same, where the file system has locks."""
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

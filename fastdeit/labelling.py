@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
-from fastdeit.data import TrainingData, check_class_names, open_dataset, set_compute_threads
+from fastdeit.data import TrainingData, check_class_names, open_dataset
 from fastdeit.distributed import World
 from fastdeit.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
-from fastdeit.precision import allow_tf32, compiles, resolve
+from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import compiles
+from fastdeit.setup import set_up
 from fastdeit.teacher import Teacher
 
 
@@ -29,7 +30,7 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
         raise UserError(f"recipe {recipe.name} does not distil: set --objective.distillation hard or soft")
     if folder is None:
         raise UserError("no folder for the labels: give --teacher.labels FOLDER")
-    set_compute_threads(world)
+    precision = set_up(recipe, world)
     train_set = open_dataset(recipe.data.train, "data.train")
     num_classes = recipe.model.num_classes or train_set.num_classes
     if kind == "soft" and not 1 <= topk <= num_classes:
@@ -38,8 +39,6 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
     teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
     source = f"the teacher {teacher.source}"
     check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
-    precision = resolve(recipe, world.device)
-    allow_tf32(precision)
     teacher.settle(world.device, precision.dtype, compiled=compiles(recipe, world.device))
     data = TrainingData(recipe, train_set, world, pixels=labelled_pixels(recipe))
     try:
@@ -53,6 +52,8 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
         )
         writer = LabelWriter(folder, described)
         if world.main:
+            if precision.note:
+                print(precision.note)
             print(f"loader {data.loader.name}: {data.loader.reason}")
             print(f"augmentation on the {data.stage.name}: {data.stage.reason}")
         epochs = range(first_epoch, end_epoch)

@@ -30,31 +30,39 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from fastdeit.pipelines.errors import naming
+from fastdeit.pipelines.regular import check_regular
+
 
 class RunLog:
     """Writes the events of a run; on processes other than the main one every call does nothing."""
 
     def __init__(self, folder: Path, *, active: bool, tensorboard: bool, progress: bool) -> None:
-        self._active, self._file, self._board = active, None, None
+        self._folder, self._active, self._tensorboard = folder, active, tensorboard
+        self._file: TextIO | None = None
+        self._board: Any = None
         self._progress, self._bar = progress and active, None
-        if not active:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = _open_whole(folder / "log.jsonl")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def event(self, event: str, **fields: Any) -> None:
         """One line of the log; numbers of train and eval events go to TensorBoard as well."""
-        if self._file is None:
+        if not self._active:
             return
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+        # Opened by the first event: a run that is refused leaves no trace.
+        file = self._file = self._file or self._open()
+        with naming(file.name):
+            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
         if self._board is not None and event in ("train", "eval"):
             prefix = event if event == "train" else f"eval_{fields['weights']}"
             for name, value in _numbers(fields):
                 self._board.add_scalar(f"{prefix}/{name}", value, fields["global_step"])
+
+    def _open(self) -> TextIO:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._folder / "tensorboard"))
+        return _open_whole(self._folder / "log.jsonl")
 
     def say(self, text: str) -> None:
         """A sentence for the person at the terminal."""
@@ -93,13 +101,15 @@ class RunLog:
         if self._board is not None:
             self._board.close()
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with naming(file.name):
+                file.close()
 
 
 def _open_whole(path: Path) -> TextIO:
     """`path` for appending, after a last line that a kill cut short is taken off."""
     if path.exists():
+        check_regular(path)
         whole = path.read_bytes().rfind(b"\n") + 1
         os.truncate(path, whole)
     return path.open("a", buffering=1)

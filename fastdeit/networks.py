@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
 from fastdeit.kernel_choice import MODEL_OPS, TORCH, Kernels
 from fastdeit.model import DeiT, StudentOutput, build_model
+from fastdeit.pipelines.errors import UserError
 
 
 class ConvnetStudent(nn.Module):

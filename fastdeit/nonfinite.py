@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.data import TrainBatch
+from fastdeit.pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from fastdeit.trainer import Trainer
@@ -30,31 +30,32 @@ def check_loss(trainer: Trainer, loss: float, batch: TrainBatch, step: int, *, u
     path = trainer.folder / f"nonfinite-rank{trainer.world.rank}.pt"
     last = next(iter(checkpoint.found(trainer.folder / "checkpoints")), None)
     indices = batch.data.index.tolist()
-    checkpoint.save(
-        path,
-        {
-            "recipe": trainer.recipe.to_dict(),
-            "epoch": trainer.epoch,
-            "step": step,
-            "rank": trainer.world.rank,
-            "loss": loss,
-            "index": batch.data.index,
-            "repeat": torch.from_numpy(batch.repeat.copy()),
-            "images": batch.data.images,
-            "targets": batch.data.targets(trainer.num_classes, trainer.recipe.augment.label_smoothing),
-            "model": None if updated else trainer.model.state_dict(),
-            "last_checkpoint": str(last) if last else None,
-        },
-    )
+    reproduction = {
+        "recipe": trainer.recipe.to_dict(),
+        "epoch": trainer.epoch,
+        "step": step,
+        "rank": trainer.world.rank,
+        "loss": loss,
+        "index": batch.data.index,
+        "repeat": torch.from_numpy(batch.repeat.copy()),
+        "images": batch.data.images,
+        "targets": batch.data.targets(trainer.num_classes, trainer.recipe.augment.label_smoothing),
+        "model": None if updated else trainer.model.state_dict(),
+        "last_checkpoint": str(last) if last else None,
+    }
     at = {"epoch": trainer.epoch, "step": step, "global_step": trainer.epoch * trainer.data.steps + step + 1}
-    trainer.log.event("nonfinite", loss=str(loss), reproduction=str(path), indices=indices, **at)
+    left = f"the batch{'' if updated else ' and the weights'} are in {path}"
+    try:
+        checkpoint.save(path, reproduction)
+        trainer.log.event("nonfinite", loss=str(loss), reproduction=str(path), indices=indices, **at)
+    except (UserError, OSError) as error:  # the loss matters more than a full disk
+        left = f"the batch could not be saved ({error})"
     again = (
         "Resume it with --run.resume_changed True and" if last else "No checkpoint was written yet: start again with"
     )
     raise NonFiniteLoss(
-        f"the loss is {loss} at epoch {trainer.epoch + 1}, step {step}, samples {indices[:8]}...; the batch"
-        f"{'' if updated else ' and the weights'} are in {path}. {again} a lower --optim.lr, --optim.clip_grad 1, "
-        f"or --run.precision bf16 instead of fp16"
+        f"the loss is {loss} at epoch {trainer.epoch + 1}, step {step}, samples {indices[:8]}...; {left}. {again} a "
+        f"lower --optim.lr, --optim.clip_grad 1, or --run.precision bf16 instead of fp16"
     )
 
 

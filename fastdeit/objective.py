@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdeit.config import Departures, ObjectiveConfig
 from fastdeit.kernels.reference import MixedLabels, hard_distillation, soft_cross_entropy, soft_distillation
 from fastdeit.model import StudentOutput
+from fastdeit.pipelines.errors import UserError
 
 
 class LossParts(NamedTuple):
@@ -100,14 +101,15 @@ def build_objective(
 ) -> Objective:
     """The objective of a resolved recipe, by Triton's kernels or by PyTorch.
 
-    Raises ValueError for a recipe that is not resolved, an alpha outside [0, 1] or a tau that is not positive.
+    Raises UserError for an alpha outside [0, 1] or a tau that is not positive, ValueError for a recipe that is not
+    resolved.
     """
     if cfg.alpha is None or cfg.tau is None or departures.soft_reduction is None:
         raise ValueError("objective.alpha, objective.tau or departures.soft_reduction is None: call Recipe.resolved()")
     if not 0 <= cfg.alpha <= 1:
-        raise ValueError(f"objective.alpha {cfg.alpha} is a weight: choose it from 0 to 1")
+        raise UserError(f"objective.alpha {cfg.alpha} is a weight: choose it from 0 to 1")
     if not cfg.tau > 0:
-        raise ValueError(f"objective.tau {cfg.tau} is a temperature: choose it above 0")
+        raise UserError(f"objective.tau {cfg.tau} is a temperature: choose it above 0")
     return Objective(
         distillation=cfg.distillation,
         distilled=distilled,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from fastdeit.pipelines.errors import UserError, naming
+
 _COLOURS = {"class": "#1f6fb4", "distillation": "#d9822b", "fused": "#2f8f4e", "teacher": "#7a7a7a"}
 
 
@@ -22,7 +24,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             events.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); restore or delete the line") from error
+                raise UserError(f"{path}, line {number}: not JSON ({error}); restore or delete the line") from error
     return events
 
 
@@ -68,7 +70,7 @@ def curves(log: Path, path: Path, *, teacher_top1: float | None = None) -> None:
         right.legend(frameon=False, loc="lower right")
     for axes in (left, right):
         axes.spines[["top"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def contact_sheet(
@@ -85,7 +87,12 @@ def contact_sheet(
     for cell, image, title in zip(cells, shown, titles, strict=False):
         cell.imshow(image, interpolation="nearest")
         cell.set_title(title, fontsize=7, pad=2)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def token_cosine(tokens: list[torch.Tensor], path: Path | None = None) -> list[float]:
@@ -108,5 +115,5 @@ def token_cosine(tokens: list[torch.Tensor], path: Path | None = None) -> list[f
         )
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        figure.savefig(path, dpi=120)
+        _save(figure, path)
     return values

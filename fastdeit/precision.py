@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
+from fastdeit.pipelines.errors import UserError
 
 COMPILER = "inductor"  # torch.compile's own name of its default backend
 

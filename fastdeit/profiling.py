@@ -14,6 +14,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastdeit.pipelines.errors import naming
+
 WARM_UP = 6  # steps of this process before: compilation, the recording of a CUDA graph
 DISPATCH, REST = "Python and dispatch", "other"
 LABEL = "fastdeit."  # begins the names of the ranges that `step` marks, of groups by the rest of the name
@@ -162,8 +164,9 @@ class StepProfiler:
         events = list(_device_events(traced) if cuda else _host_events(traced))
         device = torch.cuda.get_device_name(self.device) if cuda else "the CPU"
         found = Profile(device, self.steps, self.images, wall, waited, _union(events) / 1e6 if cuda else None, events)
-        traced.export_chrome_trace(str(self.folder / "profile.json.gz"))
-        (self.folder / "profile.md").write_text(found.table(), encoding="utf-8")
+        with naming(self.folder):
+            traced.export_chrome_trace(str(self.folder / "profile.json.gz"))
+            (self.folder / "profile.md").write_text(found.table(), encoding="utf-8")
         return found
 
 

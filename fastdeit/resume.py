@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
+from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.loading import pixels_of
 
 if TYPE_CHECKING:
@@ -179,5 +179,10 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     """`recipe.json`: the resolved recipe, which `fastdeit-train --config` reads back."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "recipe.json.tmp"
-    temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-    os.replace(temporary, folder / "recipe.json")
+    try:
+        with naming(temporary):
+            temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+        os.replace(temporary, folder / "recipe.json")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.kernel_choice import Kernels
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.device.handover import CopyingStage, StreamPrefetcher
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.host.stage import Batch, HostStage
 from fastdeit.pipelines.plan import Plan
 from fastdeit.pipelines.pool import Prefetcher
@@ -140,7 +140,7 @@ def choose_stage(
             seconds[name] = min(seconds[name], _seconds(stage, make, decoded, device))
     name = min(seconds, key=lambda name: seconds[name])
     rates = [f"{name} {len(decoded.index) / spent:,.0f}" for name, spent in seconds.items()]
-    excluded = [f"; not {name}: {next(iter(str(e).splitlines()), repr(e))}" for name, e in failed.items()]
+    excluded = [f"; not {name}: {fact(e)}" for name, e in failed.items()]
     return name, f"samples/s measured: {', '.join(rates)}{''.join(excluded)}", stages[name]
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
-from fastdeit.cli import UserError
 from fastdeit.config import TeacherConfig
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
 from fastdeit.weights import State, describe, head_names, load_strictly, state_dict
 

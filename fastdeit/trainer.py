@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from fastdeit import __version__, checkpoint
-from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.data import (
     EvaluationData,
@@ -17,7 +16,6 @@ from fastdeit.data import (
     TrainingData,
     check_class_names,
     open_dataset,
-    set_compute_threads,
 )
 from fastdeit.distributed import World
 from fastdeit.evaluation import Scores, evaluate, headline
@@ -30,10 +28,11 @@ from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
 from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import Prefetcher
-from fastdeit.precision import allow_tf32, resolve
 from fastdeit.profiling import StepProfiler, room
 from fastdeit.resume import checkpoint_pixels, restore, snapshot, write_recipe
+from fastdeit.setup import set_up
 from fastdeit.staging import image_dtype, image_layout
 from fastdeit.step import TrainingStep
 from fastdeit.teacher import Teacher
@@ -50,9 +49,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe, self.world = recipe, world
         run, d = recipe.run, recipe.departures
-        set_compute_threads(world)
-        self.precision = resolve(recipe, world.device)
-        allow_tf32(self.precision)
+        self.precision = set_up(recipe, world)
         self.folder = Path(run.output)
         self.train_set = open_dataset(recipe.data.train, "data.train")
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes

@@ -14,9 +14,9 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
-from fastdeit.cli import UserError
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent
+from fastdeit.pipelines.errors import UserError
 
 State = dict[str, Tensor]
 

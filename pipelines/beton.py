@@ -32,6 +32,7 @@ from fastdeit.pipelines.beton_layout import (
 )
 from fastdeit.pipelines.beton_writer import BetonWriter
 from fastdeit.pipelines.files import OpenFile
+from fastdeit.pipelines.regular import misfetched
 from fastdeit.pipelines.sidecar import SidecarError
 
 __all__ = ["JPEG", "MAX_SIDE", "MIN_PAGE", "RAW", "BetonDataset", "BetonError", "BetonWriter", "sidecar_path"]
@@ -80,6 +81,8 @@ class BetonDataset:
 
     def _read_tables(self, file: OpenFile) -> None:
         length = file.identity[2]
+        if (reason := misfetched(self.path)) is not None:
+            raise BetonError(f"{self.path}: {reason}")
         if length < METADATA_START:
             raise self._error(f"{length} bytes are too few for a beton file's header")
         start = self._load(file, 0, METADATA_START)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeit.pipelines.errors import UserError
+
 VERSION = 2
 JPEG, RAW = 0, 1
 MIN_PAGE, DEFAULT_PAGE, MAX_PAGE = 1 << 21, 1 << 23, 1 << 31
@@ -45,7 +47,7 @@ METADATA_START = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 KIND = "fastdeit-beton"
 
 
-class BetonError(ValueError):
+class BetonError(UserError):
     """A beton file, or its sidecar, that cannot be read or written as asked."""
 
 

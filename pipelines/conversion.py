@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fastdeit.pipelines.encode import CHANGES, Encoding
 from fastdeit.pipelines.encoded import ConvertError, Encoded, Reject, encoded
+from fastdeit.pipelines.errors import remedy
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.journal import Journal, Kept, difference
 from fastdeit.pipelines.sources import Source
@@ -244,7 +245,7 @@ class Conversion:
         except OSError as error:
             where = error.filename or self.dest
             if error.errno not in _FULL:
-                raise ConvertError(f"{where}: cannot be written ({error.strerror})") from error
+                raise ConvertError(f"{where}: cannot be written ({error.strerror}): {remedy(error)}") from error
             needed = ""
             if self.size:
                 total = self.size * len(self.order) / self.position

@@ -49,7 +49,7 @@ class Dataset(Protocol):
 def open_dataset(path: Path) -> Dataset:
     """The data set at `path`: a .beton file, or a folder of shards that fastdeit-convert wrote.
 
-    Raises FileNotFoundError where there is nothing, ValueError naming file, sample, reason and remedy for a file
+    Raises FileNotFoundError where there is nothing, UserError naming file, sample, reason and remedy for a file
     that is damaged or of another kind.
     """
     if path.is_dir():

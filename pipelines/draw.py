@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from fastdeit.pipelines.compiled import compiled, inlined
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.order import StepSamples
 from fastdeit.pipelines.philox import MIX, SAMPLE, Word, check_seed, normal_pair, philox, unit
 from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, INCREASING, MIXUP, NO_MIX, Plan
@@ -49,24 +50,24 @@ class RandAugment:
     def parse(cls, text: str) -> RandAugment:
         """From timm's notation, e.g. `rand-m9-mstd0.5-inc1`. Only the increasing set is supported.
 
-        Raises ValueError naming the section that is not understood.
+        Raises UserError naming the section that is not understood.
         """
         head, *sections = text.split("-")
         if head != "rand":
-            raise ValueError(f"augment.randaugment '{text}' does not start with 'rand'")
+            raise UserError(f"augment.randaugment '{text}' does not start with 'rand'")
         values = {"m": 10.0, "mstd": 0.0, "mmax": 10.0, "n": 2.0, "p": 0.5, "inc": 0.0}
         for section in sections:
             match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?|inf)", section)
             if match is None or match[1] not in values:
-                raise ValueError(
+                raise UserError(
                     f"augment.randaugment '{text}': section '{section}' is not one of "
                     f"{', '.join(values)} followed by a number"
                 )
             values[match[1]] = float(match[2])
         if not values["inc"]:
-            raise ValueError(f"augment.randaugment '{text}': only the increasing set is supported, add 'inc1'")
+            raise UserError(f"augment.randaugment '{text}': only the increasing set is supported, add 'inc1'")
         if not 1 <= values["n"] <= 8:
-            raise ValueError(f"augment.randaugment '{text}': n must be from 1 to 8")
+            raise UserError(f"augment.randaugment '{text}': n must be from 1 to 8")
         std = math.inf if values["mstd"] > 100 else values["mstd"]
         return cls(values["m"], std, values["mmax"], int(values["n"]), values["p"])
 
@@ -105,7 +106,7 @@ class PlanDrawer:
         self.policy, self.seed = policy, check_seed(seed)
         for name, alpha in (("mixup_alpha", policy.mixup_alpha), ("cutmix_alpha", policy.cutmix_alpha)):
             if not 0 <= alpha <= 3:
-                raise ValueError(f"augment.{name} is {alpha}: it must be from 0 (none) to 3")
+                raise UserError(f"augment.{name} is {alpha}: it must be from 0 (none) to 3")
         self._height, self._width = height, width
         self._rand = RandAugment.parse(policy.randaugment) if policy.policy == "randaugment" else None
         jitter = 3 if policy.color_jitter > 0 else 0
@@ -121,11 +122,11 @@ class PlanDrawer:
         return p.mix_prob > 0 and (p.mixup_alpha > 0 or p.cutmix_alpha > 0)
 
     def draw(self, epoch: int, step: int, samples: StepSamples) -> Plan:
-        """The plan of these samples; see `Plan`. Raises ValueError where a mixing group cannot be paired."""
+        """The plan of these samples; see `Plan`. Raises UserError where a mixing group cannot be paired."""
         p, count = self.policy, len(samples.index)
         groups = int(samples.group[-1]) + 1 if count else 0
         if self.mixes and count and (count // groups) % 2:
-            raise ValueError(
+            raise UserError(
                 f"a mixing group of {count // groups} samples cannot be paired: use an even departures.mix_group"
             )
         plan = Plan(

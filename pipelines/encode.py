@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
 from fastdeit.pipelines.beton_layout import MAX_PIXELS
+from fastdeit.pipelines.errors import UserError
 
 Mode = Literal["auto", "jpeg", "raw"]
 SMALL_SIDE = 64  # decoded images up to this side are stored raw in mode "auto"
@@ -53,7 +54,7 @@ class Encoding:
     quality   of JPEGs that are encoded, 1 to 100; chroma is halved (4:2:0) below 95 and kept (4:4:4) from there
     max_side  longer sides are reduced to this many pixels (Lanczos with antialias); None: none
 
-    Raises ValueError for options out of range.
+    Raises UserError for options out of range.
     """
 
     mode: Mode = "auto"
@@ -62,11 +63,11 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "jpeg", "raw"):
-            raise ValueError(f"mode '{self.mode}' is not one of auto, jpeg, raw")
+            raise UserError(f"mode '{self.mode}' is not one of auto, jpeg, raw")
         if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality {self.quality} is not from 1 to 100")
+            raise UserError(f"quality {self.quality} is not from 1 to 100")
         if self.max_side is not None and self.max_side < 1:
-            raise ValueError(f"max_side {self.max_side} is not a number of pixels: leave it out or give at least 1")
+            raise UserError(f"max_side {self.max_side} is not a number of pixels: leave it out or give at least 1")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Stored
     JPEG is passed through if it is RGB or gray, upright and small enough, and decodes to its end (at an eighth of
     its size, which reads every coefficient).
 
-    Raises ValueError for an image of more than `MAX_PIXELS`, before it is decoded, of more than `MAX_SCANS`, or one
+    Raises UserError for an image of more than `MAX_PIXELS`, before it is decoded, of more than `MAX_SCANS`, or one
     that cannot be made RGB; what PIL raises for one that is damaged or of another format than `FORMATS`.
     """
     with warnings.catch_warnings(record=True) as caught:
@@ -105,7 +106,7 @@ def _encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Store
     try:
         opened = Image.open(io.BytesIO(item), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{error}: at most {MAX_PIXELS} pixels are decoded") from error
+        raise UserError(f"{error}: at most {MAX_PIXELS} pixels are decoded") from error
     with opened as image:
         _check_size(image)
         huffman = image.format in ("JPEG", "MPO") and _check_jpeg(item)
@@ -120,7 +121,7 @@ def _encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Store
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, and at most {MAX_PIXELS} are decoded: reduce it first")
+        raise UserError(f"{width} x {height} pixels, and at most {MAX_PIXELS} are decoded: reduce it first")
 
 
 # A marker, of those that do not stand within a scan.
@@ -132,7 +133,7 @@ _NOT_HUFFMAN = {0xC3, 0xC5, 0xC6, 0xC7, *range(0xC9, 0xD0)} - {0xCC}
 def _check_jpeg(data: bytes) -> bool:
     """Whether a JPEG file is of the kinds that every decoder reads: Huffman coded, sequential or progressive.
 
-    Raises ValueError where it ends before its image does, or has more scans than `MAX_SCANS`. Markers: ITU T.81,
+    Raises UserError where it ends before its image does, or has more scans than `MAX_SCANS`. Markers: ITU T.81,
     annex B.
     """
     at, scans, common = 0, 0, True
@@ -143,10 +144,10 @@ def _check_jpeg(data: bytes) -> bool:
         scans += kind == _SOS
         common &= kind not in _NOT_HUFFMAN
         if scans > MAX_SCANS:
-            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans, which takes that often as long: encode it anew")
+            raise UserError(f"a JPEG of more than {MAX_SCANS} scans, which takes that often as long: encode it anew")
         if kind not in (_SOI, _TEM):
             at += int.from_bytes(data[at : at + 2], "big")
-    raise ValueError("truncated: its file ends before its image does")
+    raise UserError("truncated: its file ends before its image does")
 
 
 def _passes(image: Image.Image, encoding: Encoding) -> bool:
@@ -189,7 +190,7 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
     width, height = image.size
     most, what = (MAX_SIDE, "raw pixels") if raw else (JPEG_SIDE, "JPEGs")
     if max(width, height) > most:
-        raise ValueError(f"{width} x {height} pixels, and sides of {what} go up to {most}: give --max-side")
+        raise UserError(f"{width} x {height} pixels, and sides of {what} go up to {most}: give --max-side")
     if raw:
         return Stored(image.tobytes(), height, width, RAW, tuple(changes))
     file = io.BytesIO()
@@ -203,8 +204,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # PIL's own conversion clips 16 bits at 255 instead of scaling them.
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its pixels are integers beyond 16 bits; convert it to 8 bits first")
+            raise UserError("its pixels are integers beyond 16 bits; convert it to 8 bits first")
         image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("its pixels are floating point, whose range is unknown; convert it to 8 bits first")
+        raise UserError("its pixels are floating point, whose range is unknown; convert it to 8 bits first")
     return image.convert("RGB")

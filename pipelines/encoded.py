@@ -9,15 +9,17 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from PIL import UnidentifiedImageError
 
 from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.encode import Encoding, Stored, encode
+from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.sources import Source, SourceError
 
 CHUNK = 16  # samples a worker is handed at once
@@ -25,7 +27,7 @@ SMALL = 2048  # samples that one process converts before others have started
 LONGEST = 500  # characters of a reason
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError):
     """A conversion that cannot be done as asked; says which sample, why, and what to do."""
 
 
@@ -70,7 +72,8 @@ def encoded(
     try:
         waiting: deque[Future[list[Encoded | Reject]]] = deque()
         for at in range(0, len(indices), CHUNK):
-            waiting.append(pool.submit(_encode_chunk, list(indices[at : at + CHUNK])))
+            with _uninterrupted():
+                waiting.append(pool.submit(_encode_chunk, list(indices[at : at + CHUNK])))
             if len(waiting) == 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -79,6 +82,27 @@ def encoded(
         raise ConvertError("a worker process died, most likely for want of memory: give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Have Ctrl-C wait until the block has ended, and never reach a process that it starts.
+
+    One that is still importing would end in a traceback: it cannot ignore the signal before it runs.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | Reject:
@@ -109,11 +133,6 @@ def reason(error: Exception, name: str = "") -> str:
     text = str(error).removeprefix(f"{name}: ") or type(error).__name__
     # Addresses differ from run to run.
     return printable(re.sub(r" at 0x[0-9a-f]+", "", text))[:LONGEST]
-
-
-def printable(text: str) -> str:
-    """`text` with what cannot be printed, or is no UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 _worker: tuple[Source, Encoding]  # of a worker process, set once at its start

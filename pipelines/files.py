@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeit.pipelines.regular import check_mode
+
 
 class OpenFile:
     """A file that is open for reading, closed when the last thread that reads it has let go of it.
@@ -17,8 +19,11 @@ class OpenFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.identity = identity(os.fstat(self.descriptor))
+        # Without waiting, as a fifo would have it.
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self.descriptor)
+        check_mode(path, status.st_mode)
+        self.identity = identity(status)
 
     def read(self, size: int, offset: int) -> np.ndarray:
         """Bytes from `offset` on, (size,) uint8, or fewer where the file ends."""

@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import Any
 
 from fastdeit.pipelines.encoded import Reject
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.writing import Record
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class JournalError(ValueError):
+class JournalError(UserError):
     """A journal that is in use, or of another conversion."""
 
 

@@ -14,6 +14,7 @@ import torch
 
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.encode import MAX_SCANS
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.order import Order
 from fastdeit.pipelines.threaded import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
@@ -48,7 +49,7 @@ class DaliLoader(ThreadedLoader):
     refuses, is read by PIL and listed in the batch's `fallbacks`. DALI fails many images for one, and its pipeline with
     them: they are halved until that one is found. One thread at a time may take the loader's batches.
 
-    Raises ValueError where DALI is not installed, or cannot build its pipeline.
+    Raises UserError where DALI is not installed, or cannot build its pipeline.
     """
 
     name, pixels = "dali", "pillow"
@@ -81,8 +82,8 @@ class DaliLoader(ThreadedLoader):
         try:
             self._idle.append(self._build())
         except (ImportError, OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
+            reason = fact(error)
+            raise UserError(
                 f"DALI cannot build its pipeline ({reason}): fastdeit-doctor tells more; or use another loader"
             ) from error
 
@@ -258,10 +259,10 @@ class DaliLoader(ThreadedLoader):
 def find_dali() -> None:
     """Whether DALI is there, which is not imported: that takes a second.
 
-    Raises ValueError where it is not, with what to install.
+    Raises UserError where it is not, with what to install.
     """
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        raise ValueError(
+        raise UserError(
             "the dali loader needs NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]' "
             "(Linux on x86-64 or aarch64; 'fastdeit[dali-cuda13]' where the driver runs CUDA 13), or use another loader"
         )

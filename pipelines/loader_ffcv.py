@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.jpeg_markers import frame_size
 from fastdeit.pipelines.threaded import Region, ThreadedLoader, check_size, read_stored, read_with_pil
 
@@ -24,7 +25,7 @@ class FfcvLoader(ThreadedLoader):
     libffcv keeps two libjpeg-turbo handles for every thread that it is called from and never frees them, so that
     images are decoded in the pool's threads only, and a pool should live long.
 
-    Raises ValueError where FFCV is not installed or cannot be loaded.
+    Raises UserError where FFCV is not installed or cannot be loaded.
     """
 
     name, pixels = "ffcv", "ffcv"
@@ -51,18 +52,20 @@ class FfcvLoader(ThreadedLoader):
 def find_libffcv() -> Path:
     """The compiled library within the installed FFCV, which is not imported: that takes seconds.
 
-    Raises ValueError where it is not there or cannot be loaded, with the reason and what to install.
+    Raises UserError where it is not there or cannot be loaded, with the reason and what to install.
     """
     install = "install FFCV (pip install 'fastdeit[ffcv]', with libturbojpeg and OpenCV's libraries on the system)"
     spec = importlib.util.find_spec("ffcv")
     folders = list(spec.submodule_search_locations or []) if spec else []
     libraries = sorted(path for folder in folders for path in Path(folder).glob("_libffcv*.so"))
     if not libraries:
-        raise ValueError(f"the ffcv loader needs FFCV, which is not installed: {install}, or use the torch loader")
+        raise UserError(f"the ffcv loader needs FFCV, which is not installed: {install}, or use the torch loader")
     try:
         _load(libraries[0])
     except (OSError, AttributeError) as error:
-        raise ValueError(f"FFCV's library cannot be loaded ({error}): {install}, or use the torch loader") from error
+        raise UserError(
+            f"FFCV's library cannot be loaded ({fact(error)}): {install}, or use the torch loader"
+        ) from error
     return libraries[0]
 
 

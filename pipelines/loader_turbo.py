@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdeit.pipelines.encode import MAX_SCANS
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.threaded import Region, ThreadedLoader, decode_error, read_stored, read_with_pil
 
 _DECODED, _TOO_MANY_SCANS = 0, 2  # verdicts of native/jpeg.c
@@ -25,7 +26,7 @@ class TurboLoader(ThreadedLoader):
     anything with a warning) is read by PIL and listed in the batch's `fallbacks`. A file of more than 64 scans, each
     of which costs a pass over the image, raises DecodeError.
 
-    Raises ValueError where the library was not built or cannot be loaded.
+    Raises UserError where the library was not built or cannot be loaded.
     """
 
     name, pixels = "turbo", "pillow"
@@ -53,7 +54,7 @@ class TurboLoader(ThreadedLoader):
 def find_turbo() -> Path:
     """The library that is compiled when fastdeit is installed.
 
-    Raises ValueError where it was not, or cannot be loaded, with the reason and what to install.
+    Raises UserError where it was not, or cannot be loaded, with the reason and what to install.
     """
     remedy = (
         "install libjpeg-turbo 2.1 or later with its headers (libjpeg62-turbo-dev or libjpeg-turbo8-dev) and a C "
@@ -62,11 +63,11 @@ def find_turbo() -> Path:
     candidates = [Path(__file__).with_name("_jpeg" + suffix) for suffix in EXTENSION_SUFFIXES]
     library = next((path for path in candidates if path.exists()), None)
     if library is None:
-        raise ValueError(f"the turbo loader's library was not built when fastdeit was installed: {remedy}")
+        raise UserError(f"the turbo loader's library was not built when fastdeit was installed: {remedy}")
     try:
         _load(library)
     except (OSError, AttributeError) as error:
-        raise ValueError(f"the turbo loader's library cannot be loaded ({error}): {remedy}") from error
+        raise UserError(f"the turbo loader's library cannot be loaded ({fact(error)}): {remedy}") from error
     return library
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
 from fastdeit.pipelines.loader_ffcv import FfcvLoader, find_libffcv
 from fastdeit.pipelines.loader_torch import TorchLoader
@@ -19,7 +20,7 @@ from fastdeit.pipelines.order import Order, StepSamples
 from fastdeit.pipelines.threaded import DecodeError, OnError, Regions, ThreadedLoader, first_appearances
 
 LOADERS: dict[str, Any] = {loader.name: loader for loader in (TurboLoader, FfcvLoader, DaliLoader, TorchLoader)}
-# What `auto` chooses from, the first where it makes no difference. Each raises ValueError where it is missing.
+# What `auto` chooses from, the first where it makes no difference. Each raises UserError where it is missing.
 FAST = {"turbo": find_turbo, "ffcv": find_libffcv, "dali": find_dali}
 
 MARGIN = 1.05  # one after the first must be this much faster: less is chance, and the first's pixels are Pillow's
@@ -56,7 +57,7 @@ def open_loader(
     """The loader of that name; `auto` is the one that `choose_loader` says, and `reason` what it says.
 
     `regions`, `on_error` and `pinned` are those of `ThreadedLoader`; `device_id`, `hw_decoder_load` and `on_device` of
-    `DaliLoader`. Raises ValueError for another name, and where what a loader needs is not installed, saying what to
+    `DaliLoader`. Raises UserError for another name, and where what a loader needs is not installed, saying what to
     install.
     """
     options: dict[str, Any] = {
@@ -68,7 +69,7 @@ def open_loader(
     elif name in LOADERS:
         chosen = name
     else:
-        raise ValueError(f"loader '{name}' is not one of auto, {', '.join(LOADERS)}")
+        raise UserError(f"loader '{name}' is not one of auto, {', '.join(LOADERS)}")
     return LOADERS[chosen](dataset, order, **options, **(gpu if chosen == "dali" else {}), reason=reason)
 
 
@@ -90,7 +91,7 @@ def choose_loader(
     count. An order is a function of its numbers, so that training sees nothing of this. Without any of `FAST` it is
     torch.
 
-    Raises ValueError where no loader here decodes the `pixels` that are asked for.
+    Raises UserError where no loader here decodes the `pixels` that are asked for.
     """
     gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
     if pixels is None:
@@ -99,7 +100,7 @@ def choose_loader(
     fitting = {name: find for name, find in FAST.items() if pixels_of(name, device_id) == wanted}
     chosen, reason = _fastest(dataset, order, fitting, gpu, options)
     if pixels_of(chosen, device_id) != wanted:
-        raise ValueError(
+        raise UserError(
             f"no loader here decodes the pixels of {whose}, which are {wanted}'s ({reason}): "
             f"use a machine that has one, or choose another with --data.loader"
         )
@@ -116,7 +117,7 @@ def _fastest(
         try:
             find()
             there.append(name)
-        except ValueError as error:
+        except UserError as error:
             missing.append(str(error))
     if not there:
         return "torch", f"PIL decodes, since {'; '.join(missing) or 'no other can do so here'}"
@@ -139,7 +140,7 @@ def _fastest(
             except DecodeError as error:
                 return there[0], f"not timed, since an image does not decode ({error})"
             except Exception as error:  # one that does not work here must not end a run that others can do
-                failed.append(f"; not {name}: {error}")
+                failed.append(f"; not {name}: {fact(error)}")
             else:
                 loaders[name] = loader
         if not loaders:

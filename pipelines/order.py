@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fastdeit.pipelines.compiled import compiled
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.philox import ORDER, Word, check_seed, philox
 
 
@@ -62,7 +63,7 @@ class EpochOrder:
     epoch_multiple  the samples of an epoch are cut to a multiple of this; 0: of the global batch
     order_seed      "seed_and_epoch", or "epoch": torch.randperm seeded by the epoch alone, as released
 
-    Raises ValueError where the batch cannot be divided as asked, or the data set is smaller than one batch.
+    Raises UserError where the batch cannot be divided as asked, or the data set is smaller than one batch.
     """
 
     def __init__(
@@ -83,15 +84,17 @@ class EpochOrder:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not in a world of {world}")
         if repeats < 1:
-            raise ValueError(f"repeats is {repeats}: it must be at least 1")
+            raise UserError(f"repeats is {repeats}: it must be at least 1")
         if global_batch % world:
-            raise ValueError(f"global batch {global_batch} is not a multiple of the {world} processes: change either")
+            raise UserError(
+                f"run.global_batch {global_batch} is not a multiple of the {world} processes: change either"
+            )
         self.length, self.global_batch, self.repeats = length, global_batch, repeats
         self.seed, self.rank, self.world, self.order_seed = check_seed(seed), rank, world, order_seed
         self.group_size = min(group_size, global_batch) if group_size else global_batch // world
         if global_batch % self.group_size or (global_batch // self.group_size) % world:
-            raise ValueError(
-                f"global batch {global_batch} does not make whole mixing groups of {self.group_size} on each "
+            raise UserError(
+                f"run.global_batch {global_batch} does not make whole mixing groups of {self.group_size} on each "
                 f"of {world} processes: use a global batch that is a multiple of {self.group_size * world}, "
                 f"or another departures.mix_group"
             )
@@ -104,12 +107,12 @@ class EpochOrder:
         self.steps = length // multiple * multiple // global_batch
         if self.steps == 0:
             cut = f", in whole multiples of {multiple} (departures.epoch_multiple)," if epoch_multiple else ""
-            raise ValueError(
+            raise UserError(
                 f"the data set has {length} images{cut} fewer than a global batch of {global_batch}: "
                 f"lower run.global_batch"
             )
         if length >= 2**32:
-            raise ValueError(f"{length} images: an index must fit in 32 bits")
+            raise UserError(f"{length} images: an index must fit in 32 bits")
         self._permutations: dict[int, np.ndarray] = {}
 
     @property

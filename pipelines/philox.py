@@ -21,6 +21,8 @@ import math
 import numba
 import numpy as np
 
+from fastdeit.pipelines.errors import UserError
+
 Word = int | np.unsignedinteger  # what compiled code passes as a counter, a key or a drawn word
 
 SAMPLE, NOISE, MIX, ORDER, DROP = (np.uint32(stream << 28) for stream in range(5))
@@ -64,7 +66,7 @@ def normal_pair(a: Word, b: Word) -> tuple[float, float]:
 
 
 def check_seed(seed: int) -> int:
-    """`seed` itself; raises ValueError unless it is an unsigned 64-bit number."""
+    """`seed` itself; raises UserError unless it is an unsigned 64-bit number."""
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed {seed} is not an unsigned 64-bit number: choose one from 0 to 2**64 - 1")
+        raise UserError(f"seed {seed} is not an unsigned 64-bit number: choose one from 0 to 2**64 - 1")
     return seed

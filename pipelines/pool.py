@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from fastdeit.pipelines.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -24,9 +26,9 @@ def usable_cores() -> int:
 
 
 def make_pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of `threads` worker threads. Raises ValueError for fewer than 1."""
+    """A pool of `threads` worker threads. Raises UserError for fewer than 1."""
     if threads < 1:
-        raise ValueError(f"{threads} worker threads: at least 1 is needed")
+        raise UserError(f"{threads} worker threads: at least 1 is needed")
     return ThreadPoolExecutor(threads, thread_name_prefix="fastdeit-worker")
 
 
@@ -96,12 +98,12 @@ class Prefetcher(Generic[T]):
 
     wait_seconds  time the consumer has spent waiting for items
 
-    Raises ValueError for a depth below 1, RuntimeError for an item asked for after `close`.
+    Raises UserError for a depth below 1, RuntimeError for an item asked for after `close`.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
         if depth < 1:
-            raise ValueError(f"a prefetch depth of {depth}: at least 1 item must be prepared ahead")
+            raise UserError(f"a prefetch depth of {depth}: at least 1 item must be prepared ahead")
         self.wait_seconds = 0.0
         self._queue: _Queue[T] = _Queue(depth)
         # A daemon, since the interpreter joins all others before anything could tell this one to stop.

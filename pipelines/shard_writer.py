@@ -17,6 +17,7 @@ import numpy as np
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.shard_layout import (
     END,
@@ -46,7 +47,7 @@ from fastdeit.pipelines.writing import Record
 DEFAULT_SHARD_SIZE = 10_000  # 129 shards of ImageNet's training images, about 1 GB each
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A folder of shards that cannot be read or written as asked."""
 
 

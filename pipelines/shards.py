@@ -121,7 +121,7 @@ class ShardDataset:
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             # numpy evaluates the header as Python literals, which raises almost anything where it is damaged.
             except Exception as error:
-                raise self._error(f"it is not a table of numpy ({type(error).__name__}: {error})") from error
+                raise self._error(f"it is not a table of numpy ({type(error).__name__})") from error
             start = file.tell()
             length = os.fstat(file.fileno()).st_size - start
             if dtype != SAMPLE or shape != (length // SAMPLE.itemsize,) or length % SAMPLE.itemsize:

@@ -31,11 +31,14 @@ from typing import Any
 
 import numpy as np
 
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.regular import check_regular
+
 VERSION = 2
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"
 
 
-class SidecarError(ValueError):
+class SidecarError(UserError):
     """A sidecar that is damaged, or that is not of this data set."""
 
 
@@ -92,6 +95,7 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
 
     Raises SidecarError for one that is damaged, of another version, or of another data set.
     """
+    check_regular(path)
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
         seal = _seal({k: v for k, v in sidecar.items() if k != "seal"}) if isinstance(sidecar, dict) else None

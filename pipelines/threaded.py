@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdeit.pipelines.arena import Arenas, place
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.order import Order, StepSamples
 
 Region = tuple[int, int, int, int]  # top, left, height, width in the decoded image, pixels
@@ -28,7 +29,7 @@ MOST_SKIPPED = 100  # images in a row that may fail where one is to be replaced:
 _Task = tuple[int, np.ndarray, Region | None]  # index, where it goes, and what of it, if not all
 
 
-class DecodeError(ValueError):
+class DecodeError(UserError):
     """An image that cannot be decoded; names data set, index, reason and remedy."""
 
 
@@ -75,7 +76,7 @@ class ThreadedLoader:
         pinned: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
-            raise ValueError(f"on_error '{on_error}' is not one of {', '.join(get_args(OnError))}")
+            raise UserError(f"on_error '{on_error}' is not one of {', '.join(get_args(OnError))}")
         self.dataset, self.order, self.reason = dataset, order, reason
         self._replaces = on_error == "replace"
         self._regions = regions if self.crops and not self._replaces else None
@@ -86,7 +87,7 @@ class ThreadedLoader:
         self._load()
 
     def _load(self) -> None:
-        """Load what decodes. Raises ValueError where it is missing, with what to install."""
+        """Load what decodes. Raises UserError where it is missing, with what to install."""
 
     def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         """Decode JPEG `index` into `out`, (height, width, 3) uint8 RGB, both sides as the data set says.
@@ -262,7 +263,7 @@ def read_stored(dataset: Dataset, index: int) -> np.ndarray:
     """The stored bytes of image `index`. Raises DecodeError where they cannot be read."""
     try:
         return dataset.read(index)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise DecodeError(
             f"{dataset.path}: image {index}: its bytes cannot be read ({error}); copy the data set again"
         ) from error
@@ -279,7 +280,7 @@ def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # PIL's plugins raise almost anything on damaged data
-        raise decode_error(dataset, index, f"PIL cannot read it ({type(error).__name__}: {error})") from error
+        raise decode_error(dataset, index, f"PIL cannot read it ({type(error).__name__}: {fact(error)})") from error
 
 
 def check_size(dataset: Dataset, index: int, height: int, width: int) -> None:

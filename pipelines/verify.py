@@ -25,6 +25,7 @@ from fastdeit.pipelines.convert import sample_order
 from fastdeit.pipelines.dataset import Dataset, open_dataset
 from fastdeit.pipelines.encode import Encoding
 from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable, reason
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.sidecar import ContentHash
 from fastdeit.pipelines.sources import Source, open_source
 
@@ -33,7 +34,7 @@ _CHUNK = 16  # samples a thread checks at once
 _OPTIONS = {"mode", "quality", "max_side", "shuffle_seed", "limit", "pillow"}
 
 
-class VerifyError(ValueError):
+class VerifyError(UserError):
     """A check that cannot be done as asked; says why, and what to do."""
 
 
@@ -95,11 +96,10 @@ def verify(
     if isinstance(against, (str, os.PathLike)):
         against = open_source(against)
     result = Verification(dest)
-    if not dest.exists():
-        raise FileNotFoundError(f"{dest}: there is no such file or folder")
+    dest.stat()  # there, or an error that names it
     try:
         dataset = open_dataset(dest)
-    except ValueError as error:
+    except UserError as error:
         result.add(str(error))
         result.unchecked.append("all the rest, since the data set does not open")
     else:
@@ -162,7 +162,7 @@ def _check_sample(dataset: Dataset, index: int, crc32: np.ndarray | None) -> tup
     """The stored bytes, and what is wrong with them."""
     try:
         data = dataset.read(index)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         return None, str(error)
     finding = None
     if crc32 is not None and binascii.crc32(data.data) != crc32[index]:
@@ -246,7 +246,7 @@ def _differences(dataset: Dataset, index: int, names: list[str] | None, sample: 
     image = sample.image
     try:
         same = dataset.read(index).tobytes() == image.data
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return  # found before
     kind = bool(dataset.is_jpeg(index)), int(dataset.height[index]), int(dataset.width[index])
     if not same or kind != (image.mode == JPEG, image.height, image.width):

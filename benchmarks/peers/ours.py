@@ -13,6 +13,7 @@ from benchmarks.peers.stream import Missing, Setting, Stream, need
 from fastdeit.data import TrainingData
 from fastdeit.distributed import World
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loader_ffcv import find_libffcv
 from fastdeit.pipelines.loader_turbo import find_turbo
 from fastdeit.recipes import deit_small
@@ -47,5 +48,5 @@ def _check_installed(loader: str) -> None:
             find_libffcv()
         elif loader == "turbo":
             find_turbo()
-    except ValueError as error:
+    except UserError as error:
         raise Missing(str(error)) from error

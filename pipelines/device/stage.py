@@ -19,6 +19,7 @@ from fastdeit.kernels.launch import DTYPES, check_device
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.device.memory import Memory, Uploads
 from fastdeit.pipelines.device.table import Needs, fill_table, labels_of, table_sizes, work_of
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.checks import check_plan
 from fastdeit.pipelines.host.finish import normalised_levels
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions, evaluation_windows
@@ -83,9 +84,9 @@ class DeviceStage:
         return self._run(decoded, plan, window, out)
 
     def evaluate(self, decoded: DecodedBatch, eval_crop: float, *, out: Tensor | None = None) -> Batch:
-        """The evaluation batch: see `HostStage.evaluate`. Raises ValueError unless 0 < eval_crop <= 1."""
+        """The evaluation batch: see `HostStage.evaluate`. Raises UserError unless 0 < eval_crop <= 1."""
         if not 0.0 < eval_crop <= 1.0:
-            raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
+            raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
         size = self.img_size
         height, width = decoded.height[decoded.source], decoded.width[decoded.source]
         plan = evaluation_plan(decoded.index, height, width)

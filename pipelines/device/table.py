@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdeit.kernels import augment_finish, augment_levels, augment_resize
 from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.operations import matrices
 from fastdeit.pipelines.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan
 
@@ -135,7 +136,7 @@ def fill_table(table: Tensor, decoded: DecodedBatch, plan: Plan, window: np.ndar
 
     window  (B, 4) int32  height and width that a crop is resized to, top and left of the part that is kept
 
-    Raises ValueError, naming the dataset index, for a crop whose rows span 2 GiB: a kernel counts its bytes in 32 bits.
+    Raises UserError, naming the dataset index, for a crop whose rows span 2 GiB: a kernel counts its bytes in 32 bits.
     """
     count, layers = plan.op.shape
     first_bytes, _ = table_sizes(count, layers)
@@ -153,7 +154,7 @@ def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan, window: np.ndarr
     span = crop[:, 2].astype(np.int64) * pitch
     if span.max(initial=0) >= _MOST_BYTES:
         sample = int(span.argmax())
-        raise ValueError(
+        raise UserError(
             f"dataset index {plan.index[sample]} (sample {sample} of the plan) is cropped from {span[sample]} bytes, "
             f"at most {_MOST_BYTES} on the device: set --data.stage host, or convert it smaller (--max-side)"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastdeit.kernels.reference import MixedLabels
 from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.buffers import Buffers
 from fastdeit.pipelines.host.checks import check_plan
 from fastdeit.pipelines.host.finish import FinishScratch, finish, finish_scratch, normalised_levels
@@ -152,10 +153,10 @@ class HostStage:
         """The evaluation batch: the short side resized to int(img_size / eval_crop), bicubic; the centre; normalised.
 
         To the bit what `timm.data.create_transform(is_training=False, crop_pct=eval_crop,
-        interpolation="bicubic")` makes of the same image. Raises ValueError unless 0 < eval_crop <= 1.
+        interpolation="bicubic")` makes of the same image. Raises UserError unless 0 < eval_crop <= 1.
         """
         if not 0.0 < eval_crop <= 1.0:
-            raise ValueError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
+            raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
         size, count = self.img_size, len(decoded.index)
         height, width = decoded.height[decoded.source], decoded.width[decoded.source]
         window = evaluation_windows(height, width, size, eval_crop)

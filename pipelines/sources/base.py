@@ -10,17 +10,19 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from fastdeit.pipelines.errors import UserError
+
 # torchvision.datasets.folder.IMG_EXTENSIONS, and what else `encode` reads
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 MAX_FILE = 1 << 28  # bytes of one image
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that cannot be opened or read; says which file or sample, why, and what to do."""
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """A single sample that cannot be used, while the rest of its source can; says which, why, and what to do."""
 
 
@@ -58,7 +60,7 @@ class Source(Protocol):
 def check_class_names(names: list[str], where: str) -> list[str]:
     """`names` itself. Raises SourceError, which says `where`, unless each is there and named once."""
     if not names:
-        raise SourceError(f"{where}: no class names")
+        raise SourceError(f"{where}: no class names: give one a line")
     seen: set[str] = set()
     for line, name in enumerate(names, 1):
         if not name or name in seen:
@@ -75,7 +77,9 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
     label = {name: i for i, name in enumerate(class_names or sorted(found))}
     for name in found:
         if name not in label:
-            raise SourceError(f"{where}: class '{name}' is not in the list of class names")
+            raise SourceError(
+                f"{where}: class '{name}' is not in the list of class names: add it, or leave out --class-names"
+            )
     return label
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SourceError
 
@@ -180,7 +181,7 @@ def _unpickle(where: str, data: bytes) -> dict[Any, Any]:
         content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
     # A damaged pickle raises whatever its opcodes trip over.
     except Exception as error:
-        raise SourceError(f"{where}: not read as a pickle ({type(error).__name__}: {error}). {_FETCH}") from error
+        raise SourceError(f"{where}: not read as a pickle ({type(error).__name__}: {fact(error)}). {_FETCH}") from error
     if not isinstance(content, dict):
         raise SourceError(f"{where}: holds no dictionary. {_FETCH}")
     return content

@@ -26,7 +26,7 @@ class ImageFolder:
         self.root = root
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not folders:
-            raise SourceError(f"{root}: no class folders in it, one folder of images for each class")
+            raise SourceError(f"{root}: no class folders in it: give a folder with one folder of images for each class")
         if all(name.lower() in SPLITS for name in folders):
             raise SourceError(f"{root}: holds the splits {', '.join(folders)}, not classes: choose one with --split")
         label = class_labels(folders, class_names, str(root))

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastdeit.pipelines.errors import fact
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SourceError, class_labels, is_image
 
@@ -192,6 +194,7 @@ def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
     """
     if str(path) == "timm":
         path = Path(str(resources.files("timm.data") / "_info" / "imagenet_real_labels.json"))
+    check_regular(path)
     try:
         lists = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -281,7 +284,7 @@ def _leaves(meta: bytes, where: str) -> dict[int, str]:
         wnid = {int(number): str(name) for number, name, children in zip(*fields, strict=True) if children == 0}
     # A damaged file makes SciPy raise whatever its parsing trips over.
     except Exception as error:
-        raise SourceError(f"{where}: cannot be read ({type(error).__name__}: {error}). Fetch it again") from error
+        raise SourceError(f"{where}: cannot be read ({type(error).__name__}: {fact(error)}). Fetch it again") from error
     if not wnid or not all(_WNID.fullmatch(name) for name in wnid.values()):
         raise SourceError(f"{where}: names no classes by wnid. Fetch it again")
     return wnid

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
 from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names
@@ -29,7 +31,11 @@ _OPTIONS = {
 
 def read_class_names(path: Path) -> list[str]:
     """Class names in the order of the labels, one a line. Raises SourceError for a file that holds none."""
-    names = path.read_text(encoding="utf-8").splitlines()
+    check_regular(path)
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: is not text in UTF-8: give a file with a class name a line") from error
     while names and not names[-1].strip():
         names.pop()
     return check_class_names([name.strip() for name in names], str(path))
@@ -63,7 +69,7 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
         if form in ("imagenet", "cifar"):
             rest, split = _with_split(text, rest, split)
         if not rest:
-            raise SourceError(f"{text}: names no file or folder after the colon")
+            raise SourceError(f"{text}: names no file or folder after the colon: give one")
     elif (recognised := _recognise(Path(text), split)) is None:
         return _open_plain(Path(text), split, class_names)
     else:
@@ -93,9 +99,11 @@ def _options(form: str, rest: str) -> tuple[str, dict[str, str]]:
     """The text before `#`, and the options after it."""
     if not _OPTIONS[form]:
         return rest, {}
-    rest, _, given = rest.partition("#")
+    if os.path.lexists(rest):  # a path may hold a #
+        return rest, {}
+    rest, *more = re.split(r"#(?=\w*(?:=|$))", rest, maxsplit=1)
     options: dict[str, str] = {}
-    for option in given.split(",") if given else ():
+    for option in re.split(r",(?=\w*=)", more[0]) if more else ():
         name, _, value = option.partition("=")
         if name not in _OPTIONS[form] or not value:
             known = ",".join(f"{known}=..." for known in _OPTIONS[form])
@@ -115,7 +123,7 @@ def _with_split(text: str, rest: str, split: str | None) -> tuple[str, str | Non
 def _file(name: str) -> Path:
     path = Path(name)
     if not path.is_file():
-        raise SourceError(f"{path}: there is no such file")
+        raise SourceError(f"{path}: there is no such file: check the path")
     return path
 
 
@@ -180,5 +188,5 @@ def _open_plain(path: Path, split: str | None, class_names: list[str] | None) ->
         return open_idx_folder(path, split, class_names)
     folder = path / split if split else path
     if not folder.is_dir():
-        raise SourceError(f"{folder}: there is no such folder or file")
+        raise SourceError(f"{folder}: there is no such folder or file: check the path")
     return ImageFolder(folder, class_names)

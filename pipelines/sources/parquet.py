@@ -8,6 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.sources.base import SampleError, SourceError, check_stamp, stamp
 
 CACHED = 2  # row groups held at a time
@@ -113,7 +114,7 @@ class Parquet:
             columns = table.column(self._image), table.column(self._label)
             table.validate(full=True)
         except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-            raise SampleError(f"{name}: row group {own} is damaged ({error}). Fetch the file again") from error
+            raise SampleError(f"{name}: row group {own} is damaged ({fact(error)}). Fetch the file again") from error
         if len(table) != expected:
             raise SampleError(f"{name}: row group {own} holds {len(table)} rows, not {expected}. Fetch the file again")
         self._cache[group] = columns
@@ -137,7 +138,7 @@ def _open(path: Path) -> Any:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         _ = file.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{path}: not a parquet file, or a damaged one ({error}). Fetch it again") from error
+        raise SourceError(f"{path}: not a parquet file, or a damaged one ({fact(error)}). Fetch it again") from error
     for i, group in enumerate(groups):
         if group.num_rows < 0 or not 0 <= group.total_byte_size <= MAX_GROUP:
             raise SourceError(

@@ -6,6 +6,7 @@ import glob
 import re
 from pathlib import Path
 
+from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources.base import SPLITS, SourceError
 
 MAX_FILES = 10**6
@@ -35,7 +36,9 @@ def matching_files(pattern: str, suffix: str, split: str | None) -> list[Path]:
         return files
     files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     if not files:
-        raise SourceError(f"{pattern}: there is no such file or folder")
+        raise SourceError(f"{pattern}: there is no such file or folder: check the path")
+    for file in files:
+        check_regular(file)
     return files
 
 
@@ -62,11 +65,12 @@ def _of_split(folder: Path, suffix: str, split: str | None) -> list[Path]:
         raise SourceError(f"{folder}: holds the splits {', '.join(found)}: choose one with --split")
     if not files:
         of = "" if split is None else f" of the split '{split}'; found: {', '.join(found) or 'none'}"
-        raise SourceError(f"{folder}: no *{suffix} files{of}")
+        raise SourceError(f"{folder}: no *{suffix} files{of}: check the path")
     return files
 
 
 def _with_suffix(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(file for file in folder.iterdir() if file.name.endswith(suffix) and not file.name.startswith("."))
+    files = (file for file in folder.iterdir() if file.name.endswith(suffix) and not file.name.startswith("."))
+    return sorted(file for file in files if file.is_file())

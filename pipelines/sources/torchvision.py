@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.sources.base import SourceError, read_image
 
 
@@ -38,7 +39,7 @@ class Torchvision:
             self._data: Any = kind(root, **self._options)
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
             raise SourceError(
-                f"{self._text}: torchvision does not find or open it there ({error}). "
+                f"{self._text}: torchvision does not find or open it there ({fact(error)}). "
                 f"Nothing is downloaded here: put the data set in place first"
             ) from error
         if hasattr(self._data, "loader"):

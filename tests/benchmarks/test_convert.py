@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from benchmarks import convert
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks import tables
 from benchmarks.kernel_tables import report, verdicts
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 ENVIRONMENT = {
     "date": "2026-01-01T00:00",

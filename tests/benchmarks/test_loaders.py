@@ -16,7 +16,7 @@ from benchmarks.loaders import Case, Options, cases, chosen_sides, measure, prep
 from benchmarks.peers.stream import Missing, Setting
 from benchmarks.peers.timm_loader import posterize
 from benchmarks.side_process import Side, SideError
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_cold_windows_read_reduced_copies_that_left_the_page_cache(photos, tmp_p
 def test_a_side_that_fails_is_named_with_its_reason(photos, tmp_path):
     record = one_record(options(photos, ("fastdeit-torch-x3",), batch=7), tmp_path)
     assert record["sides"] == {}
-    assert "mixing group of 7 samples cannot be paired" in record["failed"]["fastdeit-torch-x3"]
-    assert "cannot be paired" in report(record)
+    assert "run.global_batch is 7, but Mixup and CutMix mix pairs" in record["failed"]["fastdeit-torch-x3"]
+    assert "mix pairs of samples" in report(record)
 
 
 def test_a_side_that_is_not_installed_is_named_as_missing(photos, tmp_path, monkeypatch):

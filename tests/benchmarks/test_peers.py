@@ -13,6 +13,7 @@ from benchmarks.loader_sides import SIDES
 from benchmarks.peers import ours, stream
 from benchmarks.peers.stream import MEAN, STD, Missing, Setting
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ((230, 30, 60), (40, 200, 90))
@@ -93,7 +94,7 @@ def test_what_is_not_installed_is_missing(setting, monkeypatch):
     stream.need("torch.utils", "")
 
     def find():
-        raise ValueError("the ffcv loader needs FFCV, which is not installed")
+        raise UserError("the ffcv loader needs FFCV, which is not installed")
 
     monkeypatch.setattr(ours, "find_libffcv", find)
     with pytest.raises(Missing, match="needs FFCV"):

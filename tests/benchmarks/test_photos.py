@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from benchmarks.photos import copy_photos, make_photos, shrink_photos
+from fastdeit.pipelines.errors import UserError
 
 
 @pytest.fixture
@@ -58,15 +59,15 @@ def test_a_finished_folder_is_kept_and_another_one_refused(tmp_path, sources):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     make_photos(folder, 4, size=(80, 60), sources=sources)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    with pytest.raises(ValueError, match="holds other photographs"):
+    with pytest.raises(UserError, match="holds other photographs"):
         make_photos(folder, 5, size=(80, 60), sources=sources)
 
 
 def test_unusable_sources_are_named(tmp_path):
     Image.new("RGB", (100, 100), (9, 9, 9)).save(tmp_path / "flat.png")
-    with pytest.raises(ValueError, match=r"flat\.png: 100 windows in a row without texture"):
+    with pytest.raises(UserError, match=r"flat\.png: 100 windows in a row without texture"):
         make_photos(tmp_path / "a", 1, size=(80, 60), sources=[tmp_path / "flat.png"])
-    with pytest.raises(ValueError, match=r"flat\.png: 100 x 100 pixels, smaller"):
+    with pytest.raises(UserError, match=r"flat\.png: 100 x 100 pixels, smaller"):
         make_photos(tmp_path / "b", 1, size=(180, 60), sources=[tmp_path / "flat.png"])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import record
+from fastdeit.pipelines.errors import UserError
 
 
 def test_median_window_measures_a_known_rate():
@@ -38,7 +39,7 @@ def test_the_device_is_waited_for_before_each_clock_that_counts():
 
 
 def test_no_window_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(UserError, match="at least 1"):
         record.median_window(lambda: 1, windows=0)
 
 

@@ -15,8 +15,8 @@ from scipy import stats
 from benchmarks import soak
 from benchmarks.record import RESULTS
 from benchmarks.soak import MAX_SLOPE, Options, Sample, Verdict, judge, robust_slope
-from fastdeit.cli import UserError
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 
 
 @pytest.fixture(scope="module")

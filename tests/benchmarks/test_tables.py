@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import tables
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 GPU = {"name": "NVIDIA H200", "driver": "580.95"}
 

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import sides, throughput
 from benchmarks.throughput import Options, cases, main
-from fastdeit.cli import UserError
 from fastdeit.model import build_model
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
 PLAIN = sides.Form(who="fastdeit")

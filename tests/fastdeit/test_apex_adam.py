@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastdeit import apex_adam
-from fastdeit.cli import UserError
 from fastdeit.optim import build_optimizer, load_optimizer, optimizer_state, set_lr
+from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 
@@ -175,5 +175,5 @@ def test_a_cpu_is_refused(apex, monkeypatch):
 
 def test_sgd_has_no_implementation_but_its_own():
     made = recipe("apex")
-    with pytest.raises(ValueError, match="leave it at 'torch'"):
+    with pytest.raises(UserError, match="leave it at 'torch'"):
         dataclasses.replace(made, optim=dataclasses.replace(made.optim, name="sgd")).resolved()

@@ -8,10 +8,10 @@ import torch
 
 import fastdeit.data
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World, world
 from fastdeit.labelling import label_run
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.loader_turbo import find_turbo
 from fastdeit.pipelines.loading import LOADERS
@@ -57,7 +57,7 @@ def test_a_resumed_run_may_choose_again_among_equal_pixels(tiny, fastest, events
 def needs_turbo():
     try:
         find_turbo()
-    except ValueError as error:
+    except UserError as error:
         pytest.skip(str(error))
 
 
@@ -108,7 +108,7 @@ def test_checkpoints_that_name_a_loader_still_open(tiny, capsys):
     # On this machine nothing decodes as a GPU does, or as what has gone did.
     for name, pixels in (("dali-mixed", "nvjpeg"), ("gone", "gone")):
         rewritten(path, name)
-        with pytest.raises(ValueError, match=rf"no loader here .* the checkpoint {path}, which are {pixels}'s"):
+        with pytest.raises(UserError, match=rf"no loader here .* the checkpoint {path}, which are {pixels}'s"):
             train(with_loader(first, "auto"))
 
 
@@ -175,5 +175,5 @@ def test_all_processes_take_the_choice_of_the_first(tiny, fastest):
 
 
 def test_the_hardware_decoder_takes_a_share(tiny):
-    with pytest.raises(ValueError, match=r"data\.hw_decoder_load is 1\.5: it must be from 0 to 1"):
+    with pytest.raises(UserError, match=r"data\.hw_decoder_load is 1\.5: it must be from 0 to 1"):
         tiny(data={"hw_decoder_load": 1.5})

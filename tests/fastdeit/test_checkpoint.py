@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
+from fastdeit.pipelines.errors import UserError
 
 
 def state(value=1.0):
@@ -111,3 +111,37 @@ def test_killed_while_writing(tmp_path):
         process.wait()
         loaded = checkpoint.read_checkpoint(path)
         assert (loaded["model"] == float(loaded["step"])).all()
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (POINTER, "Git LFS pointer.*git lfs pull"),
+        ("\n<!DOCTYPE html>\n<html>404</html>", "web page.*fetch the file again"),
+        ("<HTML><head>", "web page"),
+        ("weights", "no checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_what_was_fetched_instead_is_named(tmp_path, text, said, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"weights{suffix}.*{said}"):
+        checkpoint.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("held", [Evil(), os.system, torch.nn.Linear(2, 2)], ids=["call", "function", "module"])
+def test_nobody_is_told_to_load_a_file_unsafely(tmp_path, held):
+    """As PyTorch tells in its own message of the same file."""
+    path = tmp_path / "whole.pt"
+    torch.save({"model": held}, path)
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        torch.load(path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(path)
+    said = str(caught.value)
+    assert "whole.pt holds an object of " in said
+    assert not any(word in said for word in ("weights_only", "add_safe_globals", "torch.load", "trust"))

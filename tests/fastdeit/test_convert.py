@@ -1,8 +1,12 @@
 """`fastdeit-convert` as it is called."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +106,27 @@ def test_class_names_of_a_converted_data_set(images, tmp_path):
     done = call(images, tmp_path / "four", "--split", "val", "--class-names", two)
     assert done.returncode == 2
     assert "two.beton: has no sidecar that would name its classes" in done.stderr
+
+
+def children(pid):
+    """The processes that a process has started and that have not ended."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
+def test_ctrl_c_while_workers_start(images, tmp_path, delay):
+    """A terminal sends it to all of them, and each spends its first second importing."""
+    command = [sys.executable, "-m", "fastdeit.convert", str(images / "train"), str(tmp_path / "x.beton")]
+    process = subprocess.Popen(
+        [*command, "--workers", "4"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+    )
+    deadline = time.monotonic() + 60
+    while len(children(process.pid)) < 2:  # the first one only looks after the others' leftovers
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in said

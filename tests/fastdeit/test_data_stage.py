@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from fastdeit import checkpoint, staging
-from fastdeit.cli import UserError
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World, world
 from fastdeit.fused import fuse
 from fastdeit.kernels.reference import as_patches
 from fastdeit.networks import build_network
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import FAST
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
@@ -261,7 +261,7 @@ def test_an_image_is_decoded_once_for_its_copies(opened, loader, batch):
     if loader in FAST:
         try:
             FAST[loader]()
-        except ValueError as error:
+        except UserError as error:
             pytest.skip(str(error))
     data = opened(TrainingData, stage="host", loader=loader, run={"global_batch": batch, "eval_batch": 16})
     reads, read = [], data.loader.dataset.read

@@ -10,6 +10,7 @@ from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World
 from fastdeit.evaluation import headline
 from fastdeit.objective import build_objective
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import resolve
 from fastdeit.recipes import deit_tiny
 
@@ -56,7 +57,7 @@ def test_placement(released):
 
 def test_epoch_multiple_and_order_seed(released):
     # 160 images are no whole 256, so the released code would train on none of them.
-    with pytest.raises(ValueError, match="fewer than a global batch"):
+    with pytest.raises(UserError, match="fewer than a global batch"):
         training(released("epoch_multiple"))
     first = training(released("order_seed", run={"seed": 0})).order.permutation(1)
     other = training(released("order_seed", run={"seed": 5})).order.permutation(1)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fastdeit import checkpoint, graphs, step
-from fastdeit.cli import UserError
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World, world
 from fastdeit.graphs import WARM_UP, CudaRecorder, Replayed, choose_graphs, why_not
 from fastdeit.networks import build_network
 from fastdeit.nonfinite import NonFiniteLoss
 from fastdeit.objective import build_objective
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision, resolve
 from fastdeit.recipes import convnet_teacher

@@ -9,7 +9,6 @@ import torch
 
 import fastdeit.kernel_choice
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
 from fastdeit.distributed import World, world
 from fastdeit.evaluate import Options, evaluate_checkpoint
@@ -17,6 +16,7 @@ from fastdeit.kernel_checks import failure
 from fastdeit.kernel_choice import OPS, choose_kernels
 from fastdeit.labelling import label_run
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
 from fastdeit.trainer import Trainer

@@ -15,12 +15,12 @@ import torch
 import torch._dynamo
 
 from fastdeit import checkpoint, teacher
-from fastdeit.cli import UserError
 from fastdeit.data import TrainingData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.label_cache import Described, LabelCache, LabelWriter, pixel_key
 from fastdeit.labelling import label_run
 from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.errors import UserError
 from fastdeit.teacher import Teacher
 from fastdeit.trainer import Trainer
 

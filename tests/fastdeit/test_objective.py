@@ -13,6 +13,7 @@ from timm.task.token_distillation import TokenDistillationTask
 from fastdeit.config import Departures, ObjectiveConfig, Recipe
 from fastdeit.model import StudentOutput
 from fastdeit.objective import build_objective, fuse
+from fastdeit.pipelines.errors import UserError
 
 ROWS, CLASSES = 6, 9
 
@@ -159,7 +160,7 @@ def test_mistakes_are_named():
         (lambda: build_objective(ObjectiveConfig(), True, Departures()), "resolved"),
         (lambda: fuse(student, "product"), "neither"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((UserError, ValueError), match=message):
             call()
 
 

@@ -8,6 +8,7 @@ import pytest
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.pipelines.beton import BetonDataset, sidecar_path
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loader_turbo import find_turbo
 from fastdeit.pipelines.threaded import DecodeError
 from fastdeit.trainer import Trainer
@@ -60,7 +61,7 @@ def test_a_batch_has_the_label_of_the_image_it_shows(tiny, damaged):
 
 
 def test_stored_labels_do_not_go_with_replaced_images(tiny, damaged, tmp_path):
-    with pytest.raises(ValueError, match=r"set data\.on_error to 'fail'"):
+    with pytest.raises(UserError, match=r"set data\.on_error to 'fail'"):
         tiny(data={"train": damaged, "on_error": "replace"}, teacher={"labels": tmp_path})
 
 
@@ -76,7 +77,7 @@ def test_nothing_is_replaced_in_an_evaluation(tiny, damaged):
 def test_the_loader_that_crops_trains_the_same_run(tiny, events):
     try:
         find_turbo()
-    except ValueError as error:
+    except UserError as error:
         pytest.skip(str(error))
     losses = []
     for loader in ("torch", "turbo"):

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.metrics.pairwise import cosine_similarity
 
 from fastdeit import plots
+from fastdeit.pipelines.errors import UserError
 
 
 def write_log(path, events, tail=""):
@@ -27,7 +28,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     write_log(log, [train_event(1), train_event(2)], tail='{"event": "tra')
     assert [e["global_step"] for e in plots.read_log(log)] == [1, 2]
     log.write_text('{"event": "tra\n' + json.dumps(train_event(1)) + "\n")
-    with pytest.raises(ValueError, match=r"log\.jsonl, line 1"):
+    with pytest.raises(UserError, match=r"log\.jsonl, line 1"):
         plots.read_log(log)
 
 

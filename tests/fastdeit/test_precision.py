@@ -1,9 +1,16 @@
 """What a precision means to the process."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from fastdeit import setup
+from fastdeit.distributed import world
+from fastdeit.evaluate import Options, evaluate_checkpoint
+from fastdeit.labelling import label_run
 from fastdeit.precision import Precision, allow_tf32
+from fastdeit.trainer import Trainer
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -12,3 +19,32 @@ def test_float32_that_was_asked_for_is_never_cut_to_tf32(dtype):
     torch.backends.cudnn.allow_tf32 = True
     allow_tf32(Precision("any", dtype, torch.device("cuda", 0)))
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (dtype is not None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("command", ["train", "eval", "label"])
+def test_every_command_sets_float32_alike(command, precision, tiny, teacher_checkpoint, tmp_path, monkeypatch):
+    """As `test_float32_that_was_asked_for_is_never_cut_to_tf32` has it, though the run itself is on the CPU."""
+    monkeypatch.setattr(setup, "allow_tf32", lambda p: allow_tf32(dataclasses.replace(p, device=torch.device("cuda"))))
+    teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": tmp_path / "labels"}
+    torch.backends.cudnn.allow_tf32 = precision == "fp32"
+    if command == "eval":
+        evaluate_checkpoint(
+            Options(
+                checkpoint=teacher_checkpoint, val=tiny().data.val, precision=precision, device="cpu", loader="torch"
+            )
+        )
+    else:
+        recipe = tiny(run={"precision": precision, "epochs": 1})
+        if command == "label":
+            recipe = dataclasses.replace(
+                recipe,
+                teacher=dataclasses.replace(recipe.teacher, **teacher),
+                objective=dataclasses.replace(recipe.objective, distillation="hard"),
+            )
+        with world("cpu") as joined:
+            if command == "label":
+                label_run(recipe, joined, first_epoch=0, end_epoch=1, topk=0)
+            else:
+                Trainer(recipe, joined).close()
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision != "fp32")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
 from fastdeit.profiling import DISPATCH, REST, WARM_UP, Event, Profile, StepProfiler, group_of, room
 from fastdeit.trainer import Trainer
 
@@ -64,7 +64,7 @@ def test_a_profiled_run_is_the_same_run(tiny, teacher_checkpoint, tmp_path, even
 def test_too_many_steps_are_refused_before_the_run(tiny):
     with world("cpu") as joined, pytest.raises(UserError, match="2 epochs of 5 steps have room for 3 steps"):
         Trainer(tiny(run={"profile": 4}), joined)
-    with pytest.raises(ValueError, match="0 or more"):
+    with pytest.raises(UserError, match="0 or more"):
         tiny(run={"profile": -1})
 
 

@@ -6,8 +6,9 @@ import json
 import pytest
 import timm
 
-from fastdeit.cli import UserError, parse_recipe, recipe_from_dict
+from fastdeit.cli import parse_recipe, recipe_from_dict
 from fastdeit.config import COMPAT, Departures, Recipe
+from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 
@@ -61,7 +62,7 @@ def test_resolving_keeps_what_was_chosen():
     ],
 )
 def test_impossible_recipes_are_refused(args, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_recipe(["deit_tiny_distilled", *args]).resolved()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
 from fastdeit.trainer import Trainer
 
 KILLS = 10

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.cli import UserError
 from fastdeit.data import open_dataset
 from fastdeit.distributed import world
 from fastdeit.evaluate import Options, evaluate_checkpoint
 from fastdeit.pipelines.beton import JPEG, RAW
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.shards import ShardWriter
 from fastdeit.trainer import Trainer
 
@@ -82,5 +82,5 @@ def test_what_is_no_data_set_is_said(tmp_path):
         open_dataset(None, "data.train")
     with pytest.raises(UserError, match=r"--data\.train .*nowhere: there is no such file or folder"):
         open_dataset(tmp_path / "nowhere", "data.train")
-    with pytest.raises(ValueError, match=r"is not a data set of fastdeit-convert: it has no samples\.npy"):
+    with pytest.raises(UserError, match=r"is not a data set of fastdeit-convert: it has no samples\.npy"):
         open_dataset(tmp_path, "data.train")

@@ -7,8 +7,8 @@ import timm
 import torch
 from torchvision.transforms.v2.functional import normalize, resize
 
-from fastdeit.cli import UserError
 from fastdeit.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
+from fastdeit.pipelines.errors import UserError
 from fastdeit.teacher import LITE0, Teacher
 
 OTHER_MEAN, OTHER_STD = (0.3, 0.5, 0.6), (0.2, 0.3, 0.4)

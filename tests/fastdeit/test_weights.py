@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from fastdeit.cli import UserError
 from fastdeit.config import ModelConfig
 from fastdeit.model import build_model
 from fastdeit.networks import build_network
 from fastdeit.objective import fuse
+from fastdeit.pipelines.errors import UserError
 from fastdeit.weights import load_weights, read_checkpoint
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -19,6 +19,7 @@ from fastdeit.pipelines.convert import convert, sample_order
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.encode import CHANGES
 from fastdeit.pipelines.encoded import ConvertError
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.sources import SampleError, SourceError
 
 
@@ -269,7 +270,7 @@ def test_a_failed_conversion_looks_like_none(tmp_path, bad, error, reason, forma
         convert(source, dest, format=format, progress=False)
     # What was done is kept, under names that nothing takes for a data set.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.journal", "data.partial"]
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         open_dataset(tmp_path / "data.partial")
     # An older data set stays as it was.
     convert(Items(GOOD), dest, format=format, progress=False)
@@ -412,7 +413,7 @@ def test_a_stopped_conversion_can_go_on(tree, tmp_path, number, status):
     ],
 )
 def test_mistaken_options(tree, tmp_path, options, reason):
-    with pytest.raises((ValueError, FileNotFoundError), match=reason):
+    with pytest.raises((UserError, FileNotFoundError), match=reason):
         convert(tree, tmp_path / "data.beton", progress=False, **options)
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from fastdeit.pipelines import loader_dali
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
@@ -20,7 +21,7 @@ from fastdeit.pipelines.threaded import DecodeError
 
 try:
     find_dali()
-except ValueError as error:
+except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
@@ -308,7 +309,7 @@ def test_pixels_stay_on_the_device(opened, on_device, tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_decoding_there_says_so(opened, tmp_path):
     dataset = write(tmp_path / "g.beton", [(jpeg(picture(0, (50, 40))), (50, 40))])
-    with pytest.raises(ValueError, match=r"DALI cannot build its pipeline \(.*\): .*use another loader"):
+    with pytest.raises(UserError, match=r"DALI cannot build its pipeline \(.*\): .*use another loader"):
         opened(dataset, device_id=0)
 
 

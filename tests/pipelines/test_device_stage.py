@@ -11,6 +11,7 @@ import torch
 
 from fastdeit.pipelines.device.stage import DeviceStage
 from fastdeit.pipelines.device.table import fill_table, table_sizes
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.plan import CODE, CUTMIX, MIXUP, NO_MIX, OPS
 
@@ -222,7 +223,7 @@ def test_a_crop_beyond_32_bits_is_refused_by_index(device, make_decoded, make_pl
     sizes = {"height": np.array([height], np.int32), "width": np.array([width], np.int32)}
     decoded = dataclasses.replace(decoded, pixels=pixels, **sizes)
     plan.crop[2] = 0, 0, height, 10
-    with pytest.raises(ValueError, match=f"dataset index {plan.index[2]} .* is cropped from 2154600000 bytes"):
+    with pytest.raises(UserError, match=f"dataset index {plan.index[2]} .* is cropped from 2154600000 bytes"):
         device_stage(device, 6)(decoded, plan)
 
 

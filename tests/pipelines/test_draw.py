@@ -15,6 +15,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from fastdeit.pipelines.draw import PlanDrawer, Policy, RandAugment
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.order import EpochOrder
 from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, OPS
 
@@ -230,7 +231,7 @@ def test_copies_epochs_and_seeds_differ(plan):
 
 def test_odd_group_is_refused():
     drawer = PlanDrawer(Policy(img_size=32), 0, np.full(90, 32), np.full(90, 32))
-    with pytest.raises(ValueError, match="cannot be paired"):
+    with pytest.raises(UserError, match="cannot be paired"):
         drawer.draw(0, 0, EpochOrder(90, global_batch=15, group_size=5).step(0, 0))
 
 
@@ -244,7 +245,7 @@ def test_odd_group_is_refused():
     ],
 )
 def test_randaugment_notation(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         RandAugment.parse(text)
 
 

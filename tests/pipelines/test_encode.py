@@ -13,6 +13,7 @@ from PIL import Image, ImageFile, ImageFilter, ImageOps, PngImagePlugin
 
 from fastdeit.pipelines.beton import JPEG
 from fastdeit.pipelines.encode import CHANGES, MAX_PIXELS, MAX_SCANS, Encoding, encode
+from fastdeit.pipelines.errors import UserError
 
 AUTO, RAW = Encoding(), Encoding(mode="raw")
 
@@ -183,12 +184,12 @@ def test_decompression_bombs_are_refused_unread(bomb, encoding, monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
-    with pytest.raises(ValueError, match=rf"\d+.* pixels.*at most {MAX_PIXELS}|at most {MAX_PIXELS} pixels"):
+    with pytest.raises(UserError, match=rf"\d+.* pixels.*at most {MAX_PIXELS}|at most {MAX_PIXELS} pixels"):
         encode(file, encoding)
 
 
 def test_bomb_of_a_decoded_array():
-    with pytest.raises(ValueError, match=f"at most {MAX_PIXELS}"):
+    with pytest.raises(UserError, match=f"at most {MAX_PIXELS}"):
         encode(np.broadcast_to(np.uint8(0), (10_000, 10_000)), AUTO)
 
 
@@ -203,12 +204,13 @@ def test_png_metadata_bombs(chunk):
     else:
         info.add(b"iTXt", b"Comment\0\1\0\0\0" + huge)
     script = "import resource, sys; from fastdeit.pipelines.encode import Encoding, encode\n"
+    script += "from fastdeit.pipelines.errors import UserError\n"
     script += "import PIL.PngImagePlugin\n"
     # What the process has by now, and less than the chunk would take.
     script += "have = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
     script += "resource.setrlimit(resource.RLIMIT_AS, (have + (80 << 20),) * 2)\n"
     script += "try: encode(sys.stdin.buffer.read(), Encoding())\n"
-    script += "except ValueError as error: print('refused', error)\n"
+    script += "except (UserError, ValueError) as error: print('refused', error)\n"
     done = subprocess.run(
         [sys.executable, "-c", script], input=encoded(picture(), "PNG", pnginfo=info), capture_output=True, timeout=60
     )
@@ -224,7 +226,7 @@ def test_truncated_jpegs_are_errors(monkeypatch, options, careless):
     assert encode(file, AUTO).data == file
     for length in [*range(0, len(file), 37), len(file) - 2, len(file) - 1]:
         for encoding in (AUTO, RAW):
-            with pytest.raises((ValueError, OSError)):
+            with pytest.raises((UserError, OSError)):
                 encode(file[:length], encoding)
 
 
@@ -250,7 +252,7 @@ def test_number_of_scans_is_bounded():
     encode(most, AUTO)
     for count in (MAX_SCANS - ours + 1, 5000):
         for encoding in (AUTO, RAW):
-            with pytest.raises(ValueError, match=f"more than {MAX_SCANS} scans"):
+            with pytest.raises(UserError, match=f"more than {MAX_SCANS} scans"):
                 encode(scans(count), encoding)
 
 
@@ -273,7 +275,7 @@ def test_scans_in_a_thumbnail_do_not_count():
     ids=["eps", "psd", "ico", "xpm", "empty", "gif without more"],
 )
 def test_other_formats_are_refused(file):
-    with pytest.raises((OSError, ValueError, IndexError)):
+    with pytest.raises((OSError, UserError, IndexError)):
         encode(file, AUTO)
 
 
@@ -292,6 +294,6 @@ def test_warnings_are_counted_and_stay_in():
 @pytest.mark.parametrize(("mode", "side", "most"), [("raw", 65536, 65535), ("jpeg", 65501, 65500)])
 def test_sides_that_no_format_stores(mode, side, most):
     """A bad image, to be left out by --on-error skip, not the end of the conversion."""
-    with pytest.raises(ValueError, match=rf"{side} x 1 pixels, .* go up to {most}: give --max-side"):
+    with pytest.raises(UserError, match=rf"{side} x 1 pixels, .* go up to {most}: give --max-side"):
         encode(Image.new("RGB", (side, 1)), Encoding(mode=mode))
     assert encode(Image.new("RGB", (side, 1)), Encoding(mode=mode, max_side=500)).width == 500

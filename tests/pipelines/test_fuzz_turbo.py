@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from fastdeit.pipelines import loader_turbo
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loader_turbo import find_turbo
 
 try:
     find_turbo()
-except ValueError as error:
+except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 FUZZ = 400 * int(os.environ.get("FASTDEIT_FUZZ", "1"))

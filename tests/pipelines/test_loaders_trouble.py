@@ -14,6 +14,7 @@ from PIL import EpsImagePlugin, Image, ImageFilter
 
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import FAST, LOADERS, open_loader
 from fastdeit.pipelines.order import EvalOrder
 from fastdeit.pipelines.pool import Prefetcher, make_pool
@@ -68,7 +69,7 @@ def opened(request, pool):
     if request.param in FAST:
         try:
             FAST[request.param]()
-        except ValueError as error:
+        except UserError as error:
             pytest.skip(str(error))
 
     def open_one(dataset, order=None, **options):

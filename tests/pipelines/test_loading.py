@@ -13,6 +13,7 @@ from PIL import Image
 from fastdeit.pipelines import loader_turbo, loading
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.loading import choose_loader, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
@@ -161,7 +162,7 @@ def test_one_that_cannot_be_opened_is_told(candidates, jpegs, options, monkeypat
     candidates(a=0, b=0.002, c=0)
 
     def fail(self, *unused):
-        raise ValueError("its library is broken: install another")
+        raise UserError("its library is broken: install another")
 
     for method in ("_load", "decode"):
         monkeypatch.setitem(loading.LOADERS, "c", type("Broken", (TorchLoader,), {method: fail}))
@@ -185,7 +186,7 @@ def test_without_any_it_is_torch_and_says_what_to_install(jpegs, options, monkey
     assert "NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]'" in loader.reason
     assert "libjpeg-turbo" in loader.reason
     for name in ("ffcv", "dali", "turbo"):
-        with pytest.raises(ValueError, match="install"):
+        with pytest.raises(UserError, match="install"):
             open_loader(name, jpegs, EvalOrder(COUNT, batch=8), **options)
 
 
@@ -196,18 +197,19 @@ def test_a_broken_ffcv_library_is_reported(tmp_path, monkeypatch):
     (package / "_libffcv.so").write_bytes(b"no library")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "ffcv", raising=False)  # a test before this one may have imported the real one
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         loading.find_libffcv()
 
 
 def test_nothing_large_is_imported_to_look_for_it():
     code = """
 import sys
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import FAST
 for find in FAST.values():
     try:
         find()
-    except ValueError:
+    except UserError:
         pass
 assert not {"ffcv", "nvidia.dali"} & set(sys.modules)
 """
@@ -215,5 +217,5 @@ assert not {"ffcv", "nvidia.dali"} & set(sys.modules)
 
 
 def test_an_unknown_loader_is_refused(jpegs, options):
-    with pytest.raises(ValueError, match="'none' is not one of auto, turbo, ffcv, dali, torch"):
+    with pytest.raises(UserError, match="'none' is not one of auto, turbo, ffcv, dali, torch"):
         open_loader("none", jpegs, EvalOrder(COUNT, batch=8), **options)

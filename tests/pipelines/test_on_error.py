@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from fastdeit.pipelines import threaded
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonWriter
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import LOADERS, open_loader
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.pool import make_pool
@@ -84,7 +85,7 @@ def opened(request):
         def open_one(dataset, order, threads=3, **options):
             try:
                 return open_loader(request.param, dataset, order, pool=pool, threads=threads, **options)
-            except ValueError as error:
+            except UserError as error:
                 if "install" in str(error):
                     pytest.skip(str(error))
                 raise
@@ -169,7 +170,7 @@ def test_an_image_replaced_is_so_once_for_all_its_copies(opened, damaged):
     check(damaged, batches, exact=opened.name != "ffcv")
 
 
-@pytest.mark.parametrize("error", [OSError, ValueError])
+@pytest.mark.parametrize("error", [OSError, UserError])
 def test_bytes_that_cannot_be_read(opened, tmp_path, error):
     dataset = Unreadable(write(tmp_path / "r.beton", ()), bad=(2, RAW_AT), error=error)
     order = EvalOrder(COUNT, batch=COUNT)
@@ -208,5 +209,5 @@ def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
 
 
 def test_another_policy_is_refused(damaged):
-    with make_pool(1) as pool, pytest.raises(ValueError, match="on_error 'skip' is not one of fail, replace"):
+    with make_pool(1) as pool, pytest.raises(UserError, match="on_error 'skip' is not one of fail, replace"):
         LOADERS["torch"](damaged, EvalOrder(COUNT, batch=4), pool=pool, threads=1, on_error="skip")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
 
 
@@ -118,7 +119,7 @@ def test_imagenet_steps():
     ],
 )
 def test_what_cannot_be_divided_is_named(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((UserError, ValueError), match=message):
         EpochOrder(1000, **kwargs)
 
 

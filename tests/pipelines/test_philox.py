@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.philox import check_seed, normal_pair, philox, unit
 
 ANSWERS = [
@@ -36,5 +37,5 @@ def test_normal_pair_is_normal():
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seed_outside_64_bits(seed):
-    with pytest.raises(ValueError, match="64-bit"):
+    with pytest.raises(UserError, match="64-bit"):
         check_seed(seed)

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from fastdeit.pipelines import pool
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
 
 
@@ -159,9 +160,9 @@ def test_wait_seconds_is_the_time_without_data():
 
 
 def test_depth_and_threads_are_checked():
-    with pytest.raises(ValueError, match="at least 1 item"):
+    with pytest.raises(UserError, match="at least 1 item"):
         Prefetcher([], 0)
-    with pytest.raises(ValueError, match="at least 1 is needed"):
+    with pytest.raises(UserError, match="at least 1 is needed"):
         make_pool(0)
 
 

@@ -26,6 +26,7 @@ from fastdeit.pipelines.beton import MIN_PAGE, BetonWriter
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.encoded import ConvertError
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.journal import Journal, JournalError, Kept
 
 FORMATS = ["beton", "webdataset"]
@@ -260,7 +261,7 @@ def test_what_another_format_left_is_not_touched(data, tmp_path):
     for format, other in ((FORMATS[0], FORMATS[1]), (FORMATS[1], FORMATS[0])):
         interrupted(data, 9, tmp_path / format, format=format)
         left = files(tmp_path)
-        with pytest.raises(ValueError, match=rf"{format}\.partial: is "):
+        with pytest.raises(UserError, match=rf"{format}\.partial: is "):
             convert(Items(data), tmp_path / format, format=other, progress=False)
         assert files(tmp_path) == left
         assert convert(Items(data), tmp_path / format, format=format, resume=True, progress=False).done == 21

@@ -14,6 +14,7 @@ from fastdeit.pipelines import loader_turbo
 from fastdeit.pipelines.arena import Arenas
 from fastdeit.pipelines.beton import JPEG, MIN_PAGE, BetonDataset, BetonWriter
 from fastdeit.pipelines.draw import PlanDrawer, Policy
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage, evaluation_regions
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.loader_turbo import TurboLoader, find_turbo
@@ -23,7 +24,7 @@ from fastdeit.pipelines.threaded import DecodeError, bounding_boxes
 
 try:
     find_turbo()
-except ValueError as error:
+except UserError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -288,7 +289,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_without_the_library_it_says_what_to_install(opened, many, elsewhere):
-    with pytest.raises(ValueError, match=r"was not built when fastdeit was installed: install libjpeg-turbo 2\.1"):
+    with pytest.raises(UserError, match=r"was not built when fastdeit was installed: install libjpeg-turbo 2\.1"):
         opened(many)
 
 
@@ -301,5 +302,5 @@ def test_a_library_that_cannot_be_used_is_reported(opened, many, elsewhere, brok
         import _ctypes
 
         shutil.copy(_ctypes.__file__, library)
-    with pytest.raises(ValueError, match=r"cannot be loaded \(.*install libjpeg-turbo"):
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*install libjpeg-turbo"):
         opened(many)
