@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.evaluation import evaluate
     from fastdeit.kernel_choice import choose_kernels
     from fastdeit.networks import build_network
+    from fastdeit.pipelines.checksums import unchecked
     from fastdeit.precision import resolve
     from fastdeit.staging import image_dtype, image_layout
     from fastdeit.weights import describe, load_weights
@@ -64,6 +66,9 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
             print(kernels.sentence())
             print(f"loader {data.loader.name}: {data.loader.reason}")
             print(f"images made on the {data.stage.name}: {data.stage.reason}")
+        without = unchecked(val.path, val.checksums)
+        if joined.main and without is not None:
+            print(without, file=sys.stderr)
         out: dict[str, Any] = {}
         try:
             for kind in kinds:

@@ -29,6 +29,7 @@ from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
+from fastdeit.pipelines.checksums import unchecked
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import allow_tf32, resolve
@@ -221,6 +222,10 @@ class Trainer:
         self.log.say(self.kernels.sentence())
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
         self.log.say(f"augmentation on the {self.data.stage.name}: {self.data.stage.reason}")
+        for data_set in (self.train_set, *([self.val.loader.dataset] if self.val is not None else [])):
+            without = unchecked(data_set.path, data_set.checksums)
+            if without is not None:
+                self.log.say(without)
         if self.labels is not None:
             described = self.labels.described
             self.labels.check_epochs(self.epoch, recipe.run.epochs)

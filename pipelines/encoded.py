@@ -80,6 +80,8 @@ def encoded(
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+    except OSError as error:
+        raise shared_memory_error(error, f"{workers} workers cannot be started (--workers 1 needs none)") from error
     except BrokenProcessPool as error:
         raise ConvertError("a worker process died, most likely for want of memory: give fewer --workers") from error
     finally:
