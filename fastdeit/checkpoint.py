@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
 import re
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from fastdeit.checkpoint_file import DamagedError, ForeignError, check_file, check_values
 from fastdeit.cli import UserError
+from fastdeit.pipelines.files import open_regular, sync_folder
+from fastdeit.pipelines.machine import machine_error
 
 FORMAT = 1
 _FIELDS = {
@@ -23,67 +28,107 @@ _FIELDS = {
     "step": int,
     "global_step": int,
 }
+MOST_STEPS = 999_999_999  # names have nine digits
+NOT_OURS = "the file was changed after it was written, so use another, or start from its weights with --model.init"
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` through a temporary file: synced, then renamed.
 
-    A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it.
+    A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it. Raises
+    MachineError where the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise machine_error(error, f"{path}: cannot be written") from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """What a checkpoint file holds, on the CPU: a state dict, or a dict that has one among other things.
 
     `.safetensors` and PyTorch's own format. Of objects, only the `argparse.Namespace` that the released training
-    script stores is admitted. Raises UserError naming the file where there is none, where it is damaged, or where
-    it holds anything else than tensors and plain containers.
+    script stores is admitted. The checksums of all records are compared first; where a format has none, a warning says
+    so. Raises UserError naming the file where there is none, where it is damaged (DamagedError), or where it holds
+    anything else than tensors and plain containers; MachineError where the machine cannot read it.
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+        with open(open_regular(path), "rb") as file:
+            stored = _read(file, path)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: there is no such checkpoint file") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
-            f"Save the state dict alone, or as .safetensors. ({str(error).splitlines()[0]})"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint ({error}): fetch it again") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise why_unreadable(path, error) from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
+    check_values(stored, path)
     return stored
 
 
+def _read(file: BinaryIO, path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        warnings.warn(f"{path}: .safetensors has no checksums, so damage to its weights goes unnoticed", stacklevel=3)
+        return dict(load_file(path))
+    unchecked = check_file(file, path)
+    if unchecked is not None:
+        warnings.warn(unchecked, stacklevel=3)
+    file.seek(0)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def why_unreadable(path: Path, error: Exception) -> UserError:
+    """The error for a checkpoint that could not be read because of `error`."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
+        return machine_error(error, f"{path}: cannot be read")
+    if isinstance(error, pickle.UnpicklingError):
+        return ForeignError(
+            f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
+            f"Save the state dict alone, or as .safetensors. ({str(error).splitlines()[0]})"
+        )
+    # A damaged file can fail anywhere in the reader.
+    return DamagedError(f"{path} is damaged or no checkpoint ({error}): fetch it again")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all checksums of a checkpoint are those of its bytes."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            return check_file(file, path) is None
+    except (OSError, ValueError, UserError):
+        return False
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote. Raises UserError naming the file where it is anything else."""
+    """The state that `save` wrote. Raises UserError naming the file, and the field, where it is anything else."""
     state = read_checkpoint(path)
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name), kind)]
-    if state.get("format") != FORMAT or wrong:
+    if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a fastdeit training checkpoint; to start from its weights use --model.init")
+    for name, kind in _FIELDS.items():
+        # A bool is an int to Python.
+        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
+            held = "is missing" if name not in state else f"is a {type(state[name]).__name__}"
+            raise UserError(f"{path}: its field '{name}' {held}, not a {kind.__name__}; {NOT_OURS}")
+    for name in ("epoch", "step", "global_step"):
+        if not 0 <= state[name] <= MOST_STEPS:
+            raise UserError(f"{path}: its field '{name}' is {state[name]}, not from 0 to {MOST_STEPS}; {NOT_OURS}")
     return state
 
 

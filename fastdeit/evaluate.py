@@ -45,11 +45,15 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.pipelines.checksums import unchecked
     from fastdeit.precision import resolve
     from fastdeit.staging import image_dtype, image_layout
-    from fastdeit.weights import describe, load_weights
+    from fastdeit.weights import check_described, describe, load_weights, state_dict
 
     stored = read_checkpoint(options.checkpoint)
     described = describe(stored, str(options.checkpoint))
     recipe = _recipe(options, stored, described.get("num_classes"))
+    if options.recipe is None:
+        own, source = _stored_recipe(options, stored).model, str(options.checkpoint)
+        state = state_dict(stored, ema=options.weights == "ema", source=source)
+        check_described(own, described.get("num_classes") or own.num_classes, state, source)
     kinds = ["model", "ema"] if options.weights == "both" else [options.weights]
     if options.weights == "both" and not stored.get("ema"):
         kinds = ["model"]
@@ -91,13 +95,24 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         return out if joined.main else {}
 
 
+def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
+    try:
+        recipe = recipe_from_dict(stored["recipe"], file=options.checkpoint)
+    except ValueError as error:
+        raise UserError(f"{options.checkpoint}: its recipe is none: {error}") from error
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+        if getattr(recipe.model, name) < 1:
+            raise UserError(f"{options.checkpoint}: its recipe says model.{name} {getattr(recipe.model, name)}")
+    return recipe
+
+
 def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
     if options.recipe is not None:
         if options.recipe not in RECIPES:
             raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
         recipe = RECIPES[options.recipe]()
     elif isinstance(stored.get("recipe"), dict):
-        recipe = recipe_from_dict(stored["recipe"])
+        recipe = _stored_recipe(options, stored)
     else:
         raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
     replace = dataclasses.replace

@@ -35,6 +35,7 @@ from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.precision import allow_tf32, resolve
 from fastdeit.profiling import StepProfiler, room
 from fastdeit.resume import checkpoint_pixels, restore, snapshot, write_recipe
+from fastdeit.resume_checks import START
 from fastdeit.staging import image_dtype, image_layout
 from fastdeit.step import TrainingStep
 from fastdeit.teacher import Teacher
@@ -105,6 +106,7 @@ class Trainer:
         self.deferred = world.device.type == "cuda" and d.loss_sync == "deferred"
         self.profiler = self._open_profiler()
         self.epoch, self.step, self.global_step = 0, 0, 0
+        self.counted_from = START
         self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
         self.last_scores: dict[str, Scores] = {}
 
