@@ -111,7 +111,7 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
     for index, parameter in enumerate(parameters):
         field = f"optimizer.state[{index}] ({names[id(parameter)]})"
         held = states.get(index)
-        if held is None and (gaps or not moments):
+        if held is None and (gaps or not moments or not global_step):
             continue
         if held is None:
             raise UserError(f"{path}: its field '{field}' is missing; {NOT_OURS}")

@@ -77,12 +77,12 @@ def _with_own_folder(function: Callable[..., Any], options: dict[str, Any]) -> A
     folder = _own_folder()
     if folder is None:
         return None
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
+    config: Any = numba.config
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
     try:
         dispatcher = _with_numbas_folder(function, options)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
     if dispatcher is not None:
         reason = "neither the installation nor the user's cache folder can be written"
         _say_once(f"compiled code is kept in {folder}, since {reason}; set NUMBA_CACHE_DIR to keep it elsewhere")

@@ -58,6 +58,12 @@ def shared_memory_error(error: OSError, what: str) -> MachineError:
     return machine_error(error, what)
 
 
+def thread_error(error: RuntimeError, what: str) -> MachineError:
+    """The error for a thread that the machine did not start."""
+    remedy = "the machine starts no more threads: raise ulimit -u or the container's limit of processes, or set fewer"
+    return MachineError(f"{what}: {remedy} with --data.threads ({error})")
+
+
 def open_file_limit() -> int:
     """How many files this process may have open at once."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -122,7 +122,7 @@ def make_hostile(folder):
         said[name] = reason
         return folder / f"{name}.pt"
 
-    zipped(add("deflated", "compressed record"), pickled({}), [("x/data/0", bytes(1 << 29))], zipfile.ZIP_DEFLATED)
+    zipped(add("deflated", "compressed record"), pickled({}), [("x/data/0", bytes(1 << 28))], zipfile.ZIP_DEFLATED)
     with open(add("holes", "GiB of memory|damaged"), "wb") as file:
         file.write(b"PK\3\4")
         file.truncate(48_000_000_000)

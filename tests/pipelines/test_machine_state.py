@@ -25,7 +25,7 @@ from fastdeit.pipelines.files import NoRegularFileError, open_regular
 from fastdeit.pipelines.loading import open_loader
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.order import EvalOrder
-from fastdeit.pipelines.pool import make_pool
+from fastdeit.pipelines.pool import Prefetcher, make_pool
 from fastdeit.pipelines.shard_layout import SAMPLE
 from fastdeit.pipelines.shards import ShardDataset, ShardWriter
 from fastdeit.pipelines.sidecar import SidecarError
@@ -77,7 +77,7 @@ import numpy as np
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.loading import open_loader
 from fastdeit.pipelines.order import EvalOrder
-from fastdeit.pipelines.pool import make_pool
+from fastdeit.pipelines.pool import Prefetcher, make_pool
 from fastdeit.pipelines.verify import verify
 
 path, out = sys.argv[1:]
@@ -326,3 +326,28 @@ def test_conversion_and_reading_under_a_user_of_another_limit(tmp_path):
             assert dataset.check() == []
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("started", [0, 2])
+def test_threads_that_do_not_start(monkeypatch, started):
+    before, real, count = threading.active_count(), threading.Thread.start, 0
+
+    def start(thread):
+        nonlocal count
+        count += 1
+        if count > started:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as few:
+        few.setattr(threading.Thread, "start", start)
+        with pytest.raises(MachineError, match=r"4 worker threads cannot be started: .*ulimit -u"):
+            make_pool(4)
+    with monkeypatch.context() as few:
+        few.setattr(threading.Thread, "start", lambda _: start(None))
+        count = 9
+        with pytest.raises(MachineError, match="the thread that prepares batches cannot be started"):
+            Prefetcher(iter(()), 1)
+    assert threading.active_count() == before
+    with make_pool(3) as pool:
+        assert list(pool.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
