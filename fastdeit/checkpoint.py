@@ -138,10 +138,13 @@ def step_path(folder: Path, global_step: int) -> Path:
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first."""
-    if not folder.is_dir():
+    """The checkpoints in `folder`, newest first. Raises MachineError where the machine cannot read it."""
+    try:
+        return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+    except OSError as error:
+        raise machine_error(error, f"{folder}: cannot be read") from error
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -132,8 +132,15 @@ class LabelWriter:
     def write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None = None) -> None:
         """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk).
 
-        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it.
+        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it. Raises
+        MachineError where it cannot be written; what the folder holds stays as it is.
         """
+        try:
+            self._write(epoch, labels, logits)
+        except OSError as error:
+            raise machine_error(error, f"{self.folder}: epoch {epoch}: cannot be written") from error
+
+    def _write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None) -> None:
         small = labels.astype(np.uint16 if self._described.num_classes <= 1 << 16 else np.uint32)
         name = f"epoch-{epoch:04d}." + ("npy" if logits is None else "npz")
 

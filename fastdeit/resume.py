@@ -12,6 +12,7 @@ from fastdeit.checkpoint import DamagedError
 from fastdeit.cli import UserError
 from fastdeit.config import Recipe
 from fastdeit.pipelines.loading import pixels_of
+from fastdeit.pipelines.machine import machine_error
 from fastdeit.resume_checks import START, check_position, check_state, damage_remedy
 
 if TYPE_CHECKING:
@@ -184,13 +185,13 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
         if not isinstance(values, dict) or not isinstance(old, dict):
             continue
         out += [
-            f"{section}.{name} = {old.get(name, unset[section][name])}, this run has {value}"
+            f"{section}.{name} = {old.get(name, unset[section][name])!s:.80}, this run has {value}"
             for name, value in values.items()
             if name not in FREE.get(section, ()) and old.get(name, unset[section][name]) != value
         ]
     before = _effective(state)
     out += [
-        f"another {name} ({before.get(name)}, this run has {value})"
+        f"another {name} ({before.get(name)!s:.80}, this run has {value})"
         for name, value in effective(trainer).items()
         if before.get(name) != value
     ]
@@ -198,8 +199,14 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """`recipe.json`: the resolved recipe, which `fastdeit-train --config` reads back."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`recipe.json`: the resolved recipe, which `fastdeit-train --config` reads back.
+
+    Raises MachineError where it cannot be written.
+    """
     temporary = folder / "recipe.json.tmp"
-    temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-    os.replace(temporary, folder / "recipe.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+        os.replace(temporary, folder / "recipe.json")
+    except OSError as error:
+        raise machine_error(error, f"{folder / 'recipe.json'}: cannot be written") from error

@@ -77,7 +77,7 @@ def _check_tensors(path: Path, field: str, stored: Any, own: Mapping[str, Tensor
         raise UserError(f"{path}: its field '{field}' is a {type(stored).__name__}, not a state dict; {NOT_OURS}")
     for what, names in (("lacks", own.keys() - stored.keys()), ("has an unknown", stored.keys() - own.keys())):
         if names:
-            raise UserError(f"{path}: its field '{field}' {what} '{min(map(str, names))}'; {NOT_OURS}")
+            raise UserError(f"{path}: its field '{field}' {what} '{min(map(str, names)):.80}'; {NOT_OURS}")
     for name, tensor in own.items():
         _check_tensor(path, f"{field}.{name}", stored[name], tensor)
 

@@ -193,7 +193,7 @@ def on_meta(build: Callable[[], T], fault: str) -> T | None:
 
 def _some(names: list[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(name[:80] for name in names[:limit]) + more
 
 
 def _adapt_heads(state: State, fresh: State, heads: tuple[str, ...]) -> list[str]:

@@ -102,3 +102,21 @@ def test_an_epoch_that_is_a_pipe_does_not_hang(cache):
     os.mkfifo(file)
     with pytest.raises(UserError, match=r"no labels for 1 of the run's epochs|is a pipe, not a file"):
         read(folder)
+
+
+def test_a_full_disk_keeps_what_is_there(cache, monkeypatch):
+    folder, _ = cache
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    writer = LabelWriter(folder, LabelCache(folder).described)
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rng, shape = np.random.default_rng(1), (50, 3) if writer._described.topk else (50,)
+    with monkeypatch.context() as full:
+        full.setattr("fastdeit.label_cache.os.fsync", refuse)
+        with pytest.raises(MachineError, match="epoch 1: cannot be written: the disk is full"):
+            writer.write(1, rng.integers(0, 9, shape), rng.normal(size=shape) if len(shape) == 2 else None)
+    assert {name: data for name, data in before.items() if (folder / name).read_bytes() == data} == before
+    assert not LabelCache(folder).has(1)
+    read(folder)
