@@ -7,14 +7,17 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from fastdeit.checkpoint_file import DamagedError, ForeignError, check_file, check_values
 from fastdeit.pipelines.errors import UserError, os_sentence
-from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.files import open_regular, sync_folder
+from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.regular import check_regular, misfetched
 
 FORMAT = 1
@@ -27,6 +30,8 @@ _FIELDS = {
     "step": int,
     "global_step": int,
 }
+MOST_STEPS = 999_999_999  # names have nine digits
+NOT_OURS = "the file was changed after it was written, so use another, or start from its weights with --model.init"
 _GLOBAL = re.compile(r"GLOBAL (\S+) ")  # of PyTorch's message about a class that it does not admit
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 
@@ -34,8 +39,8 @@ _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` through a temporary file: synced, then renamed.
 
-    A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it.
-    Raises UserError naming the file where it cannot be written, as on a full disk.
+    A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it. Raises
+    MachineError where the file cannot be written, as on a full disk.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -46,13 +51,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync_folder(path.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or path
-        raise UserError(f"{os_sentence(error) or error}; the checkpoints before it are untouched") from error
+        raise machine_error(error, f"{path}: cannot be written; the checkpoints before it are untouched") from error
 
 
 @contextlib.contextmanager
@@ -70,32 +75,26 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """What a checkpoint file holds, on the CPU: a state dict, or a dict that has one among other things.
 
     `.safetensors` and PyTorch's own format. Of objects, only the `argparse.Namespace` that the released training
-    script stores is admitted. Raises UserError naming the file where there is none, where it is damaged, or where
-    it holds anything else than tensors and plain containers.
+    script stores is admitted. The checksums of all records are compared first; where a format has none, a warning says
+    so. Raises UserError naming the file where there is none, where it is damaged (DamagedError), or where it holds
+    anything else than tensors and plain containers; MachineError where the machine cannot read it.
     """
     path = Path(path)
-    check_file(path)
+    check_path(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = _GLOBAL.search(str(error))
-        held = f"holds an object of {refused[1]}, and only tensors and plain containers are" if refused else "was not"
-        raise UserError(
-            f"{path} {held} loaded: it is no checkpoint, or one to save again as a state dict or .safetensors"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(f"{path} is damaged or no checkpoint: fetch it again") from error
+        with open(open_regular(path), "rb") as file:
+            stored = _read(file, path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise why_unreadable(path, error) from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
+    check_values(stored, path)
     return stored
 
 
-def check_file(path: Path) -> None:
+def check_path(path: Path) -> None:
     """Raise UserError where there is no file that could be a checkpoint, without reading it."""
     try:
         check_regular(path)
@@ -108,12 +107,56 @@ def check_file(path: Path) -> None:
         raise UserError(f"{path}: {reason}")
 
 
+def _read(file: BinaryIO, path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        warnings.warn(f"{path}: .safetensors has no checksums, so damage to its weights goes unnoticed", stacklevel=3)
+        return dict(load_file(path))
+    unchecked = check_file(file, path)
+    if unchecked is not None:
+        warnings.warn(unchecked, stacklevel=3)
+    file.seek(0)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def why_unreadable(path: Path, error: Exception) -> UserError:
+    """The error for a checkpoint that could not be read because of `error`."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
+        return machine_error(error, f"{path}: cannot be read")
+    if isinstance(error, pickle.UnpicklingError):
+        refused = _GLOBAL.search(str(error))
+        held = f"holds an object of {refused[1]}, and only tensors and plain containers are" if refused else "was not"
+        return ForeignError(
+            f"{path} {held} loaded: it is no checkpoint, or one to save again as a state dict or .safetensors"
+        )
+    # A damaged file can fail anywhere in the reader.
+    return DamagedError(f"{path} is damaged or no checkpoint: fetch it again")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all checksums of a checkpoint are those of its bytes."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            return check_file(file, path) is None
+    except (OSError, ValueError, UserError):
+        return False
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote. Raises UserError naming the file where it is anything else."""
+    """The state that `save` wrote. Raises UserError naming the file, and the field, where it is anything else."""
     state = read_checkpoint(path)
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name), kind)]
-    if state.get("format") != FORMAT or wrong:
+    if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a fastdeit training checkpoint; to start from its weights use --model.init")
+    for name, kind in _FIELDS.items():
+        # A bool is an int to Python.
+        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
+            held = "is missing" if name not in state else f"is a {type(state[name]).__name__}"
+            raise UserError(f"{path}: its field '{name}' {held}, not a {kind.__name__}; {NOT_OURS}")
+    for name in ("epoch", "step", "global_step"):
+        if not 0 <= state[name] <= MOST_STEPS:
+            raise UserError(f"{path}: its field '{name}' is {state[name]}, not from 0 to {MOST_STEPS}; {NOT_OURS}")
     return state
 
 
@@ -123,10 +166,13 @@ def step_path(folder: Path, global_step: int) -> Path:
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first."""
-    if not folder.is_dir():
+    """The checkpoints in `folder`, newest first. Raises MachineError where the machine cannot read it."""
+    try:
+        return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+    except OSError as error:
+        raise machine_error(error, f"{folder}: cannot be read") from error
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -164,7 +164,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(os_sentence(error)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a file that is not UTF-8, or too deep
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path} is not valid {kind} ({error}): correct it, or give another file") from error
 

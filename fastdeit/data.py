@@ -48,13 +48,14 @@ class TrainBatch:
 def open_dataset(path: Path | None, option: str) -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    Raises UserError where it is not given not there, damaged or of another kind.
+    Raises UserError where it is not given, not there, damaged, of another kind, or cannot be read.
     """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
-    if not path.exists():
-        raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)")
-    return datasets.open_dataset(path)
+    try:
+        return datasets.open_dataset(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)") from error
 
 
 def check_class_names(one: str, names: list[str] | None, other: str, others: list[str] | None) -> None:

@@ -20,6 +20,7 @@ import resource
 import shutil
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -112,9 +113,15 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Check:
     """The segment that NCCL exchanges gradients through."""
     if not path.exists():
         return Check("/dev/shm", "warn", "not mounted", "several GPUs need it: mount a tmpfs there")
-    size = shutil.disk_usage(path).total
-    detail = f"{size / GIB:.2f} GiB"
-    if size < GIB:
+    usage = shutil.disk_usage(path)
+    detail = f"{usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} GiB of it free"
+    try:
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(1 << 20))
+    except OSError as error:
+        remedy = "fastdeit-convert and several GPUs need it: remove what lies there, or mount a larger tmpfs there"
+        return Check("/dev/shm", "warn", f"{detail}, cannot be written ({error.strerror})", remedy)
+    if usage.total < GIB:
         return Check("/dev/shm", "warn", detail, "several GPUs need more: docker run --shm-size=8g, or --ipc=host")
     return Check("/dev/shm", "ok", detail)
 
@@ -235,8 +242,30 @@ def triton_check() -> Check:
         size = len(compiled.asm["cubin"])
     except Exception as error:  # its compiler raises many types, none of them its own
         remedy = "reinstall PyTorch, which brings the Triton that it was tested with"
+        if isinstance(error, OSError):
+            remedy = "set TRITON_CACHE_DIR to a folder that can be written"
         return Check("triton", "warn", f"{version} cannot compile: {_sentence(error)}", remedy)
     return Check("triton", "ok", f"{version}, compiles for sm_{major}{minor} ({size} bytes)")
+
+
+def compiled_code() -> Check:
+    """Whether numba compiles here, and where its code is kept from one process to the next. It is tried."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            from fastdeit.pipelines.compiled import try_cache
+
+            folder = try_cache()
+        except Exception as error:  # numba raises many types where it does not work
+            remedy = "set NUMBA_CACHE_DIR to a folder that can be written, or reinstall numba"
+            return Check("compiled code", "fail", f"numba cannot compile: {_sentence(error)}", remedy)
+    if folder is None:
+        detail = "cannot be kept, so that every process compiles anew, which takes half a minute"
+        return Check("compiled code", "warn", detail, "set NUMBA_CACHE_DIR to a folder that can be written")
+    if any("compiled code is kept" in str(one.message) for one in said):
+        remedy = "set NUMBA_CACHE_DIR to a folder that lasts and can be written"
+        return Check("compiled code", "warn", f"is kept in {folder}, among temporary files", remedy)
+    return Check("compiled code", "ok", f"is kept in {folder}")
 
 
 def turbojpeg() -> Check:
@@ -323,7 +352,7 @@ def apex() -> Check:
 
 
 CHECKS: tuple[Callable[[], Check | list[Check]], ...] = (
-    system, cpu, memory, shared_memory, open_files, required, gpus, compiler, triton_check,
+    system, cpu, memory, shared_memory, open_files, required, compiled_code, gpus, compiler, triton_check,
     turbojpeg, ffcv, turbo, dali, apex,
 )  # fmt: skip
 

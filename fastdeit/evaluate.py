@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,13 +43,18 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.evaluation import evaluate
     from fastdeit.kernel_choice import choose_kernels
     from fastdeit.networks import build_network
+    from fastdeit.pipelines.checksums import unchecked
     from fastdeit.setup import set_up
     from fastdeit.staging import image_dtype, image_layout
-    from fastdeit.weights import describe, load_weights
+    from fastdeit.weights import check_described, describe, load_weights, state_dict
 
     stored = read_checkpoint(options.checkpoint)
     described = describe(stored, str(options.checkpoint))
     recipe = _recipe(options, stored, described.get("num_classes"))
+    if options.recipe is None:
+        own, source = _stored_recipe(options, stored).model, str(options.checkpoint)
+        state = state_dict(stored, ema=options.weights == "ema", source=source)
+        check_described(own, described.get("num_classes") or own.num_classes, state, source)
     kinds = ["model", "ema"] if options.weights == "both" else [options.weights]
     if options.weights == "both" and not stored.get("ema"):
         kinds = ["model"]
@@ -66,6 +72,9 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
             print(kernels.sentence())
             print(f"loader {data.loader.name}: {data.loader.reason}")
             print(f"images made on the {data.stage.name}: {data.stage.reason}")
+        without = unchecked(val.path, val.checksums)
+        if joined.main and without is not None:
+            print(without, file=sys.stderr)
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
@@ -88,13 +97,24 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         return out if joined.main else {}
 
 
+def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
+    try:
+        recipe = recipe_from_dict(stored["recipe"], file=options.checkpoint)
+    except ValueError as error:
+        raise UserError(f"{options.checkpoint}: its recipe is none: {error}") from error
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+        if getattr(recipe.model, name) < 1:
+            raise UserError(f"{options.checkpoint}: its recipe says model.{name} {getattr(recipe.model, name)}")
+    return recipe
+
+
 def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
     if options.recipe is not None:
         if options.recipe not in RECIPES:
             raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
         recipe = RECIPES[options.recipe]()
     elif isinstance(stored.get("recipe"), dict):
-        recipe = recipe_from_dict(stored["recipe"])
+        recipe = _stored_recipe(options, stored)
     else:
         raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
     replace = dataclasses.replace

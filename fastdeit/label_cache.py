@@ -19,9 +19,9 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,11 +32,13 @@ from torch import Tensor
 
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
-from fastdeit.pipelines.errors import UserError, fact, naming
-from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.files import open_regular, read_text, sync_folder
 from fastdeit.pipelines.loading import pixels_of
+from fastdeit.pipelines.machine import machine_error
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
+_MOST_INDEX = 16 << 20  # bytes: 100,000 epochs
 _INDEX, _LOCK = "labels.json", "labels.lock"
 _PIXELS = "data.loader (pixels)"
 # Of the `augment` section, what does not reach the pixels of a training sample.
@@ -130,8 +132,15 @@ class LabelWriter:
     def write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None = None) -> None:
         """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk).
 
-        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it.
+        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it. Raises
+        MachineError where it cannot be written; what the folder holds stays as it is.
         """
+        try:
+            self._write(epoch, labels, logits)
+        except OSError as error:
+            raise machine_error(error, f"{self.folder}: epoch {epoch}: cannot be written") from error
+
+    def _write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None) -> None:
         small = labels.astype(np.uint16 if self._described.num_classes <= 1 << 16 else np.uint32)
         name = f"epoch-{epoch:04d}." + ("npy" if logits is None else "npz")
 
@@ -162,7 +171,7 @@ class LabelCache:
         if not path.is_file():
             raise UserError(f"{folder} holds no teacher's labels ({_INDEX}): make them with fastdeit-label")
         try:
-            index = json.loads(path.read_text())
+            index = json.loads(read_text(path, _MOST_INDEX))
             if (index.pop("format"), index.pop("version")) != (_FORMAT, _VERSION):
                 raise UserError(f"{path}: not labels of version {_VERSION}: make them again with fastdeit-label")
             self.epochs: dict[str, dict[str, str]] = dict(index.pop("epochs"))
@@ -173,7 +182,9 @@ class LabelCache:
                 d.key[_PIXELS] = pixels_of(str(d.key.pop("data.loader")))
             if not typed or any(not isinstance(text, str) for text, _ in files):
                 raise ValueError("fields of a wrong type")
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except OSError as error:
+            raise machine_error(error, f"{path}: cannot be read") from error
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({error!r}): make it again with fastdeit-label") from error
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
 
@@ -235,27 +246,48 @@ class LabelCache:
         self.check_epochs(epoch, epoch + 1)
         path = self._path(epoch)
         again = "remove it and make it again with fastdeit-label"
+        soft = self.described.kind == "soft"
         try:
-            if _sha256(path) != self.epochs[str(epoch)]["sha256"]:
-                raise UserError(f"{path}: it changed since it was written: {again}")
-            loaded = np.load(path, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                arrays = {"labels": loaded}
-            else:
-                with loaded:
-                    arrays = {name: loaded[name] for name in ("index", "logits")}
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or fact(error)}): {again}") from error
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: holds no labels, or is damaged: {again}") from error
+            with open(open_regular(path), "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.epochs[str(epoch)]["sha256"]:
+                    raise UserError(f"{path}: it changed since it was written: {again}")
+                arrays = _read_soft(file) if soft else {"labels": _read_array(file, 0, os.fstat(file.fileno()).st_size)}
+        except (OSError, MemoryError) as error:
+            raise machine_error(error, f"{path}: cannot be read") from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not {self.described.kind} labels ({error}): {again}") from error
         classes = arrays["labels" if "labels" in arrays else "index"]
-        soft = "logits" in arrays
         shaped = classes.ndim == 1 + soft and (not soft or classes.shape == arrays["logits"].shape)
-        if soft != (self.described.kind == "soft") or not shaped or classes.dtype.kind != "u":
+        if not shaped or classes.dtype.kind != "u":
             raise UserError(f"{path}: not {self.described.kind} labels: {again}")
         if classes.size and int(classes.max()) >= self.described.num_classes:
             raise UserError(f"{path}: class {classes.max()} of {self.described.num_classes}: {again}")
         return arrays
+
+
+def _read_array(file: BinaryIO, start: int, size: int) -> np.ndarray:
+    """The array of numpy's format in `size` bytes at `start`. Raises ValueError for one that needs more, or is none."""
+    file.seek(start)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    # A header may claim any shape, and memory for it would be taken before anything is read.
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != start + size - file.tell():
+        raise ValueError(f"{size} bytes are not an array of shape {shape}")
+    file.seek(start)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_soft(file: BinaryIO) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, whose members numpy stores as they are: none takes more memory than room on the disk."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in ("index", "logits"):
+            record = archive.getinfo(f"{name}.npy")
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError(f"its {name} is compressed, which fastdeit-label never does")
+            with archive.open(record) as member:
+                arrays[name] = _read_array(io.BytesIO(member.read()), 0, record.file_size)
+    return arrays
 
 
 def _sha256(path: Path) -> str:

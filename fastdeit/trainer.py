@@ -27,11 +27,13 @@ from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
+from fastdeit.pipelines.checksums import unchecked
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.profiling import StepProfiler, room
 from fastdeit.resume import checkpoint_pixels, restore, snapshot, write_recipe
+from fastdeit.resume_checks import START
 from fastdeit.setup import set_up
 from fastdeit.staging import image_dtype, image_layout
 from fastdeit.step import TrainingStep
@@ -101,6 +103,7 @@ class Trainer:
         self.deferred = world.device.type == "cuda" and d.loss_sync == "deferred"
         self.profiler = self._open_profiler()
         self.epoch, self.step, self.global_step = 0, 0, 0
+        self.counted_from = START
         self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
         self.last_scores: dict[str, Scores] = {}
 
@@ -218,6 +221,10 @@ class Trainer:
         self.log.say(self.kernels.sentence())
         self.log.say(f"loader {self.data.loader.name}: {self.data.loader.reason}")
         self.log.say(f"augmentation on the {self.data.stage.name}: {self.data.stage.reason}")
+        for data_set in (self.train_set, *([self.val.loader.dataset] if self.val is not None else [])):
+            without = unchecked(data_set.path, data_set.checksums)
+            if without is not None:
+                self.log.say(without)
         if self.labels is not None:
             described = self.labels.described
             self.labels.check_epochs(self.epoch, recipe.run.epochs)

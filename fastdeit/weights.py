@@ -6,22 +6,26 @@ Files are untrusted: of a pickle only tensors and plain containers are read.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
+from fastdeit.config import ModelConfig
 from fastdeit.model import DeiT
-from fastdeit.networks import ConvnetStudent
+from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.pipelines.errors import UserError
 
 State = dict[str, Tensor]
+T = TypeVar("T")
 
 _MODEL_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
+_LARGEST_PATCH = 64  # pixels a side that are resampled
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
@@ -102,6 +106,9 @@ def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *,
         messages += _adapt_positions(state, network, source)
         messages += _adapt_distillation(state, fresh)
     messages += _adapt_heads(state, fresh, head_names(network))
+    narrow = {str(v.dtype).removeprefix("torch.") for k, v in state.items() if k in fresh and v.dtype != fresh[k].dtype}
+    if narrow:
+        messages.append(f"weights stored as {', '.join(sorted(narrow))} are converted to the network's own format")
     load_strictly(network, state, source)
     return messages
 
@@ -114,8 +121,8 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def load_strictly(network: nn.Module, state: State, source: str) -> None:
-    """Load a state dict that must fit as it is; raises UserError naming the keys that do not."""
+def check_strictly(network: nn.Module, state: State, source: str) -> None:
+    """Raises UserError naming the keys that are missing, unexpected or of another shape, or hold no fractions."""
     own = network.state_dict()
     faults = [
         f"{what}: {_some(sorted(keys))}"
@@ -135,12 +142,58 @@ def load_strictly(network: nn.Module, state: State, source: str) -> None:
     ]
     if faults:
         raise UserError(f"{source} does not fit this network: {'; '.join(faults)}. Use the recipe it was trained with")
+    wrong = [name for name in own if own[name].is_floating_point() != state[name].is_floating_point()]
+    if wrong:
+        raise UserError(
+            f"{source}: {wrong[0]} is {state[wrong[0]].dtype}, this network has {own[wrong[0]].dtype} there"
+        )
+
+
+def load_strictly(network: nn.Module, state: State, source: str) -> None:
+    """Load a state dict that must fit as it is; raises UserError naming the keys that do not."""
+    check_strictly(network, state, source)
     network.load_state_dict(state, strict=True)
+
+
+def check_described(cfg: ModelConfig, num_classes: int | None, state: State, source: str) -> None:
+    """Raises UserError unless a checkpoint's own recipe describes the network that its weights are of.
+
+    Before that network is built: what a file says may be of any size.
+    """
+    head = state.get("head.weight")
+    classes = num_classes or (max(1, len(head)) if head is not None and head.ndim else 1)
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.") and name.count(".") > 1})
+    edited = "the file was changed after it was written: name its recipe with --recipe"
+    if cfg.arch == "deit" and cfg.depth != blocks:
+        raise UserError(
+            f"{source}: its recipe says model.depth {cfg.depth}, its weights have {blocks} blocks; {edited}"
+        )
+    fault = f"{source}: its recipe describes no network; {edited}"
+    network = on_meta(lambda: build_network(cfg, classes), fault)
+    if network is None and cfg.arch == "deit":
+        raise UserError(fault)
+    if network is not None:
+        inner = network.network if isinstance(network, ConvnetStudent) else network
+        check_strictly(inner, state, f"{source}, by the recipe that it holds,")
+
+
+def on_meta(build: Callable[[], T], fault: str) -> T | None:
+    """A network without memory for its weights, to look at their shapes; None where it cannot be built like that.
+
+    Raises UserError with `fault` for one whose shapes are absurd.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except (ArithmeticError, ValueError, RuntimeError, TypeError) as error:
+        if isinstance(error, (RuntimeError, TypeError)) and "overflow" not in str(error).lower():
+            return None  # some of timm's networks compute with numbers when they are built
+        raise UserError(f"{fault} ({str(error).splitlines()[0]})") from error
 
 
 def _some(names: list[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(name[:80] for name in names[:limit]) + more
 
 
 def _adapt_heads(state: State, fresh: State, heads: tuple[str, ...]) -> list[str]:
@@ -161,6 +214,8 @@ def _adapt_patches(state: State, fresh: State) -> list[str]:
     name = "patch_embed.proj.weight"
     old, new = state.get(name), fresh[name]
     if old is None or old.ndim != 4 or old.shape[:2] != new.shape[:2] or old.shape == new.shape:
+        return []
+    if max(old.shape[2:]) > _LARGEST_PATCH:  # resampling needs memory by its fourth power
         return []
     state[name] = resample_patch_embed(old, list(new.shape[2:]))
     return [f"patch projection resampled from {tuple(old.shape[2:])} to {tuple(new.shape[2:])} pixels"]

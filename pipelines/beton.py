@@ -31,13 +31,15 @@ from fastdeit.pipelines.beton_layout import (
     sidecar_path,
 )
 from fastdeit.pipelines.beton_writer import BetonWriter
+from fastdeit.pipelines.checksums import Checksums
 from fastdeit.pipelines.files import OpenFile
+from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.regular import misfetched
 from fastdeit.pipelines.sidecar import SidecarError
 
 __all__ = ["JPEG", "MAX_SIDE", "MIN_PAGE", "RAW", "BetonDataset", "BetonError", "BetonWriter", "sidecar_path"]
 
-_PIECE = 1 << 23  # bytes read at once of what lies between images
+_PIECE = 24 << 18  # bytes read at once of tables, in whole records, and of what lies between images
 
 
 class BetonDataset:
@@ -50,20 +52,26 @@ class BetonDataset:
     class_names    of the sidecar, in the order of the labels; None without one
     content_hash   of the sidecar; None without one
     sidecar        as `sidecar` describes it; None without one
+    checksums      of the stored bytes, from the sidecar; None without one
     num_classes    length of class_names, or the largest label + 1
 
     Header, records and sizes are checked against the file when it is opened; raises BetonError naming file,
-    sample and reason. A file that is cut short under its reader is an error too. Threads may share an object; pickled,
-    it is reopened by its path.
+    sample and reason, FileNotFoundError where there is none, and MachineError where the machine cannot read it. A file
+    that is cut short under its reader is an error too. Threads may share an object; pickled, it is reopened by path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        file = OpenFile(self.path)
-        self._file: OpenFile | None = file
-        self._identity = file.identity
-        self._read_tables(file)
-        self._read_sidecar()
+        try:
+            file = OpenFile(self.path)
+            self._file: OpenFile | None = file
+            self._identity = file.identity
+            self._read_tables(file)
+            self._read_sidecar()
+        except (FileNotFoundError, IsADirectoryError):
+            raise
+        except (OSError, MemoryError) as error:
+            raise machine_error(error, f"{self.path}: cannot be opened") from error
 
     def _error(self, reason: str, index: int | None = None) -> BetonError:
         where = f"{self.path}, sample {index}" if index is not None else str(self.path)
@@ -78,6 +86,20 @@ class BetonDataset:
         if len(data) != size:
             raise self._error(f"it was cut short while it was read: {len(data)} of {size} bytes at byte {offset}")
         return data
+
+    def _load_table(self, file: OpenFile, start: int, end: int, record: np.dtype, field: str) -> np.ndarray:
+        """The bytes from `start` to `end`, a table of `record` whose `field` is never 0.
+
+        A file may claim far more than it holds: its holes are read as zeros, and the first of them is refused.
+        """
+        pieces = []
+        for at in range(start, end, _PIECE):
+            pieces.append(self._load(file, at, min(_PIECE, end - at)))
+            blank = pieces[-1].view(record)[field] == 0
+            if blank.any():
+                index = (at - start) // record.itemsize + int(blank.argmax())
+                raise self._error(f"record {index} of a table is empty, so its place is outside of the file's data")
+        return np.concatenate(pieces)
 
     def _read_tables(self, file: OpenFile) -> None:
         length = file.identity[2]
@@ -104,10 +126,11 @@ class BetonDataset:
                 f"{count} samples with an allocation table at byte {end} do not fit a file of {length} bytes"
             )
         self.page_size, self._data_start, self._data_end = page_size, metadata_end, end
-        metadata = self._load(file, METADATA_START, metadata_end - METADATA_START)
+        metadata = self._load_table(file, METADATA_START, metadata_end, SAMPLE, "data_ptr")
         self._metadata_hash = hashlib.sha256(metadata.data).hexdigest()
         samples = metadata.view(SAMPLE)
-        pointer, size = self._allocations(self._load(file, end, length - end).view(ALLOCATION), count)
+        table = self._load_table(file, end, length, ALLOCATION, "size").view(ALLOCATION)
+        pointer, size = self._allocations(table, count)
         self._forbid(pointer != samples["data_ptr"], "record and allocation table name different places")
         # In this order no sum can overflow.
         outside = (size == 0) | (size > end) | (pointer < metadata_end) | (pointer > end)
@@ -144,6 +167,7 @@ class BetonDataset:
         self.class_names: list[str] | None = None
         self.content_hash: str | None = None
         self.sidecar: dict[str, Any] | None = None
+        self.checksums: Checksums | None = None
         self.num_classes = int(self.label.max()) + 1
         path = sidecar_path(self.path)
         if not path.exists():
@@ -156,6 +180,7 @@ class BetonDataset:
             metadata_hash=self._metadata_hash,
         )
         self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
+        self.checksums = Checksums(sidecar.crc32s(self.sidecar))
         self.num_classes = len(self.sidecar["class_names"])
 
     def __len__(self) -> int:
@@ -174,14 +199,14 @@ class BetonDataset:
         """Stored bytes of sample `index`: (size,) uint8, read-only.
 
         Raises IndexError for an index outside the data set, BetonError where the file was cut short since it was
-        opened or cannot be read, ValueError after `close`.
+        opened, MachineError where the machine cannot read it, ValueError after `close`.
         """
         self._check_index(index)
         file, size = self._open(index), int(self.size[index])
         try:
             data = file.read(size, int(self.offset[index]))
-        except OSError as error:
-            raise self._error(f"it cannot be read ({error.strerror})", index) from error
+        except (OSError, MemoryError) as error:
+            raise machine_error(error, f"{self.path}, sample {index}: cannot be read") from error
         if len(data) != size:
             raise self._error(
                 f"the file was cut short since it was opened: {len(data)} of {size} bytes are left", index
@@ -198,11 +223,13 @@ class BetonDataset:
     def check(self) -> list[str]:
         """What is wrong with the files outside of the samples' own bytes, a sentence each; empty: nothing.
 
-        Reads header, fields, tables and sidecar again, and all that lies between the images.
+        Reads header, fields, tables and sidecar again, and all that lies between the images. Raises MachineError.
         """
         try:
             again = BetonDataset(self.path)
-        except (OSError, BetonError, SidecarError) as error:
+        except (FileNotFoundError, IsADirectoryError):
+            return [f"{self.path}: it was removed since the data set was opened"]
+        except (BetonError, SidecarError) as error:
             return [str(error)]
         if (again._identity, again.sidecar) != (self._identity, self.sidecar):
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
@@ -216,7 +243,7 @@ class BetonDataset:
         try:
             return found + list(again._check_gaps())
         except OSError as error:
-            return [*found, f"{self.path}: it cannot be read ({error.strerror})"]
+            raise machine_error(error, f"{self.path}: cannot be read") from error
 
     def _check_gaps(self) -> Iterator[str]:
         order = np.argsort(self.offset, kind="stable")

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastdeit.pipelines.checksums import Checksums
+from fastdeit.pipelines.machine import machine_error
+
 
 class Dataset(Protocol):
     """Stored images with their sizes, read by index, in any order and by many threads; pickled by its path.
@@ -18,6 +21,7 @@ class Dataset(Protocol):
     class_names    in the order of the labels; None where the data set does not name them
     content_hash   over every sample in order, whatever the format; None without a sidecar
     sidecar        what was written beside the data, see `sidecar`; None without one
+    checksums      of the stored bytes; None without a sidecar
     """
 
     path: Path
@@ -28,6 +32,7 @@ class Dataset(Protocol):
     class_names: list[str] | None
     content_hash: str | None
     sidecar: dict[str, Any] | None
+    checksums: Checksums | None
 
     def __len__(self) -> int: ...
 
@@ -36,7 +41,10 @@ class Dataset(Protocol):
         ...
 
     def read(self, index: int) -> np.ndarray:
-        """Stored bytes of sample `index`: (size,) uint8, read-only."""
+        """Stored bytes of sample `index`: (size,) uint8, read-only; not compared with `checksums`.
+
+        Raises MachineError where the machine cannot read them.
+        """
         ...
 
     def check(self) -> list[str]:
@@ -50,9 +58,13 @@ def open_dataset(path: Path) -> Dataset:
     """The data set at `path`: a .beton file, or a folder of shards that fastdeit-convert wrote.
 
     Raises FileNotFoundError where there is nothing, UserError naming file, sample, reason and remedy for a file
-    that is damaged or of another kind.
+    that is damaged or of another kind, MachineError where the machine cannot read it.
     """
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise machine_error(error, f"{path}: cannot be opened") from error
+    if folder:
         from fastdeit.pipelines.shards import ShardDataset
 
         return ShardDataset(path)

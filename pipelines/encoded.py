@@ -20,6 +20,7 @@ from PIL import UnidentifiedImageError
 from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.encode import Encoding, Stored, encode
 from fastdeit.pipelines.errors import UserError, printable
+from fastdeit.pipelines.machine import STATES, machine_error, shared_memory_error
 from fastdeit.pipelines.sources import Source, SourceError
 
 CHUNK = 16  # samples a worker is handed at once
@@ -57,7 +58,8 @@ def encoded(
     workers  processes; 0: one for every usable core, one for a small data set
 
     Samples that a source holds in memory are encoded in this process; other processes are spawned. Raises SourceError
-    where the source is at fault or a label names no class, ConvertError where a process dies or memory runs out.
+    where the source is at fault or a label names no class, ConvertError where a process dies or memory runs out,
+    MachineError where the machine cannot read a sample, or start the processes.
     """
     if workers < 0:
         raise ConvertError(f"{workers} workers: give 0 for all cores, or how many")
@@ -68,7 +70,10 @@ def encoded(
         return
     # Spawned, since a fork of a process with threads (torch's, a progress bar's) may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (source, encoding))
+    try:
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (source, encoding))
+    except OSError as error:
+        raise shared_memory_error(error, f"{workers} workers cannot be started (--workers 1 needs none)") from error
     try:
         waiting: deque[Future[list[Encoded | Reject]]] = deque()
         for at in range(0, len(indices), CHUNK):
@@ -78,6 +83,8 @@ def encoded(
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+    except OSError as error:
+        raise shared_memory_error(error, f"{workers} workers cannot be started (--workers 1 needs none)") from error
     except BrokenProcessPool as error:
         raise ConvertError("a worker process died, most likely for want of memory: give fewer --workers") from error
     finally:
@@ -122,6 +129,8 @@ def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | 
     # A damaged image makes PIL raise whatever its parsing trips over.
     except Exception as error:
         name = source.name(index)
+        if isinstance(error, OSError) and error.errno in STATES:
+            raise machine_error(error, f"{name}, sample {index}: cannot be read") from error
         return Reject(index, printable(name), reason(error, name))
     return Encoded(image, label, binascii.crc32(image.data))
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from fastdeit.pipelines.compiled import cached
 
-@numba.njit(cache=True, nogil=True)
+
+@cached(nogil=True)
 def frame_size(jpeg: np.ndarray) -> tuple[int, int]:
     """Height and width in the frame header of (size,) uint8 bytes; (0, 0) where there is none to be found."""
     at = _frame(jpeg)
     return (_two_bytes(jpeg, at + 5), _two_bytes(jpeg, at + 7)) if at else (0, 0)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached(nogil=True)
 def is_common(jpeg: np.ndarray) -> bool:
     """Whether the frame header of (size,) uint8 bytes tells of one, three or four components of 8 bits."""
     at = _frame(jpeg)
     return at > 0 and jpeg[at + 4] == 8 and jpeg[at + 9] in (1, 3, 4)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _frame(jpeg: np.ndarray) -> int:
     """Where the frame header's marker is; 0 where there is none with all that is read of it."""
     at = 2
@@ -37,7 +38,7 @@ def _frame(jpeg: np.ndarray) -> int:
     return 0
 
 
-@numba.njit(cache=True, nogil=True)
+@cached(nogil=True)
 def is_whole(jpeg: np.ndarray, max_scans: int) -> bool:
     """Whether (size,) uint8 bytes are segments and scans one behind another, up to the end marker.
 
@@ -62,7 +63,7 @@ def is_whole(jpeg: np.ndarray, max_scans: int) -> bool:
     return False
 
 
-@numba.njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _end_of_scan(jpeg: np.ndarray, at: int) -> int:
     """Where the first marker is that does not belong to the scan, or the end of the bytes."""
     last = len(jpeg) - 1
@@ -73,6 +74,6 @@ def _end_of_scan(jpeg: np.ndarray, at: int) -> int:
     return len(jpeg)
 
 
-@numba.njit(cache=True, nogil=True)
+@cached(nogil=True)
 def _two_bytes(data: np.ndarray, at: int) -> int:
     return 256 * int(data[at]) + int(data[at + 1])

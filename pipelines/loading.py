@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastdeit.pipelines.beton_layout import BetonError
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.loader_dali import DaliLoader, find_dali
 from fastdeit.pipelines.loader_ffcv import FfcvLoader, find_libffcv
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.loader_turbo import TurboLoader, find_turbo
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.order import Order, StepSamples
+from fastdeit.pipelines.shard_writer import ShardError
 from fastdeit.pipelines.threaded import DecodeError, OnError, Regions, ThreadedLoader, first_appearances
 
 LOADERS: dict[str, Any] = {loader.name: loader for loader in (TurboLoader, FfcvLoader, DaliLoader, TorchLoader)}
@@ -137,6 +140,8 @@ def _fastest(
                 loader = LOADERS[name](dataset, few, **options, **(gpu if name == "dali" else {}))
                 stack.enter_context(loader)
                 next(loader.batches(0))  # loads libraries, reads the files, takes memory
+            except (MachineError, BetonError, ShardError):
+                raise  # whatever decodes, the data cannot be read
             except DecodeError as error:
                 return there[0], f"not timed, since an image does not decode ({error})"
             except Exception as error:  # one that does not work here must not end a run that others can do

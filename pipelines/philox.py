@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
+from fastdeit.pipelines.compiled import cached
 from fastdeit.pipelines.errors import UserError
 
 Word = int | np.unsignedinteger  # what compiled code passes as a counter, a key or a drawn word
@@ -33,7 +33,7 @@ _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _TO_UNIT = 1.0 / 4294967296.0
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@cached(nogil=True, inline="always")
 def philox(seed: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
     """Four uint32 words for a key (uint64) and a counter of four uint32."""
     key = np.uint64(seed)
@@ -51,13 +51,13 @@ def philox(seed: Word, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Wo
     return x0, x1, x2, x3
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@cached(nogil=True, inline="always")
 def unit(word: Word) -> float:
     """Uniform float64 in (0, 1) from a uint32 word: never 0, never 1."""
     return (np.float64(word) + 0.5) * _TO_UNIT
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@cached(nogil=True, inline="always")
 def normal_pair(a: Word, b: Word) -> tuple[float, float]:
     """Two standard normal float64 from two uint32 words (Box-Muller)."""
     radius = math.sqrt(-2.0 * math.log(unit(a)))

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.machine import thread_error
 
 T = TypeVar("T")
 
@@ -26,10 +27,26 @@ def usable_cores() -> int:
 
 
 def make_pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of `threads` worker threads. Raises UserError for fewer than 1."""
+    """A pool of `threads` worker threads, all of them running.
+
+    Raises UserError for fewer than 1, MachineError where the machine starts no more.
+    """
     if threads < 1:
         raise UserError(f"{threads} worker threads: at least 1 is needed")
-    return ThreadPoolExecutor(threads, thread_name_prefix="fastdeit-worker")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fastdeit-worker")
+    running = threading.Barrier(threads + 1)
+    try:
+        # Here rather than with the first images, where a thread that does not start would leave others at work.
+        for _ in range(threads):
+            pool.submit(running.wait)
+        running.wait()
+    except BaseException as error:
+        running.abort()
+        pool.shutdown(cancel_futures=True)
+        if isinstance(error, RuntimeError) and not isinstance(error, threading.BrokenBarrierError):
+            raise thread_error(error, f"{threads} worker threads cannot be started") from error
+        raise
+    return pool
 
 
 class _Queue(Generic[T]):
@@ -98,7 +115,8 @@ class Prefetcher(Generic[T]):
 
     wait_seconds  time the consumer has spent waiting for items
 
-    Raises UserError for a depth below 1, RuntimeError for an item asked for after `close`.
+    Raises UserError for a depth below 1, RuntimeError for an item asked for after `close`, MachineError where the
+    machine starts no more threads.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
@@ -113,7 +131,10 @@ class Prefetcher(Generic[T]):
         # No join here: the collector may run in a worker thread that the producer waits for.
         weakref.finalize(self, self._queue.stop).atexit = False
         _running[self._thread] = self._queue
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise thread_error(error, "the thread that prepares batches cannot be started") from error
 
     def __iter__(self) -> Prefetcher[T]:
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -15,7 +17,9 @@ import numpy as np
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
 from fastdeit.pipelines.beton_layout import MAX_CLASSES, MAX_PIXELS
+from fastdeit.pipelines.checksums import Checksums
 from fastdeit.pipelines.files import OpenFile, identity
+from fastdeit.pipelines.machine import machine_error, open_file_limit
 from fastdeit.pipelines.shard_layout import (
     END,
     KIND,
@@ -39,8 +43,10 @@ from fastdeit.pipelines.sidecar import SidecarError
 
 __all__ = ["DEFAULT_SHARD_SIZE", "ShardDataset", "ShardError", "ShardWriter"]
 
+_HEAD = 16 << 10  # bytes: more than numpy's header of a table takes
 _REMEDY = "Convert the data set again, or copy the folder again"
-_OPEN_SHARDS = 256  # at once; a process may have 1024 files by default
+_OPEN_SHARDS = 256  # at once, and at most a quarter of the files that the process may open
+_PIECE = SAMPLE.itemsize << 17  # bytes of the table that are read at once
 
 
 class ShardDataset:
@@ -54,10 +60,12 @@ class ShardDataset:
     class_names    of the sidecar, in the order of the labels; None without one
     content_hash   of the sidecar; None without one
     sidecar        as `sidecar` describes it; None without one
+    checksums      of the stored bytes, from the sidecar; None without one
     num_classes    length of class_names, or the largest label + 1
 
     Tables and the sizes of the shards are checked when it is opened; raises ShardError naming file, sample and
-    reason. Shards are opened when they are first read, some hundreds at most at a time. What lies on disk is read,
+    reason, and MachineError where the machine cannot read them. Shards are opened when they are read, and the ones read
+    longest ago are closed again, so that few are open at a time, however many there are. What lies on disk is read,
     never mapped: a shard that is cut short under its reader is an error too. Threads may share an object; pickled,
     it is reopened by its path.
     """
@@ -67,9 +75,13 @@ class ShardDataset:
         self._closed = False
         self._lock = threading.Lock()
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
-        self._read_table()
-        self._identities = [self._stat(shard, int(size)) for shard, size in enumerate(self._shard_bytes)]
-        self._read_sidecar()
+        self._most_open = max(1, min(_OPEN_SHARDS, open_file_limit() // 4))
+        try:
+            self._read_table()
+            self._identities = [self._stat(shard, int(size)) for shard, size in enumerate(self._shard_bytes)]
+            self._read_sidecar()
+        except (OSError, MemoryError) as error:
+            raise machine_error(error, f"{self.path}: cannot be opened") from error
 
     def _error(self, reason: str, index: int | None = None, file: str = TABLE) -> ShardError:
         where = f"{self.path / file}, sample {index}" if index is not None else str(self.path / file)
@@ -115,20 +127,34 @@ class ShardDataset:
 
     def _load_table(self) -> tuple[np.ndarray, str]:
         """The records of all samples, (N,) SAMPLE, and the sha256 of their file."""
-        with open(self.path / TABLE, "rb") as file:
-            try:
-                np.lib.format.read_magic(file)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            # numpy evaluates the header as Python literals, which raises almost anything where it is damaged.
-            except Exception as error:
-                raise self._error(f"it is not a table of numpy ({type(error).__name__})") from error
-            start = file.tell()
-            length = os.fstat(file.fileno()).st_size - start
-            if dtype != SAMPLE or shape != (length // SAMPLE.itemsize,) or length % SAMPLE.itemsize:
-                raise self._error(f"{length} bytes are not a table of {shape} samples, {SAMPLE.itemsize} bytes each")
-            file.seek(0)
-            data = file.read(start + length)
-        return np.frombuffer(data, SAMPLE, offset=start), hashlib.sha256(data).hexdigest()
+        file = OpenFile(self.path / TABLE)
+        head = io.BytesIO(file.read(_HEAD, 0).tobytes())
+        try:
+            np.lib.format.read_magic(head)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+        # numpy evaluates the header as Python literals, which raises almost anything where it is damaged.
+        except Exception as error:
+            raise self._error(f"it is not a table of numpy ({type(error).__name__}: {error})") from error
+        start = head.tell()
+        length = file.identity[2] - start
+        if dtype != SAMPLE or shape != (length // SAMPLE.itemsize,) or length % SAMPLE.itemsize:
+            raise self._error(f"{length} bytes are not a table of {shape} samples, {SAMPLE.itemsize} bytes each")
+        digest = hashlib.sha256(head.getvalue()[:start])
+        pieces: list[np.ndarray] = [np.zeros(0, np.uint8)]
+        # A file may claim far more than it holds: its holes are read as zeros, and the first of them is refused.
+        for piece in file.pieces(length, start, _PIECE):
+            if len(piece) % SAMPLE.itemsize:
+                raise self._error("it was cut short while it was read")
+            first = sum(map(len, pieces)) // SAMPLE.itemsize
+            blank = piece.view(SAMPLE)["size"] == 0
+            if blank.any():
+                raise self._error(f"its size is 0 or above {MAX_SIZE} bytes", first + int(blank.argmax()))
+            digest.update(piece.data)
+            pieces.append(piece)
+        samples = np.concatenate(pieces).view(SAMPLE)
+        if shape != samples.shape:
+            raise self._error("it was cut short while it was read")
+        return samples, digest.hexdigest()
 
     def _stat(self, shard: int, size: int) -> tuple[int, int, int, int]:
         name = shard_name(shard)
@@ -144,6 +170,7 @@ class ShardDataset:
         self.class_names: list[str] | None = None
         self.content_hash: str | None = None
         self.sidecar: dict[str, Any] | None = None
+        self.checksums: Checksums | None = None
         self.num_classes = int(self.label.max()) + 1
         path = self.path / SIDECAR
         if not path.exists():
@@ -152,6 +179,7 @@ class ShardDataset:
             path, kind=KIND, num_samples=len(self), num_classes=self.num_classes, metadata_hash=self._table_hash
         )
         self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
+        self.checksums = Checksums(sidecar.crc32s(self.sidecar))
         self.num_classes = len(self.sidecar["class_names"])
 
     def __len__(self) -> int:
@@ -169,16 +197,17 @@ class ShardDataset:
     def read(self, index: int) -> np.ndarray:
         """Stored bytes of sample `index`: (size,) uint8, read-only.
 
-        Raises IndexError for an index outside the data set, ShardError where its shard was changed, ValueError
-        after `close`.
+        Raises IndexError for an index outside the data set, ShardError where its shard was changed, MachineError where
+        the machine cannot read it, ValueError after `close`.
         """
         self._check_index(index)
         shard, size = int(self.shard[index]), int(self.size[index])
         file = self._open(shard, index)
         try:
             data = file.read(size, int(self.offset[index]))
-        except OSError as error:
-            raise self._error(f"it cannot be read ({error.strerror})", index, shard_name(shard)) from error
+        except (OSError, MemoryError) as error:
+            where = f"{self.path / shard_name(shard)}, sample {index}"
+            raise machine_error(error, f"{where}: cannot be read") from error
         if len(data) != size:
             reason = f"the shard was cut short since it was opened: {len(data)} of {size} bytes are left"
             raise self._error(reason, index, shard_name(shard))
@@ -191,29 +220,44 @@ class ShardDataset:
                 raise ValueError(f"{self.path}: sample {index} asked for after the data set was closed")
             file = self._files.get(shard)
             if file is None:
-                name = shard_name(shard)
-                try:
-                    file = OpenFile(self.path / name)
-                except OSError as error:
-                    raise self._error(f"it cannot be opened ({error.strerror})", index, name) from error
-                if file.identity != self._identities[shard]:
-                    raise self._error("it was changed or replaced since the data set was opened", index, name)
+                file = self._open_anew(shard, index)
                 self._files[shard] = file
-                if len(self._files) > _OPEN_SHARDS:
-                    self._files.popitem(last=False)
+                if len(self._files) > self._most_open:
+                    self._files.popitem(last=False)  # closed once the last read that is under way is done
             self._files.move_to_end(shard)
             return file
+
+    def _open_anew(self, shard: int, index: int) -> OpenFile:
+        name = shard_name(shard)
+        while True:
+            try:
+                file = OpenFile(self.path / name)
+                break
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self._files:
+                    self._files.popitem(last=False)
+                    continue
+                raise machine_error(error, f"{self.path / name}, sample {index}: cannot be opened") from error
+        if file.identity != self._identities[shard]:
+            raise self._error("it was changed or replaced since the data set was opened", index, name)
+        return file
 
     def check(self) -> list[str]:
         """What is wrong with the files outside of the samples' own bytes, a sentence each; empty: nothing.
 
-        Reads every tar header, label, index and list, and compares it with what the table says was written.
+        Reads every tar header, label, index and list, and compares it with what the table says was written. Raises
+        MachineError.
         """
         try:
             again = ShardDataset(self.path)
             samples, table_hash = self._load_table()
-        except (OSError, ShardError, SidecarError) as error:
+            return self._check_against(again, samples, table_hash)
+        except (ShardError, SidecarError) as error:
             return [str(error)]
+        except OSError as error:
+            raise machine_error(error, f"{self.path}: cannot be checked") from error
+
+    def _check_against(self, again: ShardDataset, samples: np.ndarray, table_hash: str) -> list[str]:
         now, then = (table_hash, again.sidecar, again._identities), (self._table_hash, self.sidecar, self._identities)
         if now != then:
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
@@ -262,10 +306,11 @@ class ShardDataset:
 
     def _compare(self, name: str, expected: bytes) -> list[str]:
         try:
-            if (self.path / name).read_bytes() == expected:
+            file = OpenFile(self.path / name)
+            if file.read(len(expected) + 1, 0).tobytes() == expected:
                 return []
-        except OSError as error:
-            return [f"{self.path / name}: it cannot be read ({error.strerror})"]
+        except FileNotFoundError:
+            return [f"{self.path / name}: it is missing. {_REMEDY}"]
         return [f"{self.path / name}: it is not what was written. {_REMEDY}"]
 
     def close(self) -> None:

@@ -31,10 +31,12 @@ from typing import Any
 
 import numpy as np
 
+from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.regular import check_regular
+from fastdeit.pipelines.files import read_text
 
 VERSION = 2
+_MOST, _MOST_OF_A_SAMPLE = 32 << 20, 256  # bytes: JSON takes up to thirty times its length when it is parsed
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"
 
 
@@ -95,9 +97,8 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
 
     Raises SidecarError for one that is damaged, of another version, or of another data set.
     """
-    check_regular(path)
     try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        sidecar = json.loads(read_text(path, _MOST + _MOST_OF_A_SAMPLE * num_samples))
         seal = _seal({k: v for k, v in sidecar.items() if k != "seal"}) if isinstance(sidecar, dict) else None
     except (ValueError, RecursionError) as error:
         raise SidecarError(f"{path}: damaged ({error}). {_REMEDY}") from error
@@ -110,6 +111,8 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
         raise SidecarError(f"{path}: class_names or content_hash are not of their type. {_REMEDY}")
     if (sidecar.get("num_samples"), sidecar.get("metadata_hash")) != (num_samples, metadata_hash):
         raise SidecarError(f"{path}: it describes another data set than the one it lies beside. {_REMEDY}")
+    if len(names) > MAX_CLASSES:
+        raise SidecarError(f"{path}: {len(names)} class names, and {MAX_CLASSES} are the most. {_REMEDY}")
     if len(names) < num_classes:
         raise SidecarError(f"{path}: {len(names)} class names, but labels up to {num_classes - 1}. {_REMEDY}")
     if len(crc32s(sidecar)) != num_samples:

@@ -17,6 +17,7 @@ from fastdeit.pipelines.arena import Arenas, place
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.order import Order, StepSamples
 
 Region = tuple[int, int, int, int]  # top, left, height, width in the decoded image, pixels
@@ -30,7 +31,7 @@ _Task = tuple[int, np.ndarray, Region | None]  # index, where it goes, and what 
 
 
 class DecodeError(UserError):
-    """An image that cannot be decoded; names data set, index, reason and remedy."""
+    """An image that is damaged: it cannot be decoded, or fails its checksum; names data set, index, reason, remedy."""
 
 
 class ThreadedLoader:
@@ -44,11 +45,11 @@ class ThreadedLoader:
     regions  what of its image each sample of a step will need; None: all of it. Used where `crops` says so: of an
              image that region is decoded which its samples need together, but all of it where its copies go on in
              the next step
-    on_error  what becomes of an image that neither the loader's decoder nor PIL can decode, or whose bytes can no
-             longer be read. "fail": DecodeError. "replace": the next image that decodes is in its place, resized to
-             its size (PIL, bicubic), with its own label; listed in the batch's `replaced`. All images are decoded
+    on_error  what becomes of an image that neither the loader's decoder nor PIL can decode, or whose bytes are not
+             those of its checksum. "fail": DecodeError. "replace": the next image that decodes is in its place, resized
+             to its size (PIL, bicubic), with its own label; listed in the batch's `replaced`. All images are decoded
              whole then, so that what is replaced depends on nothing but the data. DecodeError after 100 failures in a
-             row
+             row. Bytes that the machine cannot read are an error in any case: MachineError
     pinned   whether the pixels lie in pinned memory, from which a GPU copies them in the background
 
     An image whose copies go on in the next step is copied from there instead of being decoded again, as long as
@@ -98,7 +99,7 @@ class ThreadedLoader:
         raise NotImplementedError
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[DecodedBatch]:
-        """The batches of `epoch` from `first_step` on; raises DecodeError."""
+        """The batches of `epoch` from `first_step` on; raises DecodeError and MachineError."""
         previous: DecodedBatch | None = None
         for step in range(first_step, self.order.steps):
             previous = self._batch(epoch, step, previous)
@@ -160,7 +161,11 @@ class ThreadedLoader:
 
     def _memory(self, size: int) -> np.ndarray | Tensor:
         """(size,) uint8 for the images of a batch."""
-        return self._arenas.take(size)
+        try:
+            return self._arenas.take(size)
+        except (OSError, MemoryError) as error:
+            what = f"{self.dataset.path}: no {size} bytes for the images of a batch"
+            raise machine_error(error, what) from error
 
     def _needed(
         self, epoch: int, step: int, samples: StepSamples, images: np.ndarray, source: np.ndarray
@@ -213,6 +218,8 @@ class ThreadedLoader:
             if not self._replaces:
                 raise
             return self._replace(index, out, error)
+        except MemoryError as error:
+            raise machine_error(error, f"{self.dataset.path}: image {index}: cannot be decoded") from error
 
     def _replace(self, index: int, out: np.ndarray, error: DecodeError) -> tuple[int, bool]:
         height, width, _ = out.shape
@@ -260,13 +267,20 @@ def bounding_boxes(boxes: np.ndarray, group: np.ndarray, count: int) -> np.ndarr
 
 
 def read_stored(dataset: Dataset, index: int) -> np.ndarray:
-    """The stored bytes of image `index`. Raises DecodeError where they cannot be read."""
+    """The stored bytes of image `index`, compared with their checksum when this process first reads them.
+
+    Raises DecodeError where they are not those that were written, MachineError where they cannot be read.
+    """
     try:
-        return dataset.read(index)
-    except (OSError, UserError) as error:
+        stored = dataset.read(index)
+    except OSError as error:
+        raise machine_error(error, f"{dataset.path}: image {index}: cannot be read") from error
+    if dataset.checksums is not None and not dataset.checksums.fits(index, stored):
         raise DecodeError(
-            f"{dataset.path}: image {index}: its bytes cannot be read ({error}); copy the data set again"
-        ) from error
+            f"{dataset.path}: image {index}: its bytes are not those that were written (crc32); copy the data set "
+            "again, or convert it again"
+        )
+    return stored
 
 
 def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:

@@ -26,6 +26,7 @@ from fastdeit.pipelines.dataset import Dataset, open_dataset
 from fastdeit.pipelines.encode import Encoding
 from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable, reason
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.sidecar import ContentHash
 from fastdeit.pipelines.sources import Source, open_source
 
@@ -89,6 +90,7 @@ def verify(
     progress  show progress bars and print what was found
 
     What is wrong with the data set is not an error but a finding. Raises FileNotFoundError where there is none,
+    MachineError where the machine cannot read it,
     SourceError for a source that cannot be opened or read, VerifyError where `dest` does not say how it was converted.
     """
     start = time.perf_counter()
@@ -99,6 +101,8 @@ def verify(
     dest.stat()  # there, or an error that names it
     try:
         dataset = open_dataset(dest)
+    except MachineError:
+        raise
     except UserError as error:
         result.add(str(error))
         result.unchecked.append("all the rest, since the data set does not open")
@@ -162,6 +166,8 @@ def _check_sample(dataset: Dataset, index: int, crc32: np.ndarray | None) -> tup
     """The stored bytes, and what is wrong with them."""
     try:
         data = dataset.read(index)
+    except MachineError:
+        raise  # says nothing about the data set
     except (OSError, UserError) as error:
         return None, str(error)
     finding = None
@@ -246,6 +252,8 @@ def _differences(dataset: Dataset, index: int, names: list[str] | None, sample: 
     image = sample.image
     try:
         same = dataset.read(index).tobytes() == image.data
+    except MachineError:
+        raise
     except (OSError, UserError):
         return  # found before
     kind = bool(dataset.is_jpeg(index)), int(dataset.height[index]), int(dataset.width[index])

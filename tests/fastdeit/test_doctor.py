@@ -1,6 +1,7 @@
 """The doctor tells what the environment is, as Python's packaging metadata and the operating system see it."""
 
 import ctypes
+import errno
 import importlib
 import importlib.metadata
 import json
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from numba.core import caching
 
 from fastdeit import doctor
 from fastdeit.doctor import Check
+from fastdeit.pipelines import compiled
 
 
 @pytest.fixture
@@ -175,3 +178,33 @@ def test_a_driver_older_than_pytorch_is_named(monkeypatch):
 
 def test_a_library_that_is_not_there_is_an_error_not_a_crash():
     assert isinstance(doctor._load("libsurely-not-there.so.7"), OSError)
+
+
+def test_compiled_code_is_tried_not_looked_at(monkeypatch, tmp_path):
+    assert doctor.compiled_code().status == "ok"
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
+    compiled._own_folder.cache_clear()
+    compiled._say_once.cache_clear()
+    try:
+        kept = doctor.compiled_code()
+        compiled._own_folder.cache_clear()
+        monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path / "missing"))
+        lost = doctor.compiled_code()
+    finally:
+        compiled._own_folder.cache_clear()
+        compiled._say_once.cache_clear()
+    assert (kept.status, lost.status) == ("warn", "warn")
+    assert str(tmp_path) in kept.detail
+    assert "every process compiles anew" in lost.detail
+    assert "NUMBA_CACHE_DIR" in lost.remedy
+
+
+def test_shared_memory_is_written_not_looked_at(monkeypatch, tmp_path):
+    def refuse(**_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    check = doctor.shared_memory(tmp_path)
+    assert check.status == "warn"
+    assert "No space left on device" in check.detail

@@ -89,3 +89,15 @@ def test_the_loader_that_crops_trains_the_same_run(tiny, events):
         evaluated = events(recipe.run.output, "eval")[-1]
         losses[-1].append(evaluated["class"]["loss"])
     assert losses[0] == losses[1]
+
+
+def test_data_without_checksums_are_announced_once(tiny, data, tmp_path, capsys):
+    """As plain FFCV writes it: a beton file alone."""
+    for split in ("train", "val"):
+        shutil.copy(data / f"{split}.beton", tmp_path)
+    recipe = tiny(run={"epochs": 1}, data={"train": tmp_path / "train.beton", "val": tmp_path / "val.beton"})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+    printed = capsys.readouterr().out
+    for split in ("train", "val"):
+        assert printed.count(f"{tmp_path / split}.beton has no checksums, so damage that still decodes goes unn") == 1

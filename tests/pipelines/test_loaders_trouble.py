@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFilter
 
-from fastdeit.pipelines.beton import JPEG, MIN_PAGE, BetonWriter
+from fastdeit.pipelines.beton import JPEG, MIN_PAGE, BetonError, BetonWriter
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import FAST, LOADERS, open_loader
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.order import EvalOrder
 from fastdeit.pipelines.pool import Prefetcher, make_pool
-from fastdeit.pipelines.shards import ShardWriter
+from fastdeit.pipelines.shards import ShardError, ShardWriter
 from fastdeit.pipelines.threaded import DecodeError
 
 
@@ -145,11 +146,13 @@ def test_a_file_cut_short_under_its_reader_is_an_error_not_a_crash(opened, tmp_p
         with opened(dataset) as loader, Prefetcher(loader.batches(0), 1) as batches:
             next(batches)
             os.truncate(file, int(dataset.offset[18]) + 5)
-            with pytest.raises(DecodeError, match=r"(cut\.beton|shards): image \d+: its bytes cannot be read .*short"):
+            with pytest.raises(
+                (BetonError, ShardError), match=r"(cut\.beton|shard-000000\.tar), sample \d+: .*cut short"
+            ):
                 list(batches)
-        with opened(dataset, on_error="replace") as loader:
-            replaced = [pair for batch in loader.batches(0) for pair in batch.replaced]
-        assert replaced == [(bad, 0) for bad in range(18, 24)]  # by the next one that is there, once around
+        # What is replaced would depend on when it was cut.
+        with opened(dataset, on_error="replace") as loader, pytest.raises((BetonError, ShardError), match="cut short"):
+            list(loader.batches(0))
 
 
 def test_a_worker_exception_stops_the_others_and_surfaces(opened, many):
@@ -162,7 +165,7 @@ def test_a_worker_exception_stops_the_others_and_surfaces(opened, many):
         time.sleep(0.02)
 
     with opened(Hooked(many, hook), EvalOrder(len(many), batch=40)) as loader:
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(MachineError, match=r"many\.beton: image 3: .*out of memory.*no room"):
             next(iter(loader.batches(0)))
         count = len(started)
         assert count < 20

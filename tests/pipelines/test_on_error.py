@@ -1,7 +1,9 @@
 """What becomes of an image that does not decode: fatal by name, or replaced by the next with its label. Judge: PIL."""
 
+import errno
 import io
 import itertools
+import os
 from collections import Counter
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines import threaded
-from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonWriter
+from fastdeit.pipelines.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import LOADERS, open_loader
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.pool import make_pool
 from fastdeit.pipelines.threaded import DecodeError
@@ -170,28 +173,34 @@ def test_an_image_replaced_is_so_once_for_all_its_copies(opened, damaged):
     check(damaged, batches, exact=opened.name != "ffcv")
 
 
-@pytest.mark.parametrize("error", [OSError, UserError])
-def test_bytes_that_cannot_be_read(opened, tmp_path, error):
-    dataset = Unreadable(write(tmp_path / "r.beton", ()), bad=(2, RAW_AT), error=error)
-    order = EvalOrder(COUNT, batch=COUNT)
-    with opened(dataset, order) as loader, pytest.raises(DecodeError, match=r"r\.beton: image \d: its bytes cannot be"):
-        next(loader.batches(0))
-    with opened(dataset, order, on_error="replace") as loader:
-        assert next(loader.batches(0)).replaced == [(2, 3), (4, 5)]
+@pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ENOENT"])
+def test_what_the_machine_refuses_is_named_and_never_replaced(opened, damaged, number):
+    def error(_):
+        return OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    dataset = Unreadable(damaged, bad=(1,), error=error)
+    for on_error in ("fail", "replace"):
+        with (
+            opened(dataset, EvalOrder(COUNT, batch=8), on_error=on_error) as loader,
+            pytest.raises(MachineError, match=r"damaged\.beton: image 1: cannot be read: ") as caught,
+        ):
+            next(loader.batches(0))
+        assert os.strerror(getattr(errno, number)) in str(caught.value)
+        assert "onvert" not in str(caught.value)
 
 
 def test_what_is_no_damage_is_never_replaced(opened, damaged):
-    for error in (MemoryError, IndexError):
+    for error, raised in ((MemoryError, MachineError), (IndexError, IndexError), (BetonError, BetonError)):
         dataset = Unreadable(damaged, bad=(1,), error=error)
-        with opened(dataset, EvalOrder(COUNT, batch=8), on_error="replace") as loader, pytest.raises(error):
+        with opened(dataset, EvalOrder(COUNT, batch=8), on_error="replace") as loader, pytest.raises(raised):
             next(loader.batches(0))
 
 
-def test_many_in_a_row_are_fatal_all_the_same(opened, damaged, monkeypatch):
-    dataset = Unreadable(damaged, bad=range(5, COUNT))
+def test_many_in_a_row_are_fatal_all_the_same(opened, tmp_path, monkeypatch):
+    damaged = write(tmp_path / "damaged.beton", range(5, COUNT))
     monkeypatch.setattr(threaded, "MOST_SKIPPED", 6)
-    with opened(dataset, EvalOrder(COUNT, batch=8), on_error="replace") as loader:
-        message = r"image \d: its bytes .* None of the 6 images after it .* fastdeit-convert --verify .*damaged\.beton"
+    with opened(damaged, EvalOrder(COUNT, batch=8), on_error="replace") as loader:
+        message = r"image \d: .* None of the 6 images after it .* fastdeit-convert --verify .*damaged\.beton"
         with pytest.raises(DecodeError, match=message):
             next(loader.batches(0))
 

@@ -13,6 +13,7 @@ import pytest
 
 from fastdeit.pipelines import shard_writer
 from fastdeit.pipelines.beton import JPEG, RAW
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.shards import ShardDataset, ShardError, ShardWriter
 from fastdeit.pipelines.writing import Record
 
@@ -175,7 +176,7 @@ def test_a_data_set_is_replaced_whole(own, samples, monkeypatch, exchange):
     assert old.read(1).tobytes() == samples[1][0]
     with pytest.raises(ShardError, match=r"shard-000001\.tar, sample 3: it was changed or replaced"):
         old.read(3)
-    with pytest.raises(ShardError, match=r"shard-000003\.tar, sample 10: it cannot be opened"):
+    with pytest.raises(MachineError, match=r"shard-000003\.tar, sample 10: cannot be opened: the file was there"):
         old.read(10)
 
 

@@ -1,0 +1,39 @@
+"""Whether stored images are still the bytes that were written, looked at when they are first read."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+
+class Checksums:
+    """The checksums of a data set's images, and which of them this process has compared.
+
+    An image is compared when it is first read, and not again: in the hours of a run memory is far more reliable than
+    the years and copies that a file has behind it. Threads may share an object; at worst two compare the same image.
+
+    crc32  (N,) uint32, zlib.crc32 of every sample's stored bytes
+    """
+
+    def __init__(self, crc32: np.ndarray) -> None:
+        self._crc32 = crc32
+        self._compared = bytearray(len(crc32))
+
+    def fits(self, index: int, stored: np.ndarray) -> bool:
+        """Whether the bytes `stored`, (size,) uint8, are those of sample `index` that were written."""
+        if not self._compared[index]:
+            if zlib.crc32(stored.data) != self._crc32[index]:
+                return False
+            self._compared[index] = 1
+        return True
+
+
+def unchecked(path: object, checksums: Checksums | None) -> str | None:
+    """What to tell of a data set whose images nothing vouches for; None where they have checksums."""
+    if checksums is not None:
+        return None
+    return (
+        f"{path} has no checksums, so damage that still decodes goes unnoticed: "
+        "convert the data with fastdeit-convert, or bring the .json file that lay beside it"
+    )

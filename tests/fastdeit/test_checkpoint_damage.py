@@ -1,0 +1,430 @@
+"""Damaged, edited and hostile checkpoints: found before anything uses them. Judges: torch.load, the OS's accounts."""
+
+import collections
+import contextlib
+import errno
+import io
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.checkpoint_file import DamagedError, ForeignError
+from fastdeit.config import TeacherConfig
+from fastdeit.distributed import world
+from fastdeit.evaluate import Options, evaluate_checkpoint
+from fastdeit.networks import build_network
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.machine import MachineError
+from fastdeit.resume import restore
+from fastdeit.resume_checks import check_position
+from fastdeit.teacher import Teacher
+from fastdeit.trainer import Trainer
+from fastdeit.weights import load_weights
+
+
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer{i}": torch.randn(40, 5 + i, generator=generator) for i in range(6)}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_no_flipped_bit_reaches_the_weights(tmp_path):
+    path, plain = tmp_path / "x.pt", tmp_path / "plain.pt"
+    torch.save({"model": weights(), "epoch": 7}, path)
+    good, rng, silent, found = path.read_bytes(), random.Random(0), 0, 0
+    for _ in range(300):
+        data = bytearray(good)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        plain.write_bytes(data)
+        with contextlib.suppress(Exception):  # PyTorch found that one
+            silent += not same(torch.load(plain, weights_only=True)["model"], weights())
+        stored = None
+        with contextlib.suppress(UserError):
+            stored = checkpoint.read_checkpoint(path)
+        if stored is None:
+            found += 1
+        else:  # where nothing is stored
+            assert stored["epoch"] == 7
+            assert same(stored["model"], weights())
+    assert silent > 100
+    assert found > 200
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_files_without_checksums_are_announced(tmp_path, old):
+    path = tmp_path / "x.pt"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": weights()}, path, _use_new_zipfile_serialization=not old)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    with pytest.warns(UserWarning, match=r"x\.pt (is in PyTorch's format from before 1\.6|was saved without)"):
+        assert same(checkpoint.read_checkpoint(path)["model"], weights())
+    assert not checkpoint.is_whole(path)
+
+
+def zipped(path, pickled, records=(), compression=zipfile.ZIP_STORED):
+    """A file as torch.save lays it out, with any pickle and any records."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/version", "3\n")
+        archive.writestr("x/byteorder", "little")
+        for name, data in records:
+            archive.writestr(name, data)
+
+
+def pickled(value):
+    file = io.BytesIO()
+    pickle.Pickler(file, 2).dump(value)
+    return file.getvalue()
+
+
+def laughs(depth):
+    """Ten times ten times ten: a kilobyte that prints as a gigabyte."""
+    value = ["ha"] * 10
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def itself():
+    value = []
+    value.append(value)
+    return value
+
+
+def make_hostile(folder):
+    """Files that are small on the disk and large in memory, by name, with what the error says of them."""
+    said = {}
+
+    def add(name, reason):
+        said[name] = reason
+        return folder / f"{name}.pt"
+
+    zipped(add("deflated", "compressed record"), pickled({}), [("x/data/0", bytes(1 << 28))], zipfile.ZIP_DEFLATED)
+    with open(add("holes", "GiB of memory|damaged"), "wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(48_000_000_000)
+    path = add("directory", "damaged")
+    zipped(path, pickled({}))
+    end = bytearray(path.read_bytes()[-22:])
+    end[12:16], end[16:20] = (900_000_000).to_bytes(4, "little"), bytes(4)
+    with open(path, "r+b") as file:
+        file.truncate(900_000_000)
+        file.seek(0, 2)
+        file.write(end)
+    # PyTorch admits bytearray, and a number of bytes as its argument.
+    zipped(
+        add("bytearray", "more than tensors"),
+        b"\x80\x02}X\x01\x00\x00\x00wc__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.",
+    )
+    zipped(add("lists", "data.pkl"), b"\x80\x02(" + b"]" * (17 << 20) + b"l.")
+    zipped(add("laughs", "many times"), pickled({"model": laughs(9)}))
+    zipped(add("deep", "deep in one another"), pickled({"model": nested(400)}))
+    zipped(add("itself", "holds itself"), pickled({"model": itself()}))
+    zipped(add("number", "64 bits|more than tensors"), pickled({"epoch": 10**30_000}))
+    zipped(add("twice", "twice|damaged"), pickled({}), [("x/version", "3")])
+    torch.save({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, add("repeats", "without numbers of its own"))
+    torch.save(
+        {"model": {"w": torch.zeros(10**9, 4, device="meta")}}, add("nowhere", "more than tensors|numbers of its")
+    )
+    folder.joinpath("pointer.pt").write_bytes(b"not a checkpoint at all")
+    said["pointer"] = "damaged or no checkpoint"
+    os.mkfifo(add("pipe", "is a pipe"))
+    add("device", "is a device").symlink_to("/dev/zero")
+    return said
+
+
+HOSTILE = """
+import json, resource, sys
+from fastdeit import checkpoint
+checkpoint.read_checkpoint(sys.argv[1])  # PyTorch takes memory with the first
+said, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in sys.argv[2:]:
+    try:
+        checkpoint.read_checkpoint(name)
+        said[name] = "loaded"
+    except checkpoint.UserError as error:
+        said[name] = str(error)
+print(json.dumps([said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+"""
+
+
+def test_hostile_files_are_refused_without_memory_or_time(tmp_path):
+    said = make_hostile(tmp_path)
+    torch.save({"model": weights()}, tmp_path / "good.pt")
+    names = [str(tmp_path / f"{name}.pt") for name in ("good", *said)]
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, *names], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found, grown = json.loads(done.stdout)
+    for name, reason in said.items():
+        text = found[str(tmp_path / f"{name}.pt")]
+        assert str(tmp_path / f"{name}.pt") in text
+        assert any(part in text for part in reason.split("|")), (name, text)
+        assert len(text) < 700
+    assert grown < 150  # MiB
+
+
+def test_the_usual_contents_still_load(tmp_path):
+    stored = {
+        "model": collections.OrderedDict(weights()),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "size": torch.Size([1, 2]),
+        "options": {"lr": 1e-3, "names": ["a", "b"], "flags": (True, None), "kinds": {1, 2}},
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+    }
+    torch.save(stored, tmp_path / "x.pt")
+    loaded = checkpoint.read_checkpoint(tmp_path / "x.pt")
+    assert loaded.keys() == stored.keys()
+    assert same(loaded["model"], weights())
+    assert loaded["options"] == stored["options"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES])
+def test_a_machine_that_cannot_read_calls_no_file_damaged(tmp_path, monkeypatch, number):
+    checkpoint.save(tmp_path / "x.pt", {"model": weights()})
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fastdeit.checkpoint.open_regular", refuse)
+    with pytest.raises(MachineError, match=r"x\.pt: cannot be read: ") as caught:
+        checkpoint.read_checkpoint(tmp_path / "x.pt")
+    assert os.strerror(number) in str(caught.value)
+
+
+def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "x.pt"
+    checkpoint.save(path, {"model": weights()})
+    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    with pytest.raises(MachineError, match=r"x\.pt: cannot be written: the disk is full: free some space"):
+        checkpoint.save(path, {"model": {}})
+    assert same(checkpoint.read_checkpoint(path)["model"], weights())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def put(state, where, value):
+    """`state` with `value` at `where`, a path of keys; the last one is taken away where it is None."""
+    *path, last = where
+    inner = state
+    for key in path:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value(inner[last]) if callable(value) else value
+
+
+EDITS = [
+    (("epoch",), -1, "'epoch' is -1"),
+    (("step",), 10**6, "its next step is 1000000"),
+    (("global_step",), lambda n: n + 1, "'global_step' is 6, and epoch 1, step 0 are 5 steps"),
+    (("global_step",), True, "'global_step' is a bool"),
+    (("global_step",), None, "'global_step' is missing"),
+    (("counted_from",), [0, 0], "'counted_from' is no epoch"),
+    (("effective", "steps per epoch"), 4, "steps per epoch"),
+    (("effective", "steps per epoch"), "5", "steps per epoch"),
+    (("model", "cls_token"), None, "'model' lacks 'cls_token'"),
+    (("model", "extra"), lambda _: torch.zeros(1), "'model' has an unknown 'extra'"),
+    (
+        ("model", "norm.weight"),
+        lambda w: w.half(),
+        r"'model\.norm\.weight' is \(48,\) float16, and this run has",
+    ),
+    (
+        ("model", "head.bias"),
+        lambda w: w[:1],
+        r"'model\.head\.bias' is \(1,\) float32, and this run has \(4,\)",
+    ),
+    (("model", "head.bias"), [0.0] * 4, r"'model\.head\.bias' is a list, not a tensor"),
+    (("ema",), None, "'ema' is missing"),
+    (("ema", "norm.weight"), lambda w: w[:1], r"'ema\.norm\.weight' is \(1,\) float32"),
+    (("ema", "norm.weight"), None, r"'ema' lacks 'norm\.weight'"),
+    (("optimizer", "state"), {}, r"'optimizer\.state\[0\] \(.*\)' is missing"),
+    (("optimizer", "state", 3), None, r"'optimizer\.state\[3\] \(.*\)' is missing"),
+    (
+        ("optimizer", "state", 3, "exp_avg"),
+        lambda w: w.double(),
+        r"exp_avg' is .* float64, and this run has",
+    ),
+    (
+        ("optimizer", "state", 3, "exp_avg_sq"),
+        None,
+        "holds step, exp_avg, and this run's optimizer",
+    ),
+    (("optimizer", "state", 3, "step"), lambda _: torch.tensor(1e6), r"step' is 1000000\.0 after 5 steps"),
+    (("optimizer", "state", 3, "step"), lambda _: torch.tensor(float("nan")), "step' is nan after 5 steps"),
+    (("optimizer", "param_groups"), lambda groups: groups[:1], "param_groups' is of other parameters"),
+    (("optimizer", "param_groups"), None, "'optimizer' is not the state of an optimizer"),
+    (("scaler",), None, "'scaler' is missing"),
+    (("scaler",), {"scale": -1.0}, "'scaler' is not the state of a loss scale"),
+]
+
+
+def test_edited_training_checkpoints_are_refused_by_field(tiny):
+    recipe = tiny(run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        good = path.read_bytes()
+        trainer = Trainer(recipe, joined)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        for where, value, message in EDITS:
+            path.write_bytes(good)
+            state = checkpoint.load(path)
+            if where[-1] == "extra":
+                state["model"]["extra"] = None
+            put(state, where, value)
+            checkpoint.save(path, state)
+            with pytest.raises(UserError, match=message) as caught:
+                restore(trainer)
+            assert str(path) in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert same(before, trainer.model.state_dict())
+            assert (trainer.epoch, trainer.step, trainer.global_step) == (0, 0, 0)
+            assert not trainer.train_step.optimizer.state
+        path.write_bytes(good)
+        restore(trainer)
+        assert (trainer.epoch, trainer.step, trainer.global_step) == (1, 0, 5)
+        trainer.close()
+
+
+def test_a_run_whose_epochs_changed_their_length_goes_on(tmp_path):
+    state = {"epoch": 3, "step": 1, "global_step": 100 + 2 * 50 + 1 - 0, "effective": {"steps per epoch": 50}}
+    counted = {**state, "counted_from": [1, 0, 100]}
+    check_position(counted, tmp_path, epochs=9, steps_per_epoch=50)
+    with pytest.raises(UserError, match="'global_step' is 202"):
+        check_position({**counted, "global_step": 202}, tmp_path, epochs=9, steps_per_epoch=50)
+    check_position(state, tmp_path, epochs=9, steps_per_epoch=50, changed=True)  # from before this was kept
+    with pytest.raises(UserError, match="'global_step' is 201"):
+        check_position(state, tmp_path, epochs=9, steps_per_epoch=50)
+    with pytest.raises(UserError, match="its next step is in epoch 3"):
+        check_position(counted, tmp_path, epochs=3, steps_per_epoch=50)
+
+
+def test_a_damaged_newest_checkpoint_is_named_with_the_whole_one(tiny):
+    recipe = tiny(run={"epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 9})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        found = checkpoint.found(recipe.run.output / "checkpoints")
+        for path in found[:2]:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            restore(Trainer(recipe, joined))
+        text = str(caught.value)
+        assert text.startswith(f"{found[0]} is damaged (Bad CRC-32 for file")
+        assert f"{found[2]} is whole: move {found[0].name} to another folder, and the run resumes from there" in text
+        for path in found[2:]:
+            path.unlink()
+        with pytest.raises(UserError, match="None of the 1 older checkpoints is whole either: start afresh"):
+            restore(Trainer(recipe, joined))
+        found[1].unlink()
+        with pytest.raises(UserError, match="There is no older checkpoint: start afresh"):
+            restore(Trainer(recipe, joined))
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A checkpoint of fastdeit's, with its recipe."""
+    recipe = tiny(data={"train": tmp_path / "t", "val": tmp_path / "v"})
+    model = build_network(recipe.model, 4)
+    state = {"format": 1, "model": model.state_dict(), "ema": None, "recipe": recipe.to_dict(), "num_classes": 4}
+    return tmp_path / "own.pt", state
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("embed_dim", 30_000, "does not fit this network"),
+        ("embed_dim", 10**17, "describes no network"),
+        ("depth", 10**9, "says model.depth 1000000000, its weights have 2 blocks"),
+        ("img_size", 10**6, "does not fit this network"),
+        ("img_size", 8 * 10**9, "describes no network"),
+        ("patch_size", 0, "says model.patch_size 0"),
+        ("mlp_ratio", 1e300, "describes no network"),
+        ("mlp_ratio", 1e5, "does not fit this network"),
+        ("arch", "vit_giant_patch14_224", "does not fit this network"),
+        ("arch", "--help", "does not fit this version"),
+        ("num_heads", "many", "does not fit this version"),
+    ],
+)
+def test_an_edited_recipe_is_compared_before_it_is_built(own, tmp_path, field, value, message):
+    path, state = own
+    state["recipe"]["model"] |= {field: value} | ({"distilled": False} if field == "arch" else {})
+    torch.save(state, path)
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate_checkpoint(Options(checkpoint=path, val=tmp_path / "none"))
+    assert str(path) in str(caught.value)
+
+
+def test_a_teacher_of_any_resolution_is_compared_before_it_is_built(own, tmp_path):
+    path, state = own
+    model = {k: v for k, v in state["model"].items() if "dist" not in k}
+    torch.save({"model": model, "arch": "deit", "img_size": 96_000, "num_classes": 4}, path)
+    cfg = TeacherConfig(name="deit_tiny_patch16_224", checkpoint=path)
+    with pytest.raises(UserError, match=r"own\.pt does not fit this network"):
+        Teacher(cfg, (0.5,) * 3, (0.2,) * 3, 32, 4)
+
+
+def test_narrow_weights_are_announced_and_whole_numbers_refused(own, tiny):
+    path, state = own
+    recipe = tiny()
+    half = {name: value.half() for name, value in state["model"].items()}
+    messages = load_weights(build_network(recipe.model, 4), {"model": half})
+    assert messages == ["weights stored as float16 are converted to the network's own format"]
+    half["norm.bias"] = half["norm.bias"].long()
+    with pytest.raises(UserError, match=r"norm\.bias is torch\.int64, (and )?this network has torch\.float32 there"):
+        load_weights(build_network(recipe.model, 4), {"model": half})
+    assert path.name == "own.pt"
+
+
+def test_what_is_no_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    errors = []
+
+    def read():
+        with pytest.raises(UserError, match="is a pipe, not a file") as caught:
+            checkpoint.read_checkpoint(tmp_path / "pipe.safetensors")
+        errors.append(caught.value)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert errors
+
+
+def test_kinds_of_refusal(tmp_path):
+    assert issubclass(DamagedError, UserError)
+    torch.save({"model": {"w": torch.nn.Linear(1, 1)}}, tmp_path / "x.pt")
+    with pytest.raises(ForeignError, match="holds more than tensors and plain containers"):
+        checkpoint.read_checkpoint(tmp_path / "x.pt")

@@ -1,0 +1,353 @@
+"""What the machine refuses is named as that, and changes nothing of what is read. Judge: the operating system."""
+
+import errno
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdeit.pipelines import files, sidecar
+from fastdeit.pipelines.beton import RAW, BetonDataset, BetonWriter, sidecar_path
+from fastdeit.pipelines.beton_layout import METADATA_START
+from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.encode import Encoding
+from fastdeit.pipelines.encoded import encoded
+from fastdeit.pipelines.files import NoRegularFileError, open_regular
+from fastdeit.pipelines.loading import open_loader
+from fastdeit.pipelines.machine import MachineError
+from fastdeit.pipelines.order import EvalOrder
+from fastdeit.pipelines.pool import Prefetcher, make_pool
+from fastdeit.pipelines.shard_layout import SAMPLE
+from fastdeit.pipelines.shards import ShardDataset, ShardWriter
+from fastdeit.pipelines.sidecar import SidecarError
+
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (COUNT, 8, 9, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, pixels):
+    """120 raw images, one a shard."""
+    path = tmp_path_factory.mktemp("shards") / "train"
+    with ShardWriter(path, COUNT, shard_size=1) as writer:
+        for i in range(COUNT):
+            writer.add(pixels[i].tobytes(), height=8, width=9, label=i, mode=RAW)
+        writer.finish(class_names=[str(i) for i in range(COUNT)], source={}, options={}, counts={})
+    return path
+
+
+@pytest.fixture
+def beton(tmp_path, pixels):
+    path = tmp_path / "x.beton"
+    with BetonWriter(path, 4) as writer:
+        for i in range(4):
+            writer.add(pixels[i].tobytes(), height=8, width=9, label=i, mode=RAW)
+        writer.finish(class_names=list("abcd"), source={}, options={}, counts={})
+    return path
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def open_all(held):
+    """Open files until there is no more to be had."""
+    with suppress(OSError):
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+
+
+FEW_FILES = """
+import sys
+from pathlib import Path
+import numpy as np
+from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.loading import open_loader
+from fastdeit.pipelines.order import EvalOrder
+from fastdeit.pipelines.pool import Prefetcher, make_pool
+from fastdeit.pipelines.verify import verify
+
+path, out = sys.argv[1:]
+dataset = open_dataset(Path(path))
+with make_pool(4) as pool, open_loader(
+    "torch", dataset, EvalOrder(len(dataset), batch=40), pool=pool, threads=4, on_error="replace"
+) as loader:
+    batches = list(loader.batches(0))
+assert not any(batch.replaced for batch in batches)
+images = {int(batch.index[k]): batch.image(slot) for batch in batches for k, slot in enumerate(batch.source)}
+np.save(out, np.stack([images[i] for i in range(len(images))]))
+assert verify(path, progress=False).ok
+"""
+
+
+def test_few_open_files_are_enough_for_many_shards(shards, pixels, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, str(shards), str(tmp_path / "seen.npy")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+    )
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), pixels)
+
+
+def test_open_files_are_bounded_and_no_read_meets_a_closed_one(shards, pixels, monkeypatch):
+    before = open_files()
+    monkeypatch.setattr("fastdeit.pipelines.shards._OPEN_SHARDS", 3)
+    most = 0
+    with ShardDataset(shards) as dataset, ThreadPoolExecutor(8) as pool:
+
+        def look(seed):
+            nonlocal most
+            for i in np.random.default_rng(seed).integers(0, COUNT, 400).tolist():
+                assert dataset.read(i).tobytes() == pixels[i].tobytes()
+                if i % 20 == 0:
+                    most = max(most, open_files() - before)
+
+        list(pool.map(look, range(8)))
+    assert most <= 3 + 2 * 8 + 1  # kept, in use by a thread, and its look at /proc
+    assert open_files() == before
+
+
+def test_without_any_file_to_open_the_limit_is_named(shards):
+    """Others may hold all files: then shards are let go first, and an error comes last."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ShardDataset(shards) as dataset:
+        held = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 8, hard))
+        try:
+            for i in range(5):
+                dataset.read(i)
+            open_all(held)
+            for i in range(20):  # each in the place of another shard
+                dataset.read(i)
+            dataset._files.clear()
+            open_all(held)
+            with pytest.raises(MachineError, match=r"shard-000077\.tar, sample 77: .*ulimit -n 4096") as caught:
+                dataset.read(77)
+            with pytest.raises(MachineError, match="ulimit -n 4096"):
+                ShardDataset(shards)
+            with pytest.raises(MachineError, match="ulimit -n 4096"):
+                dataset.check()
+        finally:
+            for descriptor in held:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "onvert" not in str(caught.value)
+        dataset.read(77)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOMEM])
+@pytest.mark.parametrize("kind", ["beton", "shards"])
+def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind):
+    with open_dataset(beton if kind == "beton" else shards) as dataset:
+
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(files.os, "preadv", refuse)
+        with pytest.raises(MachineError, match=r"(x\.beton|shard-000002\.tar), sample 2: cannot be read: ") as caught:
+            dataset.read(2)
+        assert os.strerror(number) in str(caught.value)
+        assert "onvert" not in str(caught.value)
+        with pytest.raises(MachineError):
+            dataset.check()
+        with make_pool(1) as pool, pytest.raises(MachineError):  # nor is another loader taken for it
+            open_loader("auto", dataset, EvalOrder(4, batch=4), pool=pool, threads=1).batches(0).__next__()
+
+
+def test_a_mount_that_vanishes(shards, tmp_path):
+    moved = tmp_path / "moved"
+    os.rename(shards, moved)
+    try:
+        with ShardDataset(moved) as dataset:
+            dataset.read(0)
+            os.rename(moved, shards)
+            assert len(dataset.read(0))  # is open
+            with pytest.raises(MachineError, match=r"shard-000001\.tar, sample 1: .* is gone"):
+                dataset.read(1)
+    finally:
+        if moved.exists():
+            os.rename(moved, shards)
+
+
+class Source:
+    """Images in files, of which one is on a disk that fails."""
+
+    in_memory, class_names = True, None
+
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 3
+
+    def name(self, index):
+        return f"{index}.jpg"
+
+    def read(self, index):
+        if index == 1:
+            raise OSError(self.number, os.strerror(self.number))
+        return Image.new("RGB", (8, 8)), 0, self.name(index)
+
+
+def test_a_conversion_leaves_out_no_image_for_the_machine():
+    for number in (errno.EMFILE, errno.EIO, errno.ESTALE):
+        samples = encoded(Source(number), range(3), Encoding())
+        next(samples)
+        with pytest.raises(MachineError, match=r"1\.jpg, sample 1: cannot be read: "):
+            next(samples)
+    assert type(list(encoded(Source(errno.EACCES), range(3), Encoding()))[1]).__name__ == "Reject"
+
+
+def test_no_room_in_shared_memory(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    source = Source(errno.EIO)
+    source.in_memory = False
+    with pytest.raises(MachineError, match=r"2 workers cannot be started .*/dev/shm"):
+        next(encoded(source, range(3), Encoding(), 2))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, beton, kind, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    path = tmp_path / "odd.beton"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        bound = socket.socket(socket.AF_UNIX)
+        bound.bind("odd.beton")
+    else:
+        path.symlink_to("/dev/zero")
+    results = []
+
+    def attempt(opening, target):
+        with pytest.raises(NoRegularFileError, match=f"is a {kind}, not a file: give a regular file"):
+            opening(target)
+        results.append(target)
+
+    sidecar_path(beton).unlink()
+    path.rename(sidecar_path(beton))
+    odd = sidecar_path(beton)
+    for one in ((open_regular, odd), (open_dataset, odd), (open_dataset, beton)):
+        thread = threading.Thread(target=attempt, args=one, daemon=True)
+        thread.start()
+        thread.join(20)
+    assert len(results) == 3
+
+
+SPARSE = """
+import resource, sys
+from pathlib import Path
+from fastdeit.pipelines.dataset import open_dataset
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    open_dataset(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("kind", ["beton", "shards", "sidecar"])
+def test_a_file_of_holes_takes_no_memory(beton, shards, tmp_path, kind):
+    """48 GB that take no room on the disk."""
+    size, path = 48_000_000_000, beton
+    if kind == "beton":
+        count = (size - METADATA_START) // 48
+        size = METADATA_START + 48 * count
+        with open(beton, "r+b") as file:
+            file.seek(8)
+            file.write(np.array([count, METADATA_START + 24 * count], "<u8").tobytes())
+    elif kind == "shards":
+        path = tmp_path / "holes"
+        path.mkdir()
+        count = size // 37
+        with open(path / "samples.npy", "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(SAMPLE), "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + count * SAMPLE.itemsize
+    holes = {"beton": beton, "shards": path / "samples.npy", "sidecar": sidecar_path(beton)}[kind]
+    os.truncate(holes, size)
+    done = subprocess.run(
+        [sys.executable, "-c", SPARSE, str(path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    message, grown = done.stdout.strip().splitlines()
+    assert message.startswith({"beton": "BetonError", "shards": "ShardError", "sidecar": "SidecarError"}[kind])
+    assert int(grown) < 200  # MiB
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "[[]" + ",[]" * 20_000_000])
+def test_a_sidecar_that_is_deep_or_long(beton, text):
+    sidecar_path(beton).write_text(text)
+    with pytest.raises(SidecarError, match=r"x\.beton\.json: damaged"):
+        BetonDataset(beton)
+
+
+def test_as_many_class_names_as_labels_may_be(beton):
+    described = sidecar.read(sidecar_path(beton), kind="fastdeit-beton", num_samples=4, num_classes=4,
+                             metadata_hash=BetonDataset(beton)._metadata_hash)  # fmt: skip
+    described["class_names"] = [""] * ((1 << 20) + 1)
+    del described["seal"]
+    sidecar.write(sidecar_path(beton), {**described, "seal": sidecar._seal(described)})
+    with pytest.raises(SidecarError, match="1048577 class names, and 1048576 are the most"):
+        BetonDataset(beton)
+
+
+def test_conversion_and_reading_under_a_user_of_another_limit(tmp_path):
+    """A whole way with 40 files: convert, and read back."""
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for i in range(60):
+        Image.new("RGB", (20, 20), (4 * i, 0, 0)).save(folder / f"{i:02d}.jpg")
+    convert(str(folder.parent), tmp_path / "out", format="webdataset", shard_size=1, progress=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 12, hard))
+    try:
+        with ShardDataset(tmp_path / "out") as dataset:
+            assert len({dataset.read(i).tobytes() for i in range(60)}) == 60
+            assert dataset.check() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("started", [0, 2])
+def test_threads_that_do_not_start(monkeypatch, started):
+    before, real, count = threading.active_count(), threading.Thread.start, 0
+
+    def start(thread):
+        nonlocal count
+        count += 1
+        if count > started:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as few:
+        few.setattr(threading.Thread, "start", start)
+        with pytest.raises(MachineError, match=r"4 worker threads cannot be started: .*ulimit -u"):
+            make_pool(4)
+    with monkeypatch.context() as few:
+        few.setattr(threading.Thread, "start", lambda _: start(None))
+        count = 9
+        with pytest.raises(MachineError, match="the thread that prepares batches cannot be started"):
+            Prefetcher(iter(()), 1)
+    assert threading.active_count() == before
+    with make_pool(3) as pool:
+        assert list(pool.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
