@@ -168,10 +168,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path} is not valid {kind} ({error}): correct it, or give another file") from error
 
-    if not values:
-        raise UserError(f"{path} holds no settings: leave out --config, or give another file")
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not a recipe's sections")
+    if not values:
+        raise UserError(f"{path} holds no settings: leave out --config, or give another file")
     return values
 
 

@@ -108,6 +108,9 @@ def test_a_file_without_a_recipe_is_named(tmp_path):
     with pytest.raises(UserError, match=r"run\.json holds a list"):
         parse_recipe(["deit_tiny", "--config", str(file)])
     file.write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json holds no settings"):
+        parse_recipe(["deit_tiny", "--config", str(file)])
+    file.write_text('{"run": {"epochs": 3}}')
     with pytest.raises(UserError, match=r"run\.json does not name its recipe"):
         parse_recipe(["--config", str(file)])
 
