@@ -31,6 +31,8 @@ _DTYPES = {"float32", "float64", "float16", "bfloat16", "int64", "int32", "int16
 # What a state dict is made of. PyTorch's own list is longer, and has bytearray, by which ten bytes make ten gigabytes.
 _PLAIN = {
     "collections OrderedDict",
+    "collections Counter",  # in the state of some of PyTorch's schedulers
+    "torch._utils _rebuild_tensor",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     "torch Size",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeit import checkpoint
-from fastdeit.checkpoint import DamagedError
+from fastdeit.checkpoint_file import DamagedError, ForeignError
 from fastdeit.config import Recipe
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import pixels_of
@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The state at `path`; where it is damaged, the error says which older checkpoint is whole."""
     try:
         return checkpoint.load(path)
-    except DamagedError as error:
+    except (DamagedError, ForeignError) as error:  # a bit of the file's own tables may have flipped too
         beside = checkpoint.found(path.parent)
         older = [other for other in beside if other.name < path.name] if path in beside else beside
         whole = next((other for other in older if checkpoint.is_whole(other)), None)

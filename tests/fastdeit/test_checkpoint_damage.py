@@ -195,6 +195,7 @@ def test_the_usual_contents_still_load(tmp_path):
         "half": torch.ones(2, dtype=torch.bfloat16),
         "size": torch.Size([1, 2]),
         "options": {"lr": 1e-3, "names": ["a", "b"], "flags": (True, None), "kinds": {1, 2}},
+        "milestones": collections.Counter([30, 60]),
         "dtype": torch.float32,
         "device": torch.device("cpu"),
     }
