@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastdeit.cli import UserError, run
+from fastdeit.pipelines.console import settle
 from fastdeit.pipelines.dataset import open_dataset
 
 BAD = 3  # exit status: images were left out, or a check found something
@@ -39,7 +40,8 @@ class Options:
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
     """Where the images are, see above."""
     dest: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")] = None
-    """What to write: train.beton, with DEST.json beside it, or for shards a folder."""
+    """What to write: train.beton, with DEST.json beside it, or for shards a folder. Of what exists, only a data
+    set that fastdeit-convert wrote is replaced."""
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
     """Part of the source: a subfolder such as train, train or test of IDX files, torchvision's split."""
@@ -121,7 +123,7 @@ def class_names(path: Path | None) -> list[str] | None:
         return None
     if not path.exists():
         raise UserError(f"--class-names {path}: there is no such file or folder")
-    if path.suffix != ".beton" and not path.is_dir():
+    if not path.is_dir() and (path.suffix != ".beton" or not path.is_file()):
         return read_class_names(path)
     with_names = open_dataset(path)
     with_names.close()
@@ -133,7 +135,11 @@ def class_names(path: Path | None) -> list[str] | None:
 def main() -> None:
     # A batch system's request to stop is as good as Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(run(lambda: convert_options(tyro.cli(Options, prog="fastdeit-convert"))))
+    try:
+        status = run(lambda: convert_options(tyro.cli(Options, prog="fastdeit-convert")))
+    finally:
+        settle()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a fifo",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a symbolic link",
+}
 
 
 class OpenFile:
@@ -47,3 +57,17 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def kind(mode: int) -> str:
+    """What a file of that st_mode is, for messages."""
+    return _KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
+def mark(path: Path) -> list[int] | None:
+    """Tells a file from any that replaces it, also after a restart: inode, size, time; None where there is none."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return [status.st_ino, status.st_size, status.st_mtime_ns]

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import PIL
 from PIL import Image
-from tqdm import tqdm
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG
+from fastdeit.pipelines.console import progress_bar
+from fastdeit.pipelines.console import report as say_report
 from fastdeit.pipelines.convert import sample_order
 from fastdeit.pipelines.dataset import Dataset, open_dataset
 from fastdeit.pipelines.encode import Encoding
 from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable, reason
+from fastdeit.pipelines.files import kind
 from fastdeit.pipelines.sidecar import ContentHash
 from fastdeit.pipelines.sources import Source, open_source
 
@@ -97,6 +99,8 @@ def verify(
     result = Verification(dest)
     if not dest.exists():
         raise FileNotFoundError(f"{dest}: there is no such file or folder")
+    if not dest.is_file() and not dest.is_dir():
+        raise VerifyError(f"{dest}: is {kind(dest.stat().st_mode)}, not a data set: name one that was converted")
     try:
         dataset = open_dataset(dest)
     except ValueError as error:
@@ -111,7 +115,7 @@ def verify(
                 _compare(dataset, against, result, workers, progress)
     result.seconds = time.perf_counter() - start
     if progress:
-        print(result)
+        say_report(str(result), f"{dest} has been checked, see the exit status")
     return result
 
 
@@ -124,7 +128,7 @@ def _check_samples(dataset: Dataset, result: Verification, workers: int, progres
     content = ContentHash()
     complete = True
     threads = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool, _bar(len(dataset), "checking", progress) as bar:
+    with ThreadPoolExecutor(threads) as pool, _bar(len(dataset), "checking", progress, result) as bar:
         waiting: deque[tuple[range, Future[list[tuple[np.ndarray | None, str | None]]]]] = deque()
 
         def take() -> None:
@@ -216,7 +220,7 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
     index = 0
     with (
         closing(encoded(source, order.tolist(), encoding, workers)) as samples,
-        _bar(len(order), "comparing", progress) as bar,
+        _bar(len(order), "comparing", progress, result) as bar,
     ):
         for at, bad, sample in zip(order.tolist(), left_out.tolist(), samples, strict=True):
             where = f"{printable(source.name(at))}, sample {at} of the source"
@@ -261,5 +265,5 @@ def _name(dataset: Dataset, index: int) -> str:
     return f"{dataset.path}, sample {index} ({_class(dataset.class_names, int(dataset.label[index]))})"
 
 
-def _bar(total: int, what: str, progress: bool) -> Any:
-    return tqdm(total=total, unit=" images", desc=what, disable=None if progress else True)
+def _bar(total: int, what: str, progress: bool, result: Verification) -> Any:
+    return progress_bar(result.notes, progress, total=total, desc=what)
