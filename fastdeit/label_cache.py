@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -235,13 +236,14 @@ class LabelCache:
         try:
             if _sha256(path) != self.epochs[str(epoch)]["sha256"]:
                 raise UserError(f"{path}: it changed since it was written: {again}")
+            _check_stored(path)
             loaded = np.load(path, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 arrays = {"labels": loaded}
             else:
                 with loaded:
                     arrays = {name: loaded[name] for name in ("index", "logits")}
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: cannot be read ({error}): {again}") from error
         classes = arrays["labels" if "labels" in arrays else "index"]
         soft = "logits" in arrays
@@ -251,6 +253,15 @@ class LabelCache:
         if classes.size and int(classes.max()) >= self.described.num_classes:
             raise UserError(f"{path}: class {classes.max()} of {self.described.num_classes}: {again}")
         return arrays
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ValueError for compressed arrays, which may unpack to a thousand times their file; ours are stored."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                    raise ValueError(f"{member.filename} is compressed to {member.compress_size} bytes")
 
 
 def _sha256(path: Path) -> str:

@@ -89,7 +89,7 @@ def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | 
         most = MAX_CLASSES if source.class_names is None else len(source.class_names)
         if not 0 <= label < most:
             known = f"labels go up to {most - 1}" if source.class_names is None else f"there are {most} class names"
-            raise SampleError(f"{name}: label {shown(label)} names no class, {known}. Mend the label, or --class-names")
+            raise SampleError(f"{name}: label {shown(label)} names no class, {known}. Mend it, or give --class-names")
         image = encode(item, encoding)
     except SourceError:
         raise

@@ -22,6 +22,7 @@ JUNK = frozenset(
         "ehthumbs_vista.db",
         "desktop.ini",
         "icon\r",
+        "icon\\r",  # the same, as tar escapes it
         "network trash folder",
         "temporary items",
         "$recycle.bin",

@@ -56,7 +56,8 @@ class ClassFolders:
             inside: Listing = listing(path)
             self.left_out += inside.left_out
             found.append((folder, inside.files))
-            waiting += [(os.path.join(folder, name), outside) for name in inside.folders]
+            # The first by name is the next: of two links to one folder it is the first that holds.
+            waiting += [(os.path.join(folder, name), outside) for name in reversed(inside.folders)]
         return sorted(found)
 
     def _enter(self, path: str, class_name: str) -> bool:
