@@ -48,6 +48,12 @@ class _Unfailing(ObjectWrapper):
         self.wrapper_setattr("_notes", notes)
         self.wrapper_setattr("_failed", False)
 
+    def __eq__(self, other: object) -> bool:
+        # tqdm asks the terminal for its width where the file is a standard stream.
+        return self.wrapper_getattr("_wrapped") == getattr(other, "_wrapped", other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def write(self, text: str) -> None:
         self._try(lambda: self.wrapper_getattr("_wrapped").write(text))
 

@@ -177,17 +177,16 @@ class Journal:
         end = 0
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
-            lines = file.readlines()
-        for line in lines:
-            crc32, _, text = line.removesuffix(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or crc32 != b"%08x" % binascii.crc32(text):
-                return
-            end += len(line)
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
-                return
-            yield value, end
+            for line in file:
+                crc32, _, text = line.removesuffix(b"\n").partition(b" ")
+                if not line.endswith(b"\n") or crc32 != b"%08x" % binascii.crc32(text):
+                    return
+                end += len(line)
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError):
+                    return
+                yield value, end
 
 
 def difference(then: Any, now: Any, field: str = "") -> str | None:

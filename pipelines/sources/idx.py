@@ -23,12 +23,13 @@ class Idx:
 
     Format: http://yann.lecun.com/exdb/mnist, two zero bytes, element type (8: unsigned byte), number of
     dimensions, then each dimension as a big-endian uint32. Classes are named by their digits unless named.
+    `left_out` files of the folder were passed over for their names.
     """
 
     in_memory = True
 
-    def __init__(self, images: Path, class_names: list[str] | None = None) -> None:
-        self.images = images
+    def __init__(self, images: Path, class_names: list[str] | None = None, left_out: int = 0) -> None:
+        self.images, self._left_out = images, left_out
         self.labels = _labels_file(images)
         self._pixels = read_idx(images, 3)
         self._label = read_idx(self.labels, 1)
@@ -42,7 +43,8 @@ class Idx:
         return len(self._pixels)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "idx", "images": str(self.images), "labels": str(self.labels)}
+        files = {"images": str(self.images), "labels": str(self.labels)}
+        return {"kind": "idx", **files, "hidden_files": self._left_out}
 
     def inputs(self) -> list[Path]:
         return [self.images, self.labels]
@@ -96,8 +98,8 @@ def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | No
     words = {"train": ("train",), "test": ("t10k", "test")}.get(split or "")
     if words is None:
         raise SourceError(f"{folder}: holds IDX files: choose --split train or --split test")
-    names = listing(folder, lambda name: is_idx(Path(name))).files
-    found = [folder / name for name in names if any(word in name for word in words)]
+    inside = listing(folder, lambda name: is_idx(Path(name)) and any(word in name for word in words))
+    found = [folder / name for name in inside.files]
     # Of a plain file and its gzipped twin, the plain one.
     stems = {path.name.removesuffix(".gz"): path for path in reversed(found)}
     if len(stems) != 1:
@@ -105,4 +107,4 @@ def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | No
         raise SourceError(
             f"{folder}: one images file is needed for split {split}; found: {names}. Name the file itself"
         )
-    return Idx(next(iter(stems.values())), class_names)
+    return Idx(next(iter(stems.values())), class_names, inside.left_out)

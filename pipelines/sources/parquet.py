@@ -181,17 +181,18 @@ class _Cursor:
         return self._batch.column(self._image)[row - self.first], self._batch.column(self._label)[row - self.first]
 
     def _advance(self) -> None:
-        if self._batches is None:
-            file = _open(self._path)
-            rows = self._rows_at_once(file.metadata.row_group(self._group))
-            self._batches = file.iter_batches(
-                batch_size=rows, row_groups=[self._group], columns=[self._leaf, self._label], use_threads=False
-            )
+        batches = self._batches = self._batches or self._open_batches()
         self._batch = None  # let go of before the next one is unpacked
-        batch = next(self._batches)
+        batch = next(batches)
         batch.validate(full=True)
         self._batch = batch
         self.first, self._end = self._end, self._end + batch.num_rows
+
+    def _open_batches(self) -> Iterator[Any]:
+        file = _open(self._path)
+        rows = self._rows_at_once(file.metadata.row_group(self._group))
+        columns = [self._leaf, self._label]
+        return file.iter_batches(batch_size=rows, row_groups=[self._group], columns=columns, use_threads=False)
 
     def _rows_at_once(self, group: Any) -> int:
         largest = 1

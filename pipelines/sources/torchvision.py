@@ -108,12 +108,13 @@ class Torchvision:
     def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int, str]:
         name = self.name(index)
         sample = self._data[index]
-        try:
+        image: Any = None
+        target: Any = sample
+        if isinstance(sample, tuple) and len(sample) == 2:
             image, target = sample
-        except (TypeError, ValueError):
-            image = target = None
-        target = target.item() if getattr(target, "shape", None) == () else target
-        if not isinstance(target, (Number, str)):
+        if target is not None and getattr(target, "shape", None) == ():
+            target = target.item()
+        if not isinstance(target, (Number, str, type(None))):
             raise SourceError(f"{name}: not an image and the number of a class: it cannot be converted")
         label = class_number(target, name)
         file = image if isinstance(image, Path) else getattr(image, "filename", None)
