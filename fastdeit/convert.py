@@ -84,6 +84,11 @@ def convert_options(options: Options) -> int:
     from fastdeit.pipelines.convert import convert
     from fastdeit.pipelines.sources import open_source
 
+    if options.dest.suffix in (".tar", ".parquet") and options.dest.is_file():
+        raise UserError(
+            f"{options.dest}: is an archive, which is never replaced. Put a pattern such as 'train-*.tar' in quotes, "
+            f"or the shell hands on its second match as DEST"
+        )
     report = convert(
         open_source(options.source, options.split, class_names(options.class_names)),
         options.dest,

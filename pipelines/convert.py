@@ -20,6 +20,7 @@ from fastdeit.pipelines.encode import Encoding, Mode
 from fastdeit.pipelines.encoded import ConvertError, Reject
 from fastdeit.pipelines.shards import DEFAULT_SHARD_SIZE, ShardWriter
 from fastdeit.pipelines.sources import Source, open_source
+from fastdeit.pipelines.sources.files import is_folder
 from fastdeit.pipelines.writing import Writer
 
 Format = Literal["beton", "webdataset"]
@@ -121,12 +122,12 @@ def convert(
     elif class_names is not None:
         raise ConvertError("class_names go to open_source where the source is opened already")
     dest = Path(dest)
-    if not dest.parent.is_dir():
+    if not is_folder(dest.parent):
         raise ConvertError(f"{dest}: the folder {dest.parent} does not exist: create it first")
     if not dest.name:
         raise ConvertError(f"{dest}: has no name of its own: name a file or folder in it, e.g. {dest / 'train'}")
     check_apart(dest, format, source)
-    if format == "beton" and dest.is_dir():
+    if format == "beton" and is_folder(dest):
         raise ConvertError(f"{dest}: is a folder: name a file, e.g. {dest / 'train.beton'}")
     options = {
         "format": format,

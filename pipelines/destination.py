@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fastdeit.pipelines.beton_layout import sidecar_path
@@ -45,7 +46,7 @@ def check_apart(dest: Path, format: str, source: Source) -> None:
     taken = {_status(path) for path in _all_names(dest)} - {None}
     for path in inputs:
         real = Path(os.path.realpath(path))
-        if real.is_dir():
+        if os.path.isdir(real):
             if place == real or place.is_relative_to(real):
                 raise ConvertError(f"{dest}: lies within {path}, which is converted: name a place outside of it")
         elif _status(path) in taken or real.is_relative_to(place) or real.is_relative_to(os.path.realpath(dest)):
@@ -55,8 +56,8 @@ def check_apart(dest: Path, format: str, source: Source) -> None:
 def _all_names(dest: Path) -> Iterator[Path]:
     yield from (dest, sidecar_path(dest), journal_path(dest), rejects_path(dest), *temporary_paths(dest))
     for folder in (dest, beside(dest, ".partial")):
-        if folder.is_dir():
-            yield from folder.iterdir()
+        with suppress(OSError):  # of what is no folder, or cannot be listed; the writer says so
+            yield from (folder / name for name in os.listdir(folder))
 
 
 def _status(path: Path) -> tuple[int, int] | None:

@@ -259,10 +259,13 @@ class ShardWriter:
 
         if not os.path.lexists(self.path):
             return
-        _refuse_foreign(self.path)
-        # The shards of anybody else may have the same names; an empty folder is as good as none.
-        if not os.listdir(self.path):
-            return
+        try:
+            _refuse_foreign(self.path)
+            # The shards of anybody else may have the same names; an empty folder is as good as none.
+            if not os.listdir(self.path):
+                return
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be looked into ({error.strerror}): name another folder") from error
         move = "move it away, or name another folder"
         if os.path.lexists(self._old):
             raise ShardError(f"{self._old}: is in the way of {self.path}, which is to be replaced: {move}")

@@ -76,7 +76,7 @@ def test_a_glob_of_two_archives_overwrites_none(tmp_path):
     command = [sys.executable, "-m", "fastdeit.convert", *map(str, shards)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "train-1.tar: is not a data set that fastdeit-convert wrote" in done.stderr
+    assert "train-1.tar: is an archive, which is never replaced. Put a pattern such as" in done.stderr
     assert state(tmp_path) == before
 
 
