@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastdeit.cli import parse, run
+from fastdeit.pipelines.console import settle
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.errors import UserError
 
@@ -40,7 +41,8 @@ class Options:
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
     """Where the images are, see above."""
     dest: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")] = None
-    """What to write: train.beton, with DEST.json beside it, or for shards a folder."""
+    """What to write: train.beton, with DEST.json beside it, or for shards a folder. Of what exists, only a data
+    set that fastdeit-convert wrote is replaced."""
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
     """Part of the source: a subfolder such as train, train or test of IDX files, torchvision's split."""
@@ -83,6 +85,11 @@ def convert_options(options: Options) -> int:
     from fastdeit.pipelines.convert import convert
     from fastdeit.pipelines.sources import open_source
 
+    if options.dest.suffix in (".tar", ".parquet") and options.dest.is_file():
+        raise UserError(
+            f"{options.dest}: is an archive, which is never replaced. Put a pattern such as 'train-*.tar' in quotes, "
+            f"or the shell hands on its second match as DEST"
+        )
     report = convert(
         open_source(options.source, options.split, class_names(options.class_names)),
         options.dest,
@@ -122,7 +129,7 @@ def class_names(path: Path | None) -> list[str] | None:
         return None
     if not path.exists():
         raise UserError(f"--class-names {path}: there is no such file or folder: check the path")
-    if path.suffix != ".beton" and not path.is_dir():
+    if not path.is_dir() and (path.suffix != ".beton" or not path.is_file()):
         return read_class_names(path)
     with_names = open_dataset(path)
     with_names.close()
@@ -134,7 +141,11 @@ def class_names(path: Path | None) -> list[str] | None:
 def main() -> None:
     # A batch system's request to stop is as good as Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(run(lambda: convert_options(parse(Options, "fastdeit-convert"))))
+    try:
+        status = run(lambda: convert_options(parse(Options, "fastdeit-convert")))
+    finally:
+        settle()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +33,11 @@ from fastdeit.pipelines.beton_layout import (
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.files import sync_folder
-from fastdeit.pipelines.sidecar import ContentHash
+from fastdeit.pipelines.files import kind, mark, sync_folder
+from fastdeit.pipelines.sidecar import ContentHash, SidecarError
 from fastdeit.pipelines.writing import Record
+
+_PIECE = 1 << 16  # bytes that are cleared at once
 
 
 class BetonWriter:
@@ -42,13 +45,13 @@ class BetonWriter:
 
     Pages are of `page_size` bytes; an image that is larger doubles the page size of the whole file until it fits,
     which moves nothing: what lies within a page lies within a larger one. Until `finish` all is in `<path>.partial`
-    and `<path>.json.partial`.
+    and `<path>.json.partial`. A data set that fastdeit-convert wrote is then replaced, and nothing else.
 
-    Raises BetonError for a sample that the format cannot hold.
+    Raises BetonError for a sample that the format cannot hold, and rather than touch files of anybody else.
     """
 
     def __init__(self, path: str | os.PathLike[str], capacity: int, *, page_size: int = DEFAULT_PAGE) -> None:
-        self.path, self.keep = Path(path), False
+        self.path, self.keep, self.named = Path(path), False, False
         if capacity < 1:
             raise BetonError(f"{self.path}: no samples to write")
         if not MIN_PAGE <= page_size <= MAX_PAGE or page_size & (page_size - 1):
@@ -63,6 +66,9 @@ class BetonWriter:
         self._file: BinaryIO | None = None
         self._partial = _partial(self.path)
         self._partial_sidecar = _partial(sidecar_path(self.path))
+        self._own: set[Path] = set()  # of the two, those that this writer made or took up
+        self._flushed: int | None = None  # the end of what is known to be on disk
+        self._replaced: list[int] | None = None
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -76,36 +82,52 @@ class BetonWriter:
                 self._file.close()
         self._file = None
         if not self.keep:
-            self._partial.unlink(missing_ok=True)
-            self._partial_sidecar.unlink(missing_ok=True)
+            for path in self._own:
+                path.unlink(missing_ok=True)
+        elif error is not None and self._flushed is not None:
+            # What follows may be torn, and on a full disk it is in the way of everybody else.
+            with suppress(OSError):
+                if self._partial.stat().st_size > self._flushed:
+                    os.truncate(self._partial, self._flushed)
+
+    def check(self, replaced: list[int] | None = None) -> None:
+        """Raise BetonError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
+        self._replaced = replaced
+        _check_replaceable(self.path, replaced)
 
     def _output(self) -> BinaryIO:
         # Opened by the first sample: an interrupt while the block is entered would not be followed by `__exit__`.
         if self._file is None:
-            self._file = open(self._partial, "w+b", buffering=1 << 20)  # noqa: SIM115
+            _check_replaceable(self.path, self._replaced)
+            try:
+                self._file = open(self._partial, "x+b", buffering=1 << 20)  # noqa: SIM115
+            except FileExistsError as error:
+                raise BetonError(f"{self._partial}: is there already: move it away, or name another place") from error
+            self._own.add(self._partial)
         return self._file
 
     def restore(self, records: Iterable[Record]) -> int:
         """Take up what an interrupted writer of the same options left; see `Writer`."""
-        try:
-            self._file = open(self._partial, "r+b", buffering=1 << 20)  # noqa: SIM115
-        except FileNotFoundError:
+        if self._partial_sidecar.is_file():
+            self._partial_sidecar.unlink()
+        if not os.path.lexists(self._partial):
             return 0
-        except IsADirectoryError as error:
-            raise BetonError(
-                f"{self._partial}: is a folder, as an interrupted conversion to shards leaves it: remove it"
-            ) from error
+        if not stat.S_ISREG(mode := os.lstat(self._partial).st_mode):
+            why = ", as an interrupted conversion to shards leaves it" if stat.S_ISDIR(mode) else ""
+            raise BetonError(f"{self._partial}: is {kind(mode)}{why}: remove it")
+        self._file = open(self._partial, "r+b", buffering=1 << 20)  # noqa: SIM115
         for record in records:
             if self._count == len(self._samples) or not self._take_up(self._file, record):
                 break
         if self._count:
+            self._own.add(self._partial)
             self._file.truncate(self._end)
+            self._flushed = self._end
             self._clear(self._file, int(self._samples["data_ptr"][0]))
         else:
             self._file.close()
             self._file = None
             self._partial.unlink()
-        self._partial_sidecar.unlink(missing_ok=True)
         return self._count
 
     def _take_up(self, file: BinaryIO, record: Record) -> bool:
@@ -122,10 +144,13 @@ class BetonWriter:
 
     def _clear(self, file: BinaryIO, end: int) -> None:
         """Have zeros up to byte `end`, where a writer may have been interrupted as it finished."""
-        file.seek(0)
-        if file.read(end) != bytes(end):
-            file.seek(0)
-            file.write(bytes(end))
+        # Zeros over a hole would need room, which a full disk does not have.
+        for at in range(0, end, _PIECE):
+            size = min(_PIECE, end - at)
+            file.seek(at)
+            if file.read(size) != bytes(size):
+                file.seek(at)
+                file.write(bytes(size))
 
     def _place(self, size: int) -> tuple[int, int]:
         """Page size and place in the file for a next sample of `size` bytes."""
@@ -171,6 +196,7 @@ class BetonWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             sync_folder(self.path.parent)
+            self._flushed = self._end
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
         """Write tables and sidecar and give both files their names; `described` joins the sidecar returned."""
@@ -197,12 +223,45 @@ class BetonWriter:
             metadata_hash=hashlib.sha256(samples.tobytes()).hexdigest(),
             described={**described, "page_size": self.page_size},
         )
+        if os.path.lexists(self._partial_sidecar):
+            raise BetonError(f"{self._partial_sidecar}: is there already: move it away, or name another place")
+        self._own.add(self._partial_sidecar)
         sidecar.write(self._partial_sidecar, described_by)
+        _check_replaceable(self.path, self._replaced)
         # The sidecar first: with it alone an old file is refused, with the data alone its names would be lost.
         os.replace(self._partial_sidecar, sidecar_path(self.path))
         os.replace(self._partial, self.path)
+        self.named = True
         sync_folder(self.path.parent)
         return described_by
+
+
+def _check_replaceable(path: Path, known: list[int] | None = None) -> None:
+    """Raise BetonError unless `path` and its sidecar are free, or are a data set that fastdeit-convert wrote.
+
+    known  `files.mark` of a file that an earlier conversion found to be one; it was interrupted after it had replaced
+           the sidecar and before it replaced the data
+    """
+    from fastdeit.pipelines.beton import BetonDataset  # which imports the writer, which imports this
+
+    beside_it = sidecar_path(path)
+    move = "move it away, or name another place"
+    for file in (path, beside_it):
+        if os.path.lexists(file) and not stat.S_ISREG(mode := os.lstat(file).st_mode):
+            raise BetonError(f"{file}: is {kind(mode)}, not a data set that fastdeit-convert wrote: {move}")
+    if os.path.lexists(path):
+        if known is not None and mark(path) == known:
+            return
+        try:
+            with BetonDataset(path) as dataset:
+                described = dataset.sidecar
+        except (OSError, BetonError, SidecarError) as error:
+            why = str(error).removeprefix(f"{path}: ").partition(". ")[0]
+            raise BetonError(f"{path}: is not a data set that fastdeit-convert wrote ({why}): {move}") from error
+        if described is None:
+            raise BetonError(f"{path}: has no sidecar, so fastdeit-convert did not write it: {move}")
+    elif os.path.lexists(beside_it) and not sidecar.is_sealed(beside_it):
+        raise BetonError(f"{beside_it}: is not a sidecar that fastdeit-convert wrote: {move}")
 
 
 def _partial(path: Path) -> Path:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from fastdeit.pipelines.console import progress_bar, say
+from fastdeit.pipelines.destination import beside, check_leftovers, check_rejects, journal_path, rejects_path
 from fastdeit.pipelines.encode import CHANGES, Encoding
 from fastdeit.pipelines.encoded import ConvertError, Encoded, Reject, encoded
 from fastdeit.pipelines.errors import remedy
-from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.files import mark, sync_folder
 from fastdeit.pipelines.journal import Journal, Kept, difference
 from fastdeit.pipelines.sources import Source
 from fastdeit.pipelines.sources.imagenet import real_labels as read_real_labels
@@ -32,13 +32,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _VERSION = 1  # of what the journal holds
 
 
-def rejects_path(dest: Path) -> Path:
-    """Where the images that a conversion left out are listed: a JSON object a line with index, name and reason."""
-    return _beside(dest, ".rejects.jsonl")
-
-
 class DiskFull(ConvertError):
-    """No room for what is to be written; nothing of it is left."""
+    """No room for what is to be written; what is kept of it can be resumed."""
 
 
 class Conversion:
@@ -46,6 +41,7 @@ class Conversion:
 
     position  samples of `order` that were handled, in this run and the one that is resumed
     restored  those of the latter
+    saved     samples that the journal holds
     size      bytes of the images stored
     pending   samples that the journal does not hold yet
     """
@@ -57,7 +53,7 @@ class Conversion:
         self.counts: Counter[str] = Counter(dict.fromkeys(CHANGES, 0))
         self.rejects: list[Reject] = []
         self.notes: list[str] = []
-        self.position = self.restored = self.size = self.last_label = 0
+        self.position = self.restored = self.saved = self.size = self.last_label = 0
         self.pending: list[Kept | Reject] = []
         names = [source.name(index) for index in order.tolist()]
         self.names_hash = _hash(names)
@@ -66,29 +62,50 @@ class Conversion:
     def write(
         self, writer: Writer, encoding: Encoding, workers: int, *, skip: bool, resume: bool, progress: bool
     ) -> dict[str, Any]:
-        """Write everything; the sidecar. What was done is kept, or not a trace of it, if an error is raised."""
+        """Write everything; the sidecar. If an error is raised, what the journal holds is kept, or no trace of it."""
         with self._writing():
-            journal = Journal(_beside(self.dest, ".journal"))
+            check_rejects(rejects_path(self.dest))
+            journal = Journal(journal_path(self.dest))
         with journal:
+            # What another run left is kept, whatever comes of this one, until it is taken up or dropped.
+            writer.keep = journal.begun
             try:
+                with self._writing():
+                    writer.check(journal.replaced())
+                    if not journal.begun:
+                        check_leftovers(self.dest)
                 with writer:
-                    try:
-                        self._take_up(writer, journal, encoding, resume)
-                        self._store_all(writer, journal, encoding, workers, skip, progress)
-                        sidecar = self._finish(writer)
-                    except DiskFull:
-                        # What is kept would keep it full.
-                        writer.keep = False
-                        raise
+                    self._take_up(writer, journal, encoding, resume)
+                    self._store_all(writer, journal, encoding, workers, skip, progress)
+                    sidecar = self._finish(writer, journal)
             except BaseException as error:
+                if writer.named:
+                    journal.remove()
+                    if isinstance(error, ConvertError):
+                        raise ConvertError(
+                            f"{self.dest}: is complete, but may not survive a power cut ({error.__cause__}): check it "
+                            f"with --verify"
+                        ) from error
+                    raise
                 if not writer.keep:
                     journal.remove()
-                elif progress and not isinstance(error, Exception):
-                    kept = f"{self.position} of {len(self.order)} images are kept, --resume goes on there"
-                    print(f"{self.dest}: {kept}", file=sys.stderr)
+                if isinstance(error, DiskFull):
+                    raise DiskFull(f"{error}. {self._left(writer.keep)}") from error.__cause__
+                if writer.keep and progress and not isinstance(error, Exception):
+                    say(f"{self.dest}: {self._kept()}, --resume goes on there", "stderr")
                 raise
             journal.remove()
         return sidecar
+
+    def _kept(self) -> str:
+        return f"{self.saved} of {len(self.order)} images are kept"
+
+    def _left(self, kept: bool) -> str:
+        """What is left on a full disk, and what to do."""
+        if not kept:
+            return "What was written of it has been removed: make room or name another place, then convert again"
+        kept_images = self._kept() if self.saved else "What an interrupted conversion had done is kept"
+        return f"{kept_images} in {beside(self.dest, '.partial')}: make room and go on with --resume"
 
     def _take_up(self, writer: Writer, journal: Journal, encoding: Encoding, resume: bool) -> None:
         """Go on with what an interrupted conversion left, or begin anew."""
@@ -102,8 +119,6 @@ class Conversion:
         }
         description = json.loads(json.dumps(description))
         then = journal.description()
-        # What another run left is kept, whatever comes of this one, until it is taken up or dropped.
-        writer.keep = then is not None
         if then is not None and resume:
             if found := difference(then, description):
                 raise ConvertError(
@@ -133,7 +148,7 @@ class Conversion:
             if isinstance(entry, Kept):
                 last = int(self.order[self.position]), entry
             self._count(entry)
-        self.restored = self.position
+        self.restored = self.saved = self.position
         if last is not None:
             self._compare(*last, encoding)
         if self.restored:
@@ -160,9 +175,7 @@ class Conversion:
         flushed = time.monotonic()
         with (
             closing(encoded(self.source, self.order[self.position :].tolist(), encoding, workers)) as samples,
-            tqdm(
-                initial=self.position, total=len(self.order), unit=" images", disable=None if progress else True
-            ) as bar,
+            progress_bar(self.notes, progress, initial=self.position, total=len(self.order)) as bar,
         ):
             try:
                 for sample in samples:
@@ -182,6 +195,8 @@ class Conversion:
                 with self._writing():
                     self._save(writer, journal)
                 raise
+            with self._writing():
+                self._save(writer, journal)
 
     def _store(self, writer: Writer, sample: Encoded | Reject) -> None:
         if isinstance(sample, Reject):
@@ -210,8 +225,9 @@ class Conversion:
             writer.flush()
             journal.append(pending)
             writer.keep = True
+            self.saved = self.position
 
-    def _finish(self, writer: Writer) -> dict[str, Any]:
+    def _finish(self, writer: Writer, journal: Journal) -> dict[str, Any]:
         if len(self.rejects) == len(self.order):
             writer.keep = False
             raise ConvertError(
@@ -225,6 +241,9 @@ class Conversion:
             described["real_labels"] = [self.real[i] for i in np.flatnonzero(kept)]
         class_names = self.source.class_names or [str(i) for i in range(self.last_label + 1)]
         with self._writing():
+            writer.check(journal.replaced())
+            if (replaced := mark(self.dest)) is not None:
+                journal.note_replaced(replaced)
             # The list first: what has its name is complete.
             _write_rejects(rejects_path(self.dest), self.rejects)
             return writer.finish(class_names=class_names, source=self._describe(), options=self.options, **described)
@@ -250,19 +269,18 @@ class Conversion:
             if self.size:
                 total = self.size * len(self.order) / self.position
                 needed = f" after {self.size / 1e6:.1f} MB; about {total / 1e6:.1f} MB are needed in all"
-            raise DiskFull(
-                f"{where}: cannot be written ({error.strerror}){needed}. What was written of it has been removed: "
-                f"make room or name another place, then convert again"
-            ) from error
+            raise DiskFull(f"{where}: cannot be written ({error.strerror}){needed}") from error
 
 
 def _write_rejects(path: Path, rejects: list[Reject]) -> None:
+    check_rejects(path)
     if not rejects:
         path.unlink(missing_ok=True)
         return
-    partial = _beside(path, ".partial")
+    partial = beside(path, ".partial")
+    partial.unlink(missing_ok=True)  # of a conversion that was interrupted here
     try:
-        with open(partial, "w", encoding="ascii") as file:
+        with open(partial, "x", encoding="ascii") as file:
             file.writelines(json.dumps(asdict(reject)) + "\n" for reject in rejects)
             file.flush()
             os.fsync(file.fileno())
@@ -270,10 +288,6 @@ def _write_rejects(path: Path, rejects: list[Reject]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
 
 
 def _hash(value: Any) -> str:

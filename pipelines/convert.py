@@ -13,11 +13,14 @@ import PIL
 from PIL import features
 
 from fastdeit.pipelines.beton import BetonWriter
-from fastdeit.pipelines.conversion import Conversion, rejects_path
+from fastdeit.pipelines.console import report as say_report
+from fastdeit.pipelines.conversion import Conversion
+from fastdeit.pipelines.destination import check_apart, rejects_path
 from fastdeit.pipelines.encode import Encoding, Mode
 from fastdeit.pipelines.encoded import ConvertError, Reject
 from fastdeit.pipelines.shards import DEFAULT_SHARD_SIZE, ShardWriter
 from fastdeit.pipelines.sources import Source, open_source
+from fastdeit.pipelines.sources.files import is_folder
 from fastdeit.pipelines.writing import Writer
 
 Format = Literal["beton", "webdataset"]
@@ -105,8 +108,9 @@ def convert(
 
     Other processes are spawned, so a script that calls this needs its `if __name__ == "__main__"`. Until all is
     complete it lies under names that end in `.partial`, with a journal beside it, and an existing `dest` stays as it
-    is. An error or interrupt leaves them there to be resumed, unless the disk is full. Raises SourceError,
-    ConvertError, JournalError where another conversion writes to `dest`, and BetonError or ShardError.
+    is. An error or interrupt leaves them there to be resumed. Only a data set that a conversion wrote is replaced, and
+    no file that the source reads. Raises SourceError, ConvertError, JournalError where another conversion writes to
+    `dest`, and BetonError or ShardError.
     """
     start = time.perf_counter()
     encoding = Encoding(mode=mode, quality=quality, max_side=max_side)
@@ -118,10 +122,12 @@ def convert(
     elif class_names is not None:
         raise ConvertError("class_names go to open_source where the source is opened already")
     dest = Path(dest)
-    if not dest.parent.is_dir():
+    if not is_folder(dest.parent):
         raise ConvertError(f"{dest}: the folder {dest.parent} does not exist: create it first")
-    _check_apart(dest, format, source)
-    if format == "beton" and dest.is_dir():
+    if not dest.name:
+        raise ConvertError(f"{dest}: has no name of its own: name a file or folder in it, e.g. {dest / 'train'}")
+    check_apart(dest, format, source)
+    if format == "beton" and is_folder(dest):
         raise ConvertError(f"{dest}: is a folder: name a file, e.g. {dest / 'train.beton'}")
     options = {
         "format": format,
@@ -155,7 +161,7 @@ def convert(
         notes=conversion.notes,
     )
     if progress:
-        print(report)
+        say_report(str(report), f"{dest} is complete")
     return report
 
 
@@ -173,15 +179,6 @@ def sample_order(count: int, shuffle_seed: int | None, limit: int | None) -> np.
         words = np.asarray(np.random.Philox(key=shuffle_seed).random_raw(count))
         order = np.argsort(words, kind="stable")
     return order[:limit]
-
-
-def _check_apart(dest: Path, format: Format, source: Source) -> None:
-    """Raise ConvertError for a place in the source that would make it another one, which nothing can resume."""
-    said = source.describe()
-    taken = ("folder", "webdataset", "parquet") if format == "webdataset" else ("folder",)
-    folder = Path(said.get("path", ""))
-    if said["kind"] in taken and dest.resolve().is_relative_to(folder.resolve()):
-        raise ConvertError(f"{dest}: lies within {folder}, which is converted: name a place outside of it")
 
 
 def _size(path: Path) -> int:

@@ -21,7 +21,8 @@ from fastdeit.pipelines.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.encode import Encoding, Stored, encode
 from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.machine import STATES, machine_error, shared_memory_error
-from fastdeit.pipelines.sources import Source, SourceError
+from fastdeit.pipelines.sources import SampleError, Source, SourceError
+from fastdeit.pipelines.sources.base import shown
 
 CHUNK = 16  # samples a worker is handed at once
 SMALL = 2048  # samples that one process converts before others have started
@@ -57,9 +58,9 @@ def encoded(
 
     workers  processes; 0: one for every usable core, one for a small data set
 
-    Samples that a source holds in memory are encoded in this process; other processes are spawned. Raises SourceError
-    where the source is at fault or a label names no class, ConvertError where a process dies or memory runs out,
-    MachineError where the machine cannot read a sample, or start the processes.
+    Samples that a source holds in memory are encoded in this process; other processes are spawned. A label that names
+    no class makes a Reject, as a damaged image does. Raises SourceError where the source is at fault, ConvertError
+    where a process dies or memory runs out, MachineError where the machine reads no sample or starts no process.
     """
     if workers < 0:
         raise ConvertError(f"{workers} workers: give 0 for all cores, or how many")
@@ -117,8 +118,8 @@ def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | 
         item, label, name = source.read(index)
         most = MAX_CLASSES if source.class_names is None else len(source.class_names)
         if not 0 <= label < most:
-            known = f", {most} are the most" if source.class_names is None else f", there are {most} class names"
-            raise SourceError(f"{name}, sample {index}: label {label} names no class{known}. Give --class-names")
+            known = f"labels go up to {most - 1}" if source.class_names is None else f"there are {most} class names"
+            raise SampleError(f"{name}: label {shown(label)} names no class, {known}. Mend it, or give --class-names")
         image = encode(item, encoding)
     except SourceError:
         raise

@@ -5,9 +5,12 @@ from __future__ import annotations
 import binascii
 import errno
 import fcntl
+import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +18,11 @@ from typing import Any
 
 from fastdeit.pipelines.encoded import Reject
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.files import kind, sync_folder
 from fastdeit.pipelines.writing import Record
 
+_VERSION = 1
+_START = b'00000000 {"journal":'  # of every journal, but for the checksum
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -37,26 +43,46 @@ class Journal:
 
     path    it stays there when it is closed, until `remove`
     locked  whether nobody else can open it; False where the file system has no locks
+    begun   whether a conversion wrote to it, before it was opened or since
 
     Every line is the zlib.crc32 of what follows, a space, and JSON: first a description of the conversion, then lists
     of samples, each written once its bytes are on disk. A line that is torn or damaged ends the journal, wherever it
-    stands. Raises JournalError where another process, or another journal of this one, has it open.
+    stands. Raises JournalError where another process, or another journal of this one, has it open, and for a file that
+    is no journal.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         while True:
-            # In append mode, what is written stands at the end wherever was read before.
-            self._file = open(path, "a+b")  # noqa: SIM115
+            self._file = self._open()
             try:
                 self.locked = self._lock()
                 # Whoever had it may have removed it while this waited to be opened.
                 if os.path.exists(path) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                    self.begun = self._check_own()
                     return
             except BaseException:
                 self._file.close()
                 raise
             self._file.close()
+
+    def _open(self) -> io.FileIO:
+        if os.path.lexists(self.path) and not stat.S_ISREG(mode := os.lstat(self.path).st_mode):
+            raise JournalError(f"{self.path}: is {kind(mode)}, not a journal of fastdeit-convert: move it away")
+        # In append mode, what is written stands at the end wherever was read before.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        # Without a buffer, which would write again what a full disk refused.
+        return io.FileIO(os.open(self.path, flags, 0o666), "a+")
+
+    def _check_own(self) -> bool:
+        """Whether it is a journal, be it damaged, that was begun; False for an empty file."""
+        self._file.seek(0)
+        start = self._file.read(len(_START))
+        if start and not (len(start) == len(_START) and start[9:] == _START[9:]):
+            raise JournalError(
+                f"{self.path}: is not a journal of fastdeit-convert: move it away, or name another place"
+            )
+        return bool(start)
 
     def _lock(self) -> bool:
         try:
@@ -87,12 +113,24 @@ class Journal:
 
     def description(self) -> dict[str, Any] | None:
         """What `begin` was given; None in a journal that never began."""
-        return next((line for line, _ in self._lines() if isinstance(line, dict)), None)
+        line = next((line for line, _ in self._lines() if isinstance(line, dict)), None)
+        return None if line is None else {name: value for name, value in line.items() if name != "journal"}
+
+    def replaced(self) -> list[int] | None:
+        """The last that `note_replaced` was given."""
+        marks = [line["replaces"] for line, _ in self._lines() if isinstance(line, dict) and "replaces" in line]
+        return marks[-1] if marks else None
+
+    def note_replaced(self, mark: list[int]) -> None:
+        """Note which file, by `files.mark`, was found to be a data set that may be replaced, and now will be."""
+        self._write({"replaces": mark})
 
     def begin(self, description: dict[str, Any]) -> None:
         """Drop what it holds, and describe the conversion that now begins."""
         self._file.truncate(0)
-        self._write(description)
+        self._write({"journal": _VERSION, **description})
+        self.begun = True
+        sync_folder(self.path.parent)
 
     def entries(self) -> Iterator[Kept | Reject]:
         """The samples that were done."""
@@ -123,20 +161,33 @@ class Journal:
 
     def _write(self, value: Any) -> None:
         text = json.dumps(value, separators=(",", ":")).encode()
-        self._file.write(b"%08x %s\n" % (binascii.crc32(text), text))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        end = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(b"%08x %s\n" % (binascii.crc32(text), text))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            # As of a full disk: behind a torn line nothing would be found.
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
 
     def _lines(self) -> Iterator[tuple[Any, int]]:
         """What each whole line holds, and where in the file it ends."""
-        self._file.seek(0)
         end = 0
-        for line in self._file:
-            crc32, _, text = line.removesuffix(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or crc32 != b"%08x" % binascii.crc32(text):
-                return
-            end += len(line)
-            yield json.loads(text), end
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            for line in file:
+                crc32, _, text = line.removesuffix(b"\n").partition(b" ")
+                if not line.endswith(b"\n") or crc32 != b"%08x" % binascii.crc32(text):
+                    return
+                end += len(line)
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError):
+                    return
+                yield value, end
 
 
 def difference(then: Any, now: Any, field: str = "") -> str | None:

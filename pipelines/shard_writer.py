@@ -41,7 +41,7 @@ from fastdeit.pipelines.shard_layout import (
     shard_name,
     shard_sizes,
 )
-from fastdeit.pipelines.sidecar import ContentHash
+from fastdeit.pipelines.sidecar import ContentHash, SidecarError
 from fastdeit.pipelines.writing import Record
 
 DEFAULT_SHARD_SIZE = 10_000  # 129 shards of ImageNet's training images, about 1 GB each
@@ -62,6 +62,9 @@ class ShardWriter:
     many each node got. Until `finish` all is in the folder `<path>.partial`. A folder that holds a data set already
     is then replaced; where the file system can exchange two names, there is no moment without either.
 
+    Nothing but a data set that fastdeit-convert wrote is replaced; until the new one has its name, the old one lies
+    there or in `<path>.replaced`.
+
     Raises ShardError for a sample that the format cannot hold, and rather than touch files of anybody else.
     """
 
@@ -73,7 +76,7 @@ class ShardWriter:
         shard_size: int = DEFAULT_SHARD_SIZE,
         nodes: int = 1,
     ) -> None:
-        self.path, self.keep = Path(path), False
+        self.path, self.keep, self.named = Path(path), False, False
         if not 1 <= capacity <= MAX_SAMPLES:
             raise ShardError(f"{self.path}: {capacity} samples to write; shards hold from 1 to {MAX_SAMPLES:,}")
         if shard_size < 1 or nodes < 1:
@@ -92,9 +95,10 @@ class ShardWriter:
         self._content = ContentHash()
         self._count = self._shard = self._first = self._end = 0
         self._file: BinaryIO | None = None
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._partial, self._old = (self.path.with_name(self.path.name + end) for end in (".partial", ".replaced"))
         self._started = False
-        self._check_replaceable()
+        self._flushed: tuple[int, int] | None = None  # shard and byte up to which all is known to be on disk
+        self.check()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -109,6 +113,10 @@ class ShardWriter:
         self._file = None
         if self._started and not self.keep:
             _remove(self._partial)
+        elif error is not None and self._flushed is not None:
+            # What follows may be torn, and on a full disk it is in the way of everybody else.
+            with suppress(OSError, ShardError):
+                self._cut(*self._flushed)
 
     def restore(self, records: Iterable[Record]) -> int:
         """Take up what an interrupted writer of the same options left; see `Writer`."""
@@ -122,13 +130,19 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-        kept = {name for shard in range(self._shard) for name in (shard_name(shard), index_name(shard))}
-        if self._end:
-            kept.add(shard_name(self._shard))
-            os.truncate(self._partial / shard_name(self._shard), self._end)
-        _remove(self._partial, kept)
-        self._started = bool(kept)
+        self._started = self._cut(self._shard, self._end)
+        self._flushed = (self._shard, self._end) if self._started else None
         return self._count
+
+    def _cut(self, shard: int, end: int) -> bool:
+        """Drop all behind byte `end` of a shard; whether anything is left."""
+        kept = {name for number in range(shard) for name in (shard_name(number), index_name(number))}
+        if end:
+            kept.add(shard_name(shard))
+            if (self._partial / shard_name(shard)).stat().st_size > end:
+                os.truncate(self._partial / shard_name(shard), end)
+        _remove(self._partial, kept)
+        return bool(kept)
 
     def _take_up(self, record: Record) -> bool:
         """Whether the sample of `record` stands where it would be added next; if so it counts as added."""
@@ -205,6 +219,7 @@ class ShardWriter:
             os.fsync(self._file.fileno())
         if self._started:
             sync_folder(self._partial)
+            self._flushed = self._shard, self._end
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
         """Write tables, lists and sidecar and give the folder its name; `described` joins the sidecar returned."""
@@ -239,27 +254,50 @@ class ShardWriter:
         self._put_in_place()
         return described_by
 
-    def _check_replaceable(self) -> None:
+    def check(self, replaced: list[int] | None = None) -> None:
+        """Raise ShardError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
+        from fastdeit.pipelines.shards import ShardDataset  # which imports this
+
         if not os.path.lexists(self.path):
             return
-        _refuse_foreign(self.path)
-        names = os.listdir(self.path)
-        # The shards of anybody else may have the same names.
-        if names and TABLE not in names:
-            raise ShardError(f"{self.path}: holds {min(names)} but no {TABLE}, so it is not ours: name another folder")
+        try:
+            _refuse_foreign(self.path)
+            # The shards of anybody else may have the same names; an empty folder is as good as none.
+            if not os.listdir(self.path):
+                return
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be looked into ({error.strerror}): name another folder") from error
+        move = "move it away, or name another folder"
+        if os.path.lexists(self._old):
+            raise ShardError(f"{self._old}: is in the way of {self.path}, which is to be replaced: {move}")
+        try:
+            with ShardDataset(self.path) as dataset:
+                described = dataset.sidecar
+        except (OSError, ShardError, SidecarError) as error:
+            why = str(error).removeprefix(f"{self.path}: ").partition(". ")[0]
+            raise ShardError(f"{self.path}: is not a data set that fastdeit-convert wrote ({why}): {move}") from error
+        if described is None:
+            raise ShardError(f"{self.path}: has no {SIDECAR}, so fastdeit-convert did not write it: {move}")
 
     def _put_in_place(self) -> None:
-        self._check_replaceable()
+        self.check()
+        old = self._old
         # All that was written is complete: an interrupt from here on must not have it removed.
-        self._started = False
-        if not self.path.exists():
+        self._started, self._flushed = False, None
+        if not self.path.exists() or not os.listdir(self.path):
             os.rename(self._partial, self.path)
-        elif not _exchange(self._partial, self.path):
-            _remove(self.path)
-            os.rename(self._partial, self.path)
+        elif _exchange(self._partial, self.path):
+            os.rename(self._partial, old)
+        else:
+            os.rename(self.path, old)
+            try:
+                os.rename(self._partial, self.path)
+            except OSError:
+                os.rename(old, self.path)
+                raise
+        self.named = True
         sync_folder(self.path.parent)
-        # After an exchange, what was replaced.
-        _remove(self._partial)
+        _remove(old)
 
 
 def _refuse_foreign(folder: Path) -> None:

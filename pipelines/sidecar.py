@@ -131,3 +131,12 @@ def crc32s(sidecar: dict[str, Any]) -> np.ndarray:
 def _seal(sidecar: dict[str, Any]) -> str:
     canonical = json.dumps(sidecar, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `path` is an undamaged sidecar, of whatever data set."""
+    try:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(sidecar, dict) and sidecar.get("seal") == _seal({k: v for k, v in sidecar.items() if k != "seal"})

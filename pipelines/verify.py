@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import PIL
 from PIL import Image
-from tqdm import tqdm
 
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG
+from fastdeit.pipelines.console import progress_bar
+from fastdeit.pipelines.console import report as say_report
 from fastdeit.pipelines.convert import sample_order
 from fastdeit.pipelines.dataset import Dataset, open_dataset
 from fastdeit.pipelines.encode import Encoding
 from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable, reason
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.files import kind
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.sidecar import ContentHash
 from fastdeit.pipelines.sources import Source, open_source
@@ -98,7 +100,9 @@ def verify(
     if isinstance(against, (str, os.PathLike)):
         against = open_source(against)
     result = Verification(dest)
-    dest.stat()  # there, or an error that names it
+    mode = dest.stat().st_mode  # there, or an error that names it
+    if not dest.is_file() and not dest.is_dir():
+        raise VerifyError(f"{dest}: is {kind(mode)}, not a data set: name one that was converted")
     try:
         dataset = open_dataset(dest)
     except MachineError:
@@ -115,7 +119,7 @@ def verify(
                 _compare(dataset, against, result, workers, progress)
     result.seconds = time.perf_counter() - start
     if progress:
-        print(result)
+        say_report(str(result), f"{dest} has been checked, see the exit status")
     return result
 
 
@@ -128,7 +132,7 @@ def _check_samples(dataset: Dataset, result: Verification, workers: int, progres
     content = ContentHash()
     complete = True
     threads = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads) as pool, _bar(len(dataset), "checking", progress) as bar:
+    with ThreadPoolExecutor(threads) as pool, _bar(len(dataset), "checking", progress, result) as bar:
         waiting: deque[tuple[range, Future[list[tuple[np.ndarray | None, str | None]]]]] = deque()
 
         def take() -> None:
@@ -222,7 +226,7 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
     index = 0
     with (
         closing(encoded(source, order.tolist(), encoding, workers)) as samples,
-        _bar(len(order), "comparing", progress) as bar,
+        _bar(len(order), "comparing", progress, result) as bar,
     ):
         for at, bad, sample in zip(order.tolist(), left_out.tolist(), samples, strict=True):
             where = f"{printable(source.name(at))}, sample {at} of the source"
@@ -269,5 +273,5 @@ def _name(dataset: Dataset, index: int) -> str:
     return f"{dataset.path}, sample {index} ({_class(dataset.class_names, int(dataset.label[index]))})"
 
 
-def _bar(total: int, what: str, progress: bool) -> Any:
-    return tqdm(total=total, unit=" images", desc=what, disable=None if progress else True)
+def _bar(total: int, what: str, progress: bool, result: Verification) -> Any:
+    return progress_bar(result.notes, progress, total=total, desc=what)

@@ -28,17 +28,26 @@ class Writer(Protocol):
     """Stores at most `capacity` samples; a context manager. The bytes written depend on nothing but the samples.
 
     Until `finish` everything lies under temporary names that no reader takes for a data set. If the block is left
-    without it, they stay for a later `restore` where `keep` is set, and are removed otherwise.
+    without it, they stay for a later `restore` where `keep` is set, and are removed otherwise. After an error they are
+    cut back to what `flush` had on disk.
     """
 
     path: Path
     keep: bool
+    named: bool  # whether `finish` has given the data set its name
 
     def __enter__(self) -> Writer: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def check(self, replaced: list[int] | None = None) -> None:
+        """Raise BetonError or ShardError unless `path` is free, or is a data set that fastdeit-convert wrote.
+
+        replaced  `files.mark` of what an interrupted conversion was about to replace, having checked it
+        """
+        ...
 
     def restore(self, records: Iterable[Record]) -> int:
         """Take up what an interrupted writer of the same options left; before the first `add`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from stat import S_ISREG
@@ -45,6 +46,10 @@ class Source(Protocol):
         """What the source is and what it left out, for the sidecar and the report."""
         ...
 
+    def inputs(self) -> list[Path]:
+        """The files it reads, and the folders in which every file belongs to it: nothing may be written there."""
+        ...
+
     def name(self, index: int) -> str:
         """A name of sample `index`, from the index alone: a file, `archive.tar:member`, `file.parquet[row]`."""
         ...
@@ -81,6 +86,25 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
                 f"{where}: class '{name}' is not in the list of class names: add it, or leave out --class-names"
             )
     return label
+
+
+def class_number(value: Any, name: str, what: str = "its label") -> int:
+    """`value` where it is an integer, Python's or NumPy's. Raises SampleError, naming sample and field, for others."""
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise SampleError(f"{name}: {what} is {shown(value)}, not the number of a class. Mend the label")
+
+
+def shown(value: Any) -> str:
+    """`value` for a message, however large or deep it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"of type {type(value).__name__}, too long to show"
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def is_image(name: str) -> bool:

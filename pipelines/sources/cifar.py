@@ -11,12 +11,13 @@ import numpy as np
 
 from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.sources import tar
-from fastdeit.pipelines.sources.base import SourceError
+from fastdeit.pipelines.sources.base import SourceError, class_number
 
 MAX_UNZIPPED = 1 << 30  # bytes; the archives hold 180 MB
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
 _FETCH = "Fetch the archive again"
+_Batch = tuple[np.ndarray, list[Any]]  # pixels of every image, and labels as they are stored
 _Files = dict[str, tuple[str, bytes]]  # by their last names: names in the archive, contents
 _TRAIN10 = [f"data_batch_{i}" for i in range(1, 6)]
 
@@ -57,12 +58,12 @@ class Cifar:
         self._starts = np.cumsum([0, *(len(label) for _, _, label in batches)])
         # Stored by planes.
         self._pixels = np.concatenate([p for _, p, _ in batches]).reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
-        self._label = np.concatenate([label for _, _, label in batches])
-        if not len(self._label):
+        self._label = [value for _, _, label in batches for value in label]
+        if not self._label:
             raise SourceError(f"{path}: no images in it. {_FETCH}")
         self.class_names = class_names or own_names
 
-    def _batches(self, files: _Files, split: str) -> tuple[list[tuple[str, np.ndarray, np.ndarray]], list[str]]:
+    def _batches(self, files: _Files, split: str) -> tuple[list[tuple[str, np.ndarray, list[Any]]], list[str]]:
         """File, pixels and labels of every batch; the names of the classes."""
         for sign, (splits, labels, names) in _PICKLED.items():
             if sign in files:
@@ -83,6 +84,9 @@ class Cifar:
     def __len__(self) -> int:
         return len(self._label)
 
+    def inputs(self) -> list[Path]:
+        return [self.path]
+
     def name(self, index: int) -> str:
         batch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.path}:{self._names[batch]}[{index - int(self._starts[batch])}]"
@@ -91,27 +95,26 @@ class Cifar:
         return {"kind": "cifar", "path": str(self.path), "split": self.split}
 
     def read(self, index: int) -> tuple[np.ndarray, int, str]:
-        return self._pixels[index], int(self._label[index]), self.name(index)
+        name = self.name(index)
+        return self._pixels[index], class_number(self._label[index], name), name
 
 
-def _binary_batch(where: str, data: bytes, before: int) -> tuple[np.ndarray, np.ndarray]:
+def _binary_batch(where: str, data: bytes, before: int) -> _Batch:
     if len(data) % (before + _PIXELS):
         raise SourceError(f"{where}: {len(data)} bytes are not whole images of {before + _PIXELS}. {_FETCH}")
     rows = np.frombuffer(data, np.uint8).reshape(-1, before + _PIXELS)
-    return rows[:, before:], rows[:, before - 1].astype(np.int64)
+    return rows[:, before:], rows[:, before - 1].tolist()
 
 
-def _pickled_batch(where: str, data: bytes, labels: str) -> tuple[np.ndarray, np.ndarray]:
+def _pickled_batch(where: str, data: bytes, labels: str) -> _Batch:
     batch = _unpickle(where, data)
     pixels, numbers = batch.get("data"), batch.get(labels)
-    if not (isinstance(pixels, _Array) and isinstance(numbers, list) and all(type(n) is int for n in numbers)):
+    if not (isinstance(pixels, _Array) and isinstance(numbers, list)):
         raise SourceError(f"{where}: holds no 'data' and '{labels}' of their kinds. {_FETCH}")
     pixels = pixels.bytes()
     if pixels is None or len(pixels) != len(numbers) * _PIXELS:
         raise SourceError(f"{where}: its pixels are not those of {len(numbers)} images. {_FETCH}")
-    if not all(0 <= n < 256 for n in numbers):
-        raise SourceError(f"{where}: labels beyond 0 to 255. {_FETCH}")
-    return np.frombuffer(pixels, np.uint8).reshape(-1, _PIXELS), np.array(numbers, np.int64)
+    return np.frombuffer(pixels, np.uint8).reshape(-1, _PIXELS), numbers
 
 
 def _pickled_names(where: str, data: bytes, key: str) -> list[str]:

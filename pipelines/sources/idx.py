@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.sources.base import SourceError
+from fastdeit.pipelines.sources.files import listing, open_regular
 
 MAX_BYTES = 4 << 30  # of an array, which is held in memory
+MAX_UNZIPPED = 1 << 30  # of one that a gzipped file announces, whatever its own size
 
 
 class Idx:
@@ -20,12 +23,13 @@ class Idx:
 
     Format: http://yann.lecun.com/exdb/mnist, two zero bytes, element type (8: unsigned byte), number of
     dimensions, then each dimension as a big-endian uint32. Classes are named by their digits unless named.
+    `left_out` files of the folder were passed over for their names.
     """
 
     in_memory = True
 
-    def __init__(self, images: Path, class_names: list[str] | None = None) -> None:
-        self.images = images
+    def __init__(self, images: Path, class_names: list[str] | None = None, left_out: int = 0) -> None:
+        self.images, self._left_out = images, left_out
         self.labels = _labels_file(images)
         self._pixels = read_idx(images, 3)
         self._label = read_idx(self.labels, 1)
@@ -39,7 +43,11 @@ class Idx:
         return len(self._pixels)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "idx", "images": str(self.images), "labels": str(self.labels)}
+        files = {"images": str(self.images), "labels": str(self.labels)}
+        return {"kind": "idx", **files, "hidden_files": self._left_out}
+
+    def inputs(self) -> list[Path]:
+        return [self.images, self.labels]
 
     def name(self, index: int) -> str:
         return f"{self.images}[{index}]"
@@ -50,18 +58,20 @@ class Idx:
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The array of an IDX file of unsigned bytes. Raises SourceError for another format or a truncated file."""
+    zipped = path.suffix == ".gz"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_regular(path) as stored, gzip.open(stored) if zipped else stored as file:
             start = 4 + 4 * dimensions
             header = file.read(start)
             if len(header) < start or header[:4] != bytes([0, 0, 8, dimensions]):
                 raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension(s)")
             shape = [int(n) for n in np.frombuffer(header[4:], ">u4")]
             expected = math.prod(shape)
-            if expected > MAX_BYTES:
+            most = MAX_UNZIPPED if zipped else MAX_BYTES
+            if expected > most:
                 raise SourceError(
-                    f"{path}: truncated or damaged (its header announces {expected} bytes, and up to {MAX_BYTES} are "
-                    f"read). Fetch it again"
+                    f"{path}: truncated or damaged (its header announces {expected} bytes, and up to {most} are "
+                    f"read{', or more once it is gunzipped' if zipped else ''}). Fetch it again"
                 )
             data = file.read(expected + 1)  # no more, whatever a small gzipped file unpacks to
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -75,7 +85,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 def _labels_file(images: Path) -> Path:
     stem = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     for suffix in (".gz", "") if images.suffix == ".gz" else ("", ".gz"):
-        if (path := images.with_name(stem + suffix)).is_file():
+        if os.path.lexists(path := images.with_name(stem + suffix)):
             return path
     raise SourceError(f"{images}: its labels, {stem} or {stem}.gz, do not lie beside it")
 
@@ -88,7 +98,8 @@ def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | No
     words = {"train": ("train",), "test": ("t10k", "test")}.get(split or "")
     if words is None:
         raise SourceError(f"{folder}: holds IDX files: choose --split train or --split test")
-    found = sorted(path for path in folder.iterdir() if is_idx(path) and any(w in path.name for w in words))
+    inside = listing(folder, lambda name: is_idx(Path(name)) and any(word in name for word in words))
+    found = [folder / name for name in inside.files]
     # Of a plain file and its gzipped twin, the plain one.
     stems = {path.name.removesuffix(".gz"): path for path in reversed(found)}
     if len(stems) != 1:
@@ -96,4 +107,4 @@ def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | No
         raise SourceError(
             f"{folder}: one images file is needed for split {split}; found: {names}. Name the file itself"
         )
-    return Idx(next(iter(stems.values())), class_names)
+    return Idx(next(iter(stems.values())), class_names, inside.left_out)

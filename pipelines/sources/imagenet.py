@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,13 +19,14 @@ import numpy as np
 from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources import tar
-from fastdeit.pipelines.sources.base import SourceError, class_labels, is_image
+from fastdeit.pipelines.sources.base import SampleError, SourceError, class_labels, is_image
+from fastdeit.pipelines.sources.files import read_bytes, read_text
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 # What may say the classes of the val images, in the order of preference: the devkit, Kaggle's, TensorFlow's.
 VAL_LABELS = (DEVKIT, "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
-MAX_DEVKIT = 1 << 28  # bytes, unzipped; it is 8 MB
+MAX_DEVKIT = 1 << 26  # bytes, unzipped; it is 8 MB
 _WNID = re.compile(r"n\d{8}")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG$", re.IGNORECASE)
 
@@ -34,7 +38,7 @@ class _TarImages:
     archive: tar.Archive
     class_names: list[str] | None
     members: list[str]
-    place: np.ndarray  # (N, 3) int64: offset and size in the archive, label
+    place: np.ndarray  # (N, 3) int64: offset and size in the archive, label or -1 where it has none
     left_out: dict[str, int]
 
     @property
@@ -47,12 +51,17 @@ class _TarImages:
     def name(self, index: int) -> str:
         return f"{self.archive.path}:{self.members[index]}"
 
+    def inputs(self) -> list[Path]:
+        return [self.archive.path]
+
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "path": str(self.archive.path), **self.left_out}
 
     def read(self, index: int) -> tuple[bytes, int, str]:
         offset, size, label = self.place[index].tolist()
         name = self.name(index)
+        if label < 0:
+            raise SampleError(f"{name}: does not lie in a folder named by the number of its class. Move it to one")
         return self.archive.member(name, offset, size), label, name
 
     def _fill(self, images: list[tuple[Any, ...]]) -> None:
@@ -140,6 +149,9 @@ class ImageNetVal(_TarImages):
         self.left_out = {"files_that_are_no_images": others, "hidden_files": members.ignored}
         self._fill(images)
 
+    def inputs(self) -> list[Path]:
+        return [*super().inputs(), self.labels]
+
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "labels": str(self.labels)}
 
@@ -147,8 +159,8 @@ class ImageNetVal(_TarImages):
 class ImageNetV2(_TarImages):
     """An archive of ImageNet-V2 (.tar.gz, or gunzipped): folders of images that are named by the number of the class.
 
-    Numbers count the sorted wnids of ILSVRC2012 from 0, which are its class names unless others are given. Raises
-    SourceError.
+    Numbers count the sorted wnids of ILSVRC2012 from 0, which are its class names unless others are given. An image in
+    another folder is a sample that cannot be read. Raises SourceError, also where every image lies in such a folder.
     """
 
     kind = "imagenet v2"
@@ -162,9 +174,11 @@ class ImageNetV2(_TarImages):
         images: list[tuple[Any, ...]] = []
         for name, offset, size in found:
             folder = name.split("/")[-2:-1]
-            if not (folder and re.fullmatch(r"[0-9]{1,6}", folder[0])):
-                raise SourceError(f"{path}:{name}: does not lie in a folder named by the number of its class")
-            images.append((int(folder[0]), name, offset, size, int(folder[0])))
+            numbered = folder and re.fullmatch(r"[0-9]{1,6}", folder[0])
+            label = int(folder[0]) if numbered else -1
+            images.append((label, name, offset, size, label))
+        if images and max(images)[0] < 0:
+            raise SourceError(f"{path}:{images[0][1]}: does not lie in a folder named by the number of its class")
         others = len(members.names) - len(found)
         self.left_out = {"files_that_are_no_images": others, "hidden_files": members.ignored}
         self._fill(images)
@@ -196,7 +210,7 @@ def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
         path = Path(str(resources.files("timm.data") / "_info" / "imagenet_real_labels.json"))
     check_regular(path)
     try:
-        lists = json.loads(path.read_bytes())
+        lists = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not JSON ({error}). Fetch it again") from error
     if not isinstance(lists, list) or not lists:
@@ -217,7 +231,7 @@ def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
 
 def _labels_beside(path: Path) -> Path:
     for name in VAL_LABELS:
-        if (labels := path.with_name(name)).is_file():
+        if os.path.lexists(labels := path.with_name(name)):
             return labels
     raise SourceError(
         f"{path}: its labels do not lie beside it: put {DEVKIT} there, "
@@ -229,10 +243,7 @@ def _val_truth(path: Path) -> tuple[list[str], list[str]]:
     """All wnids, and the wnid of each val image in the order of the file numbers."""
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return _devkit(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not text ({error})") from error
+    text = read_text(path)
     truth = _kaggle(path, text) if path.suffix == ".csv" else [line.strip() for line in text.splitlines()]
     for line, wnid in enumerate(truth, 1):
         if not _WNID.fullmatch(wnid):
@@ -272,12 +283,33 @@ def _devkit(path: Path) -> tuple[list[str], list[str]]:
     return sorted(wnid.values()), [wnid[int(number)] for number in truth]
 
 
+def _check_mat(data: bytes, where: str) -> None:
+    """Raise SourceError for a MATLAB file of version 5 that unpacks to more than `MAX_DEVKIT` bytes.
+
+    After a header of 128 bytes it holds elements, each with a type and a size as uint32; those of type 15 are zlib
+    streams (MathWorks, "MAT-File Format", chapter 1).
+    """
+    order = "<" if data[126:128] == b"IM" else ">"
+    at = 128
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        if kind == 15:
+            try:
+                unpacked = zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], MAX_DEVKIT + 1)
+            except zlib.error as error:
+                raise SourceError(f"{where}: damaged ({error}). Fetch it again") from error
+            if len(unpacked) > MAX_DEVKIT:
+                raise SourceError(f"{where}: unpacks to more than {MAX_DEVKIT} bytes. Fetch it again")
+        at += 8 + size
+
+
 def _leaves(meta: bytes, where: str) -> dict[int, str]:
     """The wnid of every ILSVRC2012_ID that is a class, which means without children in WordNet's tree."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise SourceError(f"{where}: reading it needs SciPy: pip install scipy") from error
+    _check_mat(meta, where)
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         fields = (synsets[name].tolist() for name in ("ILSVRC2012_ID", "WNID", "num_children"))

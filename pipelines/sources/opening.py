@@ -6,11 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
 from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names
 from fastdeit.pipelines.sources.cifar import Cifar
+from fastdeit.pipelines.sources.files import is_folder, listing, open_regular, read_text
 from fastdeit.pipelines.sources.folder import ImageFolder
 from fastdeit.pipelines.sources.idx import Idx, is_idx, open_idx_folder
 from fastdeit.pipelines.sources.parquet import Parquet
@@ -31,11 +31,7 @@ _OPTIONS = {
 
 def read_class_names(path: Path) -> list[str]:
     """Class names in the order of the labels, one a line. Raises SourceError for a file that holds none."""
-    check_regular(path)
-    try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: is not text in UTF-8: give a file with a class name a line") from error
+    names = read_text(path).splitlines()
     while names and not names[-1].strip():
         names.pop()
     return check_class_names([name.strip() for name in names], str(path))
@@ -87,10 +83,11 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
                 raise SourceError(f"{text}: has no splits: leave out --split")
             return imagenet.ImageNetV2(_file(rest), class_names)
         case "webdataset":
-            return WebDataset(rest, matching_files(rest, ".tar", split), class_names, options.get("label", "label"))
+            files, left_out = matching_files(rest, ".tar", split)
+            return WebDataset(rest, files, class_names, options.get("label", "label"), left_out)
         case "parquet":
-            files = matching_files(rest, ".parquet", split)
-            return Parquet(rest, files, class_names, options.get("image"), options.get("label"))
+            files, left_out = matching_files(rest, ".parquet", split)
+            return Parquet(rest, files, class_names, options.get("image"), options.get("label"), left_out)
         case _:
             return Cifar(_file(rest), split, class_names)
 
@@ -122,15 +119,14 @@ def _with_split(text: str, rest: str, split: str | None) -> tuple[str, str | Non
 
 def _file(name: str) -> Path:
     path = Path(name)
-    if not path.is_file():
-        raise SourceError(f"{path}: there is no such file: check the path")
+    open_regular(path).close()
     return path
 
 
 def _open_imagenet(path: Path, split: str | None, class_names: list[str] | None, labels: str | None) -> Source:
-    if path.is_dir():
+    if is_folder(path):
         tars = {"train": path / imagenet.TRAIN, "val": path / imagenet.VAL}
-        there = [known for known, file in tars.items() if file.is_file()]
+        there = [known for known, file in tars.items() if os.path.lexists(file)]
         if split is None and len(there) == 1:
             split = there[0]
         if split not in tars:
@@ -154,28 +150,31 @@ def _recognise(path: Path, split: str | None) -> str | None:
         return "imagenetv2"
     if name.startswith("cifar-") and name.endswith((".tar.gz", ".tar")):
         return "cifar"
-    if not path.is_dir():
+    if not is_folder(path):
         return "parquet" if name.endswith(".parquet") else "webdataset" if name.endswith(".tar") else None
-    if split is not None and (path / split).is_dir():
+    if split is not None and is_folder(path / split):
         return _folder_form(path / split)
-    if any((path / known).is_file() for known in (imagenet.TRAIN, imagenet.VAL)):
+    if any(os.path.lexists(path / known) for known in (imagenet.TRAIN, imagenet.VAL)):
         return "imagenet"
     return _folder_form(path) or _folder_form(path / "data")
 
 
 def _folder_form(folder: Path) -> str | None:
     """The form of the files in a folder; a folder of folders is one of classes, whatever else lies in it."""
-    beside = ("data", NODES)
-    if not folder.is_dir() or any(f.is_dir() and f.name not in beside and f.name[0] != "." for f in folder.iterdir()):
+    if not is_folder(folder):
+        return None
+    inside = listing(folder)
+    if not set(inside.folders) <= {"data", NODES}:
         return None
     for suffix, form in ((".parquet", "parquet"), (".tar", "webdataset")):
-        if any(folder.glob(f"*{suffix}")):
+        if any(name.endswith(suffix) for name in inside.files):
             return form
     return None
 
 
 def _open_plain(path: Path, split: str | None, class_names: list[str] | None) -> Source:
-    if path.is_file():
+    if os.path.lexists(path) and not is_folder(path):
+        open_regular(path).close()
         if not is_idx(path):
             raise SourceError(
                 f"{path}: neither a folder nor a file whose name tells what it is: put that before it, "
@@ -184,9 +183,9 @@ def _open_plain(path: Path, split: str | None, class_names: list[str] | None) ->
         if split is not None:
             raise SourceError(f"{path}: one file is one split: leave out --split, or name the folder")
         return Idx(path, class_names)
-    if path.is_dir() and any(is_idx(file) for file in path.iterdir()):
+    if is_folder(path) and any(is_idx(Path(name)) for name in listing(path).files):
         return open_idx_folder(path, split, class_names)
     folder = path / split if split else path
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise SourceError(f"{folder}: there is no such folder or file: check the path")
     return ImageFolder(folder, class_names)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import bisect
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import fact
-from fastdeit.pipelines.sources.base import SampleError, SourceError, check_stamp, stamp
+from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, check_stamp, class_number, stamp
+from fastdeit.pipelines.sources.files import open_regular
+from fastdeit.pipelines.sources.parquet_pages import largest_page
 
-CACHED = 2  # row groups held at a time
+CACHED = 2  # row groups under way at a time
 MAX_GROUP = 4 << 30  # bytes of a row group, decompressed
+MAX_PAGE = 1 << 30  # bytes of a page, likewise
+BATCH = 64 << 20  # bytes of the rows that are unpacked at once, where a row has fewer
+ROWS = 64  # at once, at most
 
 
 class Parquet:
@@ -22,8 +28,9 @@ class Parquet:
     label  column of integers; None: the only one that Hugging Face's schema calls a ClassLabel, else the only
            column of integers
 
-    A row group is read at a time and the last two are kept, so reading in order is fast, and out of order slow.
-    Raises SourceError for a file that is damaged, or of another schema than the first.
+    A label column may be of floating point, as tables with gaps in them have it. `left_out` files were passed over for
+    their names. Row groups are read forward, so reading in order is fast, and out of order slow. Raises SourceError for
+    a file that is damaged, or of another schema than the first.
     """
 
     in_memory = False
@@ -35,6 +42,7 @@ class Parquet:
         class_names: list[str] | None = None,
         image: str | None = None,
         label: str | None = None,
+        left_out: int = 0,
     ) -> None:
         self.pattern = pattern
         self._files = files
@@ -45,6 +53,11 @@ class Parquet:
         names: list[str] | None = None
         for number, path in enumerate(files):
             file = _open(path)
+            if file.metadata.num_rows > self._stamps[number][0]:
+                raise SourceError(
+                    f"{path}: declares {file.metadata.num_rows} rows in {self._stamps[number][0]} bytes, fewer than a "
+                    f"byte a row. Fetch it again"
+                )
             found = _columns(path, file.schema_arrow, image, label)
             own_names = _class_names(file.schema_arrow, found[2])
             if columns is None:
@@ -62,7 +75,8 @@ class Parquet:
         self._leaf, self._image, self._label = columns
         self._starts = starts
         self.class_names = class_names or names
-        self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._left_out = left_out
+        self._cursors: OrderedDict[int, _Cursor] = OrderedDict()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -84,46 +98,117 @@ class Parquet:
             "files": len(self._files),
             "image_column": self._image,
             "label_column": self._label,
+            "hidden_files": self._left_out,
         }
+
+    def inputs(self) -> list[Path]:
+        return self._files
 
     def read(self, index: int) -> tuple[bytes, int, str]:
         name = self.name(index)
         group, row = self._place(index)
-        images, labels = self._load(group, name)
-        image, label = images[row].as_py(), labels[row].as_py()
-        if isinstance(image, dict):
-            image = image.get("bytes")
-        if image is None:
+        image, stored = self._row(group, row, name)
+        if self._leaf != self._image and image.is_valid:
+            image = image["bytes"]
+        if not image.is_valid:
             raise SampleError(f"{name}: '{self._image}' holds no image's bytes")
+        if (size := image.as_buffer().size) > MAX_FILE:
+            raise SampleError(f"{name}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
+        label = stored.as_py()
         if label is None:
             raise SampleError(f"{name}: '{self._label}' holds no label")
-        return image, label, name
+        label = int(label) if isinstance(label, float) and label.is_integer() else label
+        return image.as_py(), class_number(label, name, f"'{self._label}'"), name
 
-    def _load(self, group: int, name: str) -> tuple[Any, Any]:
-        if group in self._cache:
-            self._cache.move_to_end(group)
-            return self._cache[group]
-        import pyarrow
+    def _row(self, group: int, row: int, name: str) -> tuple[Any, Any]:
+        """The values of both columns."""
+        if group in self._cursors:
+            self._cursors.move_to_end(group)
+        cursor = self._cursors.get(group)
+        if cursor is None or row < cursor.first:
+            cursor = self._cursors[group] = self._cursor(group)
+            while len(self._cursors) > CACHED:
+                self._cursors.popitem(last=False)
+        try:
+            return cursor.row(row)
+        except _GroupError as error:
+            raise SampleError(f"{name}: row group {self._groups[group][1]} {error}. Fetch the file again") from error
 
+    def _cursor(self, group: int) -> _Cursor:
         number, own, _ = self._groups[group]
         check_stamp(self._files[number], self._stamps[number])
-        file = _open(self._files[number])
-        expected = self._starts[group + 1] - self._starts[group]
-        try:
-            table = file.read_row_group(own, columns=[self._leaf, self._label], use_threads=False)
-            columns = table.column(self._image), table.column(self._label)
-            table.validate(full=True)
-        except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-            raise SampleError(f"{name}: row group {own} is damaged ({fact(error)}). Fetch the file again") from error
-        if len(table) != expected:
-            raise SampleError(f"{name}: row group {own} holds {len(table)} rows, not {expected}. Fetch the file again")
-        self._cache[group] = columns
-        while len(self._cache) > CACHED:
-            self._cache.popitem(last=False)
-        return columns
+        return _Cursor(self._files[number], own, (self._leaf, self._image, self._label))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {**self.__dict__, "_cursors": OrderedDict()}
+
+
+class _GroupError(ValueError):
+    """A row group that cannot be read from some row on; says why."""
+
+
+class _Cursor:
+    """Reads a row group forward, a few rows at a time, so that memory is bounded whatever its pages unpack to.
+
+    Encodings that store a repeated value once may unpack a file of a kilobyte to gigabytes. A value is at most as large
+    as the largest page, so as many rows are taken at once as fit `BATCH` even then.
+
+    first  the first row that can still be had
+    """
+
+    def __init__(self, path: Path, group: int, columns: tuple[str, str, str]) -> None:
+        self._path, self._group = path, group
+        self._leaf, self._image, self._label = columns
+        self._batches: Iterator[Any] | None = None
+        self._batch: Any = None
+        self._failed: str | None = None
+        self.first = self._end = 0
+
+    def row(self, row: int) -> tuple[Any, Any]:
+        """The values of both columns in `row`, which is not before `first`. Raises _GroupError."""
+        import pyarrow
+
+        while row >= self._end and self._failed is None:
+            try:
+                self._advance()
+            except (MemoryError, SourceError):
+                raise
+            except StopIteration:
+                self._failed = f"holds only {self._end} rows"
+            except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+                self._failed = f"is damaged ({fact(error)})"
+        if row >= self._end:
+            raise _GroupError(self._failed)
+        return self._batch.column(self._image)[row - self.first], self._batch.column(self._label)[row - self.first]
+
+    def _advance(self) -> None:
+        batches = self._batches = self._batches or self._open_batches()
+        self._batch = None  # let go of before the next one is unpacked
+        batch = next(batches)
+        batch.validate(full=True)
+        self._batch = batch
+        self.first, self._end = self._end, self._end + batch.num_rows
+
+    def _open_batches(self) -> Iterator[Any]:
+        file = _open(self._path)
+        rows = self._rows_at_once(file.metadata.row_group(self._group))
+        columns = [self._leaf, self._label]
+        return file.iter_batches(batch_size=rows, row_groups=[self._group], columns=columns, use_threads=False)
+
+    def _rows_at_once(self, group: Any) -> int:
+        largest = 1
+        with open_regular(self._path) as file:
+            for chunk in (group.column(i) for i in range(group.num_columns)):
+                if chunk.path_in_schema not in (self._leaf, self._label):
+                    continue
+                start = chunk.data_page_offset
+                if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
+                    start = chunk.dictionary_page_offset
+                page = largest_page(file.fileno(), start, chunk.total_compressed_size, chunk.num_values)
+                if page > MAX_PAGE:
+                    raise ValueError(f"a page announces {page} bytes, and up to {MAX_PAGE} are read")
+                largest = max(largest, page)
+        return max(1, min(ROWS, BATCH // largest))
 
 
 def _open(path: Path) -> Any:
@@ -133,8 +218,10 @@ def _open(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise SourceError(f"{path}: reading parquet needs PyArrow: pip install fastdeit[parquet]") from error
+    open_regular(path).close()
     try:
-        file = ParquetFile(path, page_checksum_verification=True)
+        # A column's stored bytes are read piece by piece.
+        file = ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         _ = file.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
@@ -161,10 +248,11 @@ def _columns(path: Path, schema: Any, image: str | None, label: str | None) -> t
     structs = [field.name for field in schema if is_struct(field.type)]
     images = structs or [field.name for field in schema if any(is_kind(field.type) for is_kind in binary)]
     labels = [field.name for field in schema if types.is_integer(field.type)]
+    floats = [field.name for field in schema if types.is_floating(field.type)]
     classes = [name for name in labels if _feature(schema, name).get("_type") == "ClassLabel"]
     chosen = (
         _choose(path, schema, "image", images, images, image),
-        _choose(path, schema, "label", classes or labels, labels, label),
+        _choose(path, schema, "label", classes or labels, labels + floats, label),
     )
     return (f"{chosen[0]}.bytes" if chosen[0] in structs else chosen[0], *chosen)
 

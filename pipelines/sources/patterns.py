@@ -2,44 +2,84 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import os
 import re
 from pathlib import Path
 
-from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources.base import SPLITS, SourceError
+from fastdeit.pipelines.sources.files import is_folder, listing
 
 MAX_FILES = 10**6
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def matching_files(pattern: str, suffix: str, split: str | None) -> list[Path]:
+def matching_files(pattern: str, suffix: str, split: str | None) -> tuple[list[Path], int]:
     """The files that `pattern` names, by name; of a folder those that end in `suffix` and belong to `split`.
 
     pattern  a file, a folder, a glob such as `train-*.tar`, or numbers such as `train-{0000..0127}.tar`. Of a
              folder, files in its folder `split` or `data` are found too
     split    a word of the names, as in train-00000-of-00014.parquet
 
-    Raises SourceError where there are none, one is missing, or a folder holds several splits.
+    Also returns how many files `files.is_left_out` kept from them. Raises SourceError where there are none, one is
+    missing, a folder cannot be listed or holds several splits.
     """
-    if Path(pattern).is_dir():
+    if is_folder(pattern):
         return _of_split(Path(pattern), suffix, split)
     if split is not None:
         raise SourceError(f"{pattern}: names its files itself: leave out --split, or give the folder")
-    if Path(pattern).is_file():
-        return [Path(pattern)]
+    if os.path.lexists(pattern):
+        return [Path(pattern)], 0
     if _RANGE.search(pattern):
         files = [Path(name) for name in _expand(pattern)]
         for file in files:
             if not file.is_file():
                 raise SourceError(f"{file}: there is no such file, of the {len(files)} that {pattern} names")
-        return files
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+        return files, 0
+    files, left_out = _glob(pattern)
     if not files:
         raise SourceError(f"{pattern}: there is no such file or folder: check the path")
-    for file in files:
-        check_regular(file)
-    return files
+    return files, left_out
+
+
+def _glob(pattern: str) -> tuple[list[Path], int]:
+    """The files that match `pattern`, as `glob.glob` finds them, but for folders that cannot be listed.
+
+    It passes over those, and their shards would be missing without a word.
+    """
+    path = Path(pattern)
+    found, left_out = [Path(path.anchor)], 0
+    parts = path.parts[1:] if path.anchor else path.parts
+    for number, part in enumerate(parts, 1):
+        if part == "**":
+            found = _folders_below(found)
+        elif not glob.has_magic(part):
+            found = [folder / part for folder in found if os.path.lexists(folder / part)]
+        else:
+            matching: list[Path] = []
+            for folder in found:
+                inside = listing(folder, lambda name, part=part: fnmatch.fnmatchcase(name, part))
+                left_out += inside.left_out * (number == len(parts))
+                matching += [folder / name for name in (inside.files if number == len(parts) else inside.folders)]
+            found = matching
+    return sorted(set(found)), left_out
+
+
+def _folders_below(folders: list[Path]) -> list[Path]:
+    """These folders and all below them, each once, however many links lead to it."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    waiting = list(folders)
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real not in seen:
+            seen.add(real)
+            found.append(folder)
+            # Other files may be links to anywhere.
+            waiting += [folder / name for name in listing(folder, lambda name, at=folder: is_folder(at / name)).folders]
+    return found
 
 
 def _expand(pattern: str) -> list[str]:
@@ -53,10 +93,14 @@ def _expand(pattern: str) -> list[str]:
     return names
 
 
-def _of_split(folder: Path, suffix: str, split: str | None) -> list[Path]:
-    if split is not None and (files := _with_suffix(folder / split, suffix)):
-        return files
-    files = _with_suffix(folder, suffix) or _with_suffix(folder / "data", suffix)
+def _of_split(folder: Path, suffix: str, split: str | None) -> tuple[list[Path], int]:
+    if split is not None:
+        files, left_out = _with_suffix(folder / split, suffix)
+        if files:
+            return files, left_out
+    files, left_out = _with_suffix(folder, suffix)
+    if not files:
+        files, left_out = _with_suffix(folder / "data", suffix)
     words = {file: set(re.split(r"[^0-9A-Za-z]+", file.name.removesuffix(suffix))) for file in files}
     found = sorted(set().union(*words.values()) & SPLITS)
     if split is not None:
@@ -66,11 +110,11 @@ def _of_split(folder: Path, suffix: str, split: str | None) -> list[Path]:
     if not files:
         of = "" if split is None else f" of the split '{split}'; found: {', '.join(found) or 'none'}"
         raise SourceError(f"{folder}: no *{suffix} files{of}: check the path")
-    return files
+    return files, left_out
 
 
-def _with_suffix(folder: Path, suffix: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    files = (file for file in folder.iterdir() if file.name.endswith(suffix) and not file.name.startswith("."))
-    return sorted(file for file in files if file.is_file())
+def _with_suffix(folder: Path, suffix: str) -> tuple[list[Path], int]:
+    if not is_folder(folder):
+        return [], 0
+    found = listing(folder, lambda name: name.endswith(suffix))
+    return [folder / name for name in found.files], found.left_out

@@ -13,12 +13,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from fastdeit.pipelines.console import progress_bar
 from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, check_stamp, stamp
+from fastdeit.pipelines.sources.files import is_left_out, open_regular
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of a long name or of a pax header
 MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to a record of 10 KiB or so
-MAX_UNZIPPED = 4 << 30  # bytes of a gzipped archive, which is held in memory
+MAX_UNZIPPED = 2 << 30  # bytes of a gzipped archive, which is held in memory
 _FETCH = "Fetch the archive again"
 _KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a fifo", "S": "sparse"}
 
@@ -34,7 +36,7 @@ class Archive:
     limit: int = MAX_UNZIPPED
 
     def __post_init__(self) -> None:
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             zipped = file.read(2) == b"\x1f\x8b"
         if zipped and not self.limit:
             raise SourceError(f"{self.path}: is gzipped, and shards are read where they lie: gunzip it first")
@@ -94,7 +96,7 @@ class Members:
 
     names         as stored, without a leading "./"; what is not UTF-8 or cannot be printed is escaped
     offset, size  (N,) int64 bytes in the archive
-    ignored       hidden files that were left out, such as the resource forks of macOS
+    ignored       files that were left out for a name in their path, see `files.is_left_out`
     """
 
     names: list[str]
@@ -118,7 +120,7 @@ def index(archive: Archive, where: str, start: int = 0, end: int | None = None, 
             if name in seen:
                 raise SourceError(f"{where}:{name}: a second member of this name. Pack the archive again with one")
             seen.add(name)
-            if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+            if any(is_left_out(part) for part in name.split("/") if part != "."):
                 ignored += 1
                 continue
             names.append(name)
@@ -129,7 +131,7 @@ def index(archive: Archive, where: str, start: int = 0, end: int | None = None, 
 
 def progress(total: int) -> tqdm:
     """A bar over bytes, for an indexing that takes longer than a moment."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc="indexing", delay=2, leave=False, disable=None)
+    return progress_bar([], unit="B", unit_scale=True, total=total, desc="indexing", delay=2, leave=False)
 
 
 def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | None) -> Iterator[tuple[str, int, int]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import operator
+import os
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 from PIL import Image
 
 from fastdeit.pipelines.errors import fact
-from fastdeit.pipelines.sources.base import SourceError, read_image
+from fastdeit.pipelines.sources.base import SourceError, class_number, read_image
+from fastdeit.pipelines.sources.files import is_left_out
+from fastdeit.pipelines.sources.folder import ClassFolders
 
 
 class Torchvision:
@@ -45,8 +48,33 @@ class Torchvision:
         if hasattr(self._data, "loader"):
             self._data.loader = Path
         self.in_memory = isinstance(getattr(self._data, "data", None), (np.ndarray, torch.Tensor))
+        self._check_listing()
         own = getattr(self._data, "classes", None) or getattr(self._data, "categories", None)
         self.class_names = class_names or (own and [n if isinstance(n, str) else ", ".join(n) for n in own])
+
+    def _check_listing(self) -> None:
+        """Raise SourceError where torchvision lists more than `ClassFolders` does, whose rule all sources keep.
+
+        It takes hidden folders for classes, follows links in circles, and passes over what cannot be listed.
+        """
+        from torchvision.datasets import DatasetFolder
+
+        named = [*(getattr(self._data, "classes", None) or ()), *(getattr(self._data, "categories", None) or ())]
+        for name in named:
+            if isinstance(name, str) and is_left_out(name):
+                raise SourceError(f"{self._text}: torchvision takes '{name}' for a class. Move it out of the data set")
+        if not isinstance(self._data, DatasetFolder):
+            return
+        root = os.path.join(self._data.root, "")
+        tree = ClassFolders(Path(self._data.root))
+        below = (found for folder in tree.folders for found in tree.below(folder))
+        ours = {os.path.join(root, folder, name) for folder, names in below for name in names}
+        for path, _ in self._data.samples:
+            if path not in ours:
+                raise SourceError(
+                    f"{path}: torchvision takes this for an image, but it is hidden, or lies behind a link back into "
+                    f"the data set. Remove it or the link"
+                )
 
     def _constructor_options(self, kind: type, split: str | None) -> dict[str, Any]:
         parameters = inspect.signature(kind).parameters
@@ -66,6 +94,11 @@ class Torchvision:
     def __len__(self) -> int:
         return len(self._data)
 
+    def inputs(self) -> list[Path]:
+        from torchvision.datasets import DatasetFolder
+
+        return [Path(self._data.root)] if isinstance(self._data, DatasetFolder) else []
+
     def describe(self) -> dict[str, Any]:
         name, root, split, _ = self._arguments
         return {"kind": "torchvision", "name": name, "path": root, "split": split}
@@ -76,11 +109,15 @@ class Torchvision:
     def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int, str]:
         name = self.name(index)
         sample = self._data[index]
-        try:
+        image: Any = None
+        target: Any = sample
+        if isinstance(sample, tuple) and len(sample) == 2:
             image, target = sample
-            label = operator.index(target)
-        except (TypeError, ValueError) as error:
-            raise SourceError(f"{name}: not an image and the number of a class: it cannot be converted") from error
+        if target is not None and getattr(target, "shape", None) == ():
+            target = target.item()
+        if not isinstance(target, (Number, str, type(None))):
+            raise SourceError(f"{name}: not an image and the number of a class: it cannot be converted")
+        label = class_number(target, name)
         file = image if isinstance(image, Path) else getattr(image, "filename", None)
         if file:
             return read_image(Path(file)), label, str(file)

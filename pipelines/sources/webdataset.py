@@ -11,14 +11,20 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.sources import tar
-from fastdeit.pipelines.sources.base import SampleError, SourceError
+from fastdeit.pipelines.sources.base import SampleError, SourceError, class_number
 
 # By the last part of a member's extension; what `encode` reads.
 IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"}
 MAX_LABEL = 1 << 20  # bytes of a label's member
 
-# What a sample lacks, or has too many of.
-_PROBLEMS = ("", "no image", "several images", "no .cls or .json with its label")
+_RULE = "the members of a sample share their name up to its first dot. Rename them"
+# What is wrong with a sample.
+_PROBLEMS = (
+    "",
+    f"no image in this sample; {_RULE}",
+    f"one of several images in a sample; {_RULE}",
+    f"no .cls or .json with its label in this sample; {_RULE}",
+)
 
 _SAMPLE = np.dtype(
     [
@@ -36,14 +42,20 @@ class WebDataset:
 
     label_key  of the label in a .json
 
-    A sample without one of them is a sample that cannot be read. Raises SourceError for shards that `tar.index`
-    refuses, and where the members of a sample do not lie together.
+    A sample without one of them is a sample that cannot be read, and so is every image of a sample with several.
+    `left_out` archives were passed over for their names. Raises SourceError for shards that `tar.index` refuses, and
+    where the members of a sample do not lie together.
     """
 
     in_memory = False
 
     def __init__(
-        self, pattern: str, shards: list[Path], class_names: list[str] | None = None, label_key: str = "label"
+        self,
+        pattern: str,
+        shards: list[Path],
+        class_names: list[str] | None = None,
+        label_key: str = "label",
+        left_out: int = 0,
     ) -> None:
         self.pattern = pattern
         self.class_names = class_names
@@ -53,7 +65,7 @@ class WebDataset:
             shard = tar.Archive(path, limit=0)
             self._shards.append(shard)
         self._names: list[str] = []
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(hidden_files=left_out)
         samples: list[tuple[Any, ...]] = []
         with tar.progress(sum(shard.size for shard in self._shards)) as bar:
             for number, shard in enumerate(self._shards):
@@ -71,31 +83,38 @@ class WebDataset:
             key = _key(name)
             if key != last and key in groups:
                 path = self._shards[shard].path
-                raise SourceError(f"{path}:{name}: does not lie with the rest of its sample. Sort the archive by name")
+                raise SourceError(
+                    f"{path}:{name}: does not lie with the rest of its sample. Sort the archive by name. If it is of "
+                    f"another sample: {_RULE}"
+                )
             groups.setdefault(key, []).append(i)
             last = key
-        return [self._sample(shard, members, key, group) for key, group in groups.items()]
+        return [sample for key, group in groups.items() for sample in self._group(shard, members, key, group)]
 
-    def _sample(self, shard: int, members: tar.Members, key: str, group: list[int]) -> tuple[Any, ...]:
+    def _group(self, shard: int, members: tar.Members, key: str, group: list[int]) -> list[tuple[Any, ...]]:
+        """The sample that members of one key make; of several images each is one, so that each can be named."""
         extension = {i: members.names[i][len(key) + 1 :].lower() for i in group}
         images = [i for i in group if extension[i].rpartition(".")[2] in IMAGES]
         label = next((i for kind in ("cls", "json") for i in group if extension[i] == kind), None)
         problem = 1 if not images else 2 if len(images) > 1 else 3 if label is None else 0
-        self._counts["incomplete_samples"] += problem != 0
+        self._counts["incomplete_samples"] += (problem != 0) * max(len(images), 1)
         self._counts["other_members"] += len(group) - len(images) - (label is not None)
-        self._names.append(members.names[images[0]] if images else key)
+        self._names += [members.names[image] for image in images] or [key]
 
         def place(i: int | None) -> tuple[int, int]:
             return (0, 0) if i is None else (int(members.offset[i]), int(members.size[i]))
 
         is_json = label is not None and extension[label] == "json"
-        return shard, problem, is_json, place(images[0] if images else None), place(label)
+        return [(shard, problem, is_json, place(image), place(label)) for image in images or [None]]
 
     def __len__(self) -> int:
         return len(self._table)
 
     def name(self, index: int) -> str:
         return f"{self._shards[self._table['shard'][index]].path}:{self._names[index]}"
+
+    def inputs(self) -> list[Path]:
+        return [shard.path for shard in self._shards]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "webdataset", "path": self.pattern, "shards": len(self._shards), **self._counts}
@@ -104,7 +123,7 @@ class WebDataset:
         name = self.name(index)
         sample = self._table[index]
         if sample["problem"]:
-            raise SampleError(f"{name}: this sample has {_PROBLEMS[sample['problem']]}")
+            raise SampleError(f"{name}: {_PROBLEMS[sample['problem']]}")
         shard = self._shards[sample["shard"]]
         if sample["label"][1] > MAX_LABEL:
             raise SampleError(f"{name}: a label of {sample['label'][1]} bytes, and {MAX_LABEL} are allowed")
@@ -115,14 +134,12 @@ class WebDataset:
         if not is_json:
             if re.fullmatch(rb"\s*-?\d{1,18}\s*", data):
                 return int(data)
-            raise SampleError(f"{name}: its .cls holds {data[:40]!r}, not the number of a class")
+            raise SampleError(f"{name}: its .cls holds {data[:40]!r}, not the number of a class. Mend the label")
         try:
             label = json.loads(data)[self._key]
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise SampleError(f"{name}: its .json holds no '{self._key}': name another with #label=KEY") from error
-        if type(label) is not int:
-            raise SampleError(f"{name}: '{self._key}' of its .json is {str(label)[:40]!r}, not the number of a class")
-        return label
+        return class_number(label, name, f"'{self._key}' of its .json")
 
 
 def _key(name: str) -> str:

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -304,6 +305,25 @@ def test_damaged_labels_are_named(distilled, damage, capsys):
     with pytest.raises(UserError, match=r"labels"):
         weights(recipe)
     assert "never" not in capsys.readouterr().out
+
+
+def test_soft_labels_that_unpack_to_much_more_are_refused(tmp_path):
+    """A file of 130 kB that would take 134 MB; what Python allocates is measured."""
+    writer = LabelWriter(tmp_path, Described({}, "0" * 64, "resnet10t", class_names=None, num_classes=9, topk=2))
+    writer.write(0, np.zeros((8, 2), np.uint16), np.ones((8, 2), np.float16))
+    assert LabelCache(tmp_path).logits(0, np.arange(8)).shape == (8, 9)
+    file, index = tmp_path / "epoch-0000.npz", tmp_path / "labels.json"
+    np.savez_compressed(file, index=np.zeros((1 << 24, 2), np.uint16), logits=np.zeros((1 << 24, 2), np.float16))
+    assert file.stat().st_size < 1 << 18
+    described = json.loads(index.read_text())
+    described["epochs"]["0"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    index.write_text(json.dumps(described))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"epoch-0000\.npz: cannot be read \(index\.npy is compressed to \d+ bytes\)"):
+        LabelCache(tmp_path).logits(0, np.arange(8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone"])

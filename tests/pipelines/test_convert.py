@@ -66,6 +66,9 @@ class Items:
     def __len__(self):
         return len(self.items)
 
+    def inputs(self):
+        return []
+
     def describe(self):
         return {"kind": "items"}
 
@@ -449,11 +452,13 @@ def test_labels_must_have_names(tmp_path):
     report = convert(source, tmp_path / "data.beton", progress=False)
     assert report.sidecar["class_names"] == ["0", "1", "2"]
     source.class_names = ["a", "b"]
-    with pytest.raises(SourceError, match="item 2, sample 2: label 2 names no class, there are 2"):
+    with pytest.raises(
+        ConvertError, match="item 2, sample 2: cannot be converted: label 2 names no class, there are 2"
+    ):
         convert(source, tmp_path / "data.beton", progress=False)
     # Without names each label below it would get one.
     source.class_names = None
     for label in (1 << 20, 10**17, 10**30, -1):
         source.read = lambda index, label=label: (GOOD, label, f"item {index}")
-        with pytest.raises(SourceError, match=f"item 0, sample 0: label {label} names no class, 1048576 are the most"):
+        with pytest.raises(ConvertError, match=f"label {label} names no class, labels go up to 1048575"):
             convert(source, tmp_path / "data.beton", progress=False)

@@ -190,7 +190,7 @@ def test_files_of_others_are_not_touched(samples, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "shard-000000.tar").write_bytes(b"somebody's")
-    with pytest.raises(ShardError, match=r"other: holds shard-000000\.tar but no samples\.npy"):
+    with pytest.raises(ShardError, match=r"other: is not a data set .*it has no samples\.npy\): move it away"):
         ShardWriter(other, 1)
     partial = tmp_path / "new.partial"
     (partial / "nodes").mkdir(parents=True)

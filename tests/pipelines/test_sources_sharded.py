@@ -8,7 +8,9 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source
 from fastdeit.pipelines.sources.parquet import CACHED
 
@@ -78,9 +80,8 @@ def test_webdataset_key_of_the_label(shards):
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ([("a.cls", b"1")], "a: this sample has no image"),
-        ([("a.jpg", b"x")], "a.jpg: this sample has no .cls or .json"),
-        ([("a.jpg", b"x"), ("a.png", b"y"), ("a.cls", b"1")], "several images"),
+        ([("a.cls", b"1")], "a: no image in this sample; the members of a sample share their name up to its first dot"),
+        ([("a.jpg", b"x")], "a.jpg: no .cls or .json with its label in this sample; the members"),
         ([("a.jpg", b"x"), ("a.cls", b"one")], r"its .cls holds b'one'"),
         ([("a.jpg", b"x"), ("a.cls", b"")], "its .cls holds b''"),
         ([("a.jpg", b"x"), ("a.cls", b"9" * 4000)], "its .cls holds"),
@@ -98,7 +99,25 @@ def test_incomplete_samples_are_the_samples_fault(shards, files, reason):
         source.read(3)
     assert f"{path}:a" in str(error.value)
     assert source.read(4)[0] == b"four"
-    assert source.describe()["incomplete_samples"] == ("this sample has" in str(error.value))
+    assert source.describe()["incomplete_samples"] == ("in this sample" in str(error.value))
+
+
+def test_every_image_of_names_with_dots_is_named(shards, tmp_path):
+    """All of a key are one sample to the webdataset package, and four images that somebody meant to convert."""
+    jpeg = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+    keys = [*(f"n01.part{i}" for i in range(4)), "x"]
+    kinds = (("jpg", jpeg.getvalue()), ("cls", b"1"))
+    path = pack(shards / "train-0001.tar", [(f"{key}.{kind}", data) for key in keys for kind, data in kinds])
+    judge = list(wds.WebDataset([str(path)], shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in judge] == ["n01", "x"]
+    report = convert(f"webdataset:{path}", tmp_path / "x", on_error="skip", progress=False)
+    assert report.num_samples == 1
+    assert [reject.name for reject in report.rejects] == [f"{path}:n01.part{i}.jpg" for i in range(4)]
+    assert {reject.reason for reject in report.rejects} == {
+        "one of several images in a sample; the members of a sample share their name up to its first dot. Rename them"
+    }
+    assert report.sidecar["source"]["incomplete_samples"] == 4
 
 
 def test_scattered_samples_and_damaged_shards_are_refused(shards):
@@ -182,15 +201,18 @@ def test_parquet_is_pyarrows(parquet, form):
 
 def test_parquet_reads_a_row_group_once_in_order(parquet, monkeypatch):
     groups = []
-    original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, i, **options: groups.append(i) or original(self, i, **options)
-    )
+    original = pq.ParquetFile.iter_batches
+
+    def counted(self, **options):
+        groups.extend(options["row_groups"])
+        return original(self, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
     source = open_source(parquet, "train")
     for i in range(14):
         source.read(i)
     assert groups == [0, 1, 2, 3, 0, 1]
-    assert len(source._cache) == CACHED
+    assert len(source._cursors) == CACHED
 
 
 def test_parquet_of_plain_binary(tmp_path):

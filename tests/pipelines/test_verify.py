@@ -164,6 +164,9 @@ class Numbers:
     def __len__(self):
         return self.count
 
+    def inputs(self):
+        return []
+
     def describe(self):
         return {"kind": "numbers"}
 
