@@ -41,6 +41,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     from fastdeit.evaluation import evaluate
     from fastdeit.kernel_choice import choose_kernels
     from fastdeit.networks import build_network
+    from fastdeit.pipelines.host.stage import compile_sentence
     from fastdeit.precision import resolve
     from fastdeit.staging import image_dtype, image_layout
     from fastdeit.weights import describe, load_weights
@@ -59,6 +60,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
         dtype, layout = image_dtype(recipe, precision, teacher=False), image_layout(kernels, teacher=False)
+        if joined.main and not options.json and options.stage != "device" and (sentence := compile_sentence()):
+            print(sentence)
         data = EvaluationData(recipe, val, joined, dtype, layout)
         if joined.main and not options.json:
             print(kernels.sentence())

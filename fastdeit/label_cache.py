@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +30,7 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.loading import pixels_of
+from fastdeit.pipelines.locks import lock
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
 _INDEX, _LOCK = "labels.json", "labels.lock"
@@ -275,9 +274,5 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
 def _locked(path: Path) -> Iterator[None]:
     """Alone among the processes that do the same, where the file system has locks."""
     with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+        lock(file, wait=True)
         yield

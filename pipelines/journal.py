@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import binascii
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,9 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from fastdeit.pipelines.encoded import Reject
+from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.writing import Record
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class JournalError(ValueError):
@@ -59,16 +56,11 @@ class Journal:
 
     def _lock(self) -> bool:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(self._file)
         except BlockingIOError as error:
             raise JournalError(
                 f"{self.path}: another conversion to the same place is under way. Wait for it, or name another place"
             ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return False
-        return True
 
     def __enter__(self) -> Journal:
         return self
