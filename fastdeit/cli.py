@@ -65,7 +65,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
         if file and None not in (word, named) and word != named:
             raise UserError(f"the command line names the recipe {word}, {file} names {named}: leave one of them out")
         if file and word is None:
-            args.insert(0, named)
+            args.insert(0, str(named))
         if args and args[0] in RECIPES:
             args[1:1] = _flatten(values, file)
         recipe = _parse(args)

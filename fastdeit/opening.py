@@ -123,7 +123,7 @@ def teacher_warnings(recipe: Recipe, teacher: Teacher, known: Dataset, world: Wo
     chance = np.bincount(labels).max() / len(labels)
     if right <= chance * len(labels) + 2 * math.sqrt(len(labels) * chance * (1 - chance)):
         out.append(
-            f"the teacher {teacher.source} is right on {right} of {len(labels)} images of {known.path}, which is no better "
-            f"than chance: check --teacher.checkpoint, and that its classes are in the data set's order"
+            f"the teacher {teacher.source} is right on {right} of {len(labels)} images of {known.path}, which is no "
+            f"better than chance: check --teacher.checkpoint, and that its classes are in the data set's order"
         )
     return out

@@ -48,18 +48,18 @@ class Progress:
     def advance(self) -> None:
         """One step done."""
         self._done, self._steps = self._done + 1, self._steps + 1
-        if self._drawn():
-            self._bar.update()
+        if (bar := self._drawn()) is not None:
+            bar.update()
         elif time.monotonic() - self._since >= SECONDS:
             self._line()
 
     def show(self, shown: dict[str, str]) -> None:
         """What stands behind the bar from its next move on."""
-        if self._drawn():
-            self._bar.set_postfix(shown, refresh=False)
+        if (bar := self._drawn()) is not None:
+            bar.set_postfix(shown, refresh=False)
 
     def end_epoch(self) -> None:
-        if self._steps and not self._drawn():
+        if self._steps and self._drawn() is None:
             self._line()
         self.close()
 
@@ -68,8 +68,8 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _drawn(self) -> bool:
-        return self._bar is not None and not self._bar.disable
+    def _drawn(self) -> tqdm | None:
+        return None if self._bar is None or self._bar.disable else self._bar
 
     def _line(self) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
