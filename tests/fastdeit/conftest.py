@@ -126,9 +126,12 @@ def events():
 
 @pytest.fixture
 def launch(tmp_path):
-    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun."""
+    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun.
 
-    def start(recipe: Recipe, processes: int = 1, wait: bool = True, **environment):
+    `stdout_reader` is a command that reads what it prints.
+    """
+
+    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, **environment):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
@@ -138,6 +141,8 @@ def launch(tmp_path):
             command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
         command += ["fastdeit.train", recipe.name, "--config", str(file)]
         pipe = subprocess.PIPE if wait else subprocess.DEVNULL
+        if stdout_reader is not None:
+            command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
         process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
         if wait:
             process.out, process.err = process.communicate(timeout=300)
