@@ -14,7 +14,7 @@ from fastdeit.pipelines.errors import UserError
 
 
 class Effect(NamedTuple):
-    """When a field has an effect in a resolved recipe; `needs` completes "it has an effect only ..."."""
+    """When a field has an effect in a resolved recipe; `needs` completes "it needs ..."."""
 
     holds: Callable[[Recipe], bool]
     needs: str
@@ -25,59 +25,62 @@ def _mixes(r: Recipe) -> bool:
 
 
 ALWAYS = Effect(lambda r: True, "")
-_DEIT = Effect(lambda r: r.model.arch == "deit", "with model.arch 'deit'")
+_DEIT = Effect(lambda r: r.model.arch == "deit", "model.arch 'deit'")
 _TRAIN_MODE = Effect(
-    lambda r: not frozen_mode(r), "in training mode: with model.init set departures.finetune_mode to 'train'"
+    lambda r: not frozen_mode(r), "training mode: with model.init set departures.finetune_mode to 'train'"
 )
 _DROP_PATH = Effect(
     lambda r: r.model.arch == "deit" and r.model.drop_path > 0 and not frozen_mode(r),
-    "with model.arch 'deit', model.drop_path above 0 and, with model.init, departures.finetune_mode 'train'",
+    "model.arch 'deit', model.drop_path above 0 and, with model.init, departures.finetune_mode 'train'",
 )
-_INIT = Effect(lambda r: r.model.init is not None, "with model.init, in fine-tuning")
-_VAL = Effect(lambda r: r.data.val is not None, "with data.val")
-_DALI = Effect(lambda r: r.data.loader == "dali", "with data.loader 'dali'")
-_COPIES = Effect(lambda r: r.data.repeats > 1, "with data.repeats above 1")
+_INIT = Effect(lambda r: r.model.init is not None, "model.init")
+_VAL = Effect(lambda r: r.data.val is not None, "data.val")
+_DALI = Effect(lambda r: r.data.loader == "dali", "data.loader 'dali'")
+_COPIES = Effect(lambda r: r.data.repeats > 1, "data.repeats above 1")
 _CELLS = Effect(
     lambda r: r.data.repeats > 1 and r.departures.placement == "local",
-    "with data.repeats above 1 and departures.placement 'local'",
+    "data.repeats above 1 and departures.placement 'local'",
 )
-_RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "with augment.policy 'randaugment'")
-_THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "with augment.policy 'three_augment'")
-_ERASES = Effect(lambda r: r.augment.erase_prob > 0, "with augment.erase_prob above 0")
-_MIX_PROB = Effect(lambda r: r.augment.mix_prob > 0, "with augment.mix_prob above 0")
-_MIXES = Effect(_mixes, "with augment.mixup_alpha or augment.cutmix_alpha above 0")
+_RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "augment.policy 'randaugment'")
+_THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "augment.policy 'three_augment'")
+_ERASES = Effect(lambda r: r.augment.erase_prob > 0, "augment.erase_prob above 0")
+_MIX_PROB = Effect(lambda r: r.augment.mix_prob > 0, "augment.mix_prob above 0")
+_MIX_ALPHAS = Effect(
+    lambda r: r.augment.mixup_alpha > 0 or r.augment.cutmix_alpha > 0,
+    "augment.mixup_alpha or augment.cutmix_alpha above 0",
+)
 _BOTH_MIXES = Effect(
     lambda r: _mixes(r) and r.augment.mixup_alpha > 0 and r.augment.cutmix_alpha > 0,
-    "with augment.mixup_alpha, augment.cutmix_alpha and augment.mix_prob above 0",
+    "augment.mixup_alpha, augment.cutmix_alpha and augment.mix_prob above 0",
 )
 _CUTMIX = Effect(
-    lambda r: _mixes(r) and r.augment.cutmix_alpha > 0, "with augment.cutmix_alpha and augment.mix_prob above 0"
+    lambda r: _mixes(r) and r.augment.cutmix_alpha > 0, "augment.cutmix_alpha and augment.mix_prob above 0"
 )
 _DISTILS = Effect(
-    lambda r: r.objective.distillation != "none", "in distillation: set objective.distillation to 'hard' or 'soft'"
+    lambda r: r.objective.distillation != "none", "distillation: set objective.distillation to 'hard' or 'soft'"
 )
 _TEACHER = Effect(
     lambda r: (
         r.objective.distillation != "none"
         and (r.teacher.labels is None or r.teacher.checkpoint is not None or r.teacher.name == LITE0)
     ),
-    "in distillation: set objective.distillation to 'hard' or 'soft'; with teacher.labels it needs teacher.checkpoint",
+    "distillation: set objective.distillation to 'hard' or 'soft'; with teacher.labels give teacher.checkpoint too",
 )
-_SOFT = Effect(lambda r: r.objective.distillation == "soft", "with objective.distillation 'soft'")
-_ADAMW = Effect(lambda r: r.optim.name == "adamw", "with optim.name 'adamw'")
-_SGD = Effect(lambda r: r.optim.name == "sgd", "with optim.name 'sgd'")
-_WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "with optim.warmup_epochs above 0")
-_EMA = Effect(lambda r: r.ema.enabled, "with ema.enabled True")
-_EMA_SCORES = Effect(lambda r: r.ema.enabled and r.data.val is not None, "with ema.enabled True and data.val")
+_SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
+_ADAMW = Effect(lambda r: r.optim.name == "adamw", "optim.name 'adamw'")
+_SGD = Effect(lambda r: r.optim.name == "sgd", "optim.name 'sgd'")
+_WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
+_EMA = Effect(lambda r: r.ema.enabled, "ema.enabled True")
+_EMA_SCORES = Effect(lambda r: r.ema.enabled and r.data.val is not None, "ema.enabled True and data.val")
 _TWO_HEADS = Effect(
     lambda r: r.model.arch == "deit" and r.model.distilled and r.data.val is not None,
-    "with model.distilled True and data.val",
+    "model.distilled True and data.val",
 )
-_DIST_TOKEN = Effect(lambda r: r.model.arch == "deit" and r.model.distilled, "with model.distilled True")
+_DIST_TOKEN = Effect(lambda r: r.model.arch == "deit" and r.model.distilled, "model.distilled True")
 _TUNES_DISTILLED = Effect(
-    lambda r: r.model.init is not None and r.objective.distillation != "none", "with model.init and distillation"
+    lambda r: r.model.init is not None and r.objective.distillation != "none", "model.init and distillation"
 )
-_AUTO_PRECISION = Effect(lambda r: r.run.precision == "auto", "with run.precision 'auto'")
+_AUTO_PRECISION = Effect(lambda r: r.run.precision == "auto", "run.precision 'auto'")
 
 EFFECTS: dict[str, Effect] = {
     "compat": ALWAYS,
@@ -119,7 +122,7 @@ EFFECTS: dict[str, Effect] = {
     "augment.erase_aspect": _ERASES,
     "augment.mixup_alpha": _MIX_PROB,
     "augment.cutmix_alpha": _MIX_PROB,
-    "augment.mix_prob": _MIXES,
+    "augment.mix_prob": _MIX_ALPHAS,
     "augment.cutmix_switch_prob": _BOTH_MIXES,
     "augment.label_smoothing": ALWAYS,
     "augment.mean": ALWAYS,
@@ -220,7 +223,7 @@ def check_given(recipe: Recipe, base: Recipe, where: str = "") -> None:
     """
     before = fields(base)
     idle = [
-        f"{name} {value} has no effect in this run: it has one only {EFFECTS[name].needs}"
+        f"{name} {value} has no effect in this run: it needs {EFFECTS[name].needs}"
         for name, value in fields(recipe).items()
         if value != before[name] and value != _FORMER_DEFAULTS.get(name) and not has_effect(recipe, name)
     ]

@@ -11,6 +11,7 @@ import tyro
 
 from fastdeit.cli import UserError, recipe_from_dict, run
 from fastdeit.config import Recipe
+from fastdeit.inputs import check_class_names, open_dataset
 from fastdeit.recipes import RECIPES
 
 
@@ -35,8 +36,9 @@ class Options:
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
+    _check(options)
     from fastdeit.checkpoint import read_checkpoint
-    from fastdeit.data import EvaluationData, check_class_names, open_dataset, set_compute_threads
+    from fastdeit.data import EvaluationData, set_compute_threads
     from fastdeit.distributed import world
     from fastdeit.evaluation import evaluate
     from fastdeit.kernel_choice import choose_kernels
@@ -89,10 +91,17 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         return out if joined.main else {}
 
 
+def _check(options: Options) -> None:
+    """Raises UserError for what can be seen before PyTorch is loaded."""
+    if options.recipe is not None and options.recipe not in RECIPES:
+        raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
+    if not options.checkpoint.is_file():
+        raise UserError(f"{options.checkpoint}: there is no such checkpoint file")
+    open_dataset(options.val, "val").close()
+
+
 def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
     if options.recipe is not None:
-        if options.recipe not in RECIPES:
-            raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
         recipe = RECIPES[options.recipe]()
     elif isinstance(stored.get("recipe"), dict):
         recipe = recipe_from_dict(stored["recipe"])

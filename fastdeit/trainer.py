@@ -246,7 +246,7 @@ class Trainer:
             f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {self.num_classes} classes, "
             f"{len(self.train_set)} images, {self.data.steps} steps of {recipe.run.global_batch} an epoch, "
             f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
-            f"{', compiled' if self.train_step.compiled else ''}"
+            f"{', compiled (the first steps take minutes)' if self.train_step.compiled else ''}"
         )
         self.log.say(lr_sentence(recipe))
         if (mode := mode_sentence(recipe)) is not None:

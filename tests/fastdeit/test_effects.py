@@ -67,6 +67,7 @@ def test_the_same_value_with_an_effect_is_taken():
     base = ["deit_small_distilled", "--teacher.checkpoint", "x.pt", "--teacher.name", "resnet18"]
     assert parse_recipe(base).teacher.name == "resnet18"
     parse_recipe([*base, "--teacher.labels", "x"])  # compared with the labels' own teacher
+    parse_recipe(["deit_small", "--augment.mix_prob", "0"])  # which turns mixing off
     parse_recipe([*base, "--objective.distillation", "soft", "--objective.tau", "2"])
     parse_recipe(["deit_small", "--augment.policy", "three_augment", "--augment.color_jitter", "0.1"])
     parse_recipe(
@@ -146,3 +147,25 @@ def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
             Trainer(recipe, joined).run()
         weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
+    """As of versions in which every run that starts from weights was in eval mode."""
+    recipe = tiny(deit_tiny, run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        state = checkpoint.load(path)
+        state["recipe"]["departures"]["finetune_mode"] = "eval"
+        state["recipe"]["teacher"]["name"] = "resnet18"
+        torch.save(state, path)
+        Trainer(recipe, joined).run()
+        fine = tiny(deit_tiny, model={"init": path}, run={"epochs": 1, "output": tmp_path / "fine"})
+        Trainer(fine, joined).run()
+        path = checkpoint.found(fine.run.output / "checkpoints")[0]
+        state = checkpoint.load(path)
+        state["recipe"]["departures"]["finetune_mode"] = "eval"
+        torch.save(state, path)
+        trainer = Trainer(fine, joined)
+        with pytest.raises(UserError, match=r"departures\.finetune_mode = eval, this run has train"):
+            trainer.run()
