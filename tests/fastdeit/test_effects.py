@@ -169,3 +169,21 @@ def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
         trainer = Trainer(fine, joined)
         with pytest.raises(UserError, match=r"departures\.finetune_mode = eval, this run has train"):
             trainer.run()
+
+
+def test_no_switch_hides_itself():
+    """A value that turns something off has an effect, so a field's own value is no part of its condition."""
+    recipes = [make().filled() for make in RECIPES.values()]
+    for recipe in recipes:
+        for name, value in fields(recipe).items():
+            section, _, field = name.partition(".")
+            if isinstance(value, bool):
+                others = [not value]
+            elif isinstance(value, int | float):
+                others = [type(value)(0), type(value)(1)]
+            else:
+                continue
+            for other in others:
+                part = dataclasses.replace(getattr(recipe, section), **{field: other})
+                changed = dataclasses.replace(recipe, **{section: part})
+                assert has_effect(changed, name) == has_effect(recipe, name), name
