@@ -67,7 +67,7 @@ def tiny(data, tmp_path):
             recipe,
             data=replace(recipe.data, train=data / "train.beton", val=data / "val.beton", threads=2, loader="torch"),
             optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
-            ema=replace(recipe.ema, decay=0.9),
+            ema=replace(recipe.ema, decay=0.9) if recipe.ema.enabled else recipe.ema,
             run=replace(
                 recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
                 output=tmp_path / "run",
