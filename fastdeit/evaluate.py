@@ -12,6 +12,7 @@ import tyro
 
 from fastdeit.cli import parse, recipe_from_dict, run
 from fastdeit.config import Recipe
+from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
@@ -37,13 +38,15 @@ class Options:
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
+    _check(options)
     from fastdeit.checkpoint import read_checkpoint
-    from fastdeit.data import EvaluationData, check_class_names, open_dataset
+    from fastdeit.data import EvaluationData
     from fastdeit.distributed import world
     from fastdeit.evaluation import evaluate
     from fastdeit.kernel_choice import choose_kernels
     from fastdeit.networks import build_network
     from fastdeit.pipelines.checksums import unchecked
+    from fastdeit.pipelines.host.stage import compile_sentence
     from fastdeit.setup import set_up
     from fastdeit.staging import image_dtype, image_layout
     from fastdeit.weights import check_described, describe, load_weights, state_dict
@@ -65,6 +68,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
         dtype, layout = image_dtype(recipe, precision, teacher=False), image_layout(kernels, teacher=False)
+        if joined.main and not options.json and options.stage != "device" and (sentence := compile_sentence()):
+            print(sentence)
         data = EvaluationData(recipe, val, joined, dtype, layout)
         if joined.main and not options.json:
             if precision.note:
@@ -108,10 +113,16 @@ def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
     return recipe
 
 
+def _check(options: Options) -> None:
+    """Raises UserError for what can be seen before PyTorch is loaded."""
+    if options.recipe is not None and options.recipe not in RECIPES:
+        raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
+    check_checkpoint(options.checkpoint)
+    open_dataset(options.val, "val").close()
+
+
 def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
     if options.recipe is not None:
-        if options.recipe not in RECIPES:
-            raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
         recipe = RECIPES[options.recipe]()
     elif isinstance(stored.get("recipe"), dict):
         recipe = _stored_recipe(options, stored)

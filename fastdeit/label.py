@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 
+from fastdeit import launch
 from fastdeit.cli import parse_recipe, run
 from fastdeit.config import Recipe
+from fastdeit.inputs import check_inputs
 from fastdeit.pipelines.errors import UserError
+from fastdeit.streams import keep_streams
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
@@ -34,7 +37,11 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
 
 
 def label() -> None:
+    keep_streams()
     own, recipe = parse(sys.argv[1:])
+    launch.check_launch()
+    if launch.rank() == 0:
+        check_inputs(recipe, world=launch.size(), labels=False)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
     from fastdeit.distributed import world
     from fastdeit.labelling import label_run

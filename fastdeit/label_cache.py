@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -35,6 +33,7 @@ from fastdeit.data import TrainingData
 from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.files import open_regular, read_text, sync_folder
 from fastdeit.pipelines.loading import pixels_of
+from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import machine_error
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
@@ -318,9 +317,5 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
 def _locked(path: Path) -> Iterator[None]:
     """Alone among the processes that do the same, where the file system has locks."""
     with naming(path), open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+        lock(file, wait=True)
         yield

@@ -10,7 +10,9 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, check_class_names, open_dataset
 from fastdeit.distributed import World
 from fastdeit.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
+from fastdeit.opening import teacher_warnings
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.host.stage import compile_sentence
 from fastdeit.precision import compiles
 from fastdeit.setup import set_up
 from fastdeit.teacher import Teacher
@@ -39,7 +41,12 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
     teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
     source = f"the teacher {teacher.source}"
     check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
+    for warning in teacher_warnings(recipe, teacher, train_set, world, precision):
+        if world.main:
+            print(f"warning: {warning}")
     teacher.settle(world.device, precision.dtype, compiled=compiles(recipe, world.device))
+    if world.main and recipe.data.stage != "device" and (sentence := compile_sentence()):
+        print(sentence)
     data = TrainingData(recipe, train_set, world, pixels=labelled_pixels(recipe))
     try:
         described = Described(

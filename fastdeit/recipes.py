@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fastdeit.config import EmaConfig, ModelConfig, ObjectiveConfig, Recipe
+from fastdeit.config import Departures, EmaConfig, ModelConfig, ObjectiveConfig, Recipe
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 
@@ -62,6 +62,7 @@ def _finetune_384(recipe: Recipe) -> Recipe:
         teacher=replace(recipe.teacher, img_size=384),
         optim=replace(recipe.optim, lr=5e-6, lr_batch=0, min_lr=5e-6, warmup_epochs=5, weight_decay=1e-8),
         run=replace(recipe.run, epochs=30, global_batch=512),
+        departures=Departures(finetune_mode="eval"),  # deit issue 177: without stochastic depth it reaches more
     )
 
 

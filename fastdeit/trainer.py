@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from fastdeit import __version__, checkpoint
-from fastdeit.config import Recipe
-from fastdeit.data import (
-    EvaluationData,
-    TrainBatch,
-    TrainingData,
-    check_class_names,
-    open_dataset,
-)
+from fastdeit.config import LITE0, Recipe
+from fastdeit.data import EvaluationData, TrainBatch, TrainingData
 from fastdeit.distributed import World
+from fastdeit.effects import frozen_mode
 from fastdeit.evaluation import Scores, evaluate, headline
+from fastdeit.inputs import check_class_names, check_classes, open_dataset
 from fastdeit.kernel_choice import choose_kernels
 from fastdeit.label_cache import LabelCache, labelled_pixels, pixel_key
-from fastdeit.logs import RunLog, duration
+from fastdeit.logs import RunLog
 from fastdeit.meter import Meter, OnItsWay
 from fastdeit.model import DeiT
 from fastdeit.networks import ConvnetStudent, build_network
 from fastdeit.nonfinite import check_loss, check_weights
 from fastdeit.objective import LossParts, build_objective
+from fastdeit.opening import lr_sentence, mode_sentence, recipe_warnings, teacher_warnings
+from fastdeit.optim import peak_lr
 from fastdeit.pipelines.checksums import unchecked
-from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.host.stage import compile_sentence
 from fastdeit.pipelines.pool import Prefetcher
 from fastdeit.profiling import StepProfiler, room
+from fastdeit.progress import duration
+from fastdeit.reports import report_images, report_window
 from fastdeit.resume import checkpoint_pixels, restore, snapshot, write_recipe
 from fastdeit.resume_checks import START
+from fastdeit.run_lock import RunLock
 from fastdeit.setup import set_up
 from fastdeit.staging import image_dtype, image_layout
 from fastdeit.step import TrainingStep
@@ -48,27 +50,51 @@ class Trainer:
     average, the optimizer's moments and the next step.
     """
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, lock: RunLock | None = None) -> None:
+        """`lock` is the run folder's, where it was taken before; else the main process takes it here."""
         self.recipe, self.world = recipe, world
+        self.folder = Path(recipe.run.output)
+        with ExitStack() as stack:
+            if world.main:
+                self.lock = lock or RunLock(self.folder)
+                stack.callback(self.lock.close)
+            self._open(stack)
+            self._stack = stack.pop_all()
+
+    def _open(self, stack: ExitStack) -> None:
+        """Put together all that the run needs; `stack` closes it."""
+        recipe, world = self.recipe, self.world
         run, d = recipe.run, recipe.departures
         self.precision = set_up(recipe, world)
-        self.folder = Path(run.output)
         self.train_set = open_dataset(recipe.data.train, "data.train")
         self.num_classes = recipe.model.num_classes or self.train_set.num_classes
-        self._check_label_range(self.train_set)
-        pixels = checkpoint_pixels(recipe, self.folder) or labelled_pixels(recipe)
-        taught = recipe.objective.distillation != "none" and recipe.teacher.labels is None
-        self.kernels = choose_kernels(recipe.model, self.precision, self.num_classes, world)
-        dtype = image_dtype(recipe, self.precision, teacher=taught)
-        layout = image_layout(self.kernels, teacher=taught)
-        self.data = TrainingData(recipe, self.train_set, world, dtype, layout, pixels=pixels)
-        self.val: EvaluationData | None = None
+        check_classes(self.train_set, self.num_classes)
+        val_set = None
         if recipe.data.val is not None:
             val_set = open_dataset(recipe.data.val, "data.val")
             check_class_names(
                 str(self.train_set.path), self.train_set.class_names, str(val_set.path), val_set.class_names
             )
-            self._check_label_range(val_set)
+            check_classes(val_set, self.num_classes)
+        self.log = RunLog(
+            self.folder,
+            active=world.main,
+            tensorboard=run.tensorboard,
+            progress=run.progress,
+            global_batch=run.global_batch,
+        )
+        stack.callback(self.log.close)
+        pixels = checkpoint_pixels(recipe, self.folder) or labelled_pixels(recipe)
+        taught = recipe.objective.distillation != "none" and recipe.teacher.labels is None
+        self.kernels = choose_kernels(recipe.model, self.precision, self.num_classes, world)
+        dtype = image_dtype(recipe, self.precision, teacher=taught)
+        layout = image_layout(self.kernels, teacher=taught)
+        if recipe.data.stage != "device" and (sentence := compile_sentence()):
+            self.log.say(sentence)
+        self.data = TrainingData(recipe, self.train_set, world, dtype, layout, pixels=pixels)
+        stack.callback(self.data.close)
+        self.val: EvaluationData | None = None
+        if val_set is not None:
             self.val = EvaluationData(
                 recipe,
                 val_set,
@@ -78,6 +104,7 @@ class Trainer:
                 loader=(self.data.loader.name.removesuffix("-mixed"), "as in training"),
                 stage=(self.data.stage.name, "as in training"),
             )
+            stack.callback(self.val.close)
 
         torch.manual_seed(run.seed)
         self.model: DeiT | ConvnetStudent = build_network(recipe.model, self.num_classes, self.kernels).to(world.device)
@@ -86,6 +113,11 @@ class Trainer:
             self.messages += load_weights(self.model, recipe.model.init)
         self.labels = self._open_labels()
         self.teacher = self._build_teacher()
+        self.warnings = recipe_warnings(
+            recipe, self.train_set, val_set, steps=self.data.steps, repeats=self.data.repeats
+        )
+        if self.teacher is not None:
+            self.warnings += teacher_warnings(recipe, self.teacher, val_set or self.train_set, world, self.precision)
         self.train_step = TrainingStep(
             recipe,
             world,
@@ -104,15 +136,7 @@ class Trainer:
         self.profiler = self._open_profiler()
         self.epoch, self.step, self.global_step = 0, 0, 0
         self.counted_from = START
-        self.log = RunLog(self.folder, active=world.main, tensorboard=run.tensorboard, progress=run.progress)
         self.last_scores: dict[str, Scores] = {}
-
-    def _check_label_range(self, data_set: Dataset) -> None:
-        if self.num_classes < data_set.num_classes:
-            raise UserError(
-                f"the model has {self.num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
-                f"set --model.num_classes {data_set.num_classes}"
-            )
 
     def _open_profiler(self) -> StepProfiler | None:
         run, most = self.recipe.run, room(self.data.steps, self.recipe.run.epochs)
@@ -138,17 +162,28 @@ class Trainer:
                 f"{folder} holds {described.kind} labels of {described.num_classes} classes, the run distils {kind} "
                 f"with {self.num_classes}: make others with fastdeit-label"
             )
+        cfg = self.recipe.teacher
+        if (cfg.checkpoint is not None or cfg.name == LITE0) and self.world.main:
+            teacher = self._load_teacher()
+            if teacher.fingerprint != described.teacher:
+                raise UserError(
+                    f"{folder} holds labels of another teacher ({described.teacher_name}) than {teacher.source}: leave "
+                    f"out --teacher.name and --teacher.checkpoint, or make other labels with fastdeit-label"
+                )
         return labels
 
     def _build_teacher(self) -> Teacher | None:
         if self.recipe.objective.distillation == "none" or self.labels is not None:
             return None
-        augment = self.recipe.augment
-        teacher = Teacher(self.recipe.teacher, augment.mean, augment.std, self.recipe.model.img_size, self.num_classes)
+        teacher = self._load_teacher()
         check_class_names(
             str(self.train_set.path), self.train_set.class_names, f"the teacher {teacher.source}", teacher.class_names
         )
         return teacher.to(self.world.device)
+
+    def _load_teacher(self) -> Teacher:
+        augment = self.recipe.augment
+        return Teacher(self.recipe.teacher, augment.mean, augment.std, self.recipe.model.img_size, self.num_classes)
 
     def run(self) -> dict[str, Scores]:
         """Train from where the run stands to its last epoch; the last scores, by kind of weights."""
@@ -177,20 +212,14 @@ class Trainer:
         return self.last_scores
 
     def close(self) -> None:
-        self.data.close()
-        if self.val is not None:
-            self.val.close()
-        self.log.close()
+        self._stack.close()
 
     def _start(self) -> None:
         recipe = self.recipe
-        for message in self.messages:
-            self.log.say(message)
-        if self.precision.note:
-            self.log.say(self.precision.note)
         resumed = restore(self)
         if self.world.main:
             write_recipe(self.folder, recipe)
+            self.messages = [*self.lock.notes, *self.messages]
         parameters = sum(p.numel() for p in self.model.parameters())
         self.log.event(
             "start",
@@ -208,13 +237,21 @@ class Trainer:
             stage=self.data.stage.name,
             steps_per_epoch=self.data.steps,
             parameters=parameters,
+            peak_lr=peak_lr(recipe.optim, recipe.run.global_batch),
         )
+        for message in self.messages:
+            self.log.say(message)
+        if self.precision.note:
+            self.log.say(self.precision.note)
         self.log.say(
             f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {self.num_classes} classes, "
             f"{len(self.train_set)} images, {self.data.steps} steps of {recipe.run.global_batch} an epoch, "
             f"{self.precision.name} on {self.world.size} x {self.world.device.type}"
-            f"{', compiled' if self.train_step.compiled else ''}"
+            f"{', compiled (the first steps take minutes)' if self.train_step.compiled else ''}"
         )
+        self.log.say(lr_sentence(recipe))
+        if (mode := mode_sentence(recipe)) is not None:
+            self.log.say(mode)
         if self.world.device.type == "cuda":
             replayed, why = self.train_step.graphs
             self.log.say(f"CUDA graphs {'on' if replayed else 'off'}: {why}")
@@ -231,6 +268,8 @@ class Trainer:
             self.log.say(f"{described.kind} labels of teacher {described.teacher_name} from {self.labels.folder}")
         if self.data.repeats != recipe.data.repeats:
             self.log.say("repeated augmentation is dropped on one process, as the released code does")
+        for warning in self.warnings:
+            self.log.warn(warning)
         if resumed is not None:
             path, changed = resumed
             at = {"epoch": self.epoch, "step": self.step, "global_step": self.global_step}
@@ -241,10 +280,9 @@ class Trainer:
 
     def _train_epoch(self, batches: Prefetcher[TrainBatch], meter: Meter) -> None:
         run = self.recipe.run
-        finetuning = self.recipe.model.init is not None and self.recipe.departures.finetune_mode == "eval"
-        self.train_step.student.train(not finetuning)
+        self.train_step.student.train(not frozen_mode(self.recipe))
         meter.start(batches.wait_seconds)
-        self.log.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
+        self.log.progress.start_epoch(self.epoch, run.epochs, self.data.steps, self.step)
         fallbacks: set[int] = set()
         replaced: set[tuple[int, int]] = set()
         looks: list[Callable[[], None]] = []
@@ -260,28 +298,41 @@ class Trainer:
             meter.add(parts)
             self.step += 1
             self.global_step += 1
-            if self.global_step % run.log_every == 0:
+            if self.global_step % run.log_every == 0 or self.step == self.data.steps:
                 looks.append(self._train_line(meter, batches.wait_seconds))
             saving = run.checkpoint_every and self.global_step % run.checkpoint_every == 0
             if not self.deferred or saving or self.step == self.data.steps:
                 _look(looks)
-            self.log.advance()
+            self.log.progress.advance()
             if self.profiler is not None:
                 self._profile(self.profiler, batches.wait_seconds)
             if saving:
                 self._save()
         meter.stop(batches.wait_seconds)
-        self.log.end_epoch()
-        self._report_images(sorted(fallbacks), sorted(replaced))
+        self.log.progress.end_epoch()
+        counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
+        report_images(self.log, self.epoch, self.data.loader.name, counts, sorted(fallbacks), sorted(replaced))
 
     def _check(self, batch: TrainBatch) -> Callable[[LossParts], None]:
         """Looks at the losses of the coming step before the weights move."""
-        return lambda parts: check_loss(self, float(parts.loss), batch, self.step, updated=False)
+
+        def check(parts: LossParts) -> None:
+            loss = float(parts.loss)
+            check_loss(self, loss, batch, self.step, updated=False)
+            self.log.progress.loss(loss)
+
+        return check
 
     def _check_late(self, parts: LossParts, batch: TrainBatch) -> Callable[[], None]:
         """Looks at the losses of the step that was just given to the device."""
         loss, step = OnItsWay(parts.loss[None]), self.step
-        return lambda: check_loss(self, loss.tolist()[0], batch, step, updated=True)
+
+        def check() -> None:
+            (arrived,) = loss.tolist()
+            check_loss(self, arrived, batch, step, updated=True)
+            self.log.progress.loss(arrived)
+
+        return check
 
     def _profile(self, profiler: StepProfiler, waited: float) -> None:
         found = profiler.step(self.data.steps - self.step, waited)
@@ -292,45 +343,12 @@ class Trainer:
             shown = ", ".join(f"{name} {100 * seconds / found.wall:.0f}%" for name, seconds in found.groups().items())
             self.log.say(f"profile of {found.steps} steps in {self.folder}/profile.md and profile.json.gz: {shown}")
 
-    def _report_images(self, fallbacks: list[int], replaced: list[tuple[int, int]]) -> None:
-        counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
-        if counts[0]:
-            self.log.event("fallbacks", epoch=self.epoch, count=counts[0], images=fallbacks)
-            why = f"since {self.data.loader.name} refused them"
-            self.log.say(f"{counts[0]} images were read by PIL, {why}: {fallbacks[:8]}")
-        if counts[1]:
-            self.log.event("replaced", epoch=self.epoch, count=counts[1], images=replaced)
-            some = ", ".join(f"{bad} by {used}" for bad, used in replaced[:8])
-            self.log.say(f"{counts[1]} images do not decode and were replaced, with their labels: {some}")
-
     def _train_line(self, meter: Meter, wait_seconds: float) -> Callable[[], None]:
         """Logs the steps since the last such line."""
         run, window = self.recipe.run, meter.read(wait_seconds, self.recipe.run.global_batch)
         eta = (run.epochs * self.data.steps - self.global_step) * run.global_batch / window.images_per_second
         at = {"epoch": self.epoch, "step": self.step - 1, "global_step": self.global_step, "lr": self.train_step.lr}
-
-        def log() -> None:
-            loss, base, distill = window.losses.tolist()
-            self.log.event(
-                "train",
-                **at,
-                loss=loss,
-                loss_base=base,
-                loss_distill=distill,
-                images_per_second=round(window.images_per_second, 1),
-                data_wait=round(window.data_wait, 4),
-                eta_seconds=round(eta),
-            )
-            self.log.show(
-                {
-                    "loss": f"{loss:.3f}",
-                    "im/s": f"{window.images_per_second:.0f}",
-                    "wait": f"{100 * window.data_wait:.0f}%",
-                    "run left": duration(eta),
-                }
-            )
-
-        return log
+        return lambda: report_window(self.log, window, eta, at)
 
     def _evaluate_if_due(self) -> None:
         run = self.recipe.run

@@ -45,6 +45,15 @@ def compiled(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
+def is_compiled(dispatcher: Any) -> bool | None:
+    """Whether the disk holds code of a function that `compiled` made, for these files; None where that is not known."""
+    index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    try:
+        return bool(index._load_index())  # pyright: ignore[reportOptionalMemberAccess]
+    except Exception:  # numba's own business, which another version may do in another way
+        return None
+
+
 def inlined(function: Callable[..., Any]) -> Any:
     """Compile `function` into its callers."""
     return numba.njit(nogil=True, error_model="numpy", inline="always")(function)

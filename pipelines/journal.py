@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import binascii
-import errno
-import fcntl
 import io
 import json
 import os
@@ -19,11 +17,11 @@ from typing import Any
 from fastdeit.pipelines.encoded import Reject
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.files import kind, sync_folder
+from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.writing import Record
 
 _VERSION = 1
 _START = b'00000000 {"journal":'  # of every journal, but for the checksum
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class JournalError(UserError):
@@ -86,16 +84,11 @@ class Journal:
 
     def _lock(self) -> bool:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(self._file)
         except BlockingIOError as error:
             raise JournalError(
                 f"{self.path}: another conversion to the same place is under way. Wait for it, or name another place"
             ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return False
-        return True
 
     def __enter__(self) -> Journal:
         return self

@@ -1,4 +1,4 @@
-"""Which loader decodes a run's images: the one asked for, or the fastest on these very images."""
+"""Which loader decodes a run's images: the one asked for, or the fastest of those with Pillow's pixels."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from fastdeit.pipelines.shard_writer import ShardError
 from fastdeit.pipelines.threaded import DecodeError, OnError, Regions, ThreadedLoader, first_appearances
 
 LOADERS: dict[str, Any] = {loader.name: loader for loader in (TurboLoader, FfcvLoader, DaliLoader, TorchLoader)}
-# What `auto` chooses from, the first where it makes no difference. Each raises UserError where it is missing.
+# What `auto` may choose from, the first where it makes no difference. Each raises UserError where it is missing.
 FAST = {"turbo": find_turbo, "ffcv": find_libffcv, "dali": find_dali}
 
-MARGIN = 1.05  # one after the first must be this much faster: less is chance, and the first's pixels are Pillow's
+MARGIN = 1.05  # one after the first must be this much faster: less is chance
 SECONDS = 2.0  # of timing
 ROUNDS = 5
 PIXELS = 6_000_000  # that are timed at a time, for each thread: 32 photographs of ImageNet's usual size
@@ -88,18 +88,16 @@ def choose_loader(
 ) -> tuple[str, str]:
     """Name of the fastest loader that can be used here, and one sentence: why it is that.
 
-    `options` are the other ones of `open_loader`, without the reason. `pixels` are those that it must decode, and a
-    phrase for what has them; None: any. Where several of `FAST` are installed, they decode the first JPEGs of the
-    order, as much of them as the first step needs, by turns and for about two seconds, after a round that does not
-    count. An order is a function of its numbers, so that training sees nothing of this. Without any of `FAST` it is
-    torch.
+    `options` are the other ones of `open_loader`, without the reason. Only loaders with equal pixels compete, so the
+    outcome changes no result: Pillow's pixels, or `pixels` and a phrase for what has them (a checkpoint, stored
+    labels). Where several of `FAST` fit and are installed, they decode the first JPEGs of the order, as much of them as
+    the first step needs, by turns and for about two seconds, after a round that does not count. An order is a function
+    of its numbers, so that training sees nothing of this. Without any of them it is torch.
 
     Raises UserError where no loader here decodes the `pixels` that are asked for.
     """
     gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
-    if pixels is None:
-        return _fastest(dataset, order, FAST, gpu, options)
-    wanted, whose = pixels
+    wanted, whose = pixels or ("pillow", None)
     fitting = {name: find for name, find in FAST.items() if pixels_of(name, device_id) == wanted}
     chosen, reason = _fastest(dataset, order, fitting, gpu, options)
     if pixels_of(chosen, device_id) != wanted:
@@ -107,7 +105,7 @@ def choose_loader(
             f"no loader here decodes the pixels of {whose}, which are {wanted}'s ({reason}): "
             f"use a machine that has one, or choose another with --data.loader"
         )
-    return chosen, f"{reason} (among those with the pixels of {whose}: {wanted})"
+    return chosen, reason if whose is None else f"{reason} (among those with the pixels of {whose}: {wanted})"
 
 
 def _fastest(
@@ -125,7 +123,7 @@ def _fastest(
     if not there:
         return "torch", f"PIL decodes, since {'; '.join(missing) or 'no other can do so here'}"
     if len(there) == 1:
-        return there[0], f"of {', '.join(fast)} the only one installed"
+        return there[0], f"the only one of {', '.join(fast)} that is installed"
     few = _first_images(dataset, order, options["threads"])
     if few is None:
         return there[0], "the first images are stored raw, which every loader copies alike"

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 
 from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.errors import UserError
@@ -126,6 +125,8 @@ class EpochOrder:
             if len(self._permutations) >= 2:
                 self._permutations.pop(next(iter(self._permutations)))
             if self.order_seed == "epoch":
+                import torch  # here, since a batch that cannot be divided is to be refused before it is loaded
+
                 generator = torch.Generator().manual_seed(epoch)
                 order = torch.randperm(self.length, generator=generator).numpy()
             else:

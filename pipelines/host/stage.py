@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels.reference import MixedLabels
-from fastdeit.pipelines.compiled import compiled
+from fastdeit.pipelines.compiled import compiled, is_compiled
 from fastdeit.pipelines.decoded import DecodedBatch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.buffers import Buffers
@@ -289,3 +289,12 @@ def _run_units(first, last, work, seed, epoch, levels, fill, size, out, scratch)
             work.unit[unit, 0], work.unit[unit, 1], seed, epoch, work, scratch.planes, scratch.tables,
             levels, size, out, scratch.finish,
         )  # fmt: skip
+
+
+def compile_sentence() -> str | None:
+    """What to say before a first batch, which compiles this file's code; None where that was done before."""
+    return {
+        True: None,
+        False: "compiling the augmentation for this machine (numba, about a minute, only once)",
+        None: "compiling or loading the augmentation (numba; the first run: about a minute)",
+    }[is_compiled(_run_units)]

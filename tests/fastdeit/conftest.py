@@ -67,7 +67,7 @@ def tiny(data, tmp_path):
             recipe,
             data=replace(recipe.data, train=data / "train.beton", val=data / "val.beton", threads=2, loader="torch"),
             optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
-            ema=replace(recipe.ema, decay=0.9),
+            ema=replace(recipe.ema, decay=0.9) if recipe.ema.enabled else recipe.ema,
             run=replace(
                 recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
                 output=tmp_path / "run",
@@ -126,9 +126,12 @@ def events():
 
 @pytest.fixture
 def launch(tmp_path):
-    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun."""
+    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun.
 
-    def start(recipe: Recipe, processes: int = 1, wait: bool = True, **environment):
+    `stdout_reader` is a command that reads what it prints.
+    """
+
+    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, **environment):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
@@ -138,6 +141,8 @@ def launch(tmp_path):
             command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
         command += ["fastdeit.train", recipe.name, "--config", str(file)]
         pipe = subprocess.PIPE if wait else subprocess.DEVNULL
+        if stdout_reader is not None:
+            command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
         process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
         if wait:
             process.out, process.err = process.communicate(timeout=300)

@@ -5,7 +5,8 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastdeit.logs import RunLog, duration
+from fastdeit.logs import RunLog
+from fastdeit.progress import duration
 
 
 def test_a_torn_last_line_is_taken_off(tmp_path):

@@ -1,0 +1,231 @@
+"""Where each field of a recipe has an effect: a value that was given and would change nothing is refused.
+
+Every field is in `EFFECTS`, with the condition under which it has an effect and how to say that condition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastdeit.config import LITE0, Recipe
+from fastdeit.pipelines.errors import UserError
+
+
+class Effect(NamedTuple):
+    """When a field has an effect in a resolved recipe; `needs` completes "it needs ..."."""
+
+    holds: Callable[[Recipe], bool]
+    needs: str
+
+
+def _mixes(r: Recipe) -> bool:
+    return r.augment.mix_prob > 0 and (r.augment.mixup_alpha > 0 or r.augment.cutmix_alpha > 0)
+
+
+ALWAYS = Effect(lambda r: True, "")
+_DEIT = Effect(lambda r: r.model.arch == "deit", "model.arch 'deit'")
+_TRAIN_MODE = Effect(
+    lambda r: not frozen_mode(r), "training mode: with model.init set departures.finetune_mode to 'train'"
+)
+_DROP_PATH = Effect(
+    lambda r: r.model.arch == "deit" and r.model.drop_path > 0 and not frozen_mode(r),
+    "model.arch 'deit', model.drop_path above 0 and, with model.init, departures.finetune_mode 'train'",
+)
+_INIT = Effect(lambda r: r.model.init is not None, "model.init")
+_VAL = Effect(lambda r: r.data.val is not None, "data.val")
+_DALI = Effect(lambda r: r.data.loader == "dali", "data.loader 'dali'")
+_COPIES = Effect(lambda r: r.data.repeats > 1, "data.repeats above 1")
+_CELLS = Effect(
+    lambda r: r.data.repeats > 1 and r.departures.placement == "local",
+    "data.repeats above 1 and departures.placement 'local'",
+)
+_RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "augment.policy 'randaugment'")
+_THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "augment.policy 'three_augment'")
+_ERASES = Effect(lambda r: r.augment.erase_prob > 0, "augment.erase_prob above 0")
+_MIX_PROB = Effect(lambda r: r.augment.mix_prob > 0, "augment.mix_prob above 0")
+_MIX_ALPHAS = Effect(
+    lambda r: r.augment.mixup_alpha > 0 or r.augment.cutmix_alpha > 0,
+    "augment.mixup_alpha or augment.cutmix_alpha above 0",
+)
+_BOTH_MIXES = Effect(
+    lambda r: _mixes(r) and r.augment.mixup_alpha > 0 and r.augment.cutmix_alpha > 0,
+    "augment.mixup_alpha, augment.cutmix_alpha and augment.mix_prob above 0",
+)
+_CUTMIX = Effect(
+    lambda r: _mixes(r) and r.augment.cutmix_alpha > 0, "augment.cutmix_alpha and augment.mix_prob above 0"
+)
+_DISTILS = Effect(
+    lambda r: r.objective.distillation != "none", "distillation: set objective.distillation to 'hard' or 'soft'"
+)
+_TEACHER = Effect(
+    lambda r: (
+        r.objective.distillation != "none"
+        and (r.teacher.labels is None or r.teacher.checkpoint is not None or r.teacher.name == LITE0)
+    ),
+    "distillation: set objective.distillation to 'hard' or 'soft'; with teacher.labels give teacher.checkpoint too",
+)
+_SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
+_ADAMW = Effect(lambda r: r.optim.name == "adamw", "optim.name 'adamw'")
+_SGD = Effect(lambda r: r.optim.name == "sgd", "optim.name 'sgd'")
+_WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
+_EMA = Effect(lambda r: r.ema.enabled, "ema.enabled True")
+_EMA_SCORES = Effect(lambda r: r.ema.enabled and r.data.val is not None, "ema.enabled True and data.val")
+_TWO_HEADS = Effect(
+    lambda r: r.model.arch == "deit" and r.model.distilled and r.data.val is not None,
+    "model.distilled True and data.val",
+)
+_DIST_TOKEN = Effect(lambda r: r.model.arch == "deit" and r.model.distilled, "model.distilled True")
+_TUNES_DISTILLED = Effect(
+    lambda r: r.model.init is not None and r.objective.distillation != "none", "model.init and distillation"
+)
+_AUTO_PRECISION = Effect(lambda r: r.run.precision == "auto", "run.precision 'auto'")
+
+EFFECTS: dict[str, Effect] = {
+    "compat": ALWAYS,
+    "name": ALWAYS,
+    "model.arch": ALWAYS,
+    "model.img_size": ALWAYS,
+    "model.patch_size": _DEIT,
+    "model.embed_dim": _DEIT,
+    "model.depth": _DEIT,
+    "model.num_heads": _DEIT,
+    "model.mlp_ratio": _DEIT,
+    "model.distilled": _DEIT,
+    "model.drop_rate": _TRAIN_MODE,
+    "model.drop_path": _TRAIN_MODE,
+    "model.drop_path_mode": _DROP_PATH,
+    "model.kernels": ALWAYS,
+    "model.num_classes": ALWAYS,
+    "model.init": ALWAYS,
+    "model.finetune": ALWAYS,
+    "data.train": ALWAYS,
+    "data.val": ALWAYS,
+    "data.loader": ALWAYS,
+    "data.stage": ALWAYS,
+    "data.hw_decoder_load": _DALI,
+    "data.threads": ALWAYS,
+    "data.prefetch": ALWAYS,
+    "data.repeats": ALWAYS,
+    "data.on_error": ALWAYS,
+    "data.cell_groups": _CELLS,
+    "augment.policy": ALWAYS,
+    "augment.randaugment": _RANDAUGMENT,
+    "augment.crop_scale": ALWAYS,
+    "augment.crop_ratio": ALWAYS,
+    "augment.hflip": ALWAYS,
+    "augment.interpolation": _RANDAUGMENT,
+    "augment.color_jitter": _THREE_AUGMENT,
+    "augment.erase_prob": ALWAYS,
+    "augment.erase_area": _ERASES,
+    "augment.erase_aspect": _ERASES,
+    "augment.mixup_alpha": _MIX_PROB,
+    "augment.cutmix_alpha": _MIX_PROB,
+    "augment.mix_prob": _MIX_ALPHAS,
+    "augment.cutmix_switch_prob": _BOTH_MIXES,
+    "augment.label_smoothing": ALWAYS,
+    "augment.mean": ALWAYS,
+    "augment.std": ALWAYS,
+    "augment.eval_crop": _VAL,
+    "objective.distillation": ALWAYS,
+    "objective.alpha": _SOFT,
+    "objective.tau": _SOFT,
+    # With teacher.labels the teacher is compared with the one that made them.
+    "teacher.name": _TEACHER,
+    "teacher.checkpoint": _DISTILS,
+    "teacher.labels": _DISTILS,
+    "teacher.img_size": _TEACHER,
+    "teacher.mean": _TEACHER,
+    "teacher.std": _TEACHER,
+    "optim.name": ALWAYS,
+    "optim.implementation": _ADAMW,
+    "optim.lr": ALWAYS,
+    "optim.lr_batch": ALWAYS,
+    "optim.weight_decay": ALWAYS,
+    "optim.betas": _ADAMW,
+    "optim.eps": _ADAMW,
+    "optim.momentum": _SGD,
+    "optim.clip_grad": ALWAYS,
+    "optim.warmup_epochs": ALWAYS,
+    "optim.warmup_lr": _WARMUP,
+    "optim.min_lr": ALWAYS,
+    "ema.enabled": ALWAYS,
+    "ema.decay": _EMA,
+    "run.epochs": ALWAYS,
+    "run.global_batch": ALWAYS,
+    "run.micro_batch": ALWAYS,
+    "run.seed": ALWAYS,
+    "run.output": ALWAYS,
+    "run.resume": ALWAYS,
+    "run.resume_changed": ALWAYS,
+    "run.precision": ALWAYS,
+    "run.device": ALWAYS,
+    "run.compile": ALWAYS,
+    "run.cuda_graphs": ALWAYS,
+    "run.profile": ALWAYS,
+    "run.eval_every": _VAL,
+    "run.eval_batch": _VAL,
+    "run.checkpoint_every": ALWAYS,
+    "run.keep_checkpoints": ALWAYS,
+    "run.log_every": ALWAYS,
+    "run.tensorboard": ALWAYS,
+    "run.progress": ALWAYS,
+    "departures.schedule_unit": ALWAYS,
+    "departures.schedule_lag": ALWAYS,
+    "departures.order_seed": ALWAYS,
+    "departures.epoch_multiple": ALWAYS,
+    "departures.single_process_repeats": _COPIES,
+    "departures.placement": _COPIES,
+    "departures.mix_group": ALWAYS,
+    "departures.cutmix_box": _CUTMIX,
+    "departures.decay_dist_token": _DIST_TOKEN,
+    "departures.ema_eval": _EMA_SCORES,
+    "departures.soft_reduction": _SOFT,
+    "departures.late_fusion": _TWO_HEADS,
+    "departures.finetune_distillation": _TUNES_DISTILLED,
+    "departures.finetune_mode": _INIT,
+    "departures.eval_sharding": _VAL,
+    "departures.loss_sync": ALWAYS,
+    "departures.amp_dtype": _AUTO_PRECISION,
+}
+
+# What versions before this one stored as their default: nobody gave it.
+_FORMER_DEFAULTS = {"departures.finetune_mode": "eval"}
+
+
+def frozen_mode(recipe: Recipe) -> bool:
+    """Whether the run fine-tunes in eval mode, without dropout and stochastic depth; of a resolved recipe."""
+    return recipe.model.init is not None and recipe.departures.finetune_mode == "eval"
+
+
+def fields(recipe: Recipe) -> dict[str, Any]:
+    """Every field of a recipe by its name on the command line."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(Recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            out |= {f"{field.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
+        else:
+            out[field.name] = value
+    return out
+
+
+def has_effect(recipe: Recipe, name: str) -> bool:
+    """Whether the field `name` changes anything in a resolved recipe."""
+    return EFFECTS[name].holds(recipe)
+
+
+def check_given(recipe: Recipe, base: Recipe, where: str = "") -> None:
+    """Raises UserError for each field of `recipe` that is not as in `base` and has no effect.
+
+    Both are resolved; `base` is the recipe before anybody changed it.
+    """
+    before = fields(base)
+    idle = [
+        f"{name} {value} has no effect in this run: it needs {EFFECTS[name].needs}"
+        for name, value in fields(recipe).items()
+        if value != before[name] and value != _FORMER_DEFAULTS.get(name) and not has_effect(recipe, name)
+    ]
+    if idle:
+        raise UserError(f"{where}{'; '.join(idle)}. Leave {'it' if len(idle) == 1 else 'them'} out")

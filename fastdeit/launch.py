@@ -1,0 +1,55 @@
+"""How the processes of a run were started: by torchrun, or one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from fastdeit.pipelines.errors import UserError
+
+# A launcher's own count of the tasks that it started, and the name of the launcher.
+_COUNTS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}
+_REMEDY = (
+    "start one task on each node, and in it torchrun: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES "
+    "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 -m fastdeit.train RECIPE ..."
+)
+
+
+def rank(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of this process in its run."""
+    return int(environ.get("RANK", 0))
+
+
+def size(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of processes of the run."""
+    return int(environ.get("WORLD_SIZE", 1))
+
+
+def check_launch(environ: Mapping[str, str] = os.environ) -> str | None:
+    """A warning where a SLURM job has more tasks than the one that runs here, else None.
+
+    Raises UserError where a launcher other than torchrun started several processes, each of which would believe itself
+    alone.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return None
+    for variable, launcher in _COUNTS.items():
+        if _number(environ, variable) > 1:
+            raise UserError(
+                f"{launcher} started {environ[variable]} tasks, but without torchrun each would train alone: {_REMEDY}"
+            )
+    tasks = environ.get("SLURM_NTASKS", "")
+    if _number(environ, "SLURM_NTASKS") <= 1 or "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" in environ:
+        return None
+    if _number(environ, "SLURM_PROCID") > 0:
+        raise UserError(f"SLURM started {tasks} tasks, but without torchrun each would train alone: {_REMEDY}")
+    return f"the SLURM job has {tasks} tasks, and this run uses one. For all of them {_REMEDY}"
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "")
+    return int(text) if text.isdecimal() else 0

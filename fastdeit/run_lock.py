@@ -1,0 +1,123 @@
+"""One writer for each run folder: two runs in one folder would mix their logs and prune each other's checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.locks import lock
+
+NAME = "run.lock"
+HEARTBEAT = 10.0  # seconds between two touches of the file by its holder
+
+
+class RunLock:
+    """Holds a run's folder for this process until `close`, or until the process ends in whatever way.
+
+    notes  sentences for the run's opening lines: a lock that was taken over, a file system without locks
+
+    The lock is flock's, which the system drops with the process. The file names its holder. On a shared file system
+    flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds: a
+    lock left by another machine, or one without flock, counts as held while those touches go on. Raises UserError,
+    naming host and process, where another run holds the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.notes = folder / NAME, list[str]()
+        self._ended = threading.Event()
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            self._take()
+        except BaseException:
+            self._file.close()
+            raise
+        self._beat = threading.Thread(target=self._touch, name="fastdeit-run-lock", daemon=True)
+        self._beat.start()
+
+    def _take(self) -> None:
+        try:
+            locked = lock(self._file)
+        except BlockingIOError as error:
+            raise UserError(f"{self._in_use(self._holder())}: wait for it or stop it, or {_ELSEWHERE}") from error
+        left = self._holder()
+        if not locked:
+            self.notes.append(
+                f"{self.path}: this file system has no locks, so that another run which starts here in the same "
+                f"{HEARTBEAT:.0f} seconds may go unnoticed"
+            )
+        if left and (not locked or left.get("host") != socket.gethostname()):
+            print(
+                f"{self.path} names {_process(left)}: looking for {2.5 * HEARTBEAT:.0f} s whether it still runs",
+                file=sys.stderr,
+                flush=True,
+            )
+            if self._touched():
+                raise UserError(
+                    f"{self._in_use(left)}, which still touches {NAME}, though this machine does not see its lock: "
+                    f"stop it there, or {_ELSEWHERE}"
+                )
+            self.notes.append(f"{self.path} was left by {_process(left)}, which no longer touches it: taken over")
+        self._file.truncate(0)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        self._file.write(json.dumps(me).encode() + b"\n")
+
+    def _holder(self) -> dict[str, Any]:
+        """What the file says of its holder; empty where it says nothing."""
+        self._file.seek(0)
+        try:
+            holder = json.loads(self._file.read(4096))
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _in_use(self, holder: dict[str, Any]) -> str:
+        return f"{self.path.parent} is in use by {_process(holder)}"
+
+    def _touched(self) -> bool:
+        """Whether somebody touches the file within two and a half heartbeats.
+
+        It is opened anew for each look, since NFS asks the server only then.
+        """
+        before, end = self._changed(), time.monotonic() + 2.5 * HEARTBEAT
+        while time.monotonic() < end:
+            time.sleep(HEARTBEAT / 10)
+            if self._changed() != before:
+                return True
+        return False
+
+    def _changed(self) -> int:
+        with open(self.path, "rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+
+    def _touch(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # a server that is away for a while must not end a run
+                os.utime(self._file.fileno())
+
+    def close(self) -> None:
+        """Let the next run have the folder; may be called twice."""
+        if self._file.closed:
+            return
+        self._ended.set()
+        self._beat.join()
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)  # nothing is left to explain
+        self._file.close()
+
+
+_ELSEWHERE = "give another --run.output"
+
+
+def _process(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another run"
+    return f"process {holder.get('pid')} on host {holder.get('host')} (since {holder.get('since')})"

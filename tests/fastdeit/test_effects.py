@@ -1,0 +1,190 @@
+"""What was given has an effect, or is refused by name; a file names the recipe that it starts from."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.cli import parse_recipe
+from fastdeit.config import Recipe
+from fastdeit.distributed import world
+from fastdeit.effects import EFFECTS, fields, has_effect
+from fastdeit.pipelines.errors import UserError
+from fastdeit.recipes import RECIPES, deit_tiny
+from fastdeit.trainer import Trainer
+
+
+def test_every_field_is_declared():
+    assert set(EFFECTS) == set(fields(Recipe(name="")))
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["deit_small", "--teacher.name", "resnet18"], "teacher.name"),
+        (["deit_small", "--teacher.checkpoint", "x.pt"], "teacher.checkpoint"),
+        (["deit_small", "--teacher.labels", "x"], "teacher.labels"),
+        (["deit_small_distilled", "--teacher.labels", "x", "--teacher.name", "resnet18"], "teacher.name"),
+        (["deit_small_distilled", "--objective.tau", "2"], "objective.tau"),
+        (["deit_small", "--augment.color_jitter", "0.1"], "augment.color_jitter"),
+        (["deit_small", "--augment.policy", "plain", "--augment.randaugment", "rand-m5-inc1"], "augment.randaugment"),
+        (["deit_small", "--augment.erase_prob", "0", "--augment.erase_area", "0.1", "0.2"], "augment.erase_area"),
+        (["deit_small", "--augment.mixup_alpha", "0", "--augment.cutmix_switch_prob", "0.2"], "augment.cutmix_switch"),
+        (["deit_small", "--augment.mix_prob", "0", "--augment.cutmix_alpha", "0.2"], "augment.cutmix_alpha"),
+        (["deit_small", "--ema.enabled", "False", "--ema.decay", "0.9"], "ema.decay"),
+        (["deit_small", "--optim.momentum", "0.8"], "optim.momentum"),
+        (["deit_base_transfer", "--model.init", "x.pt", "--optim.eps", "1e-6"], "optim.eps"),
+        (["deit_small", "--run.eval_every", "5"], "run.eval_every"),
+        (["deit_small", "--data.hw_decoder_load", "0.5"], "data.hw_decoder_load"),
+        (["deit_small", "--data.repeats", "1", "--data.cell_groups", "2"], "data.cell_groups"),
+        (["deit_base_384", "--model.init", "x.pt", "--model.drop_path", "0.3"], "model.drop_path"),
+        (["deit_small", "--departures.finetune_mode", "train"], None),  # what it is anyway
+        (["convnet_teacher", "--model.embed_dim", "64"], "model.embed_dim"),
+    ],
+)
+def test_what_has_no_effect_is_refused_by_name(args, named, tmp_path):
+    if named is None:
+        parse_recipe(args)
+        return
+    with pytest.raises(UserError, match=rf"{named}\S* .* has no effect in this run"):
+        parse_recipe(args)
+    # The same in a file.
+    flags = [word for word in args[1:] if word.startswith("--")]
+    values: dict = {"name": args[0]}
+    for flag in flags:
+        section, _, name = flag.removeprefix("--").partition(".")
+        at = args.index(flag) + 1
+        words = args[at : next((i for i in range(at, len(args)) if args[i].startswith("--")), len(args))]
+        values.setdefault(section, {})[name] = words if len(words) > 1 else words[0]
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=rf"run\.json.*{named}\S* .* has no effect in this run"):
+        parse_recipe(["--config", str(file)])
+
+
+def test_the_same_value_with_an_effect_is_taken():
+    base = ["deit_small_distilled", "--teacher.checkpoint", "x.pt", "--teacher.name", "resnet18"]
+    assert parse_recipe(base).teacher.name == "resnet18"
+    parse_recipe([*base, "--teacher.labels", "x"])  # compared with the labels' own teacher
+    parse_recipe(["deit_small", "--augment.mix_prob", "0"])  # which turns mixing off
+    parse_recipe([*base, "--objective.distillation", "soft", "--objective.tau", "2"])
+    parse_recipe(["deit_small", "--augment.policy", "three_augment", "--augment.color_jitter", "0.1"])
+    parse_recipe(
+        ["deit_base_384", "--model.init", "x.pt", "--departures.finetune_mode", "train", "--model.drop_path", "0"]
+    )
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled", "deit_base_384", "deit_base_transfer"])
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_a_stored_recipe_starts_the_same_run(name, compat, tmp_path):
+    init = dataclasses.replace(
+        RECIPES[name]().model, init=tmp_path / "w.pt" if RECIPES[name]().model.finetune else None
+    )
+    recipe = dataclasses.replace(RECIPES[name](), compat=compat, model=init)
+    if compat == "released" and init.init is not None:
+        recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, distillation="none"))
+    recipe = recipe.resolved()
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    assert parse_recipe(["--config", str(file)]) == recipe
+    # As versions stored it in which every run that starts from weights was in eval mode.
+    old = dataclasses.replace(recipe, departures=dataclasses.replace(recipe.departures, finetune_mode="eval"))
+    file.write_text(json.dumps(old.to_dict()))
+    assert parse_recipe(["--config", str(file)]) == old
+
+
+def test_a_file_names_its_recipe_or_is_refused(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('name = "deit_base"\n[optim]\nlr = 1e-3\n')
+    assert parse_recipe(["--config", str(file)]).model.embed_dim == 768
+    with pytest.raises(UserError, match=r"the command line names the recipe deit_tiny, .*run.toml names deit_base"):
+        parse_recipe(["deit_tiny", "--config", str(file)])
+    for name in ('"my_deit_base"', '"deit_bse"', "3", "[1]"):
+        file.write_text(f"name = {name}\n[optim]\nlr = 1e-3\n")
+        for first in ([], ["deit_base"]):
+            with pytest.raises(
+                UserError, match=r"run\.toml: there is no recipe .* set name to one of deit_tiny, .*deit_base"
+            ):
+                parse_recipe([*first, "--config", str(file)])
+
+
+def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
+    plain = {
+        "augment": {"policy": "plain", "erase_prob": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+        "data": {"val": None, "repeats": 1},
+        "ema": {"enabled": False},
+    }
+    idle = {
+        "augment": {
+            "randaugment": "rand-m3-inc1", "interpolation": "random", "color_jitter": 0.9, "erase_area": (0.3, 0.4),
+            "erase_aspect": (0.9, 1.0), "mix_prob": 0.5, "cutmix_switch_prob": 0.1, "eval_crop": 0.5,
+        },
+        "objective": {"alpha": 0.7, "tau": 7.0},
+        "teacher": {"name": "resnet18", "img_size": 64, "mean": (0, 0, 0)},
+        "optim": {"momentum": 0.1},
+        "ema": {"decay": 0.5},
+        "data": {"cell_groups": 1, "hw_decoder_load": 0.1},
+        "run": {"eval_every": 7, "eval_batch": 3},
+        "model": {"drop_path_mode": "skip"},
+        "departures": {
+            "cutmix_box": "floor", "soft_reduction": "elements", "late_fusion": "logits", "finetune_mode": "eval",
+            "placement": "spread", "single_process_repeats": "dropped", "eval_sharding": "replicate", "ema_eval": False,
+            "finetune_distillation": "refused",
+        },
+    }  # fmt: skip
+    runs = []
+    for name, more in (("plain", {}), ("idle", idle)):
+        sections = {s: {**plain.get(s, {}), **more.get(s, {})} for s in {*plain, *more}}
+        run = {"epochs": 1, "output": tmp_path / name, **sections.get("run", {})}
+        model = {"drop_path": 0.0, "distilled": False, **sections.get("model", {})}
+        runs.append(tiny(deit_tiny, **{**sections, "run": run, "model": model}))
+    for section, values in idle.items():
+        assert not any(has_effect(runs[0], f"{section}.{name}") for name in values)
+    weights = []
+    for recipe in runs:
+        with world("cpu") as joined:
+            Trainer(recipe, joined).run()
+        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
+    """As of versions in which every run that starts from weights was in eval mode."""
+    recipe = tiny(deit_tiny, run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        state = checkpoint.load(path)
+        state["recipe"]["departures"]["finetune_mode"] = "eval"
+        state["recipe"]["teacher"]["name"] = "resnet18"
+        torch.save(state, path)
+        Trainer(recipe, joined).run()
+        fine = tiny(deit_tiny, model={"init": path}, run={"epochs": 1, "output": tmp_path / "fine"})
+        Trainer(fine, joined).run()
+        path = checkpoint.found(fine.run.output / "checkpoints")[0]
+        state = checkpoint.load(path)
+        state["recipe"]["departures"]["finetune_mode"] = "eval"
+        torch.save(state, path)
+        trainer = Trainer(fine, joined)
+        with pytest.raises(UserError, match=r"departures\.finetune_mode = eval, this run has train"):
+            trainer.run()
+
+
+def test_no_switch_hides_itself():
+    """A value that turns something off has an effect, so a field's own value is no part of its condition."""
+    recipes = [make().filled() for make in RECIPES.values()]
+    for recipe in recipes:
+        for name, value in fields(recipe).items():
+            section, _, field = name.partition(".")
+            if isinstance(value, bool):
+                others = [not value]
+            elif isinstance(value, int | float):
+                others = [type(value)(0), type(value)(1)]
+            else:
+                continue
+            for other in others:
+                part = dataclasses.replace(getattr(recipe, section), **{field: other})
+                changed = dataclasses.replace(recipe, **{section: part})
+                assert has_effect(changed, name) == has_effect(recipe, name), name

@@ -1,0 +1,95 @@
+"""Several tasks without torchrun, and cheap mistakes: refused at once, without PyTorch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastdeit.launch import check_launch
+from fastdeit.pipelines.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "4"},
+        {"PMI_SIZE": "4"},
+    ],
+)
+def test_tasks_without_torchrun_are_refused(environ):
+    with pytest.raises(
+        UserError, match=r"without torchrun each would train alone: start one task on each node.*torchrun"
+    ):
+        check_launch(environ)
+    assert check_launch({**environ, "RANK": "0", "WORLD_SIZE": "2"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "warned"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun -n 1 in a larger job
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, True),  # the batch script itself
+        ({"SLURM_NTASKS": "8"}, False),
+    ],
+)
+def test_one_task_may_train(environ, warned):
+    assert (check_launch(environ) is not None) == warned
+
+
+MISTAKES = """
+import json, sys, time
+from fastdeit.train import train
+out = []
+for args in json.loads(sys.argv[1]):
+    sys.argv[1:] = args
+    try:
+        train()
+    except Exception as error:
+        out.append(str(error))
+    assert "torch" not in sys.modules, args
+print(json.dumps(out))
+"""
+
+
+def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
+    train = ["--data.train", str(data / "train.beton")]
+    cases = {
+        "no data set: give --data.train": ["deit_tiny"],
+        "--data.train /nowhere: there is no such file": ["deit_tiny", "--data.train", "/nowhere"],
+        "--data.val /nowhere: there is no such file": ["deit_tiny", *train, "--data.val", "/nowhere"],
+        "there is no recipe 'deit_huge': choose one of deit_tiny": ["deit_huge"],
+        "--model.init /nowhere.pt: there is no such file": ["deit_tiny", *train, "--model.init", "/nowhere.pt"],
+        "--run.resume /nowhere.pt: there is no such file": ["deit_tiny", *train, "--run.resume", "/nowhere.pt"],
+        "give --teacher.checkpoint FILE": ["deit_tiny_distilled", *train],
+        "--teacher.checkpoint /n.pt: there is no such file": [
+            "deit_tiny_distilled", *train, "--teacher.checkpoint", "/n.pt",
+        ],
+        "--teacher.labels /nowhere: there is no such folder": [
+            "deit_tiny_distilled", *train, "--teacher.labels", "/nowhere",
+        ],
+        "the data set has 160 images fewer than a global batch of 1024": ["deit_tiny", *train],
+        "whole mixing groups of 64": ["deit_tiny", *train, "--run.global_batch", "100"],
+        "set --model.num_classes 4": ["deit_tiny", *train, "--model.num_classes", "2"],
+        "augment.color_jitter 0.5 has no effect": ["deit_tiny", *train, "--augment.color_jitter", "0.5"],
+    }  # fmt: skip
+    output = ["--run.output", str(tmp_path / "run")]
+    command = [sys.executable, "-c", MISTAKES, json.dumps([[*args, *output] for args in cases.values()])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for wanted, found in zip(cases, json.loads(done.stdout), strict=True):
+        assert wanted in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_tasks_end_with_the_remedy(data):
+    command = [sys.executable, "-m", "fastdeit.train", "deit_tiny", "--data.train", str(data / "train.beton")]
+    environ = {**os.environ, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+    assert done.returncode == 2
+    assert "srun --ntasks-per-node=1 torchrun" in done.stderr

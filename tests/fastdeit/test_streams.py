@@ -1,0 +1,119 @@
+"""A reader that goes away, a full disk, a closed stdout: training goes on and the log says so."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fastdeit import checkpoint
+from fastdeit.logs import RunLog
+
+PRINTS = """
+import json, sys
+from pathlib import Path
+from fastdeit.streams import keep_streams
+keep_streams()
+from fastdeit.logs import RunLog
+log = RunLog(Path(sys.argv[1]), active=True, tensorboard=False, progress=False)
+for i in range(3000):
+    log.say(f"sentence {i} of some length, so that buffers fill up")
+    log.event("train", epoch=0, step=i, global_step=i)
+print("a plain print")
+log.close()
+opened = open(Path(sys.argv[1]) / "other", "w")
+assert opened.fileno() > 2
+"""
+
+
+def warnings(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "train" for line in lines) == 3000
+    return [line["text"] for line in lines if line["event"] == "warning"]
+
+
+@pytest.mark.parametrize("how", ["head", "full", "closed", "closed stderr"])
+def test_output_that_cannot_be_written_is_noted_in_the_log(tmp_path, how):
+    command = (
+        f'"{sys.executable}" -c "$CODE" "{tmp_path}" '
+        + {
+            "head": "| head -n 1",
+            "full": "> /dev/full",
+            "closed": ">&-",
+            "closed stderr": "2>&- > /dev/null",
+        }[how]
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "CODE": PRINTS},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    said = warnings(tmp_path)
+    wanted = {"head": "Broken pipe", "full": "No space left on device"}.get(how)
+    if wanted is None:
+        assert said == []
+    else:
+        (text,) = said
+        assert text.startswith("stdout cannot be written")
+        assert wanted in text
+    assert done.stdout == ("sentence 0 of some length, so that buffers fill up\n" if how == "head" else "")
+
+
+def test_training_outlives_the_reader_of_its_output(tiny, launch, events):
+    recipe = tiny(run={"epochs": 2})
+    process = launch(recipe, wait=False, stdout_reader="head -n 1")
+    assert process.wait(timeout=120) == 0
+    assert events(recipe.run.output, "end")
+    assert any("Broken pipe" in e["text"] for e in events(recipe.run.output, "warning"))
+    assert checkpoint.found(recipe.run.output / "checkpoints")
+
+
+@pytest.fixture
+def small_files():
+    """Function: files of this process may have so many bytes at most; the system then refuses as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in tensorboard's own thread
+def test_a_tensorboard_folder_that_refuses_ends_no_run(tmp_path, capsys):
+    log = RunLog(tmp_path, active=True, tensorboard=True, progress=False)
+    log._board.flush()
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "tensorboard").write_text("in the way")
+    for i in range(200):  # its own thread writes when it likes
+        log.event("train", epoch=0, step=i, global_step=i, loss=1.0)
+    log.event("end", epoch=1)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "train" for line in lines) == 200
+    (warning,) = [line["text"] for line in lines if line["event"] == "warning"]
+    assert warning.startswith("TensorBoard's files cannot be written")
+    assert capsys.readouterr().out == f"warning: {warning}\n"
+    blocked = RunLog(tmp_path, active=True, tensorboard=True, progress=False)  # from the start
+    blocked.close()
+    assert "TensorBoard's files cannot be written" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, capsys):
+    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
+    log.event("train", step=0)
+    size = (tmp_path / "log.jsonl").stat().st_size
+    small_files(size + 10)  # a torn line
+    for i in range(1, 4):
+        log.event("train", step=i)
+    small_files(resource.RLIM_INFINITY)
+    log.event("train", step=4)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("step", line["event"]) for line in lines] == [0, "warning", 4]
+    assert "3 events are missing here" in lines[1]["text"]
+    assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
