@@ -6,10 +6,13 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastdeit.config import COMPAT, SOFT_DEFAULTS, Recipe
@@ -28,18 +31,34 @@ def run(main: Callable[[], T]) -> T:
     """Call `main`; an error that a person can mend ends the program with its sentence and exit status 2.
 
     Those are UserError, and an OSError about a path or a full, read-only or failing machine. Any other exception is
-    a bug and goes on: a traceback, and exit status 1. Ctrl-C: "interrupted", 130.
+    a bug and goes on: a traceback, and exit status 1. Ctrl-C: "interrupted", 130, also where a library that is being
+    imported or called makes another exception of it.
     """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # which alone handles signals
+    noting = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if noting:
+        signal.signal(signal.SIGINT, note)
+    sentence: str | None = None
     try:
         return main()
-    except UserError as error:
-        sentence = str(error)
-    except OSError as error:
-        found = os_sentence(error)
-        if found is None:
-            raise
-        sentence = found
     except KeyboardInterrupt:
+        came.append(signal.SIGINT)
+    except Exception as error:
+        sentence = os_sentence(error) if isinstance(error, OSError) else None
+        if isinstance(error, UserError):
+            sentence = str(error)
+        if sentence is None and not came:
+            raise
+    finally:
+        if noting:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came or sentence is None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     print(f"error: {printable(sentence)}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -47,6 +48,21 @@ def test_what_a_person_can_mend_is_a_sentence():
 
 def test_ctrl_c():
     assert end("KeyboardInterrupt") == (130, "interrupted\n")
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error(capsys):
+    """As NumPy's import does, into a RecursionError."""
+
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RecursionError("maximum recursion depth exceeded") from None
+
+    with pytest.raises(SystemExit, match="130"):
+        run(main)
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
