@@ -18,7 +18,7 @@ from fastdeit.checkpoint_file import DamagedError, ForeignError, check_file, che
 from fastdeit.inputs import check_checkpoint
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.files import open_regular, sync_folder
-from fastdeit.pipelines.machine import machine_error
+from fastdeit.pipelines.machine import MachineError, machine_error
 
 FORMAT = 1
 _FIELDS = {
@@ -57,7 +57,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
                 temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise machine_error(error, f"{path}: cannot be written; the checkpoints before it are untouched") from error
+        cannot = machine_error(error, f"{path}: cannot be written")
+        raise MachineError(f"{cannot}; the checkpoints before it are untouched") from error
 
 
 @contextlib.contextmanager

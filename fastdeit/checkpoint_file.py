@@ -144,7 +144,7 @@ def _check_pickles(stream: io.BytesIO, count: int, path: object) -> None:
                 if code.name == "GLOBAL" and argument not in _PLAIN:
                     raise ForeignError(_foreign(path, str(argument)))
                 if code.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
-                    raise ForeignError(_foreign(path, f"an object ({code.name})"))
+                    raise ForeignError(_foreign(path, code.name))
     except ForeignError:
         raise
     except Exception:  # it is cut short or no pickle at all, which torch.load says better
@@ -153,8 +153,8 @@ def _check_pickles(stream: io.BytesIO, count: int, path: object) -> None:
 
 def _foreign(path: object, what: str) -> str:
     return (
-        f"{path} holds more than tensors and plain containers, or is no checkpoint; it was not loaded. "
-        f"Save the state dict alone, or as .safetensors. (It names {what[:200]!r})"
+        f"{path} holds an object of {what[:200]!r}, and only tensors and plain containers are loaded: save its state dict "
+        "alone, with torch.save or as .safetensors"
     )
 
 
