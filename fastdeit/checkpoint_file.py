@@ -153,8 +153,8 @@ def _check_pickles(stream: io.BytesIO, count: int, path: object) -> None:
 
 def _foreign(path: object, what: str) -> str:
     return (
-        f"{path} holds an object of {what[:200]!r}, and only tensors and plain containers are loaded: save its state dict "
-        "alone, with torch.save or as .safetensors"
+        f"{path} holds an object of {what[:200]!r}, and only tensors and plain containers are loaded: save its state "
+        "dict alone, with torch.save or as .safetensors"
     )
 
 

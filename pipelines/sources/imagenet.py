@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.errors import fact
-from fastdeit.pipelines.regular import check_regular
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SampleError, SourceError, class_labels, is_image
 from fastdeit.pipelines.sources.files import read_bytes, read_text
@@ -208,7 +207,6 @@ def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
     """
     if str(path) == "timm":
         path = Path(str(resources.files("timm.data") / "_info" / "imagenet_real_labels.json"))
-    check_regular(path)
     try:
         lists = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:

@@ -72,7 +72,7 @@ def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, dev
     monkeypatch.setattr(augment_kernels, "_add_kornia", broken)
     monkeypatch.setattr(augment_kernels.v2.RandAugment, "forward", silent)
     records = {record["pass"]: record for record in measure(job, device, by_the_clock, no_graph, 1e9)}
-    assert records["augment"]["failed"]["kornia"] == "module 'kornia' has no attribute 'auto'"
+    assert records["augment"]["failed"]["kornia"] == "AttributeError: module 'kornia' has no attribute 'auto'"
     assert records["augment"]["failed"]["torchvision, one draw a batch"] == "AssertionError"
     assert not records["stage"]["failed"]
     assert all("fastdeit" in record["sides"] for record in records.values())

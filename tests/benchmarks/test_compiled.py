@@ -53,7 +53,7 @@ def test_nothing_spills_or_needs_more_shared_memory_than_there_is(found):
 
 def test_matrix_products_run_on_the_matrix_units(found):
     attention = [each for each in found if each.name.startswith("attention") and " fp32 " not in each.name]
-    assert len(attention) >= 12
+    assert len(attention) >= 9
     for each in attention:
         assert each.mnemonics.get(MATRIX[each.architecture], 0) > 0, (each.name, each.architecture)
         assert each.wgmma == (each.architecture == 90), (each.name, each.architecture)

@@ -225,11 +225,11 @@ def test_no_room_in_shared_memory(tmp_path, monkeypatch):
         next(encoded(source, range(3), Encoding(), 2))
 
 
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
 def test_what_is_no_file_is_refused_at_once(tmp_path, beton, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     path = tmp_path / "odd.beton"
-    if kind == "pipe":
+    if kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":
         bound = socket.socket(socket.AF_UNIX)
@@ -239,7 +239,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, beton, kind, monkeypatch):
     results = []
 
     def attempt(opening, target):
-        with pytest.raises(NoRegularFileError, match=f"is a {kind}, not a file: give a regular file"):
+        with pytest.raises(NoRegularFileError, match=f"Is a {kind}, not a file: name a regular file"):
             opening(target)
         results.append(target)
 
