@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None:
     """Look at everything that a resolved recipe names and that needs no network: files, classes, the batch.
 
-    `world` is the number of processes, `labels` whether stored labels must be there already. Raises UserError or
-    ValueError, naming the option and the remedy.
+    `world` is the number of processes, `labels` whether stored labels must be there already. Raises UserError,
+    naming the option and the remedy.
     """
     run, model, teacher = recipe.run, recipe.model, recipe.teacher
     train = open_dataset(recipe.data.train, "data.train")
@@ -37,7 +37,7 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None
         if labels and teacher.labels is not None:
             if not teacher.labels.is_dir():
                 raise UserError(
-                    f"--teacher.labels {teacher.labels}: there is no such folder (fastdeit-label makes one)"
+                    f"--teacher.labels {teacher.labels}: there is no such folder: make it with fastdeit-label"
                 )
         else:
             check_teacher(teacher)
@@ -49,7 +49,7 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None
 def open_dataset(path: Path | None, option: str) -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    Raises UserError where it is not given or not there, ValueError where it is damaged or of another kind.
+    Raises UserError where it is not given, not there, damaged or of another kind.
     """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
@@ -103,7 +103,7 @@ def repeats(recipe: Recipe, world: int) -> int:
 
 
 def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -> EpochOrder:
-    """The training order of `length` images on a process. Raises ValueError for a batch that cannot be divided."""
+    """The training order of `length` images on a process. Raises UserError for a batch that cannot be divided."""
     from fastdeit.pipelines.order import EpochOrder  # here, since it loads numba
 
     d = recipe.departures

@@ -31,15 +31,21 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self.notes = folder / NAME, list[str]()
         self._ended = threading.Event()
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
-        try:
-            self._take()
-        except BaseException:
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+            try:
+                self._take()
+                # Whoever held it may have removed it while this waited to be opened.
+                if self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                    break
+            except BaseException:
+                self._file.close()
+                raise
             self._file.close()
-            raise
         self._beat = threading.Thread(target=self._touch, name="fastdeit-run-lock", daemon=True)
         self._beat.start()
 
@@ -104,14 +110,17 @@ class RunLock:
                 os.utime(self._file.fileno())
 
     def close(self) -> None:
-        """Let the next run have the folder; may be called twice."""
+        """Let the next run have the folder; may be called twice. A run that wrote nothing leaves no folder either."""
         if self._file.closed:
             return
         self._ended.set()
         self._beat.join()
         with contextlib.suppress(OSError):
-            self._file.truncate(0)  # nothing is left to explain
+            self.path.unlink()  # while it is locked, so that nobody else takes it up
         self._file.close()
+        with contextlib.suppress(OSError):  # of a folder that is not empty
+            for folder in self._made:
+                folder.rmdir()
 
 
 _ELSEWHERE = "give another --run.output"

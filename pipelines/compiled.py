@@ -124,7 +124,7 @@ def _guard(store: Any) -> None:
     def load_overload(*args: Any) -> Any:
         try:
             return load(*args)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file can fail anywhere in the reader
             _say_once(f"compiled code in {store.cache_path} cannot be read ({error}): it is compiled anew")
             return None
 

@@ -55,6 +55,7 @@ class Conversion:
         self.notes: list[str] = []
         self.position = self.restored = self.saved = self.size = self.last_label = 0
         self.pending: list[Kept | Reject] = []
+        self._replaced: list[int] | None = None  # what an interrupted run was about to replace; see `Journal`
         names = [source.name(index) for index in order.tolist()]
         self.names_hash = _hash(names)
         self.real = None if real_labels is None else read_real_labels(real_labels, names)
@@ -69,9 +70,10 @@ class Conversion:
         with journal:
             # What another run left is kept, whatever comes of this one, until it is taken up or dropped.
             writer.keep = journal.begun
+            self._replaced = journal.replaced()
             try:
                 with self._writing():
-                    writer.check(journal.replaced())
+                    writer.check(self._replaced)
                     if not journal.begun:
                         check_leftovers(self.dest)
                 with writer:
@@ -87,7 +89,7 @@ class Conversion:
                             f"with --verify"
                         ) from error
                     raise
-                if not writer.keep:
+                if not writer.keep and self._replaced is None:
                     journal.remove()
                 if isinstance(error, DiskFull):
                     raise DiskFull(f"{error}. {self._left(writer.keep)}") from error.__cause__
@@ -128,6 +130,7 @@ class Conversion:
             with self._writing():
                 count = writer.restore(entry.record for entry in journal.entries() if isinstance(entry, Kept))
                 journal.cut(count)
+                self._note_replaced(journal)
             self._count_restored(journal, encoding)
             writer.keep = self.restored > 0
         else:
@@ -137,10 +140,16 @@ class Conversion:
                 writer.restore(())
                 writer.keep = False
                 journal.begin(description)
+                self._note_replaced(journal)
         if resume and not self.restored:
             self.notes.append("there was nothing to resume, so it began at the first image")
         if not journal.locked:
             self.notes.append("this file system has no locks: nothing kept another conversion from writing here, too")
+
+    def _note_replaced(self, journal: Journal) -> None:
+        """Have the journal remember across another interrupt what it was about to replace."""
+        if self._replaced is not None:
+            journal.note_replaced(self._replaced)
 
     def _count_restored(self, journal: Journal, encoding: Encoding) -> None:
         last: tuple[int, Kept] | None = None
@@ -241,7 +250,7 @@ class Conversion:
             described["real_labels"] = [self.real[i] for i in np.flatnonzero(kept)]
         class_names = self.source.class_names or [str(i) for i in range(self.last_label + 1)]
         with self._writing():
-            writer.check(journal.replaced())
+            writer.check(self._replaced)
             if (replaced := mark(self.dest)) is not None:
                 journal.note_replaced(replaced)
             # The list first: what has its name is complete.

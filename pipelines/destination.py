@@ -39,9 +39,10 @@ def temporary_paths(dest: Path) -> list[Path]:
 def check_apart(dest: Path, format: str, source: Source) -> None:
     """Raise ConvertError where writing to `dest` would change the source: its own files, or a folder it reads."""
     inputs = source.inputs()
-    if format == "webdataset":
+    described = source.describe()
+    if format == "webdataset" and described["kind"] in ("webdataset", "parquet"):
         # Another folder in a folder of archives makes it a folder of classes, which nothing can resume.
-        inputs = [*inputs, Path(source.describe().get("path", dest.parent / "none"))]
+        inputs = [*inputs, Path(described["path"])]
     place = Path(os.path.realpath(dest.parent)) / dest.name
     taken = {_status(path) for path in _all_names(dest)} - {None}
     for path in inputs:

@@ -76,7 +76,9 @@ class Journal:
         """Whether it is a journal, be it damaged, that was begun; False for an empty file."""
         self._file.seek(0)
         start = self._file.read(len(_START))
-        if start and not (len(start) == len(_START) and start[9:] == _START[9:]):
+        # A power cut may leave a part of the first line, or zeros.
+        torn = not start.strip(b"\0") or (start[:8].isalnum() and start[8:] == _START[8 : len(start)])
+        if start and not torn:
             raise JournalError(
                 f"{self.path}: is not a journal of fastdeit-convert: move it away, or name another place"
             )

@@ -16,6 +16,7 @@ _REMEDIES = {
     errno.EIO: "the disk or its connection failed: look at dmesg, and copy the data to a healthy disk",
     errno.ENOSPC: "the disk is full: free some space, then run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again",
+    errno.EFBIG: "File too large: name a place whose file system and ulimit -f allow larger files",
     errno.EROFS: "the file system is read-only: mount it writable, or write to another folder",
     errno.EACCES: "this user has no permission: change the file's mode or owner",
     errno.EPERM: "this user has no permission: change the file's mode or owner",

@@ -18,7 +18,7 @@ import numpy as np
 from fastdeit.pipelines import sidecar
 from fastdeit.pipelines.beton import JPEG, MAX_SIDE, RAW
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.files import sync_folder
+from fastdeit.pipelines.files import mark, sync_folder
 from fastdeit.pipelines.shard_layout import (
     END,
     KIND,
@@ -97,6 +97,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._partial, self._old = (self.path.with_name(self.path.name + end) for end in (".partial", ".replaced"))
         self._started = False
+        self._replaced: list[int] | None = None  # the mark of the data set that an interrupted run moved away
         self._flushed: tuple[int, int] | None = None  # shard and byte up to which all is known to be on disk
         self.check()
 
@@ -258,6 +259,7 @@ class ShardWriter:
         """Raise ShardError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
         from fastdeit.pipelines.shards import ShardDataset  # which imports this
 
+        self._replaced = replaced or self._replaced
         if not os.path.lexists(self.path):
             return
         try:
@@ -284,10 +286,13 @@ class ShardWriter:
         old = self._old
         # All that was written is complete: an interrupt from here on must not have it removed.
         self._started, self._flushed = False, None
+        # A folder that nothing is moved to now is what an interrupted run moved there, or somebody else's.
+        ours = self._replaced is not None and mark(old) == self._replaced
         if not self.path.exists() or not os.listdir(self.path):
             os.rename(self._partial, self.path)
         elif _exchange(self._partial, self.path):
             os.rename(self._partial, old)
+            ours = True
         else:
             os.rename(self.path, old)
             try:
@@ -295,9 +300,11 @@ class ShardWriter:
             except OSError:
                 os.rename(old, self.path)
                 raise
+            ours = True
         self.named = True
         sync_folder(self.path.parent)
-        _remove(old)
+        if ours:
+            _remove(old)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -213,11 +213,12 @@ class ThreadedLoader:
     def _decode(self, index: int, out: np.ndarray, region: Region | None) -> tuple[int, bool]:
         """Decode, or replace; the index of the image used, and whether PIL was not needed."""
         try:
-            return index, self._decode_stored(index, out, region)
-        except DecodeError as error:
-            if not self._replaces:
-                raise
-            return self._replace(index, out, error)
+            try:
+                return index, self._decode_stored(index, out, region)
+            except DecodeError as error:
+                if not self._replaces:
+                    raise
+                return self._replace(index, out, error)
         except MemoryError as error:
             raise machine_error(error, f"{self.dataset.path}: image {index}: cannot be decoded") from error
 

@@ -184,6 +184,7 @@ class _Cursor:
     def _advance(self) -> None:
         batches = self._batches = self._batches or self._open_batches()
         self._batch = None  # let go of before the next one is unpacked
+        self.first = self._end
         batch = next(batches)
         batch.validate(full=True)
         self._batch = batch

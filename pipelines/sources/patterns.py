@@ -58,10 +58,15 @@ def _glob(pattern: str) -> tuple[list[Path], int]:
             found = [folder / part for folder in found if os.path.lexists(folder / part)]
         else:
             matching: list[Path] = []
-            for folder in found:
+            last = number == len(parts)
+            for folder in filter(is_folder, found):
                 inside = listing(folder, lambda name, part=part: fnmatch.fnmatchcase(name, part))
-                left_out += inside.left_out * (number == len(parts))
-                matching += [folder / name for name in (inside.files if number == len(parts) else inside.folders)]
+                names = inside.files if last else inside.folders
+                if part.startswith("."):  # hidden names that are asked for
+                    names = [n for n in glob.glob(part, root_dir=folder) if is_folder(folder / n) != last]
+                else:
+                    left_out += inside.left_out * last
+                matching += [folder / name for name in names]
             found = matching
     return sorted(set(found)), left_out
 

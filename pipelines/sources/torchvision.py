@@ -65,8 +65,8 @@ class Torchvision:
                 raise SourceError(f"{self._text}: torchvision takes '{name}' for a class. Move it out of the data set")
         if not isinstance(self._data, DatasetFolder):
             return
-        root = os.path.join(self._data.root, "")
-        tree = ClassFolders(Path(self._data.root))
+        root = os.path.join(self._folder(), "")
+        tree = ClassFolders(self._folder())
         below = (found for folder in tree.folders for found in tree.below(folder))
         ours = {os.path.join(root, folder, name) for folder, names in below for name in names}
         for path, _ in self._data.samples:
@@ -97,7 +97,18 @@ class Torchvision:
     def inputs(self) -> list[Path]:
         from torchvision.datasets import DatasetFolder
 
-        return [Path(self._data.root)] if isinstance(self._data, DatasetFolder) else []
+        return [self._folder()] if isinstance(self._data, DatasetFolder) else []
+
+    def _folder(self) -> Path:
+        """The folder with the class folders: EuroSAT, Country211 and ImageNet keep the one above it as their root."""
+        data: Any = self._data
+        if hasattr(data, "split_folder"):
+            return Path(data.split_folder)
+        if hasattr(data, "_data_folder"):
+            return Path(data._data_folder)
+        if hasattr(data, "_base_folder") and hasattr(data, "_split"):
+            return Path(data._base_folder, data._split)
+        return Path(data.root)
 
     def describe(self) -> dict[str, Any]:
         name, root, split, _ = self._arguments

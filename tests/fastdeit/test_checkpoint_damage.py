@@ -420,7 +420,7 @@ def test_what_is_no_file_does_not_hang(tmp_path):
     errors = []
 
     def read():
-        with pytest.raises(UserError, match="is a pipe, not a file") as caught:
+        with pytest.raises(UserError, match="Is a fifo, not a file") as caught:
             checkpoint.read_checkpoint(tmp_path / "pipe.safetensors")
         errors.append(caught.value)
 

@@ -64,10 +64,10 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
         "--data.train /nowhere: there is no such file": ["deit_tiny", "--data.train", "/nowhere"],
         "--data.val /nowhere: there is no such file": ["deit_tiny", *train, "--data.val", "/nowhere"],
         "there is no recipe 'deit_huge': choose one of deit_tiny": ["deit_huge"],
-        "--model.init /nowhere.pt: there is no such file": ["deit_tiny", *train, "--model.init", "/nowhere.pt"],
-        "--run.resume /nowhere.pt: there is no such file": ["deit_tiny", *train, "--run.resume", "/nowhere.pt"],
+        "--model.init /nowhere.pt: there is no such checkpoint file": ["deit_tiny", *train, "--model.init", "/nowhere.pt"],
+        "--run.resume /nowhere.pt: there is no such checkpoint file": ["deit_tiny", *train, "--run.resume", "/nowhere.pt"],
         "give --teacher.checkpoint FILE": ["deit_tiny_distilled", *train],
-        "--teacher.checkpoint /n.pt: there is no such file": [
+        "--teacher.checkpoint /n.pt: there is no such checkpoint file": [
             "deit_tiny_distilled", *train, "--teacher.checkpoint", "/n.pt",
         ],
         "--teacher.labels /nowhere: there is no such folder": [

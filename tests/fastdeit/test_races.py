@@ -12,6 +12,7 @@ from fastdeit.data import EvaluationData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.evaluate import Options, evaluate_checkpoint
 from fastdeit.pipelines import loading
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loader_torch import TorchLoader
 from fastdeit.pipelines.loading import FAST, LOADERS, pixels_of
 from fastdeit.trainer import Trainer
@@ -64,7 +65,7 @@ def test_every_outcome_of_the_loaders_race_gives_the_same_bits(tiny, outcome, ev
 
 
 def missing():
-    raise ValueError("not installed: install it")
+    raise UserError("not installed: install it")
 
 
 def test_a_machine_with_ffcv_alone_trains_with_pillow(tiny, monkeypatch):

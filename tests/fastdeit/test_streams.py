@@ -86,10 +86,11 @@ def small_files():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in tensorboard's own thread
 def test_a_tensorboard_folder_that_refuses_ends_no_run(tmp_path, capsys):
     log = RunLog(tmp_path, active=True, tensorboard=True, progress=False)
+    log.event("train", epoch=0, step=0, global_step=0, loss=1.0)
     log._board.flush()
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "tensorboard").write_text("in the way")
-    for i in range(200):  # its own thread writes when it likes
+    for i in range(1, 200):  # its own thread writes when it likes
         log.event("train", epoch=0, step=i, global_step=i, loss=1.0)
     log.event("end", epoch=1)
     log.close()
@@ -99,6 +100,7 @@ def test_a_tensorboard_folder_that_refuses_ends_no_run(tmp_path, capsys):
     assert warning.startswith("TensorBoard's files cannot be written")
     assert capsys.readouterr().out == f"warning: {warning}\n"
     blocked = RunLog(tmp_path, active=True, tensorboard=True, progress=False)  # from the start
+    blocked.event("end", epoch=1)
     blocked.close()
     assert "TensorBoard's files cannot be written" in capsys.readouterr().out
 

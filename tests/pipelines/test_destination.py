@@ -243,6 +243,42 @@ def test_a_file_that_appears_meanwhile_stays(tree, tmp_path, monkeypatch, format
     assert (report.num_samples, report.done) == (4, 0)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_conversion_that_died_while_it_replaced_a_data_set_can_begin_anew(tree, tmp_path, monkeypatch, resume):
+    """The sidecar has its name, the data not yet; and the next run dies, too."""
+    dest = tmp_path / "data.beton"
+    convert(tree, dest, limit=2, progress=False)
+    replace, calls = os.replace, iter(range(100))
+
+    def die(*arguments):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for module, name, dies in ((os, "replace", die), (conversion.Conversion, "_store_all", interrupt)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, dies)
+            with pytest.raises(KeyboardInterrupt):
+                convert(tree, dest, resume=resume and dies is interrupt, progress=False)
+    convert(tree, dest, resume=resume, progress=False)
+    with open_dataset(dest) as dataset:
+        assert len(dataset) == 4
+        assert dataset.check() == []
+
+
+def test_a_folder_of_somebodys_at_the_old_ones_name_stays(tree, tmp_path):
+    """`.replaced` is where the old data set waits while it is replaced; nothing was replaced here."""
+    convert(tree, tmp_path / "data.replaced", format="webdataset", progress=False)
+    before = state(tmp_path / "data.replaced")
+    convert(tree, tmp_path / "data", format="webdataset", progress=False)
+    assert state(tmp_path / "data.replaced") == before
+    with open_dataset(tmp_path / "data") as dataset:
+        assert len(dataset) == 4
+
+
 @pytest.mark.parametrize("replacing", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_crash_between_two_names_is_resumed(tree, tmp_path, monkeypatch, format, replacing):

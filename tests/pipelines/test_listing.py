@@ -241,7 +241,17 @@ def test_a_glob_finds_what_glob_does(tmp_path, monkeypatch):
     import glob
     import tarfile
 
-    for name in ("a-0.tar", "a-1.tar", "x/a-2.tar", "x/y/a-3.tar", "x/y/b.tar", "z/a-4.tar", "a[1].tar"):
+    for name in (
+        "a-0.tar",
+        "a-1.tar",
+        "x/a-2.tar",
+        "x/y/a-3.tar",
+        "x/y/b.tar",
+        "z/a-4.tar",
+        "a[1].tar",
+        ".h-5.tar",
+        ".h/y/b.tar",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(tmp_path / name, "w") as file:
             for kind, data in (("jpg", jpeg()), ("cls", b"0")):
@@ -250,7 +260,18 @@ def test_a_glob_finds_what_glob_does(tmp_path, monkeypatch):
                 file.addfile(info, io.BytesIO(data))
     (tmp_path / "x" / "loop").symlink_to("..")
     monkeypatch.chdir(tmp_path)
-    for pattern in ("a-*.tar", "a-?.tar", "*/a-*.tar", "x/*/a-3.tar", "[xz]/*.tar", "x/[!q]/a*.tar", "./a-*.tar"):
+    for pattern in (
+        "a-*.tar",
+        "a-?.tar",
+        "*/a-*.tar",
+        "x/*/a-3.tar",
+        "[xz]/*.tar",
+        "x/[!q]/a*.tar",
+        "./a-*.tar",
+        ".h-*.tar",
+        ".h*/y/*.tar",
+        "*/y/b.tar",
+    ):
         for form in (pattern, str(tmp_path / pattern)):
             source = open_source(f"webdataset:{form}")
             found = [source.name(i).rpartition(":")[0] for i in range(len(source))]
