@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -212,4 +213,6 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
         temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
         os.replace(temporary, folder / "recipe.json")
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise machine_error(error, f"{folder / 'recipe.json'}: cannot be written") from error

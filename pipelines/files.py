@@ -95,7 +95,7 @@ def read_text(path: Path, most: int) -> str:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise ValueError(f"{size} bytes, where {most} are plenty")
-        return file.read(most).decode("utf-8")
+        return file.read(size).decode("utf-8")
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -136,7 +136,7 @@ def make_hostile(folder):
         file.write(end)
     # PyTorch admits bytearray, and a number of bytes as its argument.
     zipped(
-        add("bytearray", "more than tensors"),
+        add("bytearray", "holds an object"),
         b"\x80\x02}X\x01\x00\x00\x00wc__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.",
     )
     zipped(add("lists", "data.pkl"), b"\x80\x02(" + b"]" * (17 << 20) + b"l.")
@@ -149,8 +149,8 @@ def make_hostile(folder):
     torch.save({"model": {"w": torch.zeros(10**9, 4, device="meta")}}, add("nowhere", "holds an object|numbers of its"))
     folder.joinpath("pointer.pt").write_bytes(b"not a checkpoint at all")
     said["pointer"] = "damaged or no checkpoint"
-    os.mkfifo(add("pipe", "is a pipe"))
-    add("device", "is a device").symlink_to("/dev/zero")
+    os.mkfifo(add("pipe", "Is a fifo"))
+    add("device", "Is a device").symlink_to("/dev/zero")
     return said
 
 

@@ -64,8 +64,8 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
         "--data.train /nowhere: there is no such file": ["deit_tiny", "--data.train", "/nowhere"],
         "--data.val /nowhere: there is no such file": ["deit_tiny", *train, "--data.val", "/nowhere"],
         "there is no recipe 'deit_huge': choose one of deit_tiny": ["deit_huge"],
-        "--model.init /nowhere.pt: there is no such checkpoint file": ["deit_tiny", *train, "--model.init", "/nowhere.pt"],
-        "--run.resume /nowhere.pt: there is no such checkpoint file": ["deit_tiny", *train, "--run.resume", "/nowhere.pt"],
+        "--model.init /n.pt: there is no such checkpoint file": ["deit_tiny", *train, "--model.init", "/n.pt"],
+        "--run.resume /n.pt: there is no such checkpoint file": ["deit_tiny", *train, "--run.resume", "/n.pt"],
         "give --teacher.checkpoint FILE": ["deit_tiny_distilled", *train],
         "--teacher.checkpoint /n.pt: there is no such checkpoint file": [
             "deit_tiny_distilled", *train, "--teacher.checkpoint", "/n.pt",
@@ -74,7 +74,7 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
             "deit_tiny_distilled", *train, "--teacher.labels", "/nowhere",
         ],
         "the data set has 160 images fewer than a global batch of 1024": ["deit_tiny", *train],
-        "whole mixing groups of 64": ["deit_tiny", *train, "--run.global_batch", "100"],
+        "run.global_batch is 100, which is no multiple": ["deit_tiny", *train, "--run.global_batch", "100"],
         "set --model.num_classes 4": ["deit_tiny", *train, "--model.num_classes", "2"],
         "augment.color_jitter 0.5 has no effect": ["deit_tiny", *train, "--augment.color_jitter", "0.5"],
     }  # fmt: skip
