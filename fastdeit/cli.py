@@ -139,7 +139,9 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
         if args and args[0] in RECIPES:
             args[1:1] = words(_flatten(values, file))
         recipe = _parse(args)
-        base = RECIPES[args[0]]()
+        # What a run stored is whole, and the command line may change what stands there.
+        whole = file is not None and not missing
+        base = recipe_from_dict({"name": args[0], **values}, file=file) if whole else RECIPES[args[0]]()
     where = f"{file} and the command line: " if file else ""
     check_given(recipe.resolved(), dataclasses.replace(base, compat=recipe.compat).filled(), where)
     return recipe

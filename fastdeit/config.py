@@ -274,7 +274,23 @@ class Recipe:
         return dataclasses.replace(self, departures=dataclasses.replace(self.departures, **filled), objective=objective)
 
     def _check(self) -> None:
-        run, model = self.run, self.model
+        run, model, optim = self.run, self.model, self.optim
+        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+            if getattr(model, name) < 1:
+                raise UserError(f"model.{name} is {getattr(model, name)}: it must be at least 1")
+        for name, value in (
+            ("optim.lr", optim.lr),
+            ("optim.eps", optim.eps),
+            ("optim.weight_decay", optim.weight_decay),
+            ("optim.momentum", optim.momentum),
+        ):
+            if not value >= 0:
+                raise UserError(f"{name} is {value}: it must be 0 or more")
+        if not all(0 <= beta < 1 for beta in optim.betas):
+            raise UserError(f"optim.betas are {optim.betas}: each must be at least 0 and less than 1")
+        for name, value in (("model.drop_rate", model.drop_rate), ("model.drop_path", model.drop_path)):
+            if not 0 <= value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 0 and less than 1")
         if model.arch != "deit":
             if model.distilled:
                 raise UserError(f"model.distilled needs model.arch 'deit', not '{model.arch}'")

@@ -44,11 +44,9 @@ _CELLS = Effect(
 _RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "augment.policy 'randaugment'")
 _THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "augment.policy 'three_augment'")
 _ERASES = Effect(lambda r: r.augment.erase_prob > 0, "augment.erase_prob above 0")
-_MIX_PROB = Effect(lambda r: r.augment.mix_prob > 0, "augment.mix_prob above 0")
-_MIX_ALPHAS = Effect(
-    lambda r: r.augment.mixup_alpha > 0 or r.augment.cutmix_alpha > 0,
-    "augment.mixup_alpha or augment.cutmix_alpha above 0",
-)
+# An alpha of 0 turns its mixing off, which nobody should be told to leave out.
+_MIXUP_ALPHA = Effect(lambda r: r.augment.mix_prob > 0 or not r.augment.mixup_alpha, "augment.mix_prob above 0")
+_CUTMIX_ALPHA = Effect(lambda r: r.augment.mix_prob > 0 or not r.augment.cutmix_alpha, "augment.mix_prob above 0")
 _BOTH_MIXES = Effect(
     lambda r: _mixes(r) and r.augment.mixup_alpha > 0 and r.augment.cutmix_alpha > 0,
     "augment.mixup_alpha, augment.cutmix_alpha and augment.mix_prob above 0",
@@ -120,14 +118,14 @@ EFFECTS: dict[str, Effect] = {
     "augment.erase_prob": ALWAYS,
     "augment.erase_area": _ERASES,
     "augment.erase_aspect": _ERASES,
-    "augment.mixup_alpha": _MIX_PROB,
-    "augment.cutmix_alpha": _MIX_PROB,
-    "augment.mix_prob": _MIX_ALPHAS,
+    "augment.mixup_alpha": _MIXUP_ALPHA,
+    "augment.cutmix_alpha": _CUTMIX_ALPHA,
+    "augment.mix_prob": ALWAYS,
     "augment.cutmix_switch_prob": _BOTH_MIXES,
     "augment.label_smoothing": ALWAYS,
     "augment.mean": ALWAYS,
     "augment.std": ALWAYS,
-    "augment.eval_crop": _VAL,
+    "augment.eval_crop": ALWAYS,  # fastdeit-eval takes it from the stored recipe
     "objective.distillation": ALWAYS,
     "objective.alpha": _SOFT,
     "objective.tau": _SOFT,
@@ -185,7 +183,7 @@ EFFECTS: dict[str, Effect] = {
     "departures.late_fusion": _TWO_HEADS,
     "departures.finetune_distillation": _TUNES_DISTILLED,
     "departures.finetune_mode": _INIT,
-    "departures.eval_sharding": _VAL,
+    "departures.eval_sharding": ALWAYS,  # as augment.eval_crop
     "departures.loss_sync": ALWAYS,
     "departures.amp_dtype": _AUTO_PRECISION,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from fastdeit.streams import keep_streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
     try:
         recipe = recipe_from_dict(stored["recipe"], file=options.checkpoint)
-    except ValueError as error:
-        raise UserError(f"{options.checkpoint}: its recipe is none: {error}") from error
+    except UserError as error:
+        raise UserError(f"{options.checkpoint} holds no recipe that can be used: {error}") from error
     for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
         if getattr(recipe.model, name) < 1:
             raise UserError(f"{options.checkpoint}: its recipe says model.{name} {getattr(recipe.model, name)}")
@@ -164,6 +166,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     def go() -> None:
+        keep_streams()
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
         options = parse(Options, "fastdeit-eval")
         results = evaluate_checkpoint(options)
         if results:

@@ -39,7 +39,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
 def label() -> None:
     keep_streams()
     own, recipe = parse(sys.argv[1:])
-    launch.check_launch()
+    warning = launch.check_launch()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     if launch.rank() == 0:
         check_inputs(recipe, world=launch.size(), labels=False)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train

@@ -38,7 +38,7 @@ def label_run(recipe: Recipe, world: World, *, first_epoch: int, end_epoch: int,
     if kind == "soft" and not 1 <= topk <= num_classes:
         raise UserError(f"--topk {topk}: there are {num_classes} classes")
     augment = recipe.augment
-    teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
+    teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes).to(world.device)
     source = f"the teacher {teacher.source}"
     check_class_names(str(train_set.path), train_set.class_names, source, teacher.class_names)
     for warning in teacher_warnings(recipe, teacher, train_set, world, precision):

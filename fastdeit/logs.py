@@ -99,7 +99,7 @@ class RunLog:
                 self._board.close()
             except OSError as error:
                 self._drop_board(error)
-        for fault in new_faults() if self._active else ():
+        for fault in new_faults() if self._active and self._file is not None else ():
             self._write("warning", {"text": fault})
         if self._file is not None:
             self._close_file()

@@ -44,7 +44,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     if cfg.name == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=True, fused=cuda)
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=cuda)
     if cfg.implementation == "apex":
         # A capturable FusedAdam wants a scaler that PyTorch's no longer is.
         return build_apex_adam(groups, cfg, capturable=cuda and not scaled)

@@ -29,7 +29,8 @@ FREE = {
     },
     "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init", "kernels"},
-    "teacher": {"checkpoint", "labels"},
+    # Its fingerprint is compared instead.
+    "teacher": {"checkpoint", "labels", "name", "img_size", "mean", "std"},
 }  # fmt: skip
 
 # What was so before checkpoints said it.

@@ -138,7 +138,7 @@ def _check_moments(
     for name in counts:
         count = held[name]
         number = count.item() if isinstance(count, Tensor) and count.numel() == 1 else count
-        whole = isinstance(number, (int, float)) and 1 <= number <= global_step and number == int(number)
+        whole = isinstance(number, (int, float)) and 0 <= number <= global_step and number == int(number)
         if not whole or (isinstance(count, Tensor) and count.ndim):
             shown = "another tensor" if isinstance(number, Tensor) else repr(number)[:40]
             raise UserError(f"{path}: its field '{field}.{name}' is {shown} after {global_step} steps; {NOT_OURS}")

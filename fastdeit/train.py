@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from fastdeit.streams import keep_streams
 def train() -> None:
     keep_streams()
     recipe = parse_recipe().resolved()
-    launch.check_launch()
+    warning = launch.check_launch()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
     with ExitStack() as stack:
         lock = None
         if launch.rank() == 0:

@@ -84,7 +84,8 @@ class Trainer:
             global_batch=run.global_batch,
         )
         stack.callback(self.log.close)
-        pixels = checkpoint_pixels(recipe, self.folder) or labelled_pixels(recipe)
+        # The main process chooses the loader, and reads the checkpoint for it.
+        pixels = (checkpoint_pixels(recipe, self.folder) or labelled_pixels(recipe)) if world.main else None
         taught = recipe.objective.distillation != "none" and recipe.teacher.labels is None
         self.kernels = choose_kernels(recipe.model, self.precision, self.num_classes, world)
         dtype = image_dtype(recipe, self.precision, teacher=taught)
@@ -217,6 +218,8 @@ class Trainer:
     def _start(self) -> None:
         recipe = self.recipe
         resumed = restore(self)
+        if self.labels is not None:
+            self.labels.check_epochs(self.epoch, recipe.run.epochs)
         if self.world.main:
             write_recipe(self.folder, recipe)
             self.messages = [*self.lock.notes, *self.messages]
@@ -264,7 +267,6 @@ class Trainer:
                 self.log.say(without)
         if self.labels is not None:
             described = self.labels.described
-            self.labels.check_epochs(self.epoch, recipe.run.epochs)
             self.log.say(f"{described.kind} labels of teacher {described.teacher_name} from {self.labels.folder}")
         if self.data.repeats != recipe.data.repeats:
             self.log.say("repeated augmentation is dropped on one process, as the released code does")

@@ -188,3 +188,34 @@ def test_no_switch_hides_itself():
                 part = dataclasses.replace(getattr(recipe, section), **{field: other})
                 changed = dataclasses.replace(recipe, **{section: part})
                 assert has_effect(changed, name) == has_effect(recipe, name), name
+
+
+def test_what_turns_mixing_off_is_no_field_without_effect():
+    off = "--augment.mix_prob 0 --augment.mixup_alpha 0 --augment.cutmix_alpha 0"
+    recipe = parse_recipe(f"deit_small --data.train x {off}".split())
+    assert recipe.augment.mixup_alpha == recipe.augment.cutmix_alpha == recipe.augment.mix_prob == 0
+
+
+def test_the_command_line_overrides_a_stored_recipe(tmp_path):
+    words = "deit_small_distilled --data.train x --teacher.checkpoint t.pt --ema.decay 0.9"
+    stored = parse_recipe(words.split()).resolved()
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(stored.to_dict()))
+    assert parse_recipe(["--config", str(path)]).resolved() == stored
+    assert not parse_recipe(["--config", str(path), "--ema.enabled", "False"]).ema.enabled
+    assert parse_recipe(["--config", str(path), "--objective.distillation", "none"]).teacher == stored.teacher
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optim.lr -1", r"optim\.lr is -1\.0: it must be 0 or more"),
+        ("--optim.betas 0.9 1.5", r"optim\.betas are \(0\.9, 1\.5\)"),
+        ("--model.num_heads 0", r"model\.num_heads is 0: it must be at least 1"),
+        ("--model.patch_size 0", r"model\.patch_size is 0: it must be at least 1"),
+        ("--model.drop_rate 1.5", r"model\.drop_rate is 1\.5: it must be at least 0 and less than 1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_name(words, message):
+    with pytest.raises(UserError, match=message):
+        parse_recipe(f"deit_tiny --data.train x {words}".split()).resolved()
