@@ -119,7 +119,7 @@ def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
     idle = {
         "augment": {
             "randaugment": "rand-m3-inc1", "interpolation": "random", "color_jitter": 0.9, "erase_area": (0.3, 0.4),
-            "erase_aspect": (0.9, 1.0), "mix_prob": 0.5, "cutmix_switch_prob": 0.1, "eval_crop": 0.5,
+            "erase_aspect": (0.9, 1.0), "cutmix_switch_prob": 0.1,
         },
         "objective": {"alpha": 0.7, "tau": 7.0},
         "teacher": {"name": "resnet18", "img_size": 64, "mean": (0, 0, 0)},
@@ -130,7 +130,7 @@ def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
         "model": {"drop_path_mode": "skip"},
         "departures": {
             "cutmix_box": "floor", "soft_reduction": "elements", "late_fusion": "logits", "finetune_mode": "eval",
-            "placement": "spread", "single_process_repeats": "dropped", "eval_sharding": "replicate", "ema_eval": False,
+            "placement": "spread", "single_process_repeats": "dropped", "ema_eval": False,
             "finetune_distillation": "refused",
         },
     }  # fmt: skip
