@@ -110,7 +110,7 @@ def teacher_warnings(recipe: Recipe, teacher: Teacher, known: Dataset, world: Wo
     if teacher.img_size != teacher.student_size:
         out.append(
             f"the teacher works at {teacher.img_size} pixels, the student at {teacher.student_size}: every image is "
-            f"resized for the teacher. Set --teacher.img_size {teacher.student_size} if it can do without"
+            f"resized for the teacher. Set --teacher.img_size {teacher.student_size} if the teacher accepts that size"
         )
     if not world.main:
         return out

@@ -57,12 +57,12 @@ class RunLock:
         left = self._holder()
         if not locked:
             self.notes.append(
-                f"{self.path}: this file system has no locks, so that another run which starts here in the same "
+                f"{self.path}: this file system has no locks, so a second run that starts here within "
                 f"{HEARTBEAT:.0f} seconds may go unnoticed"
             )
         if left and (not locked or left.get("host") != socket.gethostname()):
             print(
-                f"{self.path} names {_process(left)}: looking for {2.5 * HEARTBEAT:.0f} s whether it still runs",
+                f"{self.path} names {_process(left)}: waiting {2.5 * HEARTBEAT:.0f} s to see whether it still runs",
                 file=sys.stderr,
                 flush=True,
             )

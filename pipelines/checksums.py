@@ -35,5 +35,5 @@ def unchecked(path: object, checksums: Checksums | None) -> str | None:
         return None
     return (
         f"{path} has no checksums, so damage that still decodes goes unnoticed: "
-        "convert the data with fastdeit-convert, or bring the .json file that lay beside it"
+        "convert the data with fastdeit-convert, or copy the .json file that belongs beside it"
     )

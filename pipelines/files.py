@@ -94,7 +94,7 @@ def read_text(path: Path, most: int) -> str:
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise ValueError(f"{size} bytes, where {most} are plenty")
+            raise ValueError(f"{size} bytes, above the limit of {most}")
         return file.read(size).decode("utf-8")
 
 

@@ -10,8 +10,8 @@ from fastdeit.pipelines.errors import UserError
 
 _MOUNT = "the file system is gone or does not answer: mount it again, then run the same command again"
 _REMEDIES = {
-    errno.EMFILE: "this process has as many files open as it may: raise the limit with ulimit -n 4096",
-    errno.ENFILE: "the machine has as many files open as it may: close other programs, or raise fs.file-max",
+    errno.EMFILE: "this process has reached its limit of open files: raise the limit with ulimit -n 4096",
+    errno.ENFILE: "the machine has reached its limit of open files: close other programs, or raise fs.file-max",
     errno.ENOMEM: "the machine is out of memory: close other programs, or use fewer threads",
     errno.EIO: "the disk or its connection failed: look at dmesg, and copy the data to a healthy disk",
     errno.ENOSPC: "the disk is full: free some space, then run the same command again",
