@@ -4,6 +4,8 @@
 export OMP_WAIT_POLICY ?= passive
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that share the tests. Each takes up to 4 GB of memory.
+WORKERS ?= 2
 SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev python3-venv
 SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null; then echo sudo; else echo none; fi)
 
@@ -16,7 +18,7 @@ demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.demo runs/demo
 
 test: env dataset lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

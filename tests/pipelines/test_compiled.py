@@ -69,6 +69,14 @@ print(*[one.message for one in said if "compiled code" in str(one.message)], sep
 """
 
 
+def open_way(folder: Path) -> None:
+    """Let another user pass through the folders of pytest's that lead to `folder`."""
+    for path in (folder, *folder.parents):
+        if "pytest" not in str(path):
+            return
+        path.chmod(path.stat().st_mode | 0o011)
+
+
 @pytest.fixture(scope="module")
 def read_only(tmp_path_factory):
     """A copy of the package as it is installed, that nobody can write."""
@@ -79,9 +87,7 @@ def read_only(tmp_path_factory):
         shutil.copytree(source.parent / name, root / "fastdeit" / name, ignore=ignore)
     for path in (root, *root.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    # Another user must get there.
-    for path in (root.parent, root.parent.parent):
-        path.chmod(path.stat().st_mode | 0o011)
+    open_way(root.parent)
     yield root
     for path in (root, *root.rglob("*")):
         path.chmod(0o755)
@@ -97,8 +103,7 @@ def contained(root: Path, temporary: Path) -> list[str]:
 
 def test_a_read_only_installation_without_a_home(read_only, tmp_path):
     """As in a container: the cache lies in a folder of the user's own among temporary files, and is used again."""
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(path.stat().st_mode | 0o011)
+    open_way(tmp_path)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     temporary.chmod(0o1777)
