@@ -90,7 +90,7 @@ def _word(word: str, of: str) -> str:
         if b"\0" in os.fsencode(word):
             raise UserError(f"{word!r}{of} holds a zero byte, which no path can: remove it")
     except UnicodeEncodeError as error:
-        raise UserError(f"{word!r}{of} is no text that a path can hold: write it in UTF-8") from error
+        raise UserError(f"{word!r}{of} is not valid text for a path: write it in UTF-8") from error
 
     def home(match: re.Match[str]) -> str:
         found = os.path.expanduser(match[2])

@@ -350,7 +350,7 @@ class Recipe:
         if 0 < group < batch and batch % group:
             low = batch - batch % group
             raise UserError(
-                f"run.global_batch is {batch}, which is no multiple of departures.mix_group, {group}: "
+                f"run.global_batch is {batch}, not a multiple of departures.mix_group, {group}: "
                 f"set --run.global_batch {low} or {low + group}, or another --departures.mix_group"
             )
         shared = min(group, batch) or batch

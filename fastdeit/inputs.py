@@ -123,7 +123,7 @@ def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -
 
 
 def check_checkpoint(path: Path, option: str = "") -> None:
-    """Raise UserError where there is no file that could be a checkpoint, without reading it."""
+    """Raise UserError unless the file could be a checkpoint; it is looked at, not read."""
     where = f"--{option} {path}" if option else str(path)
     try:
         check_regular(path)

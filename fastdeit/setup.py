@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
 from fastdeit.config import Recipe
 from fastdeit.distributed import World
-from fastdeit.inputs import check_checkpoint
 from fastdeit.pipelines.pool import usable_cores
 from fastdeit.precision import Precision, allow_tf32, resolve
 
@@ -17,12 +15,8 @@ from fastdeit.precision import Precision, allow_tf32, resolve
 def set_up(recipe: Recipe, world: World) -> Precision:
     """Set threads and TF32 as the recipe's precision needs them, for the whole process; the precision.
 
-    Raises UserError for a precision that the device does not have, and for a checkpoint that is not there.
+    Raises UserError for a precision that the device does not have.
     """
-    resume = () if recipe.run.resume in ("auto", "none") else (Path(recipe.run.resume),)
-    for path in (recipe.model.init, recipe.teacher.checkpoint, *resume):
-        if path is not None:
-            check_checkpoint(path)
     set_compute_threads(world)
     precision = resolve(recipe, world.device)
     allow_tf32(precision)

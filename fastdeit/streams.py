@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any
 
+from fastdeit.pipelines.console import discard
+
 
 class Steady:
     """A text stream whose failures to write are noted, not raised; all else is the stream's own.
@@ -49,10 +51,7 @@ class Steady:
 
     def discard(self) -> None:
         """Send the stream to /dev/null from now on, with what it still holds."""
-        with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
+        discard(self._stream)
 
 
 def keep_streams() -> None:

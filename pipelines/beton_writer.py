@@ -33,7 +33,8 @@ from fastdeit.pipelines.beton_layout import (
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.files import kind, mark, sync_folder
+from fastdeit.pipelines.files import mark, sync_folder
+from fastdeit.pipelines.regular import kind
 from fastdeit.pipelines.sidecar import ContentHash, SidecarError
 from fastdeit.pipelines.writing import Record
 

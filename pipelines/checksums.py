@@ -30,7 +30,7 @@ class Checksums:
 
 
 def unchecked(path: object, checksums: Checksums | None) -> str | None:
-    """What to tell of a data set whose images nothing vouches for; None where they have checksums."""
+    """The warning for a data set without checksums; None where it has them."""
     if checksums is not None:
         return None
     return (

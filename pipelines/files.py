@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +10,6 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.regular import check_mode
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a fifo",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFLNK: "a symbolic link",
-}
 
 
 class NoRegularFileError(UserError):
@@ -109,11 +99,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def kind(mode: int) -> str:
-    """What a file of that st_mode is, for messages."""
-    return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
 def mark(path: Path) -> list[int] | None:

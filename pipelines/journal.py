@@ -16,8 +16,9 @@ from typing import Any
 
 from fastdeit.pipelines.encoded import Reject
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.files import kind, sync_folder
+from fastdeit.pipelines.files import sync_folder
 from fastdeit.pipelines.locks import lock
+from fastdeit.pipelines.regular import kind
 from fastdeit.pipelines.writing import Record
 
 _VERSION = 1

@@ -6,7 +6,18 @@ import errno
 import os
 import stat
 
-_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
+_KINDS = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a fifo",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+def kind(mode: int) -> str:
+    """What a file with that st_mode is, for messages."""
+    return _KINDS.get(stat.S_IFMT(mode), "a device")
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
@@ -19,7 +30,7 @@ def check_mode(path: str | os.PathLike[str], mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, f"Is a {_KINDS.get(stat.S_IFMT(mode), 'device')}, not a file", os.fspath(path))
+        raise OSError(errno.EINVAL, f"Is {kind(mode)}, not a file", os.fspath(path))
 
 
 def misfetched(path: str | os.PathLike[str]) -> str | None:

@@ -27,8 +27,8 @@ from fastdeit.pipelines.dataset import Dataset, open_dataset
 from fastdeit.pipelines.encode import Encoding
 from fastdeit.pipelines.encoded import Encoded, Reject, encoded, printable, reason
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.files import kind
 from fastdeit.pipelines.machine import MachineError
+from fastdeit.pipelines.regular import kind
 from fastdeit.pipelines.sidecar import ContentHash
 from fastdeit.pipelines.sources import Source, open_source
 

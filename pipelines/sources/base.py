@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 import os
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.files import NoRegularFileError, open_regular
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and what else `encode` reads
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
@@ -113,12 +113,14 @@ def is_image(name: str) -> bool:
 
 def read_image(path: Path) -> bytes:
     """The bytes of an image file. Raises SampleError for what is no file, or too large for one image."""
-    status = os.stat(path)
-    if not S_ISREG(status.st_mode):  # to read a fifo would wait forever
-        raise SampleError(f"{path}: is not a regular file. Remove it")
-    if status.st_size > MAX_FILE:
-        raise SampleError(f"{path}: {status.st_size} bytes, and an image has at most {MAX_FILE}. Remove it")
-    return path.read_bytes()
+    try:
+        descriptor = open_regular(path)
+    except (NoRegularFileError, IsADirectoryError) as error:
+        raise SampleError(f"{path}: is not a regular file. Remove it") from error
+    with open(descriptor, "rb") as file:
+        if (size := os.fstat(descriptor).st_size) > MAX_FILE:
+            raise SampleError(f"{path}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
+        return file.read()
 
 
 def stamp(file: Path | int) -> tuple[int, int]:

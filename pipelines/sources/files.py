@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from fastdeit.pipelines.files import kind
+from fastdeit.pipelines import files
+from fastdeit.pipelines.regular import kind
 from fastdeit.pipelines.sources.base import SourceError, is_image
 
 MAX_TEXT = 64 << 20  # bytes of a list of class names or labels
@@ -50,14 +51,14 @@ def is_left_out(name: str) -> bool:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Raises SourceError for anything else: to read a fifo would wait forever."""
     try:
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            return open(path, "rb")
+        return open(files.open_regular(path), "rb")
+    except (files.NoRegularFileError, IsADirectoryError) as error:
+        what = kind(os.stat(path).st_mode)
+        raise SourceError(f"{path}: is {what}, not a regular file. Copy its content to a file and name that") from error
     except FileNotFoundError as error:
         raise SourceError(f"{path}: there is no such file: check the path") from error
     except OSError as error:
         raise SourceError(f"{path}: cannot be opened ({error.strerror}). Check its permissions") from error
-    raise SourceError(f"{path}: is {kind(mode)}, not a regular file. Copy its content to a file and name that")
 
 
 def is_folder(path: Path | str) -> bool:

@@ -18,7 +18,7 @@ _COUNT = 1  # field of its structures for data
 
 
 class PageError(ValueError):
-    """Bytes that are no header of a page."""
+    """Bytes that are not a page header."""
 
 
 def largest_page(file: int, start: int, size: int, values: int) -> int:

@@ -173,7 +173,7 @@ def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
 
 
 def test_no_switch_hides_itself():
-    """A value that turns something off has an effect, so a field's own value is no part of its condition."""
+    """A value that turns something off has an effect, so no condition looks at the field's own value."""
     recipes = [make().filled() for make in RECIPES.values()]
     for recipe in recipes:
         for name, value in fields(recipe).items():

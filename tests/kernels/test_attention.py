@@ -52,7 +52,7 @@ def test_equals_pytorch_at_lengths(device, at_most_twice, tokens, dtype):
 
 
 @pytest.mark.parametrize("tokens", [207, 208, 209, 256, 257, 577, 578])
-def test_equals_pytorch_around_and_above_what_is_resident(device, at_most_twice, tokens):
+def test_equals_pytorch_where_another_launch_begins(device, at_most_twice, tokens):
     compare(at_most_twice, packed(device, 1, tokens, 1, 32, torch.float16))
 
 

@@ -6,12 +6,11 @@ import socket
 import stat
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from archives import jpeg, pack
 from fastdeit.pipelines import console, conversion
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.dataset import open_dataset
@@ -23,20 +22,11 @@ REFUSED = "move it away|name another|remove it|name a file"
 ERRORS = (ValueError, UserError, OSError)
 
 
-def jpeg(shade):
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (shade, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def pack(path, first, count=3):
-    with tarfile.open(path, "w") as file:
-        for i in range(first, first + count):
-            for name, data in ((f"{i}.jpg", jpeg(i)), (f"{i}.cls", b"1")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                file.addfile(info, io.BytesIO(data))
-    return path
+def shard(path, first, count=3):
+    files = {}
+    for i in range(first, first + count):
+        files |= {f"{i}.jpg": jpeg(i), f"{i}.cls": b"1"}
+    return pack(path, files)
 
 
 @pytest.fixture
@@ -71,7 +61,7 @@ def refused(source, dest, match=REFUSED, **options):
 
 def test_a_glob_of_two_archives_overwrites_none(tmp_path):
     """As the shell hands it on: the second one is DEST."""
-    shards = [pack(tmp_path / f"train-{i}.tar", 3 * i) for i in range(2)]
+    shards = [shard(tmp_path / f"train-{i}.tar", 3 * i) for i in range(2)]
     before = state(tmp_path)
     command = [sys.executable, "-m", "fastdeit.convert", *map(str, shards)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -201,7 +191,7 @@ def test_shards_are_not_converted_onto_themselves(tree, tmp_path, form, link):
 def test_an_archive_is_not_converted_onto_itself(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    path = pack(out / "a.tar", 0)
+    path = shard(out / "a.tar", 0)
     os.link(path, out / "b.beton")
     (out / "c.beton").symlink_to("a.tar")
     for dest in (path, out / "b.beton", out / "c.beton", out / ".." / "out" / "a.tar"):

@@ -8,13 +8,12 @@ import socket
 import struct
 import subprocess
 import sys
-import tarfile
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from archives import jpeg, pack
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source, read_class_names
 from fastdeit.pipelines.sources.imagenet import real_labels
 
@@ -23,21 +22,6 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 MB = 1 << 20
 DEEP = b"[" * 400_000 + b"]" * 400_000
-
-
-def jpeg(shade=0):
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (shade, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def pack(path, files, mode="w"):
-    with tarfile.open(path, mode) as file:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
 
 
 READ = """

@@ -1,37 +1,21 @@
 """Labels that are no class: every source names them by sample, and a conversion can leave them out."""
 
-import io
 import json
 import math
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 import torchvision
 from PIL import Image
 
+from archives import jpeg, pack
 from fastdeit.pipelines.convert import convert
 from fastdeit.pipelines.dataset import open_dataset
 from fastdeit.pipelines.encoded import ConvertError
 from fastdeit.pipelines.sources import open_source
 
 NAMES = ["cat", "dog", "owl"]
-
-
-def jpeg(shade=0):
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (shade, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def pack(path, files, mode="w"):
-    with tarfile.open(path, mode) as file:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
 
 
 def json_source(folder, labels):

@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from timm.data.real_labels import RealLabelsImagenet
 
+from archives import pack
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source
 from fastdeit.pipelines.sources.imagenet import image_number, real_labels
 
@@ -28,15 +29,6 @@ def jpeg(seed):
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (seed % 256, seed // 256, 7)).save(file, "JPEG")
     return file.getvalue()
-
-
-def pack(path, files, mode="w"):
-    with tarfile.open(path, mode) as file:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
 
 
 def packed(files):
