@@ -15,7 +15,7 @@ BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v
 .PHONY: demo test lint env gpu clean
 
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
-	$(BIN)/python -m fastdeit.demo runs/demo
+	$(BIN)/python -m fastdeit.commands.demo runs/demo
 
 test: env dataset lint  ## lint, types, tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -10,7 +10,7 @@ MAPPING = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.pipe
 
 # A shared library for ctypes, not a Python module. Optional: without a C compiler or libjpeg-turbo's headers the
 # installation goes on, and the turbo loader says what is missing.
-JPEG = Extension("fastdeit.pipelines._jpeg", ["pipelines/native/jpeg.c"], libraries=["jpeg"], optional=True)
+JPEG = Extension("fastdeit.pipelines.loaders._jpeg", ["pipelines/loaders/jpeg.c"], libraries=["jpeg"], optional=True)
 
 
 def installed_packages() -> list[str]:

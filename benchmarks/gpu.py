@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels, tables, throughput
+from benchmarks import tables
+from benchmarks.kernels import main as kernels
 from benchmarks.record import RESULTS, environment
+from benchmarks.throughput import main as throughput
 from fastdeit.cli import run
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.pool import usable_cores
+from fastdeit.pipelines.loaders.prefetch import usable_cores
 
 ROOT = Path(__file__).parents[1]
 # Modules of the peers, and what their absence means.

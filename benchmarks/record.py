@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastdeit.pipelines.errors import UserError, naming
-from fastdeit.pipelines.pool import usable_cores
+from fastdeit.pipelines.loaders.prefetch import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton", "ffcv")

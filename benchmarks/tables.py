@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_tables, loader_tables
+from benchmarks.kernels import tables as kernel_tables
+from benchmarks.loaders import tables as loader_tables
 from benchmarks.record import RESULTS
-from benchmarks.throughput import ratio
+from benchmarks.throughput.main import ratio
 from fastdeit.cli import parse, run
 from fastdeit.pipelines.errors import UserError
 

@@ -17,7 +17,7 @@ import torch
 from fastdeit.checkpoint_file import DamagedError, ForeignError, check_file, check_values
 from fastdeit.inputs import check_checkpoint
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.files import open_regular, sync_folder
+from fastdeit.pipelines.formats.files import open_regular, sync_folder
 from fastdeit.pipelines.machine import MachineError, machine_error
 
 FORMAT = 1

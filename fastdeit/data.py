@@ -16,17 +16,17 @@ from fastdeit.distributed import World
 from fastdeit.inputs import check_class_names as check_class_names
 from fastdeit.inputs import epoch_order, repeats
 from fastdeit.inputs import open_dataset as open_dataset
-from fastdeit.pipelines.dataset import Dataset
-from fastdeit.pipelines.decoded import DecodedBatch
-from fastdeit.pipelines.draw import PlanDrawer, Policy
+from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions
-from fastdeit.pipelines.loading import LOADERS, choose_loader, open_loader
-from fastdeit.pipelines.order import EvalOrder, Order, StepSamples
-from fastdeit.pipelines.plan import Plan
-from fastdeit.pipelines.pool import Prefetcher, make_pool, usable_cores
-from fastdeit.pipelines.threaded import OnError, Regions, ThreadedLoader
-from fastdeit.staging import Layout, Make, Stage, StageName, Staging
+from fastdeit.pipelines.loaders.base import OnError, Regions, ThreadedLoader
+from fastdeit.pipelines.loaders.choose import LOADERS, choose_loader, open_loader
+from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool, usable_cores
+from fastdeit.pipelines.plan.draw import PlanDrawer, Policy
+from fastdeit.pipelines.plan.order import EvalOrder, Order, StepSamples
+from fastdeit.pipelines.plan.plan import Plan
+from fastdeit.stage_choice import Layout, Make, Stage, StageName, Staging
 
 
 @dataclass(frozen=True)

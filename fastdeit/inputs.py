@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeit.config import LITE0, Recipe, TeacherConfig
-from fastdeit.pipelines import dataset as datasets
-from fastdeit.pipelines.dataset import Dataset
 from fastdeit.pipelines.errors import UserError, os_sentence
-from fastdeit.pipelines.regular import check_regular, misfetched
+from fastdeit.pipelines.formats import dataset as datasets
+from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.pipelines.formats.regular import check_regular, misfetched
 
 if TYPE_CHECKING:
-    from fastdeit.pipelines.order import EpochOrder
+    from fastdeit.pipelines.plan.order import EpochOrder
 
 
 def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None:
@@ -104,7 +104,7 @@ def repeats(recipe: Recipe, world: int) -> int:
 
 def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -> EpochOrder:
     """The training order of `length` images on a process. Raises UserError for a batch that cannot be divided."""
-    from fastdeit.pipelines.order import EpochOrder  # here, since it loads numba
+    from fastdeit.pipelines.plan.order import EpochOrder  # here, since it loads numba
 
     d = recipe.departures
     return EpochOrder(

@@ -8,7 +8,7 @@ import torch
 
 from fastdeit.config import Recipe
 from fastdeit.distributed import World
-from fastdeit.pipelines.pool import usable_cores
+from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.precision import Precision, allow_tf32, resolve
 
 

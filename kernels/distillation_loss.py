@@ -92,7 +92,7 @@ def distillation_loss(
     tau: float = 3.0,
     reduction: Literal["batchmean", "elements"] = "batchmean",
 ) -> DistillationLoss:
-    """The rows of the paper's Table 3, as `fastdeit.objective.Objective` states them.
+    """The rows of the paper's Table 3, as `fastdeit.training.objective.Objective` states them.
 
     cls_logits   (B, K) of the class head
     dist_logits  (B, K) of the distillation head, or None

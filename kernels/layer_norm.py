@@ -313,7 +313,7 @@ def add_layer_norm(
     dtype   of the normalised result; None: that of the sum
 
     Returns (x + mask * branch, its normalisation). The sum is in the wider dtype of `x` and `branch`; the masked
-    branch is rounded to the branch's dtype first, as `fastdeit.drop_path.DropPath` does. No gradient reaches the
+    branch is rounded to the branch's dtype first, as `fastdeit.model.drop_path.DropPath` does. No gradient reaches the
     mask. The other arguments and the errors are those of `layer_norm`.
     """
     dtype = dtype or torch.promote_types(x.dtype, branch.dtype)

@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from fastdeit.cli import parse_recipe
-from fastdeit.label import parse as parse_label
+from fastdeit.commands.label import parse as parse_label
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -47,11 +47,11 @@ def test_command_is_understood(words):
     elif program == "fastdeit-label":
         parse_label(args)
     elif program == "fastdeit-convert":
-        from fastdeit.convert import Options
+        from fastdeit.commands.convert import Options
 
         tyro.cli(Options, args=args)
     elif program == "fastdeit-eval":
-        from fastdeit.evaluate import Options
+        from fastdeit.commands.eval import Options
 
         tyro.cli(Options, args=args)
     elif program == "fastdeit-doctor":

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.augment_finish import Layout, finish
+from fastdeit.kernels.augment_normalize import Layout, finish
 from fastdeit.kernels.augment_ops import apply_operations
 from fastdeit.kernels.augment_resize import crop_resize
 from fastdeit.kernels.launch import DTYPES, check_device
-from fastdeit.pipelines.decoded import DecodedBatch
-from fastdeit.pipelines.device.memory import Memory, Uploads
-from fastdeit.pipelines.device.table import Needs, fill_table, labels_of, table_sizes, work_of
+from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.device.packing import Needs, fill_table, labels_of, table_sizes, work_of
+from fastdeit.pipelines.device.workspace import Memory, Uploads
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.host.checks import check_plan
-from fastdeit.pipelines.host.finish import normalised_levels
+from fastdeit.pipelines.host.normalize import normalised_levels
 from fastdeit.pipelines.host.stage import Batch, evaluation_regions, evaluation_windows
-from fastdeit.pipelines.plan import Plan, evaluation_plan
+from fastdeit.pipelines.plan.checks import check_plan
+from fastdeit.pipelines.plan.plan import Plan, evaluation_plan
 
 
 class DeviceStage:

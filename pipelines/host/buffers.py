@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.pipelines.arena import Arenas
+from fastdeit.pipelines.memory import Arenas
 
 _BITS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 

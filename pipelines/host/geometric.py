@@ -14,8 +14,8 @@ import math
 
 import numpy as np
 
-from fastdeit.pipelines.compiled import compiled, inlined
 from fastdeit.pipelines.host.vector import copy_run, fill_run, load_four, transpose
+from fastdeit.pipelines.jit import compiled, inlined
 
 MARGIN = 2  # pixels that a bicubic filter reaches beyond the edge
 

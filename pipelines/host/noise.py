@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeit.pipelines.compiled import compiled, inlined
-from fastdeit.pipelines.philox import NOISE, philox
+from fastdeit.pipelines.jit import compiled, inlined
+from fastdeit.pipelines.plan.philox import NOISE, philox
 
 NOISE_ROWS = 16  # rows of an erased box that are drawn at once
 

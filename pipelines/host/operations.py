@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.host import geometric, photometric
-from fastdeit.pipelines.plan import BICUBIC, CODE, OPS
+from fastdeit.pipelines.jit import compiled
+from fastdeit.pipelines.plan.plan import BICUBIC, CODE, OPS
 
 _IDENTITY, _AUTO_CONTRAST, _EQUALIZE, _INVERT, _ROTATE, _POSTERIZE = (CODE[name] for name in OPS[:6])
 _SOLARIZE, _SOLARIZE_ADD, _COLOR, _CONTRAST, _BRIGHTNESS, _SHARPNESS = (CODE[name] for name in OPS[6:12])

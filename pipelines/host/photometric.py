@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from fastdeit.pipelines.compiled import compiled, inlined
 from fastdeit.pipelines.host.vector import copy_run, fill_run, transpose
+from fastdeit.pipelines.jit import compiled, inlined
 
 
 @compiled

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeit.pipelines.compiled import compiled
 from fastdeit.pipelines.host.vector import LANES, copy_run, transpose, weighted_sum
-from fastdeit.pipelines.plan import BICUBIC
+from fastdeit.pipelines.jit import compiled
+from fastdeit.pipelines.plan.plan import BICUBIC
 
 _ROWS = 16  # of a tile of the horizontal pass
 _ONE = float(1 << 22)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels.reference import MixedLabels
-from fastdeit.pipelines.compiled import compiled, is_compiled
-from fastdeit.pipelines.decoded import DecodedBatch
+from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.buffers import Buffers
-from fastdeit.pipelines.host.checks import check_plan
-from fastdeit.pipelines.host.finish import FinishScratch, finish, finish_scratch, normalised_levels
+from fastdeit.pipelines.host.normalize import FinishScratch, finish, finish_scratch, normalised_levels
 from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, matrices, operation_scratch
 from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch, source_range
-from fastdeit.pipelines.plan import BICUBIC, Plan, evaluation_plan
+from fastdeit.pipelines.jit import compiled, is_compiled
+from fastdeit.pipelines.plan.checks import check_plan
+from fastdeit.pipelines.plan.plan import BICUBIC, Plan, evaluation_plan
 
 _CHUNK = 2  # units that a thread takes at a time
 

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fastdeit.pipelines.compiled import compiled
+from fastdeit.pipelines.jit import compiled
 
 _intrinsic: Any = intrinsic  # its type takes no account of the typing context that numba adds
 _I8, _I32 = ir.IntType(8), ir.IntType(32)

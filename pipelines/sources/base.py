@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.files import NoRegularFileError, open_regular
+from fastdeit.pipelines.formats.files import NoRegularFileError, open_regular
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and what else `encode` reads
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, kernels, loader_tables, throughput
+from benchmarks import gpu
 from benchmarks.gpu import Step, how_it_ended, run_benchmark, run_loaders, run_tests, summary
+from benchmarks.kernels import main as kernels
+from benchmarks.loaders import tables as loader_tables
+from benchmarks.throughput import main as throughput
 
 ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
@@ -55,7 +58,7 @@ def test_the_kernels_tests_come_first_and_none_of_the_benchmarks(tmp_path):
     kernels_first, others = gpu.test_runs(tmp_path).values()
     assert kernels_first == [tmp_path / "kernels/test_attention.py", tmp_path / "kernels/test_add.py"]
     assert others == ["-m", "gpu", tmp_path / "pipelines/test_x.py"]
-    assert ROOT / "tests/fastdeit/test_graphs.py" in gpu.test_runs(ROOT / "tests")["other tests marked gpu"]
+    assert ROOT / "tests/fastdeit/training/test_graphs.py" in gpu.test_runs(ROOT / "tests")["other tests marked gpu"]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
         "sys.meta_path[:] = [Bare(), *(f for f in sys.meta_path if 'ditable' not in repr(f))]\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from benchmarks import gpu\n"
-        "import fastdeit, fastdeit.kernels.attention, fastdeit.pipelines.plan\n"
+        "import fastdeit, fastdeit.kernels.attention, fastdeit.pipelines.plan.plan\n"
         "assert all(m.__file__.startswith(sys.argv[1]) for m in (fastdeit, fastdeit.kernels, fastdeit.pipelines))\n"
         "gpu.main(['--help'])\n"
     )

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.config import Recipe
-from fastdeit.pipelines.convert import convert
+from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
 
 CLASSES = 4
@@ -98,7 +98,7 @@ def teacher_checkpoint(data, tmp_path_factory):
     """A convnet teacher that the project trained on the small data set."""
     from fastdeit.checkpoint import found
     from fastdeit.distributed import world
-    from fastdeit.trainer import Trainer
+    from fastdeit.training.trainer import Trainer
 
     replace = dataclasses.replace
     recipe = convnet_teacher()

@@ -10,12 +10,12 @@ import fastdeit.data
 from fastdeit import checkpoint
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World, world
-from fastdeit.labelling import label_run
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.loader_torch import TorchLoader
-from fastdeit.pipelines.loader_turbo import find_turbo
-from fastdeit.pipelines.loading import LOADERS
-from fastdeit.trainer import Trainer
+from fastdeit.pipelines.loaders.choose import LOADERS
+from fastdeit.pipelines.loaders.pillow import TorchLoader
+from fastdeit.pipelines.loaders.turbo import find_turbo
+from fastdeit.teacher.labelling import label_run
+from fastdeit.training.trainer import Trainer
 
 
 @pytest.fixture

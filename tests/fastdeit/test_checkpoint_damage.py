@@ -18,17 +18,17 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.checkpoint_file import DamagedError, ForeignError
+from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import TeacherConfig
 from fastdeit.distributed import world
-from fastdeit.evaluate import Options, evaluate_checkpoint
-from fastdeit.networks import build_network
+from fastdeit.model.networks import build_network
+from fastdeit.model.weights import load_weights
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
-from fastdeit.resume import restore
-from fastdeit.resume_checks import check_position
-from fastdeit.teacher import Teacher
-from fastdeit.trainer import Trainer
-from fastdeit.weights import load_weights
+from fastdeit.teacher.teacher import Teacher
+from fastdeit.training.resume import restore
+from fastdeit.training.resume_checks import check_position
+from fastdeit.training.trainer import Trainer
 
 
 def weights():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.evaluate import Options, evaluate_checkpoint
+from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.recipes import convnet_teacher
 
 

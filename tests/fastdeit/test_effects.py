@@ -13,7 +13,7 @@ from fastdeit.distributed import world
 from fastdeit.effects import EFFECTS, fields, has_effect
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny
-from fastdeit.trainer import Trainer
+from fastdeit.training.trainer import Trainer
 
 
 def test_every_field_is_declared():

@@ -15,15 +15,15 @@ import torchvision
 
 from fastdeit import checkpoint
 from fastdeit.cli import run
-from fastdeit.label_cache import LabelCache
 from fastdeit.pipelines.errors import UserError, fact, naming
 from fastdeit.pipelines.sources import open_source
-from fastdeit.run_lock import RunLock
+from fastdeit.teacher.label_cache import LabelCache
+from fastdeit.training.run_lock import RunLock
 
 SCRIPT = """
 import errno, os, sys
 from fastdeit.cli import run
-from fastdeit.pipelines.encoded import ConvertError
+from fastdeit.pipelines.conversion.workers import ConvertError
 def main():
     raise {error}
 run(main)

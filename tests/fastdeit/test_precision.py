@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fastdeit import setup
+from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.distributed import world
-from fastdeit.evaluate import Options, evaluate_checkpoint
-from fastdeit.labelling import label_run
 from fastdeit.precision import Precision, allow_tf32
-from fastdeit.trainer import Trainer
+from fastdeit.teacher.labelling import label_run
+from fastdeit.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -10,14 +10,14 @@ import sys
 import pytest
 
 from fastdeit import checkpoint
-from fastdeit.logs import RunLog
+from fastdeit.training.logs import RunLog
 
 PRINTS = """
 import json, sys
 from pathlib import Path
 from fastdeit.streams import keep_streams
 keep_streams()
-from fastdeit.logs import RunLog
+from fastdeit.training.logs import RunLog
 log = RunLog(Path(sys.argv[1]), active=True, tensorboard=False, progress=False)
 for i in range(3000):
     log.say(f"sentence {i} of some length, so that buffers fill up")

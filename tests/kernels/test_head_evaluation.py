@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fastdeit.kernels import head_evaluation as module
 from fastdeit.kernels.head_evaluation import HEADS, evaluate_heads
-from fastdeit.model import StudentOutput
-from fastdeit.objective import fuse
+from fastdeit.model.deit import StudentOutput
+from fastdeit.training.objective import fuse
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from fastdeit.pipelines.decoded import DecodedBatch
-from fastdeit.pipelines.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan
+from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan
 
 RANGES = {
     "Rotate": (-30.0, 30.0),

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdeit.pipelines import files, sidecar
-from fastdeit.pipelines.beton import RAW, BetonDataset, BetonWriter, sidecar_path
-from fastdeit.pipelines.beton_layout import METADATA_START
-from fastdeit.pipelines.convert import convert
-from fastdeit.pipelines.dataset import open_dataset
-from fastdeit.pipelines.encode import Encoding
-from fastdeit.pipelines.encoded import encoded
-from fastdeit.pipelines.files import NoRegularFileError, open_regular
-from fastdeit.pipelines.loading import open_loader
+from fastdeit.pipelines.conversion.convert import convert
+from fastdeit.pipelines.conversion.encode import Encoding
+from fastdeit.pipelines.conversion.workers import encoded
+from fastdeit.pipelines.formats import files, sidecar
+from fastdeit.pipelines.formats.beton import RAW, BetonDataset, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.beton_layout import METADATA_START
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.files import NoRegularFileError, open_regular
+from fastdeit.pipelines.formats.shard_layout import SAMPLE
+from fastdeit.pipelines.formats.shards import ShardDataset, ShardWriter
+from fastdeit.pipelines.formats.sidecar import SidecarError
+from fastdeit.pipelines.loaders.choose import open_loader
+from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
-from fastdeit.pipelines.order import EvalOrder
-from fastdeit.pipelines.pool import Prefetcher, make_pool
-from fastdeit.pipelines.shard_layout import SAMPLE
-from fastdeit.pipelines.shards import ShardDataset, ShardWriter
-from fastdeit.pipelines.sidecar import SidecarError
+from fastdeit.pipelines.plan.order import EvalOrder
 
 COUNT = 120
 
@@ -74,11 +74,11 @@ FEW_FILES = """
 import sys
 from pathlib import Path
 import numpy as np
-from fastdeit.pipelines.dataset import open_dataset
-from fastdeit.pipelines.loading import open_loader
-from fastdeit.pipelines.order import EvalOrder
-from fastdeit.pipelines.pool import Prefetcher, make_pool
-from fastdeit.pipelines.verify import verify
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.loaders.choose import open_loader
+from fastdeit.pipelines.plan.order import EvalOrder
+from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+from fastdeit.pipelines.conversion.verify import verify
 
 path, out = sys.argv[1:]
 dataset = open_dataset(Path(path))
@@ -107,7 +107,7 @@ def test_few_open_files_are_enough_for_many_shards(shards, pixels, tmp_path):
 
 def test_open_files_are_bounded_and_no_read_meets_a_closed_one(shards, pixels, monkeypatch):
     before = open_files()
-    monkeypatch.setattr("fastdeit.pipelines.shards._OPEN_SHARDS", 3)
+    monkeypatch.setattr("fastdeit.pipelines.formats.shards._OPEN_SHARDS", 3)
     most = 0
     with ShardDataset(shards) as dataset, ThreadPoolExecutor(8) as pool:
 
@@ -256,7 +256,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, beton, kind, monkeypatch):
 SPARSE = """
 import resource, sys
 from pathlib import Path
-from fastdeit.pipelines.dataset import open_dataset
+from fastdeit.pipelines.formats.dataset import open_dataset
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     open_dataset(Path(sys.argv[1]))

@@ -1,0 +1,323 @@
+"""The device augmentation: the time of each of its passes beside the bytes that it must move, and beside its peers.
+
+The batch is the recipe's own: photos of 500 x 375 pixels, each decoded once for its three repeats, and plans drawn as
+a run draws them. Peers do the same kind of work on the same images with draws of their own. torchvision's RandAugment
+draws once for the whole batch; how fast it is with a draw for every image, as the recipe asks for, is told too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from benchmarks.record import first_line
+from fastdeit.kernels.augment_normalize import finish
+from fastdeit.kernels.augment_ops import apply_operations
+from fastdeit.kernels.augment_resize import crop_resize
+from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.device.packing import fill_table, table_sizes, work_of
+from fastdeit.pipelines.device.stage import DeviceStage
+from fastdeit.pipelines.device.workspace import Memory
+from fastdeit.pipelines.host.normalize import normalised_levels
+from fastdeit.pipelines.host.stage import HostStage
+from fastdeit.pipelines.plan.draw import PlanDrawer, Policy
+from fastdeit.pipelines.plan.order import EpochOrder
+from fastdeit.pipelines.plan.plan import CODE, Plan
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEIGHT, WIDTH = 375, 500
+SIZE = 224
+_READ_ONLY = ("AutoContrast", "Equalize", "Contrast")  # need the pixels for a histogram or a mean
+_REWRITTEN = ("Color", "Sharpness", "Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A batch to be made."""
+
+    decoded: DecodedBatch
+    plan: Plan
+    size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def draw(cls, batch: int, size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Job:
+        """A step of the recipe with photos made of noise, smoothed."""
+        order = EpochOrder(max(batch, 64), global_batch=batch, seed=seed)
+        samples = order.step(0, 0)
+        images, source = np.unique(samples.index, return_inverse=True)
+        rng = np.random.default_rng(seed)
+        noise = rng.integers(0, 256, (len(images), HEIGHT + 4, WIDTH + 4, 3), dtype=np.uint8)
+        pixels = np.stack([image[:-4, :-4] // 2 + image[4:, 4:] // 2 for image in noise])
+        decoded = DecodedBatch(
+            epoch=0,
+            step=0,
+            pixels=pixels.reshape(-1),
+            offset=np.arange(len(images)) * HEIGHT * WIDTH * 3,
+            height=np.full(len(images), HEIGHT, np.int32),
+            width=np.full(len(images), WIDTH, np.int32),
+            source=source.astype(np.int32),
+            index=samples.index,
+            label=samples.index % 1000,
+        )
+        sizes = (np.full(order.length, side, np.int32) for side in (HEIGHT, WIDTH))
+        plan = PlanDrawer(Policy(img_size=size), seed, *sizes).draw(0, 0, samples)
+        return cls(decoded=decoded, plan=plan, size=size, dtype=dtype)
+
+    def bytes(self) -> dict[str, int]:
+        """What each pass must read and write at least; see `passes`."""
+        image = 3 * self.size**2
+        op, source = self.plan.op, self.decoded.source
+        crops = np.zeros(len(self.decoded.offset))
+        np.add.at(crops, source, 3.0 * self.plan.crop[:, 2] * self.plan.crop[:, 3])
+        taken = int(np.minimum(crops, 3 * HEIGHT * WIDTH).sum())
+        read = np.isin(op, [CODE[name] for name in _READ_ONLY]).sum()
+        rewritten = np.isin(op, [CODE[name] for name in _REWRITTEN]).sum()
+        everything = len(self.plan) * image
+        out = everything * self.dtype.itemsize
+        return {
+            "resize": taken + everything,
+            "operations": int(read + 2 * rewritten) * image,
+            "finish": everything + out,
+            # What one perfect kernel would move for the last two.
+            "augment": everything + out,
+            "stage": taken + out,
+        }
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Calls that each run one pass over the job again, on data that is on the device."""
+
+    calls: dict[str, Callable[[], object]]
+    batch: Callable[[], Tensor]
+
+
+def passes(job: Job, device: torch.device, layout: Literal["nchw", "patches"] = "patches") -> Passes:
+    """The launches of `DeviceStage`, one pass at a time, and the stage as a whole from the host's plan on."""
+    count, layers = job.plan.op.shape
+    size, memory = job.size, Memory(device)
+    stage = DeviceStage(size, MEAN, STD, device=device, dtype=job.dtype, layout=layout)
+    table = torch.empty(sum(table_sizes(count, layers)), dtype=torch.uint8)
+    window = np.tile(np.array([size, size, 0, 0], np.int32), (count, 1))
+    needs = fill_table(table, job.decoded, job.plan, window, size)
+    work = work_of(table[: table_sizes(count, layers)[0]].to(device), count, layers)
+    pixels = torch.from_numpy(job.decoded.pixels).to(device)
+    planes = memory.take("planes", (count, 2, 3, size, size))
+    tables = memory.take("tables", (layers + 1, count, 3, 256))
+    levels = torch.from_numpy(normalised_levels(MEAN, STD)).to(device)
+    fill = torch.tensor([round(255 * x) for x in MEAN], dtype=torch.uint8, device=device)
+    out = torch.empty(stage.out_shape(count), dtype=job.dtype, device=device)
+    scratch = (
+        memory.take("taps", (needs.taps,), torch.int32),
+        memory.take("reach", (count, 2, 2, size), torch.int32),
+        memory.take("between", (needs.between,)),
+    )
+
+    def run_resize() -> None:
+        crop_resize(pixels, work.place, work.start, *scratch, planes[:, 0])
+
+    def run_operations() -> None:
+        apply_operations(planes, work.operation, work.argument, tables, fill, needs.blurs)
+
+    def run_finish() -> None:
+        finish(
+            planes, work.ending, tables[layers], levels, work.erase, work.who, work.key, work.unit, work.mix,
+            work.share, out, layout=layout, patch_size=stage.patch_size,
+        )  # fmt: skip
+
+    def run_augment() -> None:
+        run_operations()
+        run_finish()
+
+    def run_stage() -> None:
+        run_resize()
+        run_augment()
+
+    def batch() -> Tensor:
+        run_stage()
+        return out
+
+    source = torch.from_numpy(job.decoded.pixels)
+    pinned = source.pin_memory().numpy() if device.type == "cuda" else job.decoded.pixels
+    decoded = DecodedBatch(**{**vars(job.decoded), "pixels": pinned})
+    return Passes(
+        calls={
+            "resize": run_resize,
+            "operations": run_operations,
+            "finish": run_finish,
+            "augment": run_augment,
+            "stage": run_stage,
+            "stage from the host": lambda: stage(decoded, job.plan),
+        },
+        batch=batch,
+    )
+
+
+def disagreement(job: Job, device: torch.device) -> str | None:
+    """Why the device's batch is wrong, or None: it is to be the host stage's, to the bit."""
+    full = Job(decoded=job.decoded, plan=job.plan, size=job.size, dtype=torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        host = HostStage(job.size, MEAN, STD, pool=pool, threads=4)(job.decoded, job.plan).images
+    ours = passes(full, device, "nchw").batch().cpu()
+    wrong = (ours != host).flatten(1).any(1).nonzero().flatten().tolist()
+    return f"{len(wrong)} of {len(host)} samples differ from the host's, the first is {wrong[0]}" if wrong else None
+
+
+@dataclass
+class Peers:
+    """Calls by name of a pass; why others are absent; what those said that cannot be put together here."""
+
+    calls: dict[str, dict[str, Callable[[], object]]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def peers(job: Job, device: torch.device) -> Peers:
+    """torchvision, kornia and DALI, where they are installed, at resizing and at augmenting."""
+    found = Peers({"resize": {}, "augment": {}})
+    pixels = torch.from_numpy(job.decoded.pixels).view(-1, HEIGHT, WIDTH, 3).permute(0, 3, 1, 2).contiguous().to(device)
+    images = torch.randint(0, 256, (len(job.plan), 3, job.size, job.size), dtype=torch.uint8, device=device)
+    adding: dict[str, Callable[[], None]] = {
+        "torchvision": lambda: _add_torchvision(found, job, pixels, images),
+        "kornia": lambda: _add_kornia(found, job, images),
+        "DALI": lambda: _add_dali(found, job, images),
+    }
+    for name, add in adding.items():
+        try:
+            add()
+        except Exception as error:  # of a version that works otherwise: our own figures do not hang on it
+            found.failed[name] = first_line(error)
+    return found
+
+
+def _add_torchvision(found: Peers, job: Job, pixels: Tensor, images: Tensor) -> None:
+    crops, source = job.plan.crop.tolist(), job.decoded.source.tolist()
+    policy = v2.RandAugment(num_ops=2, magnitude=9)
+    normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))])
+    erase = v2.RandomErasing(p=0.25)
+    mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=1000), v2.CutMix(alpha=1.0, num_classes=1000)])
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+    def resize() -> Tensor:
+        side = [job.size, job.size]
+        bicubic = v2.InterpolationMode.BICUBIC
+        return torch.stack(
+            [
+                v2.functional.resized_crop(
+                    pixels[slot], top, left, height, width, side, interpolation=bicubic, antialias=True
+                )
+                for slot, (top, left, height, width) in zip(source, crops, strict=True)
+            ]
+        )
+
+    def one_draw() -> Tensor:
+        return mix(erase(normalise(policy(images))), labels)[0].to(job.dtype)
+
+    def a_draw_each() -> Tensor:
+        augmented = torch.stack([erase(normalise(policy(image))) for image in images])
+        return mix(augmented, labels)[0].to(job.dtype)
+
+    found.calls["resize"]["torchvision"] = resize
+    found.calls["augment"]["torchvision, one draw a batch"] = one_draw
+    found.calls["augment"]["torchvision, a draw an image"] = a_draw_each
+
+
+def _add_kornia(found: Peers, job: Job, images: Tensor) -> None:
+    try:
+        import kornia.augmentation as kornia
+    except ImportError:
+        found.absent["kornia"] = "pip install kornia"
+        return
+    sequence = kornia.AugmentationSequential(
+        kornia.auto.RandAugment(n=2, m=9),
+        kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        kornia.RandomErasing(p=0.25),
+    )
+    found.calls["augment"]["kornia"] = lambda: sequence(images.float() / 255).to(job.dtype)
+
+
+def _add_dali(found: Peers, job: Job, images: Tensor) -> None:
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali.auto_aug import rand_augment
+    except ImportError:
+        found.absent["DALI"] = "pip install nvidia-dali-cuda120"
+        return
+    if images.device.type != "cuda":
+        found.absent["DALI"] = "runs its RandAugment on GPUs only here"
+        return
+    interleaved = images.permute(0, 2, 3, 1).contiguous()
+
+    @pipeline_def(enable_conditionals=True, batch_size=len(images), num_threads=4, device_id=0)
+    def pipeline() -> Any:
+        batch = fn.external_source(source=lambda: interleaved, device="gpu", layout="HWC", no_copy=True)
+        augmented = rand_augment.rand_augment(batch, n=2, m=9)
+        return fn.crop_mirror_normalize(
+            augmented,
+            dtype=types.FLOAT16,  # pyright: ignore[reportAttributeAccessIssue]
+            mean=[255 * x for x in MEAN],
+            std=[255 * x for x in STD],
+        )
+
+    pipe = pipeline()
+    pipe.build()
+
+    def run() -> None:
+        pipe.run()
+        # DALI works on streams of its own, which an event on PyTorch's does not wait for.
+        torch.cuda.synchronize()
+
+    found.calls["augment"]["DALI, without erasing and mixing"] = run
+
+
+def measure(
+    job: Job,
+    device: torch.device,
+    launched: Callable[[Callable[[], object]], list[float]],
+    graphed: Callable[[Callable[[], object]], list[float] | None],
+    bytes_per_second: float,
+) -> Iterator[dict[str, Any]]:
+    """A record for every pass: floor, time, times the floor, images per second, and the same of its peers.
+
+    launched  takes a call and times it: milliseconds in each window
+    graphed   the same in a CUDA graph of the call, without the launches; None where it cannot be captured. Peers, which
+              draw on the host, are not asked
+
+    What differs from the host stage is not timed: one record says so in `refused`.
+    """
+    about = {"op": "augment", "size": job.size, "refused": {}, "failed": {}, "absent": {}, "sides": {}}
+    reason = disagreement(job, device)
+    if reason is not None:
+        yield {**about, "refused": {"fastdeit": reason}}
+        return
+    others, floors = peers(job, device), job.bytes()
+    for name, call in passes(job, device).calls.items():
+        record: dict[str, Any] = {**about, "pass": name, "sides": {}, "failed": {}}
+        if name == "augment":  # which is what they would do
+            record |= {"absent": others.absent, "failed": dict(others.failed)}
+        if name in floors:
+            record["floor_ms"] = 1e3 * floors[name] / bytes_per_second
+        for side, run in {"fastdeit": call, **others.calls.get(name, {})}.items():
+            try:
+                windows = launched(run)
+                in_graph = graphed(run) if run is call and name in floors else None
+            except Exception as error:  # peers raise what they like
+                record["failed"][side] = first_line(error)
+                continue
+            median = statistics.median(windows)
+            figures = {"ms": median, "windows": windows, "images_per_second": 1e3 * len(job.plan) / median}
+            if in_graph is not None:
+                figures |= {"graph_ms": statistics.median(in_graph), "graph_windows": in_graph}
+            if "floor_ms" in record:
+                figures["times_floor"] = figures.get("graph_ms", median) / record["floor_ms"]
+            record["sides"][side] = figures
+        yield record

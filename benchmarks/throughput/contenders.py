@@ -1,0 +1,363 @@
+"""What `throughput` compares: the same inference and training step on our model and on timm's.
+
+Our training step is `fastdeit.training.step`, the trainer's own, in the forms that a recipe can give it. timm's does
+the same work: stochastic depth, forward pass, soft-target cross-entropy (and the hard distillation loss where there
+is a distillation token), backward pass, AdamW, and the average of the weights where it is asked for. Both sides have
+the same parameter groups, and fused AdamW on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+
+from fastdeit.config import Recipe
+from fastdeit.data import TrainBatch
+from fastdeit.distributed import World
+from fastdeit.model.kernel_choice import TORCH, Kernels, choose_kernels
+from fastdeit.model.networks import build_network
+from fastdeit.pipelines.host.stage import Batch
+from fastdeit.precision import Precision
+from fastdeit.training.graphs import why_not
+from fastdeit.training.objective import build_objective
+from fastdeit.training.optim import parameter_groups
+from fastdeit.training.step import TrainingStep
+
+CLASSES = 1000
+Step = Callable[[], int]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison. `recipe` is resolved; it gives model, optimizer and objective."""
+
+    recipe: Recipe
+    mode: Literal["train", "infer"]
+    batch: int
+    ema: bool
+    precision: Precision
+
+    @property
+    def device(self) -> torch.device:
+        return self.precision.device
+
+    @property
+    def world(self) -> World:
+        return World(0, 1, 1, self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this case from another, as JSON takes it."""
+        return {
+            "model": self.recipe.name.removesuffix("_384"),
+            "img_size": self.recipe.model.img_size,
+            "mode": self.mode,
+            "batch": self.batch,
+            "ema": self.ema,
+            "precision": self.precision.name,
+            "device": self.device.type,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to do a case's step.
+
+    kernels  the Triton kernels in place of PyTorch's passes
+    skip     what stochastic depth drops is left out of the computation
+    graph    a whole training step of ours replayed as one CUDA graph; otherwise torch.compile's own CUDA graphs
+    apex     AdamW by apex's FusedAdam
+    """
+
+    who: Literal["timm", "fastdeit"]
+    compiled: bool = False
+    kernels: bool = False
+    skip: bool = False
+    graph: bool = False
+    apex: bool = False
+
+    @property
+    def name(self) -> str:
+        options = [name for name in ("kernels", "skip", "graph", "apex") if getattr(self, name)]
+        return f"{self.who} {' + '.join(['compiled' if self.compiled else 'eager', *options])}"
+
+
+def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
+    """What there is to compare, from plain to all that helps.
+
+    If `quick`, only the last of ours, with apex's beside it, and timm's compiled forms.
+
+    peer      whether timm's are among them
+    compiled  whether torch.compile is
+    """
+    plain = [False, True] if compiled else [False]
+    theirs = [Form(who="timm", compiled=compiled) for compiled in plain] if peer else []
+    if theirs and compiled and case.device.type == "cuda":
+        theirs.append(Form(who="timm", compiled=True, graph=True))
+    ours = [Form(who="fastdeit", compiled=compiled) for compiled in plain]
+    replace = dataclasses.replace
+    if case.device.type == "cuda":
+        ours.append(replace(ours[-1], kernels=True))
+    if case.mode == "train" and case.recipe.model.drop_path > 0:
+        ours.insert(-1, replace(ours[-1], skip=True))
+    if case.mode == "train" and why_not(case.recipe, case.world, case.precision) is None:
+        ours += [replace(form, graph=True) for form in ours if form.compiled == compiled and not form.skip]
+        if importlib.util.find_spec("apex") is not None:
+            ours.append(replace(ours[-1], apex=True))
+    elif case.mode == "infer" and compiled and case.device.type == "cuda":
+        ours.append(replace(ours[-1], graph=True))
+    if not quick:
+        return [*theirs, *ours]
+    best = replace(ours[-1], apex=False)
+    return [
+        *(form for form in theirs if form.compiled == compiled),
+        *(form for form in ours if replace(form, apex=False) == best),
+    ]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A random batch on the device, and what a teacher says of it: (B,) int64."""
+
+    data: Batch
+    labels: Tensor
+    smoothing: float
+
+    @classmethod
+    def draw(cls, case: Case, batch: int) -> Inputs:
+        size, device = case.recipe.model.img_size, case.device
+        data = Batch(
+            images=torch.randn(batch, 3, size, size, device=device),
+            label_a=torch.randint(CLASSES, (batch,), device=device),
+            label_b=torch.randint(CLASSES, (batch,), device=device),
+            lam=torch.rand(batch, device=device),
+            index=torch.arange(batch, device=device),
+        )
+        return cls(data, torch.randint(CLASSES, (batch,), device=device), case.recipe.augment.label_smoothing)
+
+    def targets(self) -> Tensor:
+        """(B, K) float32, rows summing to 1."""
+        return self.data.targets(CLASSES, self.smoothing)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A teacher's labels where they were stored beforehand: a `LabelCache` of one batch."""
+
+    hard: Tensor
+
+    def labels(self, epoch: int, entries: np.ndarray) -> Tensor:
+        return self.hard
+
+    def logits(self, epoch: int, entries: np.ndarray) -> Tensor:
+        raise NotImplementedError("the benchmark distils hard labels")
+
+
+def our_kernels(case: Case, form: Form) -> Kernels:
+    """Raises UserError where the form asks for kernels and none can run."""
+    if not form.kernels:
+        return TORCH
+    cfg = dataclasses.replace(case.recipe.model, kernels="triton")
+    return choose_kernels(cfg, case.precision, CLASSES, case.world)
+
+
+def our_model(case: Case, form: Form) -> Any:
+    cfg = dataclasses.replace(case.recipe.model, drop_path_mode="skip" if form.skip else "mask")
+    return build_network(cfg, CLASSES, our_kernels(case, form)).to(case.device)
+
+
+def timm_model(case: Case, *, both_heads: bool, drop_path: float) -> nn.Module:
+    """timm's model of the same shape. In training mode with `both_heads` it returns both heads' logits."""
+    cfg = case.recipe.model
+    name = f"{case.recipe.name.removesuffix('_384')}_patch16_224"  # the 384 forms differ in img_size alone
+    model: Any = timm.create_model(name, num_classes=CLASSES, img_size=cfg.img_size, drop_path_rate=drop_path)
+    if cfg.distilled and both_heads:
+        model.set_distilled_training(True)
+    return model.to(case.device)
+
+
+def make_step(case: Case, form: Form, state: State, inputs: Inputs) -> Step:
+    """A step of that form that starts from the weights `state`; it returns its images.
+
+    Raises UserError where the form cannot be had here.
+    """
+    drop_path = case.recipe.model.drop_path if case.mode == "train" else 0.0
+    model: Any = (
+        our_model(case, form)
+        if form.who == "fastdeit"
+        else timm_model(case, both_heads=case.mode == "train", drop_path=drop_path)
+    )
+    model.load_state_dict(state)
+    model.train(case.mode == "train")
+    if form.who == "fastdeit" and case.mode == "train":
+        return _our_train_step(model, case, form, inputs)
+    # "reduce-overhead" records PyTorch's own CUDA graphs, the fewest launches that timm's model can have.
+    graphs = "reduce-overhead" if form.graph else None
+    called: Any = torch.compile(model, dynamic=False, mode=graphs) if form.compiled else model
+    if case.mode == "infer":
+        return _infer_step(called, case, inputs)
+    return _timm_train_step(model, called, case, inputs)
+
+
+def _infer_step(called: Any, case: Case, inputs: Inputs) -> Step:
+    @torch.inference_mode()
+    def step() -> int:
+        with case.precision.autocast():
+            called(inputs.data.images)
+        return case.batch
+
+    return step
+
+
+def _our_train_step(model: Any, case: Case, form: Form, inputs: Inputs) -> Step:
+    recipe, replace = case.recipe, dataclasses.replace
+    # A learning rate that stays, as the other side's does.
+    optim = replace(
+        recipe.optim,
+        implementation="apex" if form.apex else "torch",
+        lr_batch=0,
+        warmup_epochs=0,
+        min_lr=recipe.optim.lr,
+    )
+    run = replace(
+        recipe.run,
+        global_batch=case.batch,
+        compile="on" if form.compiled else "off",
+        cuda_graphs="on" if form.graph else "off",
+    )
+    kind = "hard" if recipe.model.distilled else "none"
+    objective = replace(recipe.objective, distillation=kind)
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, drop_path_mode="skip" if form.skip else "mask"),
+        optim=optim,
+        run=run,
+        objective=objective,
+        ema=replace(recipe.ema, enabled=case.ema),
+    ).resolved()
+    kernels = "distillation_loss" in our_kernels(case, form).ops
+    training = TrainingStep(
+        recipe,
+        case.world,
+        case.precision,
+        model,
+        build_objective(recipe.objective, recipe.model.distilled, recipe.departures, kernels=kernels),
+        num_classes=CLASSES,
+        steps_per_epoch=1,
+        labels=_Said(inputs.labels) if recipe.model.distilled else None,
+    )
+    batch = TrainBatch(inputs.data, np.arange(case.batch), np.zeros(case.batch, np.int32), [], [])
+    number = 0
+
+    def step() -> int:
+        nonlocal number
+        training(batch, 0, 0, number)
+        number += 1
+        return case.batch
+
+    return step
+
+
+def _timm_train_step(model: nn.Module, called: Any, case: Case, inputs: Inputs) -> Step:
+    cfg = case.recipe.optim
+    groups = parameter_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=case.device.type == "cuda")
+    ema = ModelEmaV3(model, decay=case.recipe.ema.decay) if case.ema else None
+    soft, hard = SoftTargetCrossEntropy(), nn.CrossEntropyLoss()
+    images, targets = inputs.data.images, inputs.targets()
+
+    def step() -> int:
+        optimizer.zero_grad(set_to_none=True)
+        with case.precision.autocast():
+            output = called(images)
+            if case.recipe.model.distilled:
+                loss = (soft(output[0], targets) + hard(output[1], inputs.labels)) / 2
+            else:
+                loss = soft(output, targets)
+        loss.backward()
+        optimizer.step()
+        if ema is not None:
+            ema.update(model)
+        return case.batch
+
+    return step
+
+
+def disagreement(case: Case, ours: Any) -> str | None:
+    """Why ours must not be compared with timm, or None where both compute the same thing.
+
+    With the weights of `ours`, logits and gradients of two images must agree in float32 to 1e-4 and 1e-3 of the
+    largest value of a tensor. In the precision that is timed, our logits may be no further from timm's in float32
+    than twice what timm's own are. Both run without stochastic depth. Compiled forms are not looked at: they are
+    PyTorch's own transformation of these.
+    """
+    peer = timm_model(case, both_heads=True, drop_path=0.0).train()
+    peer.load_state_dict(ours.state_dict())
+    inputs = Inputs.draw(case, batch=2)
+    exact = Precision("fp32", None, case.device)
+    with _whole_float32():
+        logits, gradients = _outcome(peer, case, inputs, exact)
+        our_logits, our_gradients = _outcome(ours, case, inputs, exact)
+    if our_logits.keys() != logits.keys() or our_gradients.keys() != gradients.keys():
+        return "they differ in their heads or in which parameters have gradients"
+    for what, found, wanted, limit in (
+        ("logits", our_logits, logits, 1e-4),
+        ("gradients", our_gradients, gradients, 1e-3),
+    ):
+        name, distance = _worst(found, wanted)
+        if not distance <= limit:
+            return f"{what} of {name} differ by {distance:.1e} of the largest in fp32, which is more than {limit:.0e}"
+    if case.precision.dtype is not None:
+        theirs = _worst(_outcome(peer, case, inputs, case.precision)[0], logits)[1]
+        name, distance = _worst(_outcome(ours, case, inputs, case.precision)[0], logits)
+        if not distance <= 2 * theirs:
+            return f"logits of {name} lose {distance:.1e} in {case.precision.name}, where timm's lose {theirs:.1e}"
+    return None
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """No TF32, in products or in convolutions: timm's patches are a convolution where ours are a GEMM."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _outcome(model: Any, case: Case, inputs: Inputs, precision: Precision) -> tuple[State, State]:
+    """Logits by head, and gradients by parameter."""
+    model.zero_grad(set_to_none=True)
+    with precision.autocast():
+        output = model(inputs.data.images)
+    heads = output if isinstance(output, tuple) else (output, None)
+    logits = {name: head for name, head in zip(("cls", "dist"), heads, strict=True) if head is not None}
+    loss = SoftTargetCrossEntropy()(logits["cls"].float(), inputs.targets())
+    if "dist" in logits:
+        loss = loss + nn.functional.cross_entropy(logits["dist"].float(), inputs.labels)
+    loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {name: head.detach() for name, head in logits.items()}, gradients
+
+
+def _worst(found: State, wanted: State) -> tuple[str, float]:
+    distances = {
+        name: float((found[name].float() - value.float()).abs().max() / value.float().abs().max())
+        for name, value in wanted.items()
+    }
+    # A NaN is worse than any number, and max() would pass over it.
+    return max(distances.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])

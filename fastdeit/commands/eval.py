@@ -1,0 +1,180 @@
+"""`fastdeit-eval`: accuracy of a checkpoint on a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastdeit.cli import parse, recipe_from_dict, run
+from fastdeit.config import Recipe
+from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
+from fastdeit.pipelines.errors import UserError
+from fastdeit.recipes import RECIPES
+from fastdeit.streams import keep_streams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Top-1, top-5 and loss of every head of a checkpoint; ImageNet-ReaL's accuracy where VAL holds its labels."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
+    val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
+    recipe: str | None = None  # needed where the checkpoint does not hold its own, e.g. deit_small_distilled
+    weights: Literal["model", "ema", "both"] = "both"  # both: ema too where the checkpoint has it
+    img_size: int | None = None  # resolution, where it is not the recipe's; the position embedding is resized
+    batch: int = 256
+    threads: int = 0
+    loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"
+    stage: Literal["auto", "device", "host"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    json: bool = False  # print one JSON object instead of a table
+
+
+def evaluate_checkpoint(options: Options) -> dict[str, Any]:
+    """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
+    _check(options)
+    from fastdeit.checkpoint import read_checkpoint
+    from fastdeit.data import EvaluationData
+    from fastdeit.distributed import world
+    from fastdeit.model.kernel_choice import choose_kernels
+    from fastdeit.model.networks import build_network
+    from fastdeit.model.weights import check_described, describe, load_weights, state_dict
+    from fastdeit.pipelines.formats.checksums import unchecked
+    from fastdeit.pipelines.host.stage import compile_sentence
+    from fastdeit.setup import set_up
+    from fastdeit.stage_choice import image_dtype, image_layout
+    from fastdeit.training.evaluation import evaluate
+
+    stored = read_checkpoint(options.checkpoint)
+    described = describe(stored, str(options.checkpoint))
+    recipe = _recipe(options, stored, described.get("num_classes"))
+    if options.recipe is None:
+        own, source = _stored_recipe(options, stored).model, str(options.checkpoint)
+        state = state_dict(stored, ema=options.weights == "ema", source=source)
+        check_described(own, described.get("num_classes") or own.num_classes, state, source)
+    kinds = ["model", "ema"] if options.weights == "both" else [options.weights]
+    if options.weights == "both" and not stored.get("ema"):
+        kinds = ["model"]
+    with world(options.device) as joined:
+        precision = set_up(recipe, joined)
+        val = open_dataset(options.val, "val")
+        check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
+        classes = recipe.model.num_classes or val.num_classes
+        kernels = choose_kernels(recipe.model, precision, classes, joined)
+        dtype, layout = image_dtype(recipe, precision, teacher=False), image_layout(kernels, teacher=False)
+        if joined.main and not options.json and options.stage != "device" and (sentence := compile_sentence()):
+            print(sentence)
+        data = EvaluationData(recipe, val, joined, dtype, layout)
+        if joined.main and not options.json:
+            if precision.note:
+                print(precision.note)
+            print(kernels.sentence())
+            print(f"loader {data.loader.name}: {data.loader.reason}")
+            print(f"images made on the {data.stage.name}: {data.stage.reason}")
+        without = unchecked(val.path, val.checksums)
+        if joined.main and without is not None:
+            print(without, file=sys.stderr)
+        out: dict[str, Any] = {}
+        try:
+            for kind in kinds:
+                model = build_network(recipe.model, classes, kernels).to(joined.device)
+                for message in load_weights(model, stored, ema=kind == "ema"):
+                    if "reset" in message:
+                        raise UserError(f"{options.checkpoint} cannot be evaluated on {options.val}: {message}")
+                    if joined.main and not options.json:
+                        print(message)
+                out[kind] = evaluate(
+                    model,
+                    data,
+                    joined,
+                    precision,
+                    kernels="evaluate_heads" in kernels.ops,
+                    progress=joined.main and not options.json,
+                )
+        finally:
+            data.close()
+        return out if joined.main else {}
+
+
+def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
+    try:
+        recipe = recipe_from_dict(stored["recipe"], file=options.checkpoint)
+    except UserError as error:
+        raise UserError(f"{options.checkpoint} holds no recipe that can be used: {error}") from error
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+        if getattr(recipe.model, name) < 1:
+            raise UserError(f"{options.checkpoint}: its recipe says model.{name} {getattr(recipe.model, name)}")
+    return recipe
+
+
+def _check(options: Options) -> None:
+    """Raises UserError for what can be seen before PyTorch is loaded."""
+    if options.recipe is not None and options.recipe not in RECIPES:
+        raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
+    check_checkpoint(options.checkpoint)
+    open_dataset(options.val, "val").close()
+
+
+def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
+    if options.recipe is not None:
+        recipe = RECIPES[options.recipe]()
+    elif isinstance(stored.get("recipe"), dict):
+        recipe = _stored_recipe(options, stored)
+    else:
+        raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
+    replace = dataclasses.replace
+    model = replace(
+        recipe.model,
+        init=None,
+        finetune=False,
+        num_classes=num_classes or recipe.model.num_classes,
+        kernels=options.kernels,
+    )
+    if options.img_size is not None:
+        model = replace(model, img_size=options.img_size)
+    return replace(
+        recipe,
+        model=model,
+        data=replace(recipe.data, loader=options.loader, stage=options.stage, threads=options.threads),
+        run=replace(recipe.run, eval_batch=options.batch, precision=options.precision),
+    ).resolved()
+
+
+def table(results: dict[str, Any]) -> str:
+    """The scores as text, a line a head, and a line where images had to be read by PIL."""
+    real = any("real_images" in scores for scores in results.values())
+    lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}" + f" {'ReaL %':>8}" * real]
+    for kind, scores in results.items():
+        for head, values in scores.items():
+            if isinstance(values, dict):
+                line = f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {values['loss']:8.4f}"
+                lines.append(line + (f" {values['real']:8.2f}" if real else ""))
+        if real:
+            lines.append(f"{kind}: ReaL over the {scores['real_images']} of {scores['images']} images with such labels")
+        if "fallbacks" in scores:
+            lines.append(f"{kind}: PIL read {scores['fallbacks']} images that the loader's decoder refused")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    def go() -> None:
+        keep_streams()
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
+        options = parse(Options, "fastdeit-eval")
+        results = evaluate_checkpoint(options)
+        if results:
+            print(json.dumps(results) if options.json else table(results))
+
+    run(go)
+
+
+if __name__ == "__main__":
+    main()

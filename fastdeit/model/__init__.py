@@ -1,0 +1,1 @@
+"""The student network: layers, fused kernels and the choice among them, weights from files."""

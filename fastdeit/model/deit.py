@@ -1,0 +1,194 @@
+"""The DeiT vision transformer, in timm's layers and timm's parameter names."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from fastdeit.config import ModelConfig
+from fastdeit.kernels.reference import assemble_tokens
+from fastdeit.model.drop_path import DropPath, SkipPath, kept_samples
+
+
+class StudentOutput(NamedTuple):
+    """Logits of a student: `cls` (B, K) of the class token, `dist` (B, K) of the distillation token or None."""
+
+    cls: Tensor
+    dist: Tensor | None
+
+
+class SkippingBlock(Block):
+    """A block whose branches leave out the samples that stochastic depth drops."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("a block that skips samples has no attention mask: set model.drop_path_mode 'mask'")
+        x = self.drop_path1(x, lambda kept: self.attn(self._normal(self.norm1, kept)))
+        return self.drop_path2(x, lambda kept: self.mlp(self._normal(self.norm2, kept)))
+
+    def _normal(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x)
+
+
+class DeiT(nn.Module):
+    """A DeiT with or without distillation token (paper, section 4, Figure 2).
+
+    Its state dict is that of timm's `deit_*_patch16_*` or `deit_*_distilled_patch16_*`. Initial weights are the
+    released code's: normal of deviation 0.02 for linear layers, tokens and positions, zero biases, PyTorch's own
+    for the patch projection. (timm 1.0 differs in `cls_token` alone: deviation 1e-6.)
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        distilled: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_mode: Literal["mask", "skip"] = "mask",
+    ) -> None:
+        """`drop_rate` is that of the tokens after the position embedding and of both branches' outputs.
+
+        `drop_path_mode` "skip" leaves what stochastic depth drops out of the computation: see `set_drop_path`.
+        """
+        super().__init__()
+        self.num_classes, self.distilled = num_classes, distilled
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=3, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_prefix_tokens, embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self._skips = drop_path_mode == "skip"
+        block, path = (SkippingBlock, SkipPath) if self._skips else (Block, DropPath)
+        self.blocks = nn.ModuleList(
+            block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, proj_drop=drop_rate, norm_layer=norm)
+            for _ in range(depth)
+        )
+        self._drop_paths: list[Any] = []
+        for one in self.blocks:
+            one.drop_path1, one.drop_path2 = path(), path()
+            self._drop_paths += [one.drop_path1, one.drop_path2]
+        self.norm = norm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.head_dist = nn.Linear(embed_dim, num_classes) if distilled else None
+        self._init_weights()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1, or 2 with the distillation token."""
+        return 2 if self.distilled else 1
+
+    def _init_weights(self) -> None:
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            if parameter is not None:
+                trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def set_drop_path(self, masks: Tensor | None) -> None:
+        """Stochastic depth of the coming forward passes in training mode; None: none.
+
+        masks  (depth, 2, B) float32, as `draw_drop_path` returns: on the model's device, where it is kept by
+               reference; on the CPU for a model that skips, since the sizes of its tensors follow from them
+
+        Raises ValueError for another shape, or for masks to skip by that are not on the CPU.
+        """
+        if masks is not None and (masks.ndim != 3 or masks.shape[:2] != (len(self.blocks), 2)):
+            raise ValueError(
+                f"drop path masks of shape {tuple(masks.shape)}: {len(self.blocks)} blocks need "
+                f"({len(self.blocks)}, 2, batch)"
+            )
+        none = [None] * len(self._drop_paths)
+        if not self._skips:
+            for module, mask in zip(self._drop_paths, none if masks is None else masks.flatten(0, 1), strict=True):
+                module.mask = mask
+            return
+        if masks is not None and masks.device.type != "cpu":
+            raise ValueError(f"drop path masks on {masks.device}: a model that skips samples takes them from the CPU")
+        kept = none if masks is None else kept_samples(masks, self.pos_embed.device)
+        for module, samples in zip(self._drop_paths, kept, strict=True):
+            module.kept = samples
+
+    def _assemble(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim == 3:
+            projection = self.patch_embed.proj
+            patches = F.linear(pixels, projection.weight.flatten(1), projection.bias)
+        else:
+            patches = self.patch_embed(pixels)
+        return assemble_tokens(patches, self.cls_token, self.dist_token, self.pos_embed)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        return self.pos_drop(self._assemble(pixels))
+
+    def _run_blocks(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+    def _prefix(self, tokens: Tensor) -> Tensor:
+        """The normalised tokens (B, 1 or 2, C) that the heads read, of the sequence before the first block."""
+        return self.norm(self._run_blocks(tokens)[:, : self.num_prefix_tokens])
+
+    def _logits(self, prefix: Tensor) -> StudentOutput:
+        dist = None if self.head_dist is None else self.head_dist(prefix[:, 1])
+        return StudentOutput(self.head(prefix[:, 0]), dist)
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """Normalised tokens (B, N, C) after the last block; `pixels` as in `forward`."""
+        return self.norm(self._run_blocks(self._embed(pixels)))
+
+    def forward(self, pixels: Tensor) -> StudentOutput:
+        """Logits of images (B, 3, S, S), or of images in patches (B, S^2 / P^2, 3 * P * P), channel by channel.
+
+        The heads' outputs are never averaged here: see `objective.fuse`.
+        """
+        return self._logits(self._prefix(self._embed(pixels)))
+
+    @torch.no_grad()
+    def tokens_by_layer(self, pixels: Tensor) -> list[Tensor]:
+        """Class and distillation token at the input of the first block and after each block: depth + 1 times (B, 2, C).
+
+        Their cosine is the paper's check: 0.06 at the input, 0.93 at the last layer (section 4). Raises ValueError
+        for a model without distillation token.
+        """
+        if not self.distilled:
+            raise ValueError("this model has no distillation token: build it with model.distilled")
+        tokens = self._embed(pixels)
+        out = [tokens[:, :2]]
+        for block in self.blocks:
+            tokens = block(tokens)
+            out.append(tokens[:, :2])
+        return out
+
+
+def build_model(cfg: ModelConfig, num_classes: int) -> DeiT:
+    """A freshly initialised DeiT of the shape that `cfg` names; weights come from PyTorch's global generator.
+
+    Stochastic depth is no part of the model: see `drop_path.draw_drop_path` and `DeiT.set_drop_path`.
+    """
+    return DeiT(
+        img_size=cfg.img_size,
+        patch_size=cfg.patch_size,
+        embed_dim=cfg.embed_dim,
+        depth=cfg.depth,
+        num_heads=cfg.num_heads,
+        mlp_ratio=cfg.mlp_ratio,
+        num_classes=num_classes,
+        distilled=cfg.distilled,
+        drop_rate=cfg.drop_rate,
+        drop_path_mode=cfg.drop_path_mode,
+    )

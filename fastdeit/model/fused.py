@@ -1,0 +1,298 @@
+"""Put the Triton kernels into a timm vision transformer, weights and state dict unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, DropPath, LayerNorm, Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from fastdeit.kernels.attention import attention
+from fastdeit.kernels.bias_gelu import bias_gelu
+from fastdeit.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
+from fastdeit.kernels.reference import as_patches
+from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
+from fastdeit.model.deit import DeiT, SkippingBlock, StudentOutput
+from fastdeit.model.drop_path import DropPath as PlannedDropPath
+
+Branch = tuple[Tensor, Tensor | None]  # what is still to be added to the stream, and its factors
+
+
+class Swap(NamedTuple):
+    """What `fuse` did: names of the modules that now run kernels, and "name: reason" of those that do not."""
+
+    replaced: list[str]
+    left: list[str]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """That of the GEMM which reads a normalised row, so that the cast is no pass of its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module.eps, dtype=_autocast_dtype(x))
+
+
+def _add_norm(x: Tensor, branch: Tensor, mask: Tensor | None, module: Any) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(
+        x, branch, module.weight, module.bias, module.eps, mask=mask, dtype=_autocast_dtype(x) or branch.dtype
+    )
+
+
+def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Factors (B,) float32 of stochastic depth, of the same random numbers as the module's own forward."""
+    if isinstance(module, nn.Identity) or not module.training:
+        return None
+    if isinstance(module, PlannedDropPath):
+        if module.mask is not None and len(module.mask) != len(x):
+            raise ValueError(f"the drop path masks are of {len(module.mask)} samples, the batch has {len(x)}")
+        return module.mask
+    assert isinstance(module, DropPath)
+    keep = 1.0 - module.drop_prob
+    if keep == 1.0:
+        return None
+    mask = x.new_empty((len(x), 1, 1)).bernoulli_(keep).view(-1).float()
+    return mask / keep if keep > 0.0 and module.scale_by_keep else mask
+
+
+class _Attention(Attention):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
+        return self.first_rows(x, x.shape[1])
+
+    def first_rows(self, x: Tensor, rows: int) -> Tensor:
+        """The first `rows` tokens of the result, (B, rows, C)."""
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        return self.proj_drop(self.proj(attention(qkv)[:, :rows]))
+
+
+class _Mlp(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.fc1) is not nn.Linear:  # an adapter has come since
+            return super().forward(x)
+        hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)  # pyright: ignore[reportArgumentType]
+        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+
+
+class _Block(Block):
+    def begin(self, x: Tensor, pending: Branch | None) -> tuple[Tensor, Tensor]:
+        """The stream and its first normalisation, once the branch of the block before is added."""
+        return (x, _norm(self.norm1, x)) if pending is None else _add_norm(x, *pending, self.norm1)
+
+    def halves(self, x: Tensor, normal: Tensor, rows: int | None = None) -> tuple[Tensor, Branch]:
+        """The stream after attention, and the MLP's branch, of the stream and its first normalisation.
+
+        Where nobody reads more than the first `rows` tokens of the result, it has no more.
+        """
+        if rows is None:
+            branch = self.attn(normal)
+        else:
+            x = x[:, :rows]
+            branch = (
+                self.attn.first_rows(normal, rows) if isinstance(self.attn, _Attention) else self.attn(normal)[:, :rows]
+            )
+        x, normal = _add_norm(x, branch, _drop_path_mask(self.drop_path1, branch), self.norm2)
+        branch = self.mlp(normal)
+        return x, (branch, _drop_path_mask(self.drop_path2, branch))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
+        x, branch = self.halves(x, _norm(self.norm1, x))
+        return _add(x, *branch)
+
+
+def _all_fused(blocks: Iterable[nn.Module]) -> bool:
+    return all(type(block) is _Block for block in blocks)
+
+
+def _add(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        branch = (branch * mask.view(-1, 1, 1)).to(branch.dtype)
+    return x + branch
+
+
+class _Blocks(nn.Sequential):
+    """Blocks one after another: the addition after a block's MLP is done with the next block's normalisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _all_fused(self):  # some were replaced or wrapped since
+            return super().forward(x)
+        pending: Branch | None = None
+        for block in self:
+            assert isinstance(block, _Block)
+            x, normal = block.begin(x, pending)
+            x, pending = block.halves(x, normal)
+        return x if pending is None else _add(x, *pending)
+
+
+class _SkippingBlock(SkippingBlock):
+    def _normal(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return _norm(norm, x)
+
+
+class _DeiT(DeiT):
+    """Blocks fused across their borders; nothing is computed that no head reads; both heads as one product."""
+
+    def _prefix(self, tokens: Tensor) -> Tensor:
+        if not _all_fused(self.blocks):
+            return super()._prefix(tokens)
+        x = tokens
+        pending: Branch | None = None
+        for place, block in enumerate(self.blocks, 1):
+            assert isinstance(block, _Block)
+            x, normal = block.begin(x, pending)
+            x, pending = block.halves(x, normal, self.num_prefix_tokens if place == len(self.blocks) else None)
+        assert pending is not None
+        return _add_norm(x, *pending, self.norm)[1]
+
+    def _logits(self, prefix: Tensor) -> StudentOutput:
+        if self.head_dist is None:
+            return super()._logits(prefix)
+        heads = self.head, self.head_dist
+        weight, bias = torch.stack([head.weight for head in heads]), torch.stack([head.bias for head in heads])
+        return StudentOutput(*torch.baddbmm(bias[:, None], prefix.transpose(0, 1), weight.transpose(1, 2)).unbind())
+
+
+class _AssemblingDeiT(_DeiT):
+    def _assemble(self, pixels: Tensor) -> Tensor:
+        projection = self.patch_embed.proj
+        if pixels.ndim == 4:
+            # One arithmetic however images come: a run with a teacher has no patches, one with its stored labels has.
+            pixels = as_patches(pixels, projection.kernel_size[0])
+        sequence = self.cls_token, self.dist_token, self.pos_embed
+        return embed_patches(pixels, projection.weight, projection.bias, *sequence)
+
+
+class _Tokens:
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        dist_token = getattr(self, "dist_token", None)
+        return self.pos_drop(assemble_tokens(x, self.cls_token, dist_token, self.pos_embed))  # pyright: ignore
+
+
+class _VisionTransformer(_Tokens, VisionTransformer):
+    pass
+
+
+class _VisionTransformerDistilled(_Tokens, VisionTransformerDistilled):
+    pass
+
+
+def _why_not_attention(module: Attention) -> str | None:
+    for name in ("q_norm", "k_norm", "norm"):
+        if not isinstance(getattr(module, name), nn.Identity):
+            return f"has {name}"
+    if getattr(module, "gate", None) is not None:
+        return "has a gate"
+    if module.attn_drop.p > 0:
+        return "has dropout of the attention weights"
+    return "has a head dim above 128" if module.head_dim > 128 else None
+
+
+def _why_not_mlp(module: Mlp) -> str | None:
+    # A subclass may compute with its weights, as LoRA's do.
+    if type(module.fc1) is not nn.Linear or module.fc1.bias is None:
+        return "its first layer is no plain linear one with a bias"
+    if module.fc1._forward_pre_hooks:  # as old weight norm, spectral norm and pruning make its weight
+        return "its first layer has a hook that runs before it"
+    if type(module.act) is not nn.GELU or module.act.approximate != "none":
+        return f"its activation is {type(module.act).__name__}, not the exact GELU"
+    return None
+
+
+def _why_not_block(module: Block) -> str | None:
+    for name in ("ls1", "ls2"):
+        if not isinstance(getattr(module, name), nn.Identity):
+            return "has LayerScale"
+    for name in ("norm1", "norm2"):
+        norm = getattr(module, name)
+        if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None:
+            return f"{name} is no LayerNorm with weight and bias"
+        if len(norm.weight) > MAX_WIDTH:
+            return f"has more than {MAX_WIDTH} channels"
+    for name in ("drop_path1", "drop_path2"):
+        if type(getattr(module, name)) not in (nn.Identity, DropPath, PlannedDropPath):
+            return f"{name} is unknown"
+    return None
+
+
+def _why_not_tokens(module: VisionTransformer) -> str | None:
+    if module.cls_token is None or module.pos_embed is None:
+        return "has no class token or no position embedding"
+    for name in ("dynamic_img_size", "no_embed_class"):
+        if getattr(module, name):
+            return f"{name} is set"
+    return "has register tokens" if module.reg_token is not None else None
+
+
+def _suits(module: nn.Module) -> None:
+    return None
+
+
+_SWAPS: tuple[tuple[str, type[nn.Module], type[nn.Module], Callable[[Any], str | None]], ...] = (
+    ("attention", Attention, _Attention, _why_not_attention),
+    ("bias_gelu", Mlp, _Mlp, _why_not_mlp),
+    ("layer_norm", Block, _Block, _why_not_block),
+    ("layer_norm", SkippingBlock, _SkippingBlock, _suits),
+    ("assemble_tokens", VisionTransformer, _VisionTransformer, _why_not_tokens),
+    ("assemble_tokens", VisionTransformerDistilled, _VisionTransformerDistilled, _why_not_tokens),
+    ("assemble_tokens", DeiT, _AssemblingDeiT, _suits),
+)
+_KINDS: tuple[type[nn.Module], ...] = tuple(kind for _, kind, _, _ in _SWAPS)
+_KNOWN = (*(fused for _, _, fused, _ in _SWAPS), _DeiT)
+
+
+def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) -> Swap:
+    """Let a timm ViT or DeiT, or this package's, run the Triton kernels where they do the same.
+
+    model  changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
+           module names and state dict stay. Forward hooks of blocks, of their norms and stochastic depth, and of
+           an MLP's fc1 and act no longer run
+    without  operations that stay PyTorch's, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
+
+    Returns what was replaced and what was not, with the reason; of modules of other types, those are named that derive
+    from one of these. A model that was fused needs a CUDA device. Fusing it again changes nothing. Raises TypeError
+    for what is no module, and ValueError for a model with nothing to replace or an operation that is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fuse takes a model, and this is a {type(model).__name__}: give what timm.create_model returns"
+        )
+    ops = sorted({op for op, *_ in _SWAPS})
+    for op in without:
+        if op not in ops:
+            raise ValueError(f"without: '{op}' is no operation: give some of {', '.join(ops)}")
+    swap = Swap([], [])
+    seen = 0
+    for name, module in model.named_modules():
+        seen += isinstance(module, _KNOWN)
+        if isinstance(module, _KINDS) and type(module) not in (*_KINDS, *_KNOWN):
+            swap.left.append(f"{name or 'tokens'}: is a {type(module).__name__}, which may compute something else")
+        for op, kind, fused, why_not in _SWAPS:
+            if type(module) is not kind:
+                continue
+            reason = without.get(op) or why_not(module)
+            if reason is None:
+                module.__class__ = fused
+                swap.replaced.append(name or "tokens")
+            else:
+                swap.left.append(f"{name or 'tokens'}: {reason}")
+    blocks = getattr(model, "blocks", None)
+    if type(blocks) is nn.Sequential and len(blocks) and _all_fused(blocks):
+        blocks.__class__ = _Blocks
+        swap.replaced.append("blocks")
+    if type(model) is DeiT and swap.replaced:
+        model.__class__ = _DeiT
+    if not swap.replaced and not seen:
+        found = "; ".join(swap.left) or "it has no Attention, Mlp or Block of timm"
+        raise ValueError(f"nothing of {type(model).__name__} can be fused: {found}")
+    return swap

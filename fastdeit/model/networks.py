@@ -1,0 +1,54 @@
+"""The network that a recipe names: a DeiT, or a timm model to become a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from fastdeit.config import ModelConfig
+from fastdeit.model.deit import DeiT, StudentOutput, build_model
+from fastdeit.model.kernel_choice import MODEL_OPS, TORCH, Kernels
+from fastdeit.pipelines.errors import UserError
+
+
+class ConvnetStudent(nn.Module):
+    """A timm model behind the student's interface; its state dict is the timm model's own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> StudentOutput:
+        """Logits (B, K) of images (B, 3, S, S)."""
+        return StudentOutput(self.network(images), None)
+
+    def set_drop_path(self, masks: torch.Tensor | None) -> None:
+        """Nothing: a timm model draws its own stochastic depth from PyTorch's generator."""
+
+    def state_dict(self, *args, **kwargs):  # type: ignore[override]
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):  # type: ignore[override]
+        return self.network.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) -> DeiT | ConvnetStudent:
+    """A freshly initialised network, a DeiT with `kernels`. Raises UserError for an arch that timm does not have."""
+    if cfg.arch == "deit":
+        model = build_model(cfg, num_classes)
+        if kernels.ops:
+            from fastdeit.model.fused import fuse  # here, since it needs Triton
+
+            fuse(model, {op: why for op, why in kernels.left.items() if op in MODEL_OPS})
+        return model
+    if not timm.is_model(cfg.arch):
+        close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]
+        hint = f", such as {', '.join(close)}" if close else ""
+        raise UserError(f"model.arch '{cfg.arch}' is neither 'deit' nor a model of timm's{hint}")
+    options: dict[str, Any] = {"drop_rate": cfg.drop_rate}
+    if cfg.drop_path:
+        options["drop_path_rate"] = cfg.drop_path
+    return ConvnetStudent(timm.create_model(cfg.arch, pretrained=False, num_classes=num_classes, **options))

@@ -1,0 +1,258 @@
+"""Weights from a file into a network: the layouts in use, and what is adapted to the network.
+
+Files are untrusted: of a pickle only tensors and plain containers are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor, nn
+
+from fastdeit.checkpoint import read_checkpoint
+from fastdeit.config import ModelConfig
+from fastdeit.model.deit import DeiT
+from fastdeit.model.networks import ConvnetStudent, build_network
+from fastdeit.pipelines.errors import UserError
+
+State = dict[str, Tensor]
+T = TypeVar("T")
+
+_MODEL_KEYS = ("model", "state_dict")
+_EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
+_LARGEST_PATCH = 64  # pixels a side that are resampled
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the checkpoint") -> State:
+    """The parameters in `stored`, without the prefixes of wrappers.
+
+    Layouts: a state dict; {"model": ...} (released DeiT, fastdeit); {"state_dict": ...} (timm). With `ema` the
+    average of the weights instead: {"ema": ...} (fastdeit), {"model_ema": ...} (released DeiT),
+    {"state_dict_ema": ...} (timm). Raises UserError naming `source` where it has no such entry, or where the
+    entry is no mapping of names to tensors.
+    """
+    chosen = next((stored[k] for k in (_EMA_KEYS if ema else _MODEL_KEYS) if stored.get(k) is not None), None)
+    if chosen is None:
+        if ema or any(k in stored for k in (*_MODEL_KEYS, *_EMA_KEYS)):
+            wanted, other = ("no average of the weights", "model") if ema else ("no weights but their average", "ema")
+            raise UserError(f"{source} holds {wanted}: ask for the weights '{other}' instead")
+        chosen = stored
+    if not isinstance(chosen, dict) or not chosen:
+        raise UserError(f"{source} holds a {type(chosen).__name__} without tensors where a state dict should be")
+    wrong = [str(k) for k, v in chosen.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if wrong:
+        raise UserError(f"{source} is no state dict: not a tensor under {_some(wrong)}. Save model.state_dict()")
+    out: State = dict(chosen)
+    while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in out)), None):
+        out = {name.removeprefix(prefix): value for name, value in out.items()}
+    return out
+
+
+def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """The fields of a checkpoint that describe its network, checked: the file is untrusted."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and 1 <= value <= 100_000
+
+    def triple(value: Any) -> bool:
+        plain = isinstance(value, list | tuple) and len(value) == 3
+        return plain and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+
+    checks = {
+        "arch": lambda v: isinstance(v, str),
+        "num_classes": whole,
+        "img_size": whole,
+        "mean": triple,
+        "std": lambda v: triple(v) and min(v) > 0,
+        "class_names": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    }
+    out = {name: stored[name] for name in checks if stored.get(name) is not None}
+    for name, value in out.items():
+        if not checks[name](value):
+            raise UserError(f"{source}: its field '{name}' is {str(value)[:80]!r}, which describes no network")
+    return out
+
+
+def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *, ema: bool = False) -> list[str]:
+    """Load weights into a network; a sentence for each thing that was adapted, for the caller to log.
+
+    Every network: a head of another number of classes keeps its fresh weights. A DeiT besides:
+    - patch projection of another patch size: resampled (timm's `resample_patch_embed`);
+    - position embedding of another grid: resized, bicubic with antialias (timm's `resample_abs_pos_embed`);
+    - no distillation token in the checkpoint, one in the model: token, its position and its head keep their fresh
+      weights, so that they start as in a training from scratch;
+    - a distillation token in the checkpoint, none in the model: token, position and head are left out.
+
+    A sentence says "reset" where fresh weights remain that make the network unfit for evaluation. All else is
+    strict: raises UserError naming the keys that are missing, unexpected or of another shape, and leaves the
+    model as it was.
+    """
+    if isinstance(path_or_dict, dict):
+        stored, source = path_or_dict, "the checkpoint"
+    else:
+        stored, source = read_checkpoint(path_or_dict), str(path_or_dict)
+    state = state_dict(stored, ema=ema, source=source)
+    network = model.network if isinstance(model, ConvnetStudent) else model
+    fresh = network.state_dict()
+    messages: list[str] = []
+    if isinstance(network, DeiT):
+        messages += _adapt_patches(state, fresh)
+        messages += _adapt_positions(state, network, source)
+        messages += _adapt_distillation(state, fresh)
+    messages += _adapt_heads(state, fresh, head_names(network))
+    narrow = {str(v.dtype).removeprefix("torch.") for k, v in state.items() if k in fresh and v.dtype != fresh[k].dtype}
+    if narrow:
+        messages.append(f"weights stored as {', '.join(sorted(narrow))} are converted to the network's own format")
+    load_strictly(network, state, source)
+    return messages
+
+
+def head_names(network: nn.Module) -> tuple[str, ...]:
+    """Module names of the classifiers of a DeiT or of a timm model."""
+    if isinstance(network, DeiT):
+        return ("head", "head_dist") if network.distilled else ("head",)
+    names = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def check_strictly(network: nn.Module, state: State, source: str) -> None:
+    """Raises UserError naming the keys that are missing, unexpected or of another shape, or hold no fractions."""
+    own = network.state_dict()
+    faults = [
+        f"{what}: {_some(sorted(keys))}"
+        for what, keys in (
+            ("missing", own.keys() - state.keys()),
+            ("unexpected", state.keys() - own.keys()),
+            (
+                "of another shape",
+                [
+                    f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+                    for k in own.keys() & state.keys()
+                    if own[k].shape != state[k].shape
+                ],
+            ),
+        )
+        if keys
+    ]
+    if faults:
+        raise UserError(f"{source} does not fit this network: {'; '.join(faults)}. Use the recipe it was trained with")
+    wrong = [name for name in own if own[name].is_floating_point() != state[name].is_floating_point()]
+    if wrong:
+        raise UserError(
+            f"{source}: {wrong[0]} is {state[wrong[0]].dtype}, this network has {own[wrong[0]].dtype} there"
+        )
+
+
+def load_strictly(network: nn.Module, state: State, source: str) -> None:
+    """Load a state dict that must fit as it is; raises UserError naming the keys that do not."""
+    check_strictly(network, state, source)
+    network.load_state_dict(state, strict=True)
+
+
+def check_described(cfg: ModelConfig, num_classes: int | None, state: State, source: str) -> None:
+    """Raises UserError unless a checkpoint's own recipe describes the network that its weights are of.
+
+    Before that network is built: what a file says may be of any size.
+    """
+    head = state.get("head.weight")
+    classes = num_classes or (max(1, len(head)) if head is not None and head.ndim else 1)
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.") and name.count(".") > 1})
+    edited = "the file was changed after it was written: name its recipe with --recipe"
+    if cfg.arch == "deit" and cfg.depth != blocks:
+        raise UserError(
+            f"{source}: its recipe says model.depth {cfg.depth}, its weights have {blocks} blocks; {edited}"
+        )
+    fault = f"{source}: its recipe describes no network; {edited}"
+    network = on_meta(lambda: build_network(cfg, classes), fault)
+    if network is None and cfg.arch == "deit":
+        raise UserError(fault)
+    if network is not None:
+        inner = network.network if isinstance(network, ConvnetStudent) else network
+        check_strictly(inner, state, f"{source}, by the recipe that it holds,")
+
+
+def on_meta(build: Callable[[], T], fault: str) -> T | None:
+    """A network without memory for its weights, to look at their shapes; None where it cannot be built like that.
+
+    Raises UserError with `fault` for one whose shapes are absurd.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except (ArithmeticError, ValueError, RuntimeError, TypeError) as error:
+        if isinstance(error, (RuntimeError, TypeError)) and "overflow" not in str(error).lower():
+            return None  # some of timm's networks compute with numbers when they are built
+        raise UserError(f"{fault} ({str(error).splitlines()[0]})") from error
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:80] for name in names[:limit]) + more
+
+
+def _adapt_heads(state: State, fresh: State, heads: tuple[str, ...]) -> list[str]:
+    messages = []
+    for head in heads:
+        weight = state.get(f"{head}.weight")
+        if weight is None or weight.ndim == 0 or f"{head}.weight" not in fresh:
+            continue
+        classes = len(fresh[f"{head}.weight"])
+        if len(weight) != classes:
+            for name in (f"{head}.weight", f"{head}.bias"):
+                state[name] = fresh[name]
+            messages.append(f"{head} reset: the checkpoint has {len(weight)} classes, this model {classes}")
+    return messages
+
+
+def _adapt_patches(state: State, fresh: State) -> list[str]:
+    name = "patch_embed.proj.weight"
+    old, new = state.get(name), fresh[name]
+    if old is None or old.ndim != 4 or old.shape[:2] != new.shape[:2] or old.shape == new.shape:
+        return []
+    if max(old.shape[2:]) > _LARGEST_PATCH:  # resampling needs memory by its fourth power
+        return []
+    state[name] = resample_patch_embed(old, list(new.shape[2:]))
+    return [f"patch projection resampled from {tuple(old.shape[2:])} to {tuple(new.shape[2:])} pixels"]
+
+
+def _adapt_positions(state: State, model: DeiT, source: str) -> list[str]:
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 3 or positions.shape[2] != model.pos_embed.shape[2]:
+        return []
+    prefix = 2 if "dist_token" in state else 1
+    side = math.isqrt(max(0, positions.shape[1] - prefix))
+    if side < 1 or side**2 != positions.shape[1] - prefix:
+        raise UserError(
+            f"{source}: pos_embed has {positions.shape[1]} rows, which is not {prefix} and a square grid of patches"
+        )
+    grid = model.patch_embed.grid_size
+    if (side, side) == grid:
+        return []
+    state["pos_embed"] = resample_abs_pos_embed(
+        positions, new_size=list(grid), old_size=[side, side], num_prefix_tokens=prefix
+    )
+    return [f"position embedding resized from {side} x {side} to {grid[0]} x {grid[1]} patches"]
+
+
+def _adapt_distillation(state: State, fresh: State) -> list[str]:
+    has, wants = "dist_token" in state, "dist_token" in fresh
+    if has == wants or "pos_embed" not in state:
+        return []
+    positions, extra = state["pos_embed"], ("dist_token", "head_dist.weight", "head_dist.bias")
+    if has:
+        for name in extra:
+            state.pop(name, None)
+        state["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+        return ["distillation token, its position and its head are left out: this model has none"]
+    for name in extra:
+        state[name] = fresh[name]
+    own = fresh["pos_embed"][:, 1:2].to(positions)
+    if own.shape[2] == positions.shape[2]:
+        state["pos_embed"] = torch.cat([positions[:, :1], own, positions[:, 1:]], dim=1)
+    return ["distillation token, its position and head_dist reset: the checkpoint has none"]

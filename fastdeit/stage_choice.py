@@ -1,0 +1,199 @@
+"""Where decoded images become a batch: on the host, on the run's device, or where it turns out to be faster."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastdeit.config import Recipe
+from fastdeit.model.kernel_choice import Kernels
+from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.device.transfer import CopyingStage, StreamPrefetcher
+from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.pipelines.host.stage import Batch, HostStage
+from fastdeit.pipelines.loaders.base import ThreadedLoader
+from fastdeit.pipelines.loaders.prefetch import Prefetcher
+from fastdeit.pipelines.plan.plan import Plan
+from fastdeit.precision import Precision
+
+T = TypeVar("T")
+Layout = Literal["nchw", "patches"]
+StageName = Literal["auto", "device", "host"]
+
+ROUNDS = 3  # timed, after one that does not count
+
+
+class Stage(Protocol):
+    """Makes a batch of decoded images: of a plan for training, of the centre for evaluation."""
+
+    def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch: ...
+
+    def evaluate(self, decoded: DecodedBatch, eval_crop: float) -> Batch: ...
+
+
+Make = Callable[[Stage, DecodedBatch], Batch]
+
+
+class Staging:
+    """The stage of a run's batches, and the thread and the stream that it runs on.
+
+    Both stages make the same bits in the same dtype and layout, so which it is changes no result, may differ between
+    processes, and is no part of a checkpoint.
+
+    name    "host" or "device"
+    reason  one sentence: why it is that
+    make    what is to be had of a stage: a training batch, or one for evaluation
+    chosen  name and reason, where "auto" was chosen before
+
+    "auto" is the host where there is no GPU; the device where the images are decoded on the GPU; else the faster one
+    on the loader's first batch, timed up to where the batch is on the device. Raises UserError for "device" where no
+    kernels run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        loader: ThreadedLoader,
+        make: Make,
+        *,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        dtype: torch.dtype,
+        layout: Layout,
+        chosen: tuple[StageName, str] | None = None,
+    ) -> None:
+        self._make = make
+        # One for all: what is in the stage's work memory is in the order of its stream.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        options: dict[str, Any] = {"recipe": recipe, "device": device, "dtype": dtype, "layout": layout}
+        openers: dict[StageName, Callable[[], Stage]] = {
+            "device": lambda: _device_stage(**options),
+            "host": lambda: _host_stage(**options, pool=pool, threads=threads),
+        }
+        self.name: StageName
+        self.name, self.reason = chosen or (recipe.data.stage, "as asked for")
+        if self.name == "auto":
+            if device.type != "cuda":
+                self.name, self.reason = "host", "there is no GPU"
+            elif loader.on_device:
+                self.name, self.reason = "device", "the images are decoded there"
+        with self._on_stream():
+            if self.name == "auto":
+                self.name, self.reason, self._stage = choose_stage(openers, make, loader, device)
+            else:
+                self._stage = openers[self.name]()
+
+    def __call__(self, decoded: DecodedBatch) -> Batch:
+        """The batch of `decoded`, on the device."""
+        return self._make(self._stage, decoded)
+
+    def prefetch(
+        self, items: Generator[T, None, None], depth: int, tensors: Callable[[T], Iterable[Tensor]]
+    ) -> Prefetcher[T]:
+        """`items`, which are made of this stage's batches, prepared ahead; `tensors` are those of an item."""
+        if self._stream is None:
+            return Prefetcher(items, depth)
+        return StreamPrefetcher(items, depth, self._stream, tensors)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def choose_stage(
+    openers: dict[StageName, Callable[[], Stage]], make: Make, loader: ThreadedLoader, device: torch.device
+) -> tuple[StageName, str, Stage]:
+    """Name of the fastest stage, one sentence on why it is that, and the stage.
+
+    Each makes the loader's first batch, by turns: once to compile and to take memory, then `ROUNDS` times, of which
+    the fastest counts, up to where the batch is on the device. One that fails is left out, and named; where all do,
+    the first one's error is raised. The images are decoded once more where training starts with that batch.
+    """
+    decoded = next(loader.batches(0), None)
+    if decoded is None:
+        name, opener = next(iter(openers.items()))
+        return name, "there is no batch to compare them with", opener()
+    stages: dict[StageName, Stage] = {}
+    failed: dict[StageName, Exception] = {}
+    for name, opener in openers.items():
+        try:
+            stage = opener()
+            _seconds(stage, make, decoded, device)
+        except Exception as error:  # one that does not work here must not end a run that another can do
+            failed[name] = error
+        else:
+            stages[name] = stage
+    if not stages:
+        raise next(iter(failed.values()))
+    for error in failed.values():
+        error.__traceback__ = None  # its frames hold that stage's memory, and this one the error
+    seconds = dict.fromkeys(stages, float("inf"))
+    for _ in range(ROUNDS):
+        for name, stage in stages.items():
+            seconds[name] = min(seconds[name], _seconds(stage, make, decoded, device))
+    name = min(seconds, key=lambda name: seconds[name])
+    rates = [f"{name} {len(decoded.index) / spent:,.0f}" for name, spent in seconds.items()]
+    excluded = [f"; not {name}: {fact(e)}" for name, e in failed.items()]
+    return name, f"samples/s measured: {', '.join(rates)}{''.join(excluded)}", stages[name]
+
+
+def _seconds(stage: Stage, make: Make, decoded: DecodedBatch, device: torch.device) -> float:
+    start = time.perf_counter()
+    batch = make(stage, decoded)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    del batch
+    return time.perf_counter() - start
+
+
+def _device_stage(recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: Layout) -> Stage:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise UserError("data.stage device needs a GPU, and this run is on the CPU: set --data.stage host, or auto")
+    # Only here, since Triton is not on every machine without a GPU.
+    from fastdeit.pipelines.device.stage import DeviceStage
+
+    model, augment = recipe.model, recipe.augment
+    return DeviceStage(
+        model.img_size, augment.mean, augment.std,
+        device=device, dtype=dtype, layout=layout, patch_size=model.patch_size,
+    )  # fmt: skip
+
+
+def _host_stage(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: Layout, pool: ThreadPoolExecutor, threads: int
+) -> Stage:
+    model, augment = recipe.model, recipe.augment
+    stage = HostStage(
+        model.img_size, augment.mean, augment.std,
+        pool=pool, threads=threads, dtype=dtype if dtype != torch.float16 else torch.float32,
+        pinned=device.type == "cuda",
+    )  # fmt: skip
+    if device.type == "cpu" and layout == "nchw":
+        return stage
+    return CopyingStage(stage, device, dtype, patch_size=model.patch_size if layout == "patches" else None)
+
+
+def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch.dtype:
+    """The dtype of a run's images on their device: autocast's where that changes no result, else float32.
+
+    It changes none where a DeiT's patch embedding alone reads them, which autocast rounds them for in any case. A
+    `teacher` in the loop reads them too, and normalises them anew in float32. On a CPU they stay float32.
+    """
+    if precision.dtype is None or precision.device.type == "cpu" or recipe.model.arch != "deit" or teacher:
+        return torch.float32
+    return precision.dtype
+
+
+def image_layout(kernels: Kernels, *, teacher: bool) -> Layout:
+    """The layout of a run's images: patches where the kernels take them from there and no `teacher` looks at images.
+
+    It changes no result: a model with these kernels cuts other images into patches itself.
+    """
+    return "patches" if "assemble_tokens" in kernels.ops and not teacher else "nchw"

@@ -1,0 +1,1 @@
+"""The teacher, and its labels stored ahead of a run."""

@@ -1,0 +1,321 @@
+"""What a teacher says of every sample of a run, stored, so that training needs no teacher.
+
+A sample's pixels are a function of the recipe and the data alone (docs/design.md), so its label can be computed
+once, on any number of processes, and used by any number of runs. A cache is a folder:
+
+    labels.json       `key`: the fields that the pixels depend on; the teacher's name and fingerprint; `kind` "hard" or
+                      "soft", `topk`, `num_classes`; `epochs`: a file and its SHA-256 for each epoch
+    epoch-0000.npy    hard: (samples of an epoch,) uint16 or uint32, in the order of the global batches
+    epoch-0000.npz    soft: `index` (samples, topk) and `logits` (samples, topk) float16
+    labels.lock       whoever writes holds it, so that several processes may label epochs of one run at a time
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeit.config import Recipe
+from fastdeit.data import TrainingData
+from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.formats.files import open_regular, read_text, sync_folder
+from fastdeit.pipelines.loaders.choose import pixels_of
+from fastdeit.pipelines.locks import lock
+from fastdeit.pipelines.machine import machine_error
+
+_FORMAT, _VERSION = "fastdeit-labels", 1
+_MOST_INDEX = 16 << 20  # bytes: 100,000 epochs
+_INDEX, _LOCK = "labels.json", "labels.lock"
+_PIXELS = "data.loader (pixels)"
+# Of the `augment` section, what does not reach the pixels of a training sample.
+_NO_PIXELS = ("label_smoothing", "eval_crop")
+
+
+def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
+    """All that the pixels of the run's samples depend on, by the names that the recipe gives it.
+
+    The number of processes is not among it, but for mixing groups that are a process's whole batch. Raises UserError
+    for a data set without a sidecar, whose content nothing vouches for.
+    """
+    if data.loader.dataset.content_hash is None:
+        raise UserError(
+            f"{data.loader.dataset.path} has no sidecar that tells its content: convert it with fastdeit-convert"
+        )
+    d = recipe.departures
+    augment = {f"augment.{k}": v for k, v in recipe.to_dict()["augment"].items() if k not in _NO_PIXELS}
+    pixels = data.loader.pixels
+    return {
+        "data.train (content)": data.loader.dataset.content_hash,
+        _PIXELS: pixels,
+        **({"data.hw_decoder_load": recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
+        "data.repeats": data.repeats,
+        "data.cell_groups": recipe.data.cell_groups,
+        "run.seed": recipe.run.seed,
+        "run.global_batch": recipe.run.global_batch,
+        "model.img_size": recipe.model.img_size,
+        "mixing group size": data.order.group_size,
+        "departures.placement": d.placement,
+        "departures.order_seed": d.order_seed,
+        "departures.epoch_multiple": d.epoch_multiple,
+        "departures.cutmix_box": d.cutmix_box,
+        **augment,
+    }
+
+
+def labelled_pixels(recipe: Recipe) -> tuple[str, str] | None:
+    """The decoder's pixels of the labels that `recipe` takes or adds to, and whose they are; None without labels."""
+    folder = recipe.teacher.labels
+    if folder is None or recipe.objective.distillation == "none" or not (folder / _INDEX).is_file():
+        return None
+    return str(LabelCache(folder).described.key.get(_PIXELS)), f"the labels in {folder}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What a cache says of itself; `teacher` is a fingerprint, `topk` 0 for hard labels."""
+
+    key: dict[str, Any]
+    teacher: str
+    teacher_name: str
+    class_names: list[str] | None
+    num_classes: int
+    topk: int
+
+    @property
+    def kind(self) -> str:
+        return "soft" if self.topk else "hard"
+
+
+class LabelWriter:
+    """Stores the labels of a run epoch by epoch, each file whole or not at all.
+
+    A folder that holds labels of the same key, teacher and kind is added to, also by several processes at a time.
+    Raises UserError, naming the field, where it holds others.
+    """
+
+    def __init__(self, folder: Path, described: Described) -> None:
+        self.folder, self._described = folder, described
+        self._stored = self._open()
+
+    def _open(self) -> LabelCache | None:
+        """What the folder holds by now."""
+        folder, described = self.folder, self._described
+        if not (folder / _INDEX).exists():
+            return None
+        there = LabelCache(folder)
+        there.check(described.key, described.teacher)
+        if (there.described.topk, there.described.num_classes) != (described.topk, described.num_classes):
+            raise UserError(
+                f"{folder} holds {there.described.kind} labels (topk {there.described.topk}, "
+                f"{there.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
+                f"{described.num_classes} classes): choose another folder"
+            )
+        return there
+
+    def has(self, epoch: int) -> bool:
+        return self._stored is not None and self._stored.has(epoch)
+
+    def write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None = None) -> None:
+        """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk).
+
+        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it. Raises
+        MachineError where it cannot be written; what the folder holds stays as it is.
+        """
+        try:
+            self._write(epoch, labels, logits)
+        except OSError as error:
+            raise machine_error(error, f"{self.folder}: epoch {epoch}: cannot be written") from error
+
+    def _write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None) -> None:
+        small = labels.astype(np.uint16 if self._described.num_classes <= 1 << 16 else np.uint32)
+        name = f"epoch-{epoch:04d}." + ("npy" if logits is None else "npz")
+
+        def save(file: BinaryIO) -> None:
+            if logits is None:
+                np.save(file, small, allow_pickle=False)
+            else:
+                np.savez(file, index=small, logits=logits.astype(np.float16))
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / _LOCK):
+            self._stored = self._open()
+            if self.has(epoch):
+                return
+            epochs = {} if self._stored is None else self._stored.epochs
+            epochs[str(epoch)] = {"file": name, "sha256": _replace(self.folder / name, save)}
+            index = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self._described), "epochs": epochs}
+            _replace(self.folder / _INDEX, lambda file: file.write((json.dumps(index, indent=1) + "\n").encode()))
+            self._stored = self._open()
+
+
+class LabelCache:
+    """Labels that `LabelWriter` stored. Raises UserError for a folder that holds none, or damaged ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / _INDEX
+        if not path.is_file():
+            raise UserError(f"{folder} holds no teacher's labels ({_INDEX}): make them with fastdeit-label")
+        try:
+            index = json.loads(read_text(path, _MOST_INDEX))
+            if (index.pop("format"), index.pop("version")) != (_FORMAT, _VERSION):
+                raise UserError(f"{path}: not labels of version {_VERSION}: make them again with fastdeit-label")
+            self.epochs: dict[str, dict[str, str]] = dict(index.pop("epochs"))
+            self.described = d = Described(**index)
+            typed = isinstance(d.key, dict) and type(d.num_classes) is int and type(d.topk) is int
+            files = [(e["file"] + e["sha256"], int(epoch)) for epoch, e in self.epochs.items()]
+            if "data.loader" in d.key:  # as it was before loaders said whose pixels they decode
+                d.key[_PIXELS] = pixels_of(str(d.key.pop("data.loader")))
+            if not typed or any(not isinstance(text, str) for text, _ in files):
+                raise ValueError("fields of a wrong type")
+        except OSError as error:
+            raise machine_error(error, f"{path}: cannot be read") from error
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: damaged ({error!r}): make it again with fastdeit-label") from error
+        self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def check(self, key: dict[str, Any], teacher: str | None = None) -> None:
+        """Raises UserError, naming each field, where the labels are those of other pixels, or of another teacher."""
+        there = self.described.key
+        differing = [
+            f"{name} is {there.get(name)!r} there and {key.get(name)!r} here"
+            for name in dict.fromkeys([*key, *there])
+            if there.get(name) != key.get(name)
+        ]
+        if teacher is not None and teacher != self.described.teacher:
+            differing.append("they are another teacher's (its weights or its normalisation differ)")
+        if differing:
+            raise UserError(
+                f"the labels in {self.folder} do not belong to this run: {'; '.join(differing)}. "
+                f"Make them for it with fastdeit-label, in another folder"
+            )
+
+    def has(self, epoch: int) -> bool:
+        """Whether there are labels for `epoch`; whether they are whole is found when they are read."""
+        return str(epoch) in self.epochs and self._path(epoch).is_file()
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / Path(self.epochs[str(epoch)]["file"]).name
+
+    def check_epochs(self, first: int, end: int) -> None:
+        """Raises UserError unless there are labels for each epoch from `first` to before `end`."""
+        missing = [epoch for epoch in range(first, end) if not self.has(epoch)]
+        if missing:
+            raise UserError(
+                f"{self.folder} has no labels for {len(missing)} of the run's epochs, the first of them "
+                f"{missing[0]} (counted from 0): run fastdeit-label with the same recipe, it makes what is missing"
+            )
+
+    def labels(self, epoch: int, entries: np.ndarray) -> Tensor:
+        """Hard labels (B,) int64 of the samples at `entries` of the epoch: step * global batch + position."""
+        return torch.from_numpy(self._epoch(epoch, entries)["labels"][entries].astype(np.int64))
+
+    def logits(self, epoch: int, entries: np.ndarray) -> Tensor:
+        """Logits (B, num_classes) float32 of the samples; a class outside of the stored ones has none of the mass."""
+        stored = self._epoch(epoch, entries)
+        index = torch.from_numpy(stored["index"][entries].astype(np.int64))
+        logits = torch.from_numpy(stored["logits"][entries]).float()
+        # Far enough below any logit for a softmax of exactly 0, and finite, so that 0 times it is 0.
+        out = torch.full((len(entries), self.described.num_classes), -1e4)
+        return out.scatter_(1, index, logits)
+
+    def _epoch(self, epoch: int, entries: np.ndarray) -> dict[str, np.ndarray]:
+        if self._loaded is None or self._loaded[0] != epoch:
+            self._loaded = epoch, self._read(epoch)
+        arrays = self._loaded[1]
+        held = len(next(iter(arrays.values())))
+        if len(entries) and int(entries.max()) >= held:
+            raise UserError(f"{self.folder}: epoch {epoch} has {held} labels, sample {entries.max()} was asked for")
+        return arrays
+
+    def _read(self, epoch: int) -> dict[str, np.ndarray]:
+        self.check_epochs(epoch, epoch + 1)
+        path = self._path(epoch)
+        again = "remove it and make it again with fastdeit-label"
+        soft = self.described.kind == "soft"
+        try:
+            with open(open_regular(path), "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.epochs[str(epoch)]["sha256"]:
+                    raise UserError(f"{path}: it changed since it was written: {again}")
+                arrays = _read_soft(file) if soft else {"labels": _read_array(file, 0, os.fstat(file.fileno()).st_size)}
+        except (OSError, MemoryError) as error:
+            raise machine_error(error, f"{path}: cannot be read") from error
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: not {self.described.kind} labels ({error}): {again}") from error
+        classes = arrays["labels" if "labels" in arrays else "index"]
+        shaped = classes.ndim == 1 + soft and (not soft or classes.shape == arrays["logits"].shape)
+        if not shaped or classes.dtype.kind != "u":
+            raise UserError(f"{path}: not {self.described.kind} labels: {again}")
+        if classes.size and int(classes.max()) >= self.described.num_classes:
+            raise UserError(f"{path}: class {classes.max()} of {self.described.num_classes}: {again}")
+        return arrays
+
+
+def _read_array(file: BinaryIO, start: int, size: int) -> np.ndarray:
+    """The array of numpy's format in `size` bytes at `start`. Raises ValueError for one that needs more, or is none."""
+    file.seek(start)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    # A header may claim any shape, and memory for it would be taken before anything is read.
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != start + size - file.tell():
+        raise ValueError(f"{size} bytes are not an array of shape {shape}")
+    file.seek(start)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_soft(file: BinaryIO) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, whose members numpy stores as they are: none takes more memory than room on the disk."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        for name in ("index", "logits"):
+            record = archive.getinfo(f"{name}.npy")
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError(f"its {name} is compressed, which fastdeit-label never does")
+            with archive.open(record) as member:
+                arrays[name] = _read_array(io.BytesIO(member.read()), 0, record.file_size)
+    return arrays
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
+    """Have `write` make the file at `path`, which is the old one or the new one whatever happens; its SHA-256."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        data = io.BytesIO()  # NumPy says of a file on a full disk how many bytes it lacks, not why
+        write(data)
+        with naming(path), open(temporary, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        digest = _sha256(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return digest
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes that do the same, where the file system has locks."""
+    with naming(path), open(path, "ab") as file:
+        lock(file, wait=True)
+        yield

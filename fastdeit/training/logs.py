@@ -1,0 +1,163 @@
+"""The run's log: JSON lines, TensorBoard, and sentences for the terminal.
+
+Each line of `log.jsonl` is one object with `event` and `time` (seconds since the epoch, UTC). Events and their
+fields (losses are means over the global batch since the last such line, over all processes):
+
+start       recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs, optimizer, loader,
+            steps_per_epoch, parameters, peak_lr (after scaling with the batch)
+warning     text
+resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text)
+train       (every `run.log_every` steps, and at the end of each epoch) epoch, step, global_step, loss, loss_base,
+            loss_distill, lr, images_per_second, data_wait (share of the time spent waiting for data), eta_seconds
+eval        epoch, global_step, weights ("model" or "ema"), images, and for each of class, distillation,
+            fused_probabilities, fused_logits that the model has: top1, top5 (percent), loss
+fallbacks   epoch, count (over all processes), images (dataset indices of the main process that the loader's decoder
+            refused and PIL read)
+replaced    epoch, count (over all processes), images (pairs of dataset indices of the main process: one that does not
+            decode, and the one that was in its place)
+checkpoint  path, epoch, step, global_step
+profile     global_step, steps, milliseconds (a step, by part)
+nonfinite   epoch, step, global_step, loss, reproduction, indices
+end         epoch, global_step, seconds
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from fastdeit.pipelines.formats.regular import check_regular
+from fastdeit.streams import new_faults
+from fastdeit.training.progress import Progress
+
+
+class RunLog:
+    """Writes the events of a run; on processes other than the main one every call does nothing.
+
+    A disk that is full or a reader that is gone must not end a run: what cannot be written is said wherever something
+    still can, once, and the log file is tried again with each event. Files are made by the first event, so that a run
+    that is refused leaves none.
+    """
+
+    def __init__(self, folder: Path, *, active: bool, tensorboard: bool, progress: bool, global_batch: int = 1) -> None:
+        self._active, self._path, self._file, self._board = active, folder / "log.jsonl", None, None
+        self._tensorboard = tensorboard
+        self.progress = Progress(self.say if active else _nothing, bar=progress and active, global_batch=global_batch)
+        self._lost = 0  # events that the file lacks
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One line of the log; numbers of train and eval events go to TensorBoard as well."""
+        if not self._active:
+            return
+        self._open_board()
+        self._write(event, fields)
+        if self._board is not None and event in ("train", "eval"):
+            prefix = event if event == "train" else f"eval_{fields['weights']}"
+            try:
+                for name, value in _numbers(fields):
+                    self._board.add_scalar(f"{prefix}/{name}", value, fields["global_step"])
+            except OSError as error:
+                self._drop_board(error)
+        for fault in new_faults():
+            self._write("warning", {"text": fault})
+
+    def warn(self, text: str) -> None:
+        """A sentence that somebody should act on, at the terminal and in the file."""
+        self.event("warning", text=text)
+        self.say(f"warning: {text}")
+
+    def _open_board(self) -> None:
+        if not self._tensorboard:
+            return
+        self._tensorboard = False
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._board = SummaryWriter(str(self._path.parent / "tensorboard"))
+        except OSError as error:
+            self._drop_board(error)
+
+    def say(self, text: str) -> None:
+        """A sentence for the person at the terminal."""
+        if not self._active:
+            return
+        try:
+            tqdm.write(text)
+        except (OSError, ValueError) as error:
+            self._write("warning", {"text": f"stdout cannot be written ({error}): '{text}' was not printed"})
+
+    def close(self) -> None:
+        self.progress.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                self._drop_board(error)
+        for fault in new_faults() if self._active and self._file is not None else ():
+            self._write("warning", {"text": fault})
+        if self._file is not None:
+            self._close_file()
+        self._active = False
+
+    def _write(self, event: str, fields: dict[str, Any]) -> None:
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = _open_whole(self._path)
+                if self._lost:
+                    self._line("warning", {"text": f"{self._lost} events are missing here: {self._why}"})
+                    self._lost = 0
+            self._line(event, fields)
+        except OSError as error:
+            self._close_file()
+            self._lost, self._why = self._lost + 1, str(error)
+            if self._lost == 1:
+                self.say(
+                    f"warning: {self._path} cannot be written ({error}): training goes on, events are missing there"
+                )
+
+    def _line(self, event: str, fields: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def _close_file(self) -> None:
+        with contextlib.suppress(OSError):  # what it still holds was counted as lost
+            if self._file is not None:
+                self._file.close()
+        self._file = None
+
+    def _drop_board(self, error: OSError) -> None:
+        board, self._board = self._board, None
+        with contextlib.suppress(OSError):
+            if board is not None:
+                board.close()
+        self.warn(f"TensorBoard's files cannot be written ({error}): training goes on without them")
+
+
+def _nothing(text: str) -> None:
+    """Says nothing."""
+
+
+def _open_whole(path: Path) -> TextIO:
+    """`path` for appending, after a last line that a kill cut short is taken off."""
+    if path.exists():
+        check_regular(path)
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+    return path.open("a", buffering=1)
+
+
+def _numbers(fields: dict[str, Any]) -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            out.extend((f"{name}/{inner}", number) for inner, number in _numbers(value))
+        elif isinstance(value, int | float) and name not in ("epoch", "step", "global_step"):
+            out.append((name, value))
+    return out

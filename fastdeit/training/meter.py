@@ -1,0 +1,73 @@
+"""What the training lines of the log say: mean losses, images per second, share of time waiting for data."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastdeit.distributed import World
+from fastdeit.training.objective import LossParts
+
+
+class OnItsWay:
+    """Numbers of the device's, copied to the host behind the work that makes them."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def tolist(self) -> list[float]:
+        """The numbers; waits for them, not for work that the device was given since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps: their mean losses (loss, base, distill), images per second, share of time waiting for data."""
+
+    losses: OnItsWay
+    images_per_second: float
+    data_wait: float
+
+
+class Meter:
+    """Sums of losses since the last reading, kept on the device, and the rate of steps while it runs."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
+        self._since, self._wait_since = 0.0, 0.0
+
+    def start(self, wait_seconds: float) -> None:
+        """Go on; `wait_seconds` is the time spent waiting for data so far, as the prefetcher counts it."""
+        self._since, self._wait_since = time.monotonic(), wait_seconds
+
+    def stop(self, wait_seconds: float) -> None:
+        """Hold on, between two epochs."""
+        now = time.monotonic()
+        self._elapsed += now - self._since
+        self._waited += wait_seconds - self._wait_since
+        self._since, self._wait_since = now, wait_seconds
+
+    def add(self, parts: LossParts) -> None:
+        self._sums += torch.stack(list(parts)).double()
+        self._steps += 1
+
+    def read(self, wait_seconds: float, global_batch: int) -> Window:
+        """Means over the processes and the steps since the last reading; starts the next window."""
+        self.stop(wait_seconds)
+        mean = self._world.sum(self._sums.clone()) / (self._steps * self._world.size)
+        elapsed = max(self._elapsed, 1e-9)
+        rate, waited = self._steps * global_batch / elapsed, min(1.0, self._waited / elapsed)
+        self._sums.zero_()
+        self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
+        return Window(OnItsWay(mean), rate, waited)

@@ -1,0 +1,137 @@
+"""What the student minimises: the true label, and the teacher (paper, section 4 and Table 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdeit.config import Departures, ObjectiveConfig
+from fastdeit.kernels.reference import MixedLabels, hard_distillation, soft_cross_entropy, soft_distillation
+from fastdeit.model.deit import StudentOutput
+from fastdeit.pipelines.errors import UserError
+
+
+class LossParts(NamedTuple):
+    """float32 scalars: the loss to minimise; its part of the true label and its part of the teacher, not weighted."""
+
+    loss: Tensor
+    base: Tensor
+    distill: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The rows of the paper's Table 3, by `distillation` and by whether there is a distillation token.
+
+    none  L_CE(class head, y). With a distillation token, both tokens are class tokens (the paper's control for
+          the token, section 4): the mean of both heads' L_CE(., y)
+    soft  (1 - alpha) L_CE(class head, y) + alpha tau^2 KL(teacher / tau || student / tau)
+    hard  1/2 L_CE(class head, y) + 1/2 L_CE(student, argmax teacher)
+
+    "student" is the distillation head where there is one, else the class head. With `kernels` loss and gradients
+    come from `fastdeit.kernels.distillation_loss`.
+    """
+
+    distillation: Literal["none", "soft", "hard"]
+    distilled: bool
+    alpha: float
+    tau: float
+    reduction: Literal["batchmean", "elements"]
+    kernels: bool = False
+
+    def __call__(self, student: StudentOutput, targets: Tensor | MixedLabels, teacher: Tensor | None) -> LossParts:
+        """The loss of a batch.
+
+        student  logits (B, K)
+        targets  mixed and smoothed true labels: `MixedLabels`, or the distributions (B, K)
+        teacher  logits (B, K) for "soft", integer labels (B,) for "hard", None for "none"
+
+        Raises ValueError where an input is missing, superfluous or of another shape.
+        """
+        self._check(student, teacher)
+        if self.kernels:
+            return self._by_kernel(student, targets, teacher)
+        if isinstance(targets, MixedLabels):
+            targets = targets.dense(student.cls.shape[-1])
+        base = soft_cross_entropy(student.cls, targets)
+        if teacher is None:
+            if student.dist is not None:
+                base = (base + soft_cross_entropy(student.dist, targets)) / 2
+            return LossParts(base, base, torch.zeros_like(base))
+        learner = student.cls if student.dist is None else student.dist
+        if self.distillation == "soft":
+            distill = soft_distillation(learner, teacher, self.tau, self.reduction)
+            return LossParts((1 - self.alpha) * base + self.alpha * distill, base, distill)
+        distill = hard_distillation(learner, teacher)
+        return LossParts((base + distill) / 2, base, distill)
+
+    def _by_kernel(self, student: StudentOutput, targets: Tensor | MixedLabels, teacher: Tensor | None) -> LossParts:
+        from fastdeit.kernels.distillation_loss import distillation_loss  # here, since it needs Triton
+
+        return LossParts(
+            *distillation_loss(*student, targets, teacher, alpha=self.alpha, tau=self.tau, reduction=self.reduction)
+        )
+
+    def _check(self, student: StudentOutput, teacher: Tensor | None) -> None:
+        if self.distilled != (student.dist is not None):
+            raise ValueError(
+                f"the objective is for a student {'with' if self.distilled else 'without'} distillation token, "
+                f"but its output has {'none' if self.distilled else 'one'}: build both with the same model.distilled"
+            )
+        if (self.distillation == "none") != (teacher is None):
+            raise ValueError(
+                f"objective.distillation is '{self.distillation}', but "
+                f"{'no teacher output was given' if teacher is None else 'a teacher output was given'}"
+            )
+        if teacher is not None:
+            wanted = student.cls.shape if self.distillation == "soft" else student.cls.shape[:1]
+            if teacher.shape != wanted:
+                raise ValueError(
+                    f"objective.distillation '{self.distillation}' needs the teacher's "
+                    f"{'logits' if self.distillation == 'soft' else 'labels'} {tuple(wanted)}, "
+                    f"not {tuple(teacher.shape)}"
+                )
+
+
+def build_objective(
+    cfg: ObjectiveConfig, distilled: bool, departures: Departures, *, kernels: bool = False
+) -> Objective:
+    """The objective of a resolved recipe, by Triton's kernels or by PyTorch.
+
+    Raises UserError for an alpha outside [0, 1] or a tau that is not positive, ValueError for a recipe that is not
+    resolved.
+    """
+    if cfg.alpha is None or cfg.tau is None or departures.soft_reduction is None:
+        raise ValueError("objective.alpha, objective.tau or departures.soft_reduction is None: call Recipe.resolved()")
+    if not 0 <= cfg.alpha <= 1:
+        raise UserError(f"objective.alpha {cfg.alpha} is a weight: choose it from 0 to 1")
+    if not cfg.tau > 0:
+        raise UserError(f"objective.tau {cfg.tau} is a temperature: choose it above 0")
+    return Objective(
+        distillation=cfg.distillation,
+        distilled=distilled,
+        alpha=cfg.alpha,
+        tau=cfg.tau,
+        reduction=departures.soft_reduction,
+        kernels=kernels,
+    )
+
+
+def fuse(output: StudentOutput, how: Literal["probabilities", "logits"] = "probabilities") -> Tensor:
+    """Scores (B, K) float32 of both heads together, for evaluation: the largest is the decision.
+
+    how  "probabilities": the sum of the two softmaxes (paper, section 4, "joint classifiers"); "logits": the mean of
+         the logits (the released code, and timm's models in eval mode)
+
+    Without a distillation token they are the class head's logits. Raises ValueError for another `how`.
+    """
+    if how not in ("probabilities", "logits"):
+        raise ValueError(f"late fusion '{how}' is neither 'probabilities' nor 'logits'")
+    cls = output.cls.float()
+    if output.dist is None:
+        return cls
+    dist = output.dist.float()
+    return cls.softmax(-1) + dist.softmax(-1) if how == "probabilities" else (cls + dist) / 2

@@ -1,0 +1,147 @@
+"""Optimizer groups, learning-rate schedule and the average of the weights (paper, Table 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdeit.config import OptimConfig, Recipe
+from fastdeit.training.apex_adam import build_apex_adam, is_apex_adam, to_apex, to_torch
+
+_TOKENS = ("cls_token", "pos_embed")
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_dist_token: bool = False
+) -> list[dict[str, object]]:
+    """Two groups: decayed weights, and those that are not: 1-d parameters, biases, position embedding, tokens.
+
+    `decay_dist_token` is the released code's behaviour: timm 0.3.2 exempted pos_embed and cls_token only.
+    """
+    exempt = _TOKENS if decay_dist_token else (*_TOKENS, "dist_token")
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        without = parameter.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in exempt
+        (plain if without else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -> torch.optim.Optimizer:
+    """AdamW or SGD over `parameter_groups`; fused where the parameters lie on a GPU.
+
+    There AdamW's learning rate is a tensor, in which `set_lr` writes, so that a CUDA graph reads what is current.
+    `scaled` says that a GradScaler takes the step. Raises UserError for an implementation that is not there.
+    """
+    cfg = recipe.optim
+    groups: Any = parameter_groups(model, cfg.weight_decay, decay_dist_token=bool(recipe.departures.decay_dist_token))
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    if cfg.name == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=cuda)
+    if cfg.implementation == "apex":
+        # A capturable FusedAdam wants a scaler that PyTorch's no longer is.
+        return build_apex_adam(groups, cfg, capturable=cuda and not scaled)
+    if cuda:
+        lr = torch.tensor(cfg.lr, device=device)
+        return torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True, capturable=True)
+    # On a CPU the foreach form is the one that repeats itself to the bit on any number of threads.
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, without waiting for a device that holds it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds of an optimizer: PyTorch's own form of it, whoever implements it."""
+    state = optimizer.state_dict()
+    if is_apex_adam(optimizer):
+        state = to_torch(state)
+    return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from moments and counts of steps that `optimizer_state` gave, of this implementation or another.
+
+    All else of the groups stays what the recipe says, since a checkpoint may come from another device, or be resumed
+    with a changed recipe. Raises UserError for a state that apex's FusedAdam cannot hold, ValueError for one of
+    other parameters.
+    """
+    kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    if is_apex_adam(optimizer):
+        first = optimizer.param_groups[0]
+        capturable = isinstance(first["lr"], torch.Tensor)
+        state = to_apex(state, capturable=capturable, device=first["params"][0].device)
+        kept = [
+            {**mine, **{name: theirs[name] for name in ("step",) if name in theirs}}
+            for mine, theirs in zip(kept, state["param_groups"], strict=True)
+        ]
+    groups = [{**mine, "params": saved["params"]} for mine, saved in zip(kept, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for group, mine in zip(optimizer.param_groups, kept, strict=True):
+        group.update(mine)  # the very tensors that a graph reads
+
+
+def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
+    """The learning rate after warm-up: scaled linearly with the batch (paper: 5e-4 x batch / 512)."""
+    return cfg.lr * global_batch / cfg.lr_batch if cfg.lr_batch else cfg.lr
+
+
+def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine to `min_lr` at the end of the last epoch.
+
+    With `departures.schedule_unit` "epoch" it moves once an epoch, and `schedule_lag` epochs late: the released
+    code's loop runs epochs 0 and 1 at the first value (deit issue 145).
+    """
+    cfg, departures = recipe.optim, recipe.departures
+    if departures.schedule_unit == "epoch":
+        time = float(max(0, epoch - (departures.schedule_lag or 0)))
+    else:
+        time = max(0.0, epoch + step / steps_per_epoch - (departures.schedule_lag or 0))
+    top = peak_lr(cfg, recipe.run.global_batch)
+    if time < cfg.warmup_epochs:
+        return cfg.warmup_lr + (top - cfg.warmup_lr) * time / cfg.warmup_epochs
+    return cfg.min_lr + 0.5 * (top - cfg.min_lr) * (1 + math.cos(math.pi * time / recipe.run.epochs))
+
+
+class Ema:
+    """Exponential moving average of a model's parameters and floating-point buffers.
+
+    `shadow` is a full state dict, in the model's names; integer buffers are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """shadow = decay * shadow + (1 - decay) * model."""
+        state = model.state_dict()
+        names = [n for n, v in self.shadow.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.shadow[n] for n in names], [state[n] for n in names], 1.0 - self.decay)
+        for name, value in self.shadow.items():
+            if not value.is_floating_point():
+                value.copy_(state[name])
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        for name, value in self.shadow.items():
+            value.copy_(state[name])
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> None:
+    """Scale the gradients to a norm of at most `limit`; None leaves them (paper: no clipping)."""
+    if limit is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, limit)

@@ -1,0 +1,162 @@
+"""Whether a checkpoint is one that this run can have written, looked at before anything of the run changes.
+
+A file whose checksums are right may still have been edited, or be of another network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastdeit.checkpoint import MOST_STEPS, NOT_OURS
+from fastdeit.pipelines.errors import UserError
+from fastdeit.training.step import TrainingStep
+
+START = [0, 0, 0]
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+def check_position(
+    state: dict[str, Any], path: Path, *, epochs: int, steps_per_epoch: int, changed: bool = False
+) -> None:
+    """Raises UserError unless the next step that `state` names is one of this run's, or its end.
+
+    state    of `checkpoint.load`; its `counted_from` is epoch, step and global step from which epochs have had their
+             number of steps
+    changed  whether a checkpoint that is too old to have `counted_from` may be of a run that was resumed with another
+             number of steps per epoch
+    """
+    epoch, step, global_step = state["epoch"], state["step"], state["global_step"]
+    if step >= steps_per_epoch:
+        raise UserError(
+            f"{path}: its next step is {step} (from 0) of an epoch, and an epoch of this run has {steps_per_epoch}: "
+            "resume from a checkpoint of an epoch's end"
+        )
+    if epoch > epochs or (epoch == epochs and step):
+        raise UserError(f"{path}: its next step is in epoch {epoch} (from 0), this run has {epochs}: set run.epochs")
+    start = state.get("counted_from", START)
+    if (
+        not isinstance(start, list)
+        or len(start) != 3
+        or not all(type(n) is int and 0 <= n <= MOST_STEPS for n in start)
+    ):
+        raise UserError(f"{path}: its field 'counted_from' is no epoch, step and global step; {NOT_OURS}")
+    steps = state["effective"].get("steps per epoch")
+    if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"{path}: its field 'effective' says {steps!r:.40} steps per epoch; {NOT_OURS}")
+    passed = start[2] + (epoch - start[0]) * steps + step - start[1]
+    if global_step != passed and not (changed and "counted_from" not in state):
+        raise UserError(
+            f"{path}: its field 'global_step' is {global_step}, and epoch {epoch}, step {step} are {passed} steps from "
+            f"the start; {NOT_OURS}"
+        )
+
+
+def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> None:
+    """Raises UserError, naming the file and the field, unless `training` can go on from all of `state`."""
+    own = training.model.state_dict()
+    _check_tensors(path, "model", state["model"], own)
+    for name in ("ema", "scaler"):
+        if name not in state:
+            raise UserError(f"{path}: its field '{name}' is missing; {NOT_OURS}")
+    recipe = state["recipe"].get("ema")
+    averaged = isinstance(recipe, dict) and recipe.get("enabled") is True
+    if state["ema"] is not None or (averaged and training.ema is not None):
+        _check_tensors(path, "ema", state["ema"], own)
+    _check_optimizer(path, state["optimizer"], training, state["global_step"])
+    if state["scaler"] is not None:
+        _check_scaler(path, state["scaler"])
+
+
+def _check_tensors(path: Path, field: str, stored: Any, own: Mapping[str, Tensor]) -> None:
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: its field '{field}' is a {type(stored).__name__}, not a state dict; {NOT_OURS}")
+    for what, names in (("lacks", own.keys() - stored.keys()), ("has an unknown", stored.keys() - own.keys())):
+        if names:
+            raise UserError(f"{path}: its field '{field}' {what} '{min(map(str, names)):.80}'; {NOT_OURS}")
+    for name, tensor in own.items():
+        _check_tensor(path, f"{field}.{name}", stored[name], tensor)
+
+
+def _check_tensor(path: Path, field: str, stored: Any, own: Tensor) -> None:
+    if not isinstance(stored, Tensor):
+        raise UserError(f"{path}: its field '{field}' is a {type(stored).__name__}, not a tensor; {NOT_OURS}")
+    if (stored.shape, stored.dtype) != (own.shape, own.dtype):
+        held, wanted = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (stored, own))
+        raise UserError(f"{path}: its field '{field}' is {held}, and this run has {wanted}; {NOT_OURS}")
+
+
+def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep, global_step: int) -> None:
+    states, groups = stored.get("state"), stored.get("param_groups")
+    if not isinstance(states, dict) or not isinstance(groups, list):
+        raise UserError(f"{path}: its field 'optimizer' is not the state of an optimizer; {NOT_OURS}")
+    own = training.optimizer.param_groups
+    indices = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    counted = iter(range(sum(len(group["params"]) for group in own)))
+    if indices != [[next(counted) for _ in group["params"]] for group in own]:
+        raise UserError(f"{path}: its field 'optimizer.param_groups' is of other parameters; {NOT_OURS}")
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
+    parameters = [parameter for group in own for parameter in group["params"]]
+    unknown = states.keys() - set(range(len(parameters)))
+    if unknown:
+        raise UserError(f"{path}: its field 'optimizer.state' has an unknown {min(map(str, unknown))}; {NOT_OURS}")
+    moments = _moments(training)
+    # A timm model may have parameters that nothing uses, and a branch that every sample skips has no gradients.
+    model = training.recipe.model
+    gaps = bool(states) and (model.arch != "deit" or model.drop_path_mode == "skip")
+    for index, parameter in enumerate(parameters):
+        field = f"optimizer.state[{index}] ({names[id(parameter)]})"
+        held = states.get(index)
+        if held is None and (gaps or not moments or not global_step):
+            continue
+        if held is None:
+            raise UserError(f"{path}: its field '{field}' is missing; {NOT_OURS}")
+        _check_moments(path, field, held, parameter, moments, global_step)
+
+
+def _moments(training: TrainingStep) -> tuple[str, ...]:
+    """What the optimizer keeps of every parameter, each of the parameter's own shape."""
+    if training.recipe.optim.name == "sgd":
+        return ("momentum_buffer",) if training.recipe.optim.momentum else ()
+    return "exp_avg", "exp_avg_sq"
+
+
+def _check_moments(
+    path: Path, field: str, held: Any, parameter: Tensor, moments: tuple[str, ...], global_step: int
+) -> None:
+    counts = ("step",) if "exp_avg" in moments else ()
+    if not isinstance(held, dict) or held.keys() != {*moments, *counts}:
+        known = ", ".join(map(str, held))[:80] if isinstance(held, dict) else type(held).__name__
+        wanted = ", ".join((*moments, *counts)) or "nothing"
+        raise UserError(f"{path}: its field '{field}' holds {known}, and this run's optimizer {wanted}; {NOT_OURS}")
+    for name in moments:
+        _check_tensor(path, f"{field}.{name}", held[name], parameter)
+    for name in counts:
+        count = held[name]
+        number = count.item() if isinstance(count, Tensor) and count.numel() == 1 else count
+        whole = isinstance(number, (int, float)) and 0 <= number <= global_step and number == int(number)
+        if not whole or (isinstance(count, Tensor) and count.ndim):
+            shown = "another tensor" if isinstance(number, Tensor) else repr(number)[:40]
+            raise UserError(f"{path}: its field '{field}.{name}' is {shown} after {global_step} steps; {NOT_OURS}")
+
+
+def _check_scaler(path: Path, stored: Any) -> None:
+    if stored == {}:  # a scaler that is switched off
+        return
+    fine = isinstance(stored, dict) and stored.keys() == _SCALER
+    fine = fine and all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in stored.values())
+    if not fine or not stored["scale"]:
+        raise UserError(f"{path}: its field 'scaler' is not the state of a loss scale; {NOT_OURS}")
+
+
+def damage_remedy(path: Path, older: list[Path], whole: Path | None) -> str:
+    """What to do about the damaged checkpoint `path`, given older ones and the newest of them that is whole."""
+    if whole is not None:
+        return f"{whole} is whole: move {path.name} to another folder, and the run resumes from there"
+    if older:
+        return f"None of the {len(older)} older checkpoints is whole either: start afresh with another --run.output"
+    return "There is no older checkpoint: start afresh with another --run.output"

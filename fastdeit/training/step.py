@@ -1,0 +1,244 @@
+"""A training step: forward pass, loss, backward pass, update of the weights and of their average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
+
+from fastdeit.config import Recipe
+from fastdeit.data import TrainBatch
+from fastdeit.distributed import World
+from fastdeit.model.deit import DeiT
+from fastdeit.model.drop_path import draw_drop_path
+from fastdeit.model.networks import ConvnetStudent
+from fastdeit.pipelines.host.stage import Batch
+from fastdeit.precision import COMPILER, Precision, compiles
+from fastdeit.teacher.teacher import Teacher
+from fastdeit.training.graphs import CudaRecorder, Replayed, choose_graphs
+from fastdeit.training.objective import LossParts, Objective
+from fastdeit.training.optim import (
+    Ema,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    load_optimizer,
+    optimizer_state,
+    set_lr,
+)
+from fastdeit.training.profiling import LABEL
+
+
+class StoredLabels(Protocol):
+    """What a teacher said beforehand: `label_cache.LabelCache`."""
+
+    def labels(self, epoch: int, entries: np.ndarray) -> Tensor: ...
+
+    def logits(self, epoch: int, entries: np.ndarray) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step computes on, on its device.
+
+    data    images and labels
+    masks   (depth, 2, B) float32 factors of stochastic depth, on the CPU for a model that skips; None: none
+    stored  the teacher's labels (B,) int64 or logits (B, K) float32 where they were made beforehand, else None
+    """
+
+    data: Batch
+    masks: Tensor | None
+    stored: Tensor | None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them; `of` puts them together again."""
+        return self.masks, self.stored, *self.data.tensors()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> StepInputs:
+        masks, stored, *data = tensors
+        return cls(Batch(*data), masks, stored)  # pyright: ignore[reportArgumentType]
+
+
+class TrainingStep:
+    """The step of one process, and what it changes: model, optimizer, loss scale, average.
+
+    Everything that is random in a step is a function of (seed, step), so that `state` is all there is to save.
+
+    model      on the run's device; parameters keep their names whatever is compiled
+    teacher    the network that says what the student learns; None where there is none, or where there are `labels`
+    labels     what a teacher said beforehand
+    compiled   whether torch.compile made one graph each of student, teacher and loss
+    graphs     whether steps are replayed as one CUDA graph, and why
+    lr         the learning rate of the last step
+
+    Raises UserError where the recipe asks for what this machine or this recipe cannot have.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        precision: Precision,
+        model: DeiT | ConvnetStudent,
+        objective: Objective,
+        *,
+        num_classes: int,
+        steps_per_epoch: int,
+        teacher: Teacher | None = None,
+        labels: StoredLabels | None = None,
+    ) -> None:
+        self.recipe, self.world, self.precision = recipe, world, precision
+        self.model, self.teacher, self.labels = model, teacher, labels
+        self.objective: Callable[..., LossParts] = objective
+        self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
+        self.student: nn.Module = model
+        self.lr = 0.0
+        self.compiled = compiles(recipe, world.device)
+        if self.compiled:
+            self.model.compile(backend=COMPILER)
+            self.objective = torch.compile(self.objective, backend=COMPILER)
+        if self.teacher is not None:
+            self.teacher.settle(world.device, precision.dtype, compiled=self.compiled)
+        self.optimizer = build_optimizer(model, recipe, scaled=precision.name == "fp16")
+        self.ema = Ema(model, recipe.ema.decay) if recipe.ema.enabled else None
+        self.scaler = torch.amp.GradScaler(world.device.type) if precision.name == "fp16" else None
+        self.graphs = choose_graphs(recipe, world, precision)
+        self._replayed: Replayed | None = None
+
+    def distribute(self) -> None:
+        """Let the processes of the run share their gradients from now on."""
+        if self.world.size > 1:
+            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
+            self.student = DistributedDataParallel(self.model, device_ids=device_ids)
+
+    def state(self) -> dict[str, Any]:
+        """`model` and `ema` (in timm's names), `optimizer` and `scaler`; None for what the run has not."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.shadow if self.ema is not None else None,
+            "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load(state["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self._replayed = None  # a graph recorded before would move other tensors
+
+    def __call__(
+        self,
+        batch: TrainBatch,
+        epoch: int,
+        step: int,
+        global_step: int,
+        check: Callable[[LossParts], None] | None = None,
+    ) -> LossParts:
+        """One update of the weights; the mean losses of this process's share.
+
+        `check` is called with them before the weights move, which makes the host wait for a GPU; a step that is
+        replayed cannot be looked at in between.
+        """
+        # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step as well.
+        torch.manual_seed(((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63)
+        self.lr = learning_rate(self.recipe, epoch, step, self.steps_per_epoch)
+        set_lr(self.optimizer, self.lr)
+        inputs = self._inputs(batch, epoch, step, global_step)
+        if self.graphs[0]:
+            self._replayed = self._replayed or Replayed(self._whole, CudaRecorder(self.world.device))
+            return LossParts(*self._replayed(inputs.tensors()))
+        losses = self._gradients(inputs)
+        if check is not None:
+            check(LossParts(*losses))
+        self._update()
+        return LossParts(*losses)
+
+    def _whole(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        losses = self._gradients(StepInputs.of(tensors))
+        self._update()
+        return losses
+
+    def _inputs(self, batch: TrainBatch, epoch: int, step: int, global_step: int) -> StepInputs:
+        data = Batch(*(self._on_device(tensor) for tensor in batch.data.tensors()))
+        entries = step * self.recipe.run.global_batch + batch.position
+        return StepInputs(data, self._drop_path(batch.position, global_step), self._stored(epoch, entries))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        if self.world.device.type == "cuda" and not tensor.is_cuda:
+            # A copy from other memory is one that the host waits for. PyTorch keeps this until the copy is done.
+            tensor = tensor.pin_memory()
+        return tensor.to(self.world.device, non_blocking=True)
+
+    def _drop_path(self, positions: np.ndarray, global_step: int) -> Tensor | None:
+        cfg = self.recipe.model
+        if cfg.arch != "deit" or cfg.drop_path == 0 or not self.student.training:
+            return None
+        masks = torch.from_numpy(draw_drop_path(self.recipe.run.seed, global_step, positions, cfg.depth, cfg.drop_path))
+        return masks if cfg.drop_path_mode == "skip" else self._on_device(masks)
+
+    def _stored(self, epoch: int, entries: np.ndarray) -> Tensor | None:
+        if self.labels is None:
+            return None
+        hard = self.recipe.objective.distillation == "hard"
+        return self._on_device((self.labels.labels if hard else self.labels.logits)(epoch, entries))
+
+    def _teach(self, images: Tensor, stored: Tensor | None) -> Tensor | None:
+        """The teacher's hard labels (B,) or logits (B, K) of the very images that the student sees."""
+        if self.teacher is None:
+            return stored
+        hard = self.recipe.objective.distillation == "hard"
+        with record_function(LABEL + "teacher"):
+            return self.teacher.labels(images) if hard else self.teacher.logits(images)
+
+    def _gradients(self, inputs: StepInputs) -> Tensor:
+        """Gradients of this process's share of a step; (3,) float32, the mean losses of the share."""
+        images = inputs.data.images
+        count = len(images)
+        labels = inputs.data.labels(self.recipe.augment.label_smoothing)
+        micro = self.recipe.run.micro_batch or count
+        joined = self.student if isinstance(self.student, DistributedDataParallel) else None
+        total: list[Tensor] = []
+        self.optimizer.zero_grad()
+        for start in range(0, count, micro):
+            part = slice(start, min(start + micro, count))
+            share = (part.stop - part.start) / count
+            self.model.set_drop_path(None if inputs.masks is None else inputs.masks[..., part])
+            stored = None if inputs.stored is None else inputs.stored[part]
+            with joined.no_sync() if joined is not None and part.stop < count else nullcontext():
+                with self.precision.autocast():
+                    teacher = self._teach(images[part], stored)
+                    student = self.student(images[part])
+                    with record_function(LABEL + "loss"):
+                        loss = self.objective(student, labels.part(part), teacher)
+                weighted = loss.loss * share
+                (self.scaler.scale(weighted) if self.scaler else weighted).backward()
+            total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
+        return torch.stack(total).sum(0)
+
+    def _update(self) -> None:
+        limit = self.recipe.optim.clip_grad
+        with record_function(LABEL + "optimizer"):
+            if self.scaler is not None:
+                if limit is not None:
+                    self.scaler.unscale_(self.optimizer)
+                    clip_gradients(self.model.parameters(), limit)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            else:
+                clip_gradients(self.model.parameters(), limit)
+                self.optimizer.step()
+        if self.ema is not None:
+            with record_function(LABEL + "average"):
+                self.ema.update(self.model)

@@ -1,0 +1,1 @@
+"""Conversion of a source into a data set, and its verification."""

@@ -1,0 +1,215 @@
+"""What an unfinished conversion has done so far, so that it can go on: a log of lines beside its destination."""
+
+from __future__ import annotations
+
+import binascii
+import io
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastdeit.pipelines.conversion.workers import Reject
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.files import sync_folder
+from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.writer import Record
+from fastdeit.pipelines.locks import lock
+
+_VERSION = 1
+_START = b'00000000 {"journal":'  # of every journal, but for the checksum
+
+
+class JournalError(UserError):
+    """A journal that is in use, or of another conversion."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A sample that was stored, and what was done to it, see `encode.CHANGES`."""
+
+    record: Record
+    changes: tuple[str, ...]
+
+
+class Journal:
+    """A log of samples that were stored or rejected, in the order of the conversion; a context manager.
+
+    path    it stays there when it is closed, until `remove`
+    locked  whether nobody else can open it; False where the file system has no locks
+    begun   whether a conversion wrote to it, before it was opened or since
+
+    Every line is the zlib.crc32 of what follows, a space, and JSON: first a description of the conversion, then lists
+    of samples, each written once its bytes are on disk. A line that is torn or damaged ends the journal, wherever it
+    stands. Raises JournalError where another process, or another journal of this one, has it open, and for a file that
+    is no journal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        while True:
+            self._file = self._open()
+            try:
+                self.locked = self._lock()
+                # Whoever had it may have removed it while this waited to be opened.
+                if os.path.exists(path) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+                    self.begun = self._check_own()
+                    return
+            except BaseException:
+                self._file.close()
+                raise
+            self._file.close()
+
+    def _open(self) -> io.FileIO:
+        if os.path.lexists(self.path) and not stat.S_ISREG(mode := os.lstat(self.path).st_mode):
+            raise JournalError(f"{self.path}: is {kind(mode)}, not a journal of fastdeit-convert: move it away")
+        # In append mode, what is written stands at the end wherever was read before.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        # Without a buffer, which would write again what a full disk refused.
+        return io.FileIO(os.open(self.path, flags, 0o666), "a+")
+
+    def _check_own(self) -> bool:
+        """Whether it is a journal, be it damaged, that was begun; False for an empty file."""
+        self._file.seek(0)
+        start = self._file.read(len(_START))
+        # A power cut may leave a part of the first line, or zeros.
+        torn = not start.strip(b"\0") or (start[:8].isalnum() and start[8:] == _START[8 : len(start)])
+        if start and not torn:
+            raise JournalError(
+                f"{self.path}: is not a journal of fastdeit-convert: move it away, or name another place"
+            )
+        return bool(start)
+
+    def _lock(self) -> bool:
+        try:
+            return lock(self._file)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{self.path}: another conversion to the same place is under way. Wait for it, or name another place"
+            ) from error
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        """Take the file away; nothing can be added any more."""
+        # While it is locked: nobody can take it up in between.
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def description(self) -> dict[str, Any] | None:
+        """What `begin` was given; None in a journal that never began."""
+        line = next((line for line, _ in self._lines() if isinstance(line, dict)), None)
+        return None if line is None else {name: value for name, value in line.items() if name != "journal"}
+
+    def replaced(self) -> list[int] | None:
+        """The last that `note_replaced` was given."""
+        marks = [line["replaces"] for line, _ in self._lines() if isinstance(line, dict) and "replaces" in line]
+        return marks[-1] if marks else None
+
+    def note_replaced(self, mark: list[int]) -> None:
+        """Note which file, by `files.mark`, was found to be a data set that may be replaced, and now will be."""
+        self._write({"replaces": mark})
+
+    def begin(self, description: dict[str, Any]) -> None:
+        """Drop what it holds, and describe the conversion that now begins."""
+        self._file.truncate(0)
+        self._write({"journal": _VERSION, **description})
+        self.begun = True
+        sync_folder(self.path.parent)
+
+    def entries(self) -> Iterator[Kept | Reject]:
+        """The samples that were done."""
+        for line, _ in self._lines():
+            if isinstance(line, list):
+                yield from map(_entry, line)
+
+    def cut(self, count: int) -> None:
+        """Drop what was done after the sample that was stored as number `count`."""
+        end = 0
+        left: list[Kept | Reject] = []
+        for line, after in self._lines():
+            entries = [_entry(value) for value in line] if isinstance(line, list) else []
+            kept = sum(isinstance(entry, Kept) for entry in entries)
+            if kept > count:
+                stored = (at for at, entry in enumerate(entries) if isinstance(entry, Kept))
+                left = entries[: next(at for number, at in enumerate(stored) if number == count)]
+                break
+            count -= kept
+            end = after
+        self._file.truncate(end)
+        if left:
+            self.append(left)
+
+    def append(self, entries: Iterable[Kept | Reject]) -> None:
+        """Add samples that were done, those stored being on disk already, and have them on disk."""
+        self._write([_value(entry) for entry in entries])
+
+    def _write(self, value: Any) -> None:
+        text = json.dumps(value, separators=(",", ":")).encode()
+        end = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(b"%08x %s\n" % (binascii.crc32(text), text))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            # As of a full disk: behind a torn line nothing would be found.
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
+
+    def _lines(self) -> Iterator[tuple[Any, int]]:
+        """What each whole line holds, and where in the file it ends."""
+        end = 0
+        with open(self._file.fileno(), "rb", closefd=False) as file:
+            file.seek(0)
+            for line in file:
+                crc32, _, text = line.removesuffix(b"\n").partition(b" ")
+                if not line.endswith(b"\n") or crc32 != b"%08x" % binascii.crc32(text):
+                    return
+                end += len(line)
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError):
+                    return
+                yield value, end
+
+
+def difference(then: Any, now: Any, field: str = "") -> str | None:
+    """The first field in which two descriptions differ, and how; None where they are the same."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in dict.fromkeys((*now, *then)):
+            if found := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):
+                return found
+        return None
+    if then == now:
+        return None
+    values = [json.dumps(value) for value in (then, now)]
+    return f"{field} differs" if max(map(len, values)) > 200 else f"{field} was {values[0]} and is now {values[1]}"
+
+
+def _value(entry: Kept | Reject) -> list[Any]:
+    if isinstance(entry, Reject):
+        return [entry.index, entry.name, entry.reason]
+    record = entry.record
+    fields = (record.height, record.width, record.label, record.mode, record.size, record.crc32)
+    return [*fields, *entry.changes]
+
+
+def _entry(value: list[Any]) -> Kept | Reject:
+    if len(value) == 3:
+        return Reject(*value)
+    height, width, label, mode, size, crc32, *changes = value
+    record = Record(height=height, width=width, label=label, mode=mode, size=size, crc32=crc32)
+    return Kept(record, tuple(changes))

@@ -1,0 +1,277 @@
+"""Whether a converted data set is what was written, down to the bit, and what its source holds."""
+
+from __future__ import annotations
+
+import binascii
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from fastdeit.pipelines.console import progress_bar
+from fastdeit.pipelines.console import report as say_report
+from fastdeit.pipelines.conversion.convert import sample_order
+from fastdeit.pipelines.conversion.encode import Encoding
+from fastdeit.pipelines.conversion.workers import Encoded, Reject, encoded, printable, reason
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats import sidecar
+from fastdeit.pipelines.formats.beton import JPEG
+from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
+from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.sidecar import ContentHash
+from fastdeit.pipelines.machine import MachineError
+from fastdeit.pipelines.sources import Source, open_source
+
+NAMED = 20  # findings that are kept; the rest is counted
+_CHUNK = 16  # samples a thread checks at once
+_OPTIONS = {"mode", "quality", "max_side", "shuffle_seed", "limit", "pillow"}
+
+
+class VerifyError(UserError):
+    """A check that cannot be done as asked; says why, and what to do."""
+
+
+@dataclass
+class Verification:
+    """What a check found.
+
+    findings   the first ones, a sentence each
+    count      all of them
+    unchecked  what could not be checked, a sentence each
+    notes      what else there is to know
+    """
+
+    dest: Path
+    num_samples: int = 0
+    findings: list[str] = field(default_factory=list)
+    count: int = 0
+    unchecked: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.count == 0
+
+    def add(self, finding: str) -> None:
+        self.count += 1
+        if len(self.findings) < NAMED:
+            self.findings.append(finding)
+
+    def __str__(self) -> str:
+        found = "nothing wrong was found" if self.ok else f"{self.count} finding{'s' * (self.count > 1)}"
+        lines = [f"{self.dest}: {self.num_samples} images checked in {self.seconds:.1f} s, {found}"]
+        lines += [f"  {finding}" for finding in self.findings]
+        if self.count > len(self.findings):
+            lines.append(f"  and {self.count - len(self.findings)} more")
+        lines += [f"  not checked: {what}" for what in self.unchecked]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def verify(
+    dest: str | os.PathLike[str],
+    against: str | os.PathLike[str] | Source | None = None,
+    *,
+    workers: int = 0,
+    progress: bool = True,
+) -> Verification:
+    """Decode every image of the data set `dest`, and compare all of it with its checksums.
+
+    against   a source, which is converted again in memory, as the sidecar says it was, and compared sample by sample
+    workers   threads that decode and processes that convert; 0: one for every usable core
+    progress  show progress bars and print what was found
+
+    What is wrong with the data set is not an error but a finding. Raises FileNotFoundError where there is none,
+    MachineError where the machine cannot read it,
+    SourceError for a source that cannot be opened or read, VerifyError where `dest` does not say how it was converted.
+    """
+    start = time.perf_counter()
+    dest = Path(dest)
+    if isinstance(against, (str, os.PathLike)):
+        against = open_source(against)
+    result = Verification(dest)
+    mode = dest.stat().st_mode  # there, or an error that names it
+    if not dest.is_file() and not dest.is_dir():
+        raise VerifyError(f"{dest}: is {kind(mode)}, not a data set: name one that was converted")
+    try:
+        dataset = open_dataset(dest)
+    except MachineError:
+        raise
+    except UserError as error:
+        result.add(str(error))
+        result.unchecked.append("all the rest, since the data set does not open")
+    else:
+        with closing(dataset):
+            for finding in dataset.check():
+                result.add(finding)
+            _check_samples(dataset, result, workers, progress)
+            if against is not None:
+                _compare(dataset, against, result, workers, progress)
+    result.seconds = time.perf_counter() - start
+    if progress:
+        say_report(str(result), f"{dest} has been checked, see the exit status")
+    return result
+
+
+def _check_samples(dataset: Dataset, result: Verification, workers: int, progress: bool) -> None:
+    """Read, compare and decode every sample, in order."""
+    described = dataset.sidecar
+    crc32 = None if described is None else sidecar.crc32s(described)
+    if described is None:
+        result.unchecked.append("labels, class names and checksums, since there is no sidecar")
+    content = ContentHash()
+    complete = True
+    threads = workers or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool, _bar(len(dataset), "checking", progress, result) as bar:
+        waiting: deque[tuple[range, Future[list[tuple[np.ndarray | None, str | None]]]]] = deque()
+
+        def take() -> None:
+            nonlocal complete
+            indices, future = waiting.popleft()
+            for index, (data, finding) in zip(indices, future.result(), strict=True):
+                if finding is not None:
+                    result.add(finding)
+                if data is None:
+                    complete = False
+                else:
+                    height, width, label = (int(a[index]) for a in (dataset.height, dataset.width, dataset.label))
+                    content.add(data.data, height=height, width=width, label=label)
+                result.num_samples += 1
+                bar.update()
+
+        for first in range(0, len(dataset), _CHUNK):
+            indices = range(first, min(first + _CHUNK, len(dataset)))
+            waiting.append((indices, pool.submit(_check_chunk, dataset, indices, crc32)))
+            if len(waiting) == 2 * threads:
+                take()
+        while waiting:
+            take()
+    if described is not None and complete and str(content) != dataset.content_hash:
+        result.add(f"{dataset.path}: its content hash is {content}, and {dataset.content_hash} was written")
+
+
+def _check_chunk(
+    dataset: Dataset, indices: range, crc32: np.ndarray | None
+) -> list[tuple[np.ndarray | None, str | None]]:
+    return [_check_sample(dataset, index, crc32) for index in indices]
+
+
+def _check_sample(dataset: Dataset, index: int, crc32: np.ndarray | None) -> tuple[np.ndarray | None, str | None]:
+    """The stored bytes, and what is wrong with them."""
+    try:
+        data = dataset.read(index)
+    except MachineError:
+        raise  # says nothing about the data set
+    except (OSError, UserError) as error:
+        return None, str(error)
+    finding = None
+    if crc32 is not None and binascii.crc32(data.data) != crc32[index]:
+        finding = "its bytes are not those that were written (crc32). Convert the data set again, or copy it again"
+    elif dataset.is_jpeg(index):
+        finding = _decode(dataset, index, data)
+    return data, finding and f"{_name(dataset, index)}: {finding}"
+
+
+def _decode(dataset: Dataset, index: int, data: np.ndarray) -> str | None:
+    try:
+        with Image.open(io.BytesIO(data.data), formats=["JPEG"]) as image:
+            size = int(dataset.width[index]), int(dataset.height[index])
+            if image.size != size:
+                return f"it has {image.width} x {image.height} pixels, and the tables say {size[0]} x {size[1]}"
+            image.convert("RGB")
+    except MemoryError:
+        raise
+    # A damaged image makes PIL raise whatever its parsing trips over.
+    except Exception as error:
+        return f"PIL cannot decode it ({reason(error)})"
+    return None
+
+
+def _compare(dataset: Dataset, source: Source, result: Verification, workers: int, progress: bool) -> None:
+    """Convert the source again and compare each sample with the one that is stored."""
+    described = dataset.sidecar or {}
+    options, rejected = described.get("options"), described.get("rejected")
+    if not isinstance(options, dict) or not isinstance(rejected, list) or not options.keys() >= _OPTIONS:
+        raise VerifyError(
+            f"{dataset.path}: does not say how it was converted, so it cannot be compared with its source. "
+            f"Leave out --against"
+        )
+    order = sample_order(len(source), options["shuffle_seed"], options["limit"])
+    left_out = np.isin(order, np.array(rejected, np.int64))
+    if len(order) - left_out.sum() != len(dataset) or left_out.sum() != len(rejected):
+        result.add(
+            f"{dataset.path}: holds {len(dataset)} samples, and {len(rejected)} were left out, but the source would "
+            f"give {len(order)} in all: none was compared"
+        )
+        return
+    if options["pillow"] != PIL.__version__:
+        result.notes.append(
+            f"it was converted with Pillow {options['pillow']} and compared with {PIL.__version__}, "
+            f"which may encode, and so store, an image differently"
+        )
+    named = _same_names(dataset.class_names, source.class_names)
+    if not named and dataset.class_names is not None and source.class_names is not None:
+        result.notes.append("the source names other classes, so these were compared by their numbers")
+    encoding = Encoding(mode=options["mode"], quality=options["quality"], max_side=options["max_side"])
+    index = 0
+    with (
+        closing(encoded(source, order.tolist(), encoding, workers)) as samples,
+        _bar(len(order), "comparing", progress, result) as bar,
+    ):
+        for at, bad, sample in zip(order.tolist(), left_out.tolist(), samples, strict=True):
+            where = f"{printable(source.name(at))}, sample {at} of the source"
+            if bad:
+                if isinstance(sample, Encoded):
+                    result.add(f"{where}: was left out, and can be read now")
+            else:
+                for finding in _differences(dataset, index, source.class_names if named else None, sample):
+                    result.add(f"{_name(dataset, index)}: {finding}; it is {where}")
+                index += 1
+            bar.update()
+
+
+def _same_names(ours: list[str] | None, theirs: list[str] | None) -> bool:
+    """Whether both name the same classes, in whatever order, but for some that one of them lacks."""
+    return ours is not None and theirs is not None and (set(ours) <= set(theirs) or set(theirs) <= set(ours))
+
+
+def _differences(dataset: Dataset, index: int, names: list[str] | None, sample: Encoded | Reject) -> Iterator[str]:
+    if isinstance(sample, Reject):
+        yield f"it cannot be read from the source any more ({sample.reason})"
+        return
+    ours = _class(dataset.class_names if names is not None else None, int(dataset.label[index]))
+    theirs = _class(names, sample.label)
+    if ours != theirs:
+        yield f"it is of {ours}, and in the source of {theirs}"
+    image = sample.image
+    try:
+        same = dataset.read(index).tobytes() == image.data
+    except MachineError:
+        raise
+    except (OSError, UserError):
+        return  # found before
+    kind = bool(dataset.is_jpeg(index)), int(dataset.height[index]), int(dataset.width[index])
+    if not same or kind != (image.mode == JPEG, image.height, image.width):
+        yield "its bytes are not those that its source gives"
+
+
+def _class(names: list[str] | None, label: int) -> str:
+    return f"class {label}" if names is None else f"class '{names[label]}'"
+
+
+def _name(dataset: Dataset, index: int) -> str:
+    return f"{dataset.path}, sample {index} ({_class(dataset.class_names, int(dataset.label[index]))})"
+
+
+def _bar(total: int, what: str, progress: bool, result: Verification) -> Any:
+    return progress_bar(result.notes, progress, total=total, desc=what)

@@ -1,0 +1,250 @@
+"""A batch as the kernels see it: everything but the pixels, in one piece of memory that is copied at once."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeit.kernels import augment_levels, augment_normalize, augment_resize
+from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.host.operations import matrices
+from fastdeit.pipelines.plan.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan
+
+_ALIGNMENT = 128  # bytes, of the start of an array
+_MOST_BYTES = (1 << 31) - 1
+
+_KERNEL_CODE = {
+    "Identity": augment_levels.IDENTITY,
+    "AutoContrast": augment_levels.AUTO_CONTRAST,
+    "Equalize": augment_levels.EQUALIZE,
+    "Invert": augment_levels.INVERT,
+    "Rotate": augment_levels.AFFINE,
+    "Posterize": augment_levels.POSTERIZE,
+    "Solarize": augment_levels.SOLARIZE,
+    "SolarizeAdd": augment_levels.SOLARIZE_ADD,
+    "Color": augment_levels.COLOR,
+    "Contrast": augment_levels.CONTRAST,
+    "Brightness": augment_levels.BRIGHTNESS,
+    "Sharpness": augment_levels.SHARPNESS,
+    "ShearX": augment_levels.SHIFT_X,
+    "ShearY": augment_levels.SHIFT_Y,
+    "TranslateXRel": augment_levels.SHIFT_X,
+    "TranslateYRel": augment_levels.SHIFT_Y,
+    "GaussianBlur": augment_levels.BLUR,
+}
+_CODES = np.array([_KERNEL_CODE[name] for name in OPS], np.int32)
+_MOVES = [
+    augment_levels.COLOR,
+    augment_levels.SHARPNESS,
+    augment_levels.SHIFT_X,
+    augment_levels.SHIFT_Y,
+    augment_levels.AFFINE,
+]
+_KINDS = np.zeros(3, np.int32)
+_KINDS[[NO_MIX, MIXUP, CUTMIX]] = augment_normalize.NO_MIX, augment_normalize.MIXUP, augment_normalize.CUTMIX
+
+
+class Work(NamedTuple):
+    """What the kernels read; the arguments of that name of `crop_resize`, `apply_operations` and `finish`."""
+
+    start: Tensor
+    place: Tensor
+    operation: Tensor
+    argument: Tensor
+    ending: Tensor
+    erase: Tensor
+    who: Tensor
+    key: Tensor
+    unit: Tensor
+    mix: Tensor
+    share: Tensor
+
+
+class Labels(NamedTuple):
+    """What a batch holds besides its images; (B,) each."""
+
+    label_a: Tensor
+    label_b: Tensor
+    index: Tensor
+    lam: Tensor
+
+
+class Needs(NamedTuple):
+    """Work memory that a batch needs, and the layers in which something is blurred."""
+
+    taps: int  # int32
+    between: int  # bytes
+    blurs: tuple[bool, ...]
+
+
+def _work_fields(count: int, layers: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [
+        ((count, augment_resize.START), torch.int64),
+        ((count, augment_resize.PLACE), torch.int32),
+        ((layers, count, augment_levels.OPERATION), torch.int32),
+        ((layers, count, augment_levels.ARGUMENT), torch.float64),
+        ((count, 2), torch.int32),
+        ((count, 4), torch.int32),
+        ((count, 2), torch.int64),
+        ((2,), torch.int64),
+        (((count + 1) // 2, 2), torch.int32),
+        ((count, augment_normalize.MIX), torch.int32),
+        ((count, 2), torch.float32),
+    ]
+
+
+def _label_fields(count: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [((count,), torch.int64)] * 3 + [((count,), torch.float32)]
+
+
+def _sizes(fields: list[tuple[tuple[int, ...], torch.dtype]]) -> list[int]:
+    """Bytes of every array, up to the start of the next."""
+    exact = [math.prod(shape) * dtype.itemsize for shape, dtype in fields]
+    return [size + -size % _ALIGNMENT for size in exact]
+
+
+def _views(memory: Tensor, fields: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    parts = memory.split(_sizes(fields))
+    return [
+        part[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for part, (shape, dtype) in zip(parts, fields, strict=True)
+    ]
+
+
+def table_sizes(count: int, layers: int) -> tuple[int, int]:
+    """Bytes of `Work`, and of `Labels` behind it, for `count` samples with `layers` operations."""
+    return sum(_sizes(_work_fields(count, layers))), sum(_sizes(_label_fields(count)))
+
+
+def work_of(memory: Tensor, count: int, layers: int) -> Work:
+    """The arrays in a table's first part, uint8."""
+    return Work(*_views(memory, _work_fields(count, layers)))
+
+
+def labels_of(memory: Tensor, count: int) -> Labels:
+    """The arrays in a table's second part, uint8."""
+    return Labels(*_views(memory, _label_fields(count)))
+
+
+def fill_table(table: Tensor, decoded: DecodedBatch, plan: Plan, window: np.ndarray, size: int) -> Needs:
+    """Write a batch into `table`, uint8 on the host, of the size that `table_sizes` says.
+
+    window  (B, 4) int32  height and width that a crop is resized to, top and left of the part that is kept
+
+    Raises UserError, naming the dataset index, for a crop whose rows span 2 GiB: a kernel counts its bytes in 32 bits.
+    """
+    count, layers = plan.op.shape
+    first_bytes, _ = table_sizes(count, layers)
+    work, labels = work_of(table[:first_bytes], count, layers), labels_of(table[first_bytes:], count)
+    taps, between = _fill_resize(work, decoded, plan, window, size)
+    blurs = _fill_operations(work, plan, size)
+    _fill_finish(work, labels, decoded, plan)
+    return Needs(taps, between, blurs)
+
+
+def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan, window: np.ndarray, size: int) -> tuple[int, int]:
+    place, start = work.place.numpy(), work.start.numpy()
+    slot, crop = decoded.source, plan.crop
+    pitch = 3 * decoded.width[slot]
+    span = crop[:, 2].astype(np.int64) * pitch
+    if span.max(initial=0) >= _MOST_BYTES:
+        sample = int(span.argmax())
+        raise UserError(
+            f"dataset index {plan.index[sample]} (sample {sample} of the plan) is cropped from {span[sample]} bytes, "
+            f"at most {_MOST_BYTES} on the device: set --data.stage host, or convert it smaller (--max-side)"
+        )
+    vertical_first = _vertical_first(crop, window)
+    # What the second pass reads is along the rows, or along the columns if the vertical pass comes first.
+    axis = vertical_first.astype(np.intp)
+    every = np.arange(len(plan))
+    place[:, augment_resize.HEIGHT], place[:, augment_resize.WIDTH] = crop[:, 2], crop[:, 3]
+    place[:, augment_resize.OUT_HEIGHT : augment_resize.LEFT + 1] = window
+    first, end = _source_ranges(crop[every, 2 + axis], window[every, axis], window[every, 2 + axis], size)
+    place[:, augment_resize.FIRST], place[:, augment_resize.COUNT] = first, end - first
+    place[:, augment_resize.VERTICAL_FIRST] = vertical_first
+    place[:, augment_resize.FLIP] = plan.flip
+    place[:, augment_resize.PITCH] = pitch
+
+    rows, columns = (size * _most_taps(crop[:, 2 + i], window[:, i]) for i in (0, 1))
+    between = 3 * size * (end - first)
+    between += -between % 16
+    taps_end, between_end = np.cumsum(rows + columns), np.cumsum(between)
+    start[:, augment_resize.PIXELS] = (
+        decoded.offset[slot] + crop[:, 0].astype(np.int64) * pitch + 3 * crop[:, 1].astype(np.int64)
+    )
+    start[:, augment_resize.BETWEEN] = between_end - between
+    start[:, augment_resize.COLUMN_TAPS] = taps_end - rows - columns
+    start[:, augment_resize.ROW_TAPS] = taps_end - rows
+    return int(taps_end.max(initial=0)), int(between_end.max(initial=0))
+
+
+def _vertical_first(crop: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """(B,) whether PIL runs the vertical pass first: so it does since version 13 where the height shrinks much more."""
+    shrink = crop[:, 2] - window[:, 0]
+    return (shrink > 0) & (shrink > 2 * (crop[:, 3] - window[:, 1]))
+
+
+def _source_ranges(
+    size_in: np.ndarray, size_out: np.ndarray, skip: np.ndarray, wanted: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and end of what outputs skip .. skip + wanted - 1 of an axis are made of, as the kernel finds them."""
+    scale = size_in / size_out
+    support = 2.0 * np.maximum(scale, 1.0)
+    low, high = (skip + 0.5) * scale, (skip + wanted - 1 + 0.5) * scale
+    first = np.maximum(0, (low - support + 0.5).astype(np.int64))
+    return first, np.minimum(size_in, (high + support + 0.5).astype(np.int64))
+
+
+def _most_taps(size_in: np.ndarray, size_out: np.ndarray) -> np.ndarray:
+    """(B,) int64: taps of an output that an axis has room for."""
+    return 2 * np.ceil(2.0 * np.maximum(size_in / size_out, 1.0)).astype(np.int64) + 1
+
+
+def _fill_operations(work: Work, plan: Plan, size: int) -> tuple[bool, ...]:
+    operation, argument = work.operation.numpy(), work.argument.numpy()
+    argument[:] = matrices(plan.op, plan.arg, size).transpose(1, 0, 2)
+    side, pending = np.zeros(len(plan), np.int32), np.zeros(len(plan), np.bool_)
+    for layer in range(plan.op.shape[1]):
+        op, arg = plan.op[:, layer], plan.arg[:, layer]
+        code = _CODES[op]
+        operation[layer, :, augment_levels.CODE] = code
+        operation[layer, :, augment_levels.CUBIC] = plan.interp[:, layer] == BICUBIC
+        operation[layer, :, augment_levels.SIDE] = side
+        operation[layer, :, augment_levels.PENDING] = pending
+        translated = (op == CODE["TranslateXRel"]) | (op == CODE["TranslateYRel"])
+        argument[layer, :, 0] = np.where(op == CODE["Rotate"], argument[layer, :, 0], np.where(translated, 0.0, arg))
+        argument[layer, :, 1] = np.where(translated, arg * size, argument[layer, :, 1])
+        moves = np.isin(code, _MOVES)
+        side = side ^ moves
+        pending = (pending | (code != augment_levels.IDENTITY)) & ~moves & (code != augment_levels.BLUR)
+    ending = work.ending.numpy()
+    ending[:, 0], ending[:, 1] = side, pending
+    return tuple((plan.op == CODE["GaussianBlur"]).any(0).tolist())
+
+
+def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) -> None:
+    group, partner, sample = plan.group, plan.partner, np.arange(len(plan))
+    # Groups of an odd number of samples do not mix: there any two will do.
+    paired = not (partner == sample).any()
+    order = np.stack([sample, partner], axis=1)[sample < partner].reshape(-1) if paired else sample
+    unit = work.unit.numpy().reshape(-1)
+    unit[len(plan) :] = -1
+    unit[: len(plan)] = order
+
+    work.erase.numpy()[:] = plan.erase
+    who, mix, share = work.who.numpy(), work.mix.numpy(), work.share.numpy()
+    who[:, 0], who[:, 1] = plan.index, plan.repeat
+    work.key.numpy()[:] = np.uint64(plan.seed).view(np.int64), plan.epoch
+    mix[:, augment_normalize.KIND] = _KINDS[plan.mix][group]
+    mix[:, augment_normalize.BOX_TOP :] = plan.box[group]
+    share[:, 0], share[:, 1] = plan.lam[group], 1.0 - plan.lam[group]
+
+    labels.label_a.numpy()[:] = decoded.label
+    labels.label_b.numpy()[:] = np.where(plan.mixed, decoded.label[partner], decoded.label)
+    labels.index.numpy()[:] = decoded.index
+    labels.lam.numpy()[:] = plan.lam[group]

@@ -1,0 +1,135 @@
+"""From levels to the network's input: normalise, erase, mix.
+
+A level becomes (level / 255 - mean) / std in float32, as torchvision's ToTensor and Normalize compute it, through a
+table that the sample's own table of levels (see `photometric.py`) is folded into. Erasing comes after normalisation
+and before mixing, as in timm with a loader that does not prefetch to a GPU. Two samples that mix with one another are
+finished together, a row at a time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from fastdeit.pipelines.host.noise import NOISE_ROWS, NoiseScratch, noise_rows, noise_scratch
+from fastdeit.pipelines.host.vector import copy_run
+from fastdeit.pipelines.jit import compiled
+from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP
+
+
+class FinishScratch(NamedTuple):
+    """Work memory of one thread for `finish`; made by `finish_scratch`. First axis: the two samples of a pair."""
+
+    value: np.ndarray  # (2, 3, 256) float32: what a level becomes
+    line: np.ndarray  # (2, size) float32
+    noise: np.ndarray  # (2, NOISE_ROWS * size) float32
+    mixed: np.ndarray  # (size,) float32
+    draw: NoiseScratch
+
+
+def finish_scratch(size: int) -> FinishScratch:
+    """Work memory for images of `size` x `size`."""
+    return FinishScratch(
+        value=np.empty((2, 3, 256), np.float32),
+        line=np.empty((2, size), np.float32),
+        noise=np.empty((2, NOISE_ROWS * size), np.float32),
+        mixed=np.empty(size, np.float32),
+        draw=noise_scratch(size),
+    )
+
+
+def normalised_levels(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """(3, 256) float32: every level as ToTensor and Normalize make it, to the bit."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    mean32, std32 = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
+    return (levels - mean32) / std32
+
+
+def _write(out, line):
+    """Write a float32 line to a row of the output: as it is, or as bfloat16 bits, to nearest even."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_write)
+def _write_for(out, line):
+    def as_float32(out, line):
+        for x in range(len(out)):
+            out[x] = line[x]
+
+    def as_bfloat16(out, line):
+        bits = line.view(np.uint32)
+        for x in range(len(out)):
+            odd = (bits[x] >> np.uint32(16)) & np.uint32(1)
+            out[x] = np.uint16((bits[x] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+    return as_bfloat16 if out.dtype == types.uint16 else as_float32
+
+
+@compiled
+def _normalise_row(planes, at, value, line):
+    levels = planes[at : at + len(line)]
+    for x in range(len(line)):
+        line[x] = value[levels[x]]
+
+
+@compiled
+def _erase_row(seed, epoch, index, repeat, box, row, at, line, noise, draw):
+    """Put noise where the erased box crosses a row whose first value is number `at` of the sample."""
+    top, left, height, width = box[0], box[1], box[2], box[3]
+    into = row - top
+    if into % NOISE_ROWS == 0:
+        rows = min(NOISE_ROWS, height - into)
+        noise_rows(seed, index, epoch, repeat, at + left, len(line), rows, width, noise, draw)
+    copy_run(line, left, noise, into % NOISE_ROWS * width, width)
+
+
+@compiled
+def finish(first, second, seed, epoch, plan, planes, tables, levels, size, out, scratch):
+    """Finish one sample (`second` -1), or two that mix, into rows `first` and `second` of `out`.
+
+    plan    arrays of the plan, see `PlanArrays`
+    planes  (2, 3 * size * size) uint8 the images, tables (2, 768) uint8 what is still to be done to their levels
+    levels  (3, 256) float32 of `normalised_levels`
+    out     (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16
+    """
+    group = plan.group[first]
+    mix, box = plan.mix[group], plan.box[group]
+    top, left, bottom, right = (box[0], box[1], box[2], box[3]) if mix == CUTMIX else (0, 0, 0, 0)
+    own, other = np.float32(plan.lam[group]), np.float32(1.0 - plan.lam[group])
+    value, noise = scratch.value, scratch.noise
+    members = 1 if second < 0 else 2
+    for member in range(members):
+        for channel in range(3):
+            for level in range(256):
+                value[member, channel, level] = levels[channel, tables[member, channel * 256 + level]]
+    a, b, mixed = scratch.line[0], scratch.line[1], scratch.mixed
+    for channel in range(3):
+        for row in range(size):
+            at = (channel * size + row) * size
+            for member in range(members):
+                line = scratch.line[member]
+                _normalise_row(planes[member], at, value[member, channel], line)
+                sample = second if member else first
+                erase = plan.erase[sample]
+                if erase[3] and erase[0] <= row < erase[0] + erase[2]:
+                    index, repeat = plan.index[sample], plan.repeat[sample]
+                    _erase_row(seed, epoch, index, repeat, erase, row, at, line, noise[member], scratch.draw)
+            to_first, to_second = out[first, at : at + size], out[max(second, 0), at : at + size]
+            if mix == MIXUP and members == 2:
+                for x in range(size):
+                    mixed[x] = a[x] * own + b[x] * other
+                _write(to_first, mixed)
+                for x in range(size):
+                    mixed[x] = b[x] * own + a[x] * other
+                _write(to_second, mixed)
+                continue
+            if top <= row < bottom:
+                copy_run(mixed, 0, a, left, right - left)
+                copy_run(a, left, b, left, right - left)
+                copy_run(b, left, mixed, 0, right - left)
+            _write(to_first, a)
+            if members == 2:
+                _write(to_second, b)

@@ -1,0 +1,1 @@
+"""Decoders, and the choice among them."""

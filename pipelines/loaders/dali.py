@@ -1,0 +1,268 @@
+"""The DALI loader: NVIDIA DALI decodes, on the CPU or, where it is given a GPU, there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from fastdeit.pipelines.conversion.encode import MAX_SCANS
+from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.pipelines.loaders.base import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
+from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_whole
+from fastdeit.pipelines.plan.order import Order
+
+T = TypeVar("T")
+R = TypeVar("R")
+_Task = tuple[int, Any, Region | None]  # index and where it goes, on the host or a GPU; the region is always None here
+_Jpeg = tuple[_Task, np.ndarray]  # with the bytes to be decoded
+
+_DEVICE_ROUNDING = 32 << 20  # bytes: batches of about one size then take the memory of those before them
+# Images at once. On the CPU one alone costs no more, and one that fails harms no other. On a GPU, by thread: threads
+# wait for each other at the end of a chunk, whose pixels are there twice.
+_CPU_CHUNK, _GPU_CHUNK_PER_THREAD = 1, 32
+
+
+class DaliLoader(ThreadedLoader):
+    """Decodes through DALI's image decoder, which is fed by index, so that the order is the one asked for.
+
+    device_id        GPU that decodes; None: the CPU does
+    hw_decoder_load  share of the images that the GPU's hardware decoder takes, where it has one, 0 to 1
+    on_device        whether the pixels of a batch stay on that GPU
+
+    On the CPU every thread of the pool has a pipeline for one image at a time, through libjpeg-turbo with the accurate
+    DCT and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) DALI gets 32 images a
+    thread at once, whose pixels it holds beside the batch; its decoders are others there, with pixels of their own.
+    Which images of a chunk the hardware decoder takes is DALI's to decide: with `hw_decoder_load` 0 alone an image has
+    the same pixels whatever it is decoded with, on any number of threads and processes, and after a resume.
+    That path has not been run on a GPU yet.
+
+    A JPEG that is not whole segments and scans up to its end marker, has more than 64 scans, or is not of 8 bits and of
+    one, three or four components, is not given to DALI, which does not notice all of such damage. That, and what DALI
+    refuses, is read by PIL and listed in the batch's `fallbacks`. DALI fails many images for one, and its pipeline with
+    them: they are halved until that one is found. One thread at a time may take the loader's batches.
+
+    Raises UserError where DALI is not installed, or cannot build its pipeline.
+    """
+
+    name, pixels = "dali", "pillow"
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        device_id: int | None = None,
+        hw_decoder_load: float = 0.65,
+        on_device: bool = False,
+        **options: Any,
+    ) -> None:
+        self._device = torch.device("cuda", device_id) if on_device and device_id is not None else None
+        self.on_device = self._device is not None
+        self._device_id, self._hw_decoder_load = device_id, hw_decoder_load
+        if device_id is not None:
+            self.name, self.pixels = "dali-mixed", "nvjpeg"
+        self._chunk = _CPU_CHUNK if device_id is None else _GPU_CHUNK_PER_THREAD * threads
+        self._unfit: set[int] = set()  # for DALI: PIL reads them at once when they come again
+        self._free = threading.Semaphore(threads if self._chunk == 1 else 1)  # pipelines at work
+        self._idle: list[Any] = []
+        super().__init__(dataset, order, pool=pool, threads=threads, **options)
+
+    def _load(self) -> None:
+        find_dali()
+        try:
+            self._idle.append(self._build())
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = fact(error)
+            raise UserError(
+                f"DALI cannot build its pipeline ({reason}): fastdeit-doctor tells more; or use another loader"
+            ) from error
+
+    def _build(self) -> Any:
+        """A pipeline, in milliseconds once DALI is imported."""
+        dali: Any = importlib.import_module("nvidia.dali")
+        where: dict[str, Any] = {"device": "cpu"}
+        if self._device_id is not None:
+            where = {
+                "device": "mixed",
+                "hw_decoder_load": self._hw_decoder_load,
+                "jpeg_fancy_upsampling": True,
+                "affine": False,  # it would tie its threads to the first cores, those of every process
+            }
+        pipeline = dali.Pipeline(
+            batch_size=self._chunk,
+            num_threads=1 if self._chunk == 1 else self._threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=1,  # what is ahead is the prefetcher's business
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        with pipeline:
+            encoded = dali.fn.external_source(name="jpeg", dtype=dali.types.UINT8, ndim=1, no_copy=True)
+            pixels = dali.fn.decoders.image(
+                encoded, output_type=dali.types.RGB, adjust_orientation=False, use_fast_idct=False, **where
+            )
+            pipeline.set_outputs(pixels)
+        pipeline.build()
+        return pipeline
+
+    def close(self) -> None:
+        super().close()
+        self._idle.clear()
+
+    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+        task = (index, out, None)
+        jpeg = None if index in self._unfit else self._read(task)
+        if jpeg is not None and not self._through_dali([(task, jpeg)]):
+            return True
+        read_with_pil(self.dataset, index, out)
+        return False
+
+    def _decode_all(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
+        if self._chunk == 1:
+            return super()._decode_all(tasks)
+        jpegs = [task for task in tasks if self.dataset.is_jpeg(task[0]) and task[0] not in self._unfit]
+        left: set[int] = set()
+        for start in range(0, len(jpegs), self._chunk):
+            chunk = jpegs[start : start + self._chunk]
+            read = list(zip(chunk, self._in_pool(self._read_or_leave, chunk), strict=True))
+            left.update(task[0] for task, jpeg in read if jpeg is None)
+            refused = self._through_dali([(task, jpeg) for task, jpeg in read if jpeg is not None])
+            left.update(task[0] for task in refused)
+        decoded = {task[0] for task in jpegs} - left
+        # The rest is raw, damaged or doubtful: a matter of one image at a time, as with any loader.
+        rest = self._decode_on_host([task for task in tasks if task[0] not in decoded])
+        return [(index, index, True) for index in sorted(decoded)] + rest
+
+    def _decode_on_host(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
+        """Decode as any loader does, and copy to where the images go."""
+        if self._device is None:
+            return super()._decode_all(tasks)
+        here = [np.empty(tuple(out.shape), np.uint8) for _, out, _ in tasks]
+        done = super()._decode_all([(task[0], out, None) for task, out in zip(tasks, here, strict=True)])
+        for task, out in zip(tasks, here, strict=True):
+            task[1].copy_(torch.from_numpy(out))
+        return done
+
+    def _memory(self, size: int) -> np.ndarray | torch.Tensor:
+        if self._device is None:
+            return super()._memory(size)
+        room = size + -size % _DEVICE_ROUNDING
+        return torch.empty(room, dtype=torch.uint8, device=self._device)[:size]
+
+    def _read(self, task: _Task) -> np.ndarray | None:
+        """The bytes of a JPEG of the right size that is fit for DALI; None for another. Raises DecodeError."""
+        index = task[0]
+        jpeg = read_stored(self.dataset, index)
+        found = frame_size(jpeg)
+        if found != (0, 0):
+            check_size(self.dataset, index, *found)
+            # A header that DALI's parser refuses is no matter of one image: it leaves the batch's other tasks running
+            # in memory that it has given back, and the process may crash (seen with DALI 2.4).
+            if is_common(jpeg) and is_whole(jpeg, MAX_SCANS):
+                return jpeg
+        self._unfit.add(index)
+        return None
+
+    def _read_or_leave(self, task: _Task) -> np.ndarray | None:
+        try:
+            return self._read(task)
+        except DecodeError:  # raised again where it is decoded alone, which may replace it
+            return None
+
+    def _through_dali(self, jpegs: list[_Jpeg]) -> list[_Task]:
+        """Decode, in halves where DALI fails; those that it refuses."""
+        if not jpegs or self._run(jpegs):
+            return []
+        if len(jpegs) == 1:
+            task, _ = jpegs[0]
+            self._unfit.add(task[0])
+            return [task]
+        middle = len(jpegs) // 2
+        return self._through_dali(jpegs[:middle]) + self._through_dali(jpegs[middle:])
+
+    def _run(self, jpegs: list[_Jpeg]) -> bool:
+        """Have DALI decode at most a chunk; whether it could."""
+        with self._free:
+            self._check_open()
+            pipeline = self._idle.pop() if self._idle else self._build()
+            try:
+                pipeline.feed_input("jpeg", [jpeg for _, jpeg in jpegs])
+                (decoded,) = pipeline.run()
+            except RuntimeError:
+                return False  # the pipeline has failed with it
+            done = self._copy(decoded, [task[1] for task, _ in jpegs])
+            self._idle.append(pipeline)
+            return done
+
+    def _copy(self, decoded: Any, outs: list[Any]) -> bool:
+        """Copy DALI's output to where the images go; whether it has their shapes."""
+        if any(tuple(decoded[i].shape()) != tuple(out.shape) for i, out in enumerate(outs)):
+            return False
+        if isinstance(outs[0], torch.Tensor):
+            for i, out in enumerate(outs):
+                out.copy_(torch.from_dlpack(decoded[i]))
+            if outs[0].is_cuda:  # DALI's next output may take the memory of this one
+                torch.cuda.current_stream(outs[0].device).synchronize()
+            return True
+        if self._device_id is not None:
+            decoded = decoded.as_cpu()
+
+        def copy(place: int) -> None:
+            outs[place][:] = np.asarray(decoded[place])
+
+        self._in_pool(copy, range(len(outs)))
+        return True
+
+    def _in_pool(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """`work` of every item, in the pool. None of it goes on once this has returned or raised."""
+        if len(items) == 1:  # `decode` comes from the pool, whose threads may all be waiting for this
+            return [work(items[0])]
+        stop = threading.Event()
+
+        def some(first: int) -> list[R]:
+            done = []
+            try:
+                for item in items[first :: self._threads]:
+                    if stop.is_set() or self._closed.is_set():
+                        break
+                    done.append(work(item))
+            except BaseException:
+                stop.set()
+                raise
+            return done
+
+        futures = [self._pool.submit(some, first) for first in range(min(self._threads, len(items)))]
+        try:
+            wait(futures)
+        finally:
+            stop.set()
+            wait(futures)
+        parts = [future.result() for future in futures]
+        self._check_open()
+        return [parts[i % self._threads][i // self._threads] for i in range(len(items))]
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RuntimeError(f"{self.dataset.path}: the loader was closed while it decoded a batch")
+
+
+def find_dali() -> None:
+    """Whether DALI is there, which is not imported: that takes a second.
+
+    Raises UserError where it is not, with what to install.
+    """
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        raise UserError(
+            "the dali loader needs NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]' "
+            "(Linux on x86-64 or aarch64; 'fastdeit[dali-cuda13]' where the driver runs CUDA 13), or use another loader"
+        )

@@ -1,0 +1,143 @@
+"""Any plan through Pillow, timm and torchvision: what the fast stages are tested against, a way to look at a batch.
+
+Slow and plain. The crop, the resize and the flip are Pillow's, the operations timm's own functions, normalisation is
+torchvision's, mixing is done as `timm.data.Mixup` does it. Only the numbers come from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.plan.philox import NOISE, normal_pair, philox
+from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP, OPS, Plan
+
+_GEOMETRIC = {
+    "Rotate": "rotate",
+    "ShearX": "shear_x",
+    "ShearY": "shear_y",
+    "TranslateXRel": "translate_x_rel",
+    "TranslateYRel": "translate_y_rel",
+}
+_WITH_LEVELS = {"Posterize": "posterize", "Solarize": "solarize", "SolarizeAdd": "solarize_add"}
+_WITH_FACTOR = {
+    "Color": "color",
+    "Contrast": "contrast",
+    "Brightness": "brightness",
+    "Sharpness": "sharpness",
+    "GaussianBlur": "gaussian_blur",
+}
+_PLAIN = {"AutoContrast": "auto_contrast", "Equalize": "equalize", "Invert": "invert"}
+
+
+def fill_color(mean: tuple[float, float, float]) -> tuple[int, ...]:
+    """The colour that timm gives to what a geometric operation brings in, 0..255."""
+    return tuple(min(255, round(255 * x)) for x in mean)
+
+
+def resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Pillow 13's bicubic resize with any version of Pillow.
+
+    Pillow 13 shrinks vertically first where the height shrinks more than twice as much as the width; before, the
+    horizontal pass always came first. Asked for one pass at a time, every version gives the same pixels.
+    """
+    shrink = image.height - height
+    if shrink > 0 and shrink > 2 * (image.width - width):
+        return image.resize((image.width, height), Image.Resampling.BICUBIC).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+    return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+
+
+def replay(image: np.ndarray | Image.Image, plan: Plan, sample: int, size: int, fill: tuple[int, ...]) -> Image.Image:
+    """Sample `sample` of the plan, from its decoded image to (size, size) RGB, before normalisation.
+
+    image  PIL image, or (height, width, 3) uint8
+    fill   see `fill_color`
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    top, left, height, width = (int(v) for v in plan.crop[sample])
+    image = resize(image.convert("RGB").crop((left, top, left + width, top + height)), size, size)
+    if plan.flip[sample]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for code, arg, interp in zip(plan.op[sample], plan.arg[sample], plan.interp[sample], strict=True):
+        image = _operate(image, OPS[code], float(arg), int(interp), fill)
+    return image
+
+
+def _operate(image: Image.Image, name: str, arg: float, interp: int, fill: tuple[int, ...]) -> Image.Image:
+    from timm.data import auto_augment
+
+    def timms(function: str) -> Callable[..., Image.Image]:
+        return getattr(auto_augment, function)
+
+    if name == "Identity":
+        return image
+    if name in _PLAIN:
+        return timms(_PLAIN[name])(image)
+    if name in _GEOMETRIC:
+        resample = Image.Resampling(interp)
+        return timms(_GEOMETRIC[name])(image, arg, resample=resample, fillcolor=fill)
+    if name == "Posterize" and arg == 0:  # recent Pillow raises on it
+        return Image.new("RGB", image.size)
+    if name in _WITH_LEVELS:
+        return timms(_WITH_LEVELS[name])(image, int(arg))
+    return timms(_WITH_FACTOR[name])(image, arg)
+
+
+def erasing_noise(plan: Plan, sample: int, size: int) -> Tensor:
+    """(3, size, size) float32 noise of a sample, of which the erased box shows a part."""
+    count = 3 * size * size
+    values = np.empty(-(-count // 4) * 4)
+    with np.errstate(over="ignore"):
+        for block in range(len(values) // 4):
+            words = philox(plan.seed, block, plan.index[sample], plan.epoch, NOISE | np.uint32(plan.repeat[sample]))
+            values[4 * block : 4 * block + 2] = normal_pair(words[0], words[1])
+            values[4 * block + 2 : 4 * block + 4] = normal_pair(words[2], words[3])
+    return torch.from_numpy(values[:count].astype(np.float32)).reshape(3, size, size)
+
+
+def replay_batch(
+    decoded: DecodedBatch,
+    plan: Plan,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    noise: bool = True,
+) -> Tensor:
+    """The whole batch, (B, 3, size, size) float32: normalised, erased, mixed. Without `noise` nothing is erased."""
+    from torchvision.transforms.functional import normalize, to_tensor
+
+    fill = fill_color(mean)
+    images = []
+    for sample in range(len(plan)):
+        image = replay(decoded.image(int(decoded.source[sample])), plan, sample, size, fill)
+        tensor = normalize(to_tensor(image), list(mean), list(std))
+        top, left, height, width = (int(v) for v in plan.erase[sample])
+        if noise and height and width:
+            box = (slice(None), slice(top, top + height), slice(left, left + width))
+            tensor[box] = erasing_noise(plan, sample, size)[box]
+        images.append(tensor)
+    return _mix(torch.stack(images), plan)
+
+
+def _mix(images: Tensor, plan: Plan) -> Tensor:
+    for group, kind in enumerate(plan.mix):
+        members = torch.from_numpy(plan.group == group)
+        part, lam = images[members], float(plan.lam[group])
+        if kind == CUTMIX:
+            top, left, bottom, right = (int(v) for v in plan.box[group])
+            part[:, :, top:bottom, left:right] = part.flip(0)[:, :, top:bottom, left:right]
+        elif kind == MIXUP:
+            part = part * lam + part.flip(0) * (1.0 - lam)
+        images[members] = part
+    return images

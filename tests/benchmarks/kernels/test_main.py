@@ -1,0 +1,192 @@
+"""A kernel is checked before it is timed; what is wrong is refused; what is timed is recorded as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.kernels import augment
+from benchmarks.kernels import main as kernels
+from benchmarks.kernels.main import Case, Clock, Options, cases, main
+from benchmarks.kernels.operations import OPS, Shape, disagreement, outputs
+
+SMALL = Shape("tiny", 7, 32, 2)
+PASSES = ("resize", "operations", "finish", "augment", "stage", "stage from the host")
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def clock():
+    def windows(call):
+        start = time.perf_counter()
+        call()
+        return [1e3 * (time.perf_counter() - start)]
+
+    return Clock(windows, lambda call: None)
+
+
+@pytest.mark.parametrize("op", list(OPS))
+def test_ours_passes_and_a_wrong_one_is_refused(device, op):
+    torch.manual_seed(0)
+    work = OPS[op](SMALL, 3, torch.float32, device)
+    assert disagreement(work, work.sides["fastdeit"], 2) is None
+    assert work.bytes[0] < work.bytes[1]
+
+    def off(*arguments):
+        return tuple(out * 1.01 for out in outputs(work.eager, arguments))
+
+    def no_gradient(*arguments):
+        return work.eager(arguments[0] * 0.5 + arguments[0].detach() * 0.5, *arguments[1:])
+
+    assert disagreement(work, off, 2).startswith("output 0: error")
+    assert disagreement(work, no_gradient, 2).startswith("gradient of argument 0")
+
+
+@pytest.mark.parametrize("op", sorted(set(OPS) - {"distillation_loss"}))  # whose targets are no arguments
+def test_the_byte_floor_is_what_goes_in_and_out(op):
+    work = OPS[op](Shape("tiny", 198, 192, 3), 8, torch.bfloat16, torch.device("cpu"))
+    given = [each.detach().requires_grad_() for each in work.arguments]
+    found = outputs(work.eager, given)
+    size = [sum(each.nbytes for each in some) for some in (given, found)]
+    assert work.bytes[0] == pytest.approx(sum(size), rel=0.1)
+    # Backward at the very least: the outputs' gradients read, the arguments' written.
+    assert work.bytes[1] - work.bytes[0] >= 0.9 * sum(size)
+
+
+def test_a_nan_is_refused(device):
+    work = OPS["layer_norm"](SMALL, 3, torch.float32, device)
+    assert disagreement(work, lambda *a: work.eager(*a) * float("nan"), 2) is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: its figures are another test")
+def test_without_a_gpu_one_sentence_says_so(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["--results", str(tmp_path / "kernels.jsonl")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the kernels benchmark needs a GPU")
+    assert not (tmp_path / "kernels.jsonl").exists()
+
+
+def test_every_op_has_a_name_on_the_command_line():
+    assert set(kernels.Options().ops) == {*OPS, "augment"}
+
+
+def test_a_run_that_is_cut_has_had_every_op_at_the_largest_model():
+    found = cases(Options())
+    first = found[: len(Options().ops)]
+    assert {case.op for case in first} == set(Options().ops)
+    assert all(case.shape is None or (case.shape.model, case.shape.tokens) == ("base", 198) for case in first)
+    assert len(found) == len(set(found)) == 5 * 6 + 2
+
+
+def small_run(monkeypatch, tmp_path, device, clock, **options):
+    monkeypatch.setattr(kernels, "SHAPES", (Shape("tiny", 7, 32, 2), Shape("base", 7, 32, 2)))
+    monkeypatch.setattr(augment, "SIZE", 16)
+    monkeypatch.setattr(augment, "HEIGHT", 24)
+    monkeypatch.setattr(augment, "WIDTH", 30)
+    chosen = Options(tokens=(7,), batch=4, compile=False, results=tmp_path / "new" / "kernels.jsonl", **options)
+    complete = kernels.kernels(chosen, device, clock)
+    return complete, [json.loads(line) for line in chosen.results.read_text().splitlines()]
+
+
+def test_every_case_is_a_record(monkeypatch, tmp_path, device, clock, capsys):
+    picture = tmp_path / "kernels.png"
+    complete, records = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu", "augment"), plot=picture)
+    assert complete
+    assert picture.stat().st_size > 10_000
+    assert [(r["op"], r.get("pass"), r.get("model")) for r in records] == [
+        ("bias_gelu", None, "base"),
+        *(("augment", name, None) for name in PASSES),
+        ("bias_gelu", None, "tiny"),
+    ]
+    for record in records:
+        assert record["sides"]["fastdeit"]
+        assert record["environment"]["versions"]["torch"]
+        assert record["roof"]["bytes_per_second"] > 0
+    printed = capsys.readouterr().out
+    assert "3 cases, about" in printed
+    assert "augmentation, stage from the host" in printed
+
+
+def test_what_a_budget_leaves_out_is_named(monkeypatch, tmp_path, device, clock, capsys):
+    _, records = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu",), budget=1e-3)
+    assert [r["model"] for r in records] == ["base"]
+    assert "left out, since the budget of 0 s is used up: bias_gelu tiny N7" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_no_figure_and_ends_with_status_1(monkeypatch, tmp_path, device, clock, capsys):
+    right = OPS["bias_gelu"]
+
+    def wrong(*arguments):
+        work = right(*arguments)
+        return dataclasses.replace(work, sides={"fastdeit": lambda x, b: work.eager(x, b) * 1.1})
+
+    monkeypatch.setitem(OPS, "bias_gelu", wrong)
+    complete, (record, *_) = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu",))
+    assert not complete
+    assert set(record["sides"]) == {"eager"}
+    assert "error" in record["refused"]["fastdeit"]
+    assert "fastdeit: refused: output 0" in capsys.readouterr().out
+
+
+def test_a_side_that_raises_anything_ends_alone(monkeypatch, tmp_path, device, clock, capsys):
+    """Triton's and an extension's exceptions are no RuntimeErrors."""
+    right = OPS["layer_norm"]
+
+    def broken(error):
+        def side(*arguments):
+            raise error
+
+        return side
+
+    def work(*arguments):
+        made = right(*arguments)
+        raised = {"triton": OutOfResources(300_000, 232_448, "shared memory"), "apex": ModuleNotFoundError("no kernel")}
+        return dataclasses.replace(made, sides={k: broken(error) for k, error in raised.items()} | made.sides)
+
+    monkeypatch.setitem(OPS, "layer_norm", work)
+    complete, records = small_run(monkeypatch, tmp_path, device, clock, ops=("layer_norm",))
+    assert complete
+    assert [set(record["sides"]) for record in records] == [{"fastdeit", "eager"}] * 2
+    assert records[0]["failed"]["triton"].startswith("OutOfResources: out of resource: shared memory")
+    assert records[0]["failed"]["apex"] == "ModuleNotFoundError: no kernel"
+    assert "apex: failed: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_another_project_of_a_peers_name_is_told(monkeypatch, tmp_path, device):
+    """PyPI's apex is no NVIDIA's, and written for Python 2."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("print 'hello'\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    absent = OPS["layer_norm"](SMALL, 2, torch.float32, device).absent
+    assert "SyntaxError" in absent["apex (NVIDIA's, from its source)"]
+
+
+def test_a_guess_has_the_compilers_in_it():
+    attention = Case("attention", SMALL)
+    assert attention.guess(Options()) > attention.guess(Options(compile=False)) > 0
+
+
+@pytest.mark.gpu
+def test_the_records_of_a_run_on_a_gpu(tmp_path):
+    results = tmp_path / "kernels.jsonl"
+    chosen = Options(ops=("layer_norm", "augment"), models=("tiny",), tokens=(198,), batch=8, results=results)
+    assert kernels.kernels(chosen)
+    record, *passes = map(json.loads, results.read_text().splitlines())
+    assert {"fastdeit", "eager", "compiled"} <= set(record["sides"])
+    assert [r["pass"] for r in passes] == list(PASSES)
+    for figures in (record["sides"][name]["both"] for name in ("fastdeit", "eager", "compiled")):
+        assert 0 < figures["graph_ms"] < figures["ms"]
+        assert record["floor_ms"]["both"] < figures["graph_ms"] * 10

@@ -1,0 +1,279 @@
+"""Ours and timm do the same step before either is timed; what differs is refused; what is timed is recorded."""
+
+import dataclasses
+import itertools
+import json
+import statistics
+
+import pytest
+import timm
+import torch
+
+from benchmarks.throughput import contenders
+from benchmarks.throughput import main as throughput
+from benchmarks.throughput.main import Options, cases, main
+from fastdeit.model.deit import build_model
+from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import Precision
+
+PLAIN = contenders.Form(who="fastdeit")
+SMALL = Options(models=("tiny",), sizes=(32,), batch=4, device="cpu", windows=3, window_seconds=0.02)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other on a machine that is busy make models this small twenty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one_case(mode="train", *, distilled=False, drop_path=None, ema=False):
+    (case,) = cases(dataclasses.replace(SMALL, mode=(mode,), distilled=distilled, ema=ema))
+    if drop_path is not None:
+        model = dataclasses.replace(case.recipe.model, drop_path=drop_path)
+        case = dataclasses.replace(case, recipe=dataclasses.replace(case.recipe, model=model))
+    return case
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_ours_and_timm_agree(distilled):
+    case = one_case(distilled=distilled)
+    assert contenders.disagreement(case, contenders.our_model(case, PLAIN)) is None
+
+
+def test_both_are_compared_in_whole_float32(monkeypatch):
+    """A convolution in TF32 and a GEMM in float32 differ by more than the limit, though both are right."""
+    case, seen = one_case(), []
+    forward = torch.nn.Conv2d.forward
+
+    def looked_at(self, x):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", looked_at)
+    torch.backends.cudnn.allow_tf32 = True
+    assert contenders.disagreement(case, contenders.our_model(case, PLAIN)) is None
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_other_logits_are_refused():
+    case = one_case(distilled=True)
+    ours = contenders.our_model(case, PLAIN)
+    ours.head_dist.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    assert "logits of dist" in contenders.disagreement(case, ours)
+
+
+def test_other_gradients_are_refused():
+    case = one_case()
+    ours = contenders.our_model(case, PLAIN)
+    ours.blocks[3].mlp.fc1.weight.register_hook(lambda gradient: gradient * 1.01)
+    assert "gradients of blocks.3.mlp.fc1.weight" in contenders.disagreement(case, ours)
+
+
+def test_a_missing_gradient_and_a_nan_are_refused():
+    case = one_case()
+    ours = contenders.our_model(case, PLAIN)
+    ours.pos_embed.requires_grad_(False)
+    assert "which parameters have gradients" in contenders.disagreement(case, ours)
+    ours = contenders.our_model(case, PLAIN)
+    ours.head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    assert "logits of cls" in contenders.disagreement(case, ours)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_training_steps_move_both_models_alike(distilled, compiled, monkeypatch):
+    built = {}
+    ours, theirs = contenders.our_model, contenders.timm_model
+    monkeypatch.setattr(contenders, "our_model", lambda *args: built.setdefault("fastdeit", ours(*args)))
+    monkeypatch.setattr(contenders, "timm_model", lambda *args, **more: built.setdefault("timm", theirs(*args, **more)))
+    monkeypatch.setattr("fastdeit.training.step.COMPILER", "aot_eager")
+    case = one_case(distilled=distilled, drop_path=0.0, ema=True)
+    inputs, state = contenders.Inputs.draw(case, case.batch), ours(case, PLAIN).state_dict()
+    for who in ("fastdeit", "timm"):
+        form = contenders.Form(who=who, compiled=compiled and who == "fastdeit")
+        step = contenders.make_step(case, form, {k: v.clone() for k, v in state.items()}, inputs)
+        assert [step() for _ in range(3)] == [case.batch] * 3
+    moved = built["timm"].state_dict()
+    for name, value in built["fastdeit"].state_dict().items():
+        torch.testing.assert_close(value, moved[name], atol=2e-5, rtol=1e-4)
+    assert not torch.equal(moved["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("model", ["tiny", "small", "base"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_student_has_the_shapes_of_timms_model(model, distilled):
+    (case,) = cases(dataclasses.replace(SMALL, models=(model,), distilled=distilled, mode=("infer",), sizes=(384,)))
+    with torch.device("meta"):
+        wanted = timm.create_model(f"deit_{model}{'_distilled' * distilled}_patch16_224", img_size=384)
+        found = build_model(case.recipe.model, contenders.CLASSES)
+    assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
+
+
+def test_a_run_records_what_it_prints(tmp_path, capsys):
+    path = tmp_path / "figures.jsonl"
+    main(f"--models tiny --sizes 32 --batch 4 --device cpu --windows 3 --window-seconds 0.02 --results {path}".split())
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    printed = capsys.readouterr().out
+    assert [r["mode"] for r in records] == ["train", "infer"]
+    for record in records:
+        skips = {"fastdeit eager + skip"} if record["mode"] == "train" else set()
+        assert set(record["sides"]) == {"timm eager", "fastdeit eager"} | skips
+        medians = {}
+        for name, figures in record["sides"].items():
+            assert len(figures["windows"]) == 3
+            medians[name] = statistics.median(figures["windows"])
+            assert figures["images_per_second"] == medians[name] > 0
+        ours = max(rate for name, rate in medians.items() if name.startswith("fastdeit"))
+        assert f"{ours / medians['timm eager']:.3f}" in printed
+        assert record["environment"]["versions"]["timm"] == timm.__version__
+
+
+def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "disagreement", lambda case, ours: "logits of cls differ")
+    path = tmp_path / "figures.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        main(f"--models tiny --sizes 32 --mode infer --device cpu --results {path}".split())
+    assert ended.value.code == 1
+    record = json.loads(path.read_text())
+    assert "logits of cls differ" in record["refused"]
+    assert "sides" not in record
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
+    def make_step(case, form, state, inputs):
+        if form.who == "timm":
+            raise torch.OutOfMemoryError("no")
+        return lambda: case.batch
+
+    monkeypatch.setattr(throughput, "make_step", make_step)
+    (case,) = cases(dataclasses.replace(SMALL, mode=("infer",)))
+    record = throughput.measure(case, SMALL)
+    assert record["failed"] == {"timm eager": "out of memory at batch 4"}
+    assert set(record["sides"]) == {"fastdeit eager"}
+    assert throughput.ratio(record) is None
+
+
+def test_what_a_side_raises_leaves_it_out(monkeypatch):
+    def make_step(case, form, state, inputs):
+        if form.who == "fastdeit":
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        return lambda: case.batch
+
+    monkeypatch.setattr(throughput, "make_step", make_step)
+    record = throughput.measure(one_case("infer"), SMALL)
+    assert record["failed"] == {"fastdeit eager": "operation not permitted when stream is capturing"}
+    assert set(record["sides"]) == {"timm eager"}
+
+
+def test_the_host_is_one_step_ahead_of_the_device():
+    """As much as the training loop is, so that a window ends when its time is over."""
+    told = []
+
+    class Event:
+        def __init__(self):
+            self.number = sum(what == "step" for what, _ in told)
+
+        def record(self):
+            told.append(("recorded", self.number))
+
+        def synchronize(self):
+            told.append(("waited", self.number))
+
+    number = itertools.count(1)
+    step = throughput.one_ahead(lambda: told.append(("step", next(number))) or 8, Event)
+    assert [step() for _ in range(3)] == [8, 8, 8]
+    assert told == [
+        ("step", 1), ("recorded", 1),
+        ("step", 2), ("recorded", 2), ("waited", 1),
+        ("step", 3), ("recorded", 3), ("waited", 2),
+    ]  # fmt: skip
+
+
+def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: case.batch)
+    path = tmp_path / "figures.jsonl"
+    throughput.throughput(dataclasses.replace(SMALL, budget=1e-3, results=path))
+    assert len(path.read_text().splitlines()) == 1
+    assert "left out, since the budget of 0 s is used up: deit_tiny infer" in capsys.readouterr().out
+
+
+def test_forms_go_from_plain_to_all_that_helps(monkeypatch):
+    def names(case, **options):
+        return [
+            form.name for form in contenders.forms(case, **{"peer": True, "compiled": True, "quick": False, **options})
+        ]
+
+    case = one_case()
+    ours = ["fastdeit eager", "fastdeit compiled + skip", "fastdeit compiled"]
+    assert names(case) == ["timm eager", "timm compiled", *ours]
+    assert names(case, compiled=False, peer=False) == ["fastdeit eager + skip", "fastdeit eager"]
+    assert names(one_case(drop_path=0.0), compiled=False, peer=False) == ["fastdeit eager"]
+    on_gpu = dataclasses.replace(case, precision=Precision("bf16", torch.bfloat16, torch.device("cuda", 0)))
+    ours = ["fastdeit eager", "fastdeit compiled", "fastdeit compiled + kernels"]
+    assert names(dataclasses.replace(on_gpu, mode="infer"), peer=False) == [*ours, f"{ours[-1]} + graph"]
+    ours.insert(2, "fastdeit compiled + kernels + skip")
+    replayed = ["fastdeit compiled + graph", "fastdeit compiled + kernels + graph"]
+    assert names(on_gpu, peer=False) == [*ours, *replayed]
+    peers = ["timm compiled", "timm compiled + graph"]
+    assert names(on_gpu)[:3] == ["timm eager", *peers]
+    assert names(on_gpu, quick=True) == [*peers, replayed[-1]]
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: object())
+    assert names(on_gpu)[-1] == "fastdeit compiled + kernels + graph + apex"
+    # An apex that cannot be used must not be all that is tried.
+    assert names(on_gpu, quick=True) == [*peers, replayed[-1], f"{replayed[-1]} + apex"]
+
+
+def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
+    sides = {"timm compiled": 3000.0, "timm eager": 2000.0, "fastdeit eager": 2500.0, "fastdeit compiled": 4500.0}
+    record = {
+        "mode": "train", "img_size": 224, "model": "deit_base", "environment": {"gpu": {"name": "NVIDIA H200"}},
+        "sides": {name: {"images_per_second": rate} for name, rate in sides.items()},
+    }  # fmt: skip
+    assert [verdict["reached"] for verdict in throughput.verdicts(record)] == [True, True]
+    record["sides"]["timm compiled"]["images_per_second"] = 4000.0
+    assert [verdict["reached"] for verdict in throughput.verdicts(record)] == [True, False]
+    assert not throughput.verdicts({**record, "environment": {"gpu": {"name": "Tesla T4"}}})
+    (rate, _) = throughput.verdicts({**record, "environment": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}})
+    assert rate["text"] == "deit_base: 4,500 im/s of more than 3,300"
+
+
+def test_quick_times_one_form_of_each_side(tmp_path):
+    path = tmp_path / "figures.jsonl"
+    main(f"--models tiny --sizes 32 --batch 4 --mode train --device cpu --quick --windows 2 --results {path}".split())
+    (record,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert set(record["sides"]) == {"timm eager", "fastdeit eager"}
+
+
+def test_windows_alternate(monkeypatch):
+    order = []
+    monkeypatch.setattr(throughput, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)
+    monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: form.who)
+    throughput.measure(one_case("infer"), dataclasses.replace(SMALL, windows=4))
+    assert order[2:] == ["timm", "fastdeit", "fastdeit", "timm"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(capsys):
+    with pytest.raises(UserError, match="sees no GPU"):
+        list(cases(Options(device="cuda")))
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cuda"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
+    path = tmp_path / "figures.jsonl"
+    options = Options(
+        models=("tiny",), sizes=(64,), batch=8, device="cuda", windows=2, window_seconds=0.1, results=path
+    )
+    assert throughput.throughput(options)
+    for record in map(json.loads, path.read_text().splitlines()):
+        assert not record["failed"]
+        assert len(record["sides"]) >= (7 if record["mode"] == "train" else 5)
+        assert all(figures["peak_memory_mib"] > 0 for figures in record["sides"].values())

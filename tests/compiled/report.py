@@ -1,0 +1,253 @@
+"""What the compiler makes of a kernel for a GPU that need not be there: registers, spills, shared memory, instructions.
+
+Triton compiles down to a cubin for any architecture; its own `cuobjdump` tells the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastdeit.kernels
+from fastdeit.cli import parse, run
+from fastdeit.kernels.variants import Variant
+from fastdeit.pipelines.errors import UserError
+
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+# Bytes of shared memory a program can have (CUDA programming guide, technical specifications by compute capability).
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+_TOOLS = Path(next(iter(triton.backends.nvidia.__path__))) / "bin"
+_MARKS = "<!-- compiled: begin -->", "<!-- compiled: end -->"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one architecture.
+
+    name, warps  those of the variant
+    registers    of a thread
+    stack        bytes of local memory of a thread; more than none means that registers were spilled
+    shared       bytes of shared memory of a program
+    mnemonics    how often each machine instruction is there, by its name without suffixes
+    wgmma        whether the PTX has the matrix instructions of a warp group
+    """
+
+    name: str
+    warps: int
+    architecture: int
+    registers: int
+    stack: int
+    shared: int
+    mnemonics: dict[str, int]
+    wgmma: bool
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.mnemonics.values()) - self.mnemonics.get("NOP", 0)
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Those of the matrix units: of a warp (HMMA), of a warp group (HGMMA) or of a multiprocessor (UTCHMMA)."""
+        return sum(count for name, count in self.mnemonics.items() if name.endswith("MMA"))
+
+    def fault(self) -> str | None:
+        """Why the kernel cannot be launched so, or should not be; None where all is well."""
+        if self.stack:
+            return f"{self.name} on sm_{self.architecture} spills registers: {self.stack} bytes of stack a thread"
+        if self.shared > SHARED_LIMIT[self.architecture]:
+            limit = SHARED_LIMIT[self.architecture]
+            return f"{self.name} on sm_{self.architecture} needs {self.shared} bytes of shared memory of {limit}"
+        return None
+
+
+def compile_variant(variant: Variant, architecture: int) -> Compiled:
+    """Compile `variant` for compute capability `architecture` (80 is 8.0). Raises what Triton raises."""
+    names = variant.kernel.arg_names
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    aligned = [
+        name
+        for name, kind in variant.signature.items()
+        if (kind.startswith("*") or name in variant.multiples) and name not in variant.unaligned
+    ]
+    source = ASTSource(
+        variant.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": variant.fp_fusion,
+    }
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
+    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # A line of code: /*0010*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
+    return Compiled(
+        name=variant.name,
+        warps=variant.num_warps,
+        architecture=architecture,
+        registers=figures["REG"],
+        stack=figures["STACK"] + figures["LOCAL"],
+        shared=kernel.metadata.shared,
+        mnemonics=dict(sorted(Counter(found).items())),
+        wgmma="wgmma" in kernel.asm["ptx"],
+    )
+
+
+def _tool(name: str, *options: str) -> str:
+    return subprocess.run([_TOOLS / name, *options], capture_output=True, text=True, check=True).stdout
+
+
+def all_variants() -> list[Variant]:
+    """Those of every module of `fastdeit.kernels` that has a function `variants`."""
+    found: list[Variant] = []
+    for module in sorted(info.name for info in pkgutil.iter_modules(fastdeit.kernels.__path__)):
+        own = getattr(importlib.import_module(f"fastdeit.kernels.{module}"), "variants", None)
+        found += own() if own is not None else []
+    return found
+
+
+def first_of_each(variants: Iterable[Variant]) -> list[Variant]:
+    """The first variant of every kernel and of every name of it: the name's first word."""
+    found: dict[tuple[int, str], Variant] = {}
+    for variant in variants:
+        found.setdefault((id(variant.kernel), variant.name.partition(" ")[0]), variant)
+    return list(found.values())
+
+
+def compile_all(variants: Sequence[Variant], jobs: int) -> Iterator[Compiled]:
+    """Every variant for every architecture, in this order, `jobs` at a time."""
+    # Kernels do not pickle: the processes are forks that know them already.
+    work = [(variant, architecture) for variant in variants for architecture in ARCHITECTURES]
+    if jobs == 1:
+        yield from (compile_variant(*each) for each in work)
+        return
+    _work[:] = work
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile_number, range(len(work)))
+
+
+_work: list[tuple[Variant, int]] = []
+
+
+def _compile_number(number: int) -> Compiled:
+    return compile_variant(*_work[number])
+
+
+def versions() -> str:
+    """Triton's, and those of the assemblers that come with it."""
+
+    def release(assembler: str) -> str:
+        found = re.search(r"release [\d.]+, V([\d.]+)", _tool(assembler, "--version"))
+        return found[1] if found else "unknown"
+
+    named = [f"{name} {release(name)}" for name in ("ptxas", "ptxas-blackwell") if (_TOOLS / name).exists()]
+    return ", ".join([f"Triton {triton.__version__}", *named])
+
+
+def table(found: Iterable[Compiled]) -> list[str]:
+    """Lines of a Markdown table: a row a variant, its compiled forms one architecture after another."""
+    rows: dict[str, list[Compiled]] = {}
+    for each in found:
+        rows.setdefault(each.name, []).append(each)
+    heads = " | ".join(f"sm_{a}" for a in ARCHITECTURES)
+    lines = [f"| kernel | warps | {heads} |", "|---|---:|" + "---:|" * len(ARCHITECTURES)]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row[0].warps} | {' | '.join(map(_cell, row))} |")
+    return lines
+
+
+def _cell(found: Compiled) -> str:
+    matrix = f" ({found.matrix_instructions})" if found.matrix_instructions else ""
+    spilled = f" / {found.stack} B spilled" if found.stack else ""
+    return f"{found.registers} / {found.shared / 1024:.1f} / {found.instructions}{matrix}{spilled}"
+
+
+def updated(text: str, found: Iterable[Compiled]) -> str:
+    """`text` with versions and table between its marks. Raises UserError where it has none."""
+    before, _, after = _cut(text)
+    return "\n".join([before + _MARKS[0], f"{versions()}.", "", *table(found), _MARKS[1] + after])
+
+
+def differences(text: str, found: Sequence[Compiled]) -> list[str] | None:
+    """Rows of `found` that the table between the marks of `text` has otherwise or not at all, as they should be.
+
+    None where the table was made by other versions. Raises UserError where there are no marks.
+    """
+    _, between, _ = _cut(text)
+    lines = between.strip().splitlines()
+    if not lines or lines[0] != f"{versions()}.":
+        return None
+    return [row for row in table(found)[2:] if row not in lines]
+
+
+def _cut(text: str) -> tuple[str, str, str]:
+    before, begin, rest = text.partition(_MARKS[0])
+    between, end, after = rest.partition(_MARKS[1])
+    if not (begin and end):
+        raise UserError(f"no place for the table: the file needs the lines {_MARKS[0]} and {_MARKS[1]}")
+    return before, between, after
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compile the kernels for every architecture: registers of a thread / KiB of shared memory / instructions.
+
+    Needs no GPU. The exit status is 1 where a kernel spills registers or asks for more shared memory than there is.
+    """
+
+    match: str = ""  # only kernels whose name contains this
+    first: bool = False  # only the first configuration of each kernel
+    update: Path | None = None  # write the table between the marks of this file, e.g. docs/kernels.md
+    json: bool = False  # print one JSON object a kernel and architecture, with its counts of instructions
+    jobs: int = len(os.sched_getaffinity(0))  # compilers at a time
+
+
+def compiled(options: Options) -> bool:
+    """Compile and print; whether a kernel has a fault. Raises UserError for options that do not go together."""
+    if options.update is not None and (options.match or options.first):
+        raise UserError("--update writes the whole table: leave --match and --first away")
+    variants = [variant for variant in all_variants() if options.match in variant.name]
+    if not variants:
+        raise UserError(f"--match {options.match}: no kernel has that in its name; without --match all are shown")
+    variants = first_of_each(variants) if options.first else variants
+    total = len(variants) * len(ARCHITECTURES)
+    found = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))
+    if options.json:
+        print(*(json.dumps(dataclasses.asdict(each)) for each in found), sep="\n")
+    elif options.update is not None:
+        options.update.write_text(updated(options.update.read_text(), found))
+    else:
+        print(f"{versions()}.", "", *table(found), sep="\n")
+    faults = [fault for each in found if (fault := each.fault()) is not None]
+    print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)
+    return bool(faults)
+
+
+def main(args: list[str]) -> None:
+    sys.exit(run(lambda: compiled(parse(Options, "python -m tests.compiled", args))))

@@ -1,0 +1,108 @@
+"""Kernels compile for every architecture, without spills, to what docs/kernels.md says.
+
+Every kernel is compiled here once, in one process, and nowhere else: its first configuration, or all of them with
+FASTDEIT_COMPILE_ALL=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdeit.pipelines.errors import UserError
+from tests.compiled import report
+from tests.compiled.report import ARCHITECTURES, SHARED_LIMIT, Compiled, differences, updated
+
+ROOT = Path(__file__).parents[2]
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What the command prints; a process of its own, since this one's kernels may be the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "compiled", "--json"]
+    command += [] if os.environ.get("FASTDEIT_COMPILE_ALL") else ["--first"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled_for_every_architecture(found):
+    kernels = {(id(variant.kernel), variant.name.partition(" ")[0]) for variant in report.all_variants()}
+    assert len(found) >= len(ARCHITECTURES) * len(kernels)
+    assert {each.architecture for each in found} == set(ARCHITECTURES)
+
+
+def test_whatever_launches_kernels_has_variants():
+    """A kernel that no variant names is compiled by no test."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        text = path.read_text()
+        if "**launch.options()" in text or ".options())" in text:
+            assert "def variants()" in text or "import variants" in text, path.name
+
+
+def test_nothing_spills_or_needs_more_shared_memory_than_there_is(found):
+    assert [each.fault() for each in found if each.fault()] == []
+
+
+def test_matrix_products_run_on_the_matrix_units(found):
+    attention = [each for each in found if each.name.startswith("attention") and " fp32 " not in each.name]
+    assert len(attention) >= 9
+    for each in attention:
+        assert each.mnemonics.get(MATRIX[each.architecture], 0) > 0, (each.name, each.architecture)
+        assert each.wgmma == (each.architecture == 90), (each.name, each.architecture)
+
+
+def test_the_document_has_these_figures(found):
+    stale = differences((ROOT / "docs/kernels.md").read_text(), found)
+    if stale is None:
+        pytest.skip(f"docs/kernels.md is of other versions than {report.versions()}")
+    assert stale == [], "run python -m tests.compiled --update docs/kernels.md"
+
+
+def example(**changes):
+    figures = {"name": "k bf16", "warps": 4, "architecture": 90, "registers": 40, "stack": 0, "shared": 2048}
+    return Compiled(**{**figures, "mnemonics": {"HGMMA": 3, "LDG": 7, "NOP": 5}, "wgmma": True, **changes})
+
+
+def test_the_table_has_registers_memory_and_instructions():
+    *_, row = report.table([example(architecture=80), example(), example(architecture=100, stack=8)])
+    assert row == "| k bf16 | 4 | 40 / 2.0 / 10 (3) | 40 / 2.0 / 10 (3) | 40 / 2.0 / 10 (3) / 8 B spilled |"
+
+
+def test_a_figure_that_changed_is_found_and_other_versions_are_not_compared(monkeypatch):
+    marks = "before\n<!-- compiled: begin -->\n<!-- compiled: end -->\nafter\n"
+    text = updated(marks, [example()])
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- compiled: end -->\nafter\n")
+    assert differences(text, [example()]) == []
+    assert "41 / 2.0" in differences(text, [example(registers=41)])[0]
+    assert updated(text, [example()]) == text
+    monkeypatch.setattr(report, "versions", lambda: "Triton 99")
+    assert differences(text, [example(registers=41)]) is None
+    with pytest.raises(UserError, match="compiled: begin"):
+        updated("no marks", [])
+
+
+def test_faults_are_told():
+    assert example().fault() is None
+    assert "k bf16 on sm_90 spills registers: 8 bytes" in example(stack=8).fault()
+    assert "shared memory of" in example(shared=SHARED_LIMIT[90] + 1).fault()
+
+
+def test_the_whole_table_is_written_or_nothing(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--update", "kernels.md", "--first"])
+    assert "leave --match and --first away" in capsys.readouterr().err
+
+
+def test_a_name_that_no_kernel_has_is_an_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--match", "atention"])
+    assert "no kernel has that in its name" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""`fastdeit-eval` against timm's model, timm's transform and torchvision's data set."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.data import create_transform
+from timm.data.real_labels import RealLabelsImagenet
+from timm.utils import accuracy
+from torchvision.datasets import ImageFolder
+
+from fastdeit import checkpoint
+from fastdeit.commands.eval import Options, evaluate_checkpoint, table
+from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton import JPEG, RAW, BetonDataset, BetonWriter
+from fastdeit.training.trainer import Trainer
+
+
+@pytest.fixture
+def trained(tiny):
+    recipe = tiny(run={"epochs": 3})
+    with world("cpu") as joined:
+        scores = Trainer(recipe, joined).run()
+    return recipe, checkpoint.found(recipe.run.output / "checkpoints")[0], scores
+
+
+def judge_outputs(recipe, weights, folder):
+    """timm's network and transform on the original files: outputs of each head, and labels."""
+    m = recipe.model
+    network = timm.create_model(
+        "deit_tiny_distilled_patch16_224",
+        img_size=m.img_size,
+        patch_size=m.patch_size,
+        embed_dim=m.embed_dim,
+        depth=m.depth,
+        num_heads=m.num_heads,
+        num_classes=4,
+    ).eval()
+    network.load_state_dict(weights, strict=True)
+    transform = create_transform(
+        m.img_size, is_training=False, interpolation="bicubic", crop_pct=recipe.augment.eval_crop
+    )
+    data = ImageFolder(str(folder), transform)
+    images = torch.stack([image for image, _ in data])
+    with torch.no_grad():
+        tokens = network.forward_features(images)
+        heads = network.head(tokens[:, 0]), network.head_dist(tokens[:, 1])
+        outputs = {
+            "class": heads[0],
+            "distillation": heads[1],
+            "fused_logits": network(images),
+            "fused_probabilities": heads[0].softmax(-1) + heads[1].softmax(-1),
+        }
+    return outputs, torch.tensor(data.targets)
+
+
+def test_scores_are_those_of_timm(trained, data, images):
+    recipe, path, scores = trained
+    found = evaluate_checkpoint(
+        Options(checkpoint=path, val=data / "val.beton", loader="torch", device="cpu", threads=1)
+    )
+    stored = checkpoint.load(path)
+    for kind in ("model", "ema"):
+        outputs, labels = judge_outputs(recipe, stored[kind], images / "val")
+        expected = {head: accuracy(output, labels, (1,))[0].item() for head, output in outputs.items()}
+        assert {head: found[kind][head]["top1"] for head in expected} == pytest.approx(expected)
+        assert found[kind]["class"]["loss"] == pytest.approx(scores[kind]["class"]["loss"], rel=1e-5)
+        assert found[kind]["images"] == 44
+
+
+def with_real_labels(source, path, real):
+    """A copy of the data set `source` at `path` whose sidecar holds `real`."""
+    with BetonDataset(source) as data, BetonWriter(path, len(data)) as writer:
+        for i in range(len(data)):
+            size = {"height": int(data.height[i]), "width": int(data.width[i])}
+            mode = JPEG if data.is_jpeg(i) else RAW
+            writer.add(data.read(i).tobytes(), label=int(data.label[i]), mode=mode, **size)
+        writer.finish(class_names=data.class_names, real_labels=real)
+    return path
+
+
+def test_real_accuracy_is_timms(trained, data, images, tmp_path):
+    recipe, path, _ = trained
+    rng = np.random.default_rng(5)
+    real = [sorted(rng.choice(4, rng.integers(0, 4), replace=False).tolist()) for _ in range(44)]
+    val = with_real_labels(data / "val.beton", tmp_path / "real.beton", real)
+    found = evaluate_checkpoint(Options(checkpoint=path, val=val, loader="torch", device="cpu", threads=1))
+
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    files = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(44)]
+    for kind in ("model", "ema"):
+        outputs, _ = judge_outputs(recipe, checkpoint.load(path)[kind], images / "val")
+        for head, output in outputs.items():
+            judge = RealLabelsImagenet(files, tmp_path / "real.json", topk=(1,))
+            judge.add_result(output)
+            assert found[kind][head]["real"] == pytest.approx(judge.get_accuracy(1))
+    assert found["ema"]["real_images"] == sum(bool(labels) for labels in real)
+    assert "ReaL %" in table(found)
+
+
+@pytest.mark.parametrize("real", [[[1]] * 43, "all", [[-1]] * 44, [["1"]] * 44, [[True]] * 44])
+def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
+    val = with_real_labels(data / "val.beton", tmp_path / "real.beton", real)
+    with pytest.raises(UserError, match="real_labels of its sidecar"):
+        evaluate_checkpoint(Options(checkpoint=trained[1], val=val, loader="torch", device="cpu", threads=1))
+
+
+def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
+    released = tmp_path / "released.pth"
+    torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=4).state_dict()}, released)
+    with pytest.raises(UserError, match="--recipe"):
+        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton"))
+    with pytest.raises(UserError, match="no recipe 'deit'"):
+        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit"))
+    found = evaluate_checkpoint(
+        Options(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu", threads=1, img_size=64)
+    )
+    assert set(found["model"]) == {"images", "class"}
+
+
+def test_a_head_of_other_classes_is_refused(data, tmp_path):
+    released = tmp_path / "released.pth"
+    torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=7).state_dict()}, released)
+    with pytest.raises(UserError, match="cannot be evaluated"):
+        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu"))
+
+
+def test_command_line(trained, data):
+    _, path, _ = trained
+    command = [sys.executable, "-m", "fastdeit.commands.eval", str(path), str(data / "val.beton"), "--device", "cpu"]
+    out = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    results = json.loads(out)
+    assert results["ema"]["images"] == 44
+    lines = table(results).splitlines()
+    assert len(lines) == 1 + 2 * 4
+    assert f"{results['model']['class']['top1']:.2f}" in lines[1]
+    wrong = subprocess.run([*command[:3], "missing.pt", "x.beton"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "missing.pt" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

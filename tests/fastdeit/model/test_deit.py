@@ -1,0 +1,234 @@
+"""The model against timm's own DeiT, and stochastic depth against timm's rates."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.layers import calculate_drop_path_rates
+from torch._dynamo.testing import CompileCounter
+
+from fastdeit.config import ModelConfig
+from fastdeit.model.deit import build_model
+from fastdeit.model.drop_path import draw_drop_path
+from fastdeit.pipelines.errors import UserError
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+
+
+def tiny(distilled=False, classes=7, **fields):
+    torch.manual_seed(0)
+    return build_model(ModelConfig(**{**TINY, "distilled": distilled, **fields}), classes)
+
+
+def timm_deit(distilled=False, classes=7, **fields):
+    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    return timm.create_model(name, num_classes=classes, **{**TINY, **fields})
+
+
+def timm_copy(ours):
+    """timm's model with the weights of ours, in eval mode."""
+    judge = timm_deit(ours.distilled).eval()
+    judge.load_state_dict(ours.state_dict(), strict=True)
+    return judge
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("distilled", "size"),
+    [(False, "tiny"), (True, "tiny"), (False, "small"), (True, "base")],
+)
+def test_names_and_shapes_are_timms(distilled, size):
+    width, heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
+    token = "distilled_" if distilled else ""
+    with torch.device("meta"):
+        judge = timm.create_model(f"deit_{size}_{token}patch16_224")
+        cfg = ModelConfig(embed_dim=width, num_heads=heads, distilled=distilled)
+        ours = build_model(cfg, 1000)
+    shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    assert shapes == {name: tuple(value.shape) for name, value in judge.state_dict().items()}
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_outputs_equal_timms(distilled):
+    """deit_tiny at 224, weights of ours in timm."""
+    ours = build_model(ModelConfig(embed_dim=192, num_heads=3, distilled=distilled), 1000).eval()
+    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    judge = timm.create_model(name).eval()
+    judge.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        output = ours(images)
+        features = ours.forward_features(images)
+        averaged = output.cls if output.dist is None else (output.cls + output.dist) / 2
+        torch.testing.assert_close(averaged, judge(images))
+        torch.testing.assert_close(features, judge.forward_features(images))
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_gradients_equal_timms(distilled):
+    ours = tiny(distilled).train()
+    judge = timm_copy(ours).train()
+    if distilled:
+        judge.set_distilled_training(True)
+    images = torch.randn(4, 3, 32, 32)
+    output, theirs = ours(images), judge(images)
+    theirs = theirs if distilled else (theirs,)
+    weights = [torch.randn(4, 7) for _ in theirs]
+    sum((o * w).sum() for o, w in zip(filter(lambda o: o is not None, output), weights, strict=True)).backward()
+    sum((o * w).sum() for o, w in zip(theirs, weights, strict=True)).backward()
+    grads = {name: p.grad for name, p in judge.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_initial_weights_are_distributed_as_timms():
+    wide = {"embed_dim": 192}
+    ours, judge = tiny(True, 100, **wide), timm_deit(True, 100, **wide)
+    for (name, mine), other in zip(sorted(ours.state_dict().items()), sorted(judge.state_dict().items()), strict=True):
+        assert name == other[0]
+        if name == "cls_token":  # timm 1.0: 1e-6; the released code: 0.02
+            assert 0.01 < mine.std() < 0.03
+            continue
+        tolerance = 8 * other[1].std() / mine.numel() ** 0.5
+        torch.testing.assert_close(mine.std(), other[1].std(), rtol=0, atol=float(tolerance), msg=name)
+        torch.testing.assert_close(mine.mean(), other[1].mean(), rtol=0, atol=float(tolerance), msg=name)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_masks_act_as_timms_stochastic_depth(distilled):
+    """timm's blocks, one sample at a time, with its branches scaled by that sample's factors."""
+    ours = tiny(distilled).train()
+    judge = timm_copy(ours)
+    masks = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 2.0], [0.0, 1.5]], [[1.0, 1.0], [0.0, 0.0]]])
+    ours.set_drop_path(masks)
+    images = torch.randn(2, 3, 32, 32)
+    mine = ours.forward_features(images)
+    for sample in range(2):
+        for layer, block in enumerate(judge.blocks):
+            block.drop_path1 = Scale(masks[layer, 0, sample])
+            block.drop_path2 = Scale(masks[layer, 1, sample])
+        torch.testing.assert_close(mine[sample : sample + 1], judge.forward_features(images[sample : sample + 1]))
+    plain = timm_copy(ours).forward_features(images)
+    torch.testing.assert_close(ours.eval().forward_features(images), plain)
+    ours.train().set_drop_path(None)
+    torch.testing.assert_close(ours.forward_features(images), plain)
+
+
+def test_masks_are_no_state():
+    ours = tiny()
+    before = set(ours.state_dict())
+    ours.set_drop_path(torch.ones(3, 2, 4))
+    assert set(ours.state_dict()) == before
+    assert not list(ours.buffers())
+
+
+def test_masks_of_another_shape_are_refused():
+    ours = tiny().train()
+    with pytest.raises(ValueError, match=r"\(3, 2, batch\)"):
+        ours.set_drop_path(torch.ones(2, 2, 4))
+    ours.set_drop_path(torch.ones(3, 2, 1))
+    with pytest.raises(ValueError, match="the batch has 4"):
+        ours(torch.randn(4, 3, 32, 32))
+
+
+def test_dropout_acts_in_training_alone():
+    ours = tiny(drop_rate=0.5)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(ours.train()(images).cls, ours(images).cls)
+        assert torch.equal(ours.eval()(images).cls, ours(images).cls)
+
+
+def test_bf16_autocast_stays_near_float32():
+    ours = tiny(True).train()
+    ours.set_drop_path(torch.from_numpy(draw_drop_path(0, 0, np.arange(4), 3, 0.5)))
+    images = torch.randn(4, 3, 32, 32)
+    exact = ours(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = ours(images)
+    for low, high in zip(rough, exact, strict=True):
+        torch.testing.assert_close(low.float(), high, rtol=0.05, atol=0.02)
+    sum(o.float().sum() for o in rough).backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+def test_one_graph_serves_every_step():
+    """Masks of another step need no second compilation and no break in the graph."""
+    torch._dynamo.reset()
+    ours = tiny(True).train()
+    counter = CompileCounter()
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    images = torch.randn(4, 3, 32, 32)
+    for step in range(3):
+        ours.set_drop_path(torch.from_numpy(draw_drop_path(0, step, np.arange(4), 3, 0.5)))
+        torch.testing.assert_close(compiled(images).cls, ours(images).cls)
+    assert counter.frame_count == 1
+
+
+def test_tokens_by_layer_are_timms_hidden_states():
+    ours = tiny(True).eval()
+    judge = timm_copy(ours)
+    seen = []
+    judge.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for block in judge.blocks:
+        block.register_forward_hook(lambda _, __, out: seen.append(out))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        judge(images)
+    tokens = ours.tokens_by_layer(images)
+    assert len(tokens) == len(seen) == 4
+    for mine, state in zip(tokens, seen, strict=True):
+        torch.testing.assert_close(mine, state[:, :2])
+    with pytest.raises(ValueError, match="no distillation token"):
+        tiny().tokens_by_layer(images)
+
+
+def test_drop_path_follows_timms_rates():
+    count, depth, rate = 20_000, 6, 0.4
+    masks = draw_drop_path(7, 3, np.arange(count), depth, rate)
+    assert masks.shape == (depth, 2, count)
+    assert masks.dtype == np.float32
+    for layer, expected in enumerate(calculate_drop_path_rates(rate, depth)):
+        for branch in range(2):
+            dropped = masks[layer, branch] == 0
+            assert abs(dropped.mean() - expected) < 4 * (expected * (1 - expected) / count) ** 0.5 + 1e-9
+            np.testing.assert_allclose(masks[layer, branch][~dropped], 1 / (1 - expected), rtol=1e-6)
+    # No block, branch, step or seed repeats another's draws.
+    kept = masks[1:].reshape(-1, count) > 0
+    correlation = np.corrcoef(kept)
+    assert np.abs(correlation - np.eye(len(kept))).max() < 0.04
+    for seed, step in ((7, 4), (8, 3)):
+        other = draw_drop_path(seed, step, np.arange(count), depth, rate)
+        assert abs(np.corrcoef(masks[-1, 0], other[-1, 0])[0, 1]) < 0.04
+
+
+def test_drop_path_knows_neither_process_nor_batch():
+    whole = draw_drop_path(1, 10, np.arange(64), 4, 0.3)
+    order = np.random.default_rng(0).permutation(64)
+    np.testing.assert_array_equal(draw_drop_path(1, 10, order, 4, 0.3), whole[..., order])
+    np.testing.assert_array_equal(draw_drop_path(1, 10, np.arange(32, 64), 4, 0.3), whole[..., 32:])
+    assert draw_drop_path(1, 10, np.array([], dtype=np.int64), 4, 0.3).shape == (4, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_rate": 1.0}, "outside"),
+        ({"max_rate": -0.1}, "outside"),
+        ({"step": -1}, "step -1"),
+        ({"positions": np.array([2**32])}, "position"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_drop_path_refuses_what_its_counter_cannot_hold(values, message):
+    good = {"seed": 0, "step": 0, "positions": np.arange(2), "depth": 3, "max_rate": 0.1}
+    with pytest.raises((UserError, ValueError), match=message):
+        draw_drop_path(**{**good, **values})

@@ -1,0 +1,257 @@
+"""A model with kernels against the same model without, which is timm's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention, LayerScale
+from torch import nn
+from torch.nn.utils import prune
+
+from fastdeit.config import ModelConfig
+from fastdeit.model.deit import build_model
+from fastdeit.model.fused import fuse
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pair(name="deit_tiny_patch16_224", device="cpu", **options):
+    """timm's model, with weights that no symmetry hides, and a fused copy."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**SMALL, **options}).to(device)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    fused = copy.deepcopy(model)
+    return model, fused, fuse(fused)
+
+
+def step(model, images):
+    torch.manual_seed(1)
+    out = model(images)
+    loss = out.square().mean()
+    return loss, dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_equals_timm(device, name, drop_path):
+    model, fused, swap = pair(name, device, drop_path_rate=drop_path)
+    assert not swap.left
+    assert "blocks.1.attn" in swap.replaced
+    assert {"blocks", "tokens"} < set(swap.replaced)
+    images = torch.randn(4, 3, 16, 16, device=device)
+    loss, grads = step(model, images)
+    mine, my_grads = step(fused, images)
+    torch.testing.assert_close(mine, loss, rtol=1e-5, atol=1e-6)
+    for parameter, grad in grads.items():
+        torch.testing.assert_close(
+            my_grads[parameter], grad, rtol=1e-4, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
+    model.eval(), fused.eval()
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    features = [m.forward_intermediates(images, indices=2)[1][0] for m in (model, fused)]
+    torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
+
+
+def test_training_steps_equal_timms(device):
+    model, fused, _ = pair(device=device, drop_path_rate=0.2)
+    losses = []
+    for m in (model, fused):
+        torch.manual_seed(2)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
+        own = []
+        for _ in range(3):
+            loss = nn.functional.cross_entropy(m(torch.randn(4, 3, 16, 16).to(device)), torch.arange(4, device=device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            own.append(loss.detach())
+        losses.append(torch.stack(own))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_accumulated_and_clipped_gradients_equal_timms(device, name):
+    model, fused, _ = pair(name, device)
+    parts = torch.randn(6, 3, 16, 16, device=device).split(2)
+    for m in (model, fused):
+        for part in parts:
+            m(part).square().sum().backward()
+    for clip in (None, 0.5):
+        if clip is not None:
+            for m in (model, fused):
+                nn.utils.clip_grad_norm_(m.parameters(), clip)
+        for (parameter, right), mine in zip(model.named_parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(
+                mine.grad, right.grad, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}"
+            )
+    gradients = [parameter.grad for parameter in fused.parameters()]
+    for place, gradient in enumerate(gradients):
+        gradient.fill_(place)
+    assert all((gradient == place).all() for place, gradient in enumerate(gradients))
+
+
+def test_state_dict_is_timms(device):
+    model, fused, _ = pair(device=device)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    fused.load_state_dict(model.state_dict(), strict=True)
+    assert fuse(fused).replaced == []
+
+
+def test_our_own_model_with_planned_stochastic_depth(device):
+    torch.manual_seed(0)
+    cfg = ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, distilled=True)
+    model = build_model(cfg, 5).to(device)
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    images = torch.randn(3, 3, 16, 16, device=device)
+    masks = torch.tensor([0.0, 1.0, 2.0], device=device).expand(2, 2, 3)
+    for m in (model, fused):
+        m.set_drop_path(masks)
+    for mine, theirs in zip(fused(images), model(images), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_under_torch_compile_without_a_graph_break(device):
+    _, fused, _ = pair(device=device)
+    images = torch.randn(2, 3, 16, 16, device=device)
+    whole = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for compiled, eager in zip(step(whole, images)[1].values(), step(fused, images)[1].values(), strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_what_is_left_is_named(device):
+    model = timm.create_model("deit_tiny_patch16_224", **SMALL, qk_norm=True, act_layer=nn.ReLU)
+    model.blocks[1].ls1 = LayerScale(32)
+    swap = fuse(model)
+    assert "blocks.0.attn: has q_norm" in swap.left
+    assert "blocks.0.mlp: its activation is ReLU, not the exact GELU" in swap.left
+    assert "blocks.1: has LayerScale" in swap.left
+    assert "blocks.0" in swap.replaced
+    assert "blocks" not in swap.replaced
+
+
+class Adapted(nn.Linear):
+    """As LoRA's: it adds to what its weight gives."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+class Doubling(nn.LayerNorm):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+class Clipped(nn.GELU):
+    def forward(self, x):
+        return super().forward(x).clamp(max=0.1)
+
+
+def test_what_a_subclass_or_a_hook_computes_is_kept(device):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "depth": 4}).to(device)
+        model.blocks[0].mlp.fc1.__class__ = Adapted
+        model.blocks[1].mlp.act = Clipped()
+        model.blocks[2].norm2.__class__ = Doubling
+        prune.l1_unstructured(model.blocks[3].mlp.fc1, "weight", amount=0.5)
+        models.append(model.eval())
+    model, fused = models
+    swap = fuse(fused)
+    assert [line.partition(":")[0] for line in swap.left] == [
+        "blocks.0.mlp", "blocks.1.mlp", "blocks.2", "blocks.3.mlp",
+    ]  # fmt: skip
+    images = torch.randn(2, 3, 16, 16, device=device)
+    for m in (model, fused):
+        m.blocks[3].mlp.fc1.weight_orig.data += 1.0
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_is_wrapped_afterwards_is_called(device):
+    """As activation checkpointing and FSDP wrap them."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.calls = block, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.block(x)
+
+    model, fused, _ = pair(device=device)
+    fused.blocks[1] = Wrapped(fused.blocks[1])
+    images = torch.randn(2, 3, 16, 16, device=device)
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    assert fused.blocks[1].calls == 1
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_in_float16_as_exact_as_timm(device, halved):
+    """Under autocast with float32 weights, whose gradients are float32; and in a model that is float16 itself."""
+    model, fused, _ = pair("deit_tiny_distilled_patch16_224", device)
+    images = torch.randn(4, 3, 16, 16, device=device)
+    exact = step(copy.deepcopy(model).double(), images.double())[1]
+    if halved:
+        model, fused, images = model.half(), fused.half(), images.half()
+    found = []
+    for m in (model, fused):
+        with torch.autocast(device.type, dtype=torch.float16, enabled=not halved):
+            out = m(images)
+        assert out.dtype is torch.float16
+        found.append(torch.autograd.grad(out.float().square().mean(), list(m.parameters())))
+    for parameter, mine, theirs in zip(model.parameters(), *reversed(found), strict=True):
+        assert mine.dtype is theirs.dtype is parameter.dtype
+    errors = [
+        max(float((g.double() - e).abs().max() / e.abs().max()) for g, e in zip(grads, exact.values(), strict=True))
+        for grads in found
+    ]
+    assert errors[1] <= max(2 * errors[0], 4e-3)
+
+
+def test_a_mask_is_refused(device):
+    _, fused, _ = pair(device=device)
+    with pytest.raises(ValueError, match="no mask"):
+        fused.blocks[0](torch.randn(1, 5, 32, device=device), attn_mask=torch.ones(5, 5, device=device))
+
+
+def test_another_attention_of_the_kind_is_named(device):
+    class Shifted(Attention):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return super().forward(x.roll(1, 1), attn_mask, is_causal)
+
+    model = timm.create_model("deit_tiny_patch16_224", **SMALL)
+    model.blocks[0].attn.__class__ = Shifted
+    assert fuse(model).left == ["blocks.0.attn: is a Shifted, which may compute something else"]
+
+
+def test_an_adapter_that_comes_afterwards_is_called(device):
+    model, fused, _ = pair(device=device)
+    for one in (model, fused):
+        one.blocks[0].mlp.fc1.__class__ = Adapted
+    images = torch.randn(2, 3, 16, 16, device=device)
+    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_model_or_no_operation_is_refused():
+    with pytest.raises(TypeError, match="this is a str"):
+        fuse("deit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="'atention' is no operation: give some of assemble_tokens, attention"):
+        fuse(timm.create_model("deit_tiny_patch16_224", **SMALL), {"atention": "is slower"})
+
+
+def test_a_convnet_is_refused():
+    with pytest.raises(ValueError, match="nothing of ResNet can be fused"):
+        fuse(timm.create_model("resnet18"))

@@ -1,0 +1,220 @@
+"""Weights in and out, in the layouts of the released code and of timm, with timm as the judge of what is adapted."""
+
+import argparse
+import pickle
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from fastdeit.config import ModelConfig
+from fastdeit.model.deit import build_model
+from fastdeit.model.networks import build_network
+from fastdeit.model.weights import load_weights, read_checkpoint
+from fastdeit.pipelines.errors import UserError
+from fastdeit.training.objective import fuse
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def student(distilled=False, classes=7, **fields):
+    return build_model(ModelConfig(**{**TINY, "distilled": distilled, **fields}), classes).eval()
+
+
+def released(distilled=False, classes=7, **fields):
+    """timm's model, with a state that no initialisation has."""
+    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    model = timm.create_model(name, num_classes=classes, **{**TINY, **fields}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def scores(model, images):
+    with torch.no_grad():
+        out = model(images)
+    return out if isinstance(out, torch.Tensor) else fuse(out, "logits")
+
+
+LAYOUTS = {
+    "plain": lambda s: s,
+    "released": lambda s: {"model": s},
+    "released training": lambda s: {"model": s, "model_ema": {}, "epoch": 3, "args": argparse.Namespace(lr=1e-3)},
+    "timm": lambda s: {"state_dict": s, "arch": "deit_tiny_patch16_224", "epoch": 3},
+    "ddp": lambda s: {"model": {f"module.{k}": v for k, v in s.items()}},
+    "compiled ddp": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "fastdeit": lambda s: {"format": 1, "model": s, "ema": None, "recipe": {"name": "x"}},
+}
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_timms_output(tmp_path, layout, distilled):
+    judge, ours = released(distilled), student(distilled)
+    torch.save(LAYOUTS[layout](judge.state_dict()), tmp_path / "weights.pth")
+    assert load_weights(ours, tmp_path / "weights.pth") == []
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(scores(ours, images), scores(judge, images))
+
+
+def test_safetensors(tmp_path):
+    judge, ours = released(True), student(True)
+    save_file(judge.state_dict(), tmp_path / "weights.safetensors")
+    assert load_weights(ours, tmp_path / "weights.safetensors") == []
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(scores(ours, images), scores(judge, images))
+
+
+@pytest.mark.parametrize("keys", [("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_the_average_is_chosen_by_name(keys):
+    plain, average = released(), released()
+    stored = dict(zip(keys, (plain.state_dict(), average.state_dict()), strict=True))
+    images = torch.randn(2, 3, 32, 32)
+    for ema, judge in ((False, plain), (True, average)):
+        ours = student()
+        load_weights(ours, stored, ema=ema)
+        torch.testing.assert_close(scores(ours, images), scores(judge, images))
+    with pytest.raises(UserError, match="no average"):
+        load_weights(student(), {keys[0]: plain.state_dict()}, ema=True)
+    with pytest.raises(UserError, match="no weights but their average"):
+        load_weights(student(), {keys[1]: plain.state_dict()})
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize(
+    "change", [{"img_size": 48}, {"img_size": 24}, {"patch_size": 4}, {"patch_size": 16, "img_size": 64}]
+)
+def test_resolution_and_patch_are_adapted_as_timm_does(distilled, change):
+    old, ours, judge = released(distilled), student(distilled, **change), released(distilled, **change)
+    messages = load_weights(ours, {"model": old.state_dict()})
+    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
+    for name, value in judge.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+    same_grid = change.get("img_size", 32) // change.get("patch_size", 8) == 4
+    assert any("position embedding" in m for m in messages) != same_grid
+    assert any("patch projection" in m for m in messages) == ("patch_size" in change)
+    assert not any("reset" in m for m in messages)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_heads_of_other_classes_stay_fresh(distilled):
+    old, ours = released(distilled), student(distilled, classes=3)
+    fresh = {name: value.clone() for name, value in ours.state_dict().items()}
+    messages = load_weights(ours, old.state_dict())
+    heads = ["head", "head_dist"] if distilled else ["head"]
+    assert messages == [f"{head} reset: the checkpoint has 7 classes, this model 3" for head in heads]
+    for name, value in ours.state_dict().items():
+        wanted = fresh if name.startswith("head") else old.state_dict()
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_a_token_is_added_without_touching_the_rest():
+    old, ours = released(), student(True)
+    fresh = {name: value.clone() for name, value in ours.state_dict().items()}
+    messages = load_weights(ours, old.state_dict())
+    assert len(messages) == 1
+    assert "reset" in messages[0]
+    for name in ("dist_token", "head_dist.weight", "head_dist.bias"):
+        assert torch.equal(ours.state_dict()[name], fresh[name])
+    positions = ours.pos_embed.detach()
+    assert torch.equal(positions[:, [0, *range(2, 18)]], old.pos_embed)
+    assert torch.equal(positions[:, 1], fresh["pos_embed"][:, 1])
+    # Without the new token among them, the other weights compute what timm's do.
+    images = torch.randn(2, 3, 32, 32)
+    tokens = torch.cat([ours.cls_token.expand(2, -1, -1), ours.patch_embed(images)], 1) + old.pos_embed
+    with torch.no_grad():
+        for block in ours.blocks:
+            tokens = block(tokens)
+        torch.testing.assert_close(ours.head(ours.norm(tokens)[:, 0]), old(images))
+
+
+@pytest.mark.parametrize("img_size", [32, 48])
+def test_a_token_is_dropped_whole(img_size):
+    old, ours = released(True), student(img_size=img_size)
+    messages = load_weights(ours, {"model": old.state_dict()})
+    assert sum("left out" in m for m in messages) == 1
+    assert not any("reset" in m for m in messages)
+    judge = released(True, img_size=img_size)
+    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
+    assert torch.equal(ours.pos_embed[:, 0], judge.pos_embed[:, 0])
+    torch.testing.assert_close(ours.pos_embed[:, 1:], judge.pos_embed[:, 2:])
+
+
+def test_a_token_is_added_at_another_resolution():
+    old, ours, judge = released(), student(True, img_size=48), released(img_size=48)
+    messages = load_weights(ours, old.state_dict())
+    assert len(messages) == 2
+    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
+    torch.testing.assert_close(ours.pos_embed[:, 2:], judge.pos_embed[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("blocks.1.attn.qkv.weight"), "missing: blocks.1.attn.qkv.weight"),
+        (lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(48)}), "unexpected: blocks.0.ls1.gamma"),
+        (lambda s: s.update({"norm.bias": torch.ones(3)}), r"of another shape: norm.bias \(3,\) instead of \(48,\)"),
+        (lambda s: s.update({"pos_embed": torch.ones(1, 12, 48)}), "pos_embed has 12 rows"),
+        (lambda s: s.update({"pos_embed": torch.ones(1, 17, 8)}), r"pos_embed \(1, 17, 8\)"),
+        (lambda s: s.update({"head.weight": torch.ones(())}), r"head.weight \(\)"),
+        (lambda s: s.update({"cls_token": [1, 2]}), "not a tensor under cls_token"),
+    ],
+)
+def test_all_else_is_strict_and_leaves_the_model_alone(damage, message):
+    state = released().state_dict()
+    damage(state)
+    ours = student()
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_weights(ours, {"model": state})
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+def test_another_width_names_the_first_keys_and_counts_the_rest():
+    with pytest.raises(UserError, match=r"of another shape: .* and \d+ more"):
+        load_weights(student(embed_dim=96), released().state_dict())
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("a checkpoint ran code",)
+
+
+def test_untrusted_files_run_nothing(tmp_path, capsys):
+    torch.save({"model": Bomb()}, tmp_path / "bomb.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "noise.pth").write_bytes(np.random.default_rng(0).bytes(4096))
+    (tmp_path / "noise.safetensors").write_bytes(np.random.default_rng(0).bytes(4096))
+    torch.save(released().state_dict(), tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("bomb.pth", "raw.pth", "noise.pth", "noise.safetensors", "cut.pth", "empty.pth", "absent.pth"):
+        with pytest.raises(UserError, match=name):
+            load_weights(student(), tmp_path / name)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "absent.pth")
+    assert "ran code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stored", [{}, {"model": [1]}, {"model": {}}, {"model": torch.ones(2)}])
+def test_what_is_no_state_dict_is_refused(stored):
+    with pytest.raises(UserError, match="checkpoint"):
+        load_weights(student(), stored)
+
+
+def test_a_file_that_is_no_dict_is_refused(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "tensor.pth")
+    with pytest.raises(UserError, match=r"tensor\.pth holds a Tensor"):
+        read_checkpoint(tmp_path / "tensor.pth")
+
+
+def test_a_convnet_is_fine_tuned_with_other_classes(tmp_path):
+    old = timm.create_model("resnet10t", num_classes=5)
+    torch.save({"state_dict": old.state_dict()}, tmp_path / "convnet.pth")
+    ours = build_network(ModelConfig(arch="resnet10t", drop_path=0.0), 4)
+    assert load_weights(ours, tmp_path / "convnet.pth") == ["fc reset: the checkpoint has 5 classes, this model 4"]
+    for name, value in old.state_dict().items():
+        assert name.startswith("fc.") or torch.equal(ours.state_dict()[name], value)

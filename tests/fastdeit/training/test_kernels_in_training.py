@@ -1,0 +1,221 @@
+"""Runs with Triton's kernels against the same runs with PyTorch's operations, through the trainer itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import fastdeit.model.kernel_choice
+from fastdeit import checkpoint
+from fastdeit.commands.eval import Options, evaluate_checkpoint
+from fastdeit.config import ModelConfig
+from fastdeit.distributed import World, world
+from fastdeit.model.kernel_checks import failure
+from fastdeit.model.kernel_choice import OPS, choose_kernels
+from fastdeit.pipelines.conversion.convert import convert
+from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import Precision
+from fastdeit.recipes import convnet_teacher
+from fastdeit.teacher.labelling import label_run
+from fastdeit.training.trainer import Trainer
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "distilled": True}
+
+
+def chosen(cfg, device=DEVICE, dtype=None):
+    device = torch.device(device)
+    return choose_kernels(cfg, Precision("test", dtype, device), 10, World(0, 1, 1, device))
+
+
+def run(recipe):
+    """The last scores; events and checkpoints are in the run's folder."""
+    with world(DEVICE) as joined:
+        return Trainer(recipe, joined).run()
+
+
+def losses(events, recipe):
+    return [[e["loss"], e["loss_base"], e["loss_distill"]] for e in events(recipe.run.output, "train")]
+
+
+@pytest.fixture
+def short(data, tiny, tmp_path):
+    """Function: a distilled recipe of three steps of eight samples on `train`; a random teacher, or stored labels."""
+    teacher = timm.create_model("resnet10t", num_classes=10, in_chans=3)
+    for parameter in teacher.fc.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+
+    def make(train, name, kernels, kind="hard", **model):
+        return tiny(
+            model={"embed_dim": 32, "patch_size": 16, "kernels": kernels, "num_classes": 10, **model},
+            data={"train": train, "val": None, "repeats": 1},
+            objective={"distillation": kind},
+            teacher={"name": "resnet10t", "checkpoint": tmp_path / "teacher.pt", "img_size": 32},
+            run={"epochs": 1, "global_batch": 8, "device": DEVICE, "precision": "fp32", "output": tmp_path / name},
+        )
+
+    return make
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.parametrize("stored", [False, True])
+def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
+    """With a teacher in the loop the student takes images; with labels stored beforehand, patches."""
+    train = tmp_path / "fashion.beton"
+    convert(str(FASHION / "train-images-idx3-ubyte.gz"), train, limit=24, progress=False)
+    recipes = [short(train, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
+    if stored:
+        recipes = [replace(r, teacher=replace(r.teacher, labels=tmp_path / "labels")) for r in recipes]
+        with world(DEVICE) as joined:
+            label_run(recipes[0], joined, first_epoch=0, end_epoch=1, topk=4)
+    for recipe in recipes:
+        run(recipe)
+    plain, fused = (torch.tensor(losses(events, recipe)) for recipe in recipes)
+    assert plain.shape == (3, 3)
+    assert len(plain.unique()) == 9
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=0)
+    weights = [checkpoint.load(checkpoint.found(r.run.output / "checkpoints")[0])["model"] for r in recipes]
+    assert list(weights[0]) == list(weights[1])
+    start = events(recipes[1].run.output, "start")[0]["kernels"]
+    how = "as asked for" + ("" if DEVICE == "cuda" else ", under Triton's interpreter, which is slow")
+    assert start == {"ops": list(OPS), "left": {}, "reason": how}
+    assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
+
+
+def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, short, tmp_path):
+    """SGD, whose update shows every error of a gradient; AdamW's hides a factor."""
+    convert(str(images / "train"), tmp_path / "few.beton", limit=16, progress=False)
+    weights = []
+    for kernels in ("torch", "triton"):
+        recipe = short(tmp_path / "few.beton", kernels, kernels, depth=1)
+        optim = replace(recipe.optim, name="sgd", lr=0.5, warmup_epochs=0, clip_grad=0.5)
+        recipe = replace(recipe, optim=optim, run=replace(recipe.run, micro_batch=3))
+        run(recipe)
+        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
+    for name, right in weights[0].items():
+        torch.testing.assert_close(weights[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_resuming_with_other_kernels_is_a_change(data, short, events):
+    """Sums are in another order, so that the run would be another than either."""
+    recipe = short(data / "train.beton", "run", "torch", depth=1)
+    run(recipe)
+    more = replace(recipe, run=replace(recipe.run, epochs=2))
+    more = replace(more, model=replace(more.model, kernels="triton"))
+    changed = replace(more, run=replace(more.run, resume_changed=True, epochs=1))
+    with pytest.raises(UserError, match=r"another model\.kernels \(torch, this run has triton\)"):
+        run(replace(more, run=replace(more.run, epochs=1)))
+    run(changed)
+    assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
+
+
+def test_scores_are_those_without_kernels(data, short):
+    recipe = short(data / "train.beton", "run", "torch")
+    run(recipe)
+    path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+    found = [
+        evaluate_checkpoint(
+            Options(
+                checkpoint=path,
+                val=data / "val.beton",
+                batch=22,
+                device=DEVICE,
+                precision="fp32",
+                loader="torch",
+                kernels=kernels,
+                json=True,
+            )
+        )["model"]
+        for kernels in ("torch", "triton")
+    ]
+    assert found[0].keys() == found[1].keys() > {"images", "class", "distillation", "fused_probabilities"}
+    for head, scores in found[0].items():
+        assert found[1][head] == pytest.approx(scores, rel=1e-5), head
+
+
+def test_auto_is_pytorch_without_a_gpu(monkeypatch):
+    cfg = ModelConfig(**SMALL)
+    kernels = chosen(cfg, "cpu")
+    assert (kernels.name, kernels.sentence()) == ("torch", "kernels torch: there is no GPU")
+    assert chosen(replace(cfg, kernels="torch")).sentence() == "kernels torch: as asked for"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match=r"there is no GPU\. Set --model\.kernels torch, or auto"):
+        chosen(replace(cfg, kernels="triton"), "cpu")
+    monkeypatch.setattr(fastdeit.model.kernel_choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install triton"):
+        chosen(replace(cfg, kernels="triton"))
+
+
+def test_what_has_no_place_in_a_model_is_said():
+    wide = chosen(ModelConfig(**{**SMALL, "embed_dim": 320, "kernels": "triton"}))
+    assert wide.name == "triton without attention"
+    assert wide.sentence().endswith("; not attention: its head dim 160 is above 128")
+    teacher = chosen(replace(convnet_teacher().model, kernels="triton"))
+    assert teacher.ops == {"distillation_loss", "evaluate_heads"}
+    assert "timm's own" in teacher.sentence()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_every_kernel_passes_its_check(dtype, distilled):
+    cfg, precision = ModelConfig(**{**SMALL, "distilled": distilled}), Precision("test", dtype, torch.device(DEVICE))
+    assert {op: failure(op, cfg, precision, 10) for op in OPS} == dict.fromkeys(OPS)
+
+
+def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeypatch):
+    """The decision of a GPU, with the checks under the interpreter where there is none."""
+    cfg, here = ModelConfig(**SMALL), torch.device(DEVICE)
+    attention = fastdeit.model.kernel_checks.attention
+
+    def broken(*_, **__):
+        raise RuntimeError("out of resource: shared memory\nmore lines")
+
+    monkeypatch.setattr(fastdeit.model.kernel_checks, "attention", lambda qkv: attention(qkv) * 1.01)
+    monkeypatch.setattr(fastdeit.model.kernel_checks, "bias_gelu", broken)
+    monkeypatch.setitem(fastdeit.model.kernel_choice.SLOWER, "layer_norm", "0.9 x PyTorch on a test")
+    monkeypatch.setattr(fastdeit.model.kernel_choice, "_on_gpu", lambda device: True)
+    kernels = choose_kernels(cfg, Precision("test", None, here), 10, World(0, 1, 1, here))
+    assert kernels.ops == OPS.keys() - {"attention", "bias_gelu", "layer_norm"}
+    assert "its error on a small batch is" in kernels.left["attention"]
+    assert kernels.left["bias_gelu"] == "it fails here: RuntimeError: out of resource: shared memory"
+    assert kernels.left["layer_norm"] == "0.9 x PyTorch on a test"
+    assert kernels.name == "triton without attention, bias_gelu, layer_norm"
+
+
+class _AddToken(torch.autograd.Function):
+    """The class token added to its position: right, but its gradient is a view of the positions'."""
+
+    @staticmethod
+    def forward(ctx, cls_token, pos_embed):
+        return torch.cat([pos_embed[:, :1] + cls_token, pos_embed[:, 1:]], 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        return grad[:, :1], grad
+
+
+def test_gradients_that_share_memory_fail_the_check(monkeypatch):
+    """A single backward pass would not show them."""
+
+    def shared(patches, cls_token, dist_token, pos_embed, bias):
+        zeros = torch.zeros_like(cls_token)
+        tokens = torch.cat([t.expand(len(patches), -1, -1) for t in (zeros, dist_token)], 1)
+        return torch.cat([tokens, patches + bias], 1) + _AddToken.apply(cls_token, pos_embed)
+
+    cfg, precision = ModelConfig(**SMALL), Precision("test", None, torch.device(DEVICE))
+    monkeypatch.setattr(fastdeit.model.kernel_checks, "assemble_tokens", shared)
+    assert "its error on a small batch is" in failure("assemble_tokens", cfg, precision, 10)
+    add = _AddToken.apply
+    monkeypatch.setattr(_AddToken, "apply", lambda *tokens: add(*(token * 1 for token in tokens)))
+    assert failure("assemble_tokens", cfg, precision, 10) is None
+
+
+def test_a_nan_fails_its_check(monkeypatch):
+    monkeypatch.setattr(fastdeit.model.kernel_checks, "bias_gelu", lambda x, bias: x * bias * float("nan"))
+    precision = Precision("test", None, torch.device(DEVICE))
+    assert "nan" in failure("bias_gelu", ModelConfig(**SMALL), precision, 10)

@@ -1,0 +1,103 @@
+"""`data.on_error`: a run that goes on with another image in the place of one that does not decode, and says so."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from fastdeit.data import EvaluationData, TrainingData, open_dataset
+from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton import BetonDataset, sidecar_path
+from fastdeit.pipelines.loaders.base import DecodeError
+from fastdeit.pipelines.loaders.turbo import find_turbo
+from fastdeit.training.trainer import Trainer
+
+BAD = 7
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """A copy of the training set with one image overwritten."""
+    path = tmp_path / "damaged.beton"
+    shutil.copy(data / "train.beton", path)
+    shutil.copy(sidecar_path(data / "train.beton"), sidecar_path(path))
+    dataset = BetonDataset(path)
+    with open(path, "r+b") as file:
+        file.seek(int(dataset.offset[BAD]))
+        file.write(bytes(int(dataset.size[BAD])))
+    return path
+
+
+def test_a_run_fails_by_default_and_goes_on_with_replace(tiny, events, damaged):
+    data = {"train": damaged, "val": None, "repeats": 1}
+    with world("cpu") as joined:
+        with pytest.raises(DecodeError, match=rf"damaged\.beton: image {BAD}: "):
+            Trainer(tiny(data=data), joined).run()
+        recipe = tiny(data={**data, "on_error": "replace"}, run={"resume": "none"})
+        Trainer(recipe, joined).run()
+    found = events(recipe.run.output, "replaced")
+    assert [(event["epoch"], event["count"], event["images"]) for event in found] == [
+        (epoch, 1, [[BAD, BAD + 1]]) for epoch in range(2)
+    ]
+
+
+def test_a_batch_has_the_label_of_the_image_it_shows(tiny, damaged):
+    recipe = tiny(data={"train": damaged, "on_error": "replace", "repeats": 2}, run={"epochs": 6})
+    dataset = open_dataset(damaged, "data.train")
+    labels = dataset.label.copy()
+    labels[BAD] = labels[BAD + 1] = 3  # classes are stored one behind another
+    dataset.label = np.where(np.arange(len(labels)) == BAD, 0, labels)
+    seen = 0
+    with world("cpu") as joined:
+        data = TrainingData(recipe, dataset, joined)
+        with data.batches() as batches:
+            for batch in batches:
+                assert batch.data.label_a.tolist() == labels[batch.data.index.numpy()].tolist()
+                assert batch.replaced == ([(BAD, BAD + 1)] if BAD in batch.data.index else [])
+                seen += len(batch.replaced)
+        data.close()
+    assert seen
+
+
+def test_stored_labels_do_not_go_with_replaced_images(tiny, damaged, tmp_path):
+    with pytest.raises(UserError, match=r"set data\.on_error to 'fail'"):
+        tiny(data={"train": damaged, "on_error": "replace"}, teacher={"labels": tmp_path})
+
+
+def test_nothing_is_replaced_in_an_evaluation(tiny, damaged):
+    recipe = tiny(data={"train": damaged, "on_error": "replace"})
+    with world("cpu") as joined:
+        data = EvaluationData(recipe, open_dataset(damaged, "data.val"), joined)
+        with data.batches() as batches, pytest.raises(DecodeError, match=f"image {BAD}: "):
+            list(batches)
+        data.close()
+
+
+def test_the_loader_that_crops_trains_the_same_run(tiny, events):
+    try:
+        find_turbo()
+    except UserError as error:
+        pytest.skip(str(error))
+    losses = []
+    for loader in ("torch", "turbo"):
+        recipe = tiny(data={"loader": loader}, run={"resume": "none", "output": tiny().run.output / loader})
+        with world("cpu") as joined:
+            trainer = Trainer(recipe, joined)
+            trainer.run()
+        losses.append([event["loss"] for event in events(recipe.run.output, "train")])
+        evaluated = events(recipe.run.output, "eval")[-1]
+        losses[-1].append(evaluated["class"]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_data_without_checksums_are_announced_once(tiny, data, tmp_path, capsys):
+    """As plain FFCV writes it: a beton file alone."""
+    for split in ("train", "val"):
+        shutil.copy(data / f"{split}.beton", tmp_path)
+    recipe = tiny(run={"epochs": 1}, data={"train": tmp_path / "train.beton", "val": tmp_path / "val.beton"})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+    printed = capsys.readouterr().out
+    for split in ("train", "val"):
+        assert printed.count(f"{tmp_path / split}.beton has no checksums, so damage that still decodes goes unn") == 1

@@ -1,0 +1,115 @@
+"""Optimizer groups, schedule and average, with timm and the paper's figures as judges."""
+
+import dataclasses
+import math
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV2
+
+from fastdeit.config import OptimConfig
+from fastdeit.recipes import RECIPES
+from fastdeit.training.optim import Ema, build_optimizer, learning_rate, parameter_groups, peak_lr
+
+
+@pytest.fixture(scope="module")
+def network():
+    return timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=10, depth=2)
+
+
+def names(model, group):
+    by_id = {id(p): n for n, p in model.named_parameters()}
+    return {by_id[id(p)] for p in group["params"]}
+
+
+def test_groups_are_timms(network):
+    ours = parameter_groups(network, 0.05)
+    without, with_decay = param_groups_weight_decay(network, 0.05, no_weight_decay_list=network.no_weight_decay())
+    assert names(network, ours[0]) == names(network, with_decay)
+    assert names(network, ours[1]) == names(network, without)
+    assert (ours[0]["weight_decay"], ours[1]["weight_decay"]) == (0.05, 0.0)
+
+
+def test_the_released_code_decays_the_distillation_token(network):
+    paper = names(network, parameter_groups(network, 0.05)[1])
+    released = names(network, parameter_groups(network, 0.05, decay_dist_token=True)[1])
+    assert paper - released == {"dist_token"}
+
+
+def test_peak_follows_the_batch():
+    assert peak_lr(OptimConfig(), 1024) == 1e-3
+    assert peak_lr(OptimConfig(lr=5e-6, lr_batch=0), 1024) == 5e-6
+
+
+def timm_schedule(recipe, updates):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=peak_lr(recipe.optim, recipe.run.global_batch))
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.run.epochs * updates,
+        lr_min=recipe.optim.min_lr,
+        warmup_t=int(recipe.optim.warmup_epochs * updates),
+        warmup_lr_init=recipe.optim.warmup_lr,
+    )
+
+
+def test_schedule_per_step_is_timms():
+    recipe = RECIPES["deit_small"]().resolved()
+    steps = 50
+    scheduler = timm_schedule(recipe, steps)
+    for epoch in (0, 1, 4, 5, 6, 150, 299):
+        for step in (0, 17, 49):
+            expected = scheduler._get_lr(epoch * steps + step)[0]
+            assert learning_rate(recipe, epoch, step, steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_released_schedule_is_timms_stepped_an_epoch_late():
+    recipe = dataclasses.replace(RECIPES["deit_small"](), compat="released").resolved()
+    scheduler = timm_schedule(recipe, 1)
+    rates = [learning_rate(recipe, e, s, 10) for e in range(300) for s in (0, 9)]
+    assert rates[0] == rates[2] == recipe.optim.warmup_lr  # epochs 0 and 1
+    for epoch in range(1, 300):
+        # Its loop calls scheduler.step(epoch) after the epoch, so epoch e runs with what t = e - 1 gave.
+        assert rates[2 * epoch] == rates[2 * epoch + 1] == pytest.approx(scheduler._get_lr(epoch - 1)[0], rel=1e-9)
+
+
+def test_ends_of_the_schedule():
+    recipe = RECIPES["deit_base"]().resolved()
+    assert learning_rate(recipe, 0, 0, 1251) == 1e-6
+    assert learning_rate(recipe, 5, 0, 1251) == pytest.approx(
+        1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 5 / 300))
+    )
+    assert learning_rate(recipe, 299, 1250, 1251) == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_average_is_timms():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3)
+    ours, theirs = Ema(model, 0.9), ModelEmaV2(model, decay=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+        ours.update(model)
+        theirs.update(model)
+    # timm averages integer buffers too; a count is copied here.
+    for name, value in theirs.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(ours.shadow[name], value, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(ours.shadow[name], model.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_optimizer_takes_the_recipe(network, name):
+    recipe = RECIPES["deit_tiny"]()
+    recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, name=name)).resolved()
+    optimizer = build_optimizer(network, recipe)
+    assert type(optimizer).__name__.lower() == name
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
+    if name == "adamw":
+        assert optimizer.defaults["betas"] == (0.9, 0.999)
+        assert optimizer.defaults["eps"] == 1e-8

@@ -1,0 +1,132 @@
+"""Resume: killed at random moments, the run ends with the same bits; mismatches are refused."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
+from fastdeit.training.trainer import Trainer
+
+KILLS = 10
+
+
+def final_state(recipe):
+    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])
+
+
+def flat(value, prefix=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from flat(inner, f"{prefix}/{i}")
+    else:
+        yield prefix, value
+
+
+def assert_same_bits(a, b):
+    first, second = dict(flat(a)), dict(flat(b))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[key]), key
+        elif not key.startswith("/recipe/run/output"):
+            assert value == second[key], key
+
+
+def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events, launch):
+    options = {
+        "objective": {"distillation": "hard"},
+        "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
+        "model": {"drop_path": 0.3, "drop_rate": 0.1},
+    }
+    run = {"epochs": 24, "checkpoint_every": 3, "eval_every": 24}
+    straight = tiny(**options, run={**run, "output": tmp_path / "straight"})
+    process = launch(straight)
+    assert process.returncode == 0, process.err
+
+    killed = tiny(**options, run={**run, "output": tmp_path / "killed"})
+    rng = random.Random(3)
+    log = killed.run.output / "log.jsonl"
+
+    def trained():
+        return log.read_text().count('"event": "train"') if log.exists() else 0
+
+    for _ in range(KILLS):
+        # Once the run trains again, it gets a random number of steps and a random moment more.
+        target = trained() + rng.randint(1, 8)
+        process = launch(killed, wait=False)
+        deadline = time.monotonic() + 120
+        while trained() < target:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+    process = launch(killed)
+    assert process.returncode == 0, process.err
+    resumes = events(killed.run.output, "resume")
+    assert len(resumes) >= KILLS // 2
+    assert any(e["step"] for e in resumes)  # in the middle of an epoch
+    assert_same_bits(final_state(straight), final_state(killed))
+
+
+def test_another_recipe_is_refused(tiny, events):
+    first = tiny(run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(first, joined).run()
+        with pytest.raises(UserError, match=r"optim\.lr = 0\.002, this run has 0\.001"):
+            Trainer(tiny(run={"epochs": 1}, optim={"lr": 1e-3}), joined).run()
+        with pytest.raises(UserError, match="holds checkpoints"):
+            Trainer(tiny(run={"epochs": 1, "resume": "none"}), joined).run()
+        with pytest.raises(UserError, match="no such checkpoint"):
+            Trainer(tiny(run={"epochs": 1, "resume": "elsewhere.pt"}), joined).run()
+        # Asked for, a change is taken and told.
+        Trainer(tiny(run={"epochs": 2, "resume_changed": True}, optim={"lr": 1e-3}), joined).run()
+        change = events(first.run.output, "resume")[-1]["changed"]
+        assert change == ["run.epochs = 1, this run has 2", "optim.lr = 0.002, this run has 0.001"] or len(change) == 2
+        # What changes no pixel and no update may change.
+        again = tiny(run={"epochs": 2, "log_every": 3}, optim={"lr": 1e-3}, data={"threads": 1, "prefetch": 1})
+        scores = Trainer(again, joined).run()
+        assert scores["model"]["images"] == 44  # a finished run still tells its accuracy
+
+
+def test_going_back_needs_the_later_checkpoints_gone(tiny):
+    recipe = tiny(run={"epochs": 3})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        later, earlier = checkpoint.found(recipe.run.output / "checkpoints")
+        back = tiny(run={"epochs": 3, "resume": str(earlier)})
+        with pytest.raises(UserError, match="later than"):
+            Trainer(back, joined).run()
+        later.unlink()
+        Trainer(back, joined).run()
+    assert later.exists()
+
+
+def test_what_auto_became_is_compared(tiny, data):
+    pytest.importorskip("ffcv")
+    first = tiny(run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(first, joined).run()
+        with pytest.raises(UserError, match=r"another data\.loader \(pixels\) \(pillow, this run has ffcv\)"):
+            Trainer(tiny(run={"epochs": 1}, data={"loader": "ffcv"}), joined).run()
+        with pytest.raises(UserError, match=r"another run\.precision \(fp32, this run has bf16\)"):
+            Trainer(tiny(run={"epochs": 1, "precision": "bf16"}), joined).run()
+
+
+def test_other_data_is_refused(tiny, images, tmp_path):
+    from fastdeit.pipelines.conversion.convert import convert
+
+    first = tiny(run={"epochs": 1})
+    convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=5, progress=False)
+    with world("cpu") as joined:
+        Trainer(first, joined).run()
+        with pytest.raises(UserError, match=r"another data\.train"):
+            Trainer(tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}), joined).run()

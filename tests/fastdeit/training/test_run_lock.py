@@ -1,0 +1,112 @@
+"""One run for each folder; the judge is the operating system, which drops a lock with its process."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.training import run_lock
+from fastdeit.training.run_lock import NAME, RunLock
+
+HOLD = """
+import sys, time, pathlib
+from fastdeit.training.run_lock import RunLock
+lock = RunLock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def holder(folder):
+    """A process that holds the lock of `folder`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_is_refused_by_host_and_process_until_the_first_is_dead(tmp_path):
+    process = holder(tmp_path)
+    with pytest.raises(UserError) as caught:
+        RunLock(tmp_path)
+    assert f"{tmp_path} is in use by process {process.pid} on host {socket.gethostname()}" in str(caught.value)
+    assert "--run.output" in str(caught.value)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lock = RunLock(tmp_path)
+    assert lock.notes == []
+    lock.close()
+    lock.close()
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_lock_that_only_another_machine_sees_counts_while_it_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.2)
+    path = tmp_path / NAME
+    path.write_text('{"host": "node17", "pid": 4711, "since": "then"}')
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.1):
+            os.utime(path)
+
+    other = threading.Thread(target=touch)
+    other.start()
+    try:
+        with pytest.raises(UserError, match=r"in use by process 4711 on host node17 .* does not see its lock"):
+            RunLock(tmp_path)
+    finally:
+        ended.set()
+        other.join()
+    lock = RunLock(tmp_path)
+    assert "left by process 4711 on host node17 (since then), which no longer touches it" in lock.notes[0]
+    before = path.stat().st_mtime_ns
+    time.sleep(0.5)
+    assert path.stat().st_mtime_ns > before  # this one touches it in turn
+    lock.close()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.2)
+    first = RunLock(tmp_path)
+    assert "this file system has no locks" in first.notes[0]
+    with pytest.raises(UserError, match=rf"process {os.getpid()} on host"):
+        RunLock(tmp_path)
+    first.close()
+    RunLock(tmp_path).close()
+
+
+def test_a_file_of_nonsense_is_no_holder(tmp_path):
+    for text in (b"\x00\xff", b"[1]", b"{", b'{"pid": 3}'):
+        (tmp_path / NAME).write_bytes(text)
+        if text != b'{"pid": 3}':
+            RunLock(tmp_path).close()
+
+
+def test_two_commands_with_one_output(tiny, launch):
+    recipe = tiny(run={"epochs": 500})
+    first = launch(recipe, wait=False)
+    try:
+        log = recipe.run.output / "log.jsonl"
+        end = time.monotonic() + 120
+        while not (log.exists() and '"train"' in log.read_text()):
+            assert first.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        second = launch(recipe)
+        assert second.returncode == 2
+        assert f"in use by process {first.pid} on host {socket.gethostname()}" in second.err
+        assert log.read_text().count('"event": "start"') == 1
+    finally:
+        first.kill()
+        first.wait()

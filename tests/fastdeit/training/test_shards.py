@@ -1,0 +1,86 @@
+"""Training and evaluation read tar shards as they read a beton file."""
+
+import pytest
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.commands.eval import Options, evaluate_checkpoint
+from fastdeit.data import open_dataset
+from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton import JPEG, RAW
+from fastdeit.pipelines.formats.shards import ShardWriter
+from fastdeit.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def shards(data, tmp_path_factory):
+    """The samples of `train.beton` and `val.beton`, in shards of 50 at most."""
+    folder = tmp_path_factory.mktemp("shards")
+    for split in ("train", "val"):
+        with open_dataset(data / f"{split}.beton", f"data.{split}") as beton:
+            with ShardWriter(folder / split, len(beton), shard_size=50) as writer:
+                for i in range(len(beton)):
+                    writer.add(
+                        beton.read(i).tobytes(),
+                        height=int(beton.height[i]),
+                        width=int(beton.width[i]),
+                        label=int(beton.label[i]),
+                        mode=JPEG if beton.is_jpeg(i) else RAW,
+                    )
+                sidecar = writer.finish(class_names=beton.class_names)
+            assert sidecar["content_hash"] == beton.content_hash
+    return folder
+
+
+def test_the_weights_are_those_trained_on_the_beton(tiny, shards, events):
+    on_beton = tiny()
+    on_shards = tiny(
+        data={"train": shards / "train", "val": shards / "val"}, run={"output": on_beton.run.output.with_name("shards")}
+    )
+    states, scores = [], []
+    for recipe in (on_beton, on_shards):
+        with world("cpu") as joined:
+            scores.append(Trainer(recipe, joined).run())
+        states.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0]))
+    beton, shard = states
+    assert beton["model"].keys() == shard["model"].keys()
+    assert all(torch.equal(beton["model"][key], shard["model"][key]) for key in beton["model"])
+    assert all(torch.equal(beton["ema"][key], shard["ema"][key]) for key in beton["ema"])
+    assert scores[0] == scores[1]
+    losses = [[line["loss"] for line in events(r.run.output, "train")] for r in (on_beton, on_shards)]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_of_the_beton_is_taken_up_on_the_shards(tiny, shards):
+    whole = tiny()
+    with world("cpu") as joined:
+        Trainer(whole, joined).run()
+    half = tiny(run={"output": whole.run.output.with_name("half")})
+    with world("cpu") as joined:
+        trainer = Trainer(half, joined)
+        trainer._save()
+        trainer.close()
+    rest = tiny(data={"train": shards / "train"}, run={"output": half.run.output})
+    with world("cpu") as joined:
+        Trainer(rest, joined).run()
+    a, b = (checkpoint.load(checkpoint.found(r.run.output / "checkpoints")[0])["model"] for r in (whole, rest))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_evaluation_reads_a_folder(teacher_checkpoint, data, shards):
+    options = {"checkpoint": teacher_checkpoint, "loader": "torch", "device": "cpu", "threads": 2}
+    on_beton, on_shards = (
+        evaluate_checkpoint(Options(val=path, **options)) for path in (data / "val.beton", shards / "val")
+    )
+    assert on_beton["model"]["images"] == 44
+    assert on_beton == on_shards
+
+
+def test_what_is_no_data_set_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"give --data\.train FILE\.beton or a folder of shards"):
+        open_dataset(None, "data.train")
+    with pytest.raises(UserError, match=r"--data\.train .*nowhere: there is no such file or folder"):
+        open_dataset(tmp_path / "nowhere", "data.train")
+    with pytest.raises(UserError, match=r"is not a data set of fastdeit-convert: it has no samples\.npy"):
+        open_dataset(tmp_path, "data.train")

@@ -1,0 +1,159 @@
+"""What a run says before its first step, and while it trains without a terminal."""
+
+import dataclasses
+import re
+
+import pytest
+import timm
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.distributed import world
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.recipes import RECIPES, deit_tiny, deit_tiny_384
+from fastdeit.training import progress
+from fastdeit.training.startup import recipe_warnings
+from fastdeit.training.trainer import Trainer
+
+
+def train(recipe):
+    with world("cpu") as joined:
+        return Trainer(recipe, joined).run()
+
+
+def warned(events, recipe):
+    return [e["text"] for e in events(recipe.run.output, "warning")]
+
+
+def test_probable_mistakes_are_said_in_the_opening_lines_and_in_the_log(tiny, events, capsys, data):
+    recipe = tiny(
+        data={"val": data / "train.beton"},
+        optim={"warmup_epochs": 5, "lr": 1e-3, "lr_batch": 64},
+        ema={"decay": 0.99996},
+        run={"epochs": 1},
+    )
+    train(recipe)
+    out = capsys.readouterr().out
+    opening = out[: out.index("epoch 1/1")]
+    texts = warned(events, recipe)
+    assert [f"warning: {text}\n" in opening for text in texts] == [True] * 4
+    average, few, same, warm_up = (
+        next(text for text in texts if phrase in text)
+        for phrase in (
+            "ema.decay 0.99996",
+            "of the 160 images, 3 times each",
+            "the same images as data.train",
+            "warmup",
+        )
+    )
+    assert "100% initial weights" in average
+    assert "only 54" in few
+    assert str(data / "train.beton") in same
+    assert "optim.warmup_epochs 5 is not shorter than the run (1 epochs)" in warm_up
+    assert "learning rate 0.0005 (0.001 x global batch 32 / 64) after 5 epochs of warm-up, adamw" in opening
+    # The rate that the run ends with is the one that the warning names.
+    last = events(recipe.run.output, "train")[-1]["lr"]
+    assert f"climbs, to {last:.3g} instead of 0.0005" in warm_up
+
+
+def test_the_same_images_in_another_file_are_found(tiny, images, tmp_path, events):
+    from fastdeit.pipelines.conversion.convert import convert
+
+    convert(str(images / "train"), tmp_path / "copy", format="webdataset", progress=False)
+    recipe = tiny(data={"val": tmp_path / "copy", "repeats": 1}, run={"epochs": 1})
+    train(recipe)
+    assert any("holds the same images" in text for text in warned(events, recipe))
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("deit_") and n != "deit_base_transfer"])
+def test_the_papers_recipes_raise_no_warning(name, data):
+    class ImageNet:
+        content_hash, path = "x", data / "train.beton"
+
+        def __len__(self):
+            return 1_281_167
+
+    recipe = RECIPES[name]()
+    val = open_dataset(data / "val.beton")
+    steps = len(ImageNet()) // recipe.run.global_batch
+    assert recipe_warnings(recipe.filled(), ImageNet(), val, steps=steps, repeats=3) == []  # type: ignore[arg-type]
+    val.close()
+
+
+def test_a_teacher_that_knows_nothing_is_found_before_training(tiny, events, tmp_path, teacher_checkpoint):
+    torch.manual_seed(0)
+    fresh = timm.create_model("resnet10t", num_classes=4)
+    torch.save(fresh.state_dict(), tmp_path / "fresh.pt")
+    for path, size, found in (
+        (tmp_path / "fresh.pt", 32, "no better than chance"),
+        (teacher_checkpoint, 64, "64 pixels"),
+    ):
+        recipe = tiny(
+            objective={"distillation": "hard"},
+            teacher={"name": "resnet10t", "checkpoint": path, "img_size": size},
+            run={"epochs": 1, "output": tmp_path / path.stem},
+        )
+        train(recipe)
+        texts = [text for text in warned(events, recipe) if "teacher" in text]
+        assert any(found in text for text in texts)
+        assert any("no better than chance" in text for text in texts) == (found == "no better than chance")
+
+
+def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_path):
+    first = tiny(deit_tiny, run={"epochs": 1})
+    train(first)
+    weights = checkpoint.found(first.run.output / "checkpoints")[0]
+    capsys.readouterr()
+    for base, training, said in (
+        (
+            deit_tiny,
+            True,
+            "in training mode, with stochastic depth 0.5 and dropout 0 (departures.finetune_mode 'train')",
+        ),
+        (deit_tiny_384, False, "in eval mode: stochastic depth 0.5 and dropout 0 are off"),
+    ):
+        recipe = tiny(
+            base, model={"init": weights, "drop_path": 0.5}, run={"epochs": 1, "output": tmp_path / base.__name__}
+        )
+        with world("cpu") as joined:
+            trainer = Trainer(recipe, joined)
+            trainer.run()
+            assert trainer.train_step.student.training == training
+        assert said in capsys.readouterr().out
+    released = dataclasses.replace(deit_tiny(), compat="released").resolved()
+    assert released.departures.finetune_mode == "eval"  # the released code's model.train(args.finetune == '')
+
+
+def test_a_run_off_a_terminal_shows_loss_rate_and_time_left(tiny, events, capsys, monkeypatch):
+    """With fewer steps an epoch than `log_every`, and a plain line after every step."""
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    recipe = tiny(run={"epochs": 2, "log_every": 100, "progress": True})
+    train(recipe)
+    out = capsys.readouterr().out
+    lines = re.findall(r"epoch (\d)/2, step (\d)/5: loss ([\d.]+), ([\d,]+) im/s, (\d+m \d\ds) left", out)
+    assert [line[:2] for line in lines] == [(str(e), str(s)) for e in (1, 2) for s in range(1, 6)]
+    logged = events(recipe.run.output, "train")
+    assert [e["global_step"] for e in logged] == [5, 10]
+    for epoch, event in enumerate(logged):
+        mean = sum(float(line[2]) for line in lines[5 * epoch : 5 * epoch + 5]) / 5
+        assert event["loss"] == pytest.approx(mean, abs=1e-3)
+    assert lines[-1][4] == "0m 00s"
+
+
+def test_an_epoch_ends_with_a_line_even_when_it_is_short(tiny, capsys):
+    train(tiny(run={"epochs": 2}))
+    out = capsys.readouterr().out
+    assert re.findall(r"epoch (\d)/2, step 5/5: loss", out) == ["1", "2"]
+
+
+def test_compiling_is_announced_where_nothing_is_cached(monkeypatch):
+    from types import SimpleNamespace
+
+    from fastdeit.pipelines.host import stage
+
+    kept = SimpleNamespace(_cache=SimpleNamespace(_cache_file=SimpleNamespace(_load_index=lambda: {"key": 1})))
+    empty = SimpleNamespace(_cache=SimpleNamespace(_cache_file=SimpleNamespace(_load_index=dict)))
+    for dispatcher, wanted in ((kept, None), (empty, "compiling the aug"), (object(), "compiling or loading")):
+        monkeypatch.setattr(stage, "_run_units", dispatcher)
+        sentence = stage.compile_sentence()
+        assert sentence is wanted if wanted is None else sentence.startswith(wanted)

@@ -1,0 +1,229 @@
+"""Damaged and hostile beton files end in an error that names them, or in the right pixels: never outside of the file.
+
+FASTDEIT_FUZZ multiplies the number of cases.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from fastdeit.pipelines.conversion.verify import verify
+from fastdeit.pipelines.formats import sidecar
+from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.sidecar import SidecarError
+from fastdeit.pipelines.loaders.base import DecodeError, read_stored, read_with_pil
+
+FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
+COUNT = 9
+# Offsets in the file, as FFCV's types.py lays it out: header of 24 bytes, two fields of 1041, records of 24.
+RECORD = 24 + 2 * 1041
+EXTREMES = [0, 1, 2, 255, 2**15, 2**16 - 1, 2**21, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 24, 2**64 - 1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "x.beton"
+    with BetonWriter(path, COUNT, page_size=MIN_PAGE) as writer:
+        for i in range(COUNT):
+            noise = np.random.default_rng(i).integers(0, 256, (20 + i, 31, 3), dtype=np.uint8)
+            image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
+            file = io.BytesIO()
+            image.save(file, "JPEG")
+            mode = RAW if i % 3 == 2 else JPEG
+            data = image.tobytes() if mode == RAW else file.getvalue()
+            writer.add(data, height=image.height, width=image.width, label=i, mode=mode)
+        writer.finish(class_names=[str(i) for i in range(COUNT)])
+    return path.read_bytes(), sidecar_path(path).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def pixels(made, tmp_path_factory):
+    """The images, decoded by plain PIL."""
+    path = tmp_path_factory.mktemp("right") / "x.beton"
+    path.write_bytes(made[0])
+    with BetonDataset(path) as dataset:
+        images = []
+        for i in range(COUNT):
+            if dataset.is_jpeg(i):
+                images.append(np.asarray(Image.open(io.BytesIO(dataset.read(i).tobytes()))))
+            else:
+                images.append(dataset.read(i).reshape(dataset.height[i], dataset.width[i], 3))
+    return images
+
+
+def outcome(path, pixels=None):
+    """Open, read and decode everything; the errors. With `pixels`, what has none is to be right."""
+    try:
+        dataset = BetonDataset(path)
+    except (BetonError, SidecarError) as error:
+        return [str(error)]
+    found = dataset.check()
+    assert all(str(path) in sentence for sentence in found)
+    with dataset:
+        crc32 = None if dataset.sidecar is None else sidecar.crc32s(dataset.sidecar)
+        for i in range(len(dataset)):
+            height, width = int(dataset.height[i]), int(dataset.width[i])
+            assert 0 <= dataset.offset[i] < dataset.offset[i] + dataset.size[i] <= path.stat().st_size
+            try:
+                if dataset.is_jpeg(i):
+                    out = np.empty((height, width, 3), np.uint8)
+                    read_with_pil(dataset, i, out)
+                else:
+                    out = read_stored(dataset, i).reshape(height, width, 3)
+            except DecodeError as error:
+                found.append(str(error))
+                continue
+            if crc32 is not None and pixels is not None and sidecar.binascii.crc32(dataset.read(i)) == crc32[i]:
+                np.testing.assert_array_equal(out, pixels[i])
+    return found
+
+
+def mutate(data, rng):
+    """Bits flipped, bytes overwritten, a piece cut out, doubled or set to extremes, or the end cut off."""
+    data = bytearray(data)
+    tables = [range(24), range(24, RECORD), range(RECORD, RECORD + 24 * COUNT)]
+    for _ in range(rng.integers(1, 4)):
+        # Half of the damage where it tells most; most of the file is zeros.
+        where = [*tables, range(len(data) - 24 * COUNT, len(data)), range(MIN_PAGE, len(data)), range(len(data))]
+        region = where[rng.integers(len(where))]
+        if not 0 <= region.start < region.stop <= len(data):
+            continue
+        at = int(rng.integers(region.start, region.stop))
+        length = int(rng.choice([1, 2, 4, 8, 24, 37, 512]))
+        match rng.integers(7):
+            case 0 | 1:
+                data[at] ^= 1 << int(rng.integers(8))
+            case 2:
+                data[at : at + length] = rng.bytes(len(data[at : at + length]))
+            case 3:
+                del data[at : at + length]
+            case 4:
+                data[at:at] = data[at : at + length]
+            case 5:
+                value = struct.pack("<Q", EXTREMES[rng.integers(len(EXTREMES))])[: int(rng.choice([2, 4, 8]))]
+                data[at : at + len(value)] = value
+            case 6:
+                del data[at:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_damage_is_named_or_harmless(made, pixels, tmp_path, described):
+    path = tmp_path / "x.beton"
+    if described:
+        sidecar_path(path).write_bytes(made[1])
+    rng = np.random.default_rng(described)
+    refused = 0
+    for case in range(150 * FUZZ):
+        changed = mutate(made[0], rng)
+        path.write_bytes(changed)
+        found = outcome(path, pixels)
+        assert all(str(path) in sentence for sentence in found)
+        refused += bool(found)
+        if described and case % 5 == 0:
+            assert verify(path, workers=1, progress=False).ok == (changed == made[0])
+    assert refused > 100 * FUZZ
+
+
+def test_a_damaged_sidecar(made, tmp_path):
+    path = tmp_path / "x.beton"
+    path.write_bytes(made[0])
+    rng = np.random.default_rng(7)
+    for _ in range(150 * FUZZ):
+        data = bytearray(made[1])
+        for _ in range(rng.integers(1, 4)):
+            at, length = int(rng.integers(len(data))), int(rng.integers(1, 60))
+            match rng.integers(3):
+                case 0:
+                    data[at] = int(rng.integers(256))
+                case 1:
+                    del data[at : at + length]
+                case 2:
+                    data[at:at] = rng.choice([b"[", b"{", b"9" * 5000, b"null", b"1e999", b'"', rng.bytes(length)])
+        sidecar_path(path).write_bytes(data)
+        found = outcome(path)
+        try:
+            same = json.loads(data) == json.loads(made[1])
+        except (ValueError, RecursionError):
+            same = False
+        assert bool(found) != same
+        assert all(str(path) in sentence for sentence in found)
+
+
+def seal(path):
+    """Make the sidecar fit the tables again, as somebody with bad intentions would."""
+    data = path.read_bytes()
+    described = json.loads(sidecar_path(path).read_text())
+    described["metadata_hash"] = hashlib.sha256(data[RECORD : RECORD + 24 * COUNT]).hexdigest()
+    described.pop("seal")
+    canonical = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    described["seal"] = hashlib.sha256(canonical.encode()).hexdigest()
+    sidecar_path(path).write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_tables_that_agree_with_each_other_lead_nowhere_else(made, tmp_path, sealed):
+    """Record and allocation are changed together, so that only what the file can hold stops them."""
+    path = tmp_path / "x.beton"
+    rng = np.random.default_rng(3)
+    size = len(made[0])
+    reached = 0
+    for _ in range(150 * FUZZ):
+        data = bytearray(made[0])
+        table = size - 24 * COUNT
+        for _ in range(rng.integers(1, 3)):
+            i = int(rng.integers(COUNT))
+            record, allocation = RECORD + 24 * i, table + 24 * i
+            near = [size, table, table - 1, RECORD, MIN_PAGE, 2 * MIN_PAGE, *EXTREMES]
+            value = int(rng.choice(np.array(near, np.uint64)))
+            match rng.integers(4):
+                case 0:  # place
+                    data[record + 5 : record + 13] = data[allocation + 8 : allocation + 16] = struct.pack("<Q", value)
+                case 1:  # length
+                    data[allocation + 16 : allocation + 24] = struct.pack("<Q", value)
+                case 2:  # sides
+                    data[record + 1 : record + 5] = struct.pack("<HH", *rng.integers(0, 2**16, 2).tolist())
+                case 3:  # kind
+                    data[record] ^= 1
+        path.write_bytes(data)
+        if sealed:
+            sidecar_path(path).write_bytes(made[1])
+            seal(path)
+        found = outcome(path)
+        reached += "outside" in "".join(found)
+        assert found or data == made[0]
+    assert reached > 20 * FUZZ
+
+
+@pytest.mark.parametrize("number", [2**60, 2**64 - 1, 2**64 // 24 + 1, COUNT + 1, COUNT - 1])
+def test_a_hostile_number_of_samples(made, tmp_path, number):
+    path = tmp_path / "x.beton"
+    data = bytearray(made[0])
+    data[8:16] = struct.pack("<Q", number)
+    path.write_bytes(data)
+    with pytest.raises(BetonError, match="do not fit a file"):
+        BetonDataset(path)
+
+
+def test_a_file_that_shrinks_while_it_is_read(made, pixels, tmp_path):
+    """A mapped file would end the process here."""
+    path = tmp_path / "x.beton"
+    for keep in (0, RECORD, MIN_PAGE, MIN_PAGE + 3000, len(made[0]) - 300):
+        path.write_bytes(made[0])
+        with BetonDataset(path) as dataset:
+            os.truncate(path, keep)
+            for i in range(COUNT):
+                out = np.empty((dataset.height[i], dataset.width[i], 3), np.uint8)
+                if dataset.offset[i] + dataset.size[i] > keep:
+                    with pytest.raises(BetonError, match=rf"x\.beton, sample {i}: the file was cut short"):
+                        read_with_pil(dataset, i, out)
+                elif dataset.is_jpeg(i):
+                    read_with_pil(dataset, i, out)
+                    np.testing.assert_array_equal(out, pixels[i])
+            assert dataset.check()

@@ -1,0 +1,277 @@
+"""Tar shards, judged by those who read such files: webdataset, DALI and its wds2idx, tarfile, GNU tar and PIL."""
+
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from fastdeit.pipelines.formats import shards
+from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.shards import ShardDataset, ShardError, ShardWriter
+from fastdeit.pipelines.formats.sidecar import SidecarError
+
+NAMES = [f"class {i}" for i in range(1000)]
+
+
+def make_samples(count):
+    """`add` arguments of JPEG files and, every third, of raw pixels, of many sizes."""
+    rng = np.random.default_rng(count)
+    samples = []
+    for i in range(count):
+        height, width = (int(side) for side in rng.integers(9, 110, 2))
+        noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image, mode = noise.filter(ImageFilter.GaussianBlur(2)), RAW if i % 3 == 2 else JPEG
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=92)
+        data = image.tobytes() if mode == RAW else file.getvalue()
+        samples.append((data, {"height": height, "width": width, "label": int(rng.integers(1000)), "mode": mode}))
+    return samples
+
+
+def write(path, samples, **options):
+    with ShardWriter(path, len(samples), **options) as writer:
+        for data, described in samples:
+            writer.add(data, **described)
+        writer.finish(class_names=NAMES, source={"kind": "test"})
+    return path
+
+
+def files(folder):
+    """Every file below `folder` and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def decoded(data, described):
+    if described["mode"] == RAW:
+        return np.frombuffer(data, np.uint8).reshape(described["height"], described["width"], 3)
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples(11)
+
+
+@pytest.fixture(scope="module")
+def made(samples, tmp_path_factory):
+    """Eleven samples in shards of 3, 3, 3 and 2, for two nodes. Not to be changed."""
+    return write(tmp_path_factory.mktemp("shards") / "train", samples, shard_size=3, nodes=2)
+
+
+@pytest.fixture
+def own(made, tmp_path):
+    """A copy of `made` that may be changed."""
+    return shutil.copytree(made, tmp_path / "train")
+
+
+def open_files(folder):
+    """Files below `folder` that this process has open."""
+    links = [f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd")]
+    return [link for link in links if os.path.exists(link) and str(folder) in os.readlink(link)]
+
+
+def tars(folder):
+    return [str(path) for path in sorted(folder.glob("*.tar"))]
+
+
+def test_webdataset_reads_them(made, samples):
+    webdataset = pytest.importorskip("webdataset")
+    read = list(webdataset.WebDataset(tars(made), shardshuffle=False).decode("pil"))
+    assert [sample["__key__"] for sample in read] == [f"{i:09d}" for i in range(11)]
+    assert [sample["cls"] for sample in read] == [described["label"] for _, described in samples]
+    for sample, (data, described) in zip(read, samples, strict=True):
+        image = sample["jpg" if described["mode"] == JPEG else "ppm"]
+        assert np.array_equal(np.asarray(image), decoded(data, described))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_dali_reads_them(made, samples, indexed):
+    dali = pytest.importorskip("nvidia.dali")
+
+    @dali.pipeline_def(batch_size=11, num_threads=1, device_id=None)
+    def pipeline():
+        index = {"index_paths": [tar.replace(".tar", ".idx") for tar in tars(made)]} if indexed else {}
+        images, labels = dali.fn.readers.webdataset(paths=tars(made), ext=["jpg;ppm", "cls"], **index)
+        return images, dali.fn.decoders.image(images, device="cpu"), labels
+
+    pipe = pipeline()
+    pipe.build()
+    stored, images, labels = pipe.run()
+    for i, (data, described) in enumerate(samples):
+        assert bytes(np.asarray(stored.at(i))).endswith(data)
+        assert int(bytes(np.asarray(labels.at(i)))) == described["label"]
+        image = np.asarray(images.at(i)).astype(int)
+        assert image.shape == (described["height"], described["width"], 3)
+        # Nothing differs where DALI and PIL are built with one version of libjpeg-turbo.
+        bound = 0 if described["mode"] == RAW else 4
+        assert np.abs(image - decoded(data, described)).max() <= bound
+
+
+def test_the_index_is_that_of_dalis_script(made, tmp_path):
+    wds2idx = pytest.importorskip("wds2idx", reason="comes with nvidia-dali")
+    for tar in tars(made):
+        with wds2idx.IndexCreator(tar, str(tmp_path / "index"), verbose=False) as creator:
+            creator.create_index()
+        assert (tmp_path / "index").read_bytes() == Path(tar).with_suffix(".idx").read_bytes()
+
+
+def test_tarfile_and_tar_list_them(made, samples):
+    with tarfile.open(made / "shard-000001.tar") as archive:
+        members = archive.getmembers()
+        assert [m.name for m in members] == [
+            "000000003.jpg", "000000003.cls", "000000004.jpg", "000000004.cls", "000000005.ppm", "000000005.cls"
+        ]  # fmt: skip
+        for member in members:
+            assert member.isreg()
+            assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+            assert (member.uname, member.gname) == ("", "")
+        assert archive.extractfile(members[2]).read() == samples[4][0]
+        assert archive.extractfile(members[3]).read() == str(samples[4][1]["label"]).encode()
+        image = Image.open(archive.extractfile(members[4]))
+        assert image.format == "PPM"
+        assert image.tobytes() == samples[5][0]
+    listed = subprocess.run(["tar", "-tf", made / "shard-000001.tar"], capture_output=True, text=True, check=True)
+    assert listed.stdout.split() == [m.name for m in members]
+    assert listed.stderr == ""
+
+
+def test_the_header_is_the_one_tarfile_writes(made):
+    name = made / "shard-000000.tar"
+    with tarfile.open(name) as archive:
+        first = archive.getmembers()[0]
+    assert name.read_bytes()[:512] == first.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_samples_come_back(made, samples):
+    with open_dataset(made) as dataset:
+        assert isinstance(dataset, ShardDataset)
+        assert len(dataset) == 11
+        assert dataset.class_names == NAMES
+        assert dataset.num_classes == 1000
+        assert dataset.sidecar["source"] == {"kind": "test"}
+        assert dataset.shard.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+        for i in np.random.default_rng(0).permutation(11).tolist():
+            data, described = samples[i]
+            stored = dataset.read(i)
+            assert stored.tobytes() == data
+            assert not stored.flags.writeable
+            assert dataset.is_jpeg(i) == (described["mode"] == JPEG)
+            assert (dataset.height[i], dataset.width[i]) == (described["height"], described["width"])
+            assert dataset.label[i] == described["label"]
+        assert [a.dtype for a in (dataset.height, dataset.width, dataset.label)] == ["int32", "int32", "int64"]
+        assert dataset.check() == []
+        with pytest.raises(IndexError, match="no sample 11, only 0 to 10"):
+            dataset.read(11)
+        with pytest.raises(IndexError):
+            dataset.is_jpeg(-1)
+    with pytest.raises(ValueError, match="sample 0 asked for after the data set was closed"):
+        dataset.read(0)
+
+
+def test_both_formats_have_one_content_hash(made, samples, tmp_path):
+    with BetonWriter(tmp_path / "train.beton", len(samples), page_size=MIN_PAGE) as writer:
+        for data, described in samples:
+            writer.add(data, **described)
+        beton = writer.finish(class_names=NAMES)
+    shard = ShardDataset(made).sidecar
+    assert shard["content_hash"] == beton["content_hash"]
+    assert shard["crc32"] == beton["crc32"]
+
+
+def test_pickled_it_is_opened_by_its_path(made, samples):
+    again = pickle.loads(pickle.dumps(ShardDataset(made)))
+    assert [again.read(i).tobytes() for i in range(11)] == [data for data, _ in samples]
+
+
+def test_threads_share_few_open_files(made, samples, monkeypatch):
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 1)
+    dataset = ShardDataset(made)
+    order = np.random.default_rng(1).integers(0, 11, 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda i: dataset.read(i).tobytes() == samples[i][0], order))
+    assert len(open_files(made)) == 1
+    dataset.close()
+    assert open_files(made) == []
+
+
+def test_cut_short_under_the_reader(own):
+    dataset = ShardDataset(own)
+    dataset.read(0)
+    os.truncate(own / "shard-000000.tar", int(dataset.offset[1]) + 5)
+    with pytest.raises(ShardError, match=r"shard-000000\.tar, sample 1: .* 5 of \d+ bytes are left"):
+        dataset.read(1)
+    with pytest.raises(ShardError, match=r"shard-000000\.tar, sample 2: .* 0 of"):
+        dataset.read(2)
+    assert dataset.read(3).size
+    os.truncate(own / "shard-000002.tar", 100)
+    with pytest.raises(ShardError, match=r"shard-000002\.tar, sample 6: it was changed"):
+        dataset.read(6)
+
+
+def test_what_is_missing_is_named(own, tmp_path):
+    with pytest.raises(ShardError, match=r"is not a data set of fastdeit-convert: it has no samples\.npy"):
+        open_dataset(tmp_path)
+    with open(own / "shard-000001.tar", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: it has \d+ bytes instead of \d+"):
+        ShardDataset(own)
+    (own / "shard-000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: it is missing"):
+        ShardDataset(own)
+
+
+def test_without_sidecar_there_are_no_names(own):
+    (own / "dataset.json").unlink()
+    with ShardDataset(own) as dataset:
+        assert dataset.sidecar is dataset.class_names is dataset.content_hash is None
+        assert dataset.num_classes == dataset.label.max() + 1
+        assert dataset.check() == []
+
+
+def test_check_names_what_is_missing_or_too_much(own, samples):
+    dataset = ShardDataset(own)
+    (own / "shard-000001.idx").unlink()
+    (own / "shard-000009.tar").write_bytes(b"")
+    (own / "nodes" / "node-002.txt").write_bytes(b"")
+    found = dataset.check()
+    assert len(found) == 3
+    for name, sentence in zip(("shard-000001.idx", "shard-000009.tar", "nodes"), found, strict=True):
+        assert re.search(rf"{name}: it ", sentence)
+    write(own, samples[:3])
+    assert dataset.check() == [f"{own}: it was changed or replaced since the data set was opened"]
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(own, samples):
+    """In a sample's own bytes its crc32 tells, which the sidecar holds; everywhere else opening or `check`."""
+    original = files(own)
+    with ShardDataset(own) as dataset:
+        inside = {name: np.zeros(len(data), bool) for name, data in original.items()}
+        for shard, offset, size in zip(dataset.shard, dataset.offset, dataset.size, strict=True):
+            inside[f"shard-{shard:06d}.tar"][offset : offset + size] = True
+    rng = np.random.default_rng(0)
+    for name, data in original.items():
+        outside = np.flatnonzero(~inside[name])
+        for place in rng.choice(outside, min(len(outside), 60), replace=False).tolist():
+            changed = bytearray(data)
+            changed[place] ^= 1 << int(rng.integers(8))
+            (own / name).write_bytes(changed)
+            try:
+                with ShardDataset(own) as dataset:
+                    found = dataset.check()
+            except (ShardError, SidecarError) as error:
+                found = [str(error)]
+            # A table that no longer fits says so where it does not fit: at the sidecar or at a shard.
+            named = own if name == "samples.npy" else own / name.split("/")[0]
+            assert any(str(named) in sentence for sentence in found), (name, place, found)
+        (own / name).write_bytes(data)
+    assert ShardDataset(own).check() == []

@@ -1,0 +1,225 @@
+"""What `auto` chooses, why it says so, and that timing changes nothing; the judge of speed is a loader that sleeps."""
+
+import importlib.util
+import io
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.loaders import choose as loading
+from fastdeit.pipelines.loaders import turbo
+from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
+from fastdeit.pipelines.loaders.pillow import TorchLoader
+from fastdeit.pipelines.loaders.prefetch import make_pool
+from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+
+COUNT = 40
+
+
+def write(path, modes):
+    """A beton file with an image of every mode; label i."""
+    rng = np.random.default_rng(0)
+    with BetonWriter(path, len(modes), page_size=MIN_PAGE) as writer:
+        for i, mode in enumerate(modes):
+            image = Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))
+            file = io.BytesIO()
+            image.save(file, "JPEG")
+            data = file.getvalue() if mode == JPEG else image.tobytes()
+            writer.add(data, height=40 + i, width=50, label=i, mode=mode)
+        writer.finish(class_names=[str(i) for i in range(len(modes))], source={}, options={}, counts={})
+    return open_dataset(path)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("jpegs") / "jpegs.beton", [JPEG] * COUNT)
+
+
+@pytest.fixture
+def pool():
+    with make_pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def options(pool):
+    return {"pool": pool, "threads": 2, "regions": None, "on_error": "fail"}
+
+
+def sleeping(name, seconds, used):
+    """A loader that decodes as PIL does, `seconds` later, and notes each image."""
+
+    class Sleeping(TorchLoader):
+        def decode(self, index, out, region=None):
+            time.sleep(seconds)
+            used.append((name, index))
+            return super().decode(index, out)
+
+    Sleeping.name = name
+    return Sleeping
+
+
+@pytest.fixture
+def candidates(monkeypatch):
+    """Function: the fast loaders are these, by name and the seconds that each takes for an image; what they decode."""
+
+    def make(**seconds):
+        used = []
+        monkeypatch.setattr(loading, "FAST", {name: lambda: None for name in seconds})
+        for name, pause in seconds.items():
+            monkeypatch.setitem(loading.LOADERS, name, sleeping(name, pause, used))
+        return used
+
+    return make
+
+
+def test_the_fastest_is_chosen_and_the_rates_are_told(candidates, jpegs, options):
+    candidates(slow=0.004, quick=0.001, middling=0.002)
+    with open_loader("auto", jpegs, EvalOrder(COUNT, batch=10), **options) as loader:
+        assert loader.name == "quick"
+        for name in ("slow", "quick", "middling"):
+            assert f"{name} " in loader.reason
+        assert loader.reason.endswith(": quick")
+        assert next(loader.batches(0)).index.tolist() == list(range(10))
+
+
+def test_the_first_is_kept_unless_another_is_clearly_faster(candidates, jpegs, options, monkeypatch):
+    candidates(first=0, second=0)
+    order = EvalOrder(COUNT, batch=10)
+    for factor, chosen in ((1.04, "first"), (1.06, "second")):
+        monkeypatch.setattr(loading, "_rates", lambda _, factor=factor: {"first": 1000.0, "second": 1000.0 * factor})
+        assert choose_loader(jpegs, order, **options)[0] == chosen
+
+
+def test_each_decodes_the_first_images_of_the_order_with_all_their_copies(candidates, jpegs, options, monkeypatch):
+    used = candidates(a=0, b=0)
+    monkeypatch.setattr(loading, "ROUNDS", 3)
+    monkeypatch.setattr(loading, "PIXELS", 5 * 80 * 50 // 2)  # about five images in all
+    order = EpochOrder(COUNT, global_batch=24, group_size=8, repeats=3, seed=4)
+    asked = []
+
+    def regions(epoch, step, samples):
+        asked.append((epoch, step, samples.index.tolist()))
+        return np.tile(np.array([0, 0, 4, 4], np.int32), (len(samples.index), 1))
+
+    choose_loader(jpegs, order, **{**options, "regions": regions})
+    samples = order.step(0, 0).index.tolist()
+    # Regions only ever of whole steps: who draws them may keep what was drawn.
+    assert asked == [(0, 0, samples)]
+    first = list(dict.fromkeys(samples))
+    for name in ("a", "b"):
+        decoded = [index for who, index in used if who == name]
+        images = set(decoded)
+        assert images == set(first[: len(images)])
+        assert 2 <= len(images) < len(first)
+        assert all(decoded.count(index) == 4 for index in images)  # three rounds, and one that does not count
+
+
+def test_the_time_it_takes_is_bounded(candidates, jpegs, options, monkeypatch):
+    candidates(a=0.01, b=0.01)
+    monkeypatch.setattr(loading, "SECONDS", 0.1)
+    start = time.monotonic()
+    choose_loader(jpegs, EvalOrder(COUNT, batch=10), **options)
+    assert time.monotonic() - start < 5 * 2 * 10 * 0.01  # less than the five rounds
+
+
+def test_one_alone_is_not_timed(candidates, jpegs, options):
+    used = candidates(alone=0)
+    assert choose_loader(jpegs, EvalOrder(COUNT, batch=10), **options) == (
+        "alone",
+        "the only one of alone that is installed",
+    )
+    assert used == []
+
+
+def test_raw_images_are_not_timed(candidates, tmp_path, options):
+    used = candidates(a=0, b=0)
+    dataset = write(tmp_path / "raw.beton", [RAW] * 8)
+    name, reason = choose_loader(dataset, EvalOrder(8, batch=8), **options)
+    assert name == "a"
+    assert "raw" in reason
+    assert used == []
+    mixed = write(tmp_path / "mixed.beton", [RAW, JPEG] * 4)
+    choose_loader(mixed, EvalOrder(8, batch=8), **options)
+    assert {index for _, index in used} == {1, 3, 5, 7}
+
+
+def test_an_image_that_does_not_decode_is_told(candidates, tmp_path, options):
+    candidates(a=0, b=0)
+    dataset = write(tmp_path / "bad.beton", [JPEG] * 8)
+    read = dataset.read
+    dataset.read = lambda index: read(index)[:100] if index == 5 else read(index)
+    name, reason = choose_loader(dataset, EvalOrder(8, batch=8), **options)
+    assert name == "a"
+    assert "not timed" in reason
+    assert "bad.beton: image 5" in reason
+
+
+def test_one_that_cannot_be_opened_is_told(candidates, jpegs, options, monkeypatch):
+    candidates(a=0, b=0.002, c=0)
+
+    def fail(self, *unused):
+        raise UserError("its library is broken: install another")
+
+    for method in ("_load", "decode"):
+        monkeypatch.setitem(loading.LOADERS, "c", type("Broken", (TorchLoader,), {method: fail}))
+        name, reason = choose_loader(jpegs, EvalOrder(COUNT, batch=10), **options)
+        assert name == "a"
+        assert "not c: its library is broken: install another" in reason
+    for other in ("a", "b"):
+        monkeypatch.setitem(loading.LOADERS, other, loading.LOADERS["c"])
+    name, reason = choose_loader(jpegs, EvalOrder(COUNT, batch=10), **options)
+    assert name == "torch"
+    assert "not a: its library is broken" in reason
+
+
+def test_without_any_it_is_torch_and_says_what_to_install(jpegs, options, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(turbo, "__file__", str(tmp_path / "loader_turbo.py"))
+    turbo.find_turbo.cache_clear()
+    loader = open_loader("auto", jpegs, EvalOrder(COUNT, batch=8), **options)
+    assert loader.name == "torch"
+    assert "FFCV" not in loader.reason  # its pixels are its own: by name alone
+    assert "NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]'" in loader.reason
+    assert "libjpeg-turbo" in loader.reason
+    for name in ("ffcv", "dali", "turbo"):
+        with pytest.raises(UserError, match="install"):
+            open_loader(name, jpegs, EvalOrder(COUNT, batch=8), **options)
+
+
+def test_a_broken_ffcv_library_is_reported(tmp_path, monkeypatch):
+    package = tmp_path / "ffcv"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "_libffcv.so").write_bytes(b"no library")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "ffcv", raising=False)  # a test before this one may have imported the real one
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.find_libffcv()
+
+
+def test_nothing_large_is_imported_to_look_for_it():
+    code = """
+import sys
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.loaders.choose import FAST
+for find in FAST.values():
+    try:
+        find()
+    except UserError:
+        pass
+assert not {"ffcv", "nvidia.dali"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_unknown_loader_is_refused(jpegs, options):
+    with pytest.raises(UserError, match="'none' is not one of auto, turbo, ffcv, dali, torch"):
+        open_loader("none", jpegs, EvalOrder(COUNT, batch=8), **options)

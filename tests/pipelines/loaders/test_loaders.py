@@ -1,0 +1,251 @@
+"""Every loader against PIL and the order asked for, from both formats; one suite for all."""
+
+import io
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.shards import ShardWriter
+from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
+from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+
+# What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
+# other loaders are exact.
+FAST_DCT = {75: (10, 1.2), 85: (10, 1.2), 92: (10, 1.2), 95: (20, 1.8)}
+# Of the four files that the decoders may refuse, those that they do.
+REFUSED = {"torch": [], "dali": [2], "ffcv": [1, 2, 3], "turbo": [1, 2, 3]}
+
+
+def picture(seed, size):
+    """A smooth image, (width, height) pixels."""
+    rng = np.random.default_rng(seed)
+    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return noise.filter(ImageFilter.GaussianBlur(2))
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 92, **options})
+    return file.getvalue()
+
+
+def write(path, samples):
+    """A data set of (bytes, (width, height), mode) samples: a beton file, or else a folder of shards.
+
+    Labels count 0, 3, 6, ...
+    """
+    beton = path.suffix == ".beton"
+    opened = BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples))
+    with opened as writer:
+        for i, (data, (width, height), mode) in enumerate(samples):
+            writer.add(data, height=height, width=width, label=3 * i, mode=mode)
+        writer.finish(class_names=[f"c{i}" for i in range(3 * len(samples))], source={}, options={}, counts={})
+    return open_dataset(path)
+
+
+def with_pil(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def pil_pixels(dataset, index):
+    return with_pil(dataset.read(index).tobytes())
+
+
+@pytest.fixture(scope="module", params=["beton", "shards"])
+def many(request, tmp_path_factory):
+    """40 JPEGs of different sizes, in each format."""
+    sizes = [(33 + 7 * (i % 5), 40 + i) for i in range(40)]
+    samples = [(jpeg(picture(i, size)), size, JPEG) for i, size in enumerate(sizes)]
+    return write(tmp_path_factory.mktemp("many") / ("many.beton" if request.param == "beton" else "many"), samples)
+
+
+@pytest.fixture
+def pool():
+    with make_pool(3) as pool:
+        yield pool
+
+
+@pytest.fixture(params=LOADERS)
+def opened(request, pool):
+    """Opens the loader under test on a data set and an order; by default evaluation in batches of 8."""
+    if request.param in FAST:
+        try:
+            FAST[request.param]()
+        except UserError as error:
+            pytest.skip(str(error))
+
+    def open_one(dataset, order=None, **options):
+        order = order or EvalOrder(len(dataset), batch=8)
+        return open_loader(request.param, dataset, order, pool=pool, threads=3, **options)
+
+    open_one.name = request.param
+    return open_one
+
+
+class Reading:
+    """A data set that counts what is read of it."""
+
+    def __init__(self, dataset):
+        self.dataset, self.counts = dataset, Counter()
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def read(self, index):
+        self.counts[index] += 1
+        return self.dataset.read(index)
+
+
+def bound(name, quality=92):
+    return FAST_DCT[quality] if name == "ffcv" else (0, 0)
+
+
+def check_pixels(dataset, batch, name):
+    most, mean = bound(name)
+    for slot in range(len(batch.offset)):
+        index = batch.index[np.nonzero(batch.source == slot)[0][0]]
+        difference = np.abs(batch.image(slot).astype(int) - pil_pixels(dataset, index))
+        assert difference.max() <= most
+        assert difference.mean() <= mean
+
+
+def test_batches_are_those_of_the_order(opened, many):
+    order = EpochOrder(len(many), global_batch=24, group_size=4, seed=5)
+    for epoch in (0, 3):
+        with opened(many, order) as loader:
+            batches = list(loader.batches(epoch))
+        assert [(b.epoch, b.step) for b in batches] == [(epoch, step) for step in range(order.steps)]
+        for batch in batches:
+            np.testing.assert_array_equal(batch.index, order.step(epoch, batch.step).index)
+            np.testing.assert_array_equal(batch.label, 3 * batch.index)
+            assert batch.fallbacks == []
+            # Distinct images, in the order that they first appear in.
+            assert list(dict.fromkeys(batch.index.tolist())) == [
+                batch.index[batch.source == slot][0] for slot in range(len(batch.offset))
+            ]
+            assert (batch.height[batch.source] == many.height[batch.index]).all()
+            check_pixels(many, batch, opened.name)
+
+
+def test_images_do_not_overlap_and_are_aligned(opened, many):
+    with opened(many) as loader:
+        batch = next(iter(loader.batches(0)))
+    assert ((batch.pixels.ctypes.data + batch.offset) % 64 == 0).all()
+    end = batch.offset + batch.height.astype(np.int64) * batch.width * 3
+    assert (end[:-1] <= batch.offset[1:]).all()
+    assert end[-1] <= len(batch.pixels)
+
+
+def test_each_image_is_decoded_once_for_all_its_copies(opened, many):
+    order = EpochOrder(len(many), global_batch=20, group_size=4, repeats=3)  # 20 is no multiple of 3
+    reading = Reading(many)
+    with opened(reading, order) as loader:
+        batches = list(loader.batches(2))
+    images = {i for b in batches for i in b.index.tolist()}
+    straddling = sum(len(set(a.index.tolist()) & set(b.index.tolist())) for a, b in itertools.pairwise(batches))
+    assert straddling > 0
+    assert reading.counts == Counter(dict.fromkeys(images, 1))
+    assert (loader.decoded, loader.reused) == (len(images), straddling)
+    for batch in batches:
+        check_pixels(many, batch, opened.name)
+
+
+def test_a_step_is_the_same_from_any_start(opened, many):
+    order = EpochOrder(len(many), global_batch=8, group_size=4)
+    with opened(many, order) as loader:
+        whole = list(loader.batches(1))
+        for first in range(order.steps + 1):
+            rest = list(loader.batches(1, first))
+            assert [b.step for b in rest] == list(range(first, order.steps))
+            for batch, same in zip(rest, whole[first:], strict=True):
+                np.testing.assert_array_equal(batch.index, same.index)
+                for slot in range(len(batch.offset)):
+                    np.testing.assert_array_equal(batch.image(slot), same.image(slot))
+
+
+def test_last_step_of_an_evaluation_is_smaller(opened, many):
+    with opened(many, EvalOrder(len(many), batch=16, rank=1, world=3)) as loader:
+        index = [b.index.tolist() for b in loader.batches(0)]
+    assert index == [list(range(1, 40, 3))]
+
+
+def test_a_batch_stays_as_it_is_while_later_ones_are_decoded(opened, many):
+    with opened(many) as loader, Prefetcher(loader.batches(0), 2) as batches:
+        first = next(batches)
+        before = first.pixels.copy()
+        rest = list(batches)
+        np.testing.assert_array_equal(first.pixels, before)
+    assert len(rest) == 4
+
+
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
+@pytest.mark.parametrize("quality", FAST_DCT)
+def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality, subsampling):
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
+    data = [jpeg(image, quality=quality, subsampling=subsampling) for image in photographs]
+    dataset = write(tmp_path / "p", [(d, i.size, JPEG) for d, i in zip(data, photographs, strict=True)])
+    with opened(dataset) as loader:
+        batch = next(iter(loader.batches(0)))
+    most, mean = bound(opened.name, quality)
+    for slot, stored in enumerate(data):
+        difference = np.abs(batch.image(slot).astype(int) - with_pil(stored))
+        assert difference.max() <= most
+        assert difference.mean() <= mean
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "L"},
+        {"progressive": True},
+        {"subsampling": "4:2:2"},
+        {"exif": b"Exif\0\0" + bytes(300)},
+        {"dpi": (9, 9)},
+    ],
+    ids=["gray", "progressive", "4:2:2", "exif", "dpi"],
+)
+def test_kinds_of_jpeg(opened, tmp_path, options):
+    options = dict(options)
+    image = picture(1, (61, 47)).convert(options.pop("mode", "RGB"))
+    dataset = write(tmp_path / "k.beton", [(jpeg(image, **options), image.size, JPEG)])
+    with opened(dataset) as loader:
+        batch = next(iter(loader.batches(0)))
+    check_pixels(dataset, batch, opened.name)
+    assert batch.fallbacks == []
+
+
+def test_raw_pixels_are_copied(opened, tmp_path):
+    images = [picture(i, (20 + i, 17)) for i in range(5)]
+    dataset = write(tmp_path / "r.beton", [(i.tobytes(), i.size, RAW) for i in images])
+    with opened(dataset) as loader:
+        batch = next(iter(loader.batches(0)))
+    for slot, image in enumerate(images):
+        np.testing.assert_array_equal(batch.image(slot), np.asarray(image))
+
+
+def test_what_the_decoder_refuses_is_read_by_pil_and_listed(opened, tmp_path):
+    plain = jpeg(picture(2, (40, 30)))
+    stored = [
+        plain,
+        jpeg(picture(1, (40, 30)).convert("CMYK")),
+        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
+        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
+    ]
+    dataset = write(tmp_path / "c.beton", [(data, (40, 30), JPEG) for data in stored])
+    with opened(dataset) as loader:
+        batch = next(iter(loader.batches(0)))
+    assert batch.fallbacks == REFUSED[opened.name]
+    for slot in (1, 2, 3):
+        np.testing.assert_array_equal(batch.image(slot), with_pil(stored[slot]))
+    check_pixels(dataset, batch, opened.name)

@@ -1,0 +1,255 @@
+"""Every loader in trouble: damage, early ends, exceptions, files that change; one suite for all."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image, ImageFilter
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, BetonError, BetonWriter
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.shards import ShardError, ShardWriter
+from fastdeit.pipelines.loaders.base import DecodeError
+from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
+from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+from fastdeit.pipelines.machine import MachineError
+from fastdeit.pipelines.plan.order import EvalOrder
+
+
+def picture(seed, size):
+    """A smooth image, (width, height) pixels."""
+    rng = np.random.default_rng(seed)
+    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return noise.filter(ImageFilter.GaussianBlur(2))
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 92, **options})
+    return file.getvalue()
+
+
+def write(path, samples):
+    """A data set of (bytes, (width, height), mode) samples: a beton file, or else a folder of shards.
+
+    Labels count 0, 3, 6, ...
+    """
+    beton = path.suffix == ".beton"
+    opened = BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples))
+    with opened as writer:
+        for i, (data, (width, height), mode) in enumerate(samples):
+            writer.add(data, height=height, width=width, label=3 * i, mode=mode)
+        writer.finish(class_names=[f"c{i}" for i in range(3 * len(samples))], source={}, options={}, counts={})
+    return open_dataset(path)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """40 JPEGs of different sizes."""
+    sizes = [(33 + 7 * (i % 5), 40 + i) for i in range(40)]
+    samples = [(jpeg(picture(i, size)), size, JPEG) for i, size in enumerate(sizes)]
+    return write(tmp_path_factory.mktemp("many") / "many.beton", samples)
+
+
+@pytest.fixture
+def pool():
+    with make_pool(3) as pool:
+        yield pool
+
+
+@pytest.fixture(params=LOADERS)
+def opened(request, pool):
+    """Opens the loader under test on a data set and an order; by default evaluation in batches of 8."""
+    if request.param in FAST:
+        try:
+            FAST[request.param]()
+        except UserError as error:
+            pytest.skip(str(error))
+
+    def open_one(dataset, order=None, **options):
+        order = order or EvalOrder(len(dataset), batch=8)
+        return open_loader(request.param, dataset, order, pool=pool, threads=3, **options)
+
+    open_one.name = request.param
+    return open_one
+
+
+class Hooked:
+    """A data set that calls `hook` with every index that is read."""
+
+    def __init__(self, dataset, hook=lambda index: None):
+        self.dataset, self.hook = dataset, hook
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def read(self, index):
+        self.hook(index)
+        return self.dataset.read(index)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "no_end", "header_only"])
+def test_a_damaged_image_is_named_after_the_batches_before_it(opened, tmp_path, damage):
+    good = jpeg(picture(0, (90, 70)), quality=95)
+    bad = {
+        "truncated": good[: len(good) // 2],
+        "garbage": bytes(range(256)) * 4,
+        "no_end": good[:-60],
+        "header_only": good[:150],
+    }[damage]
+    samples = [(good, (90, 70), JPEG)] * 12
+    samples[10] = (bad, (90, 70), JPEG)
+    dataset = write(tmp_path / "bad.beton", samples)
+    with opened(dataset) as loader, Prefetcher(loader.batches(0), 2) as batches:
+        assert next(batches).step == 0
+        with pytest.raises(DecodeError, match=r"bad\.beton: image 10: PIL cannot read it .*; replace .* convert"):
+            next(batches)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PNG"])
+def test_what_is_no_jpeg_is_not_read_as_anything_else(opened, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("an image started a program"))
+    file = io.BytesIO()
+    picture(0, (90, 70)).save(file, kind)
+    dataset = write(tmp_path / "other.beton", [(file.getvalue(), (90, 70), JPEG)])
+    with opened(dataset) as loader, pytest.raises(DecodeError, match=r"other\.beton: image 0: PIL cannot read it"):
+        next(loader.batches(0))
+
+
+@pytest.mark.parametrize("stored", [(90, 70), (45, 35), (180, 140), (70, 90)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_wrong_size_in_the_data_set_is_never_scaled_to_fit(opened, tmp_path, stored, progressive):
+    data = jpeg(picture(0, stored), progressive=progressive)
+    dataset = write(tmp_path / "size.beton", [(data, (90, 71), JPEG)])
+    with (
+        opened(dataset) as loader,
+        pytest.raises(DecodeError, match=rf"image 0: the JPEG is {stored[0]} x {stored[1]} "),
+    ):
+        next(iter(loader.batches(0)))
+
+
+def test_a_file_cut_short_under_its_reader_is_an_error_not_a_crash(opened, tmp_path):
+    samples = [(jpeg(picture(i, (90, 70))), (90, 70), JPEG) for i in range(24)]
+    for path in (tmp_path / "cut.beton", tmp_path / "shards"):
+        dataset = write(path, samples)
+        file = path if path.is_file() else path / "shard-000000.tar"
+        with opened(dataset) as loader, Prefetcher(loader.batches(0), 1) as batches:
+            next(batches)
+            os.truncate(file, int(dataset.offset[18]) + 5)
+            with pytest.raises(
+                (BetonError, ShardError), match=r"(cut\.beton|shard-000000\.tar), sample \d+: .*cut short"
+            ):
+                list(batches)
+        # What is replaced would depend on when it was cut.
+        with opened(dataset, on_error="replace") as loader, pytest.raises((BetonError, ShardError), match="cut short"):
+            list(loader.batches(0))
+
+
+def test_a_worker_exception_stops_the_others_and_surfaces(opened, many):
+    started = []
+
+    def hook(index):
+        started.append(index)
+        if index == 3:
+            raise MemoryError("no room")
+        time.sleep(0.02)
+
+    with opened(Hooked(many, hook), EvalOrder(len(many), batch=40)) as loader:
+        with pytest.raises(MachineError, match=r"many\.beton: image 3: .*out of memory.*no room"):
+            next(iter(loader.batches(0)))
+        count = len(started)
+        assert count < 20
+        time.sleep(0.05)
+        assert len(started) == count
+
+
+def test_the_loader_can_be_used_after_an_error(opened, many):
+    dataset = Hooked(many, lambda index: 1 / 0)
+    with opened(dataset) as loader:
+        with pytest.raises(ZeroDivisionError):
+            next(iter(loader.batches(0)))
+        dataset.hook = lambda index: None
+        after = next(iter(loader.batches(0)))
+    with opened(many) as loader:
+        before = next(iter(loader.batches(0)))
+    assert (after.offset == before.offset).all()
+    for slot in range(len(after.offset)):
+        np.testing.assert_array_equal(after.image(slot), before.image(slot))
+
+
+def test_closing_stops_a_step_that_is_being_decoded(opened, many):
+    entered, seen = threading.Event(), []
+
+    def hook(index):
+        entered.set()
+        seen.append(index)
+        time.sleep(0.05)
+
+    loader = opened(Hooked(many, hook), EvalOrder(len(many), batch=40))
+    with Prefetcher(loader.batches(0), 1) as batches:
+        entered.wait(5)
+        loader.close()
+        with pytest.raises(RuntimeError, match="closed while it decoded"):
+            next(batches)
+    assert len(seen) < 12
+
+
+def test_closing_early_leaves_no_thread(opened, many, pool):
+    def threads():
+        return len(os.listdir("/proc/self/task")) - len(pool._threads)  # which stay
+
+    with opened(many) as loader:  # the first one loads libraries, which may keep threads
+        next(loader.batches(0))
+    before = threads()
+    for _ in range(3):
+        with opened(many) as loader, Prefetcher(loader.batches(0), 2) as batches:
+            next(batches)
+    deadline = time.monotonic() + 5  # the kernel lists a thread for a moment after it was joined
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() <= before
+
+
+SCRIPT = """
+import sys, time
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.loaders.choose import open_loader
+from fastdeit.pipelines.plan.order import EpochOrder
+from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+
+name, path = sys.argv[1:]
+dataset = BetonDataset(path)
+with make_pool(2) as pool:
+    order = EpochOrder(len(dataset), global_batch=20, group_size=4)
+    with open_loader(name, dataset, order, pool=pool, threads=2) as loader:
+        epoch = 0
+        while True:
+            epoch += 1
+            with Prefetcher(loader.batches(epoch), 2) as batches:
+                for _ in batches:
+                    if epoch == 2:
+                        print("ready", flush=True)
+"""
+
+
+def test_ctrl_c_ends_the_program(opened, many):
+    command = [sys.executable, "-c", SCRIPT, opened.name, str(many.path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert error.rstrip().endswith("KeyboardInterrupt")
+    assert process.returncode == -signal.SIGINT
