@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.plan.policy import Policy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -63,23 +64,9 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Policy):
     """Training augmentation (paper, Table 9) and the evaluation transform."""
 
-    policy: Literal["randaugment", "three_augment", "plain"] = "randaugment"
-    randaugment: str = "rand-m9-mstd0.5-inc1"  # timm's notation
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # of the image area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of RandAugment's geometric ops
-    color_jitter: float = 0.3  # three_augment only: timm's rule is none where RandAugment is on
-    erase_prob: float = 0.25
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
-    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
-    mixup_alpha: float = 0.8  # 0: no Mixup
-    cutmix_alpha: float = 1.0  # 0: no CutMix
-    mix_prob: float = 1.0
-    cutmix_switch_prob: float = 0.5
     label_smoothing: float = 0.1
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

@@ -20,21 +20,6 @@ from fastdeit.pipelines.jit import compiled, inlined
 MARGIN = 2  # pixels that a bicubic filter reaches beyond the edge
 
 
-def rotation(degrees: float, size: int) -> tuple[float, float, float, float, float, float]:
-    """The matrix of `PIL.Image.rotate` for a square image: output to input coordinates, in pixels."""
-    angle = -math.radians(degrees % 360.0)
-    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    center = size / 2
-    return (
-        cos,
-        sin,
-        cos * -center + sin * -center + 0.0 + center,
-        round(-math.sin(angle), 15),
-        cos,
-        round(-math.sin(angle), 15) * -center + cos * -center + 0.0 + center,
-    )
-
-
 @inlined
 def _linear(a, b, d):
     return a + (b - a) * d

@@ -20,8 +20,11 @@ from fastdeit.pipelines.jit import compiled
 from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP
 
 
-class FinishScratch(NamedTuple):
-    """Work memory of one thread for `finish`; made by `finish_scratch`. First axis: the two samples of a pair."""
+class NormalizeScratch(NamedTuple):
+    """Work memory of one thread for `normalize_erase_mix`; made by `normalize_scratch`.
+
+    First axis: the two samples of a pair.
+    """
 
     value: np.ndarray  # (2, 3, 256) float32: what a level becomes
     line: np.ndarray  # (2, size) float32
@@ -30,22 +33,15 @@ class FinishScratch(NamedTuple):
     draw: NoiseScratch
 
 
-def finish_scratch(size: int) -> FinishScratch:
+def normalize_scratch(size: int) -> NormalizeScratch:
     """Work memory for images of `size` x `size`."""
-    return FinishScratch(
+    return NormalizeScratch(
         value=np.empty((2, 3, 256), np.float32),
         line=np.empty((2, size), np.float32),
         noise=np.empty((2, NOISE_ROWS * size), np.float32),
         mixed=np.empty(size, np.float32),
         draw=noise_scratch(size),
     )
-
-
-def normalised_levels(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
-    """(3, 256) float32: every level as ToTensor and Normalize make it, to the bit."""
-    levels = np.arange(256, dtype=np.float32) / np.float32(255)
-    mean32, std32 = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
-    return (levels - mean32) / std32
 
 
 def _write(out, line):
@@ -87,12 +83,12 @@ def _erase_row(seed, epoch, index, repeat, box, row, at, line, noise, draw):
 
 
 @compiled
-def finish(first, second, seed, epoch, plan, planes, tables, levels, size, out, scratch):
+def normalize_erase_mix(first, second, seed, epoch, plan, planes, tables, levels, size, out, scratch):
     """Finish one sample (`second` -1), or two that mix, into rows `first` and `second` of `out`.
 
     plan    arrays of the plan, see `PlanArrays`
     planes  (2, 3 * size * size) uint8 the images, tables (2, 768) uint8 what is still to be done to their levels
-    levels  (3, 256) float32 of `normalised_levels`
+    levels  (3, 256) float32 of `normalized_levels`
     out     (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16
     """
     group = plan.group[first]

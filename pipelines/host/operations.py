@@ -45,14 +45,6 @@ def operation_scratch(size: int) -> OperationScratch:
     )
 
 
-def matrices(op: np.ndarray, arg: np.ndarray, size: int) -> np.ndarray:
-    """(B, L, 6) float64 matrices of the rotations in a plan, zero elsewhere. op, arg: (B, L) of the plan."""
-    out = np.zeros((*op.shape, 6), np.float64)
-    for place in zip(*np.nonzero(op == _ROTATE), strict=True):
-        out[place] = geometric.rotation(float(arg[place]), size)
-    return out
-
-
 @compiled
 def _on_levels(code, arg, planes, table, histogram):
     """Do an operation that maps levels, which needs the pixels for a histogram at most; False if it is no such one."""
@@ -81,7 +73,7 @@ def apply_operations(planes, table, op, arg, matrix, interp, fill, size, scratch
 
     planes       (3 * size * size,) uint8
     table        (768,) uint8 output: what is still to be done to the levels of `planes`, by channel
-    op, arg, interp, matrix  a sample's row of the plan and of `matrices`
+    op, arg, interp, matrix  a sample's row of the plan and of `rotation_matrices`
     fill         (3,) uint8, the colour of what comes from outside the image
     """
     photometric.reset_table(table)

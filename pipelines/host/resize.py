@@ -71,16 +71,6 @@ def _weight(x: float, cubic: bool) -> float:
     return 0.0
 
 
-def source_range(size_in: int, size_out: int, first: int, wanted: int) -> tuple[int, int]:
-    """First and end of what `resize`, bicubic, reads of an axis for outputs first .. first + wanted - 1."""
-    if size_in == size_out:
-        return first, first + wanted
-    scale = size_in / size_out
-    support = 2.0 * max(scale, 1.0)
-    low, high = ((out + 0.5) * scale for out in (first, first + wanted - 1))
-    return max(0, int(low - support + 0.5)), min(size_in, int(high + support + 0.5))
-
-
 @compiled
 def _find_taps(taps, start, count, weight, size_in, size_out, first, wanted, cubic):
     """Weights of outputs first .. first + wanted - 1 of an axis; returns how many taps an output has room for."""

@@ -27,6 +27,7 @@ from fastdeit.pipelines.plan.philox import ORDER, Word, check_seed, philox
 class StepSamples:
     """The samples of one step of one rank.
 
+    epoch, step           counted from 0
     index     (B,) int64  dataset index
     repeat    (B,) int32  which copy of the image, 0 to repeats - 1
     position  (B,) int64  place in the global batch, the same on every world size
@@ -34,6 +35,8 @@ class StepSamples:
     first_group           number of the rank's first group within the global batch
     """
 
+    epoch: int
+    step: int
     index: np.ndarray
     repeat: np.ndarray
     position: np.ndarray
@@ -42,7 +45,7 @@ class StepSamples:
 
 
 class Order(Protocol):
-    """Random access to the steps of an epoch; what a loader is opened on."""
+    """Random access to the steps of an epoch."""
 
     @property
     def steps(self) -> int: ...
@@ -147,6 +150,8 @@ class EpochOrder:
         place, repeat = np.divmod(entry, self.repeats)
         first_group = start // self.group_size
         return StepSamples(
+            epoch=epoch,
+            step=step,
             index=self.permutation(epoch)[place].astype(np.int64),
             repeat=repeat.astype(np.int32),
             position=position,
@@ -178,8 +183,13 @@ class EvalOrder:
         index = self._index[start : start + self._batch]
         if start < 0 or len(index) == 0:
             raise IndexError(f"step {step} of an evaluation of {self.steps} steps")
-        zeros = np.zeros(len(index), dtype=np.int32)
-        return StepSamples(index=index, repeat=zeros, position=index, group=zeros, first_group=0)
+        return plain_samples(index, epoch, step)
+
+
+def plain_samples(index: np.ndarray, epoch: int = 0, step: int = 0) -> StepSamples:
+    """The images `index` (B,) int64, one copy each, in one group."""
+    zeros = np.zeros(len(index), dtype=np.int32)
+    return StepSamples(epoch=epoch, step=step, index=index, repeat=zeros, position=index, group=zeros, first_group=0)
 
 
 @compiled

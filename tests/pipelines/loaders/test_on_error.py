@@ -18,6 +18,7 @@ from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from ordered import Ordered
 
 COUNT = 24
 SIZES = [(40 + 3 * i, 60 - i) for i in range(COUNT)]
@@ -87,7 +88,7 @@ def opened(request):
 
         def open_one(dataset, order, threads=3, **options):
             try:
-                return open_loader(request.param, dataset, order, pool=pool, threads=threads, **options)
+                return Ordered(open_loader(request.param, dataset, pool=pool, threads=threads, **options), order)
             except UserError as error:
                 if "install" in str(error):
                     pytest.skip(str(error))
@@ -219,4 +220,4 @@ def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
 
 def test_another_policy_is_refused(damaged):
     with make_pool(1) as pool, pytest.raises(UserError, match="on_error 'skip' is not one of fail, replace"):
-        LOADERS["torch"](damaged, EvalOrder(COUNT, batch=4), pool=pool, threads=1, on_error="skip")
+        LOADERS["torch"](damaged, pool=pool, threads=1, on_error="skip")

@@ -21,6 +21,7 @@ from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
+from ordered import Ordered
 
 
 def picture(seed, size):
@@ -75,7 +76,7 @@ def opened(request, pool):
 
     def open_one(dataset, order=None, **options):
         order = order or EvalOrder(len(dataset), batch=8)
-        return open_loader(request.param, dataset, order, pool=pool, threads=3, **options)
+        return Ordered(open_loader(request.param, dataset, pool=pool, threads=3, **options), order)
 
     open_one.name = request.param
     return open_one
@@ -226,12 +227,13 @@ from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.loaders.choose import open_loader
 from fastdeit.pipelines.plan.order import EpochOrder
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+from ordered import Ordered
 
 name, path = sys.argv[1:]
 dataset = BetonDataset(path)
 with make_pool(2) as pool:
     order = EpochOrder(len(dataset), global_batch=20, group_size=4)
-    with open_loader(name, dataset, order, pool=pool, threads=2) as loader:
+    with Ordered(open_loader(name, dataset, pool=pool, threads=2), order) as loader:
         epoch = 0
         while True:
             epoch += 1
