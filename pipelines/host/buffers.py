@@ -1,4 +1,4 @@
-"""Output memory that is used again, as tensors: see `Arenas` for why and for how long."""
+"""Reusable output memory as tensors; `Arenas` explains why and for how long."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BITS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 class Buffers:
-    """Hands out tensors, pinned or not; a tensor's memory comes back when the last tensor that shares it is gone."""
+    """Hands out tensors, pinned or not. A tensor's memory returns when the last tensor that shares it is gone."""
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._arenas = Arenas(pinned=pinned)

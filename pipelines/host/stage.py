@@ -1,7 +1,7 @@
-"""Decoded images and a plan in, a training batch out, on the CPU.
+"""Makes a training batch from decoded images and a plan, on the CPU.
 
-The unit of work is a pair of samples that mix with one another: it stays in a core's cache from the crop to the
-finished floats. Threads take units in turn and share nothing, so their number changes no pixel.
+The unit of work is a pair of samples that mix. It stays in a core's cache from the crop to the finished floats. Threads
+take units in turn and share nothing, so their number changes no pixel.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fastdeit.pipelines.jit import compiled, is_compiled
 from fastdeit.pipelines.plan.checks import check_plan
 from fastdeit.pipelines.plan.plan import BICUBIC, Plan, evaluation_plan
 
-_CHUNK = 2  # units that a thread takes at a time
+_CHUNK = 2  # units per turn of a thread
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the network is trained on, or evaluated with.
+    """Images and labels for one training or evaluation step.
 
-    images   (B, 3, S, S), or laid out as the stage was asked to; float32, bfloat16 or float16
+    images   (B, 3, S, S), or in the layout that the stage was given; float32, bfloat16 or float16
     label_a, label_b  (B,) int64: a sample's own label and its partner's
     lam      (B,) float32: share of `label_a`
     index    (B,) int64: dataset index
@@ -61,10 +61,10 @@ class Batch:
 
 
 class _Work(NamedTuple):
-    """A batch as the compiled code sees it: `DecodedBatch` and `Plan`, and the place of each sample in its image.
+    """A batch for the compiled code: `DecodedBatch`, `Plan`, and the place of each sample in its image.
 
-    window (B, 4) int32  height and width to resize to, top and left of the part that is kept
-    unit   (U, 2) int32  samples that are finished together; second -1: one alone
+    window (B, 4) int32  height and width to resize to, top and left of the part to keep
+    unit   (U, 2) int32  samples to finish together; second -1: one alone
     """
 
     pixels: np.ndarray
@@ -99,16 +99,16 @@ class _Scratch(NamedTuple):
 class HostStage:
     """Turns decoded images and their plan into a batch, or into an evaluation batch.
 
-    The pixels are those of Pillow 13 with timm's operations: see `resize`, `photometric`, `geometric` and `finish`
-    for the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The memory of a
-    batch is used again once no tensor refers to it, so hold on to a batch while a copy to a GPU is under way.
+    The pixels are those of Pillow 13 with timm's operations; `resize.py`, `photometric.py`, `geometric.py` and
+    `normalize.py` give the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The
+    memory of a batch is reused once no tensor refers to it, so keep the batch until its copy to a GPU is done.
 
     img_size   side of the output, pixels
-    mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
-    pool       where the work runs, beside the thread that calls; it may be shared
-    threads    how many run at once, the caller's included
+    mean, std  of the normalisation; geometric operations fill with the mean
+    pool       runs the work together with the calling thread; may be shared
+    threads    how many run at once, including the caller
     dtype      torch.float32 or torch.bfloat16
-    pinned     whether the images lie in pinned memory, from which a GPU copies them faster and in the background
+    pinned     whether the images lie in pinned memory, which a GPU copies faster and in the background
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class HostStage:
         )
 
     def evaluate(self, decoded: DecodedBatch, eval_crop: float) -> Batch:
-        """The evaluation batch: the short side resized to int(img_size / eval_crop), bicubic; the centre; normalised.
+        """The evaluation batch: short side resized to int(img_size / eval_crop), bicubic; center crop; normalised.
 
-        To the bit what `timm.data.create_transform(is_training=False, crop_pct=eval_crop,
-        interpolation="bicubic")` makes of the same image. Raises UserError unless 0 < eval_crop <= 1.
+        Bit-identical to `timm.data.create_transform(is_training=False, crop_pct=eval_crop, interpolation="bicubic")`.
+        Raises UserError unless 0 < eval_crop <= 1.
         """
         if not 0.0 < eval_crop <= 1.0:
             raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
@@ -213,17 +213,16 @@ class HostStage:
         try:
             take_turns()
         finally:
-            # A helper that the pool has had no thread for is not waited for: there is nothing left for it to do.
+            # Do not wait for a helper that never got a thread: nothing is left for it to do.
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
-            # The pool keeps what was cancelled until it has a thread for it: without the batch, whose memory is used
-            # again.
+            # The pool keeps cancelled helpers until a thread is free. They must not keep the batch's memory from reuse.
             batch.clear()
         return images
 
     def _scratch(self, side: int) -> _Scratch:
-        """This thread's work memory, for crops of up to `side` x `side`."""
+        """This thread's work memory, for crops up to `side` x `side`."""
         size, local = self.img_size, self._local
         if side > getattr(local, "side", 0):
             local.side = side
@@ -238,7 +237,7 @@ class HostStage:
 
 
 def evaluation_windows(height: np.ndarray, width: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
-    """(B, 4) int32: the size that images (B,) of these sizes are resized to, and top, left of the part kept."""
+    """(B, 4) int32: the size to resize images (B,) of these sizes to, and top, left of the part to keep."""
     short = math.floor(size / eval_crop)
     window = np.empty((len(height), 4), np.int32)
     for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
@@ -249,7 +248,7 @@ def evaluation_windows(height: np.ndarray, width: np.ndarray, size: int, eval_cr
 
 
 def evaluation_regions(height: np.ndarray, width: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
-    """(B, 4) int32 top, left, height, width: what `HostStage.evaluate` reads of images (B,) of these sizes."""
+    """(B, 4) int32 top, left, height, width: the region that `HostStage.evaluate` reads of images of these sizes."""
     window = evaluation_windows(height, width, size, eval_crop)
     region = np.empty_like(window)
     for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
@@ -261,7 +260,7 @@ def evaluation_regions(height: np.ndarray, width: np.ndarray, size: int, eval_cr
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
-    """C order and one dtype, as the compiled code was compiled for; a copy only where it must be."""
+    """C order and the dtype that the compiled code expects; copies only if needed."""
     return np.ascontiguousarray(array, dtype)
 
 
@@ -292,7 +291,7 @@ def _run_units(first, last, work, seed, epoch, levels, fill, size, out, scratch)
 
 
 def compile_sentence() -> str | None:
-    """What to say before a first batch, which compiles this file's code; None where that was done before."""
+    """A sentence for before the first batch, which compiles this file's code; None if it is compiled already."""
     return {
         True: None,
         False: "compiling the augmentation for this machine (numba, about a minute, only once)",

@@ -1,4 +1,4 @@
-"""Whether a plan fits the images it is for, before compiled code that checks nothing is let loose on them."""
+"""Checks that a plan fits its images. The compiled code that follows checks nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _GEOMETRIC = [CODE[name] for name in ("Rotate", "ShearX", "ShearY", "TranslateXR
 
 
 def check_plan(decoded: DecodedBatch, plan: Plan, size: int, read: np.ndarray | None = None) -> None:
-    """Raise ValueError, naming the dataset index, where `plan` does not fit `decoded` or the output side `size`.
+    """Raise ValueError, naming the dataset index, if `plan` does not fit `decoded` or the output side `size`.
 
-    read  (B, 4) what is read of an image, where that is less than the crop
+    read  (B, 4) the region read from each image, if smaller than the crop
     """
     if len(plan) != len(decoded.index) or not np.array_equal(plan.index, decoded.index):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""The plan: all that is random about a training batch, as a small table of numbers.
+"""The plan: everything random about a training batch, as a small table of numbers.
 
 A sample's row is a pure function of (seed, epoch, image index, repeat) and of the image's size; a mixing
-group's row of (seed, epoch, step, group). The pixels are then a deterministic function of the JPEG bytes and
-the plan, whatever stage computes them.
+group's row is a pure function of (seed, epoch, step, group). The pixels are then a deterministic function of the
+JPEG bytes and the plan; every stage computes the same.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Plan:
 
 
 def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray) -> Plan:
-    """The plan in which nothing is random: all of the images `index` (B,), of these sizes (B,), and no operation."""
+    """A plan without randomness: the whole images `index` (B,), of these sizes (B,), and no operation."""
     count = len(index)
     zeros = np.zeros(count, np.int32)
     return Plan(
