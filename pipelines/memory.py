@@ -73,7 +73,7 @@ def place(height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 class Buffers:
-    """Hands out tensors, pinned or not; a tensor's memory comes back when the last tensor that shares it is gone."""
+    """Hands out tensors, pinned or not. A tensor's memory returns when the last tensor that shares it is gone."""
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._arenas = Arenas(pinned=pinned)

@@ -1,9 +1,9 @@
 """From levels to the network's input: normalise, erase, mix.
 
-A level becomes (level / 255 - mean) / std in float32, as torchvision's ToTensor and Normalize compute it, through a
-table that the sample's own table of levels (see `photometric.py`) is folded into. Erasing comes after normalisation
-and before mixing, as in timm with a loader that does not prefetch to a GPU. Two samples that mix with one another are
-finished together, a row at a time.
+A level becomes (level / 255 - mean) / std in float32, as torchvision's ToTensor and Normalize compute it. A table does
+this, combined with the sample's own table of levels (see `photometric.py`). Erasing comes after normalisation and
+before mixing, as in timm with a loader that does not prefetch to a GPU. Two samples that mix are finished together, row
+by row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NormalizeScratch(NamedTuple):
     First axis: the two samples of a pair.
     """
 
-    value: np.ndarray  # (2, 3, 256) float32: what a level becomes
+    value: np.ndarray  # (2, 3, 256) float32 by level
     line: np.ndarray  # (2, size) float32
     noise: np.ndarray  # (2, NOISE_ROWS * size) float32
     mixed: np.ndarray  # (size,) float32
@@ -45,7 +45,7 @@ def normalize_scratch(size: int) -> NormalizeScratch:
 
 
 def _write(out, line):
-    """Write a float32 line to a row of the output: as it is, or as bfloat16 bits, to nearest even."""
+    """Write a float32 line to a row of the output, unchanged or as bfloat16 bits rounded to nearest even."""
     raise NotImplementedError("compiled code only")
 
 
@@ -86,8 +86,8 @@ def _erase_row(seed, epoch, index, repeat, box, row, at, line, noise, draw):
 def normalize_erase_mix(first, second, seed, epoch, plan, planes, tables, levels, size, out, scratch):
     """Finish one sample (`second` -1), or two that mix, into rows `first` and `second` of `out`.
 
-    plan    arrays of the plan, see `PlanArrays`
-    planes  (2, 3 * size * size) uint8 the images, tables (2, 768) uint8 what is still to be done to their levels
+    plan    arrays of the plan, see `_Work` in `stage.py`
+    planes  (2, 3 * size * size) uint8 images; tables (2, 768) uint8 the mapping still to be applied to their levels
     levels  (3, 256) float32 of `normalized_levels`
     out     (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16
     """

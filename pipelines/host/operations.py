@@ -1,4 +1,4 @@
-"""The operations that a plan names, one sample's after another."""
+"""Applies the operations of a plan to one sample after another."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def operation_scratch(size: int) -> OperationScratch:
 
 @compiled
 def _on_levels(code, arg, planes, table, histogram):
-    """Do an operation that maps levels, which needs the pixels for a histogram at most; False if it is no such one."""
+    """Do an operation that maps levels and needs pixels only for a histogram; False for any other operation."""
     if code == _AUTO_CONTRAST:
         photometric.auto_contrast(planes, table, histogram)
     elif code == _EQUALIZE:
@@ -72,9 +72,9 @@ def apply_operations(planes, table, op, arg, matrix, interp, fill, size, scratch
     """Apply a sample's operations in place.
 
     planes       (3 * size * size,) uint8
-    table        (768,) uint8 output: what is still to be done to the levels of `planes`, by channel
+    table        (768,) uint8 output: the mapping still to be applied to the levels of `planes`, by channel
     op, arg, interp, matrix  a sample's row of the plan and of `rotation_matrices`
-    fill         (3,) uint8, the colour of what comes from outside the image
+    fill         (3,) uint8, the color for pixels outside the image
     """
     photometric.reset_table(table)
     pending = False

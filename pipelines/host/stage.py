@@ -1,7 +1,7 @@
-"""Decoded images and a plan in, a batch out, on the CPU.
+"""Makes a batch from decoded images and a plan, on the CPU.
 
-The unit of work is a pair of samples that mix with one another: it stays in a core's cache from the crop to the
-finished floats. Threads take units in turn and share nothing, so their number changes no pixel.
+The unit of work is a pair of samples that mix. It stays in a core's cache from the crop to the finished floats. Threads
+take units in turn and share nothing, so their number changes no pixel.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fastdeit.pipelines.memory import Buffers
 from fastdeit.pipelines.plan.checks import check_plan
 from fastdeit.pipelines.plan.plan import BICUBIC, Plan, rotation_matrices
 
-_CHUNK = 2  # units that a thread takes at a time
+_CHUNK = 2  # units per turn of a thread
 
 
 class _Work(NamedTuple):
-    """A batch as the compiled code sees it: `DecodedBatch` and `Plan`.
+    """A batch for the compiled code: `DecodedBatch` and `Plan`.
 
-    unit   (U, 2) int32  samples that are finished together; second -1: one alone
+    unit   (U, 2) int32  samples to finish together; second -1: one alone
     """
 
     pixels: np.ndarray
@@ -65,16 +65,16 @@ class _Scratch(NamedTuple):
 class HostStage:
     """Turns decoded images and their plan into a batch.
 
-    The pixels are those of Pillow 13 with timm's operations: see `resize`, `photometric`, `geometric` and `normalize`
-    for the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The memory of a
-    batch is used again once no tensor refers to it, so hold on to a batch while a copy to a GPU is under way.
+    The pixels are those of Pillow 13 with timm's operations; `resize.py`, `photometric.py`, `geometric.py` and
+    `normalize.py` give the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The
+    memory of a batch is reused once no tensor refers to it, so keep the batch until its copy to a GPU is done.
 
     img_size   side of the output, pixels
-    mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
-    pool       where the work runs, beside the thread that calls; it may be shared
-    threads    how many run at once, the caller's included
+    mean, std  of the normalisation; geometric operations fill with the mean
+    pool       runs the work together with the calling thread; may be shared
+    threads    how many run at once, including the caller
     dtype      torch.float32 or torch.bfloat16
-    pinned     whether the images lie in pinned memory, from which a GPU copies them faster and in the background
+    pinned     whether the images lie in pinned memory, which a GPU copies faster and in the background
     """
 
     def __init__(
@@ -155,17 +155,16 @@ class HostStage:
         try:
             take_turns()
         finally:
-            # A helper that the pool has had no thread for is not waited for: there is nothing left for it to do.
+            # Do not wait for a helper that never got a thread: nothing is left for it to do.
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
-            # The pool keeps what was cancelled until it has a thread for it: without the batch, whose memory is used
-            # again.
+            # The pool keeps cancelled helpers until a thread is free. They must not keep the batch's memory from reuse.
             batch.clear()
         return images
 
     def _scratch(self, side: int) -> _Scratch:
-        """This thread's work memory, for crops of up to `side` x `side`."""
+        """This thread's work memory, for crops up to `side` x `side`."""
         size, local = self.img_size, self._local
         if side > getattr(local, "side", 0):
             local.side = side
@@ -180,7 +179,7 @@ class HostStage:
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
-    """C order and one dtype, as the compiled code was compiled for; a copy only where it must be."""
+    """C order and the dtype that the compiled code expects; copies only if needed."""
     return np.ascontiguousarray(array, dtype)
 
 
@@ -211,7 +210,7 @@ def _run_units(first, last, work, seed, epoch, levels, fill, size, out, scratch)
 
 
 def compile_sentence() -> str | None:
-    """What to say before a first batch, which compiles this file's code; None where that was done before."""
+    """A sentence for before the first batch, which compiles this file's code; None if it is compiled already."""
     return {
         True: None,
         False: "compiling the augmentation for this machine (numba, about a minute, only once)",

@@ -1,4 +1,4 @@
-"""Whether a plan fits the images it is for, before compiled code that checks nothing is let loose on them."""
+"""Checks that a plan fits its images. The compiled code that follows checks nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GEOMETRIC = [CODE[name] for name in ("Rotate", "ShearX", "ShearY", "TranslateXR
 
 
 def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
-    """Raise ValueError, naming the dataset index, where `plan` does not fit `decoded` or the output side `size`."""
+    """Raise ValueError, naming the dataset index, if `plan` does not fit `decoded` or the output side `size`."""
     if plan.img_size != size:
         raise ValueError(f"the plan is for images of side {plan.img_size}, the stage makes images of side {size}")
     if len(plan) != len(decoded.index) or not np.array_equal(plan.index, decoded.index):

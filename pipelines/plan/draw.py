@@ -1,7 +1,7 @@
 """Draws plans: every random number of the recipe, from Philox (see `philox.py` for the counters).
 
-The distributions are timm's and torchvision's: RandomResizedCrop, RandAugment with the "increasing" set,
-random erasing, Mixup and CutMix in batch mode; and 3-Augment (Touvron et al., "DeiT III", section 3).
+RandomResizedCrop, RandAugment with the "increasing" set, random erasing, and Mixup and CutMix in batch mode have the
+distributions of timm and torchvision. 3-Augment follows Touvron et al., "DeiT III", section 3.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastdeit.pipelines.plan.plan import (
 )
 from fastdeit.pipelines.plan.policy import Policy
 
-# Blocks of a sample's stream. A loop of ten attempts uses one block an attempt.
+# Blocks of a sample's stream. A loop of ten attempts uses one block per attempt.
 _CROP, _FLIP, _LAYER, _THREE, _ERASE = 0, 16, 32, 48, 64
 _ATTEMPTS = 10
 # Blocks of a mixing group's stream; the beta draw rejects, so it comes last.
@@ -61,7 +61,7 @@ class RandAugment:
     def parse(cls, text: str) -> RandAugment:
         """From timm's notation, e.g. `rand-m9-mstd0.5-inc1`. Only the increasing set is supported.
 
-        Raises UserError naming the section that is not understood.
+        Raises UserError naming the section that it does not understand.
         """
         head, *sections = text.split("-")
         if head != "rand":
@@ -88,7 +88,7 @@ class PlanDrawer:
 
     policy         the distributions
     seed           the run's seed, unsigned 64 bit
-    height, width  (N,) sizes of the data set's images, which a crop depends on
+    height, width  (N,) sizes of the data set's images; a crop depends on them
     img_size       side of the output, pixels
     cutmix_box     "floor": a CutMix box of odd side loses a row and a column, as in timm before 1.0.29
     """
@@ -122,7 +122,7 @@ class PlanDrawer:
         return p.mix_prob > 0 and (p.mixup_alpha > 0 or p.cutmix_alpha > 0)
 
     def draw(self, samples: StepSamples) -> Plan:
-        """The plan of these samples; see `Plan`. Raises UserError where a mixing group cannot be paired."""
+        """The plan of these samples; see `Plan`. Raises UserError if a mixing group cannot be paired."""
         p, count, epoch = self.policy, len(samples.index), samples.epoch
         groups = int(samples.group[-1]) + 1 if count else 0
         if self.mixes and count and (count // groups) % 2:
@@ -282,7 +282,7 @@ def _draw_three(seed, epoch, index, repeat, jitter, op, arg):
         stream = SAMPLE | np.uint32(repeat[s])
         a, b, _, _ = philox(seed, _THREE, index[s], epoch, stream)
         choice = _below(a, 3)
-        if choice == 0:  # grayscale: what a colour factor of 0 leaves
+        if choice == 0:  # grayscale is a color factor of 0
             op[s, 0], arg[s, 0] = _COLOR, 0.0
         elif choice == 1:
             op[s, 0], arg[s, 0] = _SOLARIZE, 128.0
@@ -356,7 +356,7 @@ def _draw_mix(seed, epoch, step, first, size, prob, switch, mixup, cutmix, odd, 
         c, d, _, _ = philox(seed, _BOX | (group << 8), step, epoch, MIX)
         y, x = _below(c, size), _below(d, size)
         top, left = max(0, y - side // 2), max(0, x - side // 2)
-        # `odd` 1 gives a box of odd side its last row and column, as timm does from 1.0.29 on.
+        # With `odd` 1, a box of odd side keeps its last row and column, as in timm from 1.0.29 on.
         bottom, right = min(size, y + (side + odd) // 2), min(size, x + (side + odd) // 2)
         mix[g], lam[g] = CUTMIX, 1.0 - (bottom - top) * (right - left) / (size * size)
         box[g, 0], box[g, 1], box[g, 2], box[g, 3] = top, left, bottom, right

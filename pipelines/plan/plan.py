@@ -1,8 +1,8 @@
 """The plan: every number that decides the pixels of a batch, as a small table.
 
 A sample's row is a pure function of (seed, epoch, image index, repeat) and of the image's size; a mixing
-group's row of (seed, epoch, step, group). The pixels are then a deterministic function of the JPEG bytes and
-the plan, whatever stage computes them.
+group's row is a pure function of (seed, epoch, step, group). The pixels are then a deterministic function of the
+JPEG bytes and the plan; every stage computes the same.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def whole_windows(count: int, img_size: int) -> np.ndarray:
 def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray, img_size: int, eval_crop: float) -> Plan:
     """The plan that evaluates the images `index` (B,), which have these sizes (B,); nothing in it is random.
 
-    The short side is resized to int(img_size / eval_crop), bicubic, and the centre is kept: to the bit what
-    `timm.data.create_transform(is_training=False, crop_pct=eval_crop, interpolation="bicubic")` makes of an image.
-    Raises UserError unless 0 < eval_crop <= 1.
+    Resize the short side to int(img_size / eval_crop), bicubic, and keep the center. Bit-identical to
+    `timm.data.create_transform(is_training=False, crop_pct=eval_crop, interpolation="bicubic")`. Raises UserError
+    unless 0 < eval_crop <= 1.
     """
     if not 0.0 < eval_crop <= 1.0:
         raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
