@@ -86,13 +86,14 @@ class Unreadable:
 def opened(request):
     with make_pool(4) as pool:
 
-        def open_one(dataset, order, threads=3, **options):
+        def open_one(dataset, order, threads=3, regions=None, **options):
             try:
-                return Ordered(open_loader(request.param, dataset, pool=pool, threads=threads, **options), order)
+                loader = open_loader(request.param, dataset, pool=pool, threads=threads, **options)
             except UserError as error:
                 if "install" in str(error):
                     pytest.skip(str(error))
                 raise
+            return Ordered(loader, order, regions)
 
         open_one.name = request.param
         yield open_one
@@ -207,7 +208,7 @@ def test_many_in_a_row_are_fatal_all_the_same(opened, tmp_path, monkeypatch):
 
 
 def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
-    def regions(epoch, step, samples):
+    def regions(samples):
         return np.tile(np.array([0, 0, 5, 5], np.int32), (len(samples.index), 1))
 
     # The upper half of image 0 is there: whether it counts as damaged must not depend on what is needed of it.

@@ -227,17 +227,17 @@ from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.loaders.choose import open_loader
 from fastdeit.pipelines.plan.order import EpochOrder
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
-from ordered import Ordered
 
 name, path = sys.argv[1:]
 dataset = BetonDataset(path)
 with make_pool(2) as pool:
     order = EpochOrder(len(dataset), global_batch=20, group_size=4)
-    with Ordered(open_loader(name, dataset, pool=pool, threads=2), order) as loader:
+    with open_loader(name, dataset, pool=pool, threads=2) as loader:
         epoch = 0
         while True:
             epoch += 1
-            with Prefetcher(loader.batches(epoch), 2) as batches:
+            steps = (loader.decode(order.step(epoch, step)) for step in range(order.steps))
+            with Prefetcher(steps, 2) as batches:
                 for _ in batches:
                     if epoch == 2:
                         print("ready", flush=True)

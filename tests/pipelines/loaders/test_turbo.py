@@ -133,7 +133,7 @@ def test_what_is_refused_is_read_by_pil_whole_and_listed(opened, tmp_path):
     ]
     dataset = write(tmp_path / "c.beton", [(data, (40, 30)) for data in images])
 
-    def regions(epoch, step, samples):
+    def regions(samples):
         return np.tile(np.array([25, 10, 5, 20], np.int32), (len(samples.index), 1))
 
     batch = next(iter(opened(dataset, regions=regions).batches(0)))
