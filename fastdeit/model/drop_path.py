@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdeit.kernels.reference import scale_branch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jit import compiled
 from fastdeit.pipelines.plan.philox import DROP, check_seed, philox, unit
@@ -72,8 +73,7 @@ class DropPath(nn.Module):
                 f"the drop path masks are of {len(self.mask)} samples, the batch has {len(branch)}: "
                 f"call set_drop_path with masks of this batch"
             )
-        # In float32, since 1 / keep probability is no number of bf16.
-        return (branch * self.mask.view(-1, *[1] * (branch.ndim - 1))).to(branch.dtype)
+        return scale_branch(branch, self.mask)
 
 
 class Kept(NamedTuple):

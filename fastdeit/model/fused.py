@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
-from fastdeit.kernels.reference import as_patches
+from fastdeit.kernels.reference import as_patches, scale_branch
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 from fastdeit.model.deit import DeiT, SkippingBlock, StudentOutput
 from fastdeit.model.drop_path import DropPath as PlannedDropPath
@@ -108,17 +108,11 @@ class _Block(Block):
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
         x, branch = self.halves(x, _norm(self.norm1, x))
-        return _add(x, *branch)
+        return x + scale_branch(*branch)
 
 
 def _all_fused(blocks: Iterable[nn.Module]) -> bool:
     return all(type(block) is _Block for block in blocks)
-
-
-def _add(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        branch = (branch * mask.view(-1, 1, 1)).to(branch.dtype)
-    return x + branch
 
 
 class _Blocks(nn.Sequential):
@@ -132,7 +126,7 @@ class _Blocks(nn.Sequential):
             assert isinstance(block, _Block)
             x, normal = block.begin(x, pending)
             x, pending = block.halves(x, normal)
-        return x if pending is None else _add(x, *pending)
+        return x if pending is None else x + scale_branch(*pending)
 
 
 class _SkippingBlock(SkippingBlock):

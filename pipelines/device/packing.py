@@ -50,7 +50,7 @@ _KINDS[[NO_MIX, MIXUP, CUTMIX]] = augment_normalize.NO_MIX, augment_normalize.MI
 
 
 class Work(NamedTuple):
-    """What the kernels read; the arguments of that name of `crop_resize`, `apply_operations` and `finish`."""
+    """What the kernels read: arguments of `crop_resize`, `apply_operations` and `normalize_erase_mix`."""
 
     start: Tensor
     place: Tensor

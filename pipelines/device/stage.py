@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.augment_normalize import Layout, finish
+from fastdeit.kernels.augment_normalize import Layout, normalize_erase_mix
 from fastdeit.kernels.augment_ops import apply_operations
 from fastdeit.kernels.augment_resize import crop_resize
 from fastdeit.kernels.launch import DTYPES, check_device
@@ -144,7 +144,7 @@ class DeviceStage:
         between = memory.take("between", (needs.between,))
         crop_resize(pixels, work.place, work.start, taps, reach, between, planes[:, 0])
         apply_operations(planes, work.operation, work.argument, tables, self._fill, needs.blurs)
-        finish(
+        normalize_erase_mix(
             planes, work.ending, tables[layers], self._levels, work.erase, work.who, work.key, work.unit, work.mix,
             work.share, out, layout=self.layout, patch_size=self.patch_size,
         )  # fmt: skip

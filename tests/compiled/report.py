@@ -82,11 +82,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     """Compile `variant` for compute capability `architecture` (80 is 8.0). Raises what Triton raises."""
     names = variant.kernel.arg_names
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
-    aligned = [
-        name
-        for name, kind in variant.signature.items()
-        if (kind.startswith("*") or name in variant.multiples) and name not in variant.unaligned
-    ]
+    aligned = [name for name, kind in variant.signature.items() if (kind.startswith("*") or name in variant.multiples)]
     source = ASTSource(
         variant.kernel,
         signature=signature,

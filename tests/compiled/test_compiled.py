@@ -26,7 +26,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 def found():
     """What the command prints; a process of its own, since this one's kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks", "compiled", "--json"]
+    command = [sys.executable, "-m", "tests.compiled", "--json"]
     command += [] if os.environ.get("FASTDEIT_COMPILE_ALL") else ["--first"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.loaders.contender_process import members
-from benchmarks.loaders.main import prepare_photos
+from benchmarks.photos import prepare_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from fastdeit.cli import parse, run
 from fastdeit.config import Recipe
