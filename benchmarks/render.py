@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from fastdeit.pipelines.errors import UserError
@@ -35,9 +36,9 @@ class Table:
 
     def text(self) -> str:
         rows = self._padded()
-        # A failure's reason in place of a figure must not widen the column of figures.
-        complete = [row for row, given in zip(rows, self.rows, strict=True) if len(given) == len(self.columns)]
-        widths = [max(map(len, cells)) for cells in zip(self.columns, *complete, strict=True)]
+        # The reason at the end of an incomplete row must not widen a column of figures.
+        measured = [row if len(row) == len(self.columns) else row[:-1] for row in self.rows]
+        widths = [max(map(len, cells)) for cells in zip_longest(self.columns, *measured, fillvalue="")]
         lines = []
         for row in (self.columns, *rows):
             cells = (

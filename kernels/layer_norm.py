@@ -325,13 +325,6 @@ def add_layer_norm(
     return total, out
 
 
-def token_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, num_tokens: int, eps: float = 1e-6, *, dtype: torch.dtype | None = None
-) -> Tensor:
-    """`layer_norm` of the first `num_tokens` rows of each sample, (B, num_tokens, C): DeiT's heads read no others."""
-    return layer_norm(x[:, :num_tokens], weight, bias, eps, dtype=dtype)
-
-
 def _check(
     x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> None:

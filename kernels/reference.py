@@ -103,14 +103,8 @@ def assemble_tokens(
 ) -> Tensor:
     """Prepend the class token and the optional distillation token to the patches; add the positions.
 
-    patches     (B, P, C)
-    cls_token   (1, 1, C)
-    dist_token  (1, 1, C) or None
-    pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
-    bias        (C,) of the patch projection, if `patches` lack it, or None
-
-    Returns (B, N, C) in the wider dtype of `patches` and `pos_embed`. Raises ValueError if N does not match. Source:
-    Touvron et al., arXiv 2012.12877, section 4, "distillation token".
+    Arguments and result as in `fastdeit.kernels.token_assembly.assemble_tokens`. Raises ValueError if the positions
+    do not match the tokens.
     """
     tokens = [cls_token] if dist_token is None else [cls_token, dist_token]
     batch, count, _ = patches.shape

@@ -295,18 +295,17 @@ def _timm_train_step(model: nn.Module, called: Any, case: ModelCase, inputs: Inp
 
 
 def disagreement(case: ModelCase, ours: Any) -> str | None:
-    """Why ours must not be compared with timm, or None where both compute the same thing.
+    """Why our model must not be compared with timm's; None if both compute the same.
 
-    With the weights of `ours`, logits and gradients of two images must agree in float32 to 1e-4 and 1e-3 of the
-    largest value of a tensor. In the precision that is timed, our logits may be no further from timm's in float32
-    than twice what timm's own are. Both run without stochastic depth. Compiled forms are not looked at: they are
-    PyTorch's own transformation of these.
+    With the weights of `ours`, logits and gradients of two images must agree in float32 to 1e-4 and 1e-3 of a tensor's
+    largest value. In the timed precision, the error of our logits against timm's float32 logits may be twice timm's
+    own. Both run without stochastic depth. Compiled forms are not checked: PyTorch derives them from these.
     """
     peer = timm_model(case, both_heads=True, drop_path=0.0).train()
     peer.load_state_dict(ours.state_dict())
     inputs = Inputs.draw(case, batch=2)
     exact = Precision("fp32", None, case.device)
-    with _whole_float32():
+    with _without_tf32():
         logits, gradients = _logits_and_gradients(peer, case, inputs, exact)
         our_logits, our_gradients = _logits_and_gradients(ours, case, inputs, exact)
     if our_logits.keys() != logits.keys() or our_gradients.keys() != gradients.keys():
@@ -327,7 +326,7 @@ def disagreement(case: ModelCase, ours: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _whole_float32() -> Iterator[None]:
+def _without_tf32() -> Iterator[None]:
     """Disable TF32 in products and convolutions: timm projects patches by a convolution, we by a GEMM."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""Plain DALI: its own reader, decoder and automatic augmentations; on the GPU where there is one."""
+"""Plain DALI: its own reader, decoder and automatic augmentations; on the GPU if there is one."""
 
 from __future__ import annotations
 
