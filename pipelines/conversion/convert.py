@@ -17,8 +17,8 @@ from fastdeit.pipelines.conversion.destination import check_apart, rejects_path
 from fastdeit.pipelines.conversion.encode import Encoding, Mode
 from fastdeit.pipelines.conversion.job import Conversion
 from fastdeit.pipelines.conversion.workers import ConvertError, Reject
-from fastdeit.pipelines.formats.beton import BetonWriter
-from fastdeit.pipelines.formats.shards import DEFAULT_SHARD_SIZE, ShardWriter
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
+from fastdeit.pipelines.formats.shard_writer import DEFAULT_SHARD_SIZE, ShardWriter
 from fastdeit.pipelines.formats.writer import Writer
 from fastdeit.pipelines.sources import Source, open_source
 from fastdeit.pipelines.sources.files import is_folder

@@ -12,8 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.beton_layout import MAX_PIXELS
+from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_PIXELS, MAX_SCANS, MAX_SIDE, RAW
 
 Mode = Literal["auto", "jpeg", "raw"]
 SMALL_SIDE = 64  # decoded images up to this side are stored raw in mode "auto"
@@ -31,7 +30,6 @@ CHANGES = (
 )
 # Of PIL's readers those for what data sets hold; others start programs (EPS) or guess (raw formats).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten, and every one costs a pass over the image
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -144,7 +142,9 @@ def _check_jpeg(data: bytes) -> bool:
         scans += kind == _SOS
         common &= kind not in _NOT_HUFFMAN
         if scans > MAX_SCANS:
-            raise UserError(f"a JPEG of more than {MAX_SCANS} scans, which takes that often as long: encode it anew")
+            raise UserError(
+                f"a JPEG of more than {MAX_SCANS} scans; each one costs a full decoding pass: encode it anew"
+            )
         if kind not in (_SOI, _TEM):
             at += int.from_bytes(data[at : at + 2], "big")
     raise UserError("truncated: its file ends before its image does")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from fastdeit.pipelines.conversion.encode import CHANGES, Encoding
 from fastdeit.pipelines.conversion.journal import Journal, Kept, difference
 from fastdeit.pipelines.conversion.workers import ConvertError, Encoded, Reject, encoded
 from fastdeit.pipelines.errors import remedy
-from fastdeit.pipelines.formats.files import mark, sync_folder
+from fastdeit.pipelines.formats.files import atomic_write, mark
 from fastdeit.pipelines.formats.writer import Record, Writer
 from fastdeit.pipelines.sources import Source
 from fastdeit.pipelines.sources.imagenet import real_labels as read_real_labels
@@ -286,17 +285,9 @@ def _write_rejects(path: Path, rejects: list[Reject]) -> None:
     if not rejects:
         path.unlink(missing_ok=True)
         return
-    partial = beside(path, ".partial")
-    partial.unlink(missing_ok=True)  # of a conversion that was interrupted here
-    try:
-        with open(partial, "x", encoding="ascii") as file:
-            file.writelines(json.dumps(asdict(reject)) + "\n" for reject in rejects)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    beside(path, ".partial").unlink(missing_ok=True)  # of a conversion that was interrupted here
+    with atomic_write(path, ".partial") as file:
+        file.writelines((json.dumps(asdict(reject)) + "\n").encode() for reject in rejects)
 
 
 def _hash(value: Any) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 
 from fastdeit.pipelines.conversion.workers import Reject
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.files import sync_folder
-from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.files import kind, sync_folder
 from fastdeit.pipelines.formats.writer import Record
 from fastdeit.pipelines.locks import lock
 

@@ -25,9 +25,9 @@ from fastdeit.pipelines.conversion.encode import Encoding
 from fastdeit.pipelines.conversion.workers import Encoded, Reject, encoded, printable, reason
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG
+from fastdeit.pipelines.formats.beton_layout import JPEG
 from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
-from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.files import kind
 from fastdeit.pipelines.formats.sidecar import ContentHash
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.sources import Source, open_source

@@ -20,7 +20,6 @@ from fastdeit.pipelines.formats.beton_layout import (
     KIND,
     MAX_CLASSES,
     MAX_PIXELS,
-    MAX_SIDE,
     METADATA_START,
     MIN_PAGE,
     RAW,
@@ -30,14 +29,11 @@ from fastdeit.pipelines.formats.beton_layout import (
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.checksums import Checksums
-from fastdeit.pipelines.formats.files import OpenFile
-from fastdeit.pipelines.formats.regular import misfetched
+from fastdeit.pipelines.formats.files import misfetched
+from fastdeit.pipelines.formats.open_file import OpenFile
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.machine import machine_error
-
-__all__ = ["JPEG", "MAX_SIDE", "MIN_PAGE", "RAW", "BetonDataset", "BetonError", "BetonWriter", "sidecar_path"]
 
 _PIECE = 24 << 18  # bytes read at once of tables, in whole records, and of what lies between images
 

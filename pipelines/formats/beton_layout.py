@@ -20,6 +20,7 @@ MIN_PAGE, DEFAULT_PAGE, MAX_PAGE = 1 << 21, 1 << 23, 1 << 31
 MAX_CLASSES = 1 << 20  # without class names a label decides how many there are, and so the size of a model
 MAX_SIDE = 65535  # sides are stored in 16 bits
 MAX_PIXELS = 89_478_485  # of an image, before it is decoded: PIL's own MAX_IMAGE_PIXELS, from where it warns
+MAX_SCANS = 64  # of a progressive JPEG: encoders write about ten, and each one costs a full decoding pass
 
 HEADER = np.dtype(
     [

@@ -18,7 +18,8 @@ import re
 
 import numpy as np
 
-from fastdeit.pipelines.formats.beton import JPEG, RAW
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 
 TABLE, SIDECAR, NODES = "samples.npy", "dataset.json", "nodes"
 KIND = "fastdeit-webdataset"
@@ -42,6 +43,10 @@ SAMPLE = np.dtype(
         ("mode", "u1"),
     ]
 )
+
+
+class ShardError(UserError):
+    """A folder of shards that cannot be read or written as asked."""
 
 
 def shard_name(shard: int) -> str:

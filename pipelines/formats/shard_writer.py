@@ -15,10 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.files import mark, sync_folder
+from fastdeit.pipelines.formats.files import mark, sync_folder, write_synced
 from fastdeit.pipelines.formats.shard_layout import (
     END,
     KIND,
@@ -31,6 +29,7 @@ from fastdeit.pipelines.formats.shard_layout import (
     SAMPLE,
     SIDECAR,
     TABLE,
+    ShardError,
     after,
     before,
     index_file,
@@ -41,17 +40,13 @@ from fastdeit.pipelines.formats.shard_layout import (
     shard_name,
     shard_sizes,
 )
-from fastdeit.pipelines.formats.sidecar import ContentHash, SidecarError
-from fastdeit.pipelines.formats.writer import Record
+from fastdeit.pipelines.formats.shards import ShardDataset
+from fastdeit.pipelines.formats.writer import Record, Writer
 
 DEFAULT_SHARD_SIZE = 10_000  # 129 shards of ImageNet's training images, about 1 GB each
 
 
-class ShardError(UserError):
-    """A folder of shards that cannot be read or written as asked."""
-
-
-class ShardWriter:
+class ShardWriter(Writer):
     """Streams at most `capacity` samples into a folder of tar shards that appears whole or not at all; a `Writer`.
 
     shard_size  samples of a shard at most
@@ -68,6 +63,8 @@ class ShardWriter:
     Raises ShardError for a sample that the format cannot hold, and rather than touch files of anybody else.
     """
 
+    _Error, _most = ShardError, MAX_SIZE
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -76,7 +73,7 @@ class ShardWriter:
         shard_size: int = DEFAULT_SHARD_SIZE,
         nodes: int = 1,
     ) -> None:
-        self.path, self.keep, self.named = Path(path), False, False
+        self.path = Path(path)
         if not 1 <= capacity <= MAX_SAMPLES:
             raise ShardError(f"{self.path}: {capacity} samples to write; shards hold from 1 to {MAX_SAMPLES:,}")
         if shard_size < 1 or nodes < 1:
@@ -89,20 +86,15 @@ class ShardWriter:
                 f"{self.path}: {capacity} samples cannot be {shards} shards, a multiple of {nodes} nodes "
                 f"({MAX_SHARDS:,} are the most). Give a larger --shard-size or fewer --nodes"
             )
+        super().__init__(self.path, np.zeros(capacity, SAMPLE))
         self.nodes = nodes
         self._ends = np.cumsum(shard_sizes(capacity, shards))
-        self._samples = np.zeros(capacity, SAMPLE)
-        self._content = ContentHash()
-        self._count = self._shard = self._first = self._end = 0
+        self._shard = self._first = self._end = 0
         self._file: BinaryIO | None = None
         self._partial, self._old = (self.path.with_name(self.path.name + end) for end in (".partial", ".replaced"))
         self._started = False
-        self._replaced: list[int] | None = None  # the mark of the data set that an interrupted run moved away
         self._flushed: tuple[int, int] | None = None  # shard and byte up to which all is known to be on disk
         self.check()
-
-    def __enter__(self) -> ShardWriter:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -157,25 +149,10 @@ class ShardWriter:
         self._count_in(data, len(head), len(tail), height, width, label, mode)
         return True
 
-    def add(self, data: bytes, *, height: int, width: int, label: int, mode: int) -> None:
-        """Append a sample: a JPEG file (mode JPEG) or RGB pixels (mode RAW, height * width * 3 bytes)."""
-        index, size = self._count, len(data)
-        if index == len(self._samples):
-            raise ShardError(f"{self.path}: more samples than the {index} announced")
-        if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-            raise ShardError(
-                f"{self.path}, sample {index}: {width} x {height} pixels; sides go up to {MAX_SIDE}. "
-                f"Have it resized (--max-side)"
-            )
-        if mode not in (JPEG, RAW) or not 0 < size <= MAX_SIZE or (mode == RAW and size != height * width * 3):
-            raise ShardError(
-                f"{self.path}, sample {index}: {size} bytes cannot be stored as {width} x {height} pixels. "
-                f"Have it resized (--max-side) or stored as a JPEG (--mode jpeg)"
-            )
-        if label < 0:
-            raise ShardError(f"{self.path}, sample {index}: label {label} is negative")
+    def _append(self, data: bytes, height: int, width: int, label: int, mode: int) -> None:
         if not self._started:
             self._start()
+        index, size = self._count, len(data)
         head = before(index, size=size, height=height, width=width, mode=mode)
         tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
         self._output().writelines((head, data, tail))
@@ -210,7 +187,7 @@ class ShardWriter:
         file.close()
         self._file = None
         index = index_file(self._first, self._samples[self._first : self._count])
-        _write(self._partial / index_name(self._shard), index)
+        write_synced(self._partial / index_name(self._shard), index)
         self._shard, self._first, self._end = self._shard + 1, self._count, 0
 
     def flush(self) -> None:
@@ -224,19 +201,15 @@ class ShardWriter:
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
         """Write tables, lists and sidecar and give the folder its name; `described` joins the sidecar returned."""
-        samples = self._samples[: self._count]
-        if not self._count:
-            raise ShardError(f"{self.path}: no samples to write")
-        if len(class_names) <= samples["label"].max():
-            raise ShardError(f"{self.path}: {len(class_names)} class names, but label {samples['label'].max()}")
+        samples = self._added(class_names)
         if self._end:
             self._close_shard()
         table = io.BytesIO()
         np.lib.format.write_array(table, samples, version=(1, 0), allow_pickle=False)
-        _write(self._partial / TABLE, table.getvalue())
+        write_synced(self._partial / TABLE, table.getvalue())
         (self._partial / NODES).mkdir(exist_ok=True)
         for node in range(self.nodes):
-            _write(self._partial / NODES / node_name(node), node_list(node, self.nodes, self._shard))
+            write_synced(self._partial / NODES / node_name(node), node_list(node, self.nodes, self._shard))
         sync_folder(self._partial / NODES)
         described_by = sidecar.build(
             KIND,
@@ -257,8 +230,6 @@ class ShardWriter:
 
     def check(self, replaced: list[int] | None = None) -> None:
         """Raise ShardError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
-        from fastdeit.pipelines.formats.shards import ShardDataset  # which imports this
-
         self._replaced = replaced or self._replaced
         if not os.path.lexists(self.path):
             return
@@ -272,14 +243,7 @@ class ShardWriter:
         move = "move it away, or name another folder"
         if os.path.lexists(self._old):
             raise ShardError(f"{self._old}: is in the way of {self.path}, which is to be replaced: {move}")
-        try:
-            with ShardDataset(self.path) as dataset:
-                described = dataset.sidecar
-        except (OSError, ShardError, SidecarError) as error:
-            why = str(error).removeprefix(f"{self.path}: ").partition(". ")[0]
-            raise ShardError(f"{self.path}: is not a data set that fastdeit-convert wrote ({why}): {move}") from error
-        if described is None:
-            raise ShardError(f"{self.path}: has no {SIDECAR}, so fastdeit-convert did not write it: {move}")
+        self._check_ours(ShardDataset, SIDECAR, move)
 
     def _put_in_place(self) -> None:
         self.check()
@@ -338,13 +302,6 @@ def _remove(folder: Path, kept: Container[str] = ()) -> None:
             os.unlink(entry)
     if not kept:
         os.rmdir(folder)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _exchange(one: Path, other: Path) -> bool:

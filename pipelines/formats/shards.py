@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES, MAX_PIXELS
+from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_CLASSES, MAX_PIXELS, MAX_SIDE, RAW
 from fastdeit.pipelines.formats.checksums import Checksums
-from fastdeit.pipelines.formats.files import OpenFile, identity
+from fastdeit.pipelines.formats.open_file import OpenFile, identity
 from fastdeit.pipelines.formats.shard_layout import (
     END,
     KIND,
@@ -28,6 +27,7 @@ from fastdeit.pipelines.formats.shard_layout import (
     SAMPLE,
     SIDECAR,
     TABLE,
+    ShardError,
     after,
     before,
     index_file,
@@ -37,11 +37,8 @@ from fastdeit.pipelines.formats.shard_layout import (
     node_name,
     shard_name,
 )
-from fastdeit.pipelines.formats.shard_writer import DEFAULT_SHARD_SIZE, ShardError, ShardWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.machine import machine_error, open_file_limit
-
-__all__ = ["DEFAULT_SHARD_SIZE", "ShardDataset", "ShardError", "ShardWriter"]
 
 _HEAD = 16 << 10  # bytes: more than numpy's header of a table takes
 _REMEDY = "Convert the data set again, or copy the folder again"

@@ -25,7 +25,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
-from fastdeit.pipelines.formats.files import read_text
+from fastdeit.pipelines.formats.files import read_text, write_synced
 
 VERSION = 2
 _MOST, _MOST_OF_A_SAMPLE = 32 << 20, 256  # bytes: JSON takes up to thirty times its length when it is parsed
@@ -84,12 +83,10 @@ def build(
 
 
 def write(path: Path, sidecar: dict[str, Any]) -> None:
-    """Write `sidecar` to `path` and have it on disk."""
+    """Write `sidecar` to `path` and sync it."""
     # Names that are not UTF-8 hold lone surrogates, whose escapes are JSON's own.
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(sidecar, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(sidecar, indent=1, ensure_ascii=False)
+    write_synced(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_hash: str) -> dict[str, Any]:

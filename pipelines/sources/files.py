@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastdeit.pipelines.formats import files
-from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.files import kind
 from fastdeit.pipelines.sources.base import SourceError, is_image
 
 MAX_TEXT = 64 << 20  # bytes of a list of class names or labels

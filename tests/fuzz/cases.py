@@ -18,7 +18,7 @@ import numpy as np
 from fastdeit.commands import convert
 from fastdeit.pipelines.conversion.job import rejects_path
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import sidecar_path
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
 from tests.fuzz.containers import OUTPUTS, SOURCES, Container, damage
 from tests.fuzz.images import KINDS, mutant

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, ImageFilter, ImageOps, PngImagePlugin
 
 from fastdeit.pipelines.conversion.encode import CHANGES, MAX_PIXELS, MAX_SCANS, Encoding, encode
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG
+from fastdeit.pipelines.formats.beton_layout import JPEG
 
 AUTO, RAW = Encoding(), Encoding(mode="raw")
 

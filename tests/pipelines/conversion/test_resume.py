@@ -25,7 +25,8 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.journal import Journal, JournalError, Kept
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import MIN_PAGE, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 
 FORMATS = ["beton", "webdataset"]
@@ -104,7 +105,8 @@ SCRIPT = """
 import sys
 from fastdeit.pipelines.conversion import job
 from fastdeit.pipelines.conversion import convert as converting
-from fastdeit.pipelines.formats.beton import MIN_PAGE, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.conversion.convert import convert
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.verify import NAMED, VerifyError, verify
-from fastdeit.pipelines.formats.beton import JPEG, BetonDataset, BetonWriter
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.shards import ShardDataset
 

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, BetonError, sidecar_path
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.formats.writer import Record
 

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.formats import checksums
-from fastdeit.pipelines.formats.beton import JPEG, RAW, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, sidecar_path
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.checksums import Checksums, unchecked
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardWriter
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool

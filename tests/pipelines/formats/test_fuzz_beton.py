@@ -15,7 +15,9 @@ from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.conversion.verify import verify
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, BetonError, sidecar_path
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.loaders.base import DecodeError, read_stored, read_with_pil
 

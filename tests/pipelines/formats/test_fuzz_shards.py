@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, RAW
-from fastdeit.pipelines.formats.shard_layout import SAMPLE
-from fastdeit.pipelines.formats.shards import ShardDataset, ShardError, ShardWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
+from fastdeit.pipelines.formats.shard_layout import SAMPLE, ShardError
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
+from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))

@@ -15,9 +15,12 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.formats import shards
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardDataset, ShardError, ShardWriter
+from fastdeit.pipelines.formats.shard_layout import ShardError
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
+from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
 
 NAMES = [f"class {i}" for i in range(1000)]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from fastdeit.pipelines.conversion.encode import CHANGES, FORMATS, Encoding, encode
-from fastdeit.pipelines.formats.beton import JPEG
+from fastdeit.pipelines.formats.beton_layout import JPEG
 
 CASES = 24 * int(os.environ.get("FASTDEIT_FUZZ", "1"))  # of each seed
 SECONDS = 60

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, BetonError
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.loaders import base as threaded
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import LOADERS, open_loader

@@ -13,9 +13,11 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFilter
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, BetonError, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, BetonError
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardError, ShardWriter
+from fastdeit.pipelines.formats.shard_layout import ShardError
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool

@@ -11,7 +11,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, BetonDataset, BetonWriter
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.host.stage import HostStage, evaluation_regions
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.base import DecodeError, bounding_boxes
