@@ -62,7 +62,7 @@ def os_sentence(error: OSError) -> str | None:
 
 
 def remedy(error: OSError) -> str:
-    """What to do about it."""
+    """The remedy for an error of the operating system."""
     return (MACHINE | _PATH).get(error.errno or 0, "check the path")
 
 

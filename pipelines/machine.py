@@ -45,6 +45,6 @@ def thread_error(error: RuntimeError, what: str) -> MachineError:
 
 
 def open_file_limit() -> int:
-    """How many files this process may have open at once."""
+    """The number of files that this process may have open at once."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 20 if limit == resource.RLIM_INFINITY else limit

@@ -1,4 +1,4 @@
-"""Beton files written without FFCV, see `beton_layout`."""
+"""Writes beton files without FFCV; `beton_layout` describes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fastdeit.pipelines.formats.beton_layout import (
 from fastdeit.pipelines.formats.files import kind, mark, sync_folder
 from fastdeit.pipelines.formats.writer import Record, Writer
 
-_PIECE = 1 << 16  # bytes that are cleared at once
+_PIECE = 1 << 16  # bytes cleared at once
 
 
 class BetonWriter(Writer):
@@ -69,7 +69,7 @@ class BetonWriter(Writer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing is lost where closing fails: `restore` counts on no more than `flush` had on disk.
+        # A failed close loses nothing: `restore` relies only on what `flush` put on disk.
         with suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -78,7 +78,7 @@ class BetonWriter(Writer):
             for path in self._own:
                 path.unlink(missing_ok=True)
         elif error is not None and self._flushed is not None:
-            # What follows may be torn, and on a full disk it is in the way of everybody else.
+            # The rest may be torn, and it takes room on a full disk.
             with suppress(OSError):
                 if self._partial.stat().st_size > self._flushed:
                     os.truncate(self._partial, self._flushed)
@@ -99,18 +99,22 @@ class BetonWriter(Writer):
             raise BetonError(f"{beside_it}: is not a sidecar that fastdeit-convert wrote: {move}")
 
     def _output(self) -> BinaryIO:
-        # Opened by the first sample: an interrupt while the block is entered would not be followed by `__exit__`.
+        # Opened by the first sample: after an interrupt inside `__enter__`, `__exit__` would not run.
         if self._file is None:
             self.check()
+            taken = f"{self._partial}: is there already: move it away, or name another place"
+            if os.path.lexists(self._partial):
+                raise BetonError(taken)
+            self._own.add(self._partial)  # first: an interrupt right after `open` must not leave the file behind
             try:
                 self._file = open(self._partial, "x+b", buffering=1 << 20)  # noqa: SIM115
             except FileExistsError as error:
-                raise BetonError(f"{self._partial}: is there already: move it away, or name another place") from error
-            self._own.add(self._partial)
+                self._own.remove(self._partial)
+                raise BetonError(taken) from error
         return self._file
 
     def restore(self, records: Iterable[Record]) -> int:
-        """Take up what an interrupted writer of the same options left; see `Writer`."""
+        """Take over what an interrupted writer of the same options left; see `Writer`."""
         if self._partial_sidecar.is_file():
             self._partial_sidecar.unlink()
         if not os.path.lexists(self._partial):
@@ -134,7 +138,7 @@ class BetonWriter(Writer):
         return self._count
 
     def _take_up(self, file: BinaryIO, record: Record) -> bool:
-        """Whether the sample of `record` stands where it would be added next; if so it counts as added."""
+        """Count the sample of `record` as added if it is stored at the next place; return whether it is."""
         page_size, start = self._place(record.size)
         file.seek(self._end)
         stored = file.read(start - self._end + record.size)
@@ -146,8 +150,8 @@ class BetonWriter(Writer):
         return True
 
     def _clear(self, file: BinaryIO, end: int) -> None:
-        """Have zeros up to byte `end`, where a writer may have been interrupted as it finished."""
-        # Zeros over a hole would need room, which a full disk does not have.
+        """Zero the file up to byte `end`: an interrupted `finish` may have written there."""
+        # Writing zeros into a hole would take room that a full disk does not have.
         for at in range(0, end, _PIECE):
             size = min(_PIECE, end - at)
             file.seek(at)
@@ -156,7 +160,7 @@ class BetonWriter(Writer):
                 file.write(bytes(size))
 
     def _place(self, size: int) -> tuple[int, int]:
-        """Page size and place in the file for a next sample of `size` bytes."""
+        """Page size and offset for the next sample, of `size` bytes."""
         page_size = self.page_size
         while page_size < size:
             page_size *= 2
@@ -178,7 +182,7 @@ class BetonWriter(Writer):
         self._end = start + len(data)
 
     def flush(self) -> None:
-        """Have every sample added so far on disk, so that `restore` will find it."""
+        """Put every sample added so far on disk; see `Writer`."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -186,7 +190,7 @@ class BetonWriter(Writer):
             self._flushed = self._end
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
-        """Write tables and sidecar and give both files their names; `described` joins the sidecar returned."""
+        """Write tables and sidecar and give both files their names; see `Writer`."""
         samples, count = self._added(class_names), self._count
         header = np.array([(VERSION, len(FIELDS), self.page_size, count, self._end)], HEADER)
         table = np.zeros(count, ALLOCATION)
@@ -210,7 +214,7 @@ class BetonWriter(Writer):
         self._own.add(self._partial_sidecar)
         sidecar.write(self._partial_sidecar, described_by)
         self.check()
-        # The sidecar first: with it alone an old file is refused, with the data alone its names would be lost.
+        # The sidecar first: readers refuse old data with a new sidecar, but would read new data without class names.
         os.replace(self._partial_sidecar, sidecar_path(self.path))
         os.replace(self._partial, self.path)
         self.named = True

@@ -1,4 +1,4 @@
-"""Tar shards written for plain DALI and the webdataset package, see `shard_layout`."""
+"""Writes tar shards that plain DALI and the webdataset package read; `shard_layout` describes them."""
 
 from __future__ import annotations
 
@@ -52,15 +52,14 @@ class ShardWriter(Writer):
     shard_size  samples of a shard at most
     nodes       the number of shards is a multiple of it, and `nodes/` lists the shards of each node
 
-    How many samples a shard holds follows from `capacity`: no node has more than one sample above another. Where
-    fewer are added, it is the last shards that stay short or are left out; `node_samples` of the sidecar says how
-    many each node got. Until `finish` all is in the folder `<path>.partial`. A folder that holds a data set already
-    is then replaced; where the file system can exchange two names, there is no moment without either.
+    `capacity` decides how many samples a shard holds: nodes differ by at most one sample. If fewer are added, the last
+    shards stay short or are left out; `node_samples` of the sidecar counts the samples of each node.
 
-    Nothing but a data set that fastdeit-convert wrote is replaced; until the new one has its name, the old one lies
-    there or in `<path>.replaced`.
+    Until `finish`, all data is in the folder `<path>.partial`. It then replaces a data set that fastdeit-convert
+    wrote, and nothing else. If the file system can exchange two names, one of both always has the name; otherwise the
+    old one waits in `<path>.replaced`.
 
-    Raises ShardError for a sample that the format cannot hold, and rather than touch files of anybody else.
+    Raises ShardError for a sample that the format cannot hold, and before it would replace any other file.
     """
 
     _Error, _most = ShardError, MAX_SIZE
@@ -93,13 +92,13 @@ class ShardWriter(Writer):
         self._file: BinaryIO | None = None
         self._partial, self._old = (self.path.with_name(self.path.name + end) for end in (".partial", ".replaced"))
         self._started = False
-        self._flushed: tuple[int, int] | None = None  # shard and byte up to which all is known to be on disk
+        self._flushed: tuple[int, int] | None = None  # shard and byte up to which everything is on disk
         self.check()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing is lost where closing fails: `restore` counts on no more than `flush` had on disk.
+        # A failed close loses nothing: `restore` relies only on what `flush` put on disk.
         with suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -107,12 +106,12 @@ class ShardWriter(Writer):
         if self._started and not self.keep:
             _remove(self._partial)
         elif error is not None and self._flushed is not None:
-            # What follows may be torn, and on a full disk it is in the way of everybody else.
+            # The rest may be torn, and it takes room on a full disk.
             with suppress(OSError, ShardError):
                 self._cut(*self._flushed)
 
     def restore(self, records: Iterable[Record]) -> int:
-        """Take up what an interrupted writer of the same options left; see `Writer`."""
+        """Take over what an interrupted writer of the same options left; see `Writer`."""
         if not os.path.lexists(self._partial):
             return 0
         _refuse_foreign(self._partial)
@@ -128,7 +127,7 @@ class ShardWriter(Writer):
         return self._count
 
     def _cut(self, shard: int, end: int) -> bool:
-        """Drop all behind byte `end` of a shard; whether anything is left."""
+        """Drop everything after byte `end` of a shard; return whether anything is left."""
         kept = {name for number in range(shard) for name in (shard_name(number), index_name(number))}
         if end:
             kept.add(shard_name(shard))
@@ -138,7 +137,7 @@ class ShardWriter(Writer):
         return bool(kept)
 
     def _take_up(self, record: Record) -> bool:
-        """Whether the sample of `record` stands where it would be added next; if so it counts as added."""
+        """Count the sample of `record` as added if it is stored at the next place; return whether it is."""
         height, width, label, mode, size = record.height, record.width, record.label, record.mode, record.size
         head = before(self._count, size=size, height=height, width=width, mode=mode)
         tail = after(self._count, size=size, height=height, width=width, mode=mode, label=label)
@@ -191,7 +190,7 @@ class ShardWriter(Writer):
         self._shard, self._first, self._end = self._shard + 1, self._count, 0
 
     def flush(self) -> None:
-        """Have every sample added so far on disk, so that `restore` will find it."""
+        """Put every sample added so far on disk; see `Writer`."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -200,7 +199,7 @@ class ShardWriter(Writer):
             self._flushed = self._shard, self._end
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
-        """Write tables, lists and sidecar and give the folder its name; `described` joins the sidecar returned."""
+        """Write tables, lists and sidecar and give the folder its name; see `Writer`."""
         samples = self._added(class_names)
         if self._end:
             self._close_shard()
@@ -229,13 +228,13 @@ class ShardWriter(Writer):
         return described_by
 
     def check(self, replaced: list[int] | None = None) -> None:
-        """Raise ShardError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
+        """Raise ShardError unless the folder is free or empty, or fastdeit-convert wrote it; see `Writer`."""
         self._replaced = replaced or self._replaced
         if not os.path.lexists(self.path):
             return
         try:
             _refuse_foreign(self.path)
-            # The shards of anybody else may have the same names; an empty folder is as good as none.
+            # Another program's shards may have the same names.
             if not os.listdir(self.path):
                 return
         except OSError as error:
@@ -248,9 +247,9 @@ class ShardWriter(Writer):
     def _put_in_place(self) -> None:
         self.check()
         old = self._old
-        # All that was written is complete: an interrupt from here on must not have it removed.
+        # The data set is complete: an interrupt from here on must not remove it.
         self._started, self._flushed = False, None
-        # A folder that nothing is moved to now is what an interrupted run moved there, or somebody else's.
+        # A folder already there is what an interrupted run moved there, or somebody else's.
         ours = self._replaced is not None and mark(old) == self._replaced
         if not self.path.exists() or not os.listdir(self.path):
             os.rename(self._partial, self.path)
@@ -272,7 +271,7 @@ class ShardWriter(Writer):
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises ShardError where what is to be replaced is no folder, or holds a file that no writer of shards makes."""
+    """Raise ShardError unless `folder` is a folder that holds only files that `ShardWriter` makes."""
     if folder.is_symlink() or not folder.is_dir():
         raise ShardError(f"{folder}: is not a folder: move it away or name another")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -286,9 +285,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove(folder: Path, kept: Container[str] = ()) -> None:
-    """Delete the files of a data set but those of the names `kept`, and the folder where nothing is left in it.
+    """Delete the files of a data set except those named in `kept`, and the folder if it is then empty.
 
-    Raises ShardError as `_refuse_foreign`, before anything is deleted.
+    Raises what `_refuse_foreign` raises, before it deletes anything.
     """
     if not os.path.lexists(folder):
         return
@@ -305,7 +304,7 @@ def _remove(folder: Path, kept: Container[str] = ()) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names atomically; False if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except AttributeError:
