@@ -33,7 +33,7 @@ from benchmarks.render import target_lines
 from fastdeit.cli import parse, run
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import sidecar_path
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 
 _START_SECONDS = 12.0  # of a contender on two cores of 2023, only for the estimate
