@@ -228,7 +228,7 @@ class EvaluationData:
         loader: tuple[str, str] | None = None,
         stage: tuple[StageName, str] | None = None,
     ) -> None:
-        self.replicate = recipe.departures.eval_sharding == "replicate"
+        self.replicate = recipe.run.eval_sharding == "replicate"
         self.order = EvalOrder(
             len(dataset),
             batch=recipe.run.eval_batch,

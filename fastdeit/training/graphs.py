@@ -23,13 +23,13 @@ WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, th
 
 def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
     """Why the steps of a resolved recipe cannot be replayed, or None where they can."""
-    model, d = recipe.model, recipe.departures
+    model, run = recipe.model, recipe.run
     reasons = (
         (world.device.type != "cuda", "there is no GPU"),
         (world.size > 1, "several processes share their gradients"),
         (precision.name == "fp16", "fp16 has a loss scale, which skips steps"),
         (recipe.optim.name == "sgd", "SGD takes its learning rate from the host"),
-        (d.loss_sync == "every_step", "departures.loss_sync 'every_step' looks at each loss before the update"),
+        (run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before the update"),
         (model.arch != "deit", f"a {model.arch} draws its stochastic depth from PyTorch's generator"),
         (model.drop_path_mode == "skip", "what drop_path_mode 'skip' leaves out has another size in every step"),
         (model.drop_rate > 0, "dropout draws from PyTorch's generator"),

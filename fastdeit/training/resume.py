@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeit import checkpoint
 from fastdeit.checkpoint_file import DamagedError, ForeignError
-from fastdeit.config import Recipe
+from fastdeit.config import Recipe, upgraded
 from fastdeit.effects import has_effect
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.choose import pixels_of
@@ -181,7 +181,7 @@ def _load(trainer: Trainer) -> tuple[Path, list[str]] | None:
 def _differences(state: dict[str, Any], trainer: Trainer) -> list[str]:
     """A phrase for each thing that differs between a checkpoint and the run that resumes it."""
     out = []
-    stored, current = state["recipe"], trainer.recipe.to_dict()
+    stored, current = upgraded(state["recipe"]), trainer.recipe.to_dict()
     unset = Recipe(name="").to_dict()  # a field that is newer than the checkpoint had its default's meaning
     for section, values in current.items():
         old = stored.get(section)

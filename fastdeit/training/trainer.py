@@ -133,7 +133,7 @@ class Trainer:
             labels=self.labels,
         )
         # On a GPU what a step leaves is looked at while the next one runs, so that the GPU never waits for the host.
-        self.deferred = world.device.type == "cuda" and d.loss_sync == "deferred"
+        self.deferred = world.device.type == "cuda" and run.loss_sync == "deferred"
         self.profiler = self._open_profiler()
         self.epoch, self.step, self.global_step = 0, 0, 0
         self.counted_from = START

@@ -60,7 +60,7 @@ def gpu(size=1):
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
         ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, "another size"),
-        ({"departures": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
+        ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
     ],
 )
 def test_auto_is_on_where_nothing_needs_the_host(tiny, sections, precision, processes, reason):
