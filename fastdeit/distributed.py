@@ -54,10 +54,9 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
 
-    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes, and where a
-    launcher other than torchrun started several processes.
+    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes. Call
+    `launch.prepare` before.
     """
-    launch.check_launch()
     rank, size = launch.rank(), launch.size()
     local_rank, local_size = (
         int(os.environ.get("LOCAL_RANK", 0)),

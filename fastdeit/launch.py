@@ -1,8 +1,9 @@
-"""How the processes of a run were started: by torchrun, or one alone."""
+"""How the processes of a run were started: by torchrun, or one process alone."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 
 from fastdeit.pipelines.errors import UserError
@@ -17,6 +18,19 @@ _REMEDY = (
     "start one task on each node, and in it torchrun: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES "
     "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 -m fastdeit.train RECIPE ..."
 )
+
+
+def prepare() -> None:
+    """What a command that computes does first: call it before PyTorch is imported.
+
+    Raises UserError where a launcher other than torchrun started several processes.
+    """
+    warning = check_launch()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    # Loader threads share the cores with PyTorch's, and a spinning OpenMP thread keeps the one it waits for off its
+    # core: measured, a tenth of the speed with one core taken. OpenMP reads this when PyTorch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:

@@ -16,9 +16,10 @@ import torch
 from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.throughput.contenders import Case, Form, Inputs, Step, disagreement, forms, make_step, our_model
 from fastdeit.cli import parse, run
+from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
-from fastdeit.precision import allow_tf32, resolve
 from fastdeit.recipes import RECIPES
+from fastdeit.setup import set_up
 from fastdeit.training.graphs import WARM_UP
 
 # At 224 pixels, by GPU: images per second of a training step; and times timm's fastest.
@@ -74,8 +75,7 @@ def cases(options: Options) -> Iterator[Case]:
                 model=dataclasses.replace(recipe.model, img_size=size),
                 run=dataclasses.replace(recipe.run, precision=options.precision),
             ).resolved()
-            precision = resolve(recipe, device)
-            allow_tf32(precision)  # as in training
+            precision = set_up(recipe, World(0, 1, 1, device))
             if precision.name == "fp16":
                 raise UserError("this GPU has no bf16: give --precision fp32")
             for mode in options.mode:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdeit import checkpoint
+from fastdeit import checkpoint, launch
 from fastdeit.cli import run, words
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData, open_dataset
@@ -152,7 +152,11 @@ def demo(folder: Path) -> None:
 
 
 def main() -> None:
-    run(lambda: demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0])))
+    def go() -> None:
+        launch.check_launch()
+        demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0]))
+
+    run(go)
 
 
 if __name__ == "__main__":

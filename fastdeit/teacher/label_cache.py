@@ -32,7 +32,6 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.formats.files import open_regular, read_text, sync_folder
-from fastdeit.pipelines.loaders.choose import pixels_of
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import machine_error
 
@@ -177,8 +176,6 @@ class LabelCache:
             self.described = d = Described(**index)
             typed = isinstance(d.key, dict) and type(d.num_classes) is int and type(d.topk) is int
             files = [(e["file"] + e["sha256"], int(epoch)) for epoch, e in self.epochs.items()]
-            if "data.loader" in d.key:  # as it was before loaders said whose pixels they decode
-                d.key[_PIXELS] = pixels_of(str(d.key.pop("data.loader")))
             if not typed or any(not isinstance(text, str) for text, _ in files):
                 raise ValueError("fields of a wrong type")
         except OSError as error:

@@ -14,7 +14,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastdeit.pipelines.errors import naming
+from fastdeit.config import RunConfig
+from fastdeit.distributed import World
+from fastdeit.pipelines.errors import UserError, naming
 
 WARM_UP = 6  # steps of this process before: compilation, the recording of a CUDA graph
 DISPATCH, REST = "Python and dispatch", "other"
@@ -109,6 +111,22 @@ class Profile:
             for (name, group), times in longest
         ]
         return "\n".join(lines) + "\n"
+
+
+def open_profiler(run: RunConfig, world: World, folder: Path, *, steps_per_epoch: int) -> StepProfiler | None:
+    """The profiler that `run.profile` asks for, on the main process.
+
+    Raises UserError if no epoch of the run has room for that many steps.
+    """
+    most = room(steps_per_epoch, run.epochs)
+    if run.profile > most:
+        raise UserError(
+            f"run.profile {run.profile}: {run.epochs} epochs of {steps_per_epoch} steps have room for {most} steps "
+            f"of one epoch once the run is warm: ask for fewer, or for a longer run"
+        )
+    if not (run.profile and world.main):
+        return None
+    return StepProfiler(folder, run.profile, run.global_batch // world.size, world.device)
 
 
 class StepProfiler:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastdeit.checkpoint import MOST_STEPS, NOT_OURS
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training.state import START
 from fastdeit.training.step import TrainingStep
 
-START = [0, 0, 0]
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -38,7 +38,7 @@ def check_position(
         )
     if epoch > epochs or (epoch == epochs and step):
         raise UserError(f"{path}: its next step is in epoch {epoch} (from 0), this run has {epochs}: set run.epochs")
-    start = state.get("counted_from", START)
+    start = state.get("counted_from", list(START))
     if (
         not isinstance(start, list)
         or len(start) != 3

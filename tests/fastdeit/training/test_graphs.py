@@ -18,7 +18,6 @@ from fastdeit.recipes import convnet_teacher
 from fastdeit.training import graphs, step
 from fastdeit.training.graphs import WARM_UP, CudaRecorder, Replayed, choose_graphs, why_not
 from fastdeit.training.nonfinite import NonFiniteLoss
-from fastdeit.training.objective import build_objective
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
 
@@ -197,8 +196,7 @@ def build(recipe, joined):
     torch.manual_seed(0)
     precision = resolve(recipe, joined.device)
     model = build_network(recipe.model, CLASSES).to(joined.device).train()
-    objective = build_objective(recipe.objective, recipe.model.distilled, recipe.departures)
-    return TrainingStep(recipe, joined, precision, model, objective, num_classes=CLASSES, steps_per_epoch=100)
+    return TrainingStep(recipe, joined, precision, model, num_classes=CLASSES, steps_per_epoch=100)
 
 
 def test_loading_a_state_records_anew(tiny, taped):
