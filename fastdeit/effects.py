@@ -1,6 +1,6 @@
-"""Where each field of a recipe has an effect: a value that was given and would change nothing is refused.
+"""When each field of a recipe has an effect: a given value that would change nothing is an error.
 
-Every field is in `EFFECTS`, with the condition under which it has an effect and how to say that condition.
+`EFFECTS` holds every field, with the condition under which it has an effect and that condition in words.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CELLS = Effect(
 _RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "augment.policy 'randaugment'")
 _THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "augment.policy 'three_augment'")
 _ERASES = Effect(lambda r: r.augment.erase_prob > 0, "augment.erase_prob above 0")
-# An alpha of 0 turns its mixing off, which nobody should be told to leave out.
+# An alpha of 0 turns its mixing off, which always has an effect.
 _MIXUP_ALPHA = Effect(lambda r: r.augment.mix_prob > 0 or not r.augment.mixup_alpha, "augment.mix_prob above 0")
 _CUTMIX_ALPHA = Effect(lambda r: r.augment.mix_prob > 0 or not r.augment.cutmix_alpha, "augment.mix_prob above 0")
 _BOTH_MIXES = Effect(
@@ -188,12 +188,12 @@ EFFECTS: dict[str, Effect] = {
     "departures.finetune_mode": _INIT,
 }
 
-# What versions before this one stored as their default: nobody gave it.
+# Defaults that an older version stored; no user gave them.
 _FORMER_DEFAULTS = {"departures.finetune_mode": "eval"}
 
 
 def frozen_mode(recipe: Recipe) -> bool:
-    """Whether the run fine-tunes in eval mode, without dropout and stochastic depth; of a resolved recipe."""
+    """Whether a resolved recipe fine-tunes in eval mode, without dropout and stochastic depth."""
     return recipe.model.init is not None and recipe.departures.finetune_mode == "eval"
 
 
@@ -217,7 +217,7 @@ def has_effect(recipe: Recipe, name: str) -> bool:
 def check_given(recipe: Recipe, base: Recipe, where: str = "") -> None:
     """Raises UserError for each field of `recipe` that is not as in `base` and has no effect.
 
-    Both are resolved; `base` is the recipe before anybody changed it.
+    Both are resolved; `base` is the recipe before the user's changes.
     """
     before = fields(base)
     idle = [

@@ -1,4 +1,4 @@
-"""What a run is given, checked before PyTorch is loaded: a mistake in a command costs a second, not ten."""
+"""Check a run's inputs before PyTorch is imported: a mistake in a command costs a second, not ten."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def open_data_sets(recipe: Recipe) -> DataSets:
 def open_dataset(path: Path | None, option: str) -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    Raises UserError where it is not given, not there, damaged or of another kind.
+    Raises UserError if it is not given, missing, damaged or of another kind.
     """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
@@ -78,7 +78,7 @@ def open_dataset(path: Path | None, option: str) -> Dataset:
 
 
 def check_classes(data_set: Dataset, num_classes: int) -> None:
-    """Raises UserError where a data set has more classes than the model."""
+    """Raises UserError if a data set has more classes than the model."""
     if num_classes < data_set.num_classes:
         raise UserError(
             f"the model has {num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
@@ -102,7 +102,7 @@ def check_class_names(one: str, names: list[str] | None, other: str, others: lis
 
 
 def check_teacher(cfg: TeacherConfig) -> None:
-    """Raises UserError where a teacher has no weights, or more than its own."""
+    """Raises UserError if a teacher has no weights, or has a checkpoint besides the weights that it ships."""
     if cfg.name == LITE0:
         if cfg.checkpoint is not None:
             raise UserError(f"teacher {LITE0} ships its weights: leave out --teacher.checkpoint {cfg.checkpoint}")
@@ -116,7 +116,7 @@ def check_teacher(cfg: TeacherConfig) -> None:
 
 
 def repeats(recipe: Recipe, world: int) -> int:
-    """Copies of an image in a batch: the recipe's, or 1 where the released code would drop them."""
+    """Copies of an image in a batch: the recipe's, or 1 if the released code would drop them."""
     dropped = recipe.departures.single_process_repeats == "dropped" and world == 1
     return 1 if dropped else recipe.data.repeats
 
@@ -142,7 +142,7 @@ def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -
 
 
 def check_checkpoint(path: Path, option: str = "") -> None:
-    """Raise UserError unless the file could be a checkpoint; it is looked at, not read."""
+    """Raises UserError unless the file could be a checkpoint; does not read all of it."""
     where = f"--{option} {path}" if option else str(path)
     try:
         check_regular(path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fastdeit.pipelines.errors import UserError
 
-# A launcher's own count of the tasks that it started, and the name of the launcher.
+# A launcher's variable with the number of tasks that it started, and the launcher's name.
 _COUNTS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -21,33 +21,32 @@ _REMEDY = (
 
 
 def prepare() -> None:
-    """What a command that computes does first: call it before PyTorch is imported.
+    """The first call of a command that computes, before PyTorch is imported.
 
-    Raises UserError where a launcher other than torchrun started several processes.
+    Raises UserError if a launcher other than torchrun started several processes.
     """
     warning = check_launch()
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
-    # Loader threads share the cores with PyTorch's, and a spinning OpenMP thread keeps the one it waits for off its
-    # core: measured, a tenth of the speed with one core taken. OpenMP reads this when PyTorch is first imported.
+    # Loader threads share the cores with PyTorch's. A spinning OpenMP thread keeps the thread that it waits for off its
+    # core: with one core taken, training ran at a tenth of the speed. OpenMP reads this when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this process in its run."""
+    """The rank of this process."""
     return int(environ.get("RANK", 0))
 
 
 def size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes of the run."""
+    """The number of processes in the run."""
     return int(environ.get("WORLD_SIZE", 1))
 
 
 def check_launch(environ: Mapping[str, str] = os.environ) -> str | None:
-    """A warning where a SLURM job has more tasks than the one that runs here, else None.
+    """A warning if a SLURM job has more tasks than the one that runs here, else None.
 
-    Raises UserError where a launcher other than torchrun started several processes, each of which would believe itself
-    alone.
+    Raises UserError if a launcher other than torchrun started several processes: each would train alone.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return None
