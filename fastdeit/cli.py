@@ -1,4 +1,4 @@
-"""From a command line, and a file, to a recipe."""
+"""Turn a command line, and a file, into a recipe."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
 
-# A home at the start of a path: of a word, of an option's value, after the words that name a source, or #labels=.
+# `~` at the start of a path: of a word, of an option's value, after the name of a source, or after #labels=.
 _HOME = re.compile(r"(^(?:--[^=]+=)?(?:torchvision:\w+:|[a-z0-9]+:)?|(?<=#labels=))(~[^/:#]*)")
 
 
 def run(main: Callable[[], T]) -> T:
-    """Call `main`; an error that a person can mend ends the program with its sentence and exit status 2.
+    """Call `main`; an error that a user can fix ends the program with its sentence and exit status 2.
 
-    Those are UserError, and an OSError about a path or a full, read-only or failing machine. Any other exception is
-    a bug and goes on: a traceback, and exit status 1. Ctrl-C: "interrupted", 130, also where a library that is being
-    imported or called makes another exception of it.
+    Those errors are UserError, and OSError about a path or a full, read-only or failing machine. Any other exception is
+    a bug: a traceback, and exit status 1. Ctrl-C prints "interrupted" and exits with 130, even if a library turns it
+    into another exception.
     """
     came: list[int] = []
 
@@ -40,7 +40,7 @@ def run(main: Callable[[], T]) -> T:
         came.append(number)
         signal.default_int_handler(number, frame)
 
-    main_thread = threading.current_thread() is threading.main_thread()  # which alone handles signals
+    main_thread = threading.current_thread() is threading.main_thread()  # the only one that handles signals
     noting = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if noting:
         signal.signal(signal.SIGINT, note)
@@ -75,8 +75,8 @@ def parse(options: type[T], prog: str, args: Sequence[str] | None = None) -> T:
 def words(args: Sequence[str]) -> list[str]:
     """The words of a command line with `~` as the home folder in every path, also after `--option=` and `cifar:`.
 
-    A shell expands it at the start of a word alone. Raises UserError for an empty word, a home that does not exist,
-    and what no path can hold.
+    A shell expands `~` only at the start of a word. Raises UserError for an empty word, a home that does not exist, and
+    characters that no path can hold.
     """
     before = ["", *(f" of {word}" if word.startswith("--") else "" for word in args)]
     return [_word(word, of) for word, of in zip(args, before, strict=False)]
@@ -104,9 +104,9 @@ def _word(word: str, of: str) -> str:
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """The recipe that `RECIPE [--config FILE] [--section.field value ...]` describes, not yet resolved.
 
-    A file is TOML or JSON with the recipe's own sections and fields; its `name` is the recipe that it starts from.
-    The `recipe.json` beside a run starts the same run again. The command line wins over the file, the file over the
-    named recipe. Raises UserError for an unknown recipe or field, and for a given field that has no effect.
+    The file is TOML or JSON with the recipe's sections and fields; its `name` is the recipe to start from. A run's
+    `recipe.json` starts the same run again. The command line overrides the file, and the file the named recipe. Raises
+    UserError for an unknown recipe or field, and for a given field that has no effect.
     """
     args, file = _take_config(words(sys.argv[1:] if args is None else args))
     values = _read_config(file) if file else {}
@@ -139,7 +139,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
         if args and args[0] in RECIPES:
             args[1:1] = words(_flatten(values, file))
         recipe = _parse(args)
-        # What a run stored is whole, and the command line may change what stands there.
+        # A run stores a whole recipe; then only the command line's changes count as given.
         whole = file is not None and not missing
         base = recipe_from_dict({"name": args[0], **values}, file=file) if whole else RECIPES[args[0]]()
     where = f"{file} and the command line: " if file else ""
@@ -148,7 +148,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
 
 
 def _drop_compat(values: dict[str, Any]) -> None:
-    """Take out of a file's values what its own compat had decided; a choice of the file's own stays."""
+    """Remove the values that a file's own compat had decided; keep those that the file chose itself."""
     compat = values.get("compat", "paper")
     if compat not in ("paper", "released"):
         return  # refused where it is parsed
@@ -165,7 +165,7 @@ def _drop_compat(values: dict[str, Any]) -> None:
 
 
 def _parse(args: list[str]) -> Recipe:
-    import tyro  # here, since the benchmarks on a GPU run where it is not installed
+    import tyro  # imported here: some GPU benchmarks run without it
 
     return tyro.cli(
         tyro.extras.subcommand_type_from_defaults(
@@ -181,7 +181,7 @@ def _parse(args: list[str]) -> Recipe:
 
 
 def _missing(values: dict[str, Any]) -> list[str]:
-    """Fields of a recipe that a file's `values` leave open; none in a stored recipe."""
+    """The fields of a recipe that a file's `values` do not set; none are missing in a stored recipe."""
     held = {f"{section}.{name}" for section, given in values.items() if isinstance(given, dict) for name in given}
     return [name for name in fields(Recipe(name="")) if name not in held and name not in values]
 
@@ -241,7 +241,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:
-    """Command-line arguments that say what `values` says. Raises UserError for an unknown section or field."""
+    """`values` as command-line arguments. Raises UserError for an unknown section or field."""
     args: list[str] = []
     sections = get_type_hints(Recipe)
     for section, given in values.items():

@@ -125,7 +125,7 @@ def _pictures(folder: Path, recipe: Recipe, weights: Path, teacher_top1: float) 
 
 
 def demo(folder: Path) -> None:
-    """Run the demonstration in `folder`; a second run resumes or repeats what is not there yet."""
+    """Run the demonstration in `folder`; a second run resumes the first."""
     began = time.monotonic()
     if not (folder / "val.beton").exists():
         write_digits(folder / "images")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from fastdeit.pipelines.errors import UserError
 
 GIB = 2**30
-MODULES = {"pillow": "PIL"}  # where a distribution and its module differ in name
+MODULES = {"pillow": "PIL"}  # distributions whose module has another name
 FFCV_SYSTEM = "apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++"
 DALI = re.compile(r"nvidia-dali-cuda(\d+)0$")  # nvidia-dali-cuda120 is built with CUDA 12
 
@@ -221,7 +221,7 @@ def compiler() -> Check:
 
 
 def triton_check() -> Check:
-    """Whether Triton compiles a kernel to machine code: for the first GPU, or for sm_90 where there is none."""
+    """Whether Triton compiles a kernel to machine code: for the first GPU, or for sm_90 without one."""
     version = _installed("triton")
     if version is None:
         return Check("triton", "absent", "not installed: it comes with PyTorch's CUDA builds")
@@ -250,7 +250,7 @@ def triton_check() -> Check:
 
 
 def compiled_code() -> Check:
-    """Whether numba compiles here, and where its code is kept from one process to the next. It is tried."""
+    """Whether numba compiles here, and the folder that keeps its code for the next process. It is tried."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -300,7 +300,7 @@ def ffcv() -> Check:
 
 
 def turbo() -> Check:
-    """The turbo loader's decoder, which is built where a C compiler and libjpeg-turbo's headers are."""
+    """The turbo loader's decoder; installing builds it if a C compiler and libjpeg-turbo's headers are there."""
     from fastdeit.pipelines.loaders.turbo import find_turbo  # which imports numba, and this takes a second
 
     try:

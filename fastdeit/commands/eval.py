@@ -22,13 +22,13 @@ from fastdeit.streams import keep_streams
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Top-1, top-5 and loss of every head of a checkpoint; ImageNet-ReaL's accuracy where VAL holds its labels."""
+    """Top-1, top-5 and loss of every head of a checkpoint; also ImageNet-ReaL's accuracy if VAL holds its labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
     val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
-    recipe: str | None = None  # needed where the checkpoint does not hold its own, e.g. deit_small_distilled
-    weights: Literal["model", "ema", "both"] = "both"  # both: ema too where the checkpoint has it
-    img_size: int | None = None  # resolution, where it is not the recipe's; the position embedding is resized
+    recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
+    weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
+    img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
     batch: int = 256
     threads: int = 0
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"
