@@ -18,8 +18,9 @@ from PIL import Image
 from fastdeit import checkpoint, launch
 from fastdeit.cli import run, words
 from fastdeit.config import Recipe
-from fastdeit.data import TrainingData, open_dataset
+from fastdeit.data import TrainingData
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError, naming
