@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """Says nothing: for processes other than the main one."""
+    """Prints nothing: for processes other than the main one."""
 
 
 def set_up(recipe: Recipe, world: World) -> Precision:

@@ -83,7 +83,7 @@ class RunLog:
             self._drop_board(error)
 
     def say(self, text: str) -> None:
-        """A sentence for the person at the terminal."""
+        """Print a sentence on the terminal."""
         if not self._active:
             return
         try:
@@ -126,7 +126,7 @@ class RunLog:
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
 
     def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # what it still holds was counted as lost
+        with contextlib.suppress(OSError):  # events that it still buffers are counted as lost
             if self._file is not None:
                 self._file.close()
         self._file = None
@@ -140,11 +140,11 @@ class RunLog:
 
 
 def _nothing(text: str) -> None:
-    """Says nothing."""
+    """Prints nothing."""
 
 
 def _open_whole(path: Path) -> TextIO:
-    """`path` for appending, after a last line that a kill cut short is taken off."""
+    """Open `path` for appending, after removing a last line that a kill cut short."""
     if path.exists():
         check_regular(path)
         whole = path.read_bytes().rfind(b"\n") + 1
