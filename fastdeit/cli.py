@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from fastdeit.config import COMPAT, SOFT_DEFAULTS, Recipe
+from fastdeit.config import COMPAT, COMPAT_RUN, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular
@@ -153,7 +153,11 @@ def _drop_compat(values: dict[str, Any]) -> None:
     if compat not in ("paper", "released"):
         return  # the parser refuses it
     alpha, tau = SOFT_DEFAULTS[compat]
-    decided = {"departures": dataclasses.asdict(COMPAT[compat]), "objective": {"alpha": alpha, "tau": tau}}
+    decided = {
+        "departures": dataclasses.asdict(COMPAT[compat]),
+        "objective": {"alpha": alpha, "tau": tau},
+        "run": COMPAT_RUN[compat],
+    }
     for section, defaults in decided.items():
         given = values.get(section)
         if isinstance(given, dict):
@@ -190,6 +194,7 @@ def recipe_from_dict(values: dict[str, Any], more: Sequence[str] = (), file: Pat
     """
     import tyro
 
+    values = upgraded(values)
     args = [*_flatten({k: v for k, v in values.items() if k != "name"}, file or Path("the stored recipe")), *more]
     args = words(args)
     try:
@@ -232,7 +237,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds a {type(values).__name__}, not a recipe's sections")
     if not values:
         raise UserError(f"{path} holds no settings: leave out --config, or give another file")
-    return values
+    return upgraded(values)
 
 
 def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:

@@ -146,11 +146,15 @@ class RunConfig:
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
     progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
+    # None: as `Recipe.compat` says; see `COMPAT_RUN`.
+    eval_sharding: Literal["partition", "replicate"] | None = None  # replicate: every process evaluates all of val
+    loss_sync: Literal["deferred", "every_step"] | None = None  # when a GPU's loss is read; deferred: one step later
+    amp_dtype: Literal["bf16", "fp16"] | None = None  # what precision "auto" means on a GPU (deit issue 29)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Departures:
-    """Where the released DeiT code departs from the paper, one named choice each.
+    """The points where the released DeiT code departs from the paper, one field each.
 
     None means the choice of `Recipe.compat`; `COMPAT` has both columns.
     """
@@ -169,9 +173,6 @@ class Departures:
     late_fusion: Literal["probabilities", "logits"] | None = None
     finetune_distillation: Literal["allowed", "refused"] | None = None
     finetune_mode: Literal["eval", "train"] | None = None  # eval: no dropout and stochastic depth (deit issue 177)
-    eval_sharding: Literal["partition", "replicate"] | None = None  # replicate: every process, all of val
-    loss_sync: Literal["deferred", "every_step"] | None = None
-    amp_dtype: Literal["bf16", "fp16"] | None = None  # precision "auto" on a GPU (deit issue 29)
 
 
 COMPAT: dict[str, Departures] = {
@@ -190,9 +191,6 @@ COMPAT: dict[str, Departures] = {
         late_fusion="probabilities",
         finetune_distillation="allowed",
         finetune_mode="train",
-        eval_sharding="partition",
-        loss_sync="deferred",
-        amp_dtype="bf16",
     ),
     "released": Departures(
         schedule_unit="epoch",
@@ -209,10 +207,13 @@ COMPAT: dict[str, Departures] = {
         late_fusion="logits",
         finetune_distillation="refused",
         finetune_mode="eval",
-        eval_sharding="replicate",
-        loss_sync="every_step",
-        amp_dtype="fp16",
     ),
+}
+
+# The fields of `run` that `compat` decides: engineering, not the method.
+COMPAT_RUN: dict[str, dict[str, str]] = {
+    "paper": {"eval_sharding": "partition", "loss_sync": "deferred", "amp_dtype": "bf16"},
+    "released": {"eval_sharding": "replicate", "loss_sync": "every_step", "amp_dtype": "fp16"},
 }
 
 SOFT_DEFAULTS = {"paper": (0.1, 3.0), "released": (0.5, 1.0)}  # alpha, tau
@@ -257,7 +258,13 @@ class Recipe:
             alpha=alpha if self.objective.alpha is None else self.objective.alpha,
             tau=tau if self.objective.tau is None else self.objective.tau,
         )
-        return dataclasses.replace(self, departures=dataclasses.replace(self.departures, **filled), objective=objective)
+        run: dict[str, Any] = {k: v for k, v in COMPAT_RUN[self.compat].items() if getattr(self.run, k) is None}
+        return dataclasses.replace(
+            self,
+            departures=dataclasses.replace(self.departures, **filled),
+            objective=objective,
+            run=dataclasses.replace(self.run, **run),
+        )
 
     def _check(self) -> None:
         run, model, optim = self.run, self.model, self.optim
@@ -358,3 +365,16 @@ class Recipe:
             return str(value) if isinstance(value, Path) else value
 
         return plain(dataclasses.asdict(self))
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe's `values` with the fields of `COMPAT_RUN` under `run`; older versions stored them as departures.
+
+    Values that are not a whole stored recipe are returned as they are.
+    """
+    moved = COMPAT_RUN["paper"].keys()
+    departures, run = values.get("departures"), values.get("run")
+    if not isinstance(departures, dict) or not isinstance(run, dict) or not moved <= departures.keys():
+        return values
+    kept = {name: value for name, value in departures.items() if name not in moved}
+    return {**values, "departures": kept, "run": {**{name: departures[name] for name in moved}, **run}}

@@ -203,7 +203,7 @@ class EvaluationData(Pipeline[EvalOrder]):
         loader: tuple[str, str] | None = None,
         stage: tuple[StageName, str] | None = None,
     ) -> None:
-        self.replicate = recipe.departures.eval_sharding == "replicate"
+        self.replicate = recipe.run.eval_sharding == "replicate"
         order = EvalOrder(
             len(dataset), batch=recipe.run.eval_batch, rank=world.rank, world=world.size, replicate=self.replicate
         )

@@ -169,6 +169,9 @@ EFFECTS: dict[str, Effect] = {
     "run.log_every": ALWAYS,
     "run.tensorboard": ALWAYS,
     "run.progress": ALWAYS,
+    "run.eval_sharding": ALWAYS,  # as augment.eval_crop
+    "run.loss_sync": ALWAYS,
+    "run.amp_dtype": _AUTO_PRECISION,
     "departures.schedule_unit": ALWAYS,
     "departures.schedule_lag": ALWAYS,
     "departures.order_seed": ALWAYS,
@@ -183,12 +186,9 @@ EFFECTS: dict[str, Effect] = {
     "departures.late_fusion": _TWO_HEADS,
     "departures.finetune_distillation": _TUNES_DISTILLED,
     "departures.finetune_mode": _INIT,
-    "departures.eval_sharding": ALWAYS,  # like augment.eval_crop
-    "departures.loss_sync": ALWAYS,
-    "departures.amp_dtype": _AUTO_PRECISION,
 }
 
-# Defaults that earlier versions stored: the user did not give them.
+# Defaults that an older version stored; no user gave them.
 _FORMER_DEFAULTS = {"departures.finetune_mode": "eval"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,21 +17,26 @@ if TYPE_CHECKING:
     from fastdeit.pipelines.plan.order import EpochOrder
 
 
-def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None:
-    """Check everything that a resolved recipe names: files, classes, the batch.
+@dataclass(frozen=True)
+class DataSets:
+    """The opened data sets of a run, checked against each other; `num_classes` are the model's."""
 
-    `world` is the number of processes; `labels` says whether stored labels must exist already. Raises UserError,
-    which names the option and the remedy.
+    train: Dataset
+    val: Dataset | None
+    num_classes: int
+
+
+def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> DataSets:
+    """Check everything that a resolved recipe names: files, classes, the batch. Returns the opened data sets.
+
+    world   number of processes
+    labels  whether stored labels must be there already
+
+    Raises UserError, naming the option and the remedy.
     """
-    run, model, teacher = recipe.run, recipe.model, recipe.teacher
-    train = open_dataset(recipe.data.train, "data.train")
-    check_classes(train, model.num_classes or train.num_classes)
-    if recipe.data.val is not None:
-        val = open_dataset(recipe.data.val, "data.val")
-        check_class_names(str(train.path), train.class_names, str(val.path), val.class_names)
-        check_classes(val, model.num_classes or train.num_classes)
-        val.close()
-    _check_given(model.init, "model.init")
+    run, teacher = recipe.run, recipe.teacher
+    sets = open_data_sets(recipe)
+    _check_given(recipe.model.init, "model.init")
     if run.resume not in ("auto", "none"):
         _check_given(Path(run.resume), "run.resume")
     if recipe.objective.distillation != "none":
@@ -42,8 +48,21 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None
         else:
             check_teacher(teacher)
         _check_given(teacher.checkpoint, "teacher.checkpoint")
-    epoch_order(recipe, len(train), world=world)
-    train.close()
+    epoch_order(recipe, len(sets.train), world=world)
+    return sets
+
+
+def open_data_sets(recipe: Recipe) -> DataSets:
+    """The data sets of a recipe. Raises UserError where one cannot be opened, or their classes do not agree."""
+    train = open_dataset(recipe.data.train, "data.train")
+    num_classes = recipe.model.num_classes or train.num_classes
+    check_classes(train, num_classes)
+    val = None
+    if recipe.data.val is not None:
+        val = open_dataset(recipe.data.val, "data.val")
+        check_class_names(str(train.path), train.class_names, str(val.path), val.class_names)
+        check_classes(val, num_classes)
+    return DataSets(train, val, num_classes)
 
 
 def open_dataset(path: Path | None, option: str) -> Dataset:

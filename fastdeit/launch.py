@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 
 from fastdeit.pipelines.errors import UserError
@@ -19,13 +20,26 @@ _REMEDY = (
 )
 
 
+def prepare() -> None:
+    """The first call of a command that computes, before PyTorch is imported.
+
+    Raises UserError if a launcher other than torchrun started several processes.
+    """
+    warning = check_launch()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    # Loader threads share the cores with PyTorch's. A spinning OpenMP thread keeps the thread that it waits for off its
+    # core: with one core taken, training ran at a tenth of the speed. OpenMP reads this when PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def rank(environ: Mapping[str, str] = os.environ) -> int:
     """The rank of this process."""
     return int(environ.get("RANK", 0))
 
 
 def size(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of processes of the run."""
+    """The number of processes in the run."""
     return int(environ.get("WORLD_SIZE", 1))
 
 

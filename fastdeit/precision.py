@@ -42,13 +42,13 @@ def allow_tf32(precision: Precision) -> None:
 
 
 def resolve(recipe: Recipe, device: torch.device) -> Precision:
-    """The precision of a run. "auto" is float32 on a CPU and `departures.amp_dtype` on a GPU.
+    """The precision of a run. "auto" is float32 on a CPU and `run.amp_dtype` on a GPU.
 
     A GPU without bf16 falls back to fp16 with loss scaling; the caller logs `note`. Raises UserError for fp16 on a CPU.
     """
     wanted, note = recipe.run.precision, ""
     if wanted == "auto":
-        wanted = "fp32" if device.type == "cpu" else (recipe.departures.amp_dtype or "bf16")
+        wanted = "fp32" if device.type == "cpu" else (recipe.run.amp_dtype or "bf16")
         if wanted == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             wanted, note = "fp16", "this GPU has no bf16: fp16 with loss scaling instead"
     if wanted == "fp16" and device.type == "cpu":

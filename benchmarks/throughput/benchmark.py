@@ -18,9 +18,10 @@ from benchmarks.render import target_lines
 from benchmarks.throughput.contenders import Form, Inputs, ModelCase, Step, disagreement, forms, make_step, our_model
 from benchmarks.throughput.report import ratio, record_table
 from fastdeit.cli import parse, run
+from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
-from fastdeit.precision import allow_tf32, resolve
 from fastdeit.recipes import RECIPES
+from fastdeit.setup import set_up
 from fastdeit.training.graphs import WARM_UP
 
 # Targets at 224 pixels: images per second of a training step by GPU, and the ratio to timm's fastest.
@@ -76,8 +77,7 @@ def cases(options: Options) -> Iterator[ModelCase]:
                 model=dataclasses.replace(recipe.model, img_size=size),
                 run=dataclasses.replace(recipe.run, precision=options.precision),
             ).resolved()
-            precision = resolve(recipe, device)
-            allow_tf32(precision)  # as in training
+            precision = set_up(recipe, World(0, 1, 1, device))
             if precision.name == "fp16":
                 raise UserError("this GPU has no bf16: give --precision fp32")
             for mode in options.mode:

@@ -30,7 +30,6 @@ from fastdeit.model.networks import build_network
 from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision
 from fastdeit.training.graphs import why_not
-from fastdeit.training.objective import build_objective
 from fastdeit.training.optim import parameter_groups
 from fastdeit.training.step import TrainingStep
 
@@ -246,13 +245,12 @@ def _our_train_step(model: Any, case: ModelCase, form: Form, inputs: Inputs) -> 
         objective=objective,
         ema=replace(recipe.ema, enabled=case.ema),
     ).resolved()
-    kernels = "distillation_loss" in our_kernels(case, form).ops
     training = TrainingStep(
         recipe,
         case.world,
         case.precision,
         model,
-        build_objective(recipe.objective, recipe.model.distilled, recipe.departures, kernels=kernels),
+        our_kernels(case, form),
         num_classes=CLASSES,
         steps_per_epoch=1,
         labels=_StoredLabels(inputs.labels) if recipe.model.distilled else None,

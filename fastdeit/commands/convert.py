@@ -1,4 +1,4 @@
-"""`fastdeit-convert`: labelled images into one of two formats that training reads by index, and a check of them."""
+"""`fastdeit-convert`: write labelled images in a format that training reads by index, or verify such a data set."""
 
 from __future__ import annotations
 
@@ -15,69 +15,68 @@ from fastdeit.pipelines.console import settle
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import open_dataset
 
-BAD = 3  # exit status: images were left out, or a check found something
+BAD = 3  # exit status: images were left out, or the verification found damage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Convert labelled images into a file that FFCV can read, too, or shards for DALI and webdataset; or check one.
+    """Convert labelled images to a file that FFCV reads too, or to shards for DALI and webdataset; or verify one.
 
-    JPEG files are stored as they are where they can be; nothing appears under DEST before it is complete. SOURCE is one
-    of
+    JPEG files are stored unchanged if possible; DEST appears only when it is complete. SOURCE is one of
 
         FOLDER                         class folders, or with --split FOLDER/split; IDX files of the MNIST family
         imagenet:PATH[:SPLIT]          ILSVRC2012's tar files, or their folder
         imagenetv2:FILE                an archive of ImageNet-V2
         webdataset:PATTERN             tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY
         parquet:PATTERN                parquet files, likewise; #image=COLUMN,label=COLUMN
-        cifar:FILE[:SPLIT]             CIFAR-10's and CIFAR-100's own archives
-        torchvision:NAME:ROOT[:SPLIT]  a data set of torchvision's that lies on disk
+        cifar:FILE[:SPLIT]             the archives of CIFAR-10 and CIFAR-100
+        torchvision:NAME:ROOT[:SPLIT]  a torchvision data set on disk
 
-    where the word before the colon may be left out for files of their usual names, and folders of such files.
+    The word before the colon is optional for files with their usual names, and for folders of such files.
 
-    Exit status: 0 all images were converted, or all is well; 3 some were left out, or something was found; 2 an error.
+    Exit status: 0 all images were converted or verified; 3 some were left out or damaged; 2 an error.
     """
 
     source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
-    """Where the images are, see above."""
+    """The images, see above."""
     dest: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")] = None
-    """What to write: train.beton, with DEST.json beside it, or for shards a folder. Of what exists, only a data
-    set that fastdeit-convert wrote is replaced."""
+    """The output: train.beton, with DEST.json beside it, or for shards a folder. An existing DEST is replaced only
+    if fastdeit-convert wrote it."""
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
-    """Part of the source: a subfolder such as train, train or test of IDX files, torchvision's split."""
+    """Part of the source: a subfolder such as train, train or test for IDX files, or torchvision's split."""
     max_side: int | None = None
-    """Reduce longer sides to this many pixels (Lanczos); 500 keeps what training at 224 can use."""
+    """Reduce longer sides to this many pixels (Lanczos); 500 suffices for training at 224."""
     quality: int = 92
-    """Of JPEGs that are encoded anew, 1 to 100."""
+    """Quality of re-encoded JPEGs, 1 to 100."""
     mode: Literal["auto", "jpeg", "raw"] = "auto"
-    """auto: JPEG files as they are; jpeg: all encoded anew; raw: pixels."""
+    """auto: JPEG files unchanged; jpeg: re-encode all; raw: pixels."""
     workers: int = 0
     """Processes; 0: one for every core."""
     shuffle_seed: int | None = None
     """Store the samples in a random order."""
     class_names: Path | None = None
-    """Classes in the order of their labels: a text file, one a line, or a data set that was converted."""
+    """Classes in the order of their labels: a text file, one per line, or a converted data set."""
     limit: int | None = None
-    """Convert only the first so many images."""
+    """Convert only this many images, the first ones."""
     on_error: Literal["fail", "skip"] = "fail"
-    """A bad image ends the conversion, or is left out and listed in DEST.rejects.jsonl."""
+    """fail: a bad image ends the conversion; skip: it is left out and listed in DEST.rejects.jsonl."""
     resume: bool = False
-    """Go on where an interrupted conversion to DEST stopped; the bytes are those of an unbroken one."""
+    """Continue an interrupted conversion to DEST; the result has the same bytes as an uninterrupted one."""
     real_labels: Path | None = None
-    """ImageNet-ReaL's real.json, for ILSVRC2012's val images; timm: the copy that timm has."""
+    """ImageNet-ReaL's real.json, for ILSVRC2012's val images; timm: the copy in timm."""
     shard_size: int = 10_000
-    """Images of a shard at most."""
+    """Most images per shard."""
     nodes: int = 1
-    """Shards are dealt out to so many nodes evenly, see DEST/nodes."""
+    """Divide the shards evenly among this many nodes, see DEST/nodes."""
     verify: Path | None = None
     """Check this data set instead: decode all of it and compare every checksum."""
     against: str | None = None
-    """With --verify: read this SOURCE again, too, and compare sample by sample."""
+    """With --verify: also read this SOURCE again and compare sample by sample."""
 
 
 def convert_options(options: Options) -> int:
-    """Convert, or check, as the command line says; the exit status."""
+    """Convert or verify; returns the exit status."""
     if options.verify is not None:
         return verify_options(options, options.verify)
     if options.source is None or options.dest is None or options.against is not None:

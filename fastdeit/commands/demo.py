@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdeit import checkpoint
+from fastdeit import checkpoint, launch
 from fastdeit.cli import run, words
 from fastdeit.config import Recipe
-from fastdeit.data import TrainingData, open_dataset
+from fastdeit.data import TrainingData
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError, naming
@@ -125,7 +126,7 @@ def _pictures(folder: Path, recipe: Recipe, weights: Path, teacher_top1: float) 
 
 
 def demo(folder: Path) -> None:
-    """Run the demonstration in `folder`; a second run resumes or repeats what is not there yet."""
+    """Run the demonstration in `folder`; a second run resumes the first."""
     began = time.monotonic()
     if not (folder / "val.beton").exists():
         write_digits(folder / "images")
@@ -152,7 +153,11 @@ def demo(folder: Path) -> None:
 
 
 def main() -> None:
-    run(lambda: demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0])))
+    def go() -> None:
+        launch.check_launch()
+        demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0]))
+
+    run(go)
 
 
 if __name__ == "__main__":

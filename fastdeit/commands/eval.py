@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from fastdeit import launch
 from fastdeit.cli import parse, recipe_from_dict, run
 from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.recipes import RECIPES
 from fastdeit.streams import keep_streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Top-1, top-5 and loss of every head of a checkpoint; ImageNet-ReaL's accuracy where VAL holds its labels."""
+    """Top-1, top-5 and loss of every head of a checkpoint; also ImageNet-ReaL's accuracy if VAL holds its labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
     val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
-    recipe: str | None = None  # needed where the checkpoint does not hold its own, e.g. deit_small_distilled
-    weights: Literal["model", "ema", "both"] = "both"  # both: ema too where the checkpoint has it
-    img_size: int | None = None  # resolution, where it is not the recipe's; the position embedding is resized
+    recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
+    weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
+    img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
     batch: int = 256
     threads: int = 0
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"
@@ -39,18 +40,16 @@ class Options:
 
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
-    """Scores by kind of weights. Raises UserError where file and recipe do not go together."""
-    _check(options)
+    """Scores by kind of weights. Raises UserError where checkpoint, recipe and data set do not fit together."""
+    val = _open_val(options)
+    # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.checkpoint import read_checkpoint
-    from fastdeit.data import EvaluationData
     from fastdeit.distributed import world
     from fastdeit.model.kernel_choice import choose_kernels
     from fastdeit.model.networks import build_network
     from fastdeit.model.weights import check_described, describe, load_weights, state_dict
     from fastdeit.pipelines.formats.checksums import unchecked
-    from fastdeit.pipelines.host.stage import compile_sentence
-    from fastdeit.setup import set_up
-    from fastdeit.stage_choice import image_dtype, image_layout
+    from fastdeit.setup import open_evaluation_data, set_up, silent
     from fastdeit.training.evaluation import evaluate
 
     stored = read_checkpoint(options.checkpoint)
@@ -64,21 +63,18 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     if options.weights == "both" and not stored.get("ema"):
         kinds = ["model"]
     with world(options.device) as joined:
+        verbose = joined.main and not options.json
+        say = print if verbose else silent
         precision = set_up(recipe, joined)
-        val = open_dataset(options.val, "val")
         check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
         classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
-        dtype, layout = image_dtype(recipe, precision, teacher=False), image_layout(kernels, teacher=False)
-        if joined.main and not options.json and options.stage != "device" and (sentence := compile_sentence()):
-            print(sentence)
-        data = EvaluationData(recipe, val, joined, dtype, layout)
-        if joined.main and not options.json:
-            if precision.note:
-                print(precision.note)
-            print(kernels.sentence())
-            print(f"loader {data.loader.name}: {data.loader.reason}")
-            print(f"images made on the {data.stage.name}: {data.stage.reason}")
+        data = open_evaluation_data(recipe, val, joined, precision, kernels, say=say)
+        if precision.note:
+            say(precision.note)
+        say(kernels.sentence())
+        say(f"loader {data.loader.name}: {data.loader.reason}")
+        say(f"images made on the {data.stage.name}: {data.stage.reason}")
         without = unchecked(val.path, val.checksums)
         if joined.main and without is not None:
             print(without, file=sys.stderr)
@@ -89,16 +85,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
                 for message in load_weights(model, stored, ema=kind == "ema"):
                     if "reset" in message:
                         raise UserError(f"{options.checkpoint} cannot be evaluated on {options.val}: {message}")
-                    if joined.main and not options.json:
-                        print(message)
-                out[kind] = evaluate(
-                    model,
-                    data,
-                    joined,
-                    precision,
-                    kernels="evaluate_heads" in kernels.ops,
-                    progress=joined.main and not options.json,
-                )
+                    say(message)
+                out[kind] = evaluate(model, data, joined, precision, kernels=kernels, progress=verbose)
         finally:
             data.close()
         return out if joined.main else {}
@@ -115,12 +103,12 @@ def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _check(options: Options) -> None:
-    """Raises UserError for what can be seen before PyTorch is loaded."""
+def _open_val(options: Options) -> Dataset:
+    """The data set, after the checks that do not need PyTorch. Raises UserError."""
     if options.recipe is not None and options.recipe not in RECIPES:
         raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
     check_checkpoint(options.checkpoint)
-    open_dataset(options.val, "val").close()
+    return open_dataset(options.val, "val")
 
 
 def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
@@ -149,7 +137,7 @@ def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -
 
 
 def table(results: dict[str, Any]) -> str:
-    """The scores as text, a line a head, and a line where images had to be read by PIL."""
+    """The scores as text, one line per head, and a line if PIL had to read images."""
     real = any("real_images" in scores for scores in results.values())
     lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}" + f" {'ReaL %':>8}" * real]
     for kind, scores in results.items():
@@ -167,8 +155,8 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     def go() -> None:
         keep_streams()
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
         options = parse(Options, "fastdeit-eval")
+        launch.prepare()
         results = evaluate_checkpoint(options)
         if results:
             print(json.dumps(results) if options.json else table(results))

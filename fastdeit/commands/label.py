@@ -1,9 +1,8 @@
-"""`fastdeit-label`: have the teacher label every sample of a run beforehand."""
+"""`fastdeit-label`: store the teacher's labels for every sample of a run."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from fastdeit import launch
@@ -18,7 +17,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
     """Which epochs to label, and the resolved recipe. Raises UserError for epochs that it does not have."""
     parser = argparse.ArgumentParser(
         prog="fastdeit-label",
-        description="Store what the teacher says of the very samples of a run, for fastdeit-train --teacher.labels.",
+        description="Store the teacher's labels for every sample of a run, for fastdeit-train --teacher.labels.",
         epilog="RECIPE and its options are those of fastdeit-train; --teacher.labels names the folder to write.",
         usage="%(prog)s [--first-epoch N] [--end-epoch N] [--topk K] RECIPE --teacher.labels FOLDER [...]",
     )
@@ -39,17 +38,14 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
 def label() -> None:
     keep_streams()
     own, recipe = parse(sys.argv[1:])
-    warning = launch.check_launch()
-    if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
-    if launch.rank() == 0:
-        check_inputs(recipe, world=launch.size(), labels=False)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in fastdeit-train
+    launch.prepare()
+    sets = check_inputs(recipe, world=launch.size(), labels=False) if launch.rank() == 0 else None
+    # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.teacher.labelling import label_run
 
     with world(recipe.run.device) as joined:
-        label_run(recipe, joined, first_epoch=own.first_epoch, end_epoch=own.end_epoch, topk=own.topk)
+        label_run(recipe, joined, first_epoch=own.first_epoch, end_epoch=own.end_epoch, topk=own.topk, sets=sets)
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,23 +15,19 @@ from fastdeit.training.run_lock import RunLock
 def train() -> None:
     keep_streams()
     recipe = parse_recipe().resolved()
-    warning = launch.check_launch()
-    if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
+    launch.prepare()
     with ExitStack() as stack:
-        lock = None
+        lock = sets = None
         if launch.rank() == 0:
-            check_inputs(recipe, world=launch.size())
+            sets = check_inputs(recipe, world=launch.size())
             lock = RunLock(Path(recipe.run.output))
             stack.callback(lock.close)
-        # Loader threads share the cores with PyTorch's, and a spinning OpenMP thread keeps the one it waits for off its
-        # core: measured, a tenth of the speed with one core taken. OpenMP reads this when PyTorch is first imported.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # Imported here: mistakes in the command are found without waiting for PyTorch.
         from fastdeit.distributed import world
         from fastdeit.training.trainer import Trainer
 
         joined = stack.enter_context(world(recipe.run.device))
-        Trainer(recipe, joined, lock).run()
+        Trainer(recipe, joined, lock, sets).run()
 
 
 def main() -> None:

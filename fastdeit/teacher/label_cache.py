@@ -1,13 +1,13 @@
-"""What a teacher says of every sample of a run, stored, so that training needs no teacher.
+"""The teacher's labels for every sample of a run, stored, so that training needs no teacher.
 
-A sample's pixels are a function of the recipe and the data alone (docs/design.md), so its label can be computed
-once, on any number of processes, and used by any number of runs. A cache is a folder:
+A sample's pixels depend only on the recipe and the data (docs/design.md), so any number of processes can compute its
+label once, and any number of runs can use it. A cache is a folder:
 
     labels.json       `key`: the fields that the pixels depend on; the teacher's name and fingerprint; `kind` "hard" or
                       "soft", `topk`, `num_classes`; `epochs`: a file and its SHA-256 for each epoch
     epoch-0000.npy    hard: (samples of an epoch,) uint16 or uint32, in the order of the global batches
     epoch-0000.npz    soft: `index` (samples, topk) and `logits` (samples, topk) float16
-    labels.lock       whoever writes holds it, so that several processes may label epochs of one run at a time
+    labels.lock       the writing process holds it, so that several processes may label epochs of one run
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.formats.files import atomic_write, open_regular, read_text
-from fastdeit.pipelines.loaders.choose import pixels_of
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import machine_error
 
@@ -40,15 +39,15 @@ _FORMAT, _VERSION = "fastdeit-labels", 1
 _MOST_INDEX = 16 << 20  # bytes: 100,000 epochs
 _INDEX, _LOCK = "labels.json", "labels.lock"
 _PIXELS = "data.loader (pixels)"
-# Of the `augment` section, what does not reach the pixels of a training sample.
+# The fields of the `augment` section that do not change the pixels of a training sample.
 _NO_PIXELS = ("label_smoothing", "eval_crop")
 
 
 def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
-    """All that the pixels of the run's samples depend on, by the names that the recipe gives it.
+    """Everything that the pixels of the run's samples depend on, under the recipe's names.
 
-    The number of processes is not among it, but for mixing groups that are a process's whole batch. Raises UserError
-    for a data set without a sidecar, whose content nothing vouches for.
+    The number of processes counts only for mixing groups that are a process's whole batch. Raises UserError for a data
+    set without a sidecar, since nothing identifies its content.
     """
     if data.loader.dataset.content_hash is None:
         raise UserError(
@@ -76,7 +75,7 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
 
 
 def labelled_pixels(recipe: Recipe) -> tuple[str, str] | None:
-    """The decoder's pixels of the labels that `recipe` takes or adds to, and whose they are; None without labels."""
+    """The pixels of the labels that `recipe` uses or adds to, and a name for them; None without labels."""
     folder = recipe.teacher.labels
     if folder is None or recipe.objective.distillation == "none" or not (folder / _INDEX).is_file():
         return None
@@ -85,7 +84,7 @@ def labelled_pixels(recipe: Recipe) -> tuple[str, str] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What a cache says of itself; `teacher` is a fingerprint, `topk` 0 for hard labels."""
+    """The description of a cache; `teacher` is a fingerprint, `topk` is 0 for hard labels."""
 
     key: dict[str, Any]
     teacher: str
@@ -102,8 +101,8 @@ class Described:
 class LabelWriter:
     """Stores the labels of a run epoch by epoch, each file whole or not at all.
 
-    A folder that holds labels of the same key, teacher and kind is added to, also by several processes at a time.
-    Raises UserError, naming the field, where it holds others.
+    Several processes may add to a folder of the same key, teacher and kind at the same time. Raises UserError, naming
+    the field, if the folder holds other labels.
     """
 
     def __init__(self, folder: Path, described: Described) -> None:
@@ -111,7 +110,7 @@ class LabelWriter:
         self._stored = self._open()
 
     def _open(self) -> LabelCache | None:
-        """What the folder holds by now."""
+        """The labels in the folder now; None without any."""
         folder, described = self.folder, self._described
         if not (folder / _INDEX).exists():
             return None
@@ -129,10 +128,10 @@ class LabelWriter:
         return self._stored is not None and self._stored.has(epoch)
 
     def write(self, epoch: int, labels: np.ndarray, logits: np.ndarray | None = None) -> None:
-        """The labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk).
+        """Store the labels of a whole epoch: hard (samples,), or soft classes and `logits` (samples, topk).
 
-        An epoch that another process has stored meanwhile stays as it is: runs may be at work with it. Raises
-        MachineError where it cannot be written; what the folder holds stays as it is.
+        An epoch that another process has stored meanwhile is kept: runs may be using it. Raises MachineError if the
+        epoch cannot be written; the rest of the folder is kept.
         """
         try:
             self._write(epoch, labels, logits)
@@ -177,8 +176,6 @@ class LabelCache:
             self.described = d = Described(**index)
             typed = isinstance(d.key, dict) and type(d.num_classes) is int and type(d.topk) is int
             files = [(e["file"] + e["sha256"], int(epoch)) for epoch, e in self.epochs.items()]
-            if "data.loader" in d.key:  # as it was before loaders said whose pixels they decode
-                d.key[_PIXELS] = pixels_of(str(d.key.pop("data.loader")))
             if not typed or any(not isinstance(text, str) for text, _ in files):
                 raise ValueError("fields of a wrong type")
         except OSError as error:
@@ -188,7 +185,7 @@ class LabelCache:
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
 
     def check(self, key: dict[str, Any], teacher: str | None = None) -> None:
-        """Raises UserError, naming each field, where the labels are those of other pixels, or of another teacher."""
+        """Raises UserError, naming each field, if the labels belong to other pixels or to another teacher."""
         there = self.described.key
         differing = [
             f"{name} is {there.get(name)!r} there and {key.get(name)!r} here"
@@ -204,7 +201,7 @@ class LabelCache:
             )
 
     def has(self, epoch: int) -> bool:
-        """Whether there are labels for `epoch`; whether they are whole is found when they are read."""
+        """Whether there are labels for `epoch`; reading them checks that they are whole."""
         return str(epoch) in self.epochs and self._path(epoch).is_file()
 
     def _path(self, epoch: int) -> Path:
@@ -224,7 +221,7 @@ class LabelCache:
         return torch.from_numpy(self._epoch(epoch, entries)["labels"][entries].astype(np.int64))
 
     def logits(self, epoch: int, entries: np.ndarray) -> Tensor:
-        """Logits (B, num_classes) float32 of the samples; a class outside of the stored ones has none of the mass."""
+        """Logits (B, num_classes) float32 of the samples; classes that were not stored get probability 0."""
         stored = self._epoch(epoch, entries)
         index = torch.from_numpy(stored["index"][entries].astype(np.int64))
         logits = torch.from_numpy(stored["logits"][entries]).float()
@@ -265,7 +262,7 @@ class LabelCache:
 
 
 def _read_array(file: BinaryIO, start: int, size: int) -> np.ndarray:
-    """The array of numpy's format in `size` bytes at `start`. Raises ValueError for one that needs more, or is none."""
+    """The numpy array in `size` bytes at `start`. Raises ValueError for one of another size, or for no array."""
     file.seek(start)
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -277,7 +274,7 @@ def _read_array(file: BinaryIO, start: int, size: int) -> np.ndarray:
 
 
 def _read_soft(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, whose members numpy stores as they are: none takes more memory than room on the disk."""
+    """The arrays of an uncompressed .npz, so that none takes more memory than it takes on the disk."""
     arrays = {}
     with zipfile.ZipFile(file) as archive:
         for name in ("index", "logits"):

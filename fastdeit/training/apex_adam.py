@@ -1,4 +1,4 @@
-"""AdamW as NVIDIA's apex has it: `apex.optimizers.FusedAdam`, and its state in PyTorch's form."""
+"""NVIDIA apex's AdamW, `apex.optimizers.FusedAdam`, and its state in PyTorch's form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from fastdeit.config import OptimConfig
 from fastdeit.pipelines.errors import UserError, fact
 
-DEVICE = "cuda"  # the only one that its kernels run on
+DEVICE = "cuda"  # the only device that its kernels run on
 _BUILD = "build it from https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"
 _OTHER = "--optim.implementation torch"
 
@@ -33,11 +33,11 @@ def _fused_adam() -> Any:
 def build_apex_adam(groups: list[dict[str, Any]], cfg: OptimConfig, *, capturable: bool) -> torch.optim.Optimizer:
     """FusedAdam in AdamW's form over `groups`, as `optim.parameter_groups` returns them.
 
-    capturable  the learning rate and the count of steps are tensors on the device, so that a CUDA graph can hold the
-                update
+    capturable  keeps the learning rate and the step count in tensors on the device, so that a CUDA graph can hold
+                the update
 
-    Raises UserError where apex is not there, is PyPI's project of that name, or was built without CUDA kernels, and
-    for parameters that are not on a GPU.
+    Raises UserError if apex is missing, is PyPI's project of that name, or was built without CUDA kernels, and for
+    parameters that are not on a GPU.
     """
     FusedAdam = _fused_adam()
     device = groups[0]["params"][0].device
@@ -51,12 +51,12 @@ def build_apex_adam(groups: list[dict[str, Any]], cfg: OptimConfig, *, capturabl
 
 
 def is_apex_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `build_apex_adam` made it."""
+    """Whether `build_apex_adam` made the optimizer."""
     return type(optimizer).__name__ == "FusedAdam"
 
 
 def to_torch(state: dict[str, Any]) -> dict[str, Any]:
-    """FusedAdam's state dict as AdamW's: the count of steps is a group's in the one, a parameter's in the other."""
+    """FusedAdam's state dict as AdamW's: FusedAdam counts steps per group, AdamW per parameter."""
     states = {name: dict(value) for name, value in state["state"].items()}
     groups = [dict(group) for group in state["param_groups"]]
     for group in groups:
@@ -68,7 +68,7 @@ def to_torch(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_apex(state: dict[str, Any], *, capturable: bool, device: torch.device) -> dict[str, Any]:
-    """The inverse of `to_torch`. Raises UserError where the parameters of a group differ in their steps."""
+    """The inverse of `to_torch`. Raises UserError if the parameters of a group differ in their step counts."""
     states = {name: {k: v for k, v in value.items() if k != "step"} for name, value in state["state"].items()}
     groups = [dict(group) for group in state["param_groups"]]
     for group in groups:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from fastdeit.data import EvaluationData
 from fastdeit.distributed import World
 from fastdeit.kernels.reference import HEADS, head_log_probabilities
 from fastdeit.model.deit import StudentOutput
+from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.precision import Precision
@@ -27,10 +30,10 @@ def evaluate(
     world: World,
     precision: Precision,
     *,
-    kernels: bool = False,
+    kernels: Kernels = TORCH,
     progress: bool = False,
 ) -> Scores:
-    """Top-1 and top-5 in percent, and the loss, of each head; with `kernels` by `fastdeit.kernels.head_evaluation`.
+    """Top-1 and top-5 in percent, and the loss, of each head.
 
     Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
     fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
@@ -42,7 +45,7 @@ def evaluate(
     in percent of the images that have any, "real_images" of them, a hit being any of an image's labels (Beyer et al.
     2020, "Are we done with ImageNet?", section 3).
     """
-    training = model.training
+    training, by_kernel = model.training, "evaluate_heads" in kernels.ops
     model.eval()
     # Columns: images, top-1 hits, top-5 hits, loss, images with ReaL labels, ReaL hits. A head that the model lacks
     # keeps a row of zeros.
@@ -57,7 +60,7 @@ def evaluate(
             with precision.autocast():
                 output = model(pixels)
             for row, (hits, decision) in zip(
-                totals, (_by_kernel if kernels else _by_head)(output, labels), strict=False
+                totals, (_by_kernel if by_kernel else _by_head)(output, labels), strict=False
             ):
                 row[:4] += hits
                 if real is not None:
@@ -76,6 +79,20 @@ def evaluate(
             scores[head]["real"] = 100 * real_hits / real_count
             scores["real_images"] = int(real_count)
     return scores
+
+
+@contextmanager
+def swapped_weights(model: nn.Module, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """The model with `weights` in place of its own, which come back afterwards; None changes nothing."""
+    if weights is None:
+        yield
+        return
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
 
 
 def real_labels(dataset: Dataset) -> Tensor | None:

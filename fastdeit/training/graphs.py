@@ -1,8 +1,8 @@
-"""A training step as one CUDA graph: recorded once, then replayed without a launch of its own.
+"""A training step as one CUDA graph: recorded once, then replayed with a single launch.
 
-The graph is of the whole step (teacher, student, loss, backward pass, clipping, update, average), around what
-torch.compile made of the networks: its own "reduce-overhead" graphs end at a network's border, leave the update out,
-and copy each network's inputs once more.
+The graph holds the whole step: teacher, student, loss, backward pass, clipping, update, average. The networks in it are
+those that torch.compile made. Its own "reduce-overhead" graphs end at a network's border, leave out the update, and
+copy each network's inputs once more.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, th
 
 
 def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
-    """Why the steps of a resolved recipe cannot be replayed, or None where they can."""
-    model, d = recipe.model, recipe.departures
+    """Why the steps of a resolved recipe cannot be replayed; None if they can."""
+    model, run = recipe.model, recipe.run
     reasons = (
         (world.device.type != "cuda", "there is no GPU"),
         (world.size > 1, "several processes share their gradients"),
         (precision.name == "fp16", "fp16 has a loss scale, which skips steps"),
         (recipe.optim.name == "sgd", "SGD takes its learning rate from the host"),
-        (d.loss_sync == "every_step", "departures.loss_sync 'every_step' looks at each loss before the update"),
+        (run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before the update"),
         (model.arch != "deit", f"a {model.arch} draws its stochastic depth from PyTorch's generator"),
         (model.drop_path_mode == "skip", "what drop_path_mode 'skip' leaves out has another size in every step"),
         (model.drop_rate > 0, "dropout draws from PyTorch's generator"),
@@ -40,7 +40,7 @@ def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
 def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[bool, str]:
     """Whether the steps of a run are replayed, and why.
 
-    Raises UserError where `run.cuda_graphs` is "on" and they cannot be.
+    Raises UserError if `run.cuda_graphs` is "on" and they cannot be replayed.
     """
     how, reason = recipe.run.cuda_graphs, why_not(recipe, world, precision)
     if how == "on" and reason is not None:
@@ -51,7 +51,7 @@ def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[b
 
 
 class Recorder(Protocol):
-    """Runs a function aside, and records it: see `CudaRecorder`."""
+    """Runs and records a function: see `CudaRecorder`."""
 
     def run(self, function: Callable[[], Tensor]) -> Tensor: ...
 
@@ -59,13 +59,13 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs, recorded on one stream beside the current one."""
+    """Records CUDA graphs on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
-        """The result of `function`, run where it will be recorded: libraries keep work memory for each stream."""
+        """Run `function` on the recording stream: libraries keep workspace memory for each stream."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -74,9 +74,9 @@ class CudaRecorder:
         return out
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """What replays `function` on the current stream, and the tensor that it then writes. It is not run yet.
+        """A call that replays `function` on the current stream, and the tensor that each replay writes.
 
-        Raises UserError where CUDA or its memory refuses.
+        Recording does not run `function`. Raises UserError if CUDA refuses, or runs out of memory.
         """
         graph = torch.cuda.CUDAGraph()
         # The thread that prepares batches may allocate and copy meanwhile.
@@ -91,12 +91,12 @@ class CudaRecorder:
 
 
 class Replayed:
-    """Calls a function as it is for `WARM_UP` calls, which count, then replays a graph of it.
+    """Runs a function `WARM_UP` times without a graph, then records it and replays the graph.
 
-    function  of the tensors that a call is given (None stays None), in memory that never moves; it returns a tensor
-              and waits for nothing on the host
+    function  takes a call's tensors (or None) from memory that never moves; it returns a tensor and never makes the
+              host wait
 
-    Raises ValueError where a call's tensors have other shapes or dtypes than the first call's.
+    Raises ValueError if a call's tensors differ in shape or dtype from the first call's.
     """
 
     def __init__(self, function: Callable[[Sequence[Tensor | None]], Tensor], recorder: Recorder) -> None:
@@ -106,7 +106,7 @@ class Replayed:
         self._calls = 0
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """The function's result, the caller's own."""
+        """The function's result, in memory of its own."""
         self._take(tensors)
         self._calls += 1
         if self._calls <= WARM_UP:

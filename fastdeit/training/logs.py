@@ -1,7 +1,7 @@
 """The run's log: JSON lines, TensorBoard, and sentences for the terminal.
 
-Each line of `log.jsonl` is one object with `event` and `time` (seconds since the epoch, UTC). Events and their
-fields (losses are means over the global batch since the last such line, over all processes):
+Each line of `log.jsonl` is one object with `event` and `time` (seconds since 1970, UTC). Losses are means over all
+processes and all steps since the last such line. Events and their fields:
 
 start       recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs, optimizer, loader,
             steps_per_epoch, parameters, peak_lr (after scaling with the batch)
@@ -38,11 +38,10 @@ from fastdeit.training.progress import Progress
 
 
 class RunLog:
-    """Writes the events of a run; on processes other than the main one every call does nothing.
+    """Writes the events of a run; does nothing on processes other than the main one.
 
-    A disk that is full or a reader that is gone must not end a run: what cannot be written is said wherever something
-    still can, once, and the log file is tried again with each event. Files are made by the first event, so that a run
-    that is refused leaves none.
+    A full disk or a closed pipe must not end a run: a failed write is reported once, wherever writing still works, and
+    each event tries the log file again. The first event creates the files, so a refused run leaves none.
     """
 
     def __init__(self, folder: Path, *, active: bool, tensorboard: bool, progress: bool, global_batch: int = 1) -> None:
@@ -68,7 +67,7 @@ class RunLog:
             self._write("warning", {"text": fault})
 
     def warn(self, text: str) -> None:
-        """A sentence that somebody should act on, at the terminal and in the file."""
+        """A sentence that the user should act on, on the terminal and in the file."""
         self.event("warning", text=text)
         self.say(f"warning: {text}")
 
@@ -84,7 +83,7 @@ class RunLog:
             self._drop_board(error)
 
     def say(self, text: str) -> None:
-        """A sentence for the person at the terminal."""
+        """Print a sentence on the terminal."""
         if not self._active:
             return
         try:
@@ -127,7 +126,7 @@ class RunLog:
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
 
     def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # what it still holds was counted as lost
+        with contextlib.suppress(OSError):  # events that it still buffers are counted as lost
             if self._file is not None:
                 self._file.close()
         self._file = None
@@ -141,11 +140,11 @@ class RunLog:
 
 
 def _nothing(text: str) -> None:
-    """Says nothing."""
+    """Prints nothing."""
 
 
 def _open_whole(path: Path) -> TextIO:
-    """`path` for appending, after a last line that a kill cut short is taken off."""
+    """Open `path` for appending, after removing a last line that a kill cut short."""
     if path.exists():
         check_regular(path)
         whole = path.read_bytes().rfind(b"\n") + 1

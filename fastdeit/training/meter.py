@@ -1,4 +1,4 @@
-"""What the training lines of the log say: mean losses, images per second, share of time waiting for data."""
+"""The figures of the log's training lines: mean losses, images per second, share of time waiting for data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdeit.training.objective import LossParts
 
 
 class OnItsWay:
-    """Numbers of the device's, copied to the host behind the work that makes them."""
+    """Numbers on the device, copied to the host once the work that makes them is done."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._numbers, self._arrived = numbers, None
@@ -23,7 +23,7 @@ class OnItsWay:
             self._arrived.record()
 
     def tolist(self) -> list[float]:
-        """The numbers; waits for them, not for work that the device was given since."""
+        """The numbers; waits for them, but not for work queued after them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.tolist()
@@ -31,7 +31,7 @@ class OnItsWay:
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps: their mean losses (loss, base, distill), images per second, share of time waiting for data."""
+    """Consecutive steps: mean losses (loss, base, distill), images per second, share of time waiting for data."""
 
     losses: OnItsWay
     images_per_second: float
@@ -39,7 +39,7 @@ class Window:
 
 
 class Meter:
-    """Sums of losses since the last reading, kept on the device, and the rate of steps while it runs."""
+    """Sums the losses on the device and times the steps, from one reading to the next."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -48,11 +48,11 @@ class Meter:
         self._since, self._wait_since = 0.0, 0.0
 
     def start(self, wait_seconds: float) -> None:
-        """Go on; `wait_seconds` is the time spent waiting for data so far, as the prefetcher counts it."""
+        """Start the clock; `wait_seconds` is the prefetcher's total time waiting for data so far."""
         self._since, self._wait_since = time.monotonic(), wait_seconds
 
     def stop(self, wait_seconds: float) -> None:
-        """Hold on, between two epochs."""
+        """Stop the clock between two epochs."""
         now = time.monotonic()
         self._elapsed += now - self._since
         self._waited += wait_seconds - self._wait_since
@@ -63,7 +63,7 @@ class Meter:
         self._steps += 1
 
     def read(self, wait_seconds: float, global_batch: int) -> Window:
-        """Means over the processes and the steps since the last reading; starts the next window."""
+        """Means over all processes and all steps since the last reading; starts the next window."""
         self.stop(wait_seconds)
         mean = self._world.sum(self._sums.clone()) / (self._steps * self._world.size)
         elapsed = max(self._elapsed, 1e-9)

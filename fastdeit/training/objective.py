@@ -1,4 +1,4 @@
-"""What the student minimises: the true label, and the teacher (paper, section 4 and Table 3)."""
+"""The student's loss: against the true label and against the teacher (paper, section 4 and Table 3)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastdeit.pipelines.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The rows of the paper's Table 3, by `distillation` and by whether there is a distillation token.
+    """The loss of a row of the paper's Table 3, chosen by `distillation` and `distilled`.
 
     none  L_CE(class head, y). With a distillation token, both tokens are class tokens (the paper's control for
           the token, section 4): the mean of both heads' L_CE(., y)
     soft  (1 - alpha) L_CE(class head, y) + alpha tau^2 KL(teacher / tau || student / tau)
     hard  1/2 L_CE(class head, y) + 1/2 L_CE(student, argmax teacher)
 
-    "student" is the distillation head where there is one, else the class head. With `kernels` loss and gradients
+    "student" is the distillation head if there is one, else the class head. With `kernels`, the loss and its gradients
     come from `fastdeit.kernels.distillation_loss`.
     """
 
@@ -41,7 +41,7 @@ class Objective:
         targets  mixed and smoothed true labels: `MixedLabels`, or the distributions (B, K)
         teacher  logits (B, K) for "soft", integer labels (B,) for "hard", None for "none"
 
-        Raises ValueError where an input is missing, superfluous or of another shape.
+        Raises ValueError if an input is missing, not wanted, or of another shape.
         """
         self._check(student, teacher)
         loss = reference.distillation_loss
@@ -74,9 +74,9 @@ class Objective:
 def build_objective(
     cfg: ObjectiveConfig, distilled: bool, departures: Departures, *, kernels: bool = False
 ) -> Objective:
-    """The objective of a resolved recipe, by Triton's kernels or by PyTorch.
+    """The objective of a resolved recipe, computed by Triton's kernels or by PyTorch.
 
-    Raises UserError for an alpha outside [0, 1] or a tau that is not positive, ValueError for a recipe that is not
+    Raises UserError for an alpha outside [0, 1] or a tau that is not positive, and ValueError for a recipe that is not
     resolved.
     """
     if cfg.alpha is None or cfg.tau is None or departures.soft_reduction is None:
@@ -96,12 +96,12 @@ def build_objective(
 
 
 def fuse(output: StudentOutput, how: Literal["probabilities", "logits"] = "probabilities") -> Tensor:
-    """Scores (B, K) float32 of both heads together, for evaluation: the largest is the decision.
+    """Scores (B, K) float32 of both heads together, for evaluation; the largest score decides.
 
     how  "probabilities": the sum of the two softmaxes (paper, section 4, "joint classifiers"); "logits": the mean of
          the logits (the released code, and timm's models in eval mode)
 
-    Without a distillation token they are the class head's logits. Raises ValueError for another `how`.
+    Without a distillation token, the scores are the class head's logits. Raises ValueError for another `how`.
     """
     if how not in ("probabilities", "logits"):
         raise ValueError(f"late fusion '{how}' is neither 'probabilities' nor 'logits'")

@@ -18,9 +18,9 @@ _TOKENS = ("cls_token", "pos_embed")
 def parameter_groups(
     model: nn.Module, weight_decay: float, *, decay_dist_token: bool = False
 ) -> list[dict[str, object]]:
-    """Two groups: decayed weights, and those that are not: 1-d parameters, biases, position embedding, tokens.
+    """Two groups: weights with decay, and parameters without: 1-d ones, biases, position embedding, tokens.
 
-    `decay_dist_token` is the released code's behaviour: timm 0.3.2 exempted pos_embed and cls_token only.
+    `decay_dist_token` follows the released code: timm 0.3.2 exempted only pos_embed and cls_token.
     """
     exempt = _TOKENS if decay_dist_token else (*_TOKENS, "dist_token")
     decayed: list[nn.Parameter] = []
@@ -34,10 +34,10 @@ def parameter_groups(
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -> torch.optim.Optimizer:
-    """AdamW or SGD over `parameter_groups`; fused where the parameters lie on a GPU.
+    """AdamW or SGD over `parameter_groups`; fused if the parameters are on a GPU.
 
-    There AdamW's learning rate is a tensor, in which `set_lr` writes, so that a CUDA graph reads what is current.
-    `scaled` says that a GradScaler takes the step. Raises UserError for an implementation that is not there.
+    On a GPU, AdamW's learning rate is a tensor that `set_lr` overwrites, so a CUDA graph reads the current value.
+    `scaled` means that a GradScaler takes the step. Raises UserError for an implementation that is not installed.
     """
     cfg = recipe.optim
     groups: Any = parameter_groups(model, cfg.weight_decay, decay_dist_token=bool(recipe.departures.decay_dist_token))
@@ -46,12 +46,12 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
     if cfg.name == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=cuda)
     if cfg.implementation == "apex":
-        # A capturable FusedAdam wants a scaler that PyTorch's no longer is.
+        # A capturable FusedAdam needs an older scaler than PyTorch's present one.
         return build_apex_adam(groups, cfg, capturable=cuda and not scaled)
     if cuda:
         lr = torch.tensor(cfg.lr, device=device)
         return torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True, capturable=True)
-    # On a CPU the foreach form is the one that repeats itself to the bit on any number of threads.
+    # On a CPU only the foreach form gives the same bits on any number of threads.
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=True)
 
 
@@ -65,7 +65,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint holds of an optimizer: PyTorch's own form of it, whoever implements it."""
+    """An optimizer's state in PyTorch's form, for checkpoints, whichever implementation runs."""
     state = optimizer.state_dict()
     if is_apex_adam(optimizer):
         state = to_torch(state)
@@ -73,11 +73,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on from moments and counts of steps that `optimizer_state` gave, of this implementation or another.
+    """Load the moments and step counts that `optimizer_state` returned, from this implementation or another.
 
-    All else of the groups stays what the recipe says, since a checkpoint may come from another device, or be resumed
-    with a changed recipe. Raises UserError for a state that apex's FusedAdam cannot hold, ValueError for one of
-    other parameters.
+    Everything else in the groups follows the recipe, since a checkpoint may come from another device, or the recipe may
+    have changed. Raises UserError for a state that apex's FusedAdam cannot hold, ValueError for one of other
+    parameters.
     """
     kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     if is_apex_adam(optimizer):
@@ -91,7 +91,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     groups = [{**mine, "params": saved["params"]} for mine, saved in zip(kept, state["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for group, mine in zip(optimizer.param_groups, kept, strict=True):
-        group.update(mine)  # the very tensors that a graph reads
+        group.update(mine)  # keeps the tensors that a graph reads
 
 
 def peak_lr(cfg: OptimConfig, global_batch: int) -> float:

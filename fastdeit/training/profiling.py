@@ -1,4 +1,4 @@
-"""`run.profile`: where the time of a training step goes, as a trace and as a table."""
+"""`run.profile`: the time of each part of a training step, as a trace and as a table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastdeit.pipelines.errors import naming
+from fastdeit.config import RunConfig
+from fastdeit.distributed import World
+from fastdeit.pipelines.errors import UserError, naming
 
-WARM_UP = 6  # steps of this process before: compilation, the recording of a CUDA graph
+WARM_UP = 6  # steps before the first profiled one, for compilation and the recording of a CUDA graph
 DISPATCH, REST = "Python and dispatch", "other"
-LABEL = "fastdeit."  # begins the names of the ranges that `step` marks, of groups by the rest of the name
-# A kernel of a graph has nothing but its name, so names tell on a GPU. First match; without regard to case.
+LABEL = "fastdeit."  # prefix of the ranges that `step` marks; the rest of the name is the group
+# A kernel in a CUDA graph has only its name, so on a GPU the name gives the group: the first match, in any case.
 _BY_NAME: tuple[tuple[str, str], ...] = (
     ("attention", r"flash|fmha|attention|sdpa"),
     ("augmentation", r"^(_finish|_pass|_tables|_pixels|_color|_sharpness|_box|affine|shift)$"),
@@ -38,7 +40,7 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
 
 
 class Event(NamedTuple):
-    """One run of an operator or a kernel, and its own time; the name is empty for what is between operators."""
+    """One run of an operator or a kernel and its own time; the name is empty for time between operators."""
 
     name: str
     group: str
@@ -48,11 +50,11 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured of some steps, in seconds.
+    """The measured time of some steps, in seconds.
 
-    wall     by the clock; on a GPU from the end of the work before them to the end of theirs
-    waited   of it, the host for its next batch
-    busy     of it, the device at anything; None on a CPU
+    wall     by the clock; on a GPU from the end of the work before these steps to the end of theirs
+    waited   the part of `wall` in which the host waited for its next batch
+    busy     the part of `wall` in which the device worked; None on a CPU
     """
 
     device: str
@@ -111,12 +113,28 @@ class Profile:
         return "\n".join(lines) + "\n"
 
 
+def open_profiler(run: RunConfig, world: World, folder: Path, *, steps_per_epoch: int) -> StepProfiler | None:
+    """The profiler that `run.profile` asks for, on the main process.
+
+    Raises UserError if no epoch of the run has room for that many steps.
+    """
+    most = room(steps_per_epoch, run.epochs)
+    if run.profile > most:
+        raise UserError(
+            f"run.profile {run.profile}: {run.epochs} epochs of {steps_per_epoch} steps have room for {most} steps "
+            f"of one epoch once the run is warm: ask for fewer, or for a longer run"
+        )
+    if not (run.profile and world.main):
+        return None
+    return StepProfiler(folder, run.profile, run.global_batch // world.size, world.device)
+
+
 class StepProfiler:
-    """Profiles some steps of a run that goes on, all of one epoch.
+    """Profiles some steps of one epoch while the run goes on.
 
     folder  where `profile.md` and `profile.json.gz`, a trace for chrome://tracing or Perfetto, are written
-    steps   how many, once `WARM_UP` steps were made and the epoch has as many left
-    images  a step, on this process
+    steps   how many to profile, after `WARM_UP` steps, in the first epoch with that many left
+    images  per step, on this process
     """
 
     def __init__(self, folder: Path, steps: int, images: int, device: torch.device) -> None:
@@ -126,9 +144,9 @@ class StepProfiler:
         self._began, self._waited = 0.0, 0.0
 
     def step(self, left: int, waited: float) -> Profile | None:
-        """To be called after each step, until it returns what was found.
+        """Call this after each step, until it returns a profile.
 
-        left    steps that the epoch has left
+        left    steps left in the epoch
         waited  seconds that the host has waited for data so far
         """
         self._seen += 1
@@ -136,7 +154,7 @@ class StepProfiler:
             if self._seen >= WARM_UP and left >= self.steps + 1:
                 activities = [ProfilerActivity.CPU]
                 activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-                # The first step is not counted: tracing has a start of its own.
+                # The first step includes the start of tracing, so it is not counted.
                 plan = schedule(wait=0, warmup=1, active=self.steps, repeat=1)
                 self._profile = profile(activities=activities, schedule=plan, acc_events=True)
                 self._profile.start()
@@ -171,13 +189,13 @@ class StepProfiler:
 
 
 def room(steps_per_epoch: int, epochs: int) -> int:
-    """The most steps that a `StepProfiler` can take in a run from its start."""
+    """The most steps that a `StepProfiler` can profile in a run from its start."""
     first, end = WARM_UP - 1, min(WARM_UP - 1 + steps_per_epoch, steps_per_epoch * epochs)
     return max([0, *(steps_per_epoch - 2 - step % steps_per_epoch for step in range(first, end))])
 
 
 def group_of(name: str) -> str:
-    """The part of a step that an operator or a kernel belongs to, by its name."""
+    """The part of a step that an operator or a kernel belongs to, judged by its name."""
     return next((group for group, pattern in _BY_NAME if re.search(pattern, name, re.IGNORECASE)), REST)
 
 
@@ -190,7 +208,7 @@ def _device_events(traced: profile) -> Iterable[Event]:
 
 def _host_events(traced: profile) -> Iterable[Event]:
     for event in _events(traced):
-        # What is no operator is Python's, autograd's or the profiler's own time between operators.
+        # Everything else is time of Python, autograd or the profiler between operators.
         operator = "::" in event.name and not event.name.startswith("autograd::")
         group = _range_of(event) or (group_of(event.name) if operator else DISPATCH)
         yield Event(event.name if operator else "", group, event.time_range.start, event.self_cpu_time_total)
@@ -210,7 +228,7 @@ def _range_of(event: Any) -> str | None:
 
 
 def _union(events: Iterable[Event]) -> float:
-    """Microseconds in which at least one of them ran."""
+    """Microseconds in which at least one event ran."""
     total, until = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: event.start):
         end = event.start + event.microseconds

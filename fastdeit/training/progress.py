@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal; elsewhere a plain line now and then."""
+"""Progress of a run for people: a bar on a terminal; elsewhere a plain line every `SECONDS`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SECONDS = 30.0  # between two plain lines
 class Progress:
     """Shows the steps of an epoch.
 
-    bar          whether to draw a bar where stderr is a terminal
-    say          prints a plain line where there is no bar: every `SECONDS`, and at the end of each epoch
-    global_batch samples of a step
+    bar          whether to draw a bar if stderr is a terminal
+    say          prints a plain line if there is no bar: every `SECONDS`, and at the end of each epoch
+    global_batch samples per step
 
-    It only adds up losses that the host has read already, so that nothing waits for a GPU.
+    It uses only losses that the host has already read, so it never waits for a GPU.
     """
 
     def __init__(self, say: Callable[[str], None], *, bar: bool, global_batch: int) -> None:
@@ -38,15 +38,15 @@ class Progress:
                 unit="step",
                 dynamic_ncols=True,
                 leave=False,
-                disable=None,  # no bar where nobody looks: into a file or a pipe
+                disable=None,  # no bar into a file or a pipe
             )
 
     def loss(self, loss: float) -> None:
-        """The loss of a step of this process, once the host has it."""
+        """Add the loss of a step, which the host has read."""
         self._losses.append(loss)
 
     def advance(self) -> None:
-        """One step done."""
+        """Count one step."""
         self._done, self._steps = self._done + 1, self._steps + 1
         if (bar := self._drawn()) is not None:
             bar.update()
@@ -54,7 +54,7 @@ class Progress:
             self._line()
 
     def show(self, shown: dict[str, str]) -> None:
-        """What stands behind the bar from its next move on."""
+        """Show these figures behind the bar when it next moves."""
         if (bar := self._drawn()) is not None:
             bar.set_postfix(shown, refresh=False)
 

@@ -1,6 +1,6 @@
-"""Whether a checkpoint is one that this run can have written, looked at before anything of the run changes.
+"""Check that this run can have written a checkpoint, before anything of the run changes.
 
-A file whose checksums are right may still have been edited, or be of another network.
+A file with correct checksums may still have been edited, or belong to another network.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from torch import Tensor
 
 from fastdeit.checkpoint import MOST_STEPS, NOT_OURS
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training.state import START
 from fastdeit.training.step import TrainingStep
 
-START = [0, 0, 0]
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 def check_position(
     state: dict[str, Any], path: Path, *, epochs: int, steps_per_epoch: int, changed: bool = False
 ) -> None:
-    """Raises UserError unless the next step that `state` names is one of this run's, or its end.
+    """Raises UserError unless the next step that `state` names is a step of this run, or its end.
 
-    state    of `checkpoint.load`; its `counted_from` is epoch, step and global step from which epochs have had their
-             number of steps
-    changed  whether a checkpoint that is too old to have `counted_from` may be of a run that was resumed with another
-             number of steps per epoch
+    state    from `checkpoint.load`; `counted_from` is explained at `RunState`
+    changed  whether a checkpoint without `counted_from` (of an older version) may come from a run that was resumed with
+             another number of steps per epoch
     """
     epoch, step, global_step = state["epoch"], state["step"], state["global_step"]
     if step >= steps_per_epoch:
@@ -38,7 +37,7 @@ def check_position(
         )
     if epoch > epochs or (epoch == epochs and step):
         raise UserError(f"{path}: its next step is in epoch {epoch} (from 0), this run has {epochs}: set run.epochs")
-    start = state.get("counted_from", START)
+    start = state.get("counted_from", list(START))
     if (
         not isinstance(start, list)
         or len(start) != 3
@@ -57,7 +56,7 @@ def check_position(
 
 
 def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> None:
-    """Raises UserError, naming the file and the field, unless `training` can go on from all of `state`."""
+    """Raises UserError, naming the file and the field, unless `training` can continue from `state`."""
     own = training.model.state_dict()
     _check_tensors(path, "model", state["model"], own)
     for name in ("ema", "scaler"):
@@ -105,7 +104,7 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
     if unknown:
         raise UserError(f"{path}: its field 'optimizer.state' has an unknown {min(map(str, unknown))}; {NOT_OURS}")
     moments = _moments(training)
-    # A timm model may have parameters that nothing uses, and a branch that every sample skips has no gradients.
+    # A timm model may have unused parameters, and a branch that every sample skips has no gradients.
     model = training.recipe.model
     gaps = bool(states) and (model.arch != "deit" or model.drop_path_mode == "skip")
     for index, parameter in enumerate(parameters):
@@ -119,7 +118,7 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
 
 
 def _moments(training: TrainingStep) -> tuple[str, ...]:
-    """What the optimizer keeps of every parameter, each of the parameter's own shape."""
+    """The moments that the optimizer keeps for each parameter, each in the parameter's shape."""
     if training.recipe.optim.name == "sgd":
         return ("momentum_buffer",) if training.recipe.optim.momentum else ()
     return "exp_avg", "exp_avg_sq"
@@ -154,7 +153,7 @@ def _check_scaler(path: Path, stored: Any) -> None:
 
 
 def damage_remedy(path: Path, older: list[Path], whole: Path | None) -> str:
-    """What to do about the damaged checkpoint `path`, given older ones and the newest of them that is whole."""
+    """What to do about the damaged checkpoint `path`, given the older ones and the newest whole one of them."""
     if whole is not None:
         return f"{whole} is whole: move {path.name} to another folder, and the run resumes from there"
     if older:

@@ -24,10 +24,10 @@ class RunLock:
 
     notes  sentences for the run's opening lines: a lock that was taken over, a file system without locks
 
-    The lock is flock's, which the system drops with the process. The file names its holder. On a shared file system
-    flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds: a
-    lock left by another machine, or one without flock, counts as held while those touches go on. Raises UserError,
-    naming host and process, where another run holds the folder.
+    It uses flock, which the system releases when the process ends. The file names its holder. On a shared file system
+    flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds. A
+    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError, naming
+    host and process, if another run holds the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class RunLock:
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             try:
                 self._take()
-                # Whoever held it may have removed it while this waited to be opened.
+                # The former holder may have removed the file between the opening and the locking.
                 if self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
                     break
             except BaseException:
@@ -77,7 +77,7 @@ class RunLock:
         self._file.write(json.dumps(me).encode() + b"\n")
 
     def _holder(self) -> dict[str, Any]:
-        """What the file says of its holder; empty where it says nothing."""
+        """The holder that the file names; empty if it names none."""
         self._file.seek(0)
         try:
             holder = json.loads(self._file.read(4096))
@@ -89,9 +89,9 @@ class RunLock:
         return f"{self.path.parent} is in use by {_process(holder)}"
 
     def _touched(self) -> bool:
-        """Whether somebody touches the file within two and a half heartbeats.
+        """Whether a holder touches the file within two and a half heartbeats.
 
-        It is opened anew for each look, since NFS asks the server only then.
+        Each check opens the file anew, since NFS asks the server only then.
         """
         before, end = self._changed(), time.monotonic() + 2.5 * HEARTBEAT
         while time.monotonic() < end:
@@ -106,7 +106,7 @@ class RunLock:
 
     def _touch(self) -> None:
         while not self._ended.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):  # a server that is away for a while must not end a run
+            with contextlib.suppress(OSError):  # a file server that is down for a while must not end a run
                 os.utime(self._file.fileno())
 
     def close(self) -> None:

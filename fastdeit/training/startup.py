@@ -1,28 +1,93 @@
-"""What a run says before its first step: the choices that shape it, and what is probably a mistake."""
+"""What a run logs before its first step: its choices, and settings that are probably mistakes."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 
+from fastdeit import __version__
 from fastdeit.config import Recipe
-from fastdeit.data import evaluation_batch
-from fastdeit.distributed import World
+from fastdeit.data import TrainingData
 from fastdeit.effects import frozen_mode
+from fastdeit.inputs import DataSets
+from fastdeit.pipelines.formats.checksums import unchecked
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.precision import Precision
-from fastdeit.teacher.teacher import Teacher
+from fastdeit.setup import data_sentences
+from fastdeit.teacher.label_cache import LabelCache
+from fastdeit.training.logs import RunLog
 from fastdeit.training.optim import learning_rate, peak_lr
+from fastdeit.training.step import TrainingStep
 
-FEW_IMAGES = 1000  # different images of an epoch, below which repeats are worth a warning
+FEW_IMAGES = 1000  # an epoch with fewer distinct images makes repeats worth a warning
 STALE_SHARE = 0.1  # of the initial weights in their average at the end of the run
-CHANCE_IMAGES = 64  # shown to the teacher
+
+
+def announce(
+    log: RunLog,
+    training: TrainingStep,
+    data: TrainingData,
+    sets: DataSets,
+    *,
+    labels: LabelCache | None,
+    messages: list[str],
+    warnings: list[str],
+) -> None:
+    """Log the start of a run: the "start" event, then sentences for people."""
+    recipe, world, kernels = training.recipe, training.world, training.kernels
+    parameters = sum(p.numel() for p in training.model.parameters())
+    log.event(
+        "start",
+        recipe=recipe.to_dict(),
+        fastdeit=__version__,
+        torch=torch.__version__,
+        world=world.size,
+        device=str(world.device),
+        precision=training.precision.name,
+        compiled=training.compiled,
+        cuda_graphs=training.graphs[0],
+        kernels=kernels.event(),
+        optimizer=f"{recipe.optim.implementation} {recipe.optim.name}",
+        loader=data.loader.name,
+        stage=data.stage.name,
+        steps_per_epoch=data.steps,
+        parameters=parameters,
+        peak_lr=peak_lr(recipe.optim, recipe.run.global_batch),
+    )
+    model = (
+        f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {sets.num_classes} classes, "
+        f"{len(sets.train)} images, {data.steps} steps of {recipe.run.global_batch} an epoch, "
+        f"{training.precision.name} on {world.size} x {world.device.type}"
+        f"{', compiled (the first steps take minutes)' if training.compiled else ''}"
+    )
+    replayed, why = training.graphs
+    sentences = [
+        *messages,
+        training.precision.note,
+        model,
+        lr_sentence(recipe),
+        mode_sentence(recipe),
+        f"CUDA graphs {'on' if replayed else 'off'}: {why}" if world.device.type == "cuda" else None,
+        kernels.sentence(),
+        *data_sentences(data),
+        *(unchecked(one.path, one.checksums) for one in (sets.train, sets.val) if one is not None),
+        None if labels is None else _labels_sentence(labels),
+    ]
+    if data.repeats != recipe.data.repeats:
+        sentences.append("repeated augmentation is dropped on one process, as the released code does")
+    for sentence in filter(None, sentences):
+        log.say(sentence)
+    for warning in warnings:
+        log.warn(warning)
+
+
+def _labels_sentence(labels: LabelCache) -> str:
+    described = labels.described
+    return f"{described.kind} labels of teacher {described.teacher_name} from {labels.folder}"
 
 
 def lr_sentence(recipe: Recipe) -> str:
-    """The learning rate that the run really uses."""
+    """The learning rate after scaling with the batch."""
     cfg, batch = recipe.optim, recipe.run.global_batch
     scaled = f" ({cfg.lr:g} x global batch {batch} / {cfg.lr_batch})" if cfg.lr_batch else ""
     warm_up = f" after {cfg.warmup_epochs:g} epochs of warm-up" if cfg.warmup_epochs else ""
@@ -43,8 +108,8 @@ def mode_sentence(recipe: Recipe) -> str | None:
 def recipe_warnings(recipe: Recipe, train: Dataset, val: Dataset | None, *, steps: int, repeats: int) -> list[str]:
     """A sentence for each setting that is probably a mistake.
 
-    steps    steps of an epoch
-    repeats  copies of an image that are in use
+    steps    steps per epoch
+    repeats  copies of each image in a batch
     """
     return [
         *_warm_up(recipe, steps),
@@ -98,32 +163,3 @@ def _same_data(train: Dataset, val: Dataset | None) -> list[str]:
         f"data.val {val.path} holds the same images as data.train {train.path}: the accuracy on it says nothing about "
         f"new images"
     ]
-
-
-def teacher_warnings(recipe: Recipe, teacher: Teacher, known: Dataset, world: World, precision: Precision) -> list[str]:
-    """A sentence where the teacher works at another resolution, and where it knows no more than chance.
-
-    It is shown `CHANCE_IMAGES` images of the data set `known`, spread over all of it, as an evaluation makes them; on
-    the main process alone.
-    """
-    out: list[str] = []
-    if teacher.img_size != teacher.student_size:
-        out.append(
-            f"the teacher works at {teacher.img_size} pixels, the student at {teacher.student_size}: every image is "
-            f"resized for the teacher. Set --teacher.img_size {teacher.student_size} if the teacher accepts that size"
-        )
-    if not world.main:
-        return out
-    index = np.unique(np.linspace(0, len(known) - 1, min(CHANCE_IMAGES, len(known))).astype(np.int64))
-    with evaluation_batch(recipe, known, world, index) as batch, torch.no_grad(), precision.autocast():
-        says = teacher.labels(batch.images.to(world.device)).cpu().numpy()
-        labels = batch.label_a.cpu().numpy()
-    right = int((says == labels).sum())
-    # Whoever always names the commonest class is right this often.
-    chance = np.bincount(labels).max() / len(labels)
-    if right <= chance * len(labels) + 2 * math.sqrt(len(labels) * chance * (1 - chance)):
-        out.append(
-            f"the teacher {teacher.source} is right on {right} of {len(labels)} images of {known.path}, which is no "
-            f"better than chance: check --teacher.checkpoint, and that its classes are in the data set's order"
-        )
-    return out

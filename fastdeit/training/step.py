@@ -18,12 +18,13 @@ from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.model.deit import DeiT
 from fastdeit.model.drop_path import draw_drop_path
+from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.graphs import CudaRecorder, Replayed, choose_graphs
-from fastdeit.training.objective import LossParts, Objective
+from fastdeit.training.objective import LossParts, build_objective
 from fastdeit.training.optim import (
     Ema,
     build_optimizer,
@@ -37,7 +38,7 @@ from fastdeit.training.profiling import LABEL
 
 
 class StoredLabels(Protocol):
-    """What a teacher said beforehand: `label_cache.LabelCache`."""
+    """Labels that a teacher made beforehand: `label_cache.LabelCache`."""
 
     def labels(self, epoch: int, entries: np.ndarray) -> Tensor: ...
 
@@ -46,11 +47,11 @@ class StoredLabels(Protocol):
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step computes on, on its device.
+    """The inputs of a step, on its device.
 
     data    images and labels
-    masks   (depth, 2, B) float32 factors of stochastic depth, on the CPU for a model that skips; None: none
-    stored  the teacher's labels (B,) int64 or logits (B, K) float32 where they were made beforehand, else None
+    masks   (depth, 2, B) float32 factors of stochastic depth, on the CPU for drop_path_mode "skip"; None: none
+    stored  the teacher's stored labels (B,) int64 or logits (B, K) float32; None without them
     """
 
     data: Batch
@@ -58,7 +59,7 @@ class StepInputs:
     stored: Tensor | None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All of them; `of` puts them together again."""
+        """All tensors, in the order that `of` takes."""
         return self.masks, self.stored, *self.data.tensors()
 
     @classmethod
@@ -70,16 +71,17 @@ class StepInputs:
 class TrainingStep:
     """The step of one process, and what it changes: model, optimizer, loss scale, average.
 
-    Everything that is random in a step is a function of (seed, step), so that `state` is all there is to save.
+    Everything random in a step is a function of (seed, step), so `state` holds all there is to save.
 
-    model      on the run's device; parameters keep their names whatever is compiled
-    teacher    the network that says what the student learns; None where there is none, or where there are `labels`
-    labels     what a teacher said beforehand
+    model      on the run's device; compilation does not change the names of its parameters
+    kernels    which Triton kernels compute the loss
+    teacher    labels the batches for the student; None without distillation, or with stored `labels`
+    labels     labels that a teacher made beforehand
     compiled   whether torch.compile made one graph each of student, teacher and loss
     graphs     whether steps are replayed as one CUDA graph, and why
     lr         the learning rate of the last step
 
-    Raises UserError where the recipe asks for what this machine or this recipe cannot have.
+    Raises UserError if the recipe asks for something that is not available here.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class TrainingStep:
         world: World,
         precision: Precision,
         model: DeiT | ConvnetStudent,
-        objective: Objective,
+        kernels: Kernels = TORCH,
         *,
         num_classes: int,
         steps_per_epoch: int,
@@ -96,8 +98,13 @@ class TrainingStep:
         labels: StoredLabels | None = None,
     ) -> None:
         self.recipe, self.world, self.precision = recipe, world, precision
-        self.model, self.teacher, self.labels = model, teacher, labels
-        self.objective: Callable[..., LossParts] = objective
+        self.model, self.kernels, self.teacher, self.labels = model, kernels, teacher, labels
+        self.objective: Callable[..., LossParts] = build_objective(
+            recipe.objective,
+            recipe.model.distilled,
+            recipe.departures,
+            kernels="distillation_loss" in kernels.ops,
+        )
         self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
         self.student: nn.Module = model
         self.lr = 0.0
@@ -120,7 +127,7 @@ class TrainingStep:
             self.student = DistributedDataParallel(self.model, device_ids=device_ids)
 
     def state(self) -> dict[str, Any]:
-        """`model` and `ema` (in timm's names), `optimizer` and `scaler`; None for what the run has not."""
+        """`model` and `ema` (in timm's names), `optimizer` and `scaler`; None for a part that the run lacks."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.shadow if self.ema is not None else None,
@@ -129,7 +136,7 @@ class TrainingStep:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a state that `state` returned."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load(state["ema"])
@@ -146,12 +153,12 @@ class TrainingStep:
         global_step: int,
         check: Callable[[LossParts], None] | None = None,
     ) -> LossParts:
-        """One update of the weights; the mean losses of this process's share.
+        """Update the weights once; returns the mean losses of this process's share.
 
-        `check` is called with them before the weights move, which makes the host wait for a GPU; a step that is
-        replayed cannot be looked at in between.
+        `check` is called with the losses before the weights move, and makes the host wait for a GPU. A replayed step
+        does not call it.
         """
-        # Dropout and a convnet's own stochastic depth draw from PyTorch's generator: a function of the step as well.
+        # Dropout and a convnet's stochastic depth draw from PyTorch's generator, so it is seeded by the step too.
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63)
         self.lr = learning_rate(self.recipe, epoch, step, self.steps_per_epoch)
         set_lr(self.optimizer, self.lr)
@@ -177,7 +184,7 @@ class TrainingStep:
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if self.world.device.type == "cuda" and not tensor.is_cuda:
-            # A copy from other memory is one that the host waits for. PyTorch keeps this until the copy is done.
+            # The host would wait for a copy from pageable memory. PyTorch keeps this tensor until the copy is done.
             tensor = tensor.pin_memory()
         return tensor.to(self.world.device, non_blocking=True)
 
@@ -195,7 +202,7 @@ class TrainingStep:
         return self._on_device((self.labels.labels if hard else self.labels.logits)(epoch, entries))
 
     def _teach(self, images: Tensor, stored: Tensor | None) -> Tensor | None:
-        """The teacher's hard labels (B,) or logits (B, K) of the very images that the student sees."""
+        """The teacher's hard labels (B,) or logits (B, K) of the images that the student sees."""
         if self.teacher is None:
             return stored
         hard = self.recipe.objective.distillation == "hard"

@@ -304,15 +304,15 @@ def test_edited_training_checkpoints_are_refused_by_field(tiny):
             put(state, where, value)
             checkpoint.save(path, state)
             with pytest.raises(UserError, match=message) as caught:
-                restore(trainer)
+                restore(trainer.state, trainer.train_step, trainer.effective)
             assert str(path) in str(caught.value)
             assert "\n" not in str(caught.value)
             assert same(before, trainer.model.state_dict())
-            assert (trainer.epoch, trainer.step, trainer.global_step) == (0, 0, 0)
+            assert trainer.state.position() == {"epoch": 0, "step": 0, "global_step": 0}
             assert not trainer.train_step.optimizer.state
         path.write_bytes(good)
-        restore(trainer)
-        assert (trainer.epoch, trainer.step, trainer.global_step) == (1, 0, 5)
+        restore(trainer.state, trainer.train_step, trainer.effective)
+        assert trainer.state.position() == {"epoch": 1, "step": 0, "global_step": 5}
         trainer.close()
 
 
@@ -336,7 +336,7 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_whole_one(tiny):
         def resume():
             trainer = Trainer(recipe, joined)
             try:
-                restore(trainer)
+                restore(trainer.state, trainer.train_step, trainer.effective)
             finally:
                 trainer.close()
 

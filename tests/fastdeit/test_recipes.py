@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import timm
 
 from fastdeit.cli import parse_recipe, recipe_from_dict
-from fastdeit.config import COMPAT, Departures, Recipe
+from fastdeit.config import COMPAT, COMPAT_RUN, Departures, Recipe
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
@@ -111,6 +112,47 @@ def test_the_compat_switch_wins_over_what_a_file_had_decided(tmp_path):
     recipe = parse_recipe(["--config", str(file), "--compat", "released"]).resolved()
     assert recipe.departures == COMPAT["released"]
     assert (recipe.objective.alpha, recipe.objective.tau) == (0.5, 1.0)
+    assert {name: getattr(recipe.run, name) for name in COMPAT_RUN["released"]} == COMPAT_RUN["released"]
+
+
+OLD = Path(__file__).parent / "old_recipe.json"  # as an older version stored it
+
+
+def test_compat_decides_the_engineering_fields_of_run():
+    for compat, values in COMPAT_RUN.items():
+        run = dataclasses.replace(RECIPES["deit_tiny"](), compat=compat).resolved().run
+        assert {name: getattr(run, name) for name in values} == values
+    recipe = parse_recipe(["deit_tiny", "--compat", "released", "--run.amp_dtype", "bf16"]).resolved()
+    assert (recipe.run.amp_dtype, recipe.run.loss_sync) == ("bf16", "every_step")
+
+
+def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
+    stored = json.loads(OLD.read_text())
+    moved = {"eval_sharding": "replicate", "loss_sync": "every_step", "amp_dtype": "fp16"}
+    stored["departures"] |= moved  # not the defaults
+    for recipe in (recipe_from_dict(stored), recipe_from_dict(stored).resolved()):
+        assert {name: getattr(recipe.run, name) for name in moved} == moved
+        assert recipe.to_dict()["departures"] == {k: v for k, v in stored["departures"].items() if k not in moved}
+        assert {k: v for k, v in recipe.to_dict()["run"].items() if k not in moved} == stored["run"]
+    stored["name"] = "mine"
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(stored))
+    assert parse_recipe(["--config", str(file)]) == dataclasses.replace(recipe, name="mine")
+    # What a compat had decided follows another compat, as in a recipe of this version.
+    stored["departures"] |= COMPAT_RUN["paper"]
+    file.write_text(json.dumps(stored))
+    released = parse_recipe(["--config", str(file), "--compat", "released"]).resolved()
+    assert {name: getattr(released.run, name) for name in moved} == COMPAT_RUN["released"]
+
+
+def test_the_old_names_of_options_are_unknown(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse_recipe(["deit_tiny", "--departures.loss_sync", "deferred"])
+    assert "departures.loss_sync" in capsys.readouterr().err
+    file = tmp_path / "run.toml"
+    file.write_text('[departures]\nloss_sync = "deferred"\n')
+    with pytest.raises(UserError, match=r"'departures\.loss_sync' is not a field"):
+        parse_recipe(["deit_tiny", "--config", str(file)])
 
 
 def test_a_file_without_a_recipe_is_named(tmp_path):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from numba.core import caching
 
-from fastdeit.commands import doctor
-from fastdeit.commands.doctor import Check
+from fastdeit.commands import doctor, doctor_checks
+from fastdeit.commands.doctor_checks import Check
 from fastdeit.pipelines import jit
 
 
@@ -81,7 +81,7 @@ def test_the_table_names_every_check_and_fits_the_terminal(capsys):
 
 
 def test_a_failed_check_means_exit_status_one(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: doctor.dependency("no-such-package-anywhere", "1.2"),))
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: doctor_checks.dependency("no-such-package-anywhere", "1.2"),))
     with pytest.raises(SystemExit) as ended:
         doctor.main([])
     assert ended.value.code == 1
@@ -94,32 +94,32 @@ def test_a_check_that_breaks_hides_no_other(monkeypatch):
     def broken():
         raise OSError("no such device")
 
-    monkeypatch.setattr(doctor, "CHECKS", (broken, doctor.cpu))
+    monkeypatch.setattr(doctor, "CHECKS", (broken, doctor_checks.cpu))
     first, second = doctor.examine()
     assert (first.status, second.name) == ("warn", "cpu")
     assert "no such device" in first.detail
 
 
 def test_an_old_package_fails():
-    assert doctor.dependency("numpy", "99.0").status == "fail"
-    assert "too old" in doctor.dependency("numpy", "99.0").detail
+    assert doctor_checks.dependency("numpy", "99.0").status == "fail"
+    assert "too old" in doctor_checks.dependency("numpy", "99.0").detail
 
 
 def test_a_package_that_does_not_import_fails(site):
     install(site, "hollow", "2.0", ["hollow.py"])
-    check = doctor.dependency("hollow", "1.0")
+    check = doctor_checks.dependency("hollow", "1.0")
     assert check.status == "fail"
     assert "RuntimeError: imported" in check.detail
 
 
 def test_without_apex_nothing_is_wrong():
     if importlib.util.find_spec("apex") is None:
-        assert doctor.apex().status == "absent"
+        assert doctor_checks.apex().status == "absent"
 
 
 def test_apex_of_pypi_is_told_apart_and_not_imported(site):
     install(site, "apex", "0.9.10.dev0", ["apex/__init__.py", "apex/views.py", "apex/forms.py", "apex/ext/__init__.py"])
-    check = doctor.apex()
+    check = doctor_checks.apex()
     assert check.status == "warn"
     assert "0.9.10.dev0" in check.detail
     assert "not NVIDIA's" in check.detail
@@ -129,7 +129,7 @@ def test_apex_of_pypi_is_told_apart_and_not_imported(site):
 @pytest.mark.parametrize(("extensions", "status"), [([], "warn"), (["amp_C.py"], "ok")])
 def test_apex_of_nvidia_with_and_without_its_extensions(site, extensions, status):
     install(site, "apex", "0.1", ["apex/__init__.py", "apex/optimizers/fused_adam.py", *extensions])
-    check = doctor.apex()
+    check = doctor_checks.apex()
     assert check.status == status
     assert check.detail.startswith("NVIDIA's, 0.1")
 
@@ -142,7 +142,7 @@ def driver(monkeypatch, cuda):
         return 0
 
     library = OSError("libcuda.so.1: cannot open") if cuda is None else SimpleNamespace(cuDriverGetVersion=version)
-    monkeypatch.setattr(doctor, "_load", lambda name: library)
+    monkeypatch.setattr(doctor_checks, "_load", lambda name: library)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_dali_must_fit_the_driver(site, monkeypatch, cuda, packages, status, rem
     for package in packages:
         install(site, package, "1.51.0", [])
     driver(monkeypatch, cuda)
-    check = doctor.dali()
+    check = doctor_checks.dali()
     assert check.status == status
     assert check.remedy.startswith(remedy)
 
@@ -170,27 +170,27 @@ def test_a_driver_older_than_pytorch_is_named(monkeypatch):
     if torch.cuda.is_available() or torch.version.cuda is None:
         pytest.skip("needs a CUDA build of PyTorch on a machine without a GPU")
     driver(monkeypatch, (11, 4))
-    (check,) = doctor.gpus()
+    (check,) = doctor_checks.gpus()
     assert check.status == "warn"
     assert "CUDA up to 11.4" in check.detail
     assert "update the driver" in check.remedy
 
 
 def test_a_library_that_is_not_there_is_an_error_not_a_crash():
-    assert isinstance(doctor._load("libsurely-not-there.so.7"), OSError)
+    assert isinstance(doctor_checks._load("libsurely-not-there.so.7"), OSError)
 
 
 def test_compiled_code_is_tried_not_looked_at(monkeypatch, tmp_path):
-    assert doctor.compiled_code().status == "ok"
+    assert doctor_checks.compiled_code().status == "ok"
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserProvidedCacheLocator])
     monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path))
     jit._own_folder.cache_clear()
     jit._say_once.cache_clear()
     try:
-        kept = doctor.compiled_code()
+        kept = doctor_checks.compiled_code()
         jit._own_folder.cache_clear()
         monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path / "missing"))
-        lost = doctor.compiled_code()
+        lost = doctor_checks.compiled_code()
     finally:
         jit._own_folder.cache_clear()
         jit._say_once.cache_clear()
@@ -204,7 +204,7 @@ def test_shared_memory_is_written_not_looked_at(monkeypatch, tmp_path):
     def refuse(**_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
-    check = doctor.shared_memory(tmp_path)
+    monkeypatch.setattr(doctor_checks.tempfile, "TemporaryFile", refuse)
+    check = doctor_checks.shared_memory(tmp_path)
     assert check.status == "warn"
     assert "No space left on device" in check.detail

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastdeit.config import COMPAT, Departures
+from fastdeit.config import COMPAT, COMPAT_RUN, Departures
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
@@ -24,6 +24,10 @@ def released(tiny):
 
     def make(name, **sections):
         recipe = tiny(deit_tiny, **sections)
+        if name in COMPAT_RUN["released"]:
+            return dataclasses.replace(
+                recipe, run=dataclasses.replace(recipe.run, **{name: COMPAT_RUN["released"][name]})
+            )
         value = getattr(COMPAT["released"], name)
         return dataclasses.replace(recipe, departures=dataclasses.replace(recipe.departures, **{name: value}))
 
@@ -73,7 +77,8 @@ def test_eval_sharding(released):
     recipe = released("eval_sharding")
     val = open_dataset(recipe.data.val, "data.val")
     counts = []
-    for r in (recipe, dataclasses.replace(recipe, departures=Departures(mix_group=8)).resolved()):
+    partition = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, eval_sharding=None)).resolved()
+    for r in (recipe, partition):
         data = EvaluationData(r, val, SECOND)
         counts.append(sum(len(data.order.step(0, s).index) for s in range(data.order.steps)))
         data.close()

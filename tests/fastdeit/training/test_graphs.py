@@ -18,7 +18,6 @@ from fastdeit.recipes import convnet_teacher
 from fastdeit.training import graphs, step
 from fastdeit.training.graphs import WARM_UP, CudaRecorder, Replayed, choose_graphs, why_not
 from fastdeit.training.nonfinite import NonFiniteLoss
-from fastdeit.training.objective import build_objective
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
 
@@ -60,7 +59,7 @@ def gpu(size=1):
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
         ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, "another size"),
-        ({"departures": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
+        ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
     ],
 )
 def test_auto_is_on_where_nothing_needs_the_host(tiny, sections, precision, processes, reason):
@@ -197,8 +196,7 @@ def build(recipe, joined):
     torch.manual_seed(0)
     precision = resolve(recipe, joined.device)
     model = build_network(recipe.model, CLASSES).to(joined.device).train()
-    objective = build_objective(recipe.objective, recipe.model.distilled, recipe.departures)
-    return TrainingStep(recipe, joined, precision, model, objective, num_classes=CLASSES, steps_per_epoch=100)
+    return TrainingStep(recipe, joined, precision, model, num_classes=CLASSES, steps_per_epoch=100)
 
 
 def test_loading_a_state_records_anew(tiny, taped):

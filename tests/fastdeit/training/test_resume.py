@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
+from fastdeit.commands.eval import Options, evaluate_checkpoint
+from fastdeit.config import COMPAT_RUN
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training.trainer import Trainer
@@ -130,3 +132,22 @@ def test_other_data_is_refused(tiny, images, tmp_path):
         Trainer(first, joined).run()
         with pytest.raises(UserError, match=r"another data\.train"):
             Trainer(tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}), joined).run()
+
+
+def test_a_checkpoint_with_an_older_versions_recipe_goes_on(tiny):
+    """It holds three of the run's fields as departures, and does not say from where its steps are counted."""
+    recipe = tiny(run={"epochs": 1})
+    with world("cpu") as joined:
+        Trainer(recipe, joined).run()
+        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        state = checkpoint.load(path)
+        stored = state["recipe"]
+        for name in COMPAT_RUN["paper"]:
+            stored["departures"][name] = stored["run"].pop(name)
+        del state["counted_from"]
+        torch.save(state, path)
+        Trainer(recipe, joined).run()
+        with pytest.raises(UserError, match=r"run\.loss_sync = deferred, this run has every_step"):
+            Trainer(tiny(run={"epochs": 1, "loss_sync": "every_step"}), joined).run()
+    scores = evaluate_checkpoint(Options(checkpoint=path, val=recipe.data.val, device="cpu", loader="torch"))
+    assert scores["model"]["images"] == 44

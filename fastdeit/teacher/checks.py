@@ -1,0 +1,45 @@
+"""Whether the teacher suits the data: warnings before a run spends hours on its labels."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from fastdeit.config import Recipe
+from fastdeit.data import evaluation_batch
+from fastdeit.distributed import World
+from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.precision import Precision
+from fastdeit.teacher.teacher import Teacher
+
+CHANCE_IMAGES = 64  # shown to the teacher
+
+
+def teacher_warnings(recipe: Recipe, teacher: Teacher, known: Dataset, world: World, precision: Precision) -> list[str]:
+    """A sentence if the teacher works at another resolution, and one if it is no better than chance.
+
+    The main process shows it `CHANCE_IMAGES` images, spread over the data set `known`, as an evaluation makes them.
+    """
+    out: list[str] = []
+    if teacher.img_size != teacher.student_size:
+        out.append(
+            f"the teacher works at {teacher.img_size} pixels, the student at {teacher.student_size}: every image is "
+            f"resized for the teacher. Set --teacher.img_size {teacher.student_size} if the teacher accepts that size"
+        )
+    if not world.main:
+        return out
+    index = np.unique(np.linspace(0, len(known) - 1, min(CHANCE_IMAGES, len(known))).astype(np.int64))
+    with evaluation_batch(recipe, known, world, index) as batch, torch.no_grad(), precision.autocast():
+        decisions = teacher.labels(batch.images.to(world.device)).cpu().numpy()
+        labels = batch.label_a.cpu().numpy()
+    right = int((decisions == labels).sum())
+    # Naming the commonest class every time is right this often.
+    chance = np.bincount(labels).max() / len(labels)
+    if right <= chance * len(labels) + 2 * math.sqrt(len(labels) * chance * (1 - chance)):
+        out.append(
+            f"the teacher {teacher.source} is right on {right} of {len(labels)} images of {known.path}, which is no "
+            f"better than chance: check --teacher.checkpoint, and that its classes are in the data set's order"
+        )
+    return out
