@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image, ImageFilter
 from fastdeit.config import Recipe
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
+from forked import Forked, run_module, run_module_twice
 
 CLASSES = 4
 
@@ -129,27 +129,39 @@ def events():
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun.
+def launch():
+    """Function: run `fastdeit-train` on a recipe in a process of its own, or in two that torchrun joins.
 
-    `stdout_reader` is a command that reads what it prints.
+    The processes are forked, unless `stdout_reader` is a command that reads what the run prints, or `torchrun` asks
+    for the program itself.
     """
+    started = []
 
-    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, **environment):
+    def start(
+        recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, torchrun: bool = False
+    ):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
         file.write_text(json.dumps(recipe.to_dict()))
-        command = [sys.executable, "-m"]
-        if processes > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        command += ["fastdeit.train", recipe.name, "--config", str(file)]
-        pipe = subprocess.PIPE if wait else subprocess.DEVNULL
-        if stdout_reader is not None:
-            command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+        words = [recipe.name, "--config", str(file)]
+        if stdout_reader is None and not torchrun:
+            process = Forked(run_module if processes == 1 else run_module_twice, "fastdeit.train", words)
+        else:
+            command = [sys.executable, "-m"]
+            if torchrun:
+                command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            command += ["fastdeit.train", *words]
+            if stdout_reader is not None:
+                command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
+            pipe = subprocess.PIPE if wait else subprocess.DEVNULL
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        started.append(process)
         if wait:
             process.out, process.err = process.communicate(timeout=300)
         return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.pipelines.errors import UserError
+from forked import Forked, run_code
 
 
 def state(value=1.0):
@@ -100,7 +99,7 @@ def test_killed_while_writing(tmp_path):
         "    checkpoint.save(path, {'format': 1, 'model': torch.full((300000,), float(i)), 'step': i})\n"
     )
     for delay in (0.02, 0.07, 0.15):
-        process = subprocess.Popen([sys.executable, "-c", code])
+        process = Forked(run_code, code)
         deadline = time.monotonic() + 60
         before = path.stat().st_mtime_ns if path.exists() else 0
         while not path.exists() or path.stat().st_mtime_ns == before:

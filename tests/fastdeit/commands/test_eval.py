@@ -19,6 +19,7 @@ from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import JPEG, RAW, BetonDataset, BetonWriter
 from fastdeit.training.trainer import Trainer
+from forked import Forked, run_module
 
 
 @pytest.fixture
@@ -132,14 +133,17 @@ def test_a_head_of_other_classes_is_refused(data, tmp_path):
 
 def test_command_line(trained, data):
     _, path, _ = trained
-    command = [sys.executable, "-m", "fastdeit.commands.eval", str(path), str(data / "val.beton"), "--device", "cpu"]
-    out = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    words = [str(path), str(data / "val.beton"), "--device", "cpu", "--json"]
+    process = Forked(run_module, "fastdeit.commands.eval", words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     results = json.loads(out)
     assert results["ema"]["images"] == 44
     lines = table(results).splitlines()
     assert len(lines) == 1 + 2 * 4
     assert f"{results['model']['class']['top1']:.2f}" in lines[1]
-    wrong = subprocess.run([*command[:3], "missing.pt", "x.beton"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "fastdeit.commands.eval", "missing.pt", "x.beton"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "missing.pt" in wrong.stderr
     assert "Traceback" not in wrong.stderr

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import pickle
-import subprocess
-import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +23,7 @@ from fastdeit.teacher.label_cache import Described, LabelCache, LabelWriter, pix
 from fastdeit.teacher.labelling import label_run
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.trainer import Trainer
+from forked import Forked, run_module, run_module_twice
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -141,24 +140,16 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
     label(recipe)
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(changed(recipe, "teacher", labels=tmp_path / "two").to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    out = subprocess.run(
-        [*command, "fastdeit.commands.label", recipe.name, "--config", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert out.returncode == 0, out.stderr
-    assert "hard labels of 2 more epochs" in out.stdout
+    words = [recipe.name, "--config", str(file)]
+    two = Forked(run_module_twice, "fastdeit.commands.label", words)
+    out, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    assert "hard labels of 2 more epochs" in out
     for epoch in range(2):
         one, two = (np.load(folder / f"epoch-{epoch:04d}.npy") for folder in (tmp_path / "labels", tmp_path / "two"))
         np.testing.assert_array_equal(one, two)
-    again = subprocess.run(
-        [sys.executable, "-m", "fastdeit.commands.label", recipe.name, "--config", str(file)],
-        capture_output=True,
-        text=True,
-    )
-    assert "holds 2 of these epochs already" in again.stdout
+    out, _ = Forked(run_module, "fastdeit.commands.label", words).communicate(timeout=300)
+    assert "holds 2 of these epochs already" in out
 
 
 @pytest.mark.parametrize(

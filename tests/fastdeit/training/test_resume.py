@@ -65,7 +65,7 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
         while trained() < target:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
-            time.sleep(0.002)
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
