@@ -26,13 +26,14 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 def found():
     """What the command prints; a process of its own, since this one's kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks", "compiled", "--json"]
+    command = [sys.executable, "-m", "tests.compiled", "--json"]
     command += [] if os.environ.get("FASTDEIT_COMPILE_ALL") else ["--first"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_architecture(found):
     kernels = {(id(variant.kernel), variant.name.partition(" ")[0]) for variant in report.all_variants()}
     assert len(found) >= len(ARCHITECTURES) * len(kernels)

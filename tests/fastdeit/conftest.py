@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,15 +57,15 @@ def data(images, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny(data, tmp_path):
-    """Function: a small recipe with the whole augmentation, its sections overridden by keyword dicts."""
+@pytest.fixture(scope="session")
+def tiny_in(data):
+    """Function: `tiny` with a folder for the run's output."""
 
     def on(recipe, sections):
         # A decay without an average has no effect, and a command refuses it.
         return sections.get("ema", {}).get("enabled", recipe.ema.enabled)
 
-    def make(base=None, **sections) -> Recipe:
+    def make(output, base=None, **sections) -> Recipe:
         replace = dataclasses.replace
         recipe = (base or deit_tiny_distilled)()
         recipe = replace(
@@ -74,7 +75,7 @@ def tiny(data, tmp_path):
             ema=replace(recipe.ema, decay=0.9) if on(recipe, sections) else recipe.ema,
             run=replace(
                 recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
-                output=tmp_path / "run",
+                output=output,
             ),
             departures=replace(recipe.departures, mix_group=8),
         )  # fmt: skip
@@ -91,6 +92,12 @@ def tiny(data, tmp_path):
         return recipe.resolved()
 
     return make
+
+
+@pytest.fixture
+def tiny(tiny_in, tmp_path):
+    """Function: a small recipe with the whole augmentation, its sections overridden by keyword dicts."""
+    return partial(tiny_in, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

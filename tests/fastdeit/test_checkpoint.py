@@ -88,6 +88,7 @@ def test_failure_while_writing_leaves_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     """A process that does nothing but overwrite one checkpoint is killed; the file is whole each time."""
     path = tmp_path / "checkpoint-000000001.pt"

@@ -85,6 +85,7 @@ def test_strided_inputs(device, at_most_twice):
     )
 
 
+@pytest.mark.slow
 def test_is_repeatable_to_the_bit(device):
     arguments = inputs(device, (520, 16), torch.float32)
     weights = torch.randn(520, 16, device=device)
@@ -92,6 +93,7 @@ def test_is_repeatable_to_the_bit(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     arguments = inputs(device, (3, 16), torch.float32)
     torch.library.opcheck(module._op, arguments)

@@ -67,6 +67,7 @@ def first_batches(setting, folder):
     return torch.load(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, side in SIDES.items() if side.repeats is None])
 def test_a_peer_gives_the_pictures_it_was_given(name, setting, tmp_path):
     batches = first_batches(setting(name), tmp_path)

@@ -116,6 +116,7 @@ def children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
 def test_ctrl_c_while_workers_start(images, tmp_path, delay):
     """A terminal sends it to all of them, and each spends its first second importing."""

@@ -22,9 +22,9 @@ from fastdeit.training.trainer import Trainer
 from forked import Forked, run_module
 
 
-@pytest.fixture
-def trained(tiny):
-    recipe = tiny(run={"epochs": 3})
+@pytest.fixture(scope="module")
+def trained(tiny_in, tmp_path_factory):
+    recipe = tiny_in(tmp_path_factory.mktemp("trained"), run={"epochs": 3})
     with world("cpu") as joined:
         scores = Trainer(recipe, joined).run()
     return recipe, checkpoint.found(recipe.run.output / "checkpoints")[0], scores
@@ -60,6 +60,7 @@ def judge_outputs(recipe, weights, folder):
     return outputs, torch.tensor(data.targets)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_timm(trained, data, images):
     recipe, path, scores = trained
     found = evaluate_checkpoint(
@@ -85,6 +86,7 @@ def with_real_labels(source, path, real):
     return path
 
 
+@pytest.mark.slow
 def test_real_accuracy_is_timms(trained, data, images, tmp_path):
     recipe, path, _ = trained
     rng = np.random.default_rng(5)
@@ -111,6 +113,7 @@ def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
         evaluate_checkpoint(Options(checkpoint=trained[1], val=val, loader="torch", device="cpu", threads=1))
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=4).state_dict()}, released)
@@ -131,6 +134,7 @@ def test_a_head_of_other_classes_is_refused(data, tmp_path):
         evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu"))
 
 
+@pytest.mark.slow
 def test_command_line(trained, data):
     _, path, _ = trained
     words = [str(path), str(data / "val.beton"), "--device", "cpu", "--json"]

@@ -39,6 +39,7 @@ def assert_same_bits(a, b):
             assert value == second[key], key
 
 
+@pytest.mark.slow
 def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events, launch):
     options = {
         "objective": {"distillation": "hard"},
@@ -110,6 +111,7 @@ def test_going_back_needs_the_later_checkpoints_gone(tiny):
     assert later.exists()
 
 
+@pytest.mark.slow
 def test_what_auto_became_is_compared(tiny, data):
     pytest.importorskip("ffcv")
     first = tiny(run={"epochs": 1})

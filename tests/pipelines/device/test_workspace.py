@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdeit.pipelines.device import workspace
 from fastdeit.pipelines.device.workspace import Uploads
 
 GPU = torch.device("cuda", 0)
