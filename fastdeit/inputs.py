@@ -1,4 +1,4 @@
-"""What a run is given, checked before PyTorch is loaded: a mistake in a command costs a second, not ten."""
+"""Checks a run's inputs before PyTorch is imported: a mistake in a command costs a second, not ten."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None:
-    """Look at everything that a resolved recipe names and that needs no network: files, classes, the batch.
+    """Check everything that a resolved recipe names: files, classes, the batch.
 
-    `world` is the number of processes, `labels` whether stored labels must be there already. Raises UserError,
-    naming the option and the remedy.
+    `world` is the number of processes; `labels` says whether stored labels must exist already. Raises UserError,
+    which names the option and the remedy.
     """
     run, model, teacher = recipe.run, recipe.model, recipe.teacher
     train = open_dataset(recipe.data.train, "data.train")
@@ -49,7 +49,7 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> None
 def open_dataset(path: Path | None, option: str) -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    Raises UserError where it is not given, not there, damaged or of another kind.
+    Raises UserError if it is not given, missing, damaged or of another kind.
     """
     if path is None:
         raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
@@ -59,7 +59,7 @@ def open_dataset(path: Path | None, option: str) -> Dataset:
 
 
 def check_classes(data_set: Dataset, num_classes: int) -> None:
-    """Raises UserError where a data set has more classes than the model."""
+    """Raise UserError if a data set has more classes than the model."""
     if num_classes < data_set.num_classes:
         raise UserError(
             f"the model has {num_classes} classes, but {data_set.path} has {data_set.num_classes}: "
@@ -68,7 +68,7 @@ def check_classes(data_set: Dataset, num_classes: int) -> None:
 
 
 def check_class_names(one: str, names: list[str] | None, other: str, others: list[str] | None) -> None:
-    """Raises UserError unless `one` and `other` name the same classes in the same order; None agrees with all."""
+    """Raise UserError unless `one` and `other` name the same classes in the same order; None fits all."""
     if names is None or others is None or names == others:
         return
     at = next((i for i, (a, b) in enumerate(zip(names, others, strict=False)) if a != b), None)
@@ -83,7 +83,7 @@ def check_class_names(one: str, names: list[str] | None, other: str, others: lis
 
 
 def check_teacher(cfg: TeacherConfig) -> None:
-    """Raises UserError where a teacher has no weights, or more than its own."""
+    """Raise UserError if a teacher has no weights, or a checkpoint beside its own."""
     if cfg.name == LITE0:
         if cfg.checkpoint is not None:
             raise UserError(f"teacher {LITE0} ships its weights: leave out --teacher.checkpoint {cfg.checkpoint}")
@@ -97,14 +97,14 @@ def check_teacher(cfg: TeacherConfig) -> None:
 
 
 def repeats(recipe: Recipe, world: int) -> int:
-    """Copies of an image in a batch: the recipe's, or 1 where the released code would drop them."""
+    """Copies of an image in a batch: the recipe's, or 1 if the released code would drop them."""
     dropped = recipe.departures.single_process_repeats == "dropped" and world == 1
     return 1 if dropped else recipe.data.repeats
 
 
 def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -> EpochOrder:
-    """The training order of `length` images on a process. Raises UserError for a batch that cannot be divided."""
-    from fastdeit.pipelines.plan.order import EpochOrder  # here, since it loads numba
+    """The training order of `length` images for one process. Raises UserError for a batch that cannot be divided."""
+    from fastdeit.pipelines.plan.order import EpochOrder  # imported here: it imports numba
 
     d = recipe.departures
     return EpochOrder(
@@ -123,7 +123,7 @@ def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -
 
 
 def check_checkpoint(path: Path, option: str = "") -> None:
-    """Raise UserError unless the file could be a checkpoint; it is looked at, not read."""
+    """Raise UserError unless the file could be a checkpoint; reads only its first bytes."""
     where = f"--{option} {path}" if option else str(path)
     try:
         check_regular(path)

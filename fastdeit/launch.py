@@ -1,4 +1,4 @@
-"""How the processes of a run were started: by torchrun, or one alone."""
+"""How the run was launched: by torchrun, or as one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fastdeit.pipelines.errors import UserError
 
-# A launcher's own count of the tasks that it started, and the name of the launcher.
+# Variables in which launchers count their tasks, and the launchers' names.
 _COUNTS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -20,7 +20,7 @@ _REMEDY = (
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this process in its run."""
+    """The rank of this process."""
     return int(environ.get("RANK", 0))
 
 
@@ -30,10 +30,9 @@ def size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def check_launch(environ: Mapping[str, str] = os.environ) -> str | None:
-    """A warning where a SLURM job has more tasks than the one that runs here, else None.
+    """A warning if a SLURM job has more tasks than this one, else None.
 
-    Raises UserError where a launcher other than torchrun started several processes, each of which would believe itself
-    alone.
+    Raises UserError if a launcher other than torchrun started several processes: each would train alone.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return None

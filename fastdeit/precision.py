@@ -1,4 +1,4 @@
-"""In which number format a step computes, and whether it is compiled."""
+"""The number format of a step, and whether it is compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPILER = "inductor"  # torch.compile's own name of its default backend
 class Precision:
     """A resolved precision: its name, the autocast dtype (None: float32 throughout), the device.
 
-    `note` is a sentence where it is not what was asked for, else empty.
+    `note` is a sentence if it differs from the request, else empty.
     """
 
     name: str
@@ -32,20 +32,19 @@ class Precision:
 
 
 def allow_tf32(precision: Precision) -> None:
-    """Let a GPU multiply in TF32 what autocast leaves in float32; where float32 was asked for, nothing.
+    """Allow TF32 for products that autocast leaves in float32; with precision "fp32", forbid it.
 
-    A setting of the whole process.
+    Applies to the whole process.
     """
     if precision.device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision.dtype is None else "high")
-        torch.backends.cudnn.allow_tf32 = precision.dtype is not None  # on by default, other than for products
+        torch.backends.cudnn.allow_tf32 = precision.dtype is not None  # PyTorch's own default is True
 
 
 def resolve(recipe: Recipe, device: torch.device) -> Precision:
-    """The precision of a run. "auto" is float32 on a CPU; on a GPU what `departures.amp_dtype` says.
+    """The precision of a run. "auto" is float32 on a CPU and `departures.amp_dtype` on a GPU.
 
-    A GPU without bf16 falls back to fp16 with loss scaling, which the caller announces with `note`. Raises
-    UserError for fp16 on a CPU.
+    A GPU without bf16 falls back to fp16 with loss scaling; the caller logs `note`. Raises UserError for fp16 on a CPU.
     """
     wanted, note = recipe.run.precision, ""
     if wanted == "auto":
@@ -58,5 +57,5 @@ def resolve(recipe: Recipe, device: torch.device) -> Precision:
 
 
 def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether student, teacher and loss are compiled: `run.compile`, whose "auto" is on a GPU."""
+    """Whether student, teacher and loss are compiled: `run.compile`; "auto" is on with a GPU."""
     return recipe.run.compile == "on" or (recipe.run.compile == "auto" and device.type == "cuda")

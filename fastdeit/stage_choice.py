@@ -1,4 +1,4 @@
-"""Where decoded images become a batch: on the host, on the run's device, or where it turns out to be faster."""
+"""Where decoded images become a batch: on the host, on the run's device, or on the faster of the two."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastdeit.config import Recipe
 from fastdeit.model.kernel_choice import Kernels
-from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.batch import Batch, DecodedBatch, Stage
 from fastdeit.pipelines.device.transfer import CopyingStage, StreamPrefetcher
 from fastdeit.pipelines.errors import UserError, fact
-from fastdeit.pipelines.host.stage import Batch, HostStage
-from fastdeit.pipelines.loaders.base import ThreadedLoader
+from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.plan.plan import Plan
 from fastdeit.precision import Precision
@@ -30,48 +29,45 @@ StageName = Literal["auto", "device", "host"]
 ROUNDS = 3  # timed, after one that does not count
 
 
-class Stage(Protocol):
-    """Makes a batch of decoded images: of a plan for training, of the centre for evaluation."""
+def settle_stage(recipe: Recipe, device: torch.device, *, decodes_on_device: bool) -> tuple[StageName, str]:
+    """Name of the stage and one sentence that says why; "auto" where only timing can tell (`ChosenStage`).
 
-    def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch: ...
+    "auto" is the host where there is no GPU, and the device where the loader decodes the images there.
+    """
+    if recipe.data.stage == "auto":
+        if device.type != "cuda":
+            return "host", "there is no GPU"
+        if decodes_on_device:
+            return "device", "the images are decoded there"
+    return recipe.data.stage, "as asked for"
 
-    def evaluate(self, decoded: DecodedBatch, eval_crop: float) -> Batch: ...
 
+class ChosenStage:
+    """The stage of a run's batches, and the stream that it runs on.
 
-Make = Callable[[Stage, DecodedBatch], Batch]
-
-
-class Staging:
-    """The stage of a run's batches, and the thread and the stream that it runs on.
-
-    Both stages make the same bits in the same dtype and layout, so which it is changes no result, may differ between
+    Both stages make the same bits in the same dtype and layout, so the choice changes no result, may differ between
     processes, and is no part of a checkpoint.
 
     name    "host" or "device"
-    reason  one sentence: why it is that
-    make    what is to be had of a stage: a training batch, or one for evaluation
-    chosen  name and reason, where "auto" was chosen before
+    reason  one sentence that says why
 
-    "auto" is the host where there is no GPU; the device where the images are decoded on the GPU; else the faster one
-    on the loader's first batch, timed up to where the batch is on the device. Raises UserError for "device" where no
-    kernels run.
+    `choice` is name and reason; "auto" takes the faster stage on `first`, a decoded batch and its plan, timed up to
+    where the batch is on the device. Raises UserError for "device" where no kernels run.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         device: torch.device,
-        loader: ThreadedLoader,
-        make: Make,
-        *,
-        pool: ThreadPoolExecutor,
-        threads: int,
         dtype: torch.dtype,
         layout: Layout,
-        chosen: tuple[StageName, str] | None = None,
+        *,
+        choice: tuple[StageName, str],
+        first: tuple[DecodedBatch, Plan] | None,
+        pool: ThreadPoolExecutor,
+        threads: int,
     ) -> None:
-        self._make = make
-        # One for all: what is in the stage's work memory is in the order of its stream.
+        # One for all: the order of this stream is what keeps the stage's work memory in order.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options: dict[str, Any] = {"recipe": recipe, "device": device, "dtype": dtype, "layout": layout}
         openers: dict[StageName, Callable[[], Stage]] = {
@@ -79,21 +75,16 @@ class Staging:
             "host": lambda: _host_stage(**options, pool=pool, threads=threads),
         }
         self.name: StageName
-        self.name, self.reason = chosen or (recipe.data.stage, "as asked for")
-        if self.name == "auto":
-            if device.type != "cuda":
-                self.name, self.reason = "host", "there is no GPU"
-            elif loader.on_device:
-                self.name, self.reason = "device", "the images are decoded there"
+        self.name, self.reason = choice
         with self._on_stream():
             if self.name == "auto":
-                self.name, self.reason, self._stage = choose_stage(openers, make, loader, device)
+                self.name, self.reason, self._stage = choose_stage(openers, first, device)
             else:
                 self._stage = openers[self.name]()
 
-    def __call__(self, decoded: DecodedBatch) -> Batch:
+    def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
         """The batch of `decoded`, on the device."""
-        return self._make(self._stage, decoded)
+        return self._stage(decoded, plan)
 
     def prefetch(
         self, items: Generator[T, None, None], depth: int, tensors: Callable[[T], Iterable[Tensor]]
@@ -108,16 +99,15 @@ class Staging:
 
 
 def choose_stage(
-    openers: dict[StageName, Callable[[], Stage]], make: Make, loader: ThreadedLoader, device: torch.device
+    openers: dict[StageName, Callable[[], Stage]], first: tuple[DecodedBatch, Plan] | None, device: torch.device
 ) -> tuple[StageName, str, Stage]:
-    """Name of the fastest stage, one sentence on why it is that, and the stage.
+    """Name of the fastest stage, one sentence that says why, and the stage.
 
-    Each makes the loader's first batch, by turns: once to compile and to take memory, then `ROUNDS` times, of which
-    the fastest counts, up to where the batch is on the device. One that fails is left out, and named; where all do,
-    the first one's error is raised. The images are decoded once more where training starts with that batch.
+    Each makes the `first` batch, by turns: once to compile and to take memory, then `ROUNDS` times, of which the
+    fastest counts, up to where the batch is on the device. One that fails is left out, and named; where all do, the
+    first one's error is raised.
     """
-    decoded = next(loader.batches(0), None)
-    if decoded is None:
+    if first is None:
         name, opener = next(iter(openers.items()))
         return name, "there is no batch to compare them with", opener()
     stages: dict[StageName, Stage] = {}
@@ -125,7 +115,7 @@ def choose_stage(
     for name, opener in openers.items():
         try:
             stage = opener()
-            _seconds(stage, make, decoded, device)
+            _seconds(stage, *first, device)
         except Exception as error:  # one that does not work here must not end a run that another can do
             failed[name] = error
         else:
@@ -137,16 +127,16 @@ def choose_stage(
     seconds = dict.fromkeys(stages, float("inf"))
     for _ in range(ROUNDS):
         for name, stage in stages.items():
-            seconds[name] = min(seconds[name], _seconds(stage, make, decoded, device))
+            seconds[name] = min(seconds[name], _seconds(stage, *first, device))
     name = min(seconds, key=lambda name: seconds[name])
-    rates = [f"{name} {len(decoded.index) / spent:,.0f}" for name, spent in seconds.items()]
+    rates = [f"{name} {len(first[1]) / spent:,.0f}" for name, spent in seconds.items()]
     excluded = [f"; not {name}: {fact(e)}" for name, e in failed.items()]
     return name, f"samples/s measured: {', '.join(rates)}{''.join(excluded)}", stages[name]
 
 
-def _seconds(stage: Stage, make: Make, decoded: DecodedBatch, device: torch.device) -> float:
+def _seconds(stage: Stage, decoded: DecodedBatch, plan: Plan, device: torch.device) -> float:
     start = time.perf_counter()
-    batch = make(stage, decoded)
+    batch = stage(decoded, plan)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     del batch

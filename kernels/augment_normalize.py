@@ -196,7 +196,7 @@ def _launch(size: int, layout: Layout, patch_size: int) -> Launch:
     return Launch(constants=(*constants, ("BLOCK", 1024)), num_warps=4, num_stages=1, fp_fusion=False)
 
 
-def finish(
+def normalize_erase_mix(
     planes: Tensor,
     ending: Tensor,
     tables: Tensor,
@@ -231,7 +231,7 @@ def finish(
 
     Nothing is checked but the device; no memory is taken and nothing waited for.
     """
-    check_device("finish", planes.device)
+    check_device("normalize_erase_mix", planes.device)
     size = planes.shape[-1]
     if not len(unit):
         return

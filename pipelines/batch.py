@@ -1,13 +1,16 @@
-"""What a loader hands over: decoded images, each once, and the samples that are made of them."""
+"""What passes between the parts of the pipeline: decoded images from loader to stage, a batch from stage to step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from fastdeit.kernels.reference import MixedLabels
+from fastdeit.pipelines.plan.order import StepSamples
+from fastdeit.pipelines.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,56 @@ class DecodedBatch:
         return self.pixels.numpy()
 
 
-class Loader(Protocol):
-    """Decodes the steps of a run in order, ahead of their use, with bounded memory.
+@dataclass(frozen=True)
+class Batch:
+    """What the network is trained on, or evaluated with.
 
-    A loader is opened on a data set and an `Order` (training or evaluation) and is a context manager;
-    closing it ends every thread it started, whatever state it is in.
+    images   (B, 3, S, S), or laid out as the stage was asked to; float32, bfloat16 or float16
+    label_a, label_b  (B,) int64: a sample's own label and its partner's
+    lam      (B,) float32: share of `label_a`
+    index    (B,) int64: dataset index
     """
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[DecodedBatch]:
-        """The batches of `epoch` from `first_step` on. An exception in a worker is raised here."""
-        ...
+    images: Tensor
+    label_a: Tensor
+    label_b: Tensor
+    lam: Tensor
+    index: Tensor
 
-    def close(self) -> None: ...
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.images, self.label_a, self.label_b, self.lam, self.index
+
+    def labels(self, smoothing: float) -> MixedLabels:
+        """The true labels, mixed and smoothed, as the objective takes them."""
+        return MixedLabels(self.label_a, self.label_b, self.lam, smoothing)
+
+    def targets(self, num_classes: int, smoothing: float) -> Tensor:
+        """The same as (B, num_classes) float32 soft targets: see `MixedLabels.dense`."""
+        return self.labels(smoothing).dense(num_classes)
+
+
+class Loader(Protocol):
+    """Decodes the images of a step."""
+
+    def decode(
+        self,
+        samples: StepSamples,
+        regions: np.ndarray | None = None,
+        *,
+        previous: DecodedBatch | None = None,
+        following: StepSamples | None = None,
+    ) -> DecodedBatch: ...
+
+
+class Stage(Protocol):
+    """Makes a batch of decoded images and the plan of their step."""
+
+    def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch: ...
+
+
+def normalized_levels(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """(3, 256) float32: every level as ToTensor and Normalize make it, to the bit."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    mean32, std32 = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
+    return (levels - mean32) / std32

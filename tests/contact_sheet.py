@@ -22,7 +22,7 @@ from fastdeit.cli import parse, run
 from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
-from fastdeit.pipelines.plan.plan import BICUBIC, CODE, INCREASING, Plan
+from fastdeit.pipelines.plan.plan import BICUBIC, CODE, INCREASING, Plan, whole_windows
 from fastdeit.pipelines.plan.replay import fill_color, replay
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,7 +64,7 @@ def strength(name: str, magnitude: float) -> float:
     return 1.0 + abs(value - 1.0) if enhances else abs(float(value))
 
 
-def plan_of(photo: np.ndarray, names: Sequence[str]) -> Plan:
+def plan_of(photo: np.ndarray, names: Sequence[str], size: int) -> Plan:
     """A sample for every operation and magnitude: the photograph's middle square."""
     height, width = photo.shape[:2]
     side, count = min(height, width), len(names) * len(MAGNITUDES)
@@ -73,6 +73,7 @@ def plan_of(photo: np.ndarray, names: Sequence[str]) -> Plan:
         index=np.arange(count),
         repeat=np.zeros(count, np.int32),
         crop=np.tile(np.array([(height - side) // 2, (width - side) // 2, side, side], np.int32), (count, 1)),
+        window=whole_windows(count, size),
         flip=np.zeros(count, bool),
         op=np.repeat([CODE[name] for name in names], len(MAGNITUDES)).astype(np.int8)[:, None],
         arg=np.array(strengths)[:, None],
@@ -82,6 +83,7 @@ def plan_of(photo: np.ndarray, names: Sequence[str]) -> Plan:
         mix=np.zeros(1, np.int8),
         lam=np.ones(1),
         box=np.zeros((1, 4), np.int32),
+        img_size=size,
         seed=0,
         epoch=0,
     )
@@ -111,7 +113,7 @@ def pairs(photo: np.ndarray, plan: Plan, size: int) -> list[tuple[np.ndarray, np
 
 def sheet(photo: np.ndarray, size: int, names: Sequence[str] = INCREASING) -> tuple[Image.Image, int]:
     """The picture, and how many of ours differ from Pillow's in any level."""
-    plan = plan_of(photo, names)
+    plan = plan_of(photo, names, size)
     made = pairs(photo, plan, size)
     different = sum(not np.array_equal(*pair) for pair in made)
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)

@@ -1,4 +1,4 @@
-"""Every command of the README and of the documents is real: it parses."""
+"""The README and the documents are real: every command parses, every path exists."""
 
 import re
 import shlex
@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 import tyro
 
+from benchmarks.__main__ import COMMANDS as BENCHMARKS
 from fastdeit.cli import parse_recipe
 from fastdeit.commands.label import parse as parse_label
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"```.*?```", re.DOTALL)
+QUOTED = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
+TOP = ("fastdeit", "kernels", "pipelines", "benchmarks", "tests", "docs", "typings")
 
 
 def commands():
     """Each command of the documents' bash blocks, with continuation lines joined and comments dropped."""
-    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
     for block in BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -57,10 +63,41 @@ def test_command_is_understood(words):
     elif program == "fastdeit-doctor":
         assert not args
     elif program == "python":
-        assert args[:2] == ["-m", "benchmarks"]
-        assert (ROOT / "benchmarks" / f"{args[2]}.py").exists()
+        flag, module, *rest = args
+        assert flag == "-m"
+        if module == "benchmarks":
+            assert rest[0] in BENCHMARKS
+        elif module != "pytest":
+            assert is_module(module)
     else:
         assert program in ("sudo", "apt-get", "pip", "tensorboard"), words
+
+
+def is_module(name):
+    """Whether `python -m name` finds a file in the checkout."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
+def named(text):
+    """Paths and modules of the checkout in backticks, each with whether it exists; NAME stands for any name."""
+    for quoted in QUOTED.findall(FENCED.sub("", text).replace("NAME.", "*.").replace("NAME`", "*`")):
+        if module := re.match(r"python -m ((?:benchmarks|tests|fastdeit)[\w.]*)", quoted):
+            yield quoted, is_module(module[1])
+        elif re.fullmatch(r"[\w./*-]+\.(?:py|c|md|jsonl)|(?:" + "|".join(TOP) + r")/[\w./*-]*", quoted):
+            known = quoted.partition("/")[0] in TOP
+            if known or ("/" in quoted and quoted.endswith(".py")):
+                yield quoted, any(ROOT.glob(quoted.rstrip("/")))
+            elif quoted.endswith(".py"):
+                yield quoted, any(path for top in TOP[:5] for path in (ROOT / top).rglob(quoted))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_exist(document):
+    text = document.read_text()
+    missing = [name for name, exists in named(text) if not exists]
+    missing += [link for link in LINK.findall(text) if not (document.parent / link).exists()]
+    assert missing == []
 
 
 def test_the_readmes_python_does_what_it_says(capsys):

@@ -19,18 +19,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.record import first_line
-from fastdeit.kernels.augment_normalize import finish
-from fastdeit.kernels.augment_ops import apply_operations
-from fastdeit.kernels.augment_resize import crop_resize
 from fastdeit.pipelines.batch import DecodedBatch
-from fastdeit.pipelines.device.packing import fill_table, table_sizes, work_of
 from fastdeit.pipelines.device.stage import DeviceStage
-from fastdeit.pipelines.device.workspace import Memory
-from fastdeit.pipelines.host.normalize import normalised_levels
 from fastdeit.pipelines.host.stage import HostStage
-from fastdeit.pipelines.plan.draw import PlanDrawer, Policy
+from fastdeit.pipelines.plan.draw import PlanDrawer
 from fastdeit.pipelines.plan.order import EpochOrder
 from fastdeit.pipelines.plan.plan import CODE, Plan
+from fastdeit.pipelines.plan.policy import Policy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEIGHT, WIDTH = 375, 500
@@ -69,7 +64,7 @@ class Job:
             label=samples.index % 1000,
         )
         sizes = (np.full(order.length, side, np.int32) for side in (HEIGHT, WIDTH))
-        plan = PlanDrawer(Policy(img_size=size), seed, *sizes).draw(0, 0, samples)
+        plan = PlanDrawer(Policy(), seed, *sizes, img_size=size).draw(samples)
         return cls(decoded=decoded, plan=plan, size=size, dtype=dtype)
 
     def bytes(self) -> dict[str, int]:
@@ -103,60 +98,36 @@ class Passes:
 
 def passes(job: Job, device: torch.device, layout: Literal["nchw", "patches"] = "patches") -> Passes:
     """The launches of `DeviceStage`, one pass at a time, and the stage as a whole from the host's plan on."""
-    count, layers = job.plan.op.shape
-    size, memory = job.size, Memory(device)
-    stage = DeviceStage(size, MEAN, STD, device=device, dtype=job.dtype, layout=layout)
-    table = torch.empty(sum(table_sizes(count, layers)), dtype=torch.uint8)
-    window = np.tile(np.array([size, size, 0, 0], np.int32), (count, 1))
-    needs = fill_table(table, job.decoded, job.plan, window, size)
-    work = work_of(table[: table_sizes(count, layers)[0]].to(device), count, layers)
-    pixels = torch.from_numpy(job.decoded.pixels).to(device)
-    planes = memory.take("planes", (count, 2, 3, size, size))
-    tables = memory.take("tables", (layers + 1, count, 3, 256))
-    levels = torch.from_numpy(normalised_levels(MEAN, STD)).to(device)
-    fill = torch.tensor([round(255 * x) for x in MEAN], dtype=torch.uint8, device=device)
-    out = torch.empty(stage.out_shape(count), dtype=job.dtype, device=device)
-    scratch = (
-        memory.take("taps", (needs.taps,), torch.int32),
-        memory.take("reach", (count, 2, 2, size), torch.int32),
-        memory.take("between", (needs.between,)),
-    )
 
-    def run_resize() -> None:
-        crop_resize(pixels, work.place, work.start, *scratch, planes[:, 0])
+    def stage() -> DeviceStage:
+        return DeviceStage(job.size, MEAN, STD, device=device, dtype=job.dtype, layout=layout)
 
-    def run_operations() -> None:
-        apply_operations(planes, work.operation, work.argument, tables, fill, needs.blurs)
-
-    def run_finish() -> None:
-        finish(
-            planes, work.ending, tables[layers], levels, work.erase, work.who, work.key, work.unit, work.mix,
-            work.share, out, layout=layout, patch_size=stage.patch_size,
-        )  # fmt: skip
+    launches, images = stage().passes(job.decoded, job.plan)
 
     def run_augment() -> None:
-        run_operations()
-        run_finish()
+        launches["operations"]()
+        launches["normalize"]()
 
     def run_stage() -> None:
-        run_resize()
+        launches["resize"]()
         run_augment()
 
     def batch() -> Tensor:
         run_stage()
-        return out
+        return images
 
     source = torch.from_numpy(job.decoded.pixels)
     pinned = source.pin_memory().numpy() if device.type == "cuda" else job.decoded.pixels
     decoded = DecodedBatch(**{**vars(job.decoded), "pixels": pinned})
+    from_host = stage()
     return Passes(
         calls={
-            "resize": run_resize,
-            "operations": run_operations,
-            "finish": run_finish,
+            "resize": launches["resize"],
+            "operations": launches["operations"],
+            "finish": launches["normalize"],
             "augment": run_augment,
             "stage": run_stage,
-            "stage from the host": lambda: stage(decoded, job.plan),
+            "stage from the host": lambda: from_host(decoded, job.plan),
         },
         batch=batch,
     )

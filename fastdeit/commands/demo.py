@@ -103,7 +103,7 @@ def _pictures(folder: Path, recipe: Recipe, weights: Path, teacher_top1: float) 
     with world("cpu") as joined:
         data = TrainingData(recipe, data_set, joined)
         samples = data.order.step(0, 0)
-        plan = data.drawer.draw(0, 0, samples)
+        plan = data.draw(samples)
         with data.batches(0) as batches:
             images = next(iter(batches)).data.images
         data.close()

@@ -12,8 +12,7 @@ from torch import Tensor
 from fastdeit.kernels import augment_levels, augment_normalize, augment_resize
 from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.host.operations import matrices
-from fastdeit.pipelines.plan.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan
+from fastdeit.pipelines.plan.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan, rotation_matrices
 
 _ALIGNMENT = 128  # bytes, of the start of an array
 _MOST_BYTES = (1 << 31) - 1
@@ -131,25 +130,23 @@ def labels_of(memory: Tensor, count: int) -> Labels:
     return Labels(*_views(memory, _label_fields(count)))
 
 
-def fill_table(table: Tensor, decoded: DecodedBatch, plan: Plan, window: np.ndarray, size: int) -> Needs:
+def fill_table(table: Tensor, decoded: DecodedBatch, plan: Plan) -> Needs:
     """Write a batch into `table`, uint8 on the host, of the size that `table_sizes` says.
-
-    window  (B, 4) int32  height and width that a crop is resized to, top and left of the part that is kept
 
     Raises UserError, naming the dataset index, for a crop whose rows span 2 GiB: a kernel counts its bytes in 32 bits.
     """
     count, layers = plan.op.shape
     first_bytes, _ = table_sizes(count, layers)
     work, labels = work_of(table[:first_bytes], count, layers), labels_of(table[first_bytes:], count)
-    taps, between = _fill_resize(work, decoded, plan, window, size)
-    blurs = _fill_operations(work, plan, size)
+    taps, between = _fill_resize(work, decoded, plan)
+    blurs = _fill_operations(work, plan)
     _fill_finish(work, labels, decoded, plan)
     return Needs(taps, between, blurs)
 
 
-def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan, window: np.ndarray, size: int) -> tuple[int, int]:
+def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan) -> tuple[int, int]:
     place, start = work.place.numpy(), work.start.numpy()
-    slot, crop = decoded.source, plan.crop
+    slot, crop, window, size = decoded.source, plan.crop, plan.window, plan.img_size
     pitch = 3 * decoded.width[slot]
     span = crop[:, 2].astype(np.int64) * pitch
     if span.max(initial=0) >= _MOST_BYTES:
@@ -205,9 +202,9 @@ def _most_taps(size_in: np.ndarray, size_out: np.ndarray) -> np.ndarray:
     return 2 * np.ceil(2.0 * np.maximum(size_in / size_out, 1.0)).astype(np.int64) + 1
 
 
-def _fill_operations(work: Work, plan: Plan, size: int) -> tuple[bool, ...]:
+def _fill_operations(work: Work, plan: Plan) -> tuple[bool, ...]:
     operation, argument = work.operation.numpy(), work.argument.numpy()
-    argument[:] = matrices(plan.op, plan.arg, size).transpose(1, 0, 2)
+    argument[:] = rotation_matrices(plan.op, plan.arg, plan.img_size).transpose(1, 0, 2)
     side, pending = np.zeros(len(plan), np.int32), np.zeros(len(plan), np.bool_)
     for layer in range(plan.op.shape[1]):
         op, arg = plan.op[:, layer], plan.arg[:, layer]
@@ -218,7 +215,7 @@ def _fill_operations(work: Work, plan: Plan, size: int) -> tuple[bool, ...]:
         operation[layer, :, augment_levels.PENDING] = pending
         translated = (op == CODE["TranslateXRel"]) | (op == CODE["TranslateYRel"])
         argument[layer, :, 0] = np.where(op == CODE["Rotate"], argument[layer, :, 0], np.where(translated, 0.0, arg))
-        argument[layer, :, 1] = np.where(translated, arg * size, argument[layer, :, 1])
+        argument[layer, :, 1] = np.where(translated, arg * plan.img_size, argument[layer, :, 1])
         moves = np.isin(code, _MOVES)
         side = side ^ moves
         pending = (pending | (code != augment_levels.IDENTITY)) & ~moves & (code != augment_levels.BLUR)

@@ -1,4 +1,4 @@
-"""Decoded images and a plan in, a training batch out, on a GPU: the host stage's pixels.
+"""Decoded images and a plan in, a batch out, on a GPU: the host stage's pixels.
 
 A batch is one copy of its table, one of its pixels and a dozen launches, however many samples and operations there
 are. Nothing is waited for on the host but the copy of the last batch but one.
@@ -7,27 +7,25 @@ are. Nothing is waited for on the host but the copy of the last batch but one.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.augment_normalize import Layout, finish
+from fastdeit.kernels.augment_normalize import Layout, normalize_erase_mix
 from fastdeit.kernels.augment_ops import apply_operations
 from fastdeit.kernels.augment_resize import crop_resize
 from fastdeit.kernels.launch import DTYPES, check_device
-from fastdeit.pipelines.batch import DecodedBatch
-from fastdeit.pipelines.device.packing import Needs, fill_table, labels_of, table_sizes, work_of
+from fastdeit.pipelines.batch import Batch, DecodedBatch, normalized_levels
+from fastdeit.pipelines.device.packing import fill_table, labels_of, table_sizes, work_of
 from fastdeit.pipelines.device.workspace import Memory, Uploads
-from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.host.normalize import normalised_levels
-from fastdeit.pipelines.host.stage import Batch, evaluation_regions, evaluation_windows
 from fastdeit.pipelines.plan.checks import check_plan
-from fastdeit.pipelines.plan.plan import Plan, evaluation_plan
+from fastdeit.pipelines.plan.plan import Plan
 
 
 class DeviceStage:
-    """Turns decoded images and their plan into a batch, or into an evaluation batch, on a GPU.
+    """Turns decoded images and their plan into a batch, on a GPU.
 
     The pixels are those of `HostStage`, to the bit, in every dtype that it has. A plan that does not fit its images
     raises ValueError naming the dataset index. All batches must be asked for on one stream, and what makes pixels
@@ -68,30 +66,38 @@ class DeviceStage:
         self.img_size, self.device, self.dtype = img_size, device, dtype
         self.layout: Layout = layout
         self.patch_size = patch_size
-        self._levels = torch.from_numpy(normalised_levels(mean, std)).to(device)
+        self._levels = torch.from_numpy(normalized_levels(mean, std)).to(device)
         self._fill = torch.tensor([min(255, round(255 * x)) for x in mean], dtype=torch.uint8, device=device)
         self._memory, self._uploads = Memory(device), Uploads(device)
 
     def __call__(self, decoded: DecodedBatch, plan: Plan, *, out: Tensor | None = None) -> Batch:
-        """The training batch of `plan`, whose samples must be those of `decoded`, in order.
+        """The batch of `plan`, whose samples must be those of `decoded`, in order.
 
         `decoded.pixels` may be a uint8 tensor, on the device too; pixels in pinned memory are copied from where they
         are. `out`, contiguous and of the stage's shape and dtype, receives the images; without it they get memory of
         their own from PyTorch, which is used again once no tensor refers to it.
         """
         check_plan(decoded, plan, self.img_size)
-        window = np.tile(np.array([self.img_size, self.img_size, 0, 0], np.int32), (len(plan), 1))
-        return self._run(decoded, plan, window, out)
+        with self._on_device():
+            count, layers = plan.op.shape
+            work_bytes, _ = table_sizes(count, layers)
+            table, passes, images = self._prepare(decoded, plan, out)
+            for run in passes.values():
+                run()
+            labels = labels_of(table[work_bytes:].clone(), count)
+            self._uploads.end()
+        return Batch(images=images, label_a=labels.label_a, label_b=labels.label_b, lam=labels.lam, index=labels.index)
 
-    def evaluate(self, decoded: DecodedBatch, eval_crop: float, *, out: Tensor | None = None) -> Batch:
-        """The evaluation batch: see `HostStage.evaluate`. Raises UserError unless 0 < eval_crop <= 1."""
-        if not 0.0 < eval_crop <= 1.0:
-            raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
-        size = self.img_size
-        height, width = decoded.height[decoded.source], decoded.width[decoded.source]
-        plan = evaluation_plan(decoded.index, height, width)
-        check_plan(decoded, plan, size, evaluation_regions(height, width, size, eval_crop))
-        return self._run(decoded, plan, evaluation_windows(height, width, size, eval_crop), out)
+    def passes(self, decoded: DecodedBatch, plan: Plan) -> tuple[dict[str, Callable[[], None]], Tensor]:
+        """The launches of one batch by name, in order, each to be timed alone; and the images that the last one writes.
+
+        The batch is on the device by then. The calls serve until the stage makes another batch.
+        """
+        check_plan(decoded, plan, self.img_size)
+        with self._on_device():
+            _, passes, images = self._prepare(decoded, plan, None)
+            self._uploads.end()
+        return passes, images
 
     @property
     def growths(self) -> int:
@@ -110,18 +116,8 @@ class DeviceStage:
             return count, (size // patch) ** 2, 3 * patch * patch
         return (count, 3, size, size) if self.layout == "nchw" else (count, size, size, 3)
 
-    def _run(self, decoded: DecodedBatch, plan: Plan, window: np.ndarray, out: Tensor | None) -> Batch:
-        count, layers = plan.op.shape
-        work_bytes, label_bytes = table_sizes(count, layers)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            table = self._uploads.begin(work_bytes + label_bytes)
-            needs = fill_table(table, decoded, plan, window, self.img_size)
-            out = self._output(count, out)
-            table, pixels = self._uploads.send(decoded.pixels)
-            self._launch(table, pixels, count, layers, needs, out)
-            labels = labels_of(table[work_bytes:].clone(), count)
-            self._uploads.end()
-        return Batch(images=out, label_a=labels.label_a, label_b=labels.label_b, lam=labels.lam, index=labels.index)
+    def _on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _output(self, count: int, out: Tensor | None) -> Tensor:
         shape = self.out_shape(count)
@@ -134,17 +130,32 @@ class DeviceStage:
             )
         return out
 
-    def _launch(self, table: Tensor, pixels: Tensor, count: int, layers: int, needs: Needs, out: Tensor) -> None:
-        size, memory = self.img_size, self._memory
+    def _prepare(
+        self, decoded: DecodedBatch, plan: Plan, out: Tensor | None
+    ) -> tuple[Tensor, dict[str, Callable[[], None]], Tensor]:
+        """Copy a batch to the device: its table there, the launches that make its images, and the images."""
+        (count, layers), size, memory = plan.op.shape, self.img_size, self._memory
+        table = self._uploads.begin(sum(table_sizes(count, layers)))
+        needs = fill_table(table, decoded, plan)
+        images = self._output(count, out)
+        table, pixels = self._uploads.send(decoded.pixels)
         work = work_of(table[: table_sizes(count, layers)[0]], count, layers)
         planes = memory.take("planes", (count, 2, 3, size, size))
         tables = memory.take("tables", (layers + 1, count, 3, 256))
         taps = memory.take("taps", (needs.taps,), torch.int32)
         reach = memory.take("reach", (count, 2, 2, size), torch.int32)
         between = memory.take("between", (needs.between,))
-        crop_resize(pixels, work.place, work.start, taps, reach, between, planes[:, 0])
-        apply_operations(planes, work.operation, work.argument, tables, self._fill, needs.blurs)
-        finish(
-            planes, work.ending, tables[layers], self._levels, work.erase, work.who, work.key, work.unit, work.mix,
-            work.share, out, layout=self.layout, patch_size=self.patch_size,
-        )  # fmt: skip
+
+        def resize() -> None:
+            crop_resize(pixels, work.place, work.start, taps, reach, between, planes[:, 0])
+
+        def operations() -> None:
+            apply_operations(planes, work.operation, work.argument, tables, self._fill, needs.blurs)
+
+        def normalize() -> None:
+            normalize_erase_mix(
+                planes, work.ending, tables[layers], self._levels, work.erase, work.who, work.key, work.unit, work.mix,
+                work.share, images, layout=self.layout, patch_size=self.patch_size,
+            )  # fmt: skip
+
+        return table, {"resize": resize, "operations": operations, "normalize": normalize}, images

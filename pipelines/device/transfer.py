@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.kernels.reference import as_patches
-from fastdeit.pipelines.batch import DecodedBatch
-from fastdeit.pipelines.host.stage import Batch, HostStage
+from fastdeit.pipelines.batch import Batch, DecodedBatch, Stage
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.plan.plan import Plan
 
@@ -75,19 +74,12 @@ class CopyingStage:
     patch_size  side of a patch; None: images stay (B, 3, S, S)
     """
 
-    def __init__(
-        self, stage: HostStage, device: torch.device, dtype: torch.dtype, patch_size: int | None = None
-    ) -> None:
+    def __init__(self, stage: Stage, device: torch.device, dtype: torch.dtype, patch_size: int | None = None) -> None:
         self._stage, self._device, self._dtype, self._patch_size = stage, device, dtype, patch_size
         self._under_way: tuple[Batch, torch.cuda.Event] | None = None
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
-        return self._copy(self._stage(decoded, plan))
-
-    def evaluate(self, decoded: DecodedBatch, eval_crop: float) -> Batch:
-        return self._copy(self._stage.evaluate(decoded, eval_crop))
-
-    def _copy(self, batch: Batch) -> Batch:
+        batch = self._stage(decoded, plan)
         images, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch.tensors())
         if self._device.type == "cuda":
             if self._under_way is not None:

@@ -1,1 +1,1 @@
-"""The host augmentation stage: the definition of the recipe's pixels, on the CPU."""
+"""The host augmentation stage: it defines the recipe's pixels, on the CPU."""

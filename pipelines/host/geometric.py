@@ -1,11 +1,11 @@
 """Rotate, shear and translate: PIL's affine transform with bilinear or bicubic interpolation.
 
-PIL (Pillow, Geometry.c) maps the centre of an output pixel into the image, fills what lies outside, and interpolates
-in float64 with a cut-off at the end. The same operations in the same order are done here. A shear or a translation
-moves along one axis only, hence needs a 1-D filter whose fraction is the same all along a row (or column).
+PIL (Pillow, Geometry.c) maps the center of an output pixel into the image, fills pixels outside, interpolates in
+float64 and truncates. This file does the same operations in the same order. A shear or a translation moves along one
+axis only. It needs a 1-D filter, whose fraction is constant along a row (or column).
 
-Equal to Pillow to the level, but for a shift that comes within rounding (1e-12) of a whole number of pixels without
-being one: there a level may differ by one.
+Every level equals Pillow's, with one exception: if a shift is within rounding (1e-12) of a whole number of pixels but
+not equal to it, a level may differ by one.
 """
 
 from __future__ import annotations
@@ -18,21 +18,6 @@ from fastdeit.pipelines.host.vector import copy_run, fill_run, load_four, transp
 from fastdeit.pipelines.jit import compiled, inlined
 
 MARGIN = 2  # pixels that a bicubic filter reaches beyond the edge
-
-
-def rotation(degrees: float, size: int) -> tuple[float, float, float, float, float, float]:
-    """The matrix of `PIL.Image.rotate` for a square image: output to input coordinates, in pixels."""
-    angle = -math.radians(degrees % 360.0)
-    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    center = size / 2
-    return (
-        cos,
-        sin,
-        cos * -center + sin * -center + 0.0 + center,
-        round(-math.sin(angle), 15),
-        cos,
-        round(-math.sin(angle), 15) * -center + cos * -center + 0.0 + center,
-    )
 
 
 @inlined
@@ -54,7 +39,7 @@ def _to_level(value):
 def shift_rows(planes, size, slope, shift, cubic, fill, line):
     """Move row y left by slope * (y + 1/2) + shift pixels, in place: ShearX and TranslateX.
 
-    fill  (3,) uint8, the colour of what comes from outside
+    fill  (3,) uint8, the color for pixels outside the image
     line  (size + 4,) uint8 work memory
     """
     for y in range(size):
@@ -65,7 +50,7 @@ def shift_rows(planes, size, slope, shift, cubic, fill, line):
         while end > first and (end - 0.5) + lean + shift >= size:
             end -= 1
         inside = end - first
-        # Coordinates of neighbours differ by 1, so the whole part of the shift is that of any pixel of the row.
+        # Coordinates of neighbors differ by 1, so all pixels of a row share the integer part of the shift.
         lag = math.floor((first + 0.5) + lean + shift - 0.5) - first
         for channel in range(3):
             at = (channel * size + y) * size
@@ -141,7 +126,7 @@ def affine(planes, size, matrix, cubic, fill, padded, fours, corner, dx, dy):
             corner[x] = at if inside else -1
         for channel in range(3):
             base, outside = channel * padded_area, fill[channel]
-            # A loop of its own: LLVM leaves loops alone where a gather stands beside a store that it might see.
+            # A separate loop: LLVM does not vectorise a gather next to a store that may alias it.
             for x in range(size):
                 at = base + max(corner[x], 0)
                 for row in range(4):

@@ -1,8 +1,8 @@
 """The noise of random erasing: standard normals of the NOISE stream, many at a time.
 
 The numbers are those of `philox` and `normal_pair` (see `philox.py`), float32. Logarithm, sine and cosine are
-polynomials in float64, good to 1e-11, because calls into libm keep LLVM from using vectors: a result rounded to
-float32 differs from that of libm by one ulp at most.
+polynomials in float64, accurate to 1e-11: calls into libm would keep LLVM from vectorising. Rounded to float32, a
+result differs from libm's by at most one ulp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from fastdeit.pipelines.jit import compiled, inlined
 from fastdeit.pipelines.plan.philox import NOISE, philox
 
-NOISE_ROWS = 16  # rows of an erased box that are drawn at once
+NOISE_ROWS = 16  # rows of an erased box drawn at once
 
 _LN2, _HALF_PI = math.log(2.0), math.pi / 2.0
 _MANTISSA = np.int64((1 << 52) - 1)
@@ -56,7 +56,7 @@ def _normals(radius_words, angle_words, number, count, cos_part, sin_part):
     for k in range(count):
         number[k] = np.float64(radius_words[k]) + 0.5
     for k in range(count):
-        # A power of two is split off so that the mantissa lies about 1, where the logarithm loses no digits.
+        # Splitting off a power of two leaves a mantissa near 1, where the logarithm loses no digits.
         above = bits[k] - _ROOT_HALF_BITS
         exponent = above >> 52
         bits[k] = (above & _MANTISSA) + _ROOT_HALF_BITS

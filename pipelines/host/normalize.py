@@ -1,9 +1,9 @@
 """From levels to the network's input: normalise, erase, mix.
 
-A level becomes (level / 255 - mean) / std in float32, as torchvision's ToTensor and Normalize compute it, through a
-table that the sample's own table of levels (see `photometric.py`) is folded into. Erasing comes after normalisation
-and before mixing, as in timm with a loader that does not prefetch to a GPU. Two samples that mix with one another are
-finished together, a row at a time.
+A level becomes (level / 255 - mean) / std in float32, as torchvision's ToTensor and Normalize compute it. A table does
+this, combined with the sample's own table of levels (see `photometric.py`). Erasing comes after normalisation and
+before mixing, as in timm with a loader that does not prefetch to a GPU. Two samples that mix are finished together, row
+by row.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from fastdeit.pipelines.jit import compiled
 from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP
 
 
-class FinishScratch(NamedTuple):
-    """Work memory of one thread for `finish`; made by `finish_scratch`. First axis: the two samples of a pair."""
+class NormalizeScratch(NamedTuple):
+    """Work memory of one thread for `normalize_erase_mix`; made by `normalize_scratch`.
 
-    value: np.ndarray  # (2, 3, 256) float32: what a level becomes
+    First axis: the two samples of a pair.
+    """
+
+    value: np.ndarray  # (2, 3, 256) float32 by level
     line: np.ndarray  # (2, size) float32
     noise: np.ndarray  # (2, NOISE_ROWS * size) float32
     mixed: np.ndarray  # (size,) float32
     draw: NoiseScratch
 
 
-def finish_scratch(size: int) -> FinishScratch:
+def normalize_scratch(size: int) -> NormalizeScratch:
     """Work memory for images of `size` x `size`."""
-    return FinishScratch(
+    return NormalizeScratch(
         value=np.empty((2, 3, 256), np.float32),
         line=np.empty((2, size), np.float32),
         noise=np.empty((2, NOISE_ROWS * size), np.float32),
@@ -41,15 +44,8 @@ def finish_scratch(size: int) -> FinishScratch:
     )
 
 
-def normalised_levels(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
-    """(3, 256) float32: every level as ToTensor and Normalize make it, to the bit."""
-    levels = np.arange(256, dtype=np.float32) / np.float32(255)
-    mean32, std32 = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
-    return (levels - mean32) / std32
-
-
 def _write(out, line):
-    """Write a float32 line to a row of the output: as it is, or as bfloat16 bits, to nearest even."""
+    """Write a float32 line to a row of the output, unchanged or as bfloat16 bits rounded to nearest even."""
     raise NotImplementedError("compiled code only")
 
 
@@ -87,12 +83,12 @@ def _erase_row(seed, epoch, index, repeat, box, row, at, line, noise, draw):
 
 
 @compiled
-def finish(first, second, seed, epoch, plan, planes, tables, levels, size, out, scratch):
+def normalize_erase_mix(first, second, seed, epoch, plan, planes, tables, levels, size, out, scratch):
     """Finish one sample (`second` -1), or two that mix, into rows `first` and `second` of `out`.
 
-    plan    arrays of the plan, see `PlanArrays`
-    planes  (2, 3 * size * size) uint8 the images, tables (2, 768) uint8 what is still to be done to their levels
-    levels  (3, 256) float32 of `normalised_levels`
+    plan    arrays of the plan, see `_Work` in `stage.py`
+    planes  (2, 3 * size * size) uint8 images; tables (2, 768) uint8 the mapping still to be applied to their levels
+    levels  (3, 256) float32 of `normalized_levels`
     out     (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16
     """
     group = plan.group[first]

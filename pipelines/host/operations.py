@@ -1,4 +1,4 @@
-"""The operations that a plan names, one sample's after another."""
+"""Applies the operations of a plan to one sample after another."""
 
 from __future__ import annotations
 
@@ -45,17 +45,9 @@ def operation_scratch(size: int) -> OperationScratch:
     )
 
 
-def matrices(op: np.ndarray, arg: np.ndarray, size: int) -> np.ndarray:
-    """(B, L, 6) float64 matrices of the rotations in a plan, zero elsewhere. op, arg: (B, L) of the plan."""
-    out = np.zeros((*op.shape, 6), np.float64)
-    for place in zip(*np.nonzero(op == _ROTATE), strict=True):
-        out[place] = geometric.rotation(float(arg[place]), size)
-    return out
-
-
 @compiled
 def _on_levels(code, arg, planes, table, histogram):
-    """Do an operation that maps levels, which needs the pixels for a histogram at most; False if it is no such one."""
+    """Do an operation that maps levels and needs pixels only for a histogram; False for any other operation."""
     if code == _AUTO_CONTRAST:
         photometric.auto_contrast(planes, table, histogram)
     elif code == _EQUALIZE:
@@ -80,9 +72,9 @@ def apply_operations(planes, table, op, arg, matrix, interp, fill, size, scratch
     """Apply a sample's operations in place.
 
     planes       (3 * size * size,) uint8
-    table        (768,) uint8 output: what is still to be done to the levels of `planes`, by channel
-    op, arg, interp, matrix  a sample's row of the plan and of `matrices`
-    fill         (3,) uint8, the colour of what comes from outside the image
+    table        (768,) uint8 output: the mapping still to be applied to the levels of `planes`, by channel
+    op, arg, interp, matrix  a sample's row of the plan and of `rotation_matrices`
+    fill         (3,) uint8, the color for pixels outside the image
     """
     photometric.reset_table(table)
     pending = False

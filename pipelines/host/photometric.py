@@ -1,9 +1,8 @@
 """Operations on levels: PIL's ImageOps and ImageEnhance, and ImageFilter.GaussianBlur, equal to Pillow to the level.
 
-An image is three planes, (3 * size * size,) uint8. Whatever maps a level to a level is not run over the pixels:
-it is composed into a table of 256 entries a channel, (768,) uint8, which a later stage applies once. The histogram
-of the image behind a table is the table's image of the histogram, so that AutoContrast and Equalize need no pass
-over the pixels for it either.
+An image is three planes, (3 * size * size,) uint8. Operations that map a level to a level do not touch the pixels. They
+are composed into a table of 256 entries per channel, (768,) uint8, which a later stage applies once. AutoContrast and
+Equalize need no extra pass either: the table maps the histogram too.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def invert(table):
 
 @compiled
 def posterize(table, bits):
-    """`ImageOps.posterize`, keeping `bits` bits; none leaves a black image, as in the Pillow of the paper's time."""
+    """`ImageOps.posterize`, keeping `bits` bits; 0 bits give a black image, as in the Pillow of the paper's time."""
     if bits >= 8:
         return
     mask = 256 - (1 << (8 - bits))
@@ -54,7 +53,7 @@ def posterize(table, bits):
 
 @compiled
 def solarize(table, threshold):
-    """`ImageOps.solarize`: levels from `threshold` on are inverted."""
+    """`ImageOps.solarize`: invert levels from `threshold` on."""
     for i in range(768):
         if table[i] >= threshold:
             table[i] = 255 - table[i]
@@ -62,7 +61,7 @@ def solarize(table, threshold):
 
 @compiled
 def solarize_add(table, amount):
-    """timm's solarize_add: `amount` is added to the levels below 128."""
+    """timm's solarize_add: add `amount` to levels below 128."""
     for i in range(768):
         if table[i] < 128:
             table[i] = min(255, table[i] + amount)
@@ -78,7 +77,7 @@ def brightness(table, factor):
 
 @inlined
 def _blend(low, high, alpha):
-    """`Image.blend` of two levels: float32, clipped, cut off (Pillow, Blend.c)."""
+    """`Image.blend` of two levels: float32, clipped, truncated (Pillow, Blend.c)."""
     value = np.float32(low) + alpha * np.float32(np.int32(high) - np.int32(low))
     return np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
 
@@ -87,7 +86,7 @@ def _blend(low, high, alpha):
 def _histogram(planes, table, histogram):
     """Counts of the levels behind `table`, (768,) int64."""
     area = len(planes) // 3
-    # Four counters a level: neighbouring pixels are alike, and a counter cannot be raised twice in a row at speed.
+    # Four counters per level: neighboring pixels are alike, and repeated increments of one counter are slow.
     counts = np.empty(1024, np.int64)
     fill_run(histogram, 0, 0, 768)
     for channel in range(3):
@@ -181,7 +180,7 @@ def color(planes, factor):
 @compiled
 def sharpness(planes, size, factor, copy):
     """`ImageEnhance.Sharpness`, in place. copy: uint8 work memory of the length of `planes`."""
-    if size < 3:  # PIL does not filter what is smaller than the kernel
+    if size < 3:  # PIL does not filter images smaller than the kernel
         return
     alpha = np.float32(factor)
     copy_run(copy, 0, planes, 0, len(planes))
@@ -196,14 +195,14 @@ def sharpness(planes, size, factor, copy):
                     + np.uint16(here[x - 1]) + np.uint16(here[x + 1])
                     + np.uint16(below[x - 1]) + np.uint16(below[x]) + np.uint16(below[x + 1])
                 )  # fmt: skip
-                # PIL rounds the float sum of thirteenths; no sum lies half-way, so integers give the same.
+                # PIL rounds a float sum of thirteenths; no sum lies half-way, so integers give the same.
                 smooth = np.uint32(around + 5 * np.uint16(here[x]) + 6) // np.uint32(13)
                 out[x] = _blend(smooth, here[x], alpha)
 
 
 @compiled
 def _box_radius(sigma):
-    """Radius of the box whose three passes stand for a Gaussian (Pillow, BoxBlur.c), in its float32 arithmetic."""
+    """Radius of the box whose three passes approximate a Gaussian (Pillow, BoxBlur.c, in its float32 arithmetic)."""
     one, three, six = np.float32(1.0), np.float32(3.0), np.float32(6.0)
     sigma = np.float32(sigma)
     variance = sigma * sigma / three
@@ -235,7 +234,7 @@ def gaussian_blur(planes, size, sigma, plane, line):
 
 @compiled
 def _box_columns(source, out, size, box, line):
-    """Box of radius `box` along the columns; rows beyond the edge are the edge's."""
+    """Box of radius `box` along the columns; the edge row repeats beyond the edge."""
     radius, one = int(box), np.float32(1 << 24)
     weight = np.uint32(one / (box * np.float32(2.0) + np.float32(1.0)))
     rest = np.uint32((np.uint32(1 << 24) - np.uint32(radius * 2 + 1) * weight) // np.uint32(2))

@@ -1,11 +1,11 @@
 """Crop, PIL's antialiased resize and the horizontal flip, from interleaved RGB to three planes.
 
 The arithmetic is PIL's (Pillow, Resample.c): weights in 22-bit fixed point, a horizontal pass rounded to bytes, then
-a vertical pass (or the other way round, see `vertical_first`); a pass whose size does not change is left out. Equal
-to Pillow 13 to the bit.
+a vertical pass (or the other way round, see `vertical_first`). A pass that does not change the size is left out. The
+result is bit-identical to Pillow 13.
 
-Both passes run over 48 neighbouring bytes that share one weight. For the horizontal pass these are a column of
-16 rows and 3 channels, which a block transpose puts side by side.
+Both passes run over 48 neighboring bytes that share one weight. For the horizontal pass these are a column of 16 rows
+and 3 channels; a block transpose puts them side by side.
 """
 
 from __future__ import annotations
@@ -71,19 +71,9 @@ def _weight(x: float, cubic: bool) -> float:
     return 0.0
 
 
-def source_range(size_in: int, size_out: int, first: int, wanted: int) -> tuple[int, int]:
-    """First and end of what `resize`, bicubic, reads of an axis for outputs first .. first + wanted - 1."""
-    if size_in == size_out:
-        return first, first + wanted
-    scale = size_in / size_out
-    support = 2.0 * max(scale, 1.0)
-    low, high = ((out + 0.5) * scale for out in (first, first + wanted - 1))
-    return max(0, int(low - support + 0.5)), min(size_in, int(high + support + 0.5))
-
-
 @compiled
 def _find_taps(taps, start, count, weight, size_in, size_out, first, wanted, cubic):
-    """Weights of outputs first .. first + wanted - 1 of an axis; returns how many taps an output has room for."""
+    """Weights of outputs first .. first + wanted - 1 of an axis; returns the number of taps stored per output."""
     scale = size_in / size_out
     stretch = max(scale, 1.0)
     support = (2.0 if cubic else 1.0) * stretch
@@ -148,7 +138,7 @@ def resize(
 
 @compiled
 def vertical_first(height, width, out_height, out_width):
-    """Whether PIL runs the vertical pass first: so it does since version 13 where the height shrinks much more."""
+    """Whether PIL runs the vertical pass first: since version 13, if the height shrinks more than twice as much."""
     shrink = height - out_height
     return shrink > 0 and shrink > 2 * (width - out_width)
 
@@ -168,7 +158,7 @@ def _shorten(pixels, offset, pitch, height, width, size, room, scratch):
     for out in range(size):
         from_row = offset + start[out] * pitch
         for run in range(0, length, LANES):
-            part = min(run, length - LANES)  # the last run overlaps the one before
+            part = min(run, length - LANES)  # the last run overlaps the previous one
             weighted_sum(
                 scratch.short, out * length + part, pixels, from_row + part, pitch, taps, out * room, count[out]
             )
@@ -182,7 +172,7 @@ def _narrow(pixels, offset, pitch, row_count, width, out_width, left, size, flip
     room = _find_taps(taps, start, count, scratch.weight, width, out_width, left, size, cubic)
     height = min(_ROWS, row_count)
     for block in range((row_count + _ROWS - 1) // _ROWS):
-        row = max(0, min(block * _ROWS, row_count - _ROWS))  # the last block overlaps the one before
+        row = max(0, min(block * _ROWS, row_count - _ROWS))  # the last block overlaps the previous one
         transpose(tile, 0, _ROWS, pixels, offset + row * pitch, pitch, height, 3 * width)
         for out in range(size):
             to = size - 1 - out if flip else out
@@ -194,7 +184,7 @@ def _narrow(pixels, offset, pitch, row_count, width, out_width, left, size, flip
 
 @compiled
 def _split_channels(pixels, offset, pitch, row_count, size, flip, stride, rows):
-    """`row_count` interleaved rows as they are, one channel behind another."""
+    """Copy `row_count` interleaved rows without resizing, channel after channel."""
     for row in range(row_count):
         source = pixels[offset + row * pitch : offset + row * pitch + 3 * size]
         for channel in range(3):

@@ -1,70 +1,36 @@
-"""Decoded images and a plan in, a training batch out, on the CPU.
+"""Makes a batch from decoded images and a plan, on the CPU.
 
-The unit of work is a pair of samples that mix with one another: it stays in a core's cache from the crop to the
-finished floats. Threads take units in turn and share nothing, so their number changes no pixel.
+The unit of work is a pair of samples that mix. It stays in a core's cache from the crop to the finished floats. Threads
+take units in turn and share nothing, so their number changes no pixel.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.reference import MixedLabels
-from fastdeit.pipelines.batch import DecodedBatch
-from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.host.buffers import Buffers
-from fastdeit.pipelines.host.normalize import FinishScratch, finish, finish_scratch, normalised_levels
-from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, matrices, operation_scratch
-from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch, source_range
+from fastdeit.pipelines.batch import Batch, DecodedBatch, normalized_levels
+from fastdeit.pipelines.host.normalize import NormalizeScratch, normalize_erase_mix, normalize_scratch
+from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, operation_scratch
+from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch
 from fastdeit.pipelines.jit import compiled, is_compiled
+from fastdeit.pipelines.memory import Buffers
 from fastdeit.pipelines.plan.checks import check_plan
-from fastdeit.pipelines.plan.plan import BICUBIC, Plan, evaluation_plan
+from fastdeit.pipelines.plan.plan import BICUBIC, Plan, rotation_matrices
 
-_CHUNK = 2  # units that a thread takes at a time
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the network is trained on, or evaluated with.
-
-    images   (B, 3, S, S), or laid out as the stage was asked to; float32, bfloat16 or float16
-    label_a, label_b  (B,) int64: a sample's own label and its partner's
-    lam      (B,) float32: share of `label_a`
-    index    (B,) int64: dataset index
-    """
-
-    images: Tensor
-    label_a: Tensor
-    label_b: Tensor
-    lam: Tensor
-    index: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
-        return self.images, self.label_a, self.label_b, self.lam, self.index
-
-    def labels(self, smoothing: float) -> MixedLabels:
-        """The true labels, mixed and smoothed, as the objective takes them."""
-        return MixedLabels(self.label_a, self.label_b, self.lam, smoothing)
-
-    def targets(self, num_classes: int, smoothing: float) -> Tensor:
-        """The same as (B, num_classes) float32 soft targets: see `MixedLabels.dense`."""
-        return self.labels(smoothing).dense(num_classes)
+_CHUNK = 2  # units per turn of a thread
 
 
 class _Work(NamedTuple):
-    """A batch as the compiled code sees it: `DecodedBatch` and `Plan`, and the place of each sample in its image.
+    """A batch for the compiled code: `DecodedBatch` and `Plan`.
 
-    window (B, 4) int32  height and width to resize to, top and left of the part that is kept
-    unit   (U, 2) int32  samples that are finished together; second -1: one alone
+    unit   (U, 2) int32  samples to finish together; second -1: one alone
     """
 
     pixels: np.ndarray
@@ -93,22 +59,22 @@ class _Scratch(NamedTuple):
     tables: np.ndarray  # (2, 768) uint8
     resize: ResizeScratch
     operation: OperationScratch
-    finish: FinishScratch
+    normalize: NormalizeScratch
 
 
 class HostStage:
-    """Turns decoded images and their plan into a batch, or into an evaluation batch.
+    """Turns decoded images and their plan into a batch.
 
-    The pixels are those of Pillow 13 with timm's operations: see `resize`, `photometric`, `geometric` and `finish`
-    for the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The memory of a
-    batch is used again once no tensor refers to it, so hold on to a batch while a copy to a GPU is under way.
+    The pixels are those of Pillow 13 with timm's operations; `resize.py`, `photometric.py`, `geometric.py` and
+    `normalize.py` give the bounds. A plan that does not fit its images raises ValueError naming the dataset index. The
+    memory of a batch is reused once no tensor refers to it, so keep the batch until its copy to a GPU is done.
 
     img_size   side of the output, pixels
-    mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
-    pool       where the work runs, beside the thread that calls; it may be shared
-    threads    how many run at once, the caller's included
+    mean, std  of the normalisation; geometric operations fill with the mean
+    pool       runs the work together with the calling thread; may be shared
+    threads    how many run at once, including the caller
     dtype      torch.float32 or torch.bfloat16
-    pinned     whether the images lie in pinned memory, from which a GPU copies them faster and in the background
+    pinned     whether the images lie in pinned memory, which a GPU copies faster and in the background
     """
 
     def __init__(
@@ -126,20 +92,19 @@ class HostStage:
             raise ValueError(f"dtype {dtype} is not supported by the host stage: use torch.float32 or torch.bfloat16")
         self.img_size, self.dtype, self.threads = img_size, dtype, threads
         self._pool = pool
-        self._levels = normalised_levels(mean, std)
+        self._levels = normalized_levels(mean, std)
         self._fill = np.array([min(255, round(255 * x)) for x in mean], np.uint8)
         self._buffers = Buffers(pinned=pinned)
         self._local = threading.local()
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
-        """The training batch of `plan`, whose samples must be those of `decoded`, in order."""
+        """The batch of `plan`, whose samples must be those of `decoded`, in order."""
         check_plan(decoded, plan, self.img_size)
-        count, size = len(plan), self.img_size
+        count = len(plan)
         partner, mixed = plan.partner, plan.mixed
         first = np.nonzero(~mixed | (partner > np.arange(count)))[0]
         unit = np.stack([first, np.where(mixed, partner, -1)[first]], axis=1).astype(np.int32)
-        window = np.tile(np.array([size, size, 0, 0], np.int32), (count, 1))
-        images = self._run(decoded, plan, window, unit)
+        images = self._run(decoded, plan, unit)
         label = torch.from_numpy(decoded.label)
         return Batch(
             images=images,
@@ -149,30 +114,7 @@ class HostStage:
             index=torch.from_numpy(decoded.index),
         )
 
-    def evaluate(self, decoded: DecodedBatch, eval_crop: float) -> Batch:
-        """The evaluation batch: the short side resized to int(img_size / eval_crop), bicubic; the centre; normalised.
-
-        To the bit what `timm.data.create_transform(is_training=False, crop_pct=eval_crop,
-        interpolation="bicubic")` makes of the same image. Raises UserError unless 0 < eval_crop <= 1.
-        """
-        if not 0.0 < eval_crop <= 1.0:
-            raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
-        size, count = self.img_size, len(decoded.index)
-        height, width = decoded.height[decoded.source], decoded.width[decoded.source]
-        window = evaluation_windows(height, width, size, eval_crop)
-        plan = evaluation_plan(decoded.index, height, width)
-        check_plan(decoded, plan, size, evaluation_regions(height, width, size, eval_crop))
-        unit = np.stack([np.arange(count), np.full(count, -1)], axis=1).astype(np.int32)
-        label = torch.from_numpy(decoded.label)
-        return Batch(
-            images=self._run(decoded, plan, window, unit),
-            label_a=label,
-            label_b=label,
-            lam=torch.ones(count),
-            index=torch.from_numpy(decoded.index),
-        )
-
-    def _run(self, decoded: DecodedBatch, plan: Plan, window: np.ndarray, unit: np.ndarray) -> Tensor:
+    def _run(self, decoded: DecodedBatch, plan: Plan, unit: np.ndarray) -> Tensor:
         size = self.img_size
         work = _Work(
             pixels=_plain(decoded.host_pixels(), np.uint8),
@@ -182,11 +124,11 @@ class HostStage:
             index=_plain(plan.index, np.int64),
             repeat=_plain(plan.repeat, np.int32),
             crop=_plain(plan.crop, np.int32),
-            window=window,
+            window=_plain(plan.window, np.int32),
             flip=_plain(plan.flip, np.bool_),
             op=_plain(plan.op, np.int8),
             arg=_plain(plan.arg, np.float64),
-            matrix=matrices(plan.op, plan.arg, size),
+            matrix=rotation_matrices(plan.op, plan.arg, size),
             interp=_plain(plan.interp, np.int8),
             erase=_plain(plan.erase, np.int32),
             group=_plain(plan.group, np.int32),
@@ -213,17 +155,16 @@ class HostStage:
         try:
             take_turns()
         finally:
-            # A helper that the pool has had no thread for is not waited for: there is nothing left for it to do.
+            # Do not wait for a helper that never got a thread: nothing is left for it to do.
             for helper in helpers:
                 if not helper.cancel():
                     helper.result()
-            # The pool keeps what was cancelled until it has a thread for it: without the batch, whose memory is used
-            # again.
+            # The pool keeps cancelled helpers until a thread is free. They must not keep the batch's memory from reuse.
             batch.clear()
         return images
 
     def _scratch(self, side: int) -> _Scratch:
-        """This thread's work memory, for crops of up to `side` x `side`."""
+        """This thread's work memory, for crops up to `side` x `side`."""
         size, local = self.img_size, self._local
         if side > getattr(local, "side", 0):
             local.side = side
@@ -232,36 +173,13 @@ class HostStage:
                 tables=np.empty((2, 768), np.uint8),
                 resize=resize_scratch(size, side),
                 operation=operation_scratch(size),
-                finish=finish_scratch(size),
+                normalize=normalize_scratch(size),
             )
         return local.scratch
 
 
-def evaluation_windows(height: np.ndarray, width: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
-    """(B, 4) int32: the size that images (B,) of these sizes are resized to, and top, left of the part kept."""
-    short = math.floor(size / eval_crop)
-    window = np.empty((len(height), 4), np.int32)
-    for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
-        long = int(short * max(rows, columns) / min(rows, columns))
-        out = (short, long) if rows <= columns else (long, short)
-        window[sample] = *out, round((out[0] - size) / 2.0), round((out[1] - size) / 2.0)
-    return window
-
-
-def evaluation_regions(height: np.ndarray, width: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
-    """(B, 4) int32 top, left, height, width: what `HostStage.evaluate` reads of images (B,) of these sizes."""
-    window = evaluation_windows(height, width, size, eval_crop)
-    region = np.empty_like(window)
-    for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
-        out_rows, out_columns, from_row, from_column = window[sample].tolist()
-        top, bottom = source_range(rows, out_rows, from_row, size)
-        left, right = source_range(columns, out_columns, from_column, size)
-        region[sample] = top, left, bottom - top, right - left
-    return region
-
-
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
-    """C order and one dtype, as the compiled code was compiled for; a copy only where it must be."""
+    """C order and the dtype that the compiled code expects; copies only if needed."""
     return np.ascontiguousarray(array, dtype)
 
 
@@ -285,14 +203,14 @@ def _run_units(first, last, work, seed, epoch, levels, fill, size, out, scratch)
                 scratch.planes[member], scratch.tables[member], work.op[sample], work.arg[sample],
                 work.matrix[sample], work.interp[sample], fill, size, scratch.operation,
             )  # fmt: skip
-        finish(
+        normalize_erase_mix(
             work.unit[unit, 0], work.unit[unit, 1], seed, epoch, work, scratch.planes, scratch.tables,
-            levels, size, out, scratch.finish,
+            levels, size, out, scratch.normalize,
         )  # fmt: skip
 
 
 def compile_sentence() -> str | None:
-    """What to say before a first batch, which compiles this file's code; None where that was done before."""
+    """A sentence for before the first batch, which compiles this file's code; None if it is compiled already."""
     return {
         True: None,
         False: "compiling the augmentation for this machine (numba, about a minute, only once)",

@@ -1,6 +1,6 @@
-"""The vector code of the host stage that LLVM does not find by itself, written as LLVM vectors.
+"""Parts of the host stage that LLVM does not vectorise by itself, written as LLVM vectors.
 
-Nothing here is bound to one processor: LLVM lowers the vectors to whatever the machine has.
+The code fits any processor: LLVM lowers the vectors to the machine's own.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from numba.extending import intrinsic
 
 from fastdeit.pipelines.jit import compiled
 
-_intrinsic: Any = intrinsic  # its type takes no account of the typing context that numba adds
+_intrinsic: Any = intrinsic  # its type hints omit the typing context that numba adds
 _I8, _I32 = ir.IntType(8), ir.IntType(32)
 _BYTES, _INTS = ir.VectorType(_I8, 16), ir.VectorType(_I32, 16)
 
-LANES = 48  # of `weighted_sum`
+LANES = 48  # bytes per `weighted_sum`
 _FRACTION = 22  # bits of PIL's fixed-point resize coefficients
 
 
@@ -65,7 +65,7 @@ def _transpose_16(typing_context, dst, dst_offset, dst_stride, src, src_offset, 
 
 @_intrinsic
 def weighted_sum(typing_context, dst, dst_offset, src, src_offset, src_stride, taps, taps_offset, count):
-    """48 bytes of `dst` from `count` runs of 48 bytes of `src`, weighted by 22-bit fixed-point taps, as PIL does.
+    """48 bytes of `dst`: `count` runs of 48 bytes of `src`, weighted by 22-bit fixed-point taps, as in PIL.
 
     The sum is int32, rounded half up and clipped to 0..255. dst, src uint8 arrays, taps int32 array; offsets and
     the stride are in elements.
@@ -101,7 +101,7 @@ def weighted_sum(typing_context, dst, dst_offset, src, src_offset, src_stride, t
 
 @_intrinsic
 def load_four(typing_context, src, offset):
-    """Four bytes of a uint8 array from element `offset` on, as one uint32, the first byte lowest."""
+    """Four bytes of a uint8 array from element `offset` on, as one little-endian uint32."""
     signature = types.uint32(src, types.intp)
 
     def codegen(context, builder, signature, args):
@@ -112,7 +112,7 @@ def load_four(typing_context, src, offset):
 
 @compiled
 def copy_run(dst, dst_offset, src, src_offset, count):
-    """dst[dst_offset + i] = src[src_offset + i]; ten times as fast as numba's assignment to a slice for short runs."""
+    """dst[dst_offset + i] = src[src_offset + i]; ten times as fast as numba's slice assignment for short runs."""
     to, run = dst[dst_offset : dst_offset + count], src[src_offset : src_offset + count]
     for i in range(count):
         to[i] = run[i]

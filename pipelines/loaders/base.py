@@ -1,10 +1,9 @@
-"""What all loaders on the CPU share: the images of a step decoded once each, by a pool of threads."""
+"""What all loaders share: each image of a step is decoded once, by a pool of threads."""
 
 from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Literal, get_args
@@ -18,10 +17,9 @@ from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.memory import Arenas, place
-from fastdeit.pipelines.plan.order import Order, StepSamples
+from fastdeit.pipelines.plan.order import StepSamples
 
 Region = tuple[int, int, int, int]  # top, left, height, width in the decoded image, pixels
-Regions = Callable[[int, int, StepSamples], np.ndarray]  # epoch, step, samples -> (B, 4) int32: what each will need
 OnError = Literal["fail", "replace"]
 
 MOST_SKIPPED = 100  # images in a row that may fail where one is to be replaced: more is no damage to single images
@@ -38,49 +36,41 @@ class ThreadedLoader:
     """Decodes every image of a step once for all its copies; a `Loader`.
 
     dataset  stored images
-    order    which samples make up a step
     pool     where images are decoded; it may be shared and stays open
     threads  how many images are decoded at once
     reason   one sentence: why it is this loader
-    regions  what of its image each sample of a step will need; None: all of it. Used where `crops` says so: of an
-             image that region is decoded which its samples need together, but all of it where its copies go on in
-             the next step
     on_error  what becomes of an image that neither the loader's decoder nor PIL can decode, or whose bytes are not
-             those of its checksum. "fail": DecodeError. "replace": the next image that decodes is in its place, resized
+             those of its checksum. "fail": DecodeError. "replace": the next image that decodes takes its place, resized
              to its size (PIL, bicubic), with its own label; listed in the batch's `replaced`. All images are decoded
-             whole then, so that what is replaced depends on nothing but the data. DecodeError after 100 failures in a
+             whole then, so that the replacement depends on nothing but the data. DecodeError after 100 failures in a
              row. Bytes that the machine cannot read are an error in any case: MachineError
     pinned   whether the pixels lie in pinned memory, from which a GPU copies them in the background
 
-    An image whose copies go on in the next step is copied from there instead of being decoded again, as long as
-    steps are taken in order; one batch is kept for that, beside those that the consumer holds. The memory of a batch
-    is the decoded size of its images, and serves again once nobody holds any part of the batch (see `Arenas`).
+    The memory of a batch is the decoded size of its images, and serves again once nobody holds any part of the batch
+    (see `Arenas`).
 
     decoded, reused  images so far that were decoded, and that were copied from the step before
     """
 
     name: str
     pixels: str  # whose pixels it decodes: loaders of one name of these are equal to the bit
-    crops = False  # whether `decode` takes a region
+    crops = False  # whether `decode_image` takes a region
     on_device = False  # whether the pixels of a batch are on a GPU
 
     def __init__(
         self,
         dataset: Dataset,
-        order: Order,
         *,
         pool: ThreadPoolExecutor,
         threads: int,
         reason: str = "as asked for",
-        regions: Regions | None = None,
         on_error: OnError = "fail",
         pinned: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise UserError(f"on_error '{on_error}' is not one of {', '.join(get_args(OnError))}")
-        self.dataset, self.order, self.reason = dataset, order, reason
+        self.dataset, self.reason = dataset, reason
         self._replaces = on_error == "replace"
-        self._regions = regions if self.crops and not self._replaces else None
         self.decoded = self.reused = 0
         self._pool, self._threads = pool, threads
         self._arenas = Arenas(pinned=pinned)
@@ -90,7 +80,7 @@ class ThreadedLoader:
     def _load(self) -> None:
         """Load what decodes. Raises UserError where it is missing, with what to install."""
 
-    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+    def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         """Decode JPEG `index` into `out`, (height, width, 3) uint8 RGB, both sides as the data set says.
 
         With `region`, which only loaders that crop are given, the rest of `out` is undefined.
@@ -98,33 +88,29 @@ class ThreadedLoader:
         """
         raise NotImplementedError
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[DecodedBatch]:
-        """The batches of `epoch` from `first_step` on; raises DecodeError and MachineError."""
-        previous: DecodedBatch | None = None
-        for step in range(first_step, self.order.steps):
-            previous = self._batch(epoch, step, previous)
-            yield previous
+    def decode(
+        self,
+        samples: StepSamples,
+        regions: np.ndarray | None = None,
+        *,
+        previous: DecodedBatch | None = None,
+        following: StepSamples | None = None,
+    ) -> DecodedBatch:
+        """The images of one step.
 
-    def close(self) -> None:
-        """Stop a step that is being decoded; what it belongs to raises RuntimeError."""
-        self._closed.set()
+        regions    (B, 4) int32 top, left, height, width of what each sample needs of its image; None: all of it. A
+                   loader that `crops` decodes the box around what the samples of an image need together
+        previous   the batch of the step before, whose images are copied instead of decoded again
+        following  the samples of the step after: an image that goes on there is decoded whole
 
-    def __enter__(self) -> ThreadedLoader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _batch(self, epoch: int, step: int, previous: DecodedBatch | None) -> DecodedBatch:
-        samples = self.order.step(epoch, step)
+        Raises DecodeError and MachineError.
+        """
         images, source = first_appearances(samples.index)
         height, width = self.dataset.height[images], self.dataset.width[images]
         offset, size = place(height, width)
         batch = DecodedBatch(
-            epoch=epoch,
-            step=step,
+            epoch=samples.epoch,
+            step=samples.step,
             pixels=self._memory(size),
             offset=offset,
             height=height,
@@ -132,9 +118,9 @@ class ThreadedLoader:
             source=source,
             index=samples.index,
             label=self.dataset.label[samples.index],
-            region=self._needed(epoch, step, samples, images, source),
+            region=self._image_regions(regions, images, source, following),
         )
-        known = _slots(previous) if previous is not None else {}
+        known = _whole_images(previous) if previous is not None else {}
         to_decode: list[_Task] = []
         for slot, index in enumerate(images.tolist()):
             if previous is not None and index in known:
@@ -159,6 +145,18 @@ class ThreadedLoader:
         self.reused += len(images) - len(to_decode)
         return batch
 
+    def close(self) -> None:
+        """Stop a step that is being decoded; what it belongs to raises RuntimeError."""
+        self._closed.set()
+
+    def __enter__(self) -> ThreadedLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _memory(self, size: int) -> np.ndarray | Tensor:
         """(size,) uint8 for the images of a batch."""
         try:
@@ -167,15 +165,15 @@ class ThreadedLoader:
             what = f"{self.dataset.path}: no {size} bytes for the images of a batch"
             raise machine_error(error, what) from error
 
-    def _needed(
-        self, epoch: int, step: int, samples: StepSamples, images: np.ndarray, source: np.ndarray
+    def _image_regions(
+        self, regions: np.ndarray | None, images: np.ndarray, source: np.ndarray, following: StepSamples | None
     ) -> np.ndarray | None:
-        """(images, 4) int32: the region of each image that is to be decoded."""
-        if self._regions is None:
+        """(images, 4) int32: the region of each image that is to be decoded; None: all of all."""
+        if regions is None or not self.crops or self._replaces:
             return None
-        region = bounding_boxes(self._regions(epoch, step, samples), source, len(images))
-        if step + 1 < self.order.steps:
-            goes_on = np.isin(images, self.order.step(epoch, step + 1).index)
+        region = bounding_boxes(regions, source, len(images))
+        if following is not None:
+            goes_on = np.isin(images, following.index)
             region[goes_on, :2] = 0
             region[goes_on, 2] = self.dataset.height[images[goes_on]]
             region[goes_on, 3] = self.dataset.width[images[goes_on]]
@@ -241,7 +239,7 @@ class ThreadedLoader:
 
     def _decode_stored(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         if self.dataset.is_jpeg(index):
-            return self.decode(index, out) if region is None else self.decode(index, out, region)
+            return self.decode_image(index, out) if region is None else self.decode_image(index, out, region)
         stored = read_stored(self.dataset, index)
         if stored.size != out.size:
             raise decode_error(self.dataset, index, f"{stored.size} raw bytes where its size says {out.size}")
@@ -314,6 +312,10 @@ def decode_error(dataset: Dataset, index: int, reason: str) -> DecodeError:
     )
 
 
-def _slots(batch: DecodedBatch) -> dict[int, int]:
-    """Place of every image of `batch` by its dataset index."""
-    return dict(zip(batch.index.tolist(), batch.source.tolist(), strict=True))
+def _whole_images(batch: DecodedBatch) -> dict[int, int]:
+    """Place of every image of `batch` that is decoded whole, by its dataset index."""
+    places = dict(zip(batch.index.tolist(), batch.source.tolist(), strict=True))
+    if batch.region is None:
+        return places
+    whole = (batch.region[:, 2] == batch.height) & (batch.region[:, 3] == batch.width)
+    return {index: slot for index, slot in places.items() if whole[slot]}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,13 @@ from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.formats.beton_layout import BetonError
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.formats.shard_writer import ShardError
-from fastdeit.pipelines.loaders.base import DecodeError, OnError, Regions, ThreadedLoader, first_appearances
+from fastdeit.pipelines.loaders.base import DecodeError, OnError, ThreadedLoader, first_appearances
 from fastdeit.pipelines.loaders.dali import DaliLoader, find_dali
 from fastdeit.pipelines.loaders.libffcv import FfcvLoader, find_libffcv
 from fastdeit.pipelines.loaders.pillow import TorchLoader
 from fastdeit.pipelines.loaders.turbo import TurboLoader, find_turbo
 from fastdeit.pipelines.machine import MachineError
-from fastdeit.pipelines.plan.order import Order, StepSamples
+from fastdeit.pipelines.plan.order import StepSamples
 
 LOADERS: dict[str, Any] = {loader.name: loader for loader in (TurboLoader, FfcvLoader, DaliLoader, TorchLoader)}
 # What `auto` may choose from, the first where it makes no difference. Each raises UserError where it is missing.
@@ -43,13 +43,11 @@ def pixels_of(name: str, device_id: int | None = None) -> str:
 
 
 def open_loader(
-    name: Literal["auto", "turbo", "ffcv", "dali", "torch"],
+    name: str,
     dataset: Dataset,
-    order: Order,
     *,
     pool: ThreadPoolExecutor,
     threads: int,
-    regions: Regions | None = None,
     on_error: OnError = "fail",
     pinned: bool = False,
     device_id: int | None = None,
@@ -57,49 +55,42 @@ def open_loader(
     on_device: bool = False,
     reason: str = "as asked for",
 ) -> ThreadedLoader:
-    """The loader of that name; `auto` is the one that `choose_loader` says, and `reason` what it says.
+    """The loader of that name.
 
-    `regions`, `on_error` and `pinned` are those of `ThreadedLoader`; `device_id`, `hw_decoder_load` and `on_device` of
-    `DaliLoader`. Raises UserError for another name, and where what a loader needs is not installed, saying what to
-    install.
+    `on_error`, `pinned` and `reason` are those of `ThreadedLoader`; `device_id`, `hw_decoder_load` and `on_device` of
+    `DaliLoader`. Raises UserError for another name, and where something that a loader needs is not installed, with
+    what to install.
     """
-    options: dict[str, Any] = {
-        "pool": pool, "threads": threads, "regions": regions, "on_error": on_error, "pinned": pinned
-    }  # fmt: skip
-    gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
-    if name == "auto":
-        chosen, reason = choose_loader(dataset, order, **options, **gpu)
-    elif name in LOADERS:
-        chosen = name
-    else:
+    if name not in LOADERS:
         raise UserError(f"loader '{name}' is not one of auto, {', '.join(LOADERS)}")
-    return LOADERS[chosen](dataset, order, **options, **(gpu if chosen == "dali" else {}), reason=reason)
+    options: dict[str, Any] = {"pool": pool, "threads": threads, "on_error": on_error, "pinned": pinned}
+    if name == "dali":
+        options |= {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
+    return LOADERS[name](dataset, **options, reason=reason)
 
 
 def choose_loader(
     dataset: Dataset,
-    order: Order,
+    first: StepSamples | None,
+    regions: np.ndarray | None = None,
     *,
-    device_id: int | None = None,
-    hw_decoder_load: float = 0.65,
-    on_device: bool = False,
     pixels: tuple[str, str] | None = None,
     **options: Any,
 ) -> tuple[str, str]:
-    """Name of the fastest loader that can be used here, and one sentence: why it is that.
+    """Name of the fastest loader that can be used here, and one sentence that says why.
 
-    `options` are the other ones of `open_loader`, without the reason. Only loaders with equal pixels compete, so the
-    outcome changes no result: Pillow's pixels, or `pixels` and a phrase for what has them (a checkpoint, stored
-    labels). Where several of `FAST` fit and are installed, they decode the first JPEGs of the order, as much of them as
-    the first step needs, by turns and for about two seconds, after a round that does not count. An order is a function
-    of its numbers, so that training sees nothing of this. Without any of them it is torch.
+    `first` are the samples of the first step, None where there is none, and `regions` what each needs of its image;
+    `options` are those of `open_loader` without the reason. Only loaders with equal pixels compete, so the outcome
+    changes no result: Pillow's pixels, or `pixels` and a phrase for what has them (a checkpoint, stored labels). Where
+    several of `FAST` fit and are installed, they decode the first JPEGs of the step, only as far as the step needs
+    them, by turns and for about two seconds, after a round that does not count. Without any of them it is torch.
 
     Raises UserError where no loader here decodes the `pixels` that are asked for.
     """
-    gpu: dict[str, Any] = {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
     wanted, whose = pixels or ("pillow", None)
+    device_id = options.get("device_id")
     fitting = {name: find for name, find in FAST.items() if pixels_of(name, device_id) == wanted}
-    chosen, reason = _fastest(dataset, order, fitting, gpu, options)
+    chosen, reason = _fastest(dataset, first, regions, fitting, options)
     if pixels_of(chosen, device_id) != wanted:
         raise UserError(
             f"no loader here decodes the pixels of {whose}, which are {wanted}'s ({reason}): "
@@ -109,7 +100,11 @@ def choose_loader(
 
 
 def _fastest(
-    dataset: Dataset, order: Order, fast: dict[str, Any], gpu: dict[str, Any], options: dict[str, Any]
+    dataset: Dataset,
+    first: StepSamples | None,
+    regions: np.ndarray | None,
+    fast: dict[str, Any],
+    options: dict[str, Any],
 ) -> tuple[str, str]:
     """As `choose_loader`, of the loaders `fast`."""
     missing: list[str] = []
@@ -124,20 +119,20 @@ def _fastest(
         return "torch", f"PIL decodes, since {'; '.join(missing) or 'no other can do so here'}"
     if len(there) == 1:
         return there[0], f"the only one of {', '.join(fast)} that is installed"
-    few = _first_images(dataset, order, options["threads"])
-    if few is None:
+    if first is None:
+        return there[0], "there are no images to compare them with"
+    kept = _first_images(dataset, first, options["threads"])
+    if not kept.any():
         return there[0], "the first images are stored raw, which every loader copies alike"
-    if options.get("regions") is not None:
-        crops = options["regions"](0, 0, order.step(0, 0))[few.kept]
-        options["regions"] = lambda *_: crops
+    few = _part(first, kept)
+    crops = None if regions is None else regions[kept]
     failed: list[str] = []
     with ExitStack() as stack:
         loaders: dict[str, ThreadedLoader] = {}
         for name in there:
             try:
-                loader = LOADERS[name](dataset, few, **options, **(gpu if name == "dali" else {}))
-                stack.enter_context(loader)
-                next(loader.batches(0))  # loads libraries, reads the files, takes memory
+                loader = stack.enter_context(open_loader(name, dataset, **options))
+                loader.decode(few, crops)  # loads libraries, reads the files, takes memory
             except (MachineError, BetonError, ShardError):
                 raise  # whatever decodes, the data cannot be read
             except DecodeError as error:
@@ -148,43 +143,29 @@ def _fastest(
                 loaders[name] = loader
         if not loaders:
             return "torch", f"PIL decodes, since no other does{''.join(failed)}"
-        rates = _rates(loaders)
+        rates = _rates(loaders, few, crops)
     best = max(rates, key=lambda name: rates[name])
-    first = next(iter(rates))
-    chosen = best if rates[best] > MARGIN * rates[first] else first
+    preferred = next(iter(rates))
+    chosen = best if rates[best] > MARGIN * rates[preferred] else preferred
     measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     return chosen, f"images/s measured: {measured}: {chosen}{''.join(failed)}"
 
 
-@dataclass(frozen=True)
-class _Few:
-    """An order of one step: those `samples` of another's first step that `kept` (B,) marks."""
-
-    samples: StepSamples
-    kept: np.ndarray
-    steps: int = 1
-
-    def step(self, epoch: int, step: int) -> StepSamples:
-        return self.samples
-
-
-def _first_images(dataset: Dataset, order: Order, threads: int) -> _Few | None:
-    """The first JPEGs of an order, of `PIXELS` for each thread at most, with all their copies; None: there is none."""
-    if order.steps == 0:
-        return None
-    samples = order.step(0, 0)
-    images, _ = first_appearances(samples.index)
+def _first_images(dataset: Dataset, first: StepSamples, threads: int) -> np.ndarray:
+    """(B,) which samples are of the first JPEGs: of `PIXELS` for each thread at most, with all their copies."""
+    images, _ = first_appearances(first.index)
     images = images[[dataset.is_jpeg(index) for index in images.tolist()]]
     pixels = np.cumsum(dataset.height[images].astype(np.int64) * dataset.width[images])
     images = images[: max(1, int(np.searchsorted(pixels, PIXELS * threads, side="right")))]
-    kept = np.isin(samples.index, images)
-    if not kept.any():
-        return None
+    return np.isin(first.index, images)
+
+
+def _part(samples: StepSamples, kept: np.ndarray) -> StepSamples:
     fields = {name: getattr(samples, name)[kept] for name in ("index", "repeat", "position", "group")}
-    return _Few(replace(samples, **fields), kept)
+    return replace(samples, **fields)
 
 
-def _rates(loaders: dict[str, ThreadedLoader]) -> dict[str, float]:
+def _rates(loaders: dict[str, ThreadedLoader], samples: StepSamples, regions: np.ndarray | None) -> dict[str, float]:
     """Images per second of every loader in its best round."""
     seconds = dict.fromkeys(loaders, float("inf"))
     images = 0
@@ -192,7 +173,7 @@ def _rates(loaders: dict[str, ThreadedLoader]) -> dict[str, float]:
     for _ in range(ROUNDS):
         for name, loader in loaders.items():
             start = time.perf_counter()
-            images = len(next(loader.batches(0)).offset)
+            images = len(loader.decode(samples, regions).offset)
             seconds[name] = min(seconds[name], time.perf_counter() - start)
         if time.perf_counter() > end:
             break

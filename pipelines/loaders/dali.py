@@ -17,7 +17,6 @@ from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.loaders.base import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
 from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_whole
-from fastdeit.pipelines.plan.order import Order
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,7 +46,7 @@ class DaliLoader(ThreadedLoader):
     A JPEG that is not whole segments and scans up to its end marker, has more than 64 scans, or is not of 8 bits and of
     one, three or four components, is not given to DALI, which does not notice all of such damage. That, and what DALI
     refuses, is read by PIL and listed in the batch's `fallbacks`. DALI fails many images for one, and its pipeline with
-    them: they are halved until that one is found. One thread at a time may take the loader's batches.
+    them: they are halved until that one is found. One thread at a time may call `decode`.
 
     Raises UserError where DALI is not installed, or cannot build its pipeline.
     """
@@ -57,7 +56,6 @@ class DaliLoader(ThreadedLoader):
     def __init__(
         self,
         dataset: Dataset,
-        order: Order,
         *,
         pool: ThreadPoolExecutor,
         threads: int,
@@ -75,7 +73,7 @@ class DaliLoader(ThreadedLoader):
         self._unfit: set[int] = set()  # for DALI: PIL reads them at once when they come again
         self._free = threading.Semaphore(threads if self._chunk == 1 else 1)  # pipelines at work
         self._idle: list[Any] = []
-        super().__init__(dataset, order, pool=pool, threads=threads, **options)
+        super().__init__(dataset, pool=pool, threads=threads, **options)
 
     def _load(self) -> None:
         find_dali()
@@ -119,7 +117,7 @@ class DaliLoader(ThreadedLoader):
         super().close()
         self._idle.clear()
 
-    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+    def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         task = (index, out, None)
         jpeg = None if index in self._unfit else self._read(task)
         if jpeg is not None and not self._through_dali([(task, jpeg)]):
@@ -225,7 +223,7 @@ class DaliLoader(ThreadedLoader):
 
     def _in_pool(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`work` of every item, in the pool. None of it goes on once this has returned or raised."""
-        if len(items) == 1:  # `decode` comes from the pool, whose threads may all be waiting for this
+        if len(items) == 1:  # `decode_image` comes from the pool, whose threads may all be waiting for this
             return [work(items[0])]
         stop = threading.Event()
 

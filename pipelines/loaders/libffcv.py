@@ -33,7 +33,7 @@ class FfcvLoader(ThreadedLoader):
     def _load(self) -> None:
         self._imdecode = _load(find_libffcv()).imdecode
 
-    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+    def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         stored = read_stored(self.dataset, index)
         height, width, _ = out.shape
         found = frame_size(stored)

@@ -12,6 +12,6 @@ class TorchLoader(ThreadedLoader):
 
     name, pixels = "torch", "pillow"
 
-    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+    def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         read_with_pil(self.dataset, index, out)
         return True

@@ -35,7 +35,7 @@ class TurboLoader(ThreadedLoader):
     def _load(self) -> None:
         self._decode_part = _load(find_turbo())
 
-    def decode(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
+    def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         stored = read_stored(self.dataset, index)
         height, width, _ = out.shape
         top, left, rows, columns = region or (0, 0, height, width)

@@ -1,1 +1,1 @@
-"""What is random about a batch: the order of an epoch and the plan of a step."""
+"""Everything random about a batch: the order of an epoch and the plan of a step."""

@@ -1,4 +1,4 @@
-"""Whether a plan fits the images it is for, before compiled code that checks nothing is let loose on them."""
+"""Checks that a plan fits its images. The compiled code that follows checks nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP,
 _GEOMETRIC = [CODE[name] for name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
 
 
-def check_plan(decoded: DecodedBatch, plan: Plan, size: int, read: np.ndarray | None = None) -> None:
-    """Raise ValueError, naming the dataset index, where `plan` does not fit `decoded` or the output side `size`.
-
-    read  (B, 4) what is read of an image, where that is less than the crop
-    """
+def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
+    """Raise ValueError, naming the dataset index, if `plan` does not fit `decoded` or the output side `size`."""
+    if plan.img_size != size:
+        raise ValueError(f"the plan is for images of side {plan.img_size}, the stage makes images of side {size}")
     if len(plan) != len(decoded.index) or not np.array_equal(plan.index, decoded.index):
         raise ValueError(
             f"the plan of epoch {plan.epoch} has other samples than the decoded batch of epoch {decoded.epoch}, step "
@@ -28,8 +27,11 @@ def check_plan(decoded: DecodedBatch, plan: Plan, size: int, read: np.ndarray | 
     end = decoded.offset[slot] + rows.astype(np.int64) * columns * 3
     _reject((decoded.offset[slot] < 0) | (end > len(decoded.pixels)), plan, "lies beyond the decoded pixels")
     _reject(_outside(plan.crop, rows, columns) | (plan.crop[:, 2:] < 1).any(1), plan, "is cropped outside its image")
+    square = np.concatenate([plan.window[:, 2:], np.full((len(plan), 2), size, np.int32)], axis=1)
+    outside = _outside(square, plan.window[:, 0], plan.window[:, 1])
+    _reject(outside, plan, f"keeps a window of {size} x {size} that its resized crop does not hold")
     if decoded.region is not None:
-        missing = _beyond(plan.crop if read is None else read, decoded.region[slot])
+        missing = _beyond(plan.regions(), decoded.region[slot])
         _reject(missing, plan, "needs more of its image than was decoded: give the loader the same plan")
     _reject(_outside(plan.erase, size, size), plan, f"is erased outside the {size} x {size} output")
     _reject(

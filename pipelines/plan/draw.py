@@ -1,7 +1,7 @@
 """Draws plans: every random number of the recipe, from Philox (see `philox.py` for the counters).
 
-The distributions are timm's and torchvision's: RandomResizedCrop, RandAugment with the "increasing" set,
-random erasing, Mixup and CutMix in batch mode; and 3-Augment (Touvron et al., "DeiT III", section 3).
+RandomResizedCrop, RandAugment with the "increasing" set, random erasing, and Mixup and CutMix in batch mode have the
+distributions of timm and torchvision. 3-Augment follows Touvron et al., "DeiT III", section 3.
 """
 
 from __future__ import annotations
@@ -17,9 +17,20 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jit import compiled, inlined
 from fastdeit.pipelines.plan.order import StepSamples
 from fastdeit.pipelines.plan.philox import MIX, SAMPLE, Word, check_seed, normal_pair, philox, unit
-from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, CUTMIX, INCREASING, MIXUP, NO_MIX, Plan
+from fastdeit.pipelines.plan.plan import (
+    BICUBIC,
+    BILINEAR,
+    CODE,
+    CUTMIX,
+    INCREASING,
+    MIXUP,
+    NO_MIX,
+    Plan,
+    whole_windows,
+)
+from fastdeit.pipelines.plan.policy import Policy
 
-# Blocks of a sample's stream. A loop of ten attempts uses one block an attempt.
+# Blocks of a sample's stream. A loop of ten attempts uses one block per attempt.
 _CROP, _FLIP, _LAYER, _THREE, _ERASE = 0, 16, 32, 48, 64
 _ATTEMPTS = 10
 # Blocks of a mixing group's stream; the beta draw rejects, so it comes last.
@@ -50,7 +61,7 @@ class RandAugment:
     def parse(cls, text: str) -> RandAugment:
         """From timm's notation, e.g. `rand-m9-mstd0.5-inc1`. Only the increasing set is supported.
 
-        Raises UserError naming the section that is not understood.
+        Raises UserError naming the section that it does not understand.
         """
         head, *sections = text.split("-")
         if head != "rand":
@@ -72,38 +83,27 @@ class RandAugment:
         return cls(values["m"], std, values["mmax"], int(values["n"]), values["p"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """Distributions that a plan is drawn from; field by field those of `AugmentConfig`."""
-
-    img_size: int
-    policy: Literal["randaugment", "three_augment", "plain"] = "randaugment"
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    color_jitter: float = 0.3
-    erase_prob: float = 0.25
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
-    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)
-    mixup_alpha: float = 0.8
-    cutmix_alpha: float = 1.0
-    mix_prob: float = 1.0
-    cutmix_switch_prob: float = 0.5
-    cutmix_box: Literal["full", "floor"] = "full"
-
-
 class PlanDrawer:
     """Draws the plan of any step of a run.
 
     policy         the distributions
     seed           the run's seed, unsigned 64 bit
-    height, width  (N,) sizes of the data set's images, which a crop depends on
+    height, width  (N,) sizes of the data set's images; a crop depends on them
+    img_size       side of the output, pixels
+    cutmix_box     "floor": a CutMix box of odd side loses a row and a column, as in timm before 1.0.29
     """
 
-    def __init__(self, policy: Policy, seed: int, height: np.ndarray, width: np.ndarray) -> None:
-        self.policy, self.seed = policy, check_seed(seed)
+    def __init__(
+        self,
+        policy: Policy,
+        seed: int,
+        height: np.ndarray,
+        width: np.ndarray,
+        *,
+        img_size: int,
+        cutmix_box: Literal["full", "floor"] = "full",
+    ) -> None:
+        self.policy, self.seed, self.img_size, self.cutmix_box = policy, check_seed(seed), img_size, cutmix_box
         for name, alpha in (("mixup_alpha", policy.mixup_alpha), ("cutmix_alpha", policy.cutmix_alpha)):
             if not 0 <= alpha <= 3:
                 raise UserError(f"augment.{name} is {alpha}: it must be from 0 (none) to 3")
@@ -121,9 +121,9 @@ class PlanDrawer:
         p = self.policy
         return p.mix_prob > 0 and (p.mixup_alpha > 0 or p.cutmix_alpha > 0)
 
-    def draw(self, epoch: int, step: int, samples: StepSamples) -> Plan:
-        """The plan of these samples; see `Plan`. Raises UserError where a mixing group cannot be paired."""
-        p, count = self.policy, len(samples.index)
+    def draw(self, samples: StepSamples) -> Plan:
+        """The plan of these samples; see `Plan`. Raises UserError if a mixing group cannot be paired."""
+        p, count, epoch = self.policy, len(samples.index), samples.epoch
         groups = int(samples.group[-1]) + 1 if count else 0
         if self.mixes and count and (count // groups) % 2:
             raise UserError(
@@ -133,6 +133,7 @@ class PlanDrawer:
             index=samples.index,
             repeat=samples.repeat,
             crop=np.empty((count, 4), np.int32),
+            window=whole_windows(count, self.img_size),
             flip=np.empty(count, np.bool_),
             op=np.zeros((count, self._layers), np.int8),
             arg=np.zeros((count, self._layers), np.float64),
@@ -142,6 +143,7 @@ class PlanDrawer:
             mix=np.full(groups, NO_MIX, np.int8),
             lam=np.ones(groups, np.float64),
             box=np.zeros((groups, 4), np.int32),
+            img_size=self.img_size,
             seed=self.seed,
             epoch=epoch,
         )
@@ -175,7 +177,7 @@ class PlanDrawer:
                 epoch,
                 plan.index,
                 plan.repeat,
-                p.img_size,
+                self.img_size,
                 p.erase_prob,
                 p.erase_area,
                 p.erase_aspect,
@@ -183,8 +185,8 @@ class PlanDrawer:
             )
         if self.mixes:
             _draw_mix(
-                seed, epoch, step, samples.first_group, p.img_size, p.mix_prob, p.cutmix_switch_prob,
-                p.mixup_alpha, p.cutmix_alpha, int(p.cutmix_box == "full"), plan.mix, plan.lam, plan.box,
+                seed, epoch, samples.step, samples.first_group, self.img_size, p.mix_prob, p.cutmix_switch_prob,
+                p.mixup_alpha, p.cutmix_alpha, int(self.cutmix_box == "full"), plan.mix, plan.lam, plan.box,
             )  # fmt: skip
         return plan
 
@@ -280,7 +282,7 @@ def _draw_three(seed, epoch, index, repeat, jitter, op, arg):
         stream = SAMPLE | np.uint32(repeat[s])
         a, b, _, _ = philox(seed, _THREE, index[s], epoch, stream)
         choice = _below(a, 3)
-        if choice == 0:  # grayscale: what a colour factor of 0 leaves
+        if choice == 0:  # grayscale is a color factor of 0
             op[s, 0], arg[s, 0] = _COLOR, 0.0
         elif choice == 1:
             op[s, 0], arg[s, 0] = _SOLARIZE, 128.0
@@ -354,7 +356,7 @@ def _draw_mix(seed, epoch, step, first, size, prob, switch, mixup, cutmix, odd, 
         c, d, _, _ = philox(seed, _BOX | (group << 8), step, epoch, MIX)
         y, x = _below(c, size), _below(d, size)
         top, left = max(0, y - side // 2), max(0, x - side // 2)
-        # `odd` 1 gives a box of odd side its last row and column, as timm does from 1.0.29 on.
+        # With `odd` 1, a box of odd side keeps its last row and column, as in timm from 1.0.29 on.
         bottom, right = min(size, y + (side + odd) // 2), min(size, x + (side + odd) // 2)
         mix[g], lam[g] = CUTMIX, 1.0 - (bottom - top) * (right - left) / (size * size)
         box[g, 0], box[g, 1], box[g, 2], box[g, 3] = top, left, bottom, right

@@ -1,12 +1,11 @@
 """The order of an epoch: which samples make up which step, for every rank, without state.
 
-Layout of a global batch: it is cut into mixing groups of `group_size` samples; a rank owns whole, consecutive
-groups, so that a change of world size moves samples between processes and changes nothing else. The epoch is
-one flat list in which every selected image stands `repeats` times in a row (Hoffer et al., "Augment your
-batch"; paper, section 6); each step takes the next `global_batch` entries. Within a step neighbouring entries
-go to neighbouring groups,
+A global batch is cut into mixing groups of `group_size` samples. A rank owns whole, consecutive groups, so a change of
+world size moves samples between processes and changes nothing else. The epoch is one flat list in which every selected
+image appears `repeats` times in a row (Hoffer et al., "Augment your batch"; paper, section 6). Each step takes the next
+`global_batch` entries. Within a step, neighbouring entries go to neighbouring groups,
 
-- `placement="spread"`: of the whole batch, as the released sampler does it;
+- `placement="spread"`: of the whole batch, as in the released sampler;
 - `placement="local"`: of a cell of `cell_groups` consecutive groups, so that a rank that owns whole cells
   decodes each of its images once.
 """
@@ -27,6 +26,7 @@ from fastdeit.pipelines.plan.philox import ORDER, Word, check_seed, philox
 class StepSamples:
     """The samples of one step of one rank.
 
+    epoch, step           counted from 0
     index     (B,) int64  dataset index
     repeat    (B,) int32  which copy of the image, 0 to repeats - 1
     position  (B,) int64  place in the global batch, the same on every world size
@@ -34,6 +34,8 @@ class StepSamples:
     first_group           number of the rank's first group within the global batch
     """
 
+    epoch: int
+    step: int
     index: np.ndarray
     repeat: np.ndarray
     position: np.ndarray
@@ -42,7 +44,7 @@ class StepSamples:
 
 
 class Order(Protocol):
-    """Random access to the steps of an epoch; what a loader is opened on."""
+    """Random access to the steps of an epoch."""
 
     @property
     def steps(self) -> int: ...
@@ -57,8 +59,8 @@ class EpochOrder:
     global_batch    samples per step over all ranks
     group_size      samples that mix among themselves (paper: 64, its batch per GPU); 0: a rank's whole batch;
                     never more than the global batch
-    cell_groups     placement "local": groups that the copies of an image stay within; the largest divisor of
-                    the number of groups that is not above it is used
+    cell_groups     placement "local": the copies of an image stay within so many groups; rounded down to a divisor
+                    of the number of groups
     epoch_multiple  the samples of an epoch are cut to a multiple of this; 0: of the global batch
     order_seed      "seed_and_epoch", or "epoch": torch.randperm seeded by the epoch alone, as released
 
@@ -125,7 +127,7 @@ class EpochOrder:
             if len(self._permutations) >= 2:
                 self._permutations.pop(next(iter(self._permutations)))
             if self.order_seed == "epoch":
-                import torch  # here, since a batch that cannot be divided is to be refused before it is loaded
+                import torch  # imported here, so that a wrong batch size is an error before PyTorch loads
 
                 generator = torch.Generator().manual_seed(epoch)
                 order = torch.randperm(self.length, generator=generator).numpy()
@@ -147,6 +149,8 @@ class EpochOrder:
         place, repeat = np.divmod(entry, self.repeats)
         first_group = start // self.group_size
         return StepSamples(
+            epoch=epoch,
+            step=step,
             index=self.permutation(epoch)[place].astype(np.int64),
             repeat=repeat.astype(np.int32),
             position=position,
@@ -156,7 +160,7 @@ class EpochOrder:
 
 
 class EvalOrder:
-    """Evaluation order: the data set as it stands, every image on exactly one rank, no padding.
+    """Evaluation order: the stored order, every image on exactly one rank, no padding.
 
     batch       samples per step of a rank; the last step of a rank may be smaller or empty
     replicate   every rank sees every image, as the released code does
@@ -173,18 +177,23 @@ class EvalOrder:
         return -(-len(self._index) // self._batch)
 
     def step(self, epoch: int, step: int) -> StepSamples:
-        """Samples of `step`; the epoch makes no difference."""
+        """Samples of `step`, the same in every epoch."""
         start = step * self._batch
         index = self._index[start : start + self._batch]
         if start < 0 or len(index) == 0:
             raise IndexError(f"step {step} of an evaluation of {self.steps} steps")
-        zeros = np.zeros(len(index), dtype=np.int32)
-        return StepSamples(index=index, repeat=zeros, position=index, group=zeros, first_group=0)
+        return plain_samples(index, epoch, step)
+
+
+def plain_samples(index: np.ndarray, epoch: int = 0, step: int = 0) -> StepSamples:
+    """The images `index` (B,) int64, one copy each, in one group."""
+    zeros = np.zeros(len(index), dtype=np.int32)
+    return StepSamples(epoch=epoch, step=step, index=index, repeat=zeros, position=index, group=zeros, first_group=0)
 
 
 @compiled
 def _order_keys(seed: Word, epoch: int, length: int) -> np.ndarray:
-    """(length,) uint64: the sort keys whose order is the epoch's permutation."""
+    """(length,) uint64 sort keys; sorting them gives the epoch's permutation."""
     keys = np.empty(length, np.uint64)
     for i in range(length):
         a, b, _, _ = philox(seed, i, 0, epoch, ORDER)

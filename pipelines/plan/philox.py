@@ -1,8 +1,7 @@
 """Philox4x32-10, the counter-based generator behind every random number of a run.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A draw is a pure function of a 64-bit
-key (the run's seed) and four 32-bit counter words, so that any stage, on any device, computes the same number
-without state.
+key (the run's seed) and four 32-bit counter words. Any stage, on any device, computes the same number without state.
 
 Counter words, by stream (the top 4 bits of the fourth word):
 
@@ -23,7 +22,7 @@ import numpy as np
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jit import cached
 
-Word = int | np.unsignedinteger  # what compiled code passes as a counter, a key or a drawn word
+Word = int | np.unsignedinteger  # a counter, a key or a drawn word in compiled code
 
 SAMPLE, NOISE, MIX, ORDER, DROP = (np.uint32(stream << 28) for stream in range(5))
 

@@ -1,15 +1,18 @@
-"""The plan: all that is random about a training batch, as a small table of numbers.
+"""The plan: every number that decides the pixels of a batch, as a small table.
 
 A sample's row is a pure function of (seed, epoch, image index, repeat) and of the image's size; a mixing
-group's row of (seed, epoch, step, group). The pixels are then a deterministic function of the JPEG bytes and
-the plan, whatever stage computes them.
+group's row is a pure function of (seed, epoch, step, group). The pixels are then a deterministic function of the
+JPEG bytes and the plan; every stage computes the same.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from fastdeit.pipelines.errors import UserError
 
 # Operations a plan can name, by code. `Plan.arg` holds what timm's own function of that name receives: degrees,
 # bits to keep, threshold, level to add, blend factor, shear factor, fraction of the side. So a plan can be
@@ -42,11 +45,13 @@ NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Random numbers of one step of one rank. B samples, L layers of operations, G mixing groups.
+    """What becomes of the samples of one step of one rank. B samples, L layers of operations, G mixing groups.
 
     index   (B,) int64    dataset index
     repeat  (B,) int32    which copy of the image
     crop    (B, 4) int32  top, left, height, width in the decoded image
+    window  (B, 4) int32  height and width that the crop is resized to; top, left of the square of side `img_size` that
+                          is kept of that
     flip    (B,) bool
     op      (B, L) int8   codes of `OPS`, applied in order after crop, resize and flip; 0: none
     arg     (B, L) float64
@@ -57,12 +62,14 @@ class Plan:
     mix     (G,) int8     NO_MIX, MIXUP or CUTMIX
     lam     (G,) float64  share of the sample's own label (CutMix: of its own area, after clipping)
     box     (G, 4) int32  CutMix: top, left, bottom, right of the partner's part
+    img_size              side of the output, pixels
     seed, epoch           key of the erasing noise, with index and repeat
     """
 
     index: np.ndarray
     repeat: np.ndarray
     crop: np.ndarray
+    window: np.ndarray
     flip: np.ndarray
     op: np.ndarray
     arg: np.ndarray
@@ -72,6 +79,7 @@ class Plan:
     mix: np.ndarray
     lam: np.ndarray
     box: np.ndarray
+    img_size: int
     seed: int
     epoch: int
 
@@ -90,15 +98,50 @@ class Plan:
         """(B,) bool: whether a sample is mixed with its partner."""
         return (self.mix != NO_MIX)[self.group]
 
+    def regions(self) -> np.ndarray:
+        """(B, 4) int32: top, left, height, width of what each sample needs of its decoded image."""
+        top, left, height, width = self.crop.T
+        out_height, out_width, from_row, from_column = self.window.T
+        first_row, end_row = _source_range(height, out_height, from_row, self.img_size)
+        first_column, end_column = _source_range(width, out_width, from_column, self.img_size)
+        region = top + first_row, left + first_column, end_row - first_row, end_column - first_column
+        return np.stack(region, axis=1).astype(np.int32)
 
-def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray) -> Plan:
-    """The plan in which nothing is random: all of the images `index` (B,), of these sizes (B,), and no operation."""
+
+def _source_range(
+    size_in: np.ndarray, size_out: np.ndarray, first: np.ndarray, wanted: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and end of what a bicubic resize reads of an axis for outputs first .. first + wanted - 1; (B,) each."""
+    scale = size_in / size_out
+    support = 2.0 * np.maximum(scale, 1.0)
+    low, high = (first + 0.5) * scale, (first + wanted - 1 + 0.5) * scale
+    start = np.maximum(0, (low - support + 0.5).astype(np.int64))
+    end = np.minimum(size_in, (high + support + 0.5).astype(np.int64))
+    same = size_in == size_out  # such an axis is copied
+    return np.where(same, first, start), np.where(same, first + wanted, end)
+
+
+def whole_windows(count: int, img_size: int) -> np.ndarray:
+    """(count, 4) int32: the windows of crops that are resized to the output and kept whole."""
+    return np.tile(np.array([img_size, img_size, 0, 0], np.int32), (count, 1))
+
+
+def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray, img_size: int, eval_crop: float) -> Plan:
+    """The plan that evaluates the images `index` (B,), which have these sizes (B,); nothing in it is random.
+
+    Resize the short side to int(img_size / eval_crop), bicubic, and keep the center. Bit-identical to
+    `timm.data.create_transform(is_training=False, crop_pct=eval_crop, interpolation="bicubic")`. Raises UserError
+    unless 0 < eval_crop <= 1.
+    """
+    if not 0.0 < eval_crop <= 1.0:
+        raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
     count = len(index)
     zeros = np.zeros(count, np.int32)
     return Plan(
         index=index,
         repeat=zeros,
         crop=np.stack([zeros, zeros, height, width], axis=1).astype(np.int32),
+        window=_central_windows(height, width, img_size, eval_crop),
         flip=np.zeros(count, np.bool_),
         op=np.zeros((count, 0), np.int8),
         arg=np.zeros((count, 0), np.float64),
@@ -108,6 +151,40 @@ def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray) ->
         mix=np.full(1, NO_MIX, np.int8),
         lam=np.ones(1, np.float64),
         box=np.zeros((1, 4), np.int32),
+        img_size=img_size,
         seed=0,
         epoch=0,
+    )
+
+
+def _central_windows(height: np.ndarray, width: np.ndarray, img_size: int, eval_crop: float) -> np.ndarray:
+    short = math.floor(img_size / eval_crop)
+    window = np.empty((len(height), 4), np.int32)
+    for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
+        long = int(short * max(rows, columns) / min(rows, columns))
+        out = (short, long) if rows <= columns else (long, short)
+        window[sample] = *out, round((out[0] - img_size) / 2.0), round((out[1] - img_size) / 2.0)
+    return window
+
+
+def rotation_matrices(op: np.ndarray, arg: np.ndarray, size: int) -> np.ndarray:
+    """(B, L, 6) float64: the matrix of every rotation in a plan's `op` and `arg` (B, L), zero elsewhere."""
+    out = np.zeros((*op.shape, 6), np.float64)
+    for place in zip(*np.nonzero(op == CODE["Rotate"]), strict=True):
+        out[place] = _rotation(float(arg[place]), size)
+    return out
+
+
+def _rotation(degrees: float, size: int) -> tuple[float, float, float, float, float, float]:
+    """The matrix of `PIL.Image.rotate` for a square image: output to input coordinates, in pixels."""
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    center = size / 2
+    return (
+        cos,
+        sin,
+        cos * -center + sin * -center + 0.0 + center,
+        round(-math.sin(angle), 15),
+        cos,
+        round(-math.sin(angle), 15) * -center + cos * -center + 0.0 + center,
     )

@@ -1,7 +1,7 @@
-"""Any plan through Pillow, timm and torchvision: what the fast stages are tested against, a way to look at a batch.
+"""Replays any plan through Pillow, timm and torchvision. Use it to test the fast stages, and to look at a batch.
 
-Slow and plain. The crop, the resize and the flip are Pillow's, the operations timm's own functions, normalisation is
-torchvision's, mixing is done as `timm.data.Mixup` does it. Only the numbers come from the plan.
+It is slow and plain. Pillow crops, resizes and flips; timm's own functions do the operations; torchvision normalises;
+mixing follows `timm.data.Mixup`. Only the numbers come from the plan.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _PLAIN = {"AutoContrast": "auto_contrast", "Equalize": "equalize", "Invert": "in
 
 
 def fill_color(mean: tuple[float, float, float]) -> tuple[int, ...]:
-    """The colour that timm gives to what a geometric operation brings in, 0..255."""
+    """The color, 0..255, with which timm fills what a geometric operation uncovers."""
     return tuple(min(255, round(255 * x)) for x in mean)
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
     """Pillow 13's bicubic resize with any version of Pillow.
 
-    Pillow 13 shrinks vertically first where the height shrinks more than twice as much as the width; before, the
-    horizontal pass always came first. Asked for one pass at a time, every version gives the same pixels.
+    Pillow 13 shrinks vertically first if the height shrinks more than twice as much as the width. Older versions always
+    start with the horizontal pass. With one pass at a time, every version gives the same pixels.
     """
     shrink = image.height - height
     if shrink > 0 and shrink > 2 * (image.width - width):
@@ -94,7 +94,7 @@ def _operate(image: Image.Image, name: str, arg: float, interp: int, fill: tuple
 
 
 def erasing_noise(plan: Plan, sample: int, size: int) -> Tensor:
-    """(3, size, size) float32 noise of a sample, of which the erased box shows a part."""
+    """(3, size, size) float32 noise of a sample; the erased box shows a part of it."""
     count = 3 * size * size
     values = np.empty(-(-count // 4) * 4)
     with np.errstate(over="ignore"):

@@ -25,7 +25,7 @@ def fastest(monkeypatch):
     def make(name):
         asked = []
 
-        def choose(dataset, order, pixels=None, **options):
+        def choose(dataset, first, regions, *, pixels, **options):
             asked.append((len(dataset), pixels))
             return name, f"measured: {name}"
 

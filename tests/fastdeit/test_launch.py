@@ -44,7 +44,7 @@ def test_one_task_may_train(environ, warned):
 
 MISTAKES = """
 import json, sys, time
-from fastdeit.train import train
+from fastdeit.commands.train import train
 out = []
 for args in json.loads(sys.argv[1]):
     sys.argv[1:] = args

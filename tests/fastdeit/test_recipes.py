@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 import timm
@@ -29,6 +30,16 @@ def test_shapes_are_those_of_timm(name):
     assert cfg.distilled == hasattr(model, "dist_token")
     assert cfg.img_size == model.patch_embed.img_size[0]
     assert cfg.patch_size == model.patch_embed.patch_size[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_docstring_states_command_hours_and_accuracy(name):
+    lines = [line.strip() for line in (RECIPES[name].__doc__ or "").splitlines()]
+    command = shlex.split(next(line for line in lines if line.startswith("fastdeit-train")))
+    assert command[1] == name
+    parse_recipe(command[1:]).resolved()
+    assert any(line.startswith("Hours") for line in lines)
+    assert any("op-1" in line for line in lines[1:])
 
 
 def test_every_departure_is_decided_in_both_columns():

@@ -19,7 +19,7 @@ from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.conversion.encode import FORMATS, MAX_SCANS
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.pipelines.loaders.base import DecodeError, Regions
+from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_whole
 from fastdeit.pipelines.loaders.prefetch import make_pool
@@ -152,14 +152,11 @@ def check_loader(
     batch      images that one damaged among them costs
     """
     order = EvalOrder(len(dataset), batch=batch)
-    regions = _regions(dataset) if crops else None
-    with (
-        make_pool(_THREADS) as pool,
-        open_loader(name, dataset, order, pool=pool, threads=_THREADS, regions=regions) as loader,  # type: ignore[arg-type]
-    ):
+    with make_pool(_THREADS) as pool, open_loader(name, dataset, pool=pool, threads=_THREADS) as loader:
         for step in range(order.steps):
+            samples = order.step(0, step)
             try:
-                decoded = next(loader.batches(0, step))
+                decoded = loader.decode(samples, _regions(dataset, samples) if crops else None)
             except DecodeError as error:
                 yield Finding(f"{name}: {error}", refused=True)
                 continue
@@ -199,15 +196,12 @@ def _wrong(
         yield "not the right pixels"
 
 
-def _regions(dataset: Dataset) -> Regions:
-    def regions(epoch: int, step: int, samples: StepSamples) -> np.ndarray:
-        rng = np.random.default_rng([epoch, step])
-        height, width = dataset.height[samples.index], dataset.width[samples.index]
-        top, left = rng.integers(0, height), rng.integers(0, width)
-        box = [top, left, rng.integers(1, height - top, endpoint=True), rng.integers(1, width - left, endpoint=True)]
-        return np.stack(box, axis=1).astype(np.int32)
-
-    return regions
+def _regions(dataset: Dataset, samples: StepSamples) -> np.ndarray:
+    rng = np.random.default_rng([samples.epoch, samples.step])
+    height, width = dataset.height[samples.index], dataset.width[samples.index]
+    top, left = rng.integers(0, height), rng.integers(0, width)
+    box = [top, left, rng.integers(1, height - top, endpoint=True), rng.integers(1, width - left, endpoint=True)]
+    return np.stack(box, axis=1).astype(np.int32)
 
 
 def check_loaders(

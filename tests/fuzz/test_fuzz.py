@@ -76,11 +76,11 @@ def brighter(self, index, out, region=None):
     return True
 
 for name, where, attribute, fault, (case, arguments) in (
-    ("nothing", TorchLoader, "decode", decode, images),
-    ("nothing", TorchLoader, "decode", decode, archive),
-    ("nothing", TorchLoader, "decode", decode, beton),
-    ("pixels", TorchLoader, "decode", brighter, images),
-    ("crash", TorchLoader, "decode", lambda *unused: os.kill(os.getpid(), signal.SIGSEGV), archive),
+    ("nothing", TorchLoader, "decode_image", decode, images),
+    ("nothing", TorchLoader, "decode_image", decode, archive),
+    ("nothing", TorchLoader, "decode_image", decode, beton),
+    ("pixels", TorchLoader, "decode_image", brighter, images),
+    ("crash", TorchLoader, "decode_image", lambda *unused: os.kill(os.getpid(), signal.SIGSEGV), archive),
     ("colours", encode, "_to_rgb", lambda image: to_rgb(image.rotate(180)), images),
     ("reject", conversion, "_write_rejects", lambda path, rejects: write(path, rejects[1:]), images),
     ("label", WebDataset, "read", lambda self, i: (read(self, i)[0], 0, read(self, i)[2]), archive),

@@ -11,7 +11,7 @@ from timm.layers import PatchEmbed
 from torchvision.transforms.v2 import functional as transforms
 
 from fastdeit.kernels import augment_normalize
-from fastdeit.kernels.augment_normalize import CUTMIX, MIX, MIXUP, NO_MIX, finish
+from fastdeit.kernels.augment_normalize import CUTMIX, MIX, MIXUP, NO_MIX, normalize_erase_mix
 from fastdeit.pipelines.plan.philox import philox
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -65,7 +65,7 @@ class Inputs:
         key = torch.tensor([SEED - 2**64, EPOCH])
         before = (self.planes, self.ending, self.tables, levels, self.erase, self.who, key)
         inputs = (*before, self.unit, self.mix, self.share)
-        finish(*(t.to(device) for t in inputs), out, layout=layout, patch_size=patch_size)
+        normalize_erase_mix(*(t.to(device) for t in inputs), out, layout=layout, patch_size=patch_size)
         return out.cpu()
 
 

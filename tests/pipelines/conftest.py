@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.batch import DecodedBatch
-from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan
+from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan, whole_windows
 
 RANGES = {
     "Rotate": (-30.0, 30.0),
@@ -96,6 +96,7 @@ def _make_plan(
         index=decoded.index,
         repeat=rng.integers(0, 3, count).astype(np.int32),
         crop=crop,
+        window=whole_windows(count, size),
         flip=rng.random(count) < 0.5,
         op=op,
         arg=np.array([[_draw_arg(rng, OPS[code]) for code in row] for row in op]).reshape(count, layers),
@@ -105,6 +106,7 @@ def _make_plan(
         mix=mix,
         lam=lam,
         box=cut,
+        img_size=size,
         seed=int(rng.integers(2**63)),
         epoch=3,
     )

@@ -25,7 +25,7 @@ from fastdeit.pipelines.formats.files import NoRegularFileError, open_regular
 from fastdeit.pipelines.formats.shard_layout import SAMPLE
 from fastdeit.pipelines.formats.shards import ShardDataset, ShardWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
-from fastdeit.pipelines.loaders.choose import open_loader
+from fastdeit.pipelines.loaders.choose import choose_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
@@ -75,7 +75,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.loaders.choose import open_loader
+from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.plan.order import EvalOrder
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.conversion.verify import verify
@@ -83,9 +83,10 @@ from fastdeit.pipelines.conversion.verify import verify
 path, out = sys.argv[1:]
 dataset = open_dataset(Path(path))
 with make_pool(4) as pool, open_loader(
-    "torch", dataset, EvalOrder(len(dataset), batch=40), pool=pool, threads=4, on_error="replace"
+    "torch", dataset, pool=pool, threads=4, on_error="replace"
 ) as loader:
-    batches = list(loader.batches(0))
+    order = EvalOrder(len(dataset), batch=40)
+    batches = [loader.decode(order.step(0, step)) for step in range(order.steps)]
 assert not any(batch.replaced for batch in batches)
 images = {int(batch.index[k]): batch.image(slot) for batch in batches for k, slot in enumerate(batch.source)}
 np.save(out, np.stack([images[i] for i in range(len(images))]))
@@ -168,7 +169,7 @@ def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind
         with pytest.raises(MachineError):
             dataset.check()
         with make_pool(1) as pool, pytest.raises(MachineError):  # nor is another loader taken for it
-            open_loader("auto", dataset, EvalOrder(4, batch=4), pool=pool, threads=1).batches(0).__next__()
+            choose_loader(dataset, EvalOrder(4, batch=4).step(0, 0), pool=pool, threads=1)
 
 
 def test_a_mount_that_vanishes(shards, tmp_path):

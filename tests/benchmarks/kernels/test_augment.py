@@ -81,7 +81,7 @@ def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, dev
 
 
 def test_what_is_wrong_is_not_timed(job, device, monkeypatch):
-    monkeypatch.setattr(augment, "normalised_levels", lambda *_: torch.zeros(3, 256).numpy())
+    monkeypatch.setattr("fastdeit.pipelines.device.stage.normalized_levels", lambda *_: torch.zeros(3, 256).numpy())
     (record,) = measure(job, device, by_the_clock, no_graph, 1e9)
     assert "4 of 4 samples differ from the host's" in record["refused"]["fastdeit"]
     assert record["sides"] == {}

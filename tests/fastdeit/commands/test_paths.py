@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit import checkpoint, train
-from fastdeit.commands import convert, label
+from fastdeit import checkpoint
+from fastdeit.commands import convert, label, train
 from fastdeit.commands import eval as evaluate
 from fastdeit.distributed import world
 from fastdeit.training.trainer import Trainer

@@ -84,14 +84,14 @@ def test_however_fast_another_decoder_is_it_does_not_take_part(tiny, monkeypatch
     class Slow(TorchLoader):
         name = "turbo"
 
-        def decode(self, index, out, region=None):
+        def decode_image(self, index, out, region=None):
             time.sleep(0.01)
-            return super().decode(index, out)
+            return super().decode_image(index, out)
 
     class Instant(TorchLoader):
         name, pixels = "ffcv", "ffcv"
 
-        def decode(self, index, out, region=None):
+        def decode_image(self, index, out, region=None):
             raise AssertionError("asked to decode")
 
     for name, loader in (("turbo", Slow), ("ffcv", Instant)):
@@ -115,7 +115,7 @@ def test_every_outcome_of_the_stages_race_gives_the_same_batches(tiny, monkeypat
     from fastdeit import stage_choice
     from fastdeit.data import TrainingData
 
-    def choose(openers, make, loader, device):
+    def choose(openers, first, device):
         return stage, "forced", openers[stage]()
 
     monkeypatch.setattr(stage_choice, "choose_stage", choose)

@@ -13,7 +13,7 @@ from fastdeit.pipelines.device.packing import fill_table, table_sizes
 from fastdeit.pipelines.device.stage import DeviceStage
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
-from fastdeit.pipelines.plan.plan import CODE, CUTMIX, MIXUP, NO_MIX, OPS
+from fastdeit.pipelines.plan.plan import CODE, CUTMIX, MIXUP, NO_MIX, OPS, evaluation_plan
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(17, 21), (26, 15), (13, 24), (1, 1), (30, 3), (2, 20), (12, 12), (18, 9)]
@@ -124,7 +124,8 @@ def test_evaluation_equals_the_host_stage_to_the_bit(size, crop, pool, device, m
     rng = np.random.default_rng(size)
     decoded = make_decoded(rng, [(30, 41), (41, 30), (18, 18), (9, 8), (12, 50), (60, 11)], 6)
     decoded = dataclasses.replace(decoded, source=np.arange(6, dtype=np.int32))
-    assert_equal(device_stage(device, size).evaluate(decoded, crop), host_stage(pool, size).evaluate(decoded, crop))
+    plan = evaluation_plan(decoded.index, decoded.height, decoded.width, size, crop)
+    assert_equal(device_stage(device, size)(decoded, plan), host_stage(pool, size)(decoded, plan))
 
 
 @pytest.mark.slow

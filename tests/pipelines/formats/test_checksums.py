@@ -13,9 +13,10 @@ from fastdeit.pipelines.formats.checksums import Checksums, unchecked
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.shards import ShardWriter
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
+from fastdeit.pipelines.loaders.choose import FAST, LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from ordered import Ordered
 
 COUNT, SIDE, RAW_AT = 20, 64, 7
 
@@ -76,8 +77,8 @@ def opened(request):
         except ValueError as error:
             pytest.skip(str(error))
     with make_pool(3) as pool:
-        yield lambda dataset, order, **options: open_loader(
-            request.param, dataset, order, pool=pool, threads=3, **options
+        yield lambda dataset, order, **options: Ordered(
+            open_loader(request.param, dataset, pool=pool, threads=3, **options), order
         )
 
 
@@ -104,8 +105,10 @@ def test_they_are_replaced_and_counted_where_that_is_asked_for(opened, rotten):
 def test_auto_says_so_too(rotten):
     with open_dataset(rotten) as dataset, make_pool(2) as pool:
         order = EvalOrder(COUNT, batch=COUNT)
-        with open_loader("auto", dataset, order, pool=pool, threads=2) as loader, pytest.raises(DecodeError):
-            next(loader.batches(0))
+        samples = order.step(0, 0)
+        name, _ = choose_loader(dataset, samples, pool=pool, threads=2)
+        with open_loader(name, dataset, pool=pool, threads=2) as loader, pytest.raises(DecodeError):
+            loader.decode(samples)
 
 
 def test_an_image_is_compared_once(monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from timm.data import auto_augment
 
-from fastdeit.pipelines.host.operations import apply_operations, matrices, operation_scratch
+from fastdeit.pipelines.host.operations import apply_operations, operation_scratch
 from fastdeit.pipelines.host.photometric import apply_table
-from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE
+from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, rotation_matrices
 
 TIMM = {
     "Rotate": auto_augment.rotate,
@@ -25,7 +25,7 @@ def ours(image: np.ndarray, name: str, arg: float, interp: int) -> np.ndarray:
     size = len(image)
     planes, table = image.transpose(2, 0, 1).flatten(), np.empty(768, np.uint8)
     op, args = np.array([CODE[name]], np.int8), np.array([arg], np.float64)
-    matrix = matrices(op[None], args[None], size)[0]
+    matrix = rotation_matrices(op[None], args[None], size)[0]
     fill, scratch = np.array(FILL, np.uint8), operation_scratch(size)
     apply_operations(planes, table, op, args, matrix, np.array([interp], np.int8), fill, size, scratch)
     apply_table(planes, table)

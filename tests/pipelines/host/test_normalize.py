@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from torchvision.transforms import functional
 
+from fastdeit.pipelines.batch import normalized_levels
 from fastdeit.pipelines.host import normalize
 from fastdeit.pipelines.host.noise import NOISE_ROWS, noise_rows, noise_scratch
 from fastdeit.pipelines.jit import compiled
@@ -21,7 +22,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def test_levels_are_normalised_as_torchvision_does_to_the_bit(mean, std):
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
     expected = functional.normalize(functional.to_tensor(levels), list(mean), list(std))[:, :, 0]
-    assert torch.equal(torch.from_numpy(normalize.normalised_levels(mean, std)), expected)
+    assert torch.equal(torch.from_numpy(normalized_levels(mean, std)), expected)
 
 
 @compiled

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from timm.data import auto_augment
 
-from fastdeit.pipelines.host.operations import apply_operations, matrices, operation_scratch
+from fastdeit.pipelines.host.operations import apply_operations, operation_scratch
 from fastdeit.pipelines.host.photometric import apply_table
-from fastdeit.pipelines.plan.plan import BICUBIC, CODE
+from fastdeit.pipelines.plan.plan import BICUBIC, CODE, rotation_matrices
 
 TIMM = {
     "AutoContrast": auto_augment.auto_contrast,
@@ -32,7 +32,7 @@ def ours(image: np.ndarray, steps: list[tuple[str, float]]) -> np.ndarray:
     planes, table = image.transpose(2, 0, 1).flatten(), np.empty(768, np.uint8)
     op = np.array([CODE[name] for name, _ in steps], np.int8)
     arg = np.array([arg for _, arg in steps], np.float64)
-    matrix, interp = matrices(op[None], arg[None], size)[0], np.full(len(steps), BICUBIC, np.int8)
+    matrix, interp = rotation_matrices(op[None], arg[None], size)[0], np.full(len(steps), BICUBIC, np.int8)
     apply_operations(planes, table, op, arg, matrix, interp, FILL, size, operation_scratch(size))
     apply_table(planes, table)
     return planes.reshape(3, size, size).transpose(1, 2, 0)

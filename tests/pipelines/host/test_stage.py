@@ -15,7 +15,7 @@ from timm.data.mixup import mixup_target
 
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.memory import Arenas
-from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP, NO_MIX
+from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP, NO_MIX, evaluation_plan
 from fastdeit.pipelines.plan.replay import replay_batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -143,7 +143,8 @@ def test_evaluation_equals_timm_to_the_bit(size, crop, pool, make_decoded):
     sizes = [(375, 500), (500, 375), (256, 256), (37, 36), (60, 200), (300, 40)]
     decoded = make_decoded(rng, sizes, 6)
     decoded = dataclasses.replace(decoded, source=np.arange(6, dtype=np.int32))
-    batch = make_stage(pool, size).evaluate(decoded, crop)
+    plan = evaluation_plan(decoded.index, decoded.height, decoded.width, size, crop)
+    batch = make_stage(pool, size)(decoded, plan)
     transform = create_transform(
         size, is_training=False, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=crop, use_prefetcher=False
     )
@@ -161,6 +162,9 @@ def test_evaluation_equals_timm_to_the_bit(size, crop, pool, make_decoded):
         ("crop", (0, 0, 4000, 4), "cropped outside"),
         ("crop", (-1, 0, 4, 4), "cropped outside"),
         ("crop", (0, 0, 0, 4), "cropped outside"),
+        ("window", (15, 20, 0, 0), "keeps a window"),
+        ("window", (24, 24, 0, 1), "keeps a window"),
+        ("window", (24, 24, -1, 0), "keeps a window"),
         ("erase", (0, 20, 4, 5), "erased outside"),
         ("op", (99, 0), "operation whose code"),
         ("op", (-1, 0), "operation whose code"),

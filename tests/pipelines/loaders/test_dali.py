@@ -18,6 +18,7 @@ from fastdeit.pipelines.loaders.dali import DaliLoader, find_dali
 from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from ordered import Ordered
 
 try:
     find_dali()
@@ -67,7 +68,7 @@ def pool():
 def opened(pool):
     def open_one(dataset, batch=None, order=None, **options):
         order = order or EvalOrder(len(dataset), batch=batch or len(dataset))
-        return DaliLoader(dataset, order, pool=pool, threads=2, **options)
+        return Ordered(DaliLoader(dataset, pool=pool, threads=2, **options), order)
 
     return open_one
 
@@ -133,7 +134,7 @@ def test_what_pillow_refuses_is_never_accepted(opened, tmp_path):
         for index, data in enumerate(images):
             expected = with_pil(data)
             try:
-                own = loader.decode(index, out)
+                own = loader.decode_image(index, out)
             except DecodeError:
                 assert expected is None
                 seen["refused"] += 1
@@ -276,7 +277,7 @@ def on_device(request, opened):
     def open_one(dataset, **options):
         loader = opened(dataset, **options, **({"device_id": 0, "on_device": True} if request.param == "gpu" else {}))
         if request.param == "host":
-            loader._device = torch.device("cpu")
+            loader.loader._device = torch.device("cpu")
         return loader
 
     return open_one

@@ -16,6 +16,7 @@ from fastdeit.pipelines.formats.shards import ShardWriter
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from ordered import Ordered
 
 # What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
 # other loaders are exact.
@@ -84,7 +85,7 @@ def opened(request, pool):
 
     def open_one(dataset, order=None, **options):
         order = order or EvalOrder(len(dataset), batch=8)
-        return open_loader(request.param, dataset, order, pool=pool, threads=3, **options)
+        return Ordered(open_loader(request.param, dataset, pool=pool, threads=3, **options), order)
 
     open_one.name = request.param
     return open_one

@@ -18,6 +18,7 @@ from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from ordered import Ordered
 
 COUNT = 24
 SIZES = [(40 + 3 * i, 60 - i) for i in range(COUNT)]
@@ -85,13 +86,14 @@ class Unreadable:
 def opened(request):
     with make_pool(4) as pool:
 
-        def open_one(dataset, order, threads=3, **options):
+        def open_one(dataset, order, threads=3, regions=None, **options):
             try:
-                return open_loader(request.param, dataset, order, pool=pool, threads=threads, **options)
+                loader = open_loader(request.param, dataset, pool=pool, threads=threads, **options)
             except UserError as error:
                 if "install" in str(error):
                     pytest.skip(str(error))
                 raise
+            return Ordered(loader, order, regions)
 
         open_one.name = request.param
         yield open_one
@@ -206,7 +208,7 @@ def test_many_in_a_row_are_fatal_all_the_same(opened, tmp_path, monkeypatch):
 
 
 def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
-    def regions(epoch, step, samples):
+    def regions(samples):
         return np.tile(np.array([0, 0, 5, 5], np.int32), (len(samples.index), 1))
 
     # The upper half of image 0 is there: whether it counts as damaged must not depend on what is needed of it.
@@ -219,4 +221,4 @@ def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
 
 def test_another_policy_is_refused(damaged):
     with make_pool(1) as pool, pytest.raises(UserError, match="on_error 'skip' is not one of fail, replace"):
-        LOADERS["torch"](damaged, EvalOrder(COUNT, batch=4), pool=pool, threads=1, on_error="skip")
+        LOADERS["torch"](damaged, pool=pool, threads=1, on_error="skip")

@@ -21,6 +21,7 @@ from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
+from ordered import Ordered
 
 
 def picture(seed, size):
@@ -75,7 +76,7 @@ def opened(request, pool):
 
     def open_one(dataset, order=None, **options):
         order = order or EvalOrder(len(dataset), batch=8)
-        return open_loader(request.param, dataset, order, pool=pool, threads=3, **options)
+        return Ordered(open_loader(request.param, dataset, pool=pool, threads=3, **options), order)
 
     open_one.name = request.param
     return open_one
@@ -231,11 +232,12 @@ name, path = sys.argv[1:]
 dataset = BetonDataset(path)
 with make_pool(2) as pool:
     order = EpochOrder(len(dataset), global_batch=20, group_size=4)
-    with open_loader(name, dataset, order, pool=pool, threads=2) as loader:
+    with open_loader(name, dataset, pool=pool, threads=2) as loader:
         epoch = 0
         while True:
             epoch += 1
-            with Prefetcher(loader.batches(epoch), 2) as batches:
+            steps = (loader.decode(order.step(epoch, step)) for step in range(order.steps))
+            with Prefetcher(steps, 2) as batches:
                 for _ in batches:
                     if epoch == 2:
                         print("ready", flush=True)

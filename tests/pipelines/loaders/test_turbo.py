@@ -12,15 +12,18 @@ from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, BetonDataset, BetonWriter
-from fastdeit.pipelines.host.stage import HostStage, evaluation_regions
+from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.base import DecodeError, bounding_boxes
 from fastdeit.pipelines.loaders.pillow import TorchLoader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.loaders.turbo import TurboLoader, find_turbo
 from fastdeit.pipelines.memory import Arenas
-from fastdeit.pipelines.plan.draw import PlanDrawer, Policy
+from fastdeit.pipelines.plan.draw import PlanDrawer
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from fastdeit.pipelines.plan.plan import evaluation_plan
+from fastdeit.pipelines.plan.policy import Policy
+from ordered import Ordered
 
 try:
     find_turbo()
@@ -66,8 +69,9 @@ def pool():
 
 @pytest.fixture
 def opened(pool):
-    def open_one(dataset, order=None, **options):
-        return TurboLoader(dataset, order or EvalOrder(len(dataset), batch=8), pool=pool, threads=2, **options)
+    def open_one(dataset, order=None, regions=None, **options):
+        loader = TurboLoader(dataset, pool=pool, threads=2, **options)
+        return Ordered(loader, order or EvalOrder(len(dataset), batch=8), regions)
 
     return open_one
 
@@ -96,7 +100,7 @@ def test_every_pixel_of_a_region_is_pillows(opened, tmp_path, sampled_jpeg, samp
         cases = [None, *boxes(rng, height, width, 12)]
         for region in cases:
             out = np.full((height, width, 3), 7, np.uint8)
-            assert loader.decode(index, out, region)
+            assert loader.decode_image(index, out, region)
             top, left, rows, columns = region or (0, 0, height, width)
             part = np.s_[top : top + rows, left : left + columns]
             np.testing.assert_array_equal(out[part], expected[part])
@@ -113,7 +117,7 @@ def test_other_plain_files(opened, tmp_path, kind):
         "mpo": lambda: jpeg(image) + jpeg(picture(4, (61, 47))),
     }[kind]()
     out = np.empty((47, 61, 3), np.uint8)
-    assert opened(write(tmp_path / "k.beton", [(data, image.size)])).decode(0, out)
+    assert opened(write(tmp_path / "k.beton", [(data, image.size)])).decode_image(0, out)
     np.testing.assert_array_equal(out, with_pil(data))
 
 
@@ -129,7 +133,7 @@ def test_what_is_refused_is_read_by_pil_whole_and_listed(opened, tmp_path):
     ]
     dataset = write(tmp_path / "c.beton", [(data, (40, 30)) for data in images])
 
-    def regions(epoch, step, samples):
+    def regions(samples):
         return np.tile(np.array([25, 10, 5, 20], np.int32), (len(samples.index), 1))
 
     batch = next(iter(opened(dataset, regions=regions).batches(0)))
@@ -154,11 +158,11 @@ def test_more_than_64_scans_are_refused_by_name(opened, tmp_path):
     few, many = one_scan_a_component(1), one_scan_a_component(22)
     loader = opened(write(tmp_path / "scans.beton", [(few, (32, 24)), (many, (32, 24))]))
     out = np.empty((24, 32, 3), np.uint8)
-    assert loader.decode(0, out)
+    assert loader.decode_image(0, out)
     np.testing.assert_array_equal(out, with_pil(few))
     np.testing.assert_array_equal(out, with_pil(many))  # nothing else is wrong with it
     with pytest.raises(DecodeError, match=r"scans\.beton: image 1: a JPEG of more than 64 scans"):
-        loader.decode(1, out)
+        loader.decode_image(1, out)
 
 
 def test_arithmetic_coding_is_not_decoded(opened, tmp_path):
@@ -166,7 +170,7 @@ def test_arithmetic_coding_is_not_decoded(opened, tmp_path):
     data[data.index(b"\xff\xc0") + 1] = 0xC9
     loader = opened(write(tmp_path / "a.beton", [(bytes(data), (40, 30))]))
     with contextlib.suppress(DecodeError):  # PIL may not read it either
-        assert not loader.decode(0, np.empty((30, 40, 3), np.uint8))
+        assert not loader.decode_image(0, np.empty((30, 40, 3), np.uint8))
 
 
 @pytest.mark.parametrize("stored", [(40, 31), (20, 15), (80, 60), (30, 40)])
@@ -174,7 +178,7 @@ def test_another_size_than_the_data_set_says_is_named(opened, tmp_path, stored):
     loader = opened(write(tmp_path / "s.beton", [(jpeg(picture(0, stored)), (40, 30))]))
     out = np.full((30, 40, 3), 7, np.uint8)
     with pytest.raises(DecodeError, match=rf"image 0: the JPEG is {stored[0]} x {stored[1]} "):
-        loader.decode(0, out, (0, 0, 10, 10))
+        loader.decode_image(0, out, (0, 0, 10, 10))
     assert (out == 7).all()
 
 
@@ -184,8 +188,8 @@ def test_a_file_cut_off_is_refused_within_its_region_and_not_looked_at_below(ope
     out = np.empty((256, 64, 3), np.uint8)
     for region in (None, (0, 0, 200, 64), (150, 3, 20, 5), (255, 0, 1, 1)):
         with pytest.raises(DecodeError, match=r"image 0: PIL cannot read it"):
-            loader.decode(0, out, region)
-    assert loader.decode(0, out, (0, 0, 64, 64))
+            loader.decode_image(0, out, region)
+    assert loader.decode_image(0, out, (0, 0, 64, 64))
     np.testing.assert_array_equal(out[:64], with_pil(good)[:64])
 
 
@@ -195,7 +199,7 @@ def test_a_missing_end_is_refused(opened, tmp_path):
         with_pil(good[:-2])
     loader = opened(write(tmp_path / "end.beton", [(good[:-2], (64, 48))]))
     with pytest.raises(DecodeError, match="image 0: PIL cannot read it"):
-        loader.decode(0, np.empty((48, 64, 3), np.uint8))
+        loader.decode_image(0, np.empty((48, 64, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -223,20 +227,20 @@ def poisoned(request, monkeypatch):
 
 def test_training_batches_are_those_of_whole_images(opened, pool, many, poisoned):
     order = EpochOrder(len(many), global_batch=8, group_size=4, repeats=3, seed=2)  # 8 is no multiple of 3
-    drawer = PlanDrawer(Policy(img_size=32), 2, many.height, many.width)
+    drawer = PlanDrawer(Policy(), 2, many.height, many.width, img_size=32)
     stage = HostStage(32, MEAN, STD, pool=pool, threads=2)
 
-    def regions(epoch, step, samples):
-        return drawer.draw(epoch, step, samples).crop
+    def regions(samples):
+        return drawer.draw(samples).regions()
 
     loader = opened(many, order, regions=regions)
-    reference = TorchLoader(many, order, pool=pool, threads=2, regions=regions)
+    reference = Ordered(TorchLoader(many, pool=pool, threads=2), order, regions)
     parts = 0
     for epoch in range(4):
         for part, whole in zip(loader.batches(epoch), reference.batches(epoch), strict=True):
             assert whole.region is None
             parts += int((part.region[:, 2] * part.region[:, 3] < part.height * part.width).sum())
-            plan = drawer.draw(epoch, part.step, order.step(epoch, part.step))
+            plan = drawer.draw(order.step(epoch, part.step))
             assert torch.equal(stage(part, plan).images, stage(whole, plan).images)
     assert parts > 20
     assert (loader.decoded, loader.reused) == (reference.decoded, reference.reused)
@@ -248,30 +252,27 @@ def test_evaluation_batches_are_those_of_whole_images(opened, pool, tmp_path, po
     sizes = [(90, 61), (61, 90), (20, 25), (36, 36), (36, 50), (50, 36), (300, 40), (40, 300), (3, 70), (32, 32)]
     dataset = write(tmp_path / "e.beton", [(jpeg(picture(i, size)), size) for i, size in enumerate(sizes)])
     for eval_crop in (0.875, 1.0):
-
-        def regions(epoch, step, samples, eval_crop=eval_crop):
-            index = samples.index
-            return evaluation_regions(dataset.height[index], dataset.width[index], 32, eval_crop)
-
-        order = EvalOrder(len(dataset), batch=10)
-        part = next(iter(opened(dataset, order, regions=regions).batches(0)))
-        whole = next(iter(TorchLoader(dataset, order, pool=pool, threads=1).batches(0)))
+        samples = EvalOrder(len(dataset), batch=10).step(0, 0)
+        plan = evaluation_plan(samples.index, dataset.height, dataset.width, 32, eval_crop)
+        part = opened(dataset).decode(samples, plan.regions())
+        whole = TorchLoader(dataset, pool=pool, threads=1).decode(samples, plan.regions())
         stage = HostStage(32, MEAN, STD, pool=pool, threads=2)
-        assert torch.equal(stage.evaluate(part, eval_crop).images, stage.evaluate(whole, eval_crop).images)
+        assert torch.equal(stage(part, plan).images, stage(whole, plan).images)
         assert (part.region[:, 2:].prod(1) < part.height * part.width).sum() >= 5
 
 
 def test_a_plan_that_needs_more_than_was_decoded_is_rejected(opened, pool, many):
     order = EpochOrder(len(many), global_batch=16, group_size=8, seed=2)
-    drawer, other = (PlanDrawer(Policy(img_size=32), seed, many.height, many.width) for seed in (2, 3))
+    drawer, other = (PlanDrawer(Policy(), seed, many.height, many.width, img_size=32) for seed in (2, 3))
     stage = HostStage(32, MEAN, STD, pool=pool, threads=2)
     samples = order.step(0, 0)
-    loader = opened(many, order, regions=lambda epoch, step, samples: drawer.draw(epoch, step, samples).crop)
-    batch = next(iter(loader.batches(0)))
+    batch = opened(many).decode(samples, drawer.draw(samples).regions())
     with pytest.raises(ValueError, match=r"dataset index \d+ .* needs more of its image than was decoded"):
-        stage(batch, other.draw(0, 0, samples))
+        stage(batch, other.draw(samples))
+    index = samples.index
+    evaluation = evaluation_plan(index, many.height[index], many.width[index], 32, 1.0)
     with pytest.raises(ValueError, match="needs more of its image than was decoded"):
-        stage.evaluate(batch, 1.0)
+        stage(batch, evaluation)
 
 
 def test_bounding_boxes():

@@ -15,19 +15,20 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.plan.draw import PlanDrawer, Policy, RandAugment
+from fastdeit.pipelines.plan.draw import PlanDrawer, RandAugment
 from fastdeit.pipelines.plan.order import EpochOrder
 from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, OPS
+from fastdeit.pipelines.plan.policy import Policy
 
 N = 6144
 ALPHA = 1e-3
 
 
-def big_plan(height=375, width=500, seed=11, **policy):
-    policy = Policy(**{"img_size": 224, **policy})
+def big_plan(height=375, width=500, seed=11, img_size=224, cutmix_box="full", **policy):
     order = EpochOrder(3 * N, global_batch=N, group_size=64, seed=seed)
-    drawer = PlanDrawer(policy, seed, np.full(3 * N, height, np.int32), np.full(3 * N, width, np.int32))
-    return drawer.draw(2, 0, order.step(2, 0))
+    sizes = np.full(3 * N, height, np.int32), np.full(3 * N, width, np.int32)
+    drawer = PlanDrawer(Policy(**policy), seed, *sizes, img_size=img_size, cutmix_box=cutmix_box)
+    return drawer.draw(order.step(2, 0))
 
 
 def same(ours, theirs):
@@ -145,8 +146,8 @@ def test_erased_boxes(plan):
 def test_mixing_parameters():
     order = EpochOrder(64 * 400, global_batch=64 * 40, seed=9)
     size = np.full(64 * 400, 300, np.int32)
-    drawer = PlanDrawer(Policy(img_size=224), 9, size, size)
-    plans = [drawer.draw(e, s, order.step(e, s)) for e in range(5) for s in range(order.steps)]
+    drawer = PlanDrawer(Policy(), 9, size, size, img_size=224)
+    plans = [drawer.draw(order.step(e, s)) for e in range(5) for s in range(order.steps)]
     mix = np.concatenate([p.mix for p in plans])
     lam = np.concatenate([p.lam for p in plans])
     box = np.concatenate([p.box for p in plans])
@@ -214,11 +215,10 @@ def test_world_size_changes_no_number(world):
     """One process at batch 1024 and sixteen at 64 draw the same plan to the bit."""
     rng = np.random.default_rng(0)
     height, width = rng.integers(50, 600, (2, 4000)).astype(np.int32)
-    drawer = PlanDrawer(Policy(img_size=224), 5, height, width)
-    one = drawer.draw(3, 1, EpochOrder(4000, global_batch=1024, seed=5).step(3, 1))
+    drawer = PlanDrawer(Policy(), 5, height, width, img_size=224)
+    one = drawer.draw(EpochOrder(4000, global_batch=1024, seed=5).step(3, 1))
     many = [
-        drawer.draw(3, 1, EpochOrder(4000, global_batch=1024, seed=5, rank=r, world=world).step(3, 1))
-        for r in range(world)
+        drawer.draw(EpochOrder(4000, global_batch=1024, seed=5, rank=r, world=world).step(3, 1)) for r in range(world)
     ]
     for name in ("index", "repeat", "crop", "flip", "op", "arg", "interp", "erase", "mix", "lam", "box"):
         np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in many]), getattr(one, name))
@@ -231,9 +231,9 @@ def test_copies_epochs_and_seeds_differ(plan):
 
 
 def test_odd_group_is_refused():
-    drawer = PlanDrawer(Policy(img_size=32), 0, np.full(90, 32), np.full(90, 32))
+    drawer = PlanDrawer(Policy(), 0, np.full(90, 32), np.full(90, 32), img_size=32)
     with pytest.raises(UserError, match="cannot be paired"):
-        drawer.draw(0, 0, EpochOrder(90, global_batch=15, group_size=5).step(0, 0))
+        drawer.draw(EpochOrder(90, global_batch=15, group_size=5).step(0, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Imports go one way: no circle anywhere, none upward between folders, and optional packages are imported in one place.
+
+Imports inside functions and under TYPE_CHECKING count too.
+"""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Each folder may import from those before it.
+ORDER = [
+    "kernels",
+    "pipelines.plan",
+    "pipelines.formats",
+    "pipelines.sources",
+    "pipelines.loaders",
+    "pipelines.host",
+    "pipelines.device",
+    "pipelines.conversion",
+    "model",
+    "teacher",
+    "training",
+    "commands",
+]
+
+
+def modules():
+    """Path of every module by its name."""
+    found = {}
+    for top in ("fastdeit", "kernels", "pipelines"):
+        for path in (ROOT / top).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name if top == "fastdeit" else f"fastdeit.{name}"] = path
+    return found
+
+
+def imported(path, known):
+    """The modules of the project that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastdeit"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in known else node.module for name in names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def graph():
+    known = modules()
+    return {name: set(imported(path, known)) - {name} for name, path in known.items()}
+
+
+def folder(module):
+    return next((name for name in ORDER if module.startswith(f"fastdeit.{name}.")), None)
+
+
+def test_there_is_no_circle():
+    order = list(TopologicalSorter(graph()).static_order())  # raises CycleError with the circle
+    assert len(order) > 100
+
+
+def test_no_folder_imports_upward():
+    upward = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if folder(module) and folder(other) and ORDER.index(folder(other)) > ORDER.index(folder(module))
+    ]
+    assert upward == []
+
+
+def test_data_code_knows_nothing_of_training():
+    beyond = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if module.startswith(("fastdeit.kernels", "fastdeit.pipelines"))
+        and not other.startswith(("fastdeit.kernels", "fastdeit.pipelines"))
+    ]
+    assert beyond == []
+
+
+def test_the_stages_do_not_know_each_other():
+    between = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if {folder(module), folder(other)} == {"pipelines.host", "pipelines.device"}
+    ]
+    assert between == []
+
+
+def test_optional_packages_are_imported_in_one_file_each():
+    users = {}
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            tops = {
+                ast.Import: lambda node: [alias.name for alias in node.names],
+                ast.ImportFrom: lambda node: [node.module or ""],
+            }.get(type(node), lambda node: [])(node)
+            for top in tops:
+                package = top.split(".")[0]
+                if package in ("nvidia", "ffcv", "apex", "pyarrow", "sklearn", "matplotlib", "scipy", "safetensors"):
+                    users.setdefault(package, set()).add(name)
+    assert {package: names for package, names in users.items() if len(names) > 1} == {}
