@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: the benchmarks by name; `--help` after a name tells its options."""
+"""`python -m benchmarks NAME [options]`: run a benchmark; `--help` after its name lists its options."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import sys
 from fastdeit.cli import run
 
 COMMANDS = {  # module and one line of help
-    "throughput": ("throughput.main", "images per second of the model, inference and training step, beside timm's"),
-    "loaders": ("loaders.main", "training batches per second from JPEG files, beside those of the peers"),
-    "kernels": ("kernels.main", "time of every kernel on a GPU, beside every alternative, with the roof"),
+    "throughput": (
+        "throughput.benchmark",
+        "images per second of inference and training step, ours and timm's",
+    ),
+    "loaders": ("loaders.benchmark", "training batches per second from JPEG files, ours and the peers'"),
+    "kernels": ("kernels.benchmark", "time of every kernel and its alternatives on a GPU, with the roof"),
     "tune": ("kernels.tune", "search for faster launches of the kernels on a GPU"),
-    "convert": ("convert.main", "images per second into both formats, beside FFCV's writer and wds2idx"),
+    "convert": ("convert.benchmark", "images per second into both formats, ours and FFCV's and wds2idx's"),
     "gpu": ("gpu", "every check and figure that needs a GPU, in eight minutes"),
     "tables": ("tables", "the results as Markdown"),
 }

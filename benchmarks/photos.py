@@ -1,10 +1,10 @@
-"""Photographs for the loader benchmark, cut from wallpapers that Debian packages ship.
+"""Photographs for the loader benchmark, cut from the wallpapers of Debian packages.
 
     apt-get install --no-install-recommends lomiri-wallpapers-16.04 mate-backgrounds plasma-workspace-wallpapers
 
-Of these packages (bookworm; 157 MB; CC-BY, CC-BY-SA, GPL-2+, see /usr/share/doc/*/copyright) only detailed
-photographs are used. Each image is a window of one, of random place and size, reduced to the size of a
-typical ImageNet image and stored as a JPEG like ImageNet's. `photos.json` beside them says what came from where.
+Only detailed photographs of these packages are used (bookworm; 157 MB; CC-BY, CC-BY-SA, GPL-2+, see
+/usr/share/doc/*/copyright). Each image is a random window of one, reduced to the size of a typical ImageNet image and
+stored as a JPEG like ImageNet's. `photos.json` in the folder records the sources.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ PACKAGES = {
     ),
 }
 _CLASSES = 10
-_ATTEMPTS = 100  # windows tried for one image before its source is given up
-_MIN_GRADIENT = 3.5  # mean difference of neighbouring pixels, grey levels: less is sky or blur
+_ATTEMPTS = 100  # windows to try for one image before giving up its source
+_MIN_GRADIENT = 3.5  # mean difference of neighbouring pixels in grey levels; below it is sky or blur
 
 
 def make_photos(
@@ -65,16 +65,16 @@ def make_photos(
 ) -> Path:
     """Write `count` JPEGs (4:2:0) of `size` (width, height) into an ImageFolder tree of ten classes in `folder`.
 
-    The same sources, options and version of Pillow give the same bytes. Windows without texture are passed over and
-    counted in `photos.json`. A folder that already holds what is asked for is left as it is.
+    The same sources, options and version of Pillow give the same bytes. Windows without texture are skipped and counted
+    in `photos.json`. A folder that already holds these photographs is left unchanged.
 
     sources  image files to cut from; default: those of the Debian packages above
 
-    Raises UserError naming the packages that are missing, and where a source is smaller than `size`,
-    has no texture, or the folder holds something else.
+    Raises UserError naming missing packages, and if a source is smaller than `size` or has no texture, or the folder
+    holds something else.
     """
     files = debian_photographs() if sources is None else list(sources)
-    asked = {
+    wanted = {
         "count": count,
         "size": list(size),
         "quality": quality,
@@ -85,12 +85,12 @@ def make_photos(
     record = folder / "photos.json"
     if record.exists():
         made = json.loads(record.read_text(encoding="utf-8"))
-        if {name: made.get(name) for name in asked} == asked:
+        if {name: made.get(name) for name in wanted} == wanted:
             return folder
         raise UserError(f"{folder} holds other photographs (see {record}): remove it or name another folder")
     for label in range(_CLASSES):
         (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
-    passed_over = 0
+    skipped = 0
     for number, path in enumerate(files):
         with Image.open(path) as opened:
             photograph = opened.convert("RGB")
@@ -101,22 +101,22 @@ def make_photos(
         rng = np.random.default_rng([seed, number])
         for image in range(number, count, len(files)):
             window, empty = _cut(photograph, size, rng, path)
-            passed_over += empty
-            # Half of a source's images in one class and half in the next, so that no class is one picture.
+            skipped += empty
+            # Put half of a source's images in one class and half in the next: no class may be a single picture.
             label = (number + image // len(files) % 2) % _CLASSES
             window.save(folder / f"class{label}" / f"{image:05d}.jpg", quality=quality, subsampling="4:2:0")
     packages = list(PACKAGES) if sources is None else None
-    made = {**asked, "packages": packages, "windows_passed_over": passed_over}
+    made = {**wanted, "packages": packages, "windows_passed_over": skipped}
     record.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
 def shrink_photos(source: Path, dest: Path, side: int, *, quality: int = 92) -> int:
-    """Write the JPEGs of the ImageFolder tree `source`, their longest side reduced to `side` pixels, to a new `dest`.
+    """Copy the JPEGs of the ImageFolder tree `source` to a new `dest`, their longest side reduced to `side` pixels.
 
-    An image that is no larger is copied as it is. Returns how many were.
+    Smaller images are copied unchanged; returns their number.
     """
-    as_they_are = 0
+    unchanged = 0
     for path in sorted(source.glob("*/*.jpg")):
         target = dest / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -124,16 +124,27 @@ def shrink_photos(source: Path, dest: Path, side: int, *, quality: int = 92) -> 
             scale = side / max(image.size)
             if scale >= 1:
                 shutil.copyfile(path, target)
-                as_they_are += 1
+                unchanged += 1
                 continue
             size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
             reduced = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         reduced.save(target, quality=quality, subsampling="4:2:0")
-    return as_they_are
+    return unchanged
+
+
+def prepare_photos(folder: Path) -> list[Path]:
+    """The JPEG files in `folder`, made first if it does not exist. Raises UserError if it holds none."""
+    if not folder.exists():
+        print(f"{folder}: cutting photographs, once; this takes some minutes", flush=True)
+        make_photos(folder)
+    photos = sorted(folder.glob("*/*.jpg"))
+    if not photos:
+        raise UserError(f"--photos {folder}: no JPEG files in its class folders; name another, or one to be made")
+    return photos
 
 
 def copy_photos(source: Path, dest: Path, count: int) -> Path:
-    """Write `count` files to a new ImageFolder tree `dest`: copies of the JPEGs of `source`, each about as often."""
+    """Write `count` files to a new ImageFolder tree `dest`: copies of the JPEGs of `source`."""
     files = sorted(source.glob("*/*.jpg"))
     for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
         target = dest / path.parent.name / f"{path.stem}-{number // len(files)}.jpg"
@@ -155,7 +166,7 @@ def debian_photographs() -> list[Path]:
 def _cut(
     photograph: Image.Image, size: tuple[int, int], rng: np.random.Generator, path: Path
 ) -> tuple[Image.Image, int]:
-    """A random window with texture, reduced to `size`, and how many without were passed over."""
+    """A random window with texture, reduced to `size`, and the number of windows skipped for lack of it."""
     largest = min(photograph.width / size[0], photograph.height / size[1])
     for attempt in range(_ATTEMPTS):
         scale = rng.uniform(1.0, largest)

@@ -1,4 +1,4 @@
-"""How a figure is taken and kept: timed windows, and the machine, versions, commit and command beside it."""
+"""Measure and store a figure: timed windows, and a record with machine, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.errors import naming
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,7 +29,7 @@ PEERS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset", "spdl")  # 
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line: its type too, where it is none that tells by itself."""
+    """The first line of an error's message, with its type unless it is a RuntimeError."""
     text = next(iter(str(error).splitlines()), "")
     return text if text and type(error) is RuntimeError else f"{type(error).__name__}: {text}".rstrip(": ")
 
@@ -46,7 +46,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Largest less smallest rate, as a share of the median."""
+        """Largest minus smallest rate, as a share of the median."""
         return (max(self.rates) - min(self.rates)) / self.median
 
 
@@ -57,11 +57,10 @@ def timed_window(
     *,
     most: int | None = None,
 ) -> float:
-    """Units per second of one window: `step` returns how many units it did and is called until the time is over.
+    """Units per second of one window: call `step`, which returns the units it did, until the time is over.
 
-    synchronize  waits for the device, where `step` only queues work there; called before each look at the clock
-                 that counts, the first and the last
-    most         units after which the window ends before its time
+    synchronize  waits for the device if `step` only queues work there; called before the first and the last clock read
+    most         units after which the window ends early
     """
     if synchronize is not None:
         synchronize()
@@ -74,26 +73,10 @@ def timed_window(
     return units / (time.perf_counter() - start)
 
 
-def median_window(
-    step: Callable[[], int],
-    *,
-    windows: int = 5,
-    seconds: float = 3.0,
-    warmup_seconds: float = 3.0,
-    synchronize: Callable[[], object] | None = None,
-) -> Timing:
-    """Rates of `windows` timed windows after a warm-up; see `timed_window`. Raises UserError for fewer than 1."""
-    if windows < 1:
-        raise UserError(f"{windows} windows: at least 1 is needed, 5 for a figure that is to be quoted")
-    if warmup_seconds > 0:
-        timed_window(step, warmup_seconds, synchronize)
-    return Timing(tuple(timed_window(step, seconds, synchronize) for _ in range(windows)))
-
-
 def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Date, command, commit, hardware and versions of this process, as JSON takes them.
 
-    A package that is not installed, a GPU or a commit that is not there is None.
+    A missing package, GPU or commit is None.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -110,14 +93,14 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add `record` as a line of JSON to `path`, whose folder is made if need be."""
+    """Append `record` to `path` as a line of JSON; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, sort_keys=True) + "\n")
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, with "-dirty" where a tracked file differs from it."""
+    """The commit of this checkout, with "-dirty" if a tracked file differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

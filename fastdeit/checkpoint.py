@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import pickle
 import re
 import warnings
@@ -17,7 +16,7 @@ import torch
 from fastdeit.checkpoint_file import DamagedError, ForeignError, check_file, check_values
 from fastdeit.inputs import check_checkpoint
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.files import open_regular, sync_folder
+from fastdeit.pipelines.formats.files import atomic_write, open_regular
 from fastdeit.pipelines.machine import MachineError, machine_error
 
 FORMAT = 1
@@ -42,20 +41,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
     A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it. Raises
     MachineError where the file cannot be written, as on a full disk.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file, _os_error():
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        with atomic_write(path) as file, _os_error():
+            torch.save(state, file)
     except OSError as error:
         cannot = machine_error(error, f"{path}: cannot be written")
         raise MachineError(f"{cannot}; the checkpoints before it are untouched") from error

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from fastdeit.config import COMPAT, SOFT_DEFAULTS, Recipe
 from fastdeit.effects import check_given, fields
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
-from fastdeit.pipelines.formats.regular import check_regular
+from fastdeit.pipelines.formats.files import check_regular
 from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")

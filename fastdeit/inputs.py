@@ -10,7 +10,7 @@ from fastdeit.config import LITE0, Recipe, TeacherConfig
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats import dataset as datasets
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.pipelines.formats.regular import check_regular, misfetched
+from fastdeit.pipelines.formats.files import check_regular, misfetched
 
 if TYPE_CHECKING:
     from fastdeit.pipelines.plan.order import EpochOrder

@@ -1,4 +1,4 @@
-"""Attention on the packed queries, keys and values of a ViT's block."""
+"""Attention on the packed queries, keys and values of a ViT block."""
 
 from __future__ import annotations
 
@@ -44,16 +44,15 @@ _op.register_autograd(_autograd, setup_context=_setup)
 
 
 def attention(qkv: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of every head, without mask and dropout.
+    """softmax(q k^T / sqrt(D)) v for every head, without mask or dropout.
 
-    qkv  (B, N, 3, H, D) float32, float16 or bfloat16, D up to 128: what timm's `qkv` layer returns, viewed. Any
-         strides; where the channels of a head do not lie side by side it is copied
+    qkv  (B, N, 3, H, D) float32, float16 or bfloat16, D up to 128: a view of what timm's `qkv` layer
+         returns. Any strides; copied if the channels of a head are not contiguous
 
-    Returns (B, N, H D), contiguous, in the dtype of `qkv`: what timm's `proj` layer takes. Sums are float32, products
-    of float32 are not cut to TF32. The gradient is packed like `qkv` and repeatable to the bit: nothing is added
-    atomically. Raises ValueError for another shape or dtype and without a GPU. Source: Vaswani et al., arXiv
-    1706.03762, section 3.2.1; the backward pass recomputes the softmax from its normaliser, as Dao, arXiv 2307.08691,
-    section 3.1.
+    Returns (B, N, H D), contiguous, in the dtype of `qkv`: what timm's `proj` layer takes. Sums are float32; float32
+    products do not use TF32. The gradient is packed like `qkv` and bit-reproducible: no atomic additions. Raises
+    ValueError for another shape or dtype and without a GPU. Source: Vaswani et al., arXiv 1706.03762, section 3.2.1;
+    the backward pass recomputes the softmax from its log-sum-exp, as in Dao, arXiv 2307.08691, section 3.1.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3 or not 0 < qkv.shape[4] <= 128:
         raise ValueError(f"qkv is {tuple(qkv.shape)}: give (batch, tokens, 3, heads, head dim of at most 128)")

@@ -1,6 +1,6 @@
-"""Kernels of attention's backward pass: no two programs add to the same gradient, so that it is repeatable."""
+"""Attention backward pass. No two programs add to the same gradient, so it is reproducible."""
 
-# Triton's annotations give a reduction's result as any of what it can be.
+# Triton annotates the result of a reduction as a union of every possible type.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def _attention_backward_queries(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The gradient of a tile of queries; and each query's sum of output times gradient, for the other kernel too.
+    # Gradient of a tile of queries. Also stores each query's delta, sum(output * gradient), for the other kernel.
     blocks = tl.cdiv(num_tokens, QUERIES)
     start = tl.program_id(0) % blocks * QUERIES
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    sample = pair // num_heads
-    head = pair % num_heads
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = batch_head // num_heads
+    head = batch_head % num_heads
     width = num_heads * head_dim
     q_base = qkv + sample * stride_b + head * stride_h
     k_base = q_base + stride_3
@@ -70,8 +70,8 @@ def _attention_backward_queries(
     g = load_rows(grad + own, start, width, num_tokens, head_dim, QUERIES, COLUMNS)
     o = load_rows(out + own, start, width, num_tokens, head_dim, QUERIES, COLUMNS)
     own_delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
-    tl.store(delta + pair * num_tokens + rows, own_delta, mask=inside)
-    own_lse = tl.load(lse + pair * num_tokens + rows, mask=inside, other=0.0)
+    tl.store(delta + batch_head * num_tokens + rows, own_delta, mask=inside)
+    own_lse = tl.load(lse + batch_head * num_tokens + rows, mask=inside, other=0.0)
     grad_q = tl.zeros((QUERIES, COLUMNS), tl.float32)
     for first in range(0, num_tokens, KEYS):
         k_t = load_columns(k_base, first, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
@@ -106,12 +106,12 @@ def _attention_backward_keys(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The gradients of a tile of keys and values.
+    # Gradients of a tile of keys and values.
     blocks = tl.cdiv(num_tokens, KEYS)
     first = tl.program_id(0) % blocks * KEYS
-    pair = (tl.program_id(0) // blocks).to(tl.int64)
-    sample = pair // num_heads
-    head = pair % num_heads
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = batch_head // num_heads
+    head = batch_head % num_heads
     width = num_heads * head_dim
     q_base = qkv + sample * stride_b + head * stride_h
     k_base = q_base + stride_3
@@ -127,8 +127,8 @@ def _attention_backward_keys(
         inside = rows < num_tokens
         q_t = load_columns(q_base, start, stride_n, num_tokens, head_dim, QUERIES, COLUMNS)
         g = load_rows(grad, start, width, num_tokens, head_dim, QUERIES, COLUMNS)
-        own_lse = tl.load(lse + pair * num_tokens + rows, mask=inside, other=0.0)
-        own_delta = tl.load(delta + pair * num_tokens + rows, mask=inside, other=0.0)
+        own_lse = tl.load(lse + batch_head * num_tokens + rows, mask=inside, other=0.0)
+        own_delta = tl.load(delta + batch_head * num_tokens + rows, mask=inside, other=0.0)
         p_t = tl.exp2(tl.dot(k, q_t, input_precision=PRECISION) * scale - own_lse[None, :])
         p_t = tl.where(in_keys, p_t, 0.0)
         grad_v = tl.dot(p_t.to(g.dtype), g, grad_v, input_precision=PRECISION)
@@ -141,7 +141,7 @@ def _attention_backward_keys(
 
 
 def _launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
-    """Launches of the kernels for queries and for keys; those of 16 bits and 64 channels were tuned on an H100."""
+    """Launches of the query and the key kernel; tuned on an H100 for 16-bit dtypes and 64 channels."""
     columns = max(16, next_power_of_two(head_dim))
     common = (("COLUMNS", columns), ("PRECISION", precision(dtype)))
     if dtype is torch.float32 or columns > 64:
@@ -157,7 +157,7 @@ def _launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """The packed gradient, contiguous, of that of the output; `out` and `lse` are what `forward` returned."""
+    """The packed gradient of qkv, contiguous; `grad` is the gradient of `out`, `out` and `lse` come from `forward`."""
     batch, tokens, _, heads, head_dim = qkv.shape
     grad_qkv = qkv.new_empty(qkv.shape)
     if not qkv.numel():
@@ -190,8 +190,8 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
 
 def variants() -> list[Variant]:
     """The launches at `SHAPES`."""
-    found = []
-    for tokens, _, head_dim, dtype in SHAPES:
+    variants = []
+    for tokens, head_dim, dtype in SHAPES:
         name = f"{DTYPES[dtype]} N{tokens} D{head_dim}"
         tensors = {"lse": "*fp32", "grad": pointer(dtype), "grad_qkv": pointer(dtype), "qkv": pointer(dtype)}
         sizes = {**SIZES, "softmax_scale": "fp32"}
@@ -199,8 +199,8 @@ def variants() -> list[Variant]:
         for_queries, for_keys = _launches(head_dim, dtype)
         keys = {**tensors, "delta": "*fp32", **sizes}
         queries = {**keys, "out": pointer(dtype)}
-        found.append(
+        variants.append(
             for_queries.variant(f"attention_backward_queries {name}", _attention_backward_queries, queries, multiples)
         )
-        found.append(for_keys.variant(f"attention_backward_keys {name}", _attention_backward_keys, keys, multiples))
-    return found
+        variants.append(for_keys.variant(f"attention_backward_keys {name}", _attention_backward_keys, keys, multiples))
+    return variants

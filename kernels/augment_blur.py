@@ -1,7 +1,6 @@
-"""PIL's GaussianBlur within a batch: three box passes along the rows, three along the columns, each rounded to bytes.
+"""PIL's GaussianBlur for a batch: three box passes along the rows, three along the columns, each rounded to bytes.
 
-The radius is Pillow's (BoxBlur.c), in its float32 arithmetic, the weights are its 24-bit fixed point: equal to Pillow
-to the level.
+Radius and weights are computed as in Pillow (BoxBlur.c), in float32 and 24-bit fixed point: bit-identical to Pillow.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from fastdeit.kernels.variants import Variant
 
 _BLUR, _CODE, _SIDE, _PENDING = tl.constexpr(BLUR), tl.constexpr(CODE), tl.constexpr(SIDE), tl.constexpr(PENDING)
 _OPERATION, _ARGUMENT = tl.constexpr(OPERATION), tl.constexpr(ARGUMENT)
-_PASSES = 6
+_PASSES = 6  # an even number, so the result ends in the slot it came from
 
 
 @triton.jit
 def _box_radius(sigma):
-    """Radius of the box whose three passes stand for a Gaussian of `sigma`, float32."""
+    """Radius of the box whose three passes approximate a Gaussian of `sigma`, float32."""
     variance = tl.div_rn(sigma * sigma, 3.0)
     length = tl.sqrt(12.0 * variance.to(tl.float64) + 1.0).to(tl.float32)
     whole = tl.floor((length.to(tl.float64) - 1.0) / 2.0).to(tl.float32)
@@ -69,9 +68,9 @@ def _launch(size: int) -> Launch:
 
 
 def blur(planes: Tensor, operation: Tensor, argument: Tensor, tables: Tensor) -> None:
-    """Blur the samples whose operation is BLUR, by the radius that is their first argument; each stays in its place.
+    """Blur the samples whose operation is BLUR; their first argument is the radius. Each stays in its slot.
 
-    Arguments as those of `augment_levels.compose_tables`; tables (B, 3, 256) uint8: pending before the layer.
+    Arguments as in `augment_levels.compose_tables`; tables (B, 3, 256) uint8: pending before the layer.
     """
     launch = _launch(planes.shape[-1])
     grid = (cdiv(planes.shape[-1] ** 2, dict(launch.constants)["BLOCK"]), len(planes))

@@ -1,9 +1,9 @@
-"""Rotate, shear and translate within a kernel: PIL's affine transform, bilinear or bicubic.
+"""Device functions to rotate, shear and translate: PIL's affine transform, bilinear or bicubic.
 
-PIL (Pillow, Geometry.c) maps the centre of an output pixel into the image, fills what lies outside, and interpolates
-in float64 with a cut-off at the end; pixels beyond the edge are the edge's. A shear or a translation moves along one
-axis only, hence needs a filter along that axis only. Equal to Pillow to the level, but for a shift that comes within
-rounding (1e-12) of a whole number of pixels without being one: there a level may differ by one.
+PIL (Pillow, Geometry.c) maps the centre of each output pixel into the image, fills pixels from outside, interpolates
+in float64 and truncates. Pixels beyond the edge repeat the edge. A shear or translation moves along one axis, so it
+needs a filter along that axis only. Bit-identical to Pillow, with one exception: for a shift within rounding (1e-12)
+of a whole number of pixels, a level may differ by one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def _cubic(a, b, c, e, d):
 
 @triton.jit
 def _tap(plane, table, pending, y, x, mask, S: tl.constexpr):
-    """Level at (y, x), or the nearest pixel of the edge, in float64."""
+    """Level at (y, x), clamped to the image, in float64."""
     y, x = tl.minimum(tl.maximum(y, 0), S - 1), tl.minimum(tl.maximum(x, 0), S - 1)
     return mapped(plane, y * S + x, mask, table, pending).to(tl.float64)
 
 
 @triton.jit
 def _line(plane, table, pending, y, x, step_y, step_x, d, cubic, mask, S: tl.constexpr):
-    """Between (y, x) and (y + step_y, x + step_x), at the fraction d of the way."""
+    """Interpolate between (y, x) and (y + step_y, x + step_x) at the fraction d."""
     b = _tap(plane, table, pending, y, x, mask, S)
     c = _tap(plane, table, pending, y + step_y, x + step_x, mask, S)
     if cubic != 0:
@@ -53,19 +53,19 @@ def _store(out, value, inside, fill, mask):
 
 @triton.jit
 def _moved(at, lean, shift):
-    """Where the centre of pixel `at` comes from."""
+    """Source coordinate of the centre of pixel `at`."""
     return ((at.to(tl.float64) + 0.5) + lean) + shift
 
 
 @triton.jit
 def shift(image, tables, pending, out, along_x, slope, offset, cubic, fill, pixel, S: tl.constexpr):
-    """Move line i by slope * (i + 1/2) + offset pixels against its direction: rows along x, columns along y."""
+    """Shift line i by -(slope * (i + 1/2) + offset) pixels: rows along x, columns along y."""
     mask = pixel < S * S
     y, x = pixel // S, pixel % S
     at, line = tl.where(along_x, x, y), tl.where(along_x, y, x)
     lean = slope * (line.to(tl.float64) + 0.5)
-    # The whole part of the shift is that of the line's first pixel that lies inside. Rounding decides which of three
-    # that is, where the shift is close to a whole number.
+    # Take the whole part of the shift from the line's first pixel inside the image. If the shift is almost a whole
+    # number, rounding decides which of three pixels that is.
     first = tl.minimum(tl.maximum(tl.floor(-(lean + offset) - 0.5), -2.0), 1.0 * S).to(tl.int32)
     behind = (_moved(first, lean, offset) < 0.0).to(tl.int32) + (_moved(first + 1, lean, offset) < 0.0).to(tl.int32)
     first = tl.maximum(first + behind, 0)
@@ -85,7 +85,7 @@ def shift(image, tables, pending, out, along_x, slope, offset, cubic, fill, pixe
 
 @triton.jit
 def affine(image, tables, pending, out, matrix, cubic, fill, pixel, S: tl.constexpr):
-    """Any affine map. matrix: 6 float64, output to input coordinates."""
+    """Apply any affine map. matrix: 6 float64, output to input coordinates."""
     mask = pixel < S * S
     y, x = (pixel // S).to(tl.float64) + 0.5, (pixel % S).to(tl.float64) + 0.5
     from_x = tl.load(matrix) * x + tl.load(matrix + 1) * y + tl.load(matrix + 2)

@@ -1,10 +1,11 @@
-"""Operations that map a level to a level: composed into a table of 256 levels for every sample and channel.
+"""Compose operations that map levels to levels into one table of 256 levels per sample and channel.
 
-PIL's ImageOps and ImageEnhance, and timm's solarize_add; equal to Pillow to the level. AutoContrast and Equalize need
-the histogram and Contrast the mean of the image behind the table, which one program of a sample and channel gathers.
+The operations are PIL's ImageOps and ImageEnhance and timm's solarize_add, bit-identical to Pillow. AutoContrast and
+Equalize need the histogram, and Contrast the mean, of the image seen through the table; one program per sample and
+channel computes them.
 """
 
-# Pyright takes the code of kernels for Python: Triton's values have other types when it runs.
+# Pyright checks kernels as Python; Triton's values have other types at run time.
 # pyright: reportOperatorIssue=false
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from fastdeit.kernels.launch import Launch
 from fastdeit.kernels.variants import Variant
 
-# What a layer does to a sample. From COLOR on the pixels are needed, before that a table does.
+# Operation codes. From COLOR on an operation needs the pixels; the earlier ones only change the table.
 (
     IDENTITY, AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST,
     COLOR, SHARPNESS, BLUR, SHIFT_X, SHIFT_Y, AFFINE,
 ) = range(15)  # fmt: skip
 
-# Columns of `operation`, and of `argument` how many there are.
+# Columns of `operation`, and the numbers of columns of `operation` and `argument`.
 CODE, CUBIC, SIDE, PENDING = range(4)
 OPERATION = 4
 ARGUMENT = 6
@@ -36,7 +37,7 @@ _OPERATION, _ARGUMENT = tl.constexpr(OPERATION), tl.constexpr(ARGUMENT)
 
 @triton.jit
 def mapped(plane, at, mask, table, pending):
-    """Levels of a plane as int32, through the table of its channel where one is pending."""
+    """Levels of a plane as int32, mapped by its channel's table if one is pending."""
     level = tl.load(plane + at, mask=mask, other=0).to(tl.int32)
     if pending != 0:
         level = tl.load(table + level).to(tl.int32)
@@ -45,7 +46,7 @@ def mapped(plane, at, mask, table, pending):
 
 @triton.jit
 def blend(low, high, alpha):
-    """`Image.blend` of two levels as int32: float32, clipped, cut off (Pillow, Blend.c)."""
+    """`Image.blend` of two levels as int32: computed in float32, clipped, truncated (Pillow, Blend.c)."""
     value = low.to(tl.float32) + alpha * (high - low).to(tl.float32)
     return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
 
@@ -122,7 +123,7 @@ def _tables(planes, operation, argument, before, after, S: tl.constexpr, BLOCK: 
     elif code == _INVERT:
         levels = 255 - levels
     elif code == _POSTERIZE:
-        # None of the bits kept leaves a black image, as in the Pillow of the paper's time.
+        # Keeping 0 bits gives a black image, as in the Pillow of the paper's time.
         levels = levels & (256 - (1 << (8 - tl.minimum(arg.to(tl.int32), 8))))
     elif code == _SOLARIZE:
         levels = tl.where(levels.to(tl.float64) >= arg, 255 - levels, levels)
@@ -143,12 +144,12 @@ def _launch(size: int) -> Launch:
 
 
 def compose_tables(planes: Tensor, operation: Tensor, argument: Tensor, before: Tensor, after: Tensor) -> None:
-    """The tables that are pending after a layer, from those before it.
+    """Write the tables pending after a layer to `after`, from the tables pending before it.
 
-    planes     (B, 2, 3, S, S) uint8: the two places of every image
-    operation  (B, OPERATION) int32: code; whether bicubic; the place that the image is in; whether `before` is pending
-    argument   (B, ARGUMENT) float64: the first is the bits to keep, threshold, level to add or factor
-    before, after  (B, 3, 256) uint8; identities where no table is pending
+    planes     (B, 2, 3, S, S) uint8: two slots for each image
+    operation  (B, OPERATION) int32: code; whether bicubic; the slot that holds the image; whether `before` is pending
+    argument   (B, ARGUMENT) float64: first the bits to keep, threshold, level to add or factor
+    before, after  (B, 3, 256) uint8; identities if no table is pending
     """
     launch = _launch(planes.shape[-1])
     _tables[(len(planes), 3)](planes, operation, argument, before, after, **launch.options())

@@ -1,16 +1,16 @@
-"""From levels to the network's input, in one pass: normalise, erase, mix, and lay out.
+"""Normalise, erase, mix and lay out: from uint8 levels to the network's input in one pass.
 
-A level becomes a float32 through a table of 256 values a channel. Erasing puts standard normals in place after that,
-and mixing comes last, as in timm with a loader that does not prefetch to a GPU. Two samples that mix are finished by
-the same programs, each value read once.
+A table of 256 values per channel maps a level to float32. Erasing then writes standard normals, and mixing comes last,
+as in timm with a loader that does not prefetch to a GPU. The same programs handle both samples of a mixed pair, so
+each value is read once.
 
-The noise is that of Philox4x32-10 (Salmon et al., SC 2011) and Box and Muller: block k of the counter (k, image
+The noise comes from Philox4x32-10 (Salmon et al., SC 2011) and Box and Muller: block k of the counter (k, image
 index, epoch, 1 << 28 | repeat) holds the values 4k to 4k + 3 of the (3, S, S) output. Logarithm, sine and cosine are
-polynomials in float64, good to 1e-11, whose order of operations is that of fastdeit.pipelines.host.noise: the same
-float32, to the bit.
+float64 polynomials, accurate to 1e-11, evaluated in the same order as in fastdeit.pipelines.host.noise: the float32
+results are bit-identical.
 """
 
-# Pyright takes the code of kernels for Python: Triton's values have other types when it runs.
+# Pyright checks kernels as Python; Triton's values have other types at run time.
 # pyright: reportOperatorIssue=false
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastdeit.kernels.variants import Variant
 
 Layout = Literal["nchw", "nhwc", "patches"]
 
-# Kinds of mixing, and columns of `mix`, of which there are five.
+# Kinds of mixing, columns of `mix`, and their number.
 NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 KIND, BOX_TOP, BOX_LEFT, BOX_BOTTOM, BOX_RIGHT = range(5)
 MIX = 5
@@ -51,7 +51,7 @@ _C2, _C4, _C6, _C8, _C10, _C12 = (
 
 @triton.jit
 def _log(x):
-    """Natural logarithm of x > 0: a power of two, and the series of 2 artanh((m - 1) / (m + 1)) about m = 1."""
+    """Natural logarithm of the mantissa m of x > 0, as the series of 2 artanh((m - 1) / (m + 1)), and the exponent."""
     above = x.to(tl.int64, bitcast=True) - _ROOT_HALF_BITS
     exponent = (above >> 52).to(tl.float64)
     m = ((above & _MANTISSA) + _ROOT_HALF_BITS).to(tl.float64, bitcast=True)
@@ -95,25 +95,25 @@ def _noise(first, seed, epoch, index, repeat, BLOCK: tl.constexpr):
 @triton.jit
 def _values(
     planes,
-    ending,
+    location,
     tables,
     levels,
     erase,
-    who,
+    identity,
     key,
     sample,
     first,
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Values first .. first + BLOCK - 1 of a sample: normalised, and erased."""
+    """Values first .. first + BLOCK - 1 of a sample, normalised and erased."""
     sample = sample.to(tl.int64)
     number = first + tl.arange(0, BLOCK)
     mask = number < 3 * S * S
     channel, y, x = number // (S * S), number // S % S, number % S
-    image = planes + (2 * sample + tl.load(ending + 2 * sample)) * (3 * S * S)
+    image = planes + (2 * sample + tl.load(location + 2 * sample)) * (3 * S * S)
     level = tl.load(image + number, mask=mask, other=0).to(tl.int32)
-    if tl.load(ending + 2 * sample + 1) != 0:
+    if tl.load(location + 2 * sample + 1) != 0:
         level = tl.load(tables + sample * 768 + channel * 256 + level, mask=mask, other=0).to(tl.int32)
     value = tl.load(levels + channel * 256 + level, mask=mask, other=0.0)
     box = erase + 4 * sample
@@ -121,42 +121,42 @@ def _values(
     if (height > 0) & (width > 0):
         erased = mask & (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
         if tl.max(erased.to(tl.int32), axis=0) > 0:
-            index, repeat = tl.load(who + 2 * sample), tl.load(who + 2 * sample + 1)
+            index, repeat = tl.load(identity + 2 * sample), tl.load(identity + 2 * sample + 1)
             noise = _noise(first, tl.load(key), tl.load(key + 1), index, repeat, BLOCK)
             value = tl.where(erased, noise, value)
     return value
 
 
 @triton.jit
-def _place(number, S: tl.constexpr, LAYOUT: tl.constexpr, P: tl.constexpr, RUN: tl.constexpr):
-    """Where the value with this number in (3, S, S) lies in a sample of the output.
+def _output_offset(number, S: tl.constexpr, LAYOUT: tl.constexpr, P: tl.constexpr, RUN: tl.constexpr):
+    """Offset in the output sample of value `number` of (3, S, S).
 
-    RUN values at a time lie side by side in every layout but "nhwc", which the compiler would not find by itself.
+    RUN values at a time are contiguous in every layout but "nhwc"; the compiler would not find that by itself.
     """
     start = number // RUN * RUN
     channel, y, x = start // (S * S), start // S % S, start % S
     if LAYOUT == _NCHW:
-        place = number
+        offset = number
     elif LAYOUT == _NHWC:
-        place = (number % (S * S)) * 3 + number // (S * S)
+        offset = (number % (S * S)) * 3 + number // (S * S)
     else:
         patch = (y // P) * (S // P) + x // P
-        place = patch * (3 * P * P) + (channel * P + y % P) * P + x % P + number % RUN
-    return place
+        offset = patch * (3 * P * P) + (channel * P + y % P) * P + x % P + number % RUN
+    return offset
 
 
 @triton.jit
-def _finish(
+def _normalize_erase_mix(
     planes,
-    ending,
+    location,
     tables,
     levels,
     erase,
-    who,
+    identity,
     key,
-    unit,
+    pairs,
     mix,
-    share,
+    mix_weights,
     out,
     S: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -164,27 +164,32 @@ def _finish(
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    pair = unit + 2 * tl.program_id(1)
+    pair = pairs + 2 * tl.program_id(1)
     one, other = tl.load(pair), tl.load(pair + 1)
     first = tl.program_id(0) * BLOCK
     number = first + tl.arange(0, BLOCK)
     mask = number < 3 * S * S
-    place = _place(number, S, LAYOUT, P, RUN)
-    a = _values(planes, ending, tables, levels, erase, who, key, one, first, S, BLOCK)
-    to_one = out + one.to(tl.int64) * (3 * S * S) + place
+    offset = _output_offset(number, S, LAYOUT, P, RUN)
+    a = _values(planes, location, tables, levels, erase, identity, key, one, first, S, BLOCK)
+    to_one = out + one.to(tl.int64) * (3 * S * S) + offset
     if other < 0:
         tl.store(to_one, a.to(out.dtype.element_ty), mask=mask)
         return
-    b = _values(planes, ending, tables, levels, erase, who, key, other, first, S, BLOCK)
-    to_other = out + other.to(tl.int64) * (3 * S * S) + place
-    how = mix + _MIX * one
-    kind = tl.load(how)
+    b = _values(planes, location, tables, levels, erase, identity, key, other, first, S, BLOCK)
+    to_other = out + other.to(tl.int64) * (3 * S * S) + offset
+    mix_row = mix + _MIX * one
+    kind = tl.load(mix_row)
     if kind == _MIXUP:
-        mine, theirs = tl.load(share + 2 * one), tl.load(share + 2 * one + 1)
-        mixed_a, mixed_b = a * mine + b * theirs, b * mine + a * theirs
+        own_weight, other_weight = tl.load(mix_weights + 2 * one), tl.load(mix_weights + 2 * one + 1)
+        mixed_a, mixed_b = a * own_weight + b * other_weight, b * own_weight + a * other_weight
     else:
         y, x = number // S % S, number % S
-        inside = (y >= tl.load(how + 1)) & (x >= tl.load(how + 2)) & (y < tl.load(how + 3)) & (x < tl.load(how + 4))
+        inside = (
+            (y >= tl.load(mix_row + 1))
+            & (x >= tl.load(mix_row + 2))
+            & (y < tl.load(mix_row + 3))
+            & (x < tl.load(mix_row + 4))
+        )
         inside &= kind == _CUTMIX
         mixed_a, mixed_b = tl.where(inside, b, a), tl.where(inside, a, b)
     tl.store(to_one, mixed_a.to(out.dtype.element_ty), mask=mask)
@@ -198,54 +203,54 @@ def _launch(size: int, layout: Layout, patch_size: int) -> Launch:
 
 def normalize_erase_mix(
     planes: Tensor,
-    ending: Tensor,
+    location: Tensor,
     tables: Tensor,
     levels: Tensor,
     erase: Tensor,
-    who: Tensor,
+    identity: Tensor,
     key: Tensor,
-    unit: Tensor,
+    pairs: Tensor,
     mix: Tensor,
-    share: Tensor,
+    mix_weights: Tensor,
     out: Tensor,
     *,
     layout: Layout,
     patch_size: int,
 ) -> None:
-    """Normalise, erase and mix a batch, and write it as the network takes it.
+    """Normalise, erase and mix a batch, and write it in the layout that the network takes.
 
-    planes  (B, 2, 3, S, S) uint8: two places of every image
-    ending  (B, 2) int32: the place that the image is in; whether its table is pending
+    planes  (B, 2, 3, S, S) uint8: two slots for each image
+    location  (B, 2) int32: the slot that holds the image; whether its table is pending
     tables  (B, 3, 256) uint8
-    levels  (3, 256) float32: what a level becomes
+    levels  (3, 256) float32: the normalised value of each level
     erase   (B, 4) int32 top, left, height, width; height 0: nothing erased
-    who     (B, 2) int64 image index and repeat, key (2,) int64 seed and epoch: the counter of the noise
-    unit    (U, 2) int32: samples that are finished together, among them those that mix with one another; second -1:
-            one alone. Every sample once
+    identity  (B, 2) int64 image index and repeat, key (2,) int64 seed and epoch: the counter of the noise
+    pairs   (P, 2) int32: samples handled together, among them those that mix with one another; second -1: one alone.
+            Each sample appears once
     mix     (B, MIX) int32: NO_MIX, MIXUP, or CUTMIX and top, left, bottom, right of the partner's part
-    share   (B, 2) float32: Mixup's shares of a sample itself and of its partner
-    out     3 * S * S values a sample, float32, float16 or bfloat16, contiguous: (B, 3, S, S) with layout "nchw",
-            (B, S, S, 3) with "nhwc", (B, (S / P)^2, 3 * P * P) with "patches": patches row by row, a patch
-            channel by channel, as `fastdeit.kernels.token_assembly.embed_patches` takes them
+    mix_weights  (B, 2) float32: Mixup's weights of a sample itself and of its partner
+    out     float32, float16 or bfloat16, contiguous: (B, 3, S, S) with layout "nchw", (B, S, S, 3) with "nhwc",
+            (B, (S / P)^2, 3 * P * P) with "patches": patches in row order, each channel by channel, as
+            `fastdeit.kernels.token_assembly.embed_patches` takes them
     patch_size  P
 
-    Nothing is checked but the device; no memory is taken and nothing waited for.
+    Only the device is checked. The call allocates no memory and does not synchronise.
     """
     check_device("normalize_erase_mix", planes.device)
     size = planes.shape[-1]
-    if not len(unit):
+    if not len(pairs):
         return
     launch = _launch(size, layout, patch_size)
-    _finish[(cdiv(3 * size * size, dict(launch.constants)["BLOCK"]), len(unit))](
-        planes, ending, tables, levels, erase, who, key, unit, mix, share, out, **launch.options()
+    _normalize_erase_mix[(cdiv(3 * size * size, dict(launch.constants)["BLOCK"]), len(pairs))](
+        planes, location, tables, levels, erase, identity, key, pairs, mix, mix_weights, out, **launch.options()
     )
 
 
 def variants() -> list[Variant]:
     """The launches for 224 and 384 pixels in patches of 16, and for 224 in the other layouts."""
     signature = {
-        "planes": "*u8", "ending": "*i32", "tables": "*u8", "levels": "*fp32", "erase": "*i32", "who": "*i64",
-        "key": "*i64", "unit": "*i32", "mix": "*i32", "share": "*fp32",
+        "planes": "*u8", "location": "*i32", "tables": "*u8", "levels": "*fp32", "erase": "*i32", "identity": "*i64",
+        "key": "*i64", "pairs": "*i32", "mix": "*i32", "mix_weights": "*fp32",
     }  # fmt: skip
     launches: list[tuple[int, Layout, torch.dtype]] = [
         (224, "nchw", torch.float32),
@@ -257,7 +262,9 @@ def variants() -> list[Variant]:
     ]
     return [
         _launch(size, layout, 16).variant(
-            f"augment_finish {layout} {DTYPES[dtype]} S{size}", _finish, signature | {"out": pointer(dtype)}
+            f"augment_normalize {layout} {DTYPES[dtype]} S{size}",
+            _normalize_erase_mix,
+            signature | {"out": pointer(dtype)},
         )
         for size, layout, dtype in launches
     ]

@@ -1,14 +1,14 @@
-"""RandAugment's operations on a batch of images, each sample its own, as Pillow does them.
+"""RandAugment's operations on a batch of images, a different one per sample, bit-identical to Pillow.
 
-Whatever maps a level to a level is not run over the pixels: it is composed into the sample's tables (see
-`augment_levels`). An operation that needs the pixels reads them through these and writes them to the other of two
-places; which place a sample is in is known before anything runs, so that no image is ever copied. A layer is two
-launches, one for the tables and one for the pixels, and six more where something is blurred.
+Operations that map levels to levels do not touch the pixels: they are composed into the sample's tables (see
+`augment_levels`). An operation that needs the pixels reads them through these tables and writes them to the other of
+two slots. The host knows in advance which slot a sample is in, so no image is ever copied. A layer takes two launches,
+one for the tables and one for the pixels, and six more if any sample is blurred.
 
-Integers, float32 and float64 are used where Pillow uses them, in its order: equal to the level.
+Integer, float32 and float64 arithmetic is used exactly where Pillow uses it, in the same order.
 """
 
-# Pyright takes the code of kernels for Python: Triton's values have other types when it runs.
+# Pyright checks kernels as Python; Triton's values have other types at run time.
 # pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _color(image, tables, pending, out, alpha, pixel, S: tl.constexpr):
 
 @triton.jit
 def _sharpness(image, tables, pending, out, alpha, pixel, S: tl.constexpr):
-    """`ImageEnhance.Sharpness`: away from the smoothed image; PIL smoothes no pixel of the edge."""
+    """`ImageEnhance.Sharpness`: blend with the smoothed image; PIL leaves edge pixels unsmoothed."""
     mask = pixel < S * S
     y, x = pixel // S, pixel % S
     inner = mask & (y > 0) & (y < S - 1) & (x > 0) & (x < S - 1)
@@ -71,7 +71,7 @@ def _sharpness(image, tables, pending, out, alpha, pixel, S: tl.constexpr):
         for near in tl.static_range(9):
             if near != 4:
                 around += mapped(plane, pixel + (near // 3 - 1) * S + near % 3 - 1, inner, table, pending)
-        # PIL rounds the float sum of thirteenths; no sum lies half-way, so integers give the same.
+        # PIL rounds a float sum of thirteenths. No sum lies half-way, so integer arithmetic gives the same.
         level = tl.where(inner, blend((around + 6) // 13, here, alpha), here)
         tl.store(out + channel * S * S + pixel, level.to(tl.uint8), mask=mask)
 
@@ -105,19 +105,19 @@ def _launch(size: int) -> Launch:
 def apply_operations(
     planes: Tensor, operation: Tensor, argument: Tensor, tables: Tensor, fill: Tensor, blurs: tuple[bool, ...]
 ) -> None:
-    """Run every layer of operations over a batch.
+    """Apply every layer of operations to a batch.
 
-    planes     (B, 2, 3, S, S) uint8: two places of every image; it starts in the first
-    operation  (L, B, OPERATION) int32: code, see `augment_levels`; whether bicubic; the place that the image is in;
-               whether a table is pending. Each of COLOR, SHARPNESS, SHIFT_X, SHIFT_Y and AFFINE takes the image to the
-               other place
+    planes     (B, 2, 3, S, S) uint8: two slots for each image; it starts in the first
+    operation  (L, B, OPERATION) int32: code, see `augment_levels`; whether bicubic; the slot that holds the image;
+               whether a table is pending. COLOR, SHARPNESS, SHIFT_X, SHIFT_Y and AFFINE move the image to the other
+               slot
     argument   (L, B, ARGUMENT) float64: bits to keep, threshold, level to add, factor or radius; slope and offset of
                a shift in pixels; the matrix of a rotation, output to input coordinates
-    tables     (L + 1, B, 3, 256) uint8 work memory: what is pending before every layer, and at last
-    fill       (3,) uint8: the colour of what comes from outside the image
-    blurs      (L,) whether anything is blurred in a layer
+    tables     (L + 1, B, 3, 256) uint8 work memory: the tables pending before each layer and after the last
+    fill       (3,) uint8: the colour of pixels from outside the image
+    blurs      (L,) whether a layer blurs any sample
 
-    Nothing is checked but the device; no memory is taken and nothing waited for.
+    Only the device is checked. The call allocates no memory and does not synchronise.
     """
     check_device("apply_operations", planes.device)
     size = planes.shape[-1]

@@ -1,14 +1,14 @@
-"""Crop, antialiased bicubic resize and horizontal flip of a batch of images of any sizes, as Pillow does them.
+"""Crop, antialiased bicubic resize and horizontal flip for a batch of images of any sizes, bit-identical to Pillow 13.
 
-The arithmetic is that of `Image.resize` (Pillow, Resample.c): weights in 22-bit fixed point, made in float64; a pass
-along one axis rounded to bytes, then a pass along the other. Equal to Pillow 13 to the bit.
+The arithmetic is that of `Image.resize` (Pillow, Resample.c): weights computed in float64 and stored as 22-bit fixed
+point; a pass along one axis rounded to bytes, then a pass along the other.
 
-Three launches, whatever the batch: the weights of every output row and column; the first pass; the second. What a
-sample's first pass leaves has as many rows (or columns) as its crop, so it lies in memory of its own size. A sample
-has a fixed number of programs that take its tiles in turn: the grid depends on no image.
+A batch takes three launches: the weights of every output row and column, the first pass, the second pass. The first
+pass leaves as many rows (or columns) as the crop has, so each sample has its own amount of memory in between. Each
+sample has a fixed number of programs that share its tiles, so the grid does not depend on the images.
 """
 
-# Pyright takes the code of kernels for Python: Triton's values have other types when it runs.
+# Pyright checks kernels as Python; Triton's values have other types at run time.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from fastdeit.kernels.launch import Launch, cdiv, check_device
 from fastdeit.kernels.variants import Variant
 
-# Columns of `place`, and how many there are.
+# Columns of `place`, and their number.
 HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, TOP, LEFT, FIRST, COUNT, VERTICAL_FIRST, FLIP, PITCH = range(11)
 PLACE = 12
-# Columns of `start`, and how many there are.
+# Columns of `start`, and their number.
 PIXELS, BETWEEN, COLUMN_TAPS, ROW_TAPS = range(4)
 START = 4
 
@@ -46,7 +46,7 @@ def _cubic(x):
 
 @triton.jit
 def _taps(place, start, taps, reach, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Weights of an axis, tap by tap, and what every output reads: first and count."""
+    """Weights of one axis, tap by tap, and the range that every output reads: first and count."""
     out = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     axis = tl.program_id(1)  # 0: along the columns, 1: along the rows
     sample = tl.program_id(2).to(tl.int64)
@@ -98,7 +98,7 @@ def _horizontal(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Interleaved rows, whose first column is number `shift`, into rows of three planes."""
+    """Resize interleaved rows, whose first column is number `shift`, into rows of three planes."""
     ACROSS: tl.constexpr = (S + COLUMNS - 1) // COLUMNS
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS) * ACROSS, tl.num_programs(0)):
         row = (tile // ACROSS) * ROWS + tl.arange(0, ROWS)
@@ -135,7 +135,7 @@ def _vertical(
     ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """Rows of `length` bytes, the first of them number `shift`, into S rows of as many, or of three planes."""
+    """Resize rows of `length` bytes, the first of them number `shift`, into S rows, interleaved or in three planes."""
     across = tl.cdiv(length, BYTES)
     for tile in range(tl.program_id(0), ((S + ROWS - 1) // ROWS) * across, tl.num_programs(0)):
         y = (tile // across) * ROWS + tl.arange(0, ROWS)
@@ -197,8 +197,8 @@ def _pass(
             _horizontal(source, pitch, count, column_taps, column_reach, 0, flip, middle, 3 * S, S, S, ROWS, COLUMNS)
 
 
-_ROWS, _COLUMNS = 32, 32  # of a tile of the horizontal pass
-_WIDE_ROWS, _BYTES = 8, 128  # of the vertical one, whose bytes lie side by side
+_ROWS, _COLUMNS = 32, 32  # tile of the horizontal pass
+_WIDE_ROWS, _BYTES = 8, 128  # tile of the vertical pass, which reads adjacent bytes
 
 
 def _taps_launch(size: int) -> Launch:
@@ -212,7 +212,7 @@ def _pass_launch(size: int, second: bool) -> Launch:
 
 
 def _programs(size: int) -> int:
-    """Programs of a sample: what a photo's pass has tiles for at ordinary sizes."""
+    """Programs per sample: as many as a photo of ordinary size has tiles."""
     return cdiv(3 * size, _BYTES) * cdiv(size, 2 * _WIDE_ROWS)
 
 
@@ -222,20 +222,21 @@ def crop_resize(
     """Crop, resize and flip a batch into `planes`.
 
     pixels   (bytes,) uint8: images, rows of interleaved RGB
-    place    (B, PLACE) int32: height and width of the crop; height and width that it is resized to; top and left of
-             the (S, S) part of that which is kept; first and count of the crop's rows (columns, if the vertical pass
-             comes first) that this part needs; whether the vertical pass comes first; whether to mirror; bytes from
-             one row of the image to the next
+    place    (B, PLACE) int32: height and width of the crop; height and width after resizing; top and left of the
+             (S, S) window kept of that; first and count of the crop's rows (columns, if the vertical pass comes
+             first) that the window needs; whether the vertical pass comes first; whether to mirror; bytes from one
+             row of the image to the next
     start    (B, START) int64: the crop's first byte in `pixels`; the sample's first byte in `between`, a multiple of
-             16; the first of the weights of its columns and of its rows in `taps`
-    taps     int32 work memory: S weights for every tap of an axis, of which an axis needs
-             2 * ceil(2 * max(1, size in / size out)) + 1 at most
+             16; the first weight of its columns and of its rows in `taps`
+    taps     int32 work memory: S weights for every tap of an axis; an axis needs at most
+             2 * ceil(2 * max(1, size in / size out)) + 1 taps
     reach    (B, 2, 2, S) int32 work memory
-    between  uint8 work memory: 3 * S * count bytes a sample
+    between  uint8 work memory for the first pass: 3 * S * count bytes a sample
     planes   (B, 3, S, S) uint8 output, every sample contiguous
 
-    Where the vertical pass comes first is for the caller to say: Pillow 13 does so where the height shrinks, and by
-    more than twice as much as the width. Nothing is checked but the device; no memory is taken and nothing waited for.
+    The caller decides which pass comes first: Pillow 13 starts with the vertical pass if the height shrinks, and by
+    more than twice as much as the width. Only the device is checked. The call allocates no memory and does not
+    synchronise.
     """
     check_device("crop_resize", planes.device)
     count, _, size, _ = planes.shape
@@ -253,10 +254,10 @@ def variants() -> list[Variant]:
     """The launches for 224 and 384 pixels."""
     table = {"place": "*i32", "start": "*i64", "taps": "*i32", "reach": "*i32"}
     images = {"pixels": "*u8", "between": "*u8", "planes": "*u8"}
-    found = []
+    variants = []
     for size in (224, 384):
-        found.append(_taps_launch(size).variant(f"augment_resize_taps S{size}", _taps, table))
-        found += [
+        variants.append(_taps_launch(size).variant(f"augment_resize_taps S{size}", _taps, table))
+        variants += [
             _pass_launch(size, second).variant(
                 f"augment_resize_pass{1 + second} S{size}",
                 _pass,
@@ -265,4 +266,4 @@ def variants() -> list[Variant]:
             )
             for second in (False, True)
         ]
-    return found
+    return variants

@@ -1,4 +1,4 @@
-"""The bias of the MLP's first layer and its GELU in one pass."""
+"""Add the bias of the MLP's first layer and apply GELU, in one pass."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SLOPE = tl.constexpr(0.3005203820042827)
 
 
 @triton.jit
-def _normal(value):
-    """Phi(value), the normal distribution's, and exp(-value^2 / 2), of which its density is made."""
-    # Phi(-y) = exp(-y^2 / 2) t P(t), t = 1 / (1 + _SLOPE y): the form of Abramowitz and Stegun, 7.1.26, with
-    # coefficients of the least largest relative error for y from 0 to 13: 1.2e-7, an ulp of float32. With an erf the
-    # passes have a quarter to a third more instructions; and far below zero, 1 + erf has no digits left.
-    bell = tl.exp2(value * value * _EXPONENT)
+def _normal_cdf(value):
+    """The standard normal CDF at `value`, and exp(-value^2 / 2), its density without the constant factor."""
+    # CDF(-y) = exp(-y^2 / 2) t P(t), t = 1 / (1 + _SLOPE y): the form of Abramowitz and Stegun, 7.1.26, with minimax
+    # coefficients for y from 0 to 13; the largest relative error is 1.2e-7, one ulp of float32. An erf would need a
+    # quarter to a third more instructions, and 1 + erf loses all digits far below zero.
+    gaussian = tl.exp2(value * value * _EXPONENT)
     t = 1.0 / (1.0 + _SLOPE * tl.abs(value))
     p = 0.03609196305 * t - 0.1580486103
     p = p * t + 0.2063423363
@@ -31,8 +31,8 @@ def _normal(value):
     p = p * t + 0.09997853832
     p = p * t + 0.1209803848
     p = p * t + 0.1198353894
-    tail = bell * t * p
-    return tl.where(value < 0, tail, 1.0 - tail), bell
+    tail = gaussian * t * p
+    return tl.where(value < 0, tail, 1.0 - tail), gaussian
 
 
 @triton.jit
@@ -41,38 +41,38 @@ def _bias_gelu_forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK_
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = columns < width
     inside = (rows < num_rows)[:, None] & in_width[None, :]
-    places = rows[:, None] * width + columns[None, :]
-    shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
-    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-    below, _ = _normal(value)
-    tl.store(out + places, (value * below).to(out.dtype.element_ty), mask=inside)
+    offsets = rows[:, None] * width + columns[None, :]
+    bias_row = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
+    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) + bias_row[None, :]
+    cdf, _ = _normal_cdf(value)
+    tl.store(out + offsets, (value * cdf).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _bias_gelu_backward(
     x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    # A program takes `chunk` rows of some channels and keeps its own sums for the bias.
-    first = tl.program_id(0).to(tl.int64) * chunk
+    # Each program handles `chunk` rows of some channels and writes its own partial sums for the bias.
+    first_row = tl.program_id(0).to(tl.int64) * chunk
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_width = columns < width
-    shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
+    bias_row = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for step in range(0, chunk, ROWS):
-        rows = first + step + tl.arange(0, ROWS)
-        inside = ((rows < num_rows) & (rows < first + chunk))[:, None] & in_width[None, :]
-        places = rows[:, None] * width + columns[None, :]
-        value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) + shift[None, :]
-        back = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
-        below, bell = _normal(value)
-        back = back * (below + value * (_DENSITY * bell))
-        tl.store(grad_x + places, back.to(grad_x.dtype.element_ty), mask=inside)
-        total += back
-    place = tl.program_id(0).to(tl.int64) * width + columns
-    tl.store(partial + place, tl.sum(total, axis=0), mask=in_width)
+        rows = first_row + step + tl.arange(0, ROWS)
+        inside = ((rows < num_rows) & (rows < first_row + chunk))[:, None] & in_width[None, :]
+        offsets = rows[:, None] * width + columns[None, :]
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) + bias_row[None, :]
+        grad_value = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        cdf, gaussian = _normal_cdf(value)
+        grad_value = grad_value * (cdf + value * (_DENSITY * gaussian))
+        tl.store(grad_x + offsets, grad_value.to(grad_x.dtype.element_ty), mask=inside)
+        total += grad_value
+    offset = tl.program_id(0).to(tl.int64) * width + columns
+    tl.store(partial + offset, tl.sum(total, axis=0), mask=in_width)
 
 
-_ROWS_A_PROGRAM = 256  # of the backward pass
+_ROWS_PER_PROGRAM = 256  # of the backward pass
 _FORWARD = Launch(constants=(("ROWS", 8), ("BLOCK_C", 256)), num_warps=4)
 _BACKWARD = Launch(constants=(("ROWS", 8), ("BLOCK_C", 256)), num_warps=4)
 
@@ -102,7 +102,7 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
         return grad_x, total.zero_()
     width = x.shape[-1]
     rows = x.numel() // width
-    programs = cdiv(rows, _ROWS_A_PROGRAM)
+    programs = cdiv(rows, _ROWS_PER_PROGRAM)
     partial = total[None] if programs == 1 else x.new_empty((programs, width), dtype=torch.float32)
     launch = chosen("bias_gelu_backward", _BACKWARD)
     _bias_gelu_backward[(programs, cdiv(width, dict(launch.constants)["BLOCK_C"]))](
@@ -113,7 +113,7 @@ def _backward_op(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]
         partial,
         rows,
         width,
-        _ROWS_A_PROGRAM,
+        _ROWS_PER_PROGRAM,
         **launch.options(),
     )
     if programs > 1:
@@ -142,12 +142,12 @@ _op.register_autograd(_autograd, setup_context=_setup)
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU of x + bias, exact (erf).
 
-    x     (..., C) what the GEMM of the MLP's first layer gives without its bias
+    x     (..., C) output of the MLP's first GEMM, without its bias
     bias  (C,)
 
-    float32, float16 or bfloat16; the arithmetic is float32. Returns (..., C) in the dtype of `x`. The backward pass
-    computes the sum again, so only `x` is kept; the bias's gradient is summed in float32 in a fixed order. Raises
-    ValueError for shapes that do not fit and without a GPU. Source: Hendrycks and Gimpel, arXiv 1606.08415.
+    Both are float32, float16 or bfloat16; the arithmetic is float32. Returns (..., C) in the dtype of `x`. The
+    backward pass recomputes the sum, so only `x` is saved; the bias's gradient is summed in float32 in a fixed order.
+    Raises ValueError for mismatched shapes and without a GPU. Source: Hendrycks and Gimpel, arXiv 1606.08415.
     """
     check("bias_gelu", x=x, bias=bias)
     if not x.ndim or bias.shape != x.shape[-1:]:
@@ -156,7 +156,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def variants() -> list[Variant]:
-    """The launches for DeiT-B's MLP; other widths are the same code."""
+    """The launches for DeiT-B's MLP; other widths compile to the same code."""
     low = pointer(torch.bfloat16)
     sizes = {"num_rows": "i32", "width": "i32"}
     name = f"{DTYPES[torch.bfloat16]} C3072"

@@ -1,4 +1,4 @@
-"""The second stage of a gradient that is summed over rows: adds the partial sums of the first stage's programs."""
+"""Second stage of gradients summed over rows: add the partial sums that the first stage's programs wrote."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _column_sum(partial, out, num_rows, width, ROWS: tl.constexpr, BLOCK_C: tl.c
     tl.store(out + columns, tl.sum(total, axis=0), mask=in_width)
 
 
-# Few columns a program, so that there are programs for most multiprocessors, and most rows in one load.
+# Few columns a program, to have programs for most multiprocessors, and most rows in one load.
 _LAUNCH = Launch(constants=(("ROWS", 256), ("BLOCK_C", 16)), num_warps=8)
 
 
@@ -41,6 +41,6 @@ def column_sum(partial: Tensor, out: Tensor) -> None:
 
 
 def variants() -> list[Variant]:
-    """The one launch there is."""
+    """The only launch."""
     signature = {"partial": "*fp32", "out": "*fp32", "num_rows": "i32", "width": "i32"}
     return [_LAUNCH.variant("column_sum fp32", _column_sum, signature, ("width",))]

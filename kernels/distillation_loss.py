@@ -1,23 +1,15 @@
-"""The joint loss of both heads and its gradients, from logits, labels and what the teacher said."""
+"""The joint loss of both heads and its gradients, from logits, labels and the teacher's output."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastdeit.kernels.distillation_rows import loss_gradients, loss_parts, teacher_kind
 from fastdeit.kernels.launch import check, operator
-from fastdeit.kernels.reference import MixedLabels
-
-
-class DistillationLoss(NamedTuple):
-    """float32 scalars: the loss to minimise; its part of the true label and its part of the teacher, not weighted."""
-
-    loss: Tensor
-    base: Tensor
-    distill: Tensor
+from fastdeit.kernels.reference import LossParts, MixedLabels
 
 
 @operator("fastdeit::distillation_loss")
@@ -91,22 +83,21 @@ def distillation_loss(
     alpha: float = 0.1,
     tau: float = 3.0,
     reduction: Literal["batchmean", "elements"] = "batchmean",
-) -> DistillationLoss:
-    """The rows of the paper's Table 3, as `fastdeit.training.objective.Objective` states them.
+) -> LossParts:
+    """The losses of the paper's Table 3; `fastdeit.training.objective.Objective` states them.
 
     cls_logits   (B, K) of the class head
     dist_logits  (B, K) of the distillation head, or None
     targets      (B, K) mixed and smoothed true labels of any float dtype, or `MixedLabels`
-    teacher      None: no teacher; with two heads the base part is the mean of both. Integer labels (B,): hard
+    teacher      None: no distillation; with two heads the base part is the mean of both. Integer labels (B,): hard
                  distillation, both parts weighted 1/2. Logits (B, K): soft, tau^2 KL(teacher / tau || student / tau),
-                 weighted alpha, the base part 1 - alpha
+                 weighted alpha, the base part weighted 1 - alpha
     reduction    of the soft part. "batchmean": mean over the rows; "elements": divided by B K (deit issue 61)
 
-    Logits are float32, float16 or bfloat16; the arithmetic is float32; rows may be apart. The gradients are computed
-    from the logits in the backward pass, scaled and rounded once, so nothing of size (B, K) is kept. The loss of an
-    empty batch is NaN, as is a loss with a label that is no class. No gradient reaches targets or teacher. Raises
-    ValueError for shapes or dtypes that do not fit and without a GPU. Source: Touvron et al., arXiv 2012.12877,
-    section 4.
+    Logits are float32, float16 or bfloat16, with any row stride; the arithmetic is float32. The backward pass computes
+    the gradients from the logits and rounds them once, so nothing of size (B, K) is saved. The loss of an empty batch
+    is NaN, and so is a loss with a label outside the classes. No gradient reaches targets or teacher. Raises
+    ValueError for mismatched shapes or dtypes and without a GPU. Source: Touvron et al., arXiv 2012.12877, section 4.
     """
     if reduction not in ("batchmean", "elements"):
         raise ValueError(f"reduction '{reduction}' is neither 'batchmean' nor 'elements'")
@@ -120,22 +111,22 @@ def distillation_loss(
     labels = (targets.label_a.contiguous(), targets.label_b.contiguous(), targets.lam.contiguous()) if mixed else ()
     weight = {"none": 0.0, "hard": 0.5, "soft": alpha}[kind]
     parts = _op(
-        _rows(cls_logits),
-        _rows(dist_logits),
-        None if mixed else _rows(targets.detach()),
+        _contiguous_rows(cls_logits),
+        _contiguous_rows(dist_logits),
+        None if mixed else _contiguous_rows(targets.detach()),
         *(labels or (None, None, None)),
-        None if teacher is None else _rows(teacher.detach()),
+        None if teacher is None else _contiguous_rows(teacher.detach()),
         float(targets.smoothing) if mixed else 0.0,
         float(tau),
         1.0 - weight,
         weight,
         float(cls_logits.shape[1]) if kind == "soft" and reduction == "elements" else 1.0,
     )
-    return DistillationLoss(*parts.unbind())
+    return LossParts(*parts.unbind())
 
 
-def _rows(tensor: Any) -> Any:
-    """`tensor` itself where the elements of a row lie side by side, else a copy."""
+def _contiguous_rows(tensor: Any) -> Any:
+    """`tensor` itself if its rows are contiguous, else a copy."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -1,6 +1,6 @@
-"""Rank of the true label, decision and loss of every head and of both late fusions, in one pass over the logits."""
+"""Rank of the true label, decision and loss for every head and both late fusions, in one pass over the logits."""
 
-# Triton's annotations give a reduction's result as any of what it can be.
+# Triton annotates the result of a reduction as a union of every possible type.
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdeit.kernels.distillation_rows import PLAIN, normaliser
+from fastdeit.kernels.distillation_rows import PLAIN, softmax_stats
 from fastdeit.kernels.launch import DTYPES, Launch, check, next_power_of_two, operator, pointer
+from fastdeit.kernels.reference import HEADS
 from fastdeit.kernels.variants import Variant
-
-HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
 
 
 class HeadEvaluation(NamedTuple):
-    """Of each sample and head, (B, 1) without a distillation head, else (B, 4) in the order of `HEADS`.
+    """Results per sample and head: (B, 1) without a distillation head, else (B, 4) in the order of `HEADS`.
 
-    rank      int32: classes before the true label; below 5 is a top-5 hit. Of equal scores the lower class is first
+    rank      int32: classes ranked before the true label; below 5 is a top-5 hit. The lower class wins a tie
     decision  int32: the class with the largest score
-    loss      float32: cross-entropy with the true label; of `fused_probabilities`, that of the mean probability
+    loss      float32: cross-entropy with the true label; for `fused_probabilities`, of the mean probability
     """
 
     rank: Tensor
@@ -33,23 +32,23 @@ class HeadEvaluation(NamedTuple):
 
 
 @triton.jit
-def _probabilities(row, places, inside, largest, total):
-    return tl.exp(tl.load(row + places, mask=inside, other=0.0).to(tl.float32) - largest) / total
+def _probabilities(row, offsets, inside, row_max, total):
+    return tl.exp(tl.load(row + offsets, mask=inside, other=0.0).to(tl.float32) - row_max) / total
 
 
 @triton.jit
-def _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist_total, HEAD: tl.constexpr):
+def _score(cls, dist, offsets, inside, cls_max, cls_total, dist_max, dist_total, HEAD: tl.constexpr):
     if HEAD == 0:
-        score = tl.load(cls + places, mask=inside, other=0.0).to(tl.float32)
+        score = tl.load(cls + offsets, mask=inside, other=0.0).to(tl.float32)
     elif HEAD == 1:
-        score = tl.load(dist + places, mask=inside, other=0.0).to(tl.float32)
+        score = tl.load(dist + offsets, mask=inside, other=0.0).to(tl.float32)
     elif HEAD == 2:
-        score = _probabilities(cls, places, inside, cls_largest, cls_total) + _probabilities(
-            dist, places, inside, dist_largest, dist_total
+        score = _probabilities(cls, offsets, inside, cls_max, cls_total) + _probabilities(
+            dist, offsets, inside, dist_max, dist_total
         )
     else:
-        first = tl.load(cls + places, mask=inside, other=0.0).to(tl.float32)
-        score = (first + tl.load(dist + places, mask=inside, other=0.0).to(tl.float32)) * 0.5
+        cls_score = tl.load(cls + offsets, mask=inside, other=0.0).to(tl.float32)
+        score = (cls_score + tl.load(dist + offsets, mask=inside, other=0.0).to(tl.float32)) * 0.5
     return score
 
 
@@ -71,50 +70,50 @@ def _evaluate_heads(
     cls += sample * stride_cls
     dist += sample * stride_dist
     label = tl.load(labels + sample)
-    cls_largest, cls_total = normaliser(cls, 1.0, num_classes, PLAIN, BLOCK)
-    dist_largest = cls_largest
+    cls_max, cls_total = softmax_stats(cls, 1.0, num_classes, PLAIN, BLOCK)
+    dist_max = cls_max
     dist_total = cls_total
     if HEADS > 1:
-        dist_largest, dist_total = normaliser(dist, 1.0, num_classes, PLAIN, BLOCK)
+        dist_max, dist_total = softmax_stats(dist, 1.0, num_classes, PLAIN, BLOCK)
     columns = tl.arange(0, BLOCK)
     for head in tl.static_range(HEADS):
-        # The label's score is taken from its tile, so that it is the same number to the bit as in the comparison.
-        own = -float("inf")
+        # Take the label's score from its tile, so it is bit-identical in the comparison below.
+        label_score = -float("inf")
         best = -float("inf")
-        chosen = 0
-        largest = -float("inf")
+        best_class = 0
+        row_max = -float("inf")
         total = 0.0
         for start in range(0, num_classes, BLOCK):
-            places = start + columns
-            inside = places < num_classes
-            score = _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist_total, head)
-            here = tl.sum(tl.where(places == label, score, 0.0), axis=0)
-            own = tl.where((label >= start) & (label < start + BLOCK), here, own)
+            offsets = start + columns
+            inside = offsets < num_classes
+            score = _score(cls, dist, offsets, inside, cls_max, cls_total, dist_max, dist_total, head)
+            tile_score = tl.sum(tl.where(offsets == label, score, 0.0), axis=0)
+            label_score = tl.where((label >= start) & (label < start + BLOCK), tile_score, label_score)
             score = tl.where(inside, score, -float("inf"))
-            top = tl.max(score, axis=0)
-            chosen = tl.where(top > best, start + tl.argmax(score, axis=0), chosen)
-            best = tl.maximum(best, top)
-            higher = tl.maximum(largest, top)
-            shift = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift), axis=0)
-            largest = higher
-        before = 0
+            tile_max = tl.max(score, axis=0)
+            best_class = tl.where(tile_max > best, start + tl.argmax(score, axis=0), best_class)
+            best = tl.maximum(best, tile_max)
+            new_max = tl.maximum(row_max, tile_max)
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+            total = total * tl.exp(row_max - shift) + tl.sum(tl.exp(score - shift), axis=0)
+            row_max = new_max
+        label_rank = 0
         for start in range(0, num_classes, BLOCK):
-            places = start + columns
-            inside = places < num_classes
-            score = _score(cls, dist, places, inside, cls_largest, cls_total, dist_largest, dist_total, head)
-            # What is not known to be behind is before: NaN never makes a hit.
-            behind = (score < own) | ((score == own) & (places >= label))
-            before += tl.sum((inside & (behind == 0)).to(tl.int32), axis=0)
+            offsets = start + columns
+            inside = offsets < num_classes
+            score = _score(cls, dist, offsets, inside, cls_max, cls_total, dist_max, dist_total, head)
+            # Count every class not known to rank after the label, so a NaN never makes a hit.
+            ranked_after = (score < label_score) | ((score == label_score) & (offsets >= label))
+            label_rank += tl.sum((inside & (ranked_after == 0)).to(tl.int32), axis=0)
         valid = (label >= 0) & (label < num_classes)
         if head == 2:
-            value = -tl.log(tl.maximum(own * 0.5, 1e-30))
+            nll = -tl.log(tl.maximum(label_score * 0.5, 1e-30))
         else:
-            value = largest + tl.log(total) - own
-        place = sample * HEADS + head
-        tl.store(rank + place, tl.where(valid, before, num_classes))
-        tl.store(decision + place, chosen)
-        tl.store(loss + place, tl.where(valid, value, float("nan")))
+            nll = row_max + tl.log(total) - label_score
+        offset = sample * HEADS + head
+        tl.store(rank + offset, tl.where(valid, label_rank, num_classes))
+        tl.store(decision + offset, best_class)
+        tl.store(loss + offset, tl.where(valid, nll, float("nan")))
 
 
 def _launch(num_classes: int, heads: int) -> Launch:
@@ -146,24 +145,20 @@ def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tenso
 @_op.register_fake
 def _fake(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = len(cls), 1 if dist is None else len(HEADS)
-    whole = torch.int32
-    return (
-        cls.new_empty(shape, dtype=whole),
-        cls.new_empty(shape, dtype=whole),
-        cls.new_empty(shape, dtype=torch.float32),
-    )
+    rank, decision = (cls.new_empty(shape, dtype=torch.int32) for _ in range(2))
+    return rank, decision, cls.new_empty(shape, dtype=torch.float32)
 
 
 @torch.no_grad()
 def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tensor) -> HeadEvaluation:
-    """What an evaluation needs of a batch, of both heads and both late fusions.
+    """Rank, decision and loss of a batch, for both heads and both late fusions.
 
     cls_logits, dist_logits  (B, K) float32, float16 or bfloat16; the second may be None
     labels                   (B,) integers
 
     "fused_probabilities" is the sum of the two softmaxes (Touvron et al., arXiv 2012.12877, section 4, "joint
-    classifiers"), "fused_logits" the mean of the logits (the released code). A label that is no class has rank K and
-    a NaN loss; a NaN score never makes a hit. Raises ValueError for shapes that do not fit and without a GPU.
+    classifiers"), "fused_logits" the mean of the logits (the released code). A label outside the classes has rank K
+    and a NaN loss; a NaN score never makes a hit. Raises ValueError for mismatched shapes and without a GPU.
     """
     check("evaluate_heads", cls_logits=cls_logits, dist_logits=dist_logits)
     if cls_logits.ndim != 2 or not cls_logits.shape[1]:

@@ -1,4 +1,4 @@
-"""What every launch of a kernel shares: its configuration, Triton's names of dtypes, and where kernels can run."""
+"""Launch configurations, operator registration and argument checks shared by all kernels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a kernel is launched, besides its grid; `variants()` compiles what a launch runs.
+    """A kernel's launch configuration, except for its grid; `variants()` compiles the same one.
 
     constants  values of the kernel's `tl.constexpr` arguments
-    fp_fusion  whether a multiplication and an addition may become one operation with one rounding
+    fp_fusion  whether the compiler may fuse a multiplication and an addition into one operation
     """
 
     constants: tuple[tuple[str, Any], ...]
@@ -43,7 +43,7 @@ class Launch:
     def variant(
         self, name: str, kernel: Any, signature: dict[str, str], multiples: Iterable[str] = (), **constants: Any
     ) -> Variant:
-        """This launch of `kernel` as the compiler sees it; `constants`: arguments that are 1, constants to Triton."""
+        """This launch of `kernel` as the compiler sees it; `constants` are arguments that Triton specializes as 1."""
         return Variant(
             name=name,
             kernel=kernel,
@@ -61,13 +61,13 @@ _choose: Choose | None = None
 
 
 def chosen(name: str, default: Launch) -> Launch:
-    """How to launch the kernel `name`: `default`, unless a benchmark tries another way."""
+    """The launch of the kernel `name`: `default`, unless a benchmark tries another."""
     return default if _choose is None else _choose(name, default)
 
 
 @contextlib.contextmanager
 def trying(choose: Choose) -> Iterator[None]:
-    """Launch kernels as `choose(name, default)` says, for the whole process; for benchmarks."""
+    """Replace every launch by `choose(name, default)`, in the whole process; for benchmarks."""
     global _choose
     before, _choose = _choose, choose
     try:
@@ -77,9 +77,9 @@ def trying(choose: Choose) -> Iterator[None]:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a PyTorch operator of a function whose first argument is a tensor: `torch.library.custom_op`.
+    """Register a function whose first argument is a tensor as a PyTorch operator (`torch.library.custom_op`).
 
-    It runs with that tensor's device as the current one, on which Triton launches, whosever the pointers are.
+    It makes that tensor's device current: Triton launches on the current device, wherever the pointers lie.
     """
 
     def define(function: Callable[..., Any]) -> Any:
@@ -94,9 +94,9 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def check(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless `op` can run on the named tensors: floats of 16 or 32 bits, on one CUDA device.
+    """Raise ValueError unless `op` can run on the named tensors: 16- or 32-bit floats on one CUDA device.
 
-    Under Triton's interpreter (TRITON_INTERPRET=1 before the first import) the CPU is as good.
+    Under Triton's interpreter (TRITON_INTERPRET=1 before the first import) the CPU works too.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in given.items())
@@ -108,13 +108,13 @@ def check(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError unless kernels take `dtype`."""
+    """Raise ValueError unless kernels support `dtype`."""
     if dtype not in DTYPES:
         raise ValueError(f"{op}: {name} is {dtype}: give float32, float16 or bfloat16")
 
 
 def check_device(op: str, device: torch.device) -> None:
-    """Raise ValueError unless kernels run on `device`."""
+    """Raise ValueError unless kernels can run on `device`."""
     if device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise ValueError(
             f"{op}: Triton's kernels need a CUDA device, and the tensors are on {device}: "
@@ -131,12 +131,12 @@ def next_power_of_two(n: int) -> int:
 
 
 def pointer(dtype: torch.dtype) -> str:
-    """Triton's type of a pointer to `dtype`."""
+    """Triton's type for a pointer to `dtype`."""
     return f"*{DTYPES[dtype]}"
 
 
-def _interpret_one_launch_at_a_time() -> None:
-    """Triton's interpreter changes `triton.language` while a kernel runs, for every thread of the process."""
+def _serialize_interpreted_launches() -> None:
+    """Serialise launches: Triton's interpreter patches `triton.language` for all threads while a kernel runs."""
     from triton.runtime.interpreter import GridExecutor
 
     lock, launch = threading.RLock(), GridExecutor.__call__
@@ -148,8 +148,8 @@ def _interpret_one_launch_at_a_time() -> None:
     GridExecutor.__call__ = locked
 
 
-def _count_in_loops_whatever_numpy() -> None:
-    """NumPy takes an array of one for no index from 2.4 on, as which Triton's interpreter 3.6 gives it a loop's end."""
+def _add_index_to_interpreted_tensors() -> None:
+    """Give interpreted tensors an `__index__`: Triton 3.6 passes loop ends as arrays, which NumPy 2.4 rejects."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -162,5 +162,5 @@ def _count_in_loops_whatever_numpy() -> None:
 
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
-    _interpret_one_launch_at_a_time()
-    _count_in_loops_whatever_numpy()
+    _serialize_interpreted_launches()
+    _add_index_to_interpreted_tensors()

@@ -1,4 +1,4 @@
-"""Layer normalisation with the residual addition and stochastic depth before it, in one pass over the tokens."""
+"""Stochastic depth, residual addition and layer normalisation in one pass over the tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _add_layer_norm_forward(
     mean,
     rstd,
     num_rows,
-    rows_a_sample,
+    rows_per_sample,
     width,
     eps,
     BRANCH: tl.constexpr,
@@ -49,26 +49,26 @@ def _add_layer_norm_forward(
     in_rows = rows < num_rows
     in_width = columns < width
     inside = in_rows[:, None] & in_width[None, :]
-    places = rows[:, None] * width + columns[None, :]
-    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * width + columns[None, :]
+    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
-        added = tl.load(branch + places, mask=inside, other=0.0).to(tl.float32)
+        branch_value = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
         if MASK:
-            factor = tl.load(mask + rows // rows_a_sample, mask=in_rows, other=0.0)
-            added = added * factor[:, None]
-        # Normalised is what the next block reads: the sum as it is stored.
-        value = (value + added.to(branch.dtype.element_ty).to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + places, value, mask=inside)
+            factor = tl.load(mask + rows // rows_per_sample, mask=in_rows, other=0.0)
+            branch_value = branch_value * factor[:, None]
+        # Normalize the sum as it is stored, rounded: that is what the next block reads.
+        value = (value + branch_value.to(branch.dtype.element_ty).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + offsets, value, mask=inside)
         value = value.to(tl.float32)
-    centre = tl.sum(value, axis=1) / width
-    apart = tl.where(inside, value - centre[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(apart * apart, axis=1) / width + eps)
+    row_mean = tl.sum(value, axis=1) / width
+    centered = tl.where(inside, value - row_mean[:, None], 0.0)
+    row_rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / width + eps)
     scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
     shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
-    normal = apart * inverse[:, None] * scale[None, :] + shift[None, :]
-    tl.store(out + places, normal.to(out.dtype.element_ty), mask=inside)
-    tl.store(mean + rows, centre, mask=in_rows)
-    tl.store(rstd + rows, inverse, mask=in_rows)
+    normalized = centered * row_rstd[:, None] * scale[None, :] + shift[None, :]
+    tl.store(out + offsets, normalized.to(out.dtype.element_ty), mask=inside)
+    tl.store(mean + rows, row_mean, mask=in_rows)
+    tl.store(rstd + rows, row_rstd, mask=in_rows)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _add_layer_norm_backward(
     grad_branch,
     partial,
     num_rows,
-    rows_a_sample,
+    rows_per_sample,
     width,
     chunk,
     BRANCH: tl.constexpr,
@@ -93,45 +93,45 @@ def _add_layer_norm_backward(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # A program takes `chunk` rows and keeps its own sums for the weight and the bias.
+    # Each program handles `chunk` rows and writes its own partial sums for weight and bias.
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
     scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * chunk
+    first_row = tl.program_id(0).to(tl.int64) * chunk
     for step in tl.range(0, chunk, ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        rows = first + step + tl.arange(0, ROWS)
-        in_rows = (rows < num_rows) & (rows < first + chunk)
+        rows = first_row + step + tl.arange(0, ROWS)
+        in_rows = (rows < num_rows) & (rows < first_row + chunk)
         inside = in_rows[:, None] & in_width[None, :]
-        places = rows[:, None] * width + columns[None, :]
-        value = tl.load(total + places, mask=inside, other=0.0).to(tl.float32)
-        centre = tl.load(mean + rows, mask=in_rows, other=0.0)
-        inverse = tl.load(rstd + rows, mask=in_rows, other=0.0)
-        grad = tl.load(grad_out + places, mask=inside, other=0.0).to(tl.float32)
-        normal = tl.where(inside, (value - centre[:, None]) * inverse[:, None], 0.0)
-        grad_weight += grad * normal
+        offsets = rows[:, None] * width + columns[None, :]
+        value = tl.load(total + offsets, mask=inside, other=0.0).to(tl.float32)
+        row_mean = tl.load(mean + rows, mask=in_rows, other=0.0)
+        row_rstd = tl.load(rstd + rows, mask=in_rows, other=0.0)
+        grad = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
+        normalized = tl.where(inside, (value - row_mean[:, None]) * row_rstd[:, None], 0.0)
+        grad_weight += grad * normalized
         grad_bias += grad
         scaled = grad * scale[None, :]
-        along = tl.sum(scaled * normal, axis=1) / width
-        level = tl.sum(scaled, axis=1) / width
-        back = (scaled - normal * along[:, None] - level[:, None]) * inverse[:, None]
+        mean_projection = tl.sum(scaled * normalized, axis=1) / width
+        mean_scaled = tl.sum(scaled, axis=1) / width
+        grad_value = (scaled - normalized * mean_projection[:, None] - mean_scaled[:, None]) * row_rstd[:, None]
         if BRANCH:
-            back += tl.load(grad_total + places, mask=inside, other=0.0).to(tl.float32)
-            to_branch = back
+            grad_value += tl.load(grad_total + offsets, mask=inside, other=0.0).to(tl.float32)
+            to_branch = grad_value
             if MASK:
-                factor = tl.load(mask + rows // rows_a_sample, mask=in_rows, other=0.0)
-                to_branch = back * factor[:, None]
-            tl.store(grad_branch + places, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
-        tl.store(grad_x + places, back.to(grad_x.dtype.element_ty), mask=inside)
-    place = tl.program_id(0).to(tl.int64) * 2 * width + columns
-    tl.store(partial + place, tl.sum(grad_weight, axis=0), mask=in_width)
-    tl.store(partial + place + width, tl.sum(grad_bias, axis=0), mask=in_width)
+                factor = tl.load(mask + rows // rows_per_sample, mask=in_rows, other=0.0)
+                to_branch = grad_value * factor[:, None]
+            tl.store(grad_branch + offsets, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
+        tl.store(grad_x + offsets, grad_value.to(grad_x.dtype.element_ty), mask=inside)
+    offset = tl.program_id(0).to(tl.int64) * 2 * width + columns
+    tl.store(partial + offset, tl.sum(grad_weight, axis=0), mask=in_width)
+    tl.store(partial + offset + width, tl.sum(grad_bias, axis=0), mask=in_width)
 
 
-MAX_WIDTH = 4096  # channels: what a program of 16 warps has registers for
+MAX_WIDTH = 4096  # channels that fit the registers of a program with 16 warps
 
-# Programs of the backward pass: enough for every multiprocessor to have a few, few enough for a short second stage.
+# Programs of the backward pass: enough to give every multiprocessor a few, few enough for a short second stage.
 _PROGRAMS = 512
 
 
@@ -144,11 +144,11 @@ def _forward_launch(width: int, branch: bool, mask: bool) -> Launch:
 
 def _backward_launch(width: int, branch: bool, mask: bool) -> Launch:
     launch = _forward_launch(width, branch, mask)
-    # Few programs are on a multiprocessor: the rows of the next turns are under way while one is computed.
+    # Few programs share a multiprocessor, so prefetch the next rows while one is computed.
     return replace(launch, constants=(*launch.constants, ("STAGES", 3)))
 
 
-def _rows_a_sample(x: Tensor) -> int:
+def _rows_per_sample(x: Tensor) -> int:
     return x.numel() // (len(x) * x.shape[-1])
 
 
@@ -175,7 +175,7 @@ def _op(
         mean,
         rstd,
         rows,
-        _rows_a_sample(x),
+        _rows_per_sample(x),
         width,
         eps,
         **launch.options(),
@@ -187,7 +187,7 @@ def _op(
 def _fake(
     x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # Without a branch the sum is `x`, which the caller has: an operator may not return its argument.
+    # Without a branch the sum is `x`, and an operator may not return its argument.
     kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total = x.new_empty(x.shape if branch is not None else (0,), dtype=kind)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
@@ -231,7 +231,7 @@ def _backward_op(
         grad_branch,
         partial,
         rows,
-        _rows_a_sample(total),
+        _rows_per_sample(total),
         width,
         chunk,
         **launch.options(),
@@ -267,11 +267,14 @@ def _setup(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_total, grad_out, *_):
     total, mask, weight, mean, rstd = ctx.saved_tensors
-    of_x, of_branch, of_weight, of_bias = ctx.dtypes
-    passed_on = grad_total if of_branch is not None else None
-    grad_x, grad_branch, sums = _backward_op(grad_out, passed_on, total, mask, weight, mean, rstd, of_x, of_branch)
-    branch = grad_branch if of_branch is not None else None
-    return grad_x, branch, None, sums[0].to(of_weight), sums[1].to(of_bias), None, None
+    x_dtype, branch_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    if branch_dtype is None:
+        grad_total = None
+    grad_x, grad_branch, sums = _backward_op(
+        grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype
+    )
+    branch = None if branch_dtype is None else grad_branch
+    return grad_x, branch, None, sums[0].to(weight_dtype), sums[1].to(bias_dtype), None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -284,10 +287,10 @@ def layer_norm(
 
     x             (B, ..., C), C at most `MAX_WIDTH`
     weight, bias  (C,)
-    dtype         of the result, e.g. that of the GEMM that reads it; None: that of `x`
+    dtype         of the result, e.g. the dtype of the GEMM that reads it; None: the dtype of `x`
 
-    Each float32, float16 or bfloat16; the arithmetic is float32. The gradients of weight and bias are summed in
-    float32 in a fixed order. Raises ValueError for shapes that do not fit and without a GPU. Source: Ba et al.,
+    All are float32, float16 or bfloat16; the arithmetic is float32. The gradients of weight and bias are summed in
+    float32 in a fixed order. Raises ValueError for mismatched shapes and without a GPU. Source: Ba et al.,
     arXiv 1607.06450.
     """
     dtype = dtype or x.dtype
@@ -305,28 +308,21 @@ def add_layer_norm(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream with a branch added, and its layer normalisation: what follows each half of a block.
+    """Add a branch to the residual stream and normalise the sum, as after each half of a block.
 
     x       (B, ..., C) the residual stream
-    branch  (B, ..., C) what attention or the MLP gave
-    mask    (B,) float32 factors of stochastic depth, 0 or 1 / keep probability a sample, or None
-    dtype   of the normalised result; None: that of the sum
+    branch  (B, ..., C) the output of attention or the MLP
+    mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; or None
+    dtype   of the normalised result; None: the dtype of the sum
 
-    Returns (x + mask * branch, its normalisation). The sum is in the wider dtype of `x` and `branch`; the masked
-    branch is rounded to the branch's dtype first, as `fastdeit.model.drop_path.DropPath` does. No gradient reaches the
-    mask. The other arguments and the errors are those of `layer_norm`.
+    Returns (x + mask * branch, its normalisation). The sum has the wider dtype of `x` and `branch`; the masked branch
+    is first rounded to the branch's dtype, as in `fastdeit.model.drop_path.DropPath`. No gradient reaches the mask.
+    Other arguments and errors: see `layer_norm`.
     """
     dtype = dtype or torch.promote_types(x.dtype, branch.dtype)
     _check(x, branch, mask, weight, bias, dtype)
     total, out, _, _ = _op(x, branch, mask, weight, bias, eps, dtype)
     return total, out
-
-
-def token_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, num_tokens: int, eps: float = 1e-6, *, dtype: torch.dtype | None = None
-) -> Tensor:
-    """`layer_norm` of the first `num_tokens` rows of each sample, (B, num_tokens, C): all that DeiT's heads read."""
-    return layer_norm(x[:, :num_tokens], weight, bias, eps, dtype=dtype)
 
 
 def _check(
@@ -345,7 +341,7 @@ def _check(
         )
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError(
-            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit x {tuple(x.shape)}: "
+            f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not match x {tuple(x.shape)}: "
             f"give both ({x.shape[-1]},)"
         )
     if branch is not None and branch.shape != x.shape:
@@ -353,20 +349,22 @@ def _check(
 
 
 def variants() -> list[Variant]:
-    """The launches for DeiT-Ti, S and B: with and without a branch, a bf16 branch on a float32 or bf16 stream."""
-    found = []
+    """The launches for DeiT-Ti, S and B: with and without a branch; bf16 branch, float32 or bf16 stream."""
+    variants = []
     for width in (192, 384, 768):
         for stream, branch in ((torch.float32, True), (torch.bfloat16, True), (torch.float32, False)):
             forward_launch, backward_launch = (f(width, branch, branch) for f in (_forward_launch, _backward_launch))
             wide, low = pointer(stream), pointer(torch.bfloat16)
             name = f"{DTYPES[stream]} C{width}"
-            sizes = {"num_rows": "i32", "rows_a_sample": "i32", "width": "i32"}
+            sizes = {"num_rows": "i32", "rows_per_sample": "i32", "width": "i32"}
             common = {"mask": "*fp32", "weight": "*fp32", "mean": "*fp32", "rstd": "*fp32", "total": wide} | sizes
             forward = {"x": wide, "branch": low, "bias": "*fp32", "out": low, "eps": "fp32"} | common
             backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low} | common
             backward |= {"partial": "*fp32", "chunk": "i32"}
             kind = "add_layer_norm" if branch else "layer_norm"
             both = ("num_rows", "width")
-            found.append(forward_launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, both))
-            found.append(backward_launch.variant(f"{kind}_backward {name}", _add_layer_norm_backward, backward, both))
-    return found
+            variants.append(forward_launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, both))
+            variants.append(
+                backward_launch.variant(f"{kind}_backward {name}", _add_layer_norm_backward, backward, both)
+            )
+    return variants

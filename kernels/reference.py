@@ -1,6 +1,7 @@
-"""Plain PyTorch definitions of the fused operations: what a kernel must equal, and the path taken on a CPU.
+"""Every fused operation in plain PyTorch: the definition that a kernel must match, and the path on a CPU.
 
-Whatever the dtype of the inputs, the arithmetic is float32.
+The arithmetic is that of PyTorch's type promotion; losses and scores use at least float32, as under autocast. Float64
+inputs give float64 results, so the same definitions judge kernels in float64.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
+
 
 class MixedLabels(NamedTuple):
-    """True labels of mixed images, as (a, b, lambda): the target is lam * onehot(a) + (1 - lam) * onehot(b), smoothed.
+    """True labels of mixed images: the target is lam * onehot(label_a) + (1 - lam) * onehot(label_b), smoothed.
 
     label_a, label_b  (B,) integers
-    lam               (B,) floats: share of label_a
-    smoothing         of both one-hot vectors: each class gets smoothing / K, the label 1 - smoothing more
+    lam               (B,) floats: weight of label_a
+    smoothing         label smoothing: each class gets smoothing / K, the label 1 - smoothing more
     """
 
     label_a: Tensor
@@ -26,27 +29,69 @@ class MixedLabels(NamedTuple):
     smoothing: float
 
     def part(self, rows: slice) -> MixedLabels:
-        """Those of some samples."""
+        """The labels of some samples."""
         return MixedLabels(self.label_a[rows], self.label_b[rows], self.lam[rows], self.smoothing)
 
     def dense(self, num_classes: int) -> Tensor:
-        """(B, num_classes) float32 soft targets, as `timm.data.mixup.mixup_target` makes them of a mixing group."""
+        """(B, num_classes) float32 soft targets, as `timm.data.mixup.mixup_target` computes them."""
         off = self.smoothing / num_classes
         shape = (len(self.lam), num_classes)
-        own, other = (
+        a, b = (
             torch.full(shape, off, device=label.device).scatter_(1, label[:, None], 1.0 - self.smoothing + off)
             for label in (self.label_a, self.label_b)
         )
         lam = self.lam[:, None]
-        return own * lam + other * (1.0 - lam)
+        return a * lam + b * (1.0 - lam)
+
+
+class LossParts(NamedTuple):
+    """float32 scalars: the loss to minimise, and its unweighted parts for the true label and for the teacher."""
+
+    loss: Tensor
+    base: Tensor
+    distill: Tensor
 
 
 def as_patches(images: Tensor, patch_size: int) -> Tensor:
-    """(B, P, 3 S S): the patches of side S of each of `images` (B, 3, H, W), row by row, a patch channel by channel."""
+    """Cut `images` (B, 3, H, W) into patches of side S: (B, P, 3 S S), in row order, each channel by channel."""
     count, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
-    cut = images.reshape(count, channels, rows, patch_size, columns, patch_size)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, channels * patch_size**2)
+    patches = images.reshape(count, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, channels * patch_size**2)
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for every head: (B, N, 3, H, D) -> (B, N, H D), in the dtype of `qkv`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Exact GELU of x + bias, (..., C) in the dtype of `x`; bias (C,)."""
+    return F.gelu(x + bias).to(x.dtype)
+
+
+def scale_branch(branch: Tensor, mask: Tensor | None) -> Tensor:
+    """Stochastic depth: `branch` (B, ..., C) times `mask` (B,), rounded to the branch's dtype; None: no change.
+
+    A float32 mask keeps the product in float32, because bf16 cannot represent most 1 / keep probability.
+    """
+    if mask is None:
+        return branch
+    return (branch * mask.view(-1, *[1] * (branch.ndim - 1))).to(branch.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation over the last dimension; x (..., C), weight and bias (C,)."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + mask * branch, and its layer normalisation; x and branch (B, ..., C), mask (B,) or None."""
+    total = x + scale_branch(branch, mask)
+    return total, layer_norm(total, weight, bias, eps)
 
 
 def assemble_tokens(
@@ -56,16 +101,10 @@ def assemble_tokens(
     pos_embed: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Put the class token, and the distillation token where there is one, before the patches; add the positions.
+    """Prepend the class token and the optional distillation token to the patches; add the positions.
 
-    patches     (B, P, C)
-    cls_token   (1, 1, C)
-    dist_token  (1, 1, C) or None
-    pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
-    bias        (C,) of the patch projection, where `patches` come without, or None
-
-    Returns (B, N, C) in the wider of the dtypes of `patches` and `pos_embed`. Raises ValueError where N does not
-    fit. Source: Touvron et al., arXiv 2012.12877, section 4, "distillation token".
+    Arguments and result as in `fastdeit.kernels.token_assembly.assemble_tokens`. Raises ValueError if the positions
+    do not match the tokens.
     """
     tokens = [cls_token] if dist_token is None else [cls_token, dist_token]
     batch, count, _ = patches.shape
@@ -74,18 +113,19 @@ def assemble_tokens(
             f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {len(tokens)} tokens: "
             f"give it {count + len(tokens)}"
         )
-    prefix = [token.float().expand(batch, -1, -1) for token in tokens]
-    shifted = patches.float() if bias is None else patches.float() + bias.float()
-    assembled = torch.cat([*prefix, shifted], dim=1) + pos_embed.float()
-    return assembled.to(torch.promote_types(patches.dtype, pos_embed.dtype))
+    dtype = torch.promote_types(patches.dtype, pos_embed.dtype)
+    if bias is not None:
+        patches = _at_least_float32(patches) + bias
+    prefix = [token.expand(batch, -1, -1) for token in tokens]
+    return (torch.cat([*prefix, patches], dim=1) + pos_embed).to(dtype)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy with a distribution over the classes, mean over the rows.
 
-    logits, targets  (B, K); the rows of `targets` sum to 1. Returns a float32 scalar.
+    logits, targets  (B, K); the rows of `targets` sum to 1. Returns a scalar, at least float32.
     """
-    return -(targets.float() * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+    return -(targets.float() * F.log_softmax(_at_least_float32(logits), dim=-1)).sum(-1).mean()
 
 
 def soft_distillation(
@@ -94,16 +134,16 @@ def soft_distillation(
     tau: float,
     reduction: Literal["batchmean", "elements"] = "batchmean",
 ) -> Tensor:
-    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)); the gradient reaches the student alone.
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)); the gradient reaches only the student.
 
     student_logits, teacher_logits  (B, K)
-    reduction  "batchmean": mean over the rows (paper, section 4); "elements": divided by B K, as the released
-               code does, so that it is K times smaller (deit issue 61)
+    reduction  "batchmean": mean over the rows (paper, section 4); "elements": divided by B K as in the released code,
+               K times smaller (deit issue 61)
 
-    Returns a float32 scalar. Raises ValueError for another reduction.
+    Returns a scalar, at least float32. Raises ValueError for another reduction.
     """
-    student = F.log_softmax(student_logits.float() / tau, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / tau, dim=-1)
+    student = F.log_softmax(_at_least_float32(student_logits) / tau, dim=-1)
+    teacher = F.log_softmax(_at_least_float32(teacher_logits.detach()) / tau, dim=-1)
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     if reduction == "batchmean":
         return tau**2 * divergence.mean()
@@ -118,6 +158,65 @@ def hard_distillation(student_logits: Tensor, teacher_labels: Tensor) -> Tensor:
     student_logits  (B, K)
     teacher_labels  (B,) integers of any width
 
-    Returns a float32 scalar.
+    Returns a scalar, at least float32.
     """
-    return F.cross_entropy(student_logits.float(), teacher_labels.long())
+    return F.cross_entropy(_at_least_float32(student_logits), teacher_labels.long())
+
+
+def distillation_loss(
+    cls_logits: Tensor,
+    dist_logits: Tensor | None,
+    targets: Tensor | MixedLabels,
+    teacher: Tensor | None,
+    *,
+    alpha: float = 0.1,
+    tau: float = 3.0,
+    reduction: Literal["batchmean", "elements"] = "batchmean",
+) -> LossParts:
+    """The joint loss of both heads; arguments as in `fastdeit.kernels.distillation_loss.distillation_loss`."""
+    if isinstance(targets, MixedLabels):
+        targets = targets.dense(cls_logits.shape[-1])
+    base = soft_cross_entropy(cls_logits, targets)
+    if teacher is None:
+        if dist_logits is not None:
+            base = (base + soft_cross_entropy(dist_logits, targets)) / 2
+        return LossParts(base, base, torch.zeros_like(base))
+    student = cls_logits if dist_logits is None else dist_logits
+    if teacher.is_floating_point():
+        distill = soft_distillation(student, teacher, tau, reduction)
+        return LossParts((1 - alpha) * base + alpha * distill, base, distill)
+    distill = hard_distillation(student, teacher)
+    return LossParts((base + distill) / 2, base, distill)
+
+
+def head_log_probabilities(cls_logits: Tensor, dist_logits: Tensor | None) -> list[Tensor]:
+    """Log-probabilities (B, K), at least float32, of each of `HEADS` that exists.
+
+    "fused_probabilities" is the mean of the two softmaxes (Touvron et al., section 4, "joint classifiers"),
+    "fused_logits" the softmax of the mean logits (the released code).
+    """
+    cls = _at_least_float32(cls_logits)
+    if dist_logits is None:
+        return [F.log_softmax(cls, -1)]
+    dist = _at_least_float32(dist_logits)
+    return [
+        F.log_softmax(cls, -1),
+        F.log_softmax(dist, -1),
+        ((cls.softmax(-1) + dist.softmax(-1)) / 2).clamp_min(1e-30).log(),
+        F.log_softmax((cls + dist) / 2, -1),
+    ]
+
+
+def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank of the true label, decision and loss of each sample and head, each (B, number of heads).
+
+    cls_logits, dist_logits  (B, K); the second may be None
+    labels                   (B,) int64
+    """
+    scores = torch.stack(head_log_probabilities(cls_logits, dist_logits), 1)
+    label_scores = scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))
+    return (scores > label_scores).sum(2), scores.argmax(2), -label_scores[..., 0]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Patch embeddings, class token, distillation token and positions into one sequence, in one pass."""
+"""Assemble patch embeddings, class token, distillation token and positions into one sequence, in one pass."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def _assemble_tokens_forward(
     rows = (n - PREFIX)[:, None] * stride_p + c[None, :] * stride_c
     value = tl.load(patches + sample * stride_b + rows, mask=is_patch, other=0.0).to(tl.float32)
     if BIAS:
-        shift = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
-        value = tl.where(is_patch, value + shift[None, :], value)
-    first = tl.load(cls_token + c, mask=in_c, other=0.0).to(tl.float32)
-    value = tl.where((n == 0)[:, None], first[None, :], value)
+        bias_row = tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
+        value = tl.where(is_patch, value + bias_row[None, :], value)
+    cls_row = tl.load(cls_token + c, mask=in_c, other=0.0).to(tl.float32)
+    value = tl.where((n == 0)[:, None], cls_row[None, :], value)
     if PREFIX == 2:
-        second = tl.load(dist_token + c, mask=in_c, other=0.0).to(tl.float32)
-        value = tl.where((n == 1)[:, None], second[None, :], value)
-    places = n[:, None] * embed_dim + c[None, :]
-    value += tl.load(pos_embed + places, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + sample * num_tokens * embed_dim + places, value.to(out.dtype.element_ty), mask=inside)
+        dist_row = tl.load(dist_token + c, mask=in_c, other=0.0).to(tl.float32)
+        value = tl.where((n == 1)[:, None], dist_row[None, :], value)
+    offsets = n[:, None] * embed_dim + c[None, :]
+    value += tl.load(pos_embed + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + sample * num_tokens * embed_dim + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _assemble_tokens_backward(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # A program owns some channels of one token in `chunk` samples, so that no two add to the same sum.
+    # Each program owns some channels of one token in `chunk` samples, so no two add to the same sum.
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(2)
@@ -74,18 +74,18 @@ def _assemble_tokens_backward(
     for start in range(split * chunk, end, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         inside = (b < end)[:, None] & in_c[None, :]
-        wide = b.to(tl.int64)[:, None]
-        value = tl.load(grad + (wide * num_tokens + n) * embed_dim + c[None, :], mask=inside, other=0.0)
+        sample = b.to(tl.int64)[:, None]
+        value = tl.load(grad + (sample * num_tokens + n) * embed_dim + c[None, :], mask=inside, other=0.0)
         total += value.to(tl.float32)
         if n >= PREFIX:
-            place = (wide * (num_tokens - PREFIX) + n - PREFIX) * embed_dim + c[None, :]
-            tl.store(grad_patches + place, value.to(grad_patches.dtype.element_ty), mask=inside)
-    place = (split.to(tl.int64) * num_tokens + n) * embed_dim + c
-    tl.store(partial + place, tl.sum(total, axis=0), mask=in_c)
+            offset = (sample * (num_tokens - PREFIX) + n - PREFIX) * embed_dim + c[None, :]
+            tl.store(grad_patches + offset, value.to(grad_patches.dtype.element_ty), mask=inside)
+    offset = (split.to(tl.int64) * num_tokens + n) * embed_dim + c
+    tl.store(partial + offset, tl.sum(total, axis=0), mask=in_c)
 
 
 def _block_c(embed_dim: int) -> int:
-    """Channels of a tile: the widest that divides the embedding, so that no lane is idle, but at least 64."""
+    """Channels of a tile: the widest power of two that divides the embedding, so no lane idles; at least 64."""
     return max(64, min(256, embed_dim & -embed_dim))
 
 
@@ -101,7 +101,7 @@ def _backward_launch(embed_dim: int, prefix: int) -> Launch:
     return Launch(constants=constants, num_warps=4)
 
 
-_SAMPLES_A_SPLIT = 64
+_SAMPLES_PER_SPLIT = 64
 
 
 @operator("fastdeit::assemble_tokens")
@@ -146,7 +146,7 @@ def _backward_op(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tensor,
     grad_patches, total = _backward_fake(grad, prefix, dtype)
     if not grad.numel():
         return grad_patches, total.zero_()
-    splits = cdiv(batch, _SAMPLES_A_SPLIT)
+    splits = cdiv(batch, _SAMPLES_PER_SPLIT)
     partial = total[None] if splits == 1 else grad.new_empty((splits, tokens, width), dtype=torch.float32)
     launch = chosen("assemble_tokens_backward", _backward_launch(width, prefix))
     _assemble_tokens_backward[(tokens, cdiv(width, dict(launch.constants)["BLOCK_C"]), splits)](
@@ -178,15 +178,15 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad):
-    of_patches, of_bias, of_cls, of_dist, of_pos = ctx.dtypes
-    grad_patches, total = _backward_op(grad, ctx.prefix, of_patches)
-    # Copies: autograd keeps what it is given as `.grad` and adds to it in place, so no two may share memory.
+    patches_dtype, bias_dtype, cls_dtype, dist_dtype, pos_dtype = ctx.dtypes
+    grad_patches, total = _backward_op(grad, ctx.prefix, patches_dtype)
+    # Copies: autograd keeps these tensors as `.grad` and adds to them in place, so no two may share memory.
     return (
         grad_patches,
-        None if of_bias is None else total[ctx.prefix :].sum(0).to(of_bias),
-        total[None, :1].to(of_cls, copy=True),
-        None if of_dist is None else total[None, 1:2].to(of_dist, copy=True),
-        total[None].to(of_pos),
+        None if bias_dtype is None else total[ctx.prefix :].sum(0).to(bias_dtype),
+        total[None, :1].to(cls_dtype, copy=True),
+        None if dist_dtype is None else total[None, 1:2].to(dist_dtype, copy=True),
+        total[None].to(pos_dtype),
     )
 
 
@@ -200,18 +200,18 @@ def assemble_tokens(
     pos_embed: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Put the class token, and the distillation token where there is one, before the patches; add the positions.
+    """Prepend the class token and the optional distillation token to the patches; add the positions.
 
-    patches     (B, P, C) with any strides: also a convolution's output, flattened and transposed
+    patches     (B, P, C), any strides, such as a convolution's output flattened and transposed
     cls_token   (1, 1, C)
     dist_token  (1, 1, C) or None
     pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
-    bias        (C,) of the patch projection, where `patches` come without, or None
+    bias        (C,) of the patch projection, if `patches` lack it, or None
 
-    Each float32, float16 or bfloat16; the sums are float32. Returns (B, N, C), contiguous, in the wider of the dtypes
-    of `patches` and `pos_embed`. The gradients of tokens, positions and bias are summed over the batch in float32 in
-    a fixed order. Raises ValueError for shapes that do not fit, for another dtype and without a GPU. Source: Touvron
-    et al., arXiv 2012.12877, section 4, "distillation token".
+    All are float32, float16 or bfloat16; the sums are float32. Returns (B, N, C), contiguous, in the wider dtype of
+    `patches` and `pos_embed`. The gradients of tokens, positions and bias are summed over the batch in float32 in a
+    fixed order. Raises ValueError for mismatched shapes, another dtype and without a GPU. Source: Touvron et al.,
+    arXiv 2012.12877, section 4, "distillation token".
     """
     check(
         "assemble_tokens",
@@ -244,12 +244,12 @@ def embed_patches(
     dist_token: Tensor | None,
     pos_embed: Tensor,
 ) -> Tensor:
-    """The sequence of images that are already laid out in patches: one GEMM and `assemble_tokens`.
+    """Embed images that are already laid out in patches: one GEMM and `assemble_tokens`.
 
-    pixels  (B, P, 3 S S): the patches of S x S pixels row by row, a patch channel by channel
-    weight  (C, 3, S, S), bias  (C,) or None: those of the patch embedding's convolution
+    pixels  (B, P, 3 S S): patches of S x S pixels in row order, each channel by channel
+    weight  (C, 3, S, S), bias  (C,) or None: of the patch embedding's convolution
 
-    The other arguments, the result and the errors are those of `assemble_tokens`.
+    Other arguments, result and errors: see `assemble_tokens`.
     """
     if pixels.ndim != 3 or pixels.shape[-1] != weight[0].numel():
         raise ValueError(
@@ -261,14 +261,14 @@ def embed_patches(
 
 
 def variants() -> list[Variant]:
-    """The launches for DeiT-Ti, S and B with a distillation token: bf16 patches, and a float32 or bf16 sequence."""
-    found = []
+    """The launches for DeiT-Ti, S and B with a distillation token: bf16 patches, float32 or bf16 sequence."""
+    variants = []
     for width in (192, 384, 768):
         for dtype in (torch.float32, torch.bfloat16):
             forward, backward = _forward_launch(width, 2, True), _backward_launch(width, 2)
             sequence, name = pointer(dtype), f"{DTYPES[dtype]} C{width}"
             parameters = dict.fromkeys(("bias", "cls_token", "dist_token", "pos_embed", "out"), sequence)
-            found.append(
+            variants.append(
                 forward.variant(
                     f"assemble_tokens_forward {name}",
                     _assemble_tokens_forward,
@@ -278,7 +278,7 @@ def variants() -> list[Variant]:
                     stride_c=1,
                 )
             )
-            found.append(
+            variants.append(
                 backward.variant(
                     f"assemble_tokens_backward {name}",
                     _assemble_tokens_backward,
@@ -287,4 +287,4 @@ def variants() -> list[Variant]:
                     ("batch", "chunk", "embed_dim"),
                 )
             )
-    return found
+    return variants

@@ -1,18 +1,18 @@
-"""Messages and progress bars that nobody may be reading: a terminal or pipe that fails ends no work."""
+"""Messages and progress bars: a terminal or pipe that fails never ends the work."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
 from tqdm import tqdm
-from tqdm.utils import ObjectWrapper
 
 
 def say(text: str, name: Literal["stdout", "stderr"] = "stdout") -> str | None:
-    """Print `text`; why it could not be written, or None."""
+    """Print `text`. Returns the reason if that fails, else None."""
     stream = getattr(sys, name)
     if stream is None:
         return "it is closed"
@@ -27,52 +27,61 @@ def say(text: str, name: Literal["stdout", "stderr"] = "stdout") -> str | None:
 
 
 def report(text: str, what: str) -> None:
-    """Print `text` to standard output; where that fails say on standard error that `what` is done all the same."""
+    """Print `text` to standard output; if that fails, say on standard error that `what` is done all the same."""
     if failure := say(text):
         say(f"note: standard output cannot be written ({failure}): {what}", "stderr")
 
 
 def progress_bar(notes: list[str], shown: bool = True, **options: Any) -> tqdm:
-    """A tqdm on standard error, if that is a terminal; where writing to it fails, `notes` say so."""
+    """A tqdm on standard error, if that is a terminal; a failure to write to it goes to `notes`."""
     options = {"unit": " images", **options}
     if sys.stderr is None:
         return tqdm(disable=True, **options)
-    return tqdm(file=_Unfailing(sys.stderr, notes), disable=None if shown else True, **options)
+    stream: Any = Steady(sys.stderr, "the progress could not be shown any more ({error})", notes)
+    return tqdm(file=stream, disable=None if shown else True, **options)
 
 
-class _Unfailing(ObjectWrapper):
-    """A stream that drops what it cannot write, and notes it once."""
+class Steady:
+    """A text stream whose failed writes are noted, not raised; it forwards everything else to the stream.
 
-    def __init__(self, stream: Any, notes: list[str]) -> None:
-        super().__init__(stream)
-        self.wrapper_setattr("_notes", notes)
-        self.wrapper_setattr("_failed", False)
+    lost    the sentence to note, once, with {error} for the reason
+    faults  where it is noted
+    failed  whether any write has failed
+    """
 
-    def __eq__(self, other: object) -> bool:
-        # tqdm asks the terminal for its width where the file is a standard stream.
-        return self.wrapper_getattr("_wrapped") == getattr(other, "_wrapped", other)
+    def __init__(self, stream: Any, lost: str, faults: list[str]) -> None:
+        self._stream, self._lost, self._faults, self.failed = stream, lost, faults, False
 
-    __hash__ = None  # type: ignore[assignment]
-
-    def write(self, text: str) -> None:
-        self._try(lambda: self.wrapper_getattr("_wrapped").write(text))
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
 
     def flush(self) -> None:
-        self._try(self.wrapper_getattr("_wrapped").flush)
+        self._try(self._stream.flush)
 
-    def _try(self, call: Any) -> None:
-        if self.wrapper_getattr("_failed"):
-            return
+    def _try(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except (OSError, ValueError) as error:
-            self.wrapper_setattr("_failed", True)
-            reason = getattr(error, "strerror", None) or str(error)
-            self.wrapper_getattr("_notes").append(f"the progress could not be shown any more ({reason})")
+        except (OSError, ValueError) as error:  # ValueError: a closed file
+            if not self.failed:
+                self.failed = True
+                self._faults.append(self._lost.format(error=getattr(error, "strerror", None) or error))
+            if isinstance(error, BrokenPipeError):
+                discard(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        # tqdm takes its width from the terminal only for a file that equals a standard stream.
+        return self is other or self._stream == other
+
+    def __hash__(self) -> int:
+        return hash(self._stream)
 
 
 def settle() -> None:
-    """Have both standard streams flushed, or give them up: Python would end with an error at what they still hold."""
+    """Flush both standard streams, or discard their buffers: otherwise Python would exit with an error."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue
@@ -83,7 +92,7 @@ def settle() -> None:
 
 
 def discard(stream: Any) -> None:
-    """Send a stream to /dev/null from now on, with what it still holds."""
+    """Send a stream, with its buffer, to /dev/null from now on."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,4 +1,4 @@
-"""The base of every error that a person can mend."""
+"""The base of every error that a user can mend, and the remedy for each error of the operating system."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ class UserError(Exception):
     """
 
 
-_MACHINE = {
+# States of the machine: other files would fail as well.
+MACHINE = {
     errno.ENOSPC: "free space there, or name a place on another disk",
     errno.EDQUOT: "free some of your quota there, or name a place on another disk",
     errno.EROFS: "name a place that can be written to",
     errno.EIO: "check the disk and the system's log, or copy the files to another disk",
-    errno.ESTALE: "mount the network file system again, then start anew",
-    errno.EMFILE: "raise the limit with ulimit -n",
+    errno.EMFILE: "raise the limit with ulimit -n 4096",
     errno.ENFILE: "close other programs, or raise the system's limit (sysctl fs.file-max)",
-    errno.ENOMEM: "close other programs, or give fewer threads or workers",
+    errno.ENOMEM: "close other programs, or use fewer threads or workers",
     errno.ENOLCK: "name a place on a file system that has locks",
     errno.EFBIG: "name a place whose file system and ulimit -f allow larger files",
-}
+} | dict.fromkeys(
+    (
+        errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+        errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.ENODEV, errno.EREMOTEIO,
+    ),
+    "mount its file system again, then run the same command again",
+)  # fmt: skip
 _PATH = {
     errno.ENOENT: "check the path",
     errno.EACCES: "change its permissions, or name another place",
@@ -47,21 +53,21 @@ _PATH = {
 
 
 def os_sentence(error: OSError) -> str | None:
-    """One sentence with the path, the reason and the remedy; None unless a path or the machine's state is at fault."""
+    """One sentence with path, reason and remedy; None unless a path or the machine's state is at fault."""
     path = None if isinstance(error.filename, int) else error.filename  # open() also takes a descriptor
-    if error.errno is None or (path is None and error.errno not in _MACHINE):
+    if error.errno is None or (path is None and error.errno not in MACHINE):
         return None
     where = "" if path is None else f"{printable(os.fsdecode(path))}: "
     return f"{where}{error.strerror or os.strerror(error.errno)}: {remedy(error)}"
 
 
 def remedy(error: OSError) -> str:
-    """What to do about it."""
-    return (_MACHINE | _PATH).get(error.errno or 0, "check the path")
+    """The remedy for an error of the operating system."""
+    return (MACHINE | _PATH).get(error.errno or 0, "check the path")
 
 
 def fact(error: BaseException) -> str:
-    """The first sentence of another library's error, since the others advise on the use of that library."""
+    """The first sentence of another library's error; the rest is advice on using that library."""
     if isinstance(error, UserError):
         return str(error)
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
@@ -69,13 +75,13 @@ def fact(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what cannot be printed, or is no UTF-8, as escapes."""
+    """`text` with escapes for unprintable characters and for bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name `path` in an OSError of the block that names none, as one of `write` and `fsync` does."""
+    """Add `path` to an OSError of the block that names no file: `write` and `fsync` raise such errors."""
     try:
         yield
     except OSError as error:

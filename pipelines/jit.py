@@ -1,11 +1,10 @@
-"""Numba wrappers: compiled code is cached on disk wherever that is possible, and never outlives its source.
+"""Numba wrappers: compiled code is cached on disk if possible, and the cache key covers callees in other files.
 
-Numba throws cached code away when the file of its function changes, but not when a function that was compiled into it
-changes in another file, so an update could go on running old code. Here code is also thrown away when any file changes
-that others are compiled from: those of the host stage, of the random numbers and of the plan.
+Numba discards cached code when the file of its function changes, but not when a callee in another file does, so an
+update could run old code. These wrappers also discard it when any file of `host/` or `plan/` changes.
 
-Numba refuses to compile at all where it finds no folder for its cache, as in a container with a read-only installation
-and no home folder. Here the cache then lies in the system's folder for temporary files, or there is none.
+Numba refuses to compile if it finds no folder for its cache, as in a container with a read-only installation and no
+home folder. These wrappers then use the system's folder for temporary files, or compile without a cache.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _SLOW = "every process compiles anew, which takes half a minute"
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile `function` with numba: cached on disk, without the interpreter's lock, division as NumPy does it."""
+    """Compile `function` with numba: cached on disk, without the GIL, with NumPy's division."""
     dispatcher = cached(nogil=True, error_model="numpy")(function)
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if index is None:  # it has no cache
+    if index is None:  # no cache
         return dispatcher
     if hasattr(index, "_source_stamp"):
         own = Path(inspect.getfile(function)).read_bytes()
@@ -46,11 +45,11 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def is_compiled(dispatcher: Any) -> bool | None:
-    """Whether the disk holds code of a function that `compiled` made, for these files; None where that is not known."""
+    """Whether the disk cache holds code for a function from `compiled`; None if unknown."""
     index = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
     try:
         return bool(index._load_index())  # pyright: ignore[reportOptionalMemberAccess]
-    except Exception:  # numba's own business, which another version may do in another way
+    except Exception:  # numba's internals, which may differ in another version
         return None
 
 
@@ -60,7 +59,7 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 def cached(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` with `options`, cached on disk where that is possible; a warning, once, says where it is not."""
+    """`numba.njit` with `options`, cached on disk if possible; otherwise it warns once."""
 
     def compile_cached(function: Callable[..., Any]) -> Any:
         dispatcher = _with_numbas_folder(function, options) or _with_own_folder(function, options)
@@ -100,15 +99,15 @@ def _with_own_folder(function: Callable[..., Any], options: dict[str, Any]) -> A
 
 @cache
 def _own_folder() -> Path | None:
-    """A folder of this user's alone among the temporary files; None where there is none to be trusted.
+    """A folder among the temporary files that only this user can write; None if there is no trusted one.
 
-    Cached code is run, so that nobody else may be able to put any there.
+    Cached code is executed, so nobody else may be able to write it.
     """
     try:
         folder = Path(tempfile.gettempdir()) / f"fastdeit-numba-{os.getuid()}"
         above = os.stat(folder.parent).st_mode
         if above & 0o022 and not above & stat.S_ISVTX:
-            return None  # others may rename what lies there
+            return None  # others may rename files in it
         folder.mkdir(mode=0o700, exist_ok=True)
         status = os.lstat(folder)
     except OSError:
@@ -118,13 +117,13 @@ def _own_folder() -> Path | None:
 
 
 def _guard(store: Any) -> None:
-    """Have a cache that can no longer be read or written cost time, and nothing else."""
+    """Make an unreadable or unwritable cache a warning, not an error."""
     load, save = store.load_overload, store.save_overload
 
     def load_overload(*args: Any) -> Any:
         try:
             return load(*args)
-        except Exception as error:  # a damaged file can fail anywhere in the reader
+        except Exception as error:  # a damaged file may raise anything
             _say_once(f"compiled code in {store.cache_path} cannot be read ({error}): it is compiled anew")
             return None
 
@@ -147,7 +146,7 @@ def _probe(x: int) -> int:
 
 
 def try_cache() -> Path | None:
-    """Compile a small function; the folder where its code then lies, or None where none was kept."""
+    """Compile a small function. Returns the folder that caches it, or None if it is not cached."""
     dispatcher = compiled(_probe)
     if dispatcher(1) != 2:
         raise RuntimeError("numba computes 1 + 1 wrongly: install it again")

@@ -1,4 +1,4 @@
-"""Locks between processes that write to the same place."""
+"""File locks between processes that write to the same path."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
-    """Lock an open file against every other opening of it, until it is closed or its process ends.
+    """Lock an open file until it is closed or its process ends.
 
-    Returns False where the file system has no locks. Raises BlockingIOError where another opening holds the lock,
-    unless `wait`.
+    Returns False if the file system has no locks. Raises BlockingIOError if another open file holds the lock, unless
+    `wait`.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""What the operating system refuses: a state of the machine, which says nothing about the data."""
+"""Errors that are the machine's fault and say nothing about the data."""
 
 from __future__ import annotations
 
@@ -6,29 +6,10 @@ import errno
 import os
 import resource
 
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import MACHINE, UserError, remedy
 
-_MOUNT = "the file system is gone or does not answer: mount it again, then run the same command again"
-_REMEDIES = {
-    errno.EMFILE: "this process has reached its limit of open files: raise the limit with ulimit -n 4096",
-    errno.ENFILE: "the machine has reached its limit of open files: close other programs, or raise fs.file-max",
-    errno.ENOMEM: "the machine is out of memory: close other programs, or use fewer threads",
-    errno.EIO: "the disk or its connection failed: look at dmesg, and copy the data to a healthy disk",
-    errno.ENOSPC: "the disk is full: free some space, then run the same command again",
-    errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again",
-    errno.EFBIG: "File too large: name a place whose file system and ulimit -f allow larger files",
-    errno.EROFS: "the file system is read-only: mount it writable, or write to another folder",
-    errno.EACCES: "this user has no permission: change the file's mode or owner",
-    errno.EPERM: "this user has no permission: change the file's mode or owner",
-    errno.ENOENT: "the file was there and is gone: bring it back or mount its file system again, then run again",
-    errno.ENOTDIR: "the folder was there and is gone: bring it back or mount its file system again, then run again",
-} | dict.fromkeys(
-    (
-        errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
-        errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO,
-    ),
-    _MOUNT,
-)  # fmt: skip
+_BACK = "it was there and is gone: bring it back or mount its file system again, then run the same command again"
+_GONE = dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ENXIO), _BACK)
 _SHARED_MEMORY = "shared memory (/dev/shm) is full or missing: docker run --shm-size=8g, or remove what lies there"
 
 
@@ -39,33 +20,31 @@ class MachineError(UserError):
     """
 
 
-# What says nothing of the one file that is read: others would fail as well. A file without permission is not among it.
-STATES = frozenset(_REMEDIES) - {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+STATES = frozenset(MACHINE) | {errno.ENXIO}  # every other file would fail as well
 
 
 def machine_error(error: OSError | MemoryError, what: str) -> MachineError:
-    """The error for `what` could not be done, such as "FILE, sample 3: cannot be read"; with what to do about it."""
+    """The error for an action that failed, such as "FILE, sample 3: cannot be read", with reason and remedy."""
     if isinstance(error, MemoryError):
-        return MachineError(f"{what}: {_REMEDIES[errno.ENOMEM]} ({str(error) or 'out of memory'})")
-    remedy = _REMEDIES.get(error.errno or 0, "the operating system refused: mend that, then run the same command again")
+        return MachineError(f"{what}: out of memory ({error}): {MACHINE[errno.ENOMEM]}")
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return MachineError(f"{what}: {remedy} ({reason})")
+    return MachineError(f"{what}: {reason}: {_GONE.get(error.errno or 0) or remedy(error)}")
 
 
 def shared_memory_error(error: OSError, what: str) -> MachineError:
-    """As `machine_error`, for what needs a semaphore or a segment in /dev/shm."""
+    """Like `machine_error`, for an action that needs a semaphore or a segment in /dev/shm."""
     if error.errno in (errno.ENOSPC, errno.ENOENT, errno.ENOSYS, errno.EACCES):
         return MachineError(f"{what}: {_SHARED_MEMORY} ({os.strerror(error.errno)})")
     return machine_error(error, what)
 
 
 def thread_error(error: RuntimeError, what: str) -> MachineError:
-    """The error for a thread that the machine did not start."""
-    remedy = "the machine starts no more threads: raise ulimit -u or the container's limit of processes, or set fewer"
-    return MachineError(f"{what}: {remedy} with --data.threads ({error})")
+    """The error for a thread that did not start."""
+    raised = "raise ulimit -u or the container's limit of processes, or set fewer with --data.threads"
+    return MachineError(f"{what}: the machine starts no more threads: {raised} ({error})")
 
 
 def open_file_limit() -> int:
-    """How many files this process may have open at once."""
+    """The number of files that this process may have open at once."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 1 << 20 if limit == resource.RLIM_INFINITY else limit

@@ -1,8 +1,8 @@
-"""`python -m tests.contact_sheet FILE`: every operation of RandAugment at three magnitudes, beside Pillow's.
+"""`python -m tests.contact_sheet FILE`: every operation of RandAugment at three magnitudes, Pillow's and ours.
 
-Of each pair the left picture is timm's own function on Pillow (`fastdeit.pipelines.plan.replay`), the right one the
-host stage's, which the device stage equals to the bit. What differs is counted. The photograph is scikit-learn's
-`china.jpg` (CC BY), unless another is given.
+The left picture of each pair is timm's own function on Pillow (`fastdeit.pipelines.plan.replay`), the right one comes
+from the host stage, which is bit-identical to the device stage. The command counts the pairs that differ. The default
+photograph is scikit-learn's `china.jpg` (CC BY).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastdeit.pipelines.plan.plan import BICUBIC, CODE, INCREASING, Plan, whole_
 from fastdeit.pipelines.plan.replay import fill_color, replay
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MAGNITUDES = (3, 6, 9)  # of ten; the recipe's is 9
+MAGNITUDES = (3, 6, 9)  # of 10; the recipe uses 9
 _BLOCKS, _GAP, _LABEL, _HEAD = 2, 4, 104, 34
 _INK, _FAINT = "#202020", "#707070"
 
@@ -42,7 +42,7 @@ class Options:
 
 
 def photograph(path: Path | None) -> np.ndarray:
-    """(height, width, 3) uint8. Raises UserError where there is none."""
+    """The photograph as (height, width, 3) uint8. Raises UserError if there is none."""
     if path is not None:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
@@ -54,7 +54,7 @@ def photograph(path: Path | None) -> np.ndarray:
 
 
 def strength(name: str, magnitude: float) -> float:
-    """What timm gives its function of an operation of the "increasing" set, of the two signs the positive; or 0."""
+    """The argument that timm passes to an operation of the "increasing" set, with positive sign; 0 if it has none."""
     increasing = f"{name}Increasing" if f"{name}Increasing" in auto_augment.LEVEL_TO_ARG else name
     level_to_arg = auto_augment.LEVEL_TO_ARG[increasing]
     if level_to_arg is None:
@@ -65,7 +65,7 @@ def strength(name: str, magnitude: float) -> float:
 
 
 def plan_of(photo: np.ndarray, names: Sequence[str], size: int) -> Plan:
-    """A sample for every operation and magnitude: the photograph's middle square."""
+    """One sample per operation and magnitude, each of the photograph's middle square."""
     height, width = photo.shape[:2]
     side, count = min(height, width), len(names) * len(MAGNITUDES)
     strengths = [strength(name, magnitude) for name in names for magnitude in MAGNITUDES]
@@ -90,7 +90,7 @@ def plan_of(photo: np.ndarray, names: Sequence[str], size: int) -> Plan:
 
 
 def pairs(photo: np.ndarray, plan: Plan, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of every sample, Pillow's picture and ours, (size, size, 3) uint8."""
+    """Pillow's picture and ours for every sample, (size, size, 3) uint8."""
     decoded = DecodedBatch(
         epoch=0,
         step=0,
@@ -112,10 +112,10 @@ def pairs(photo: np.ndarray, plan: Plan, size: int) -> list[tuple[np.ndarray, np
 
 
 def sheet(photo: np.ndarray, size: int, names: Sequence[str] = INCREASING) -> tuple[Image.Image, int]:
-    """The picture, and how many of ours differ from Pillow's in any level."""
+    """The sheet, and the number of our pictures that differ from Pillow's in any level."""
     plan = plan_of(photo, names, size)
-    made = pairs(photo, plan, size)
-    different = sum(not np.array_equal(*pair) for pair in made)
+    pictures = pairs(photo, plan, size)
+    different = sum(not np.array_equal(*pair) for pair in pictures)
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
     rows = -(-len(names) // _BLOCKS)
     pair_width = 2 * size + 2 * _GAP
@@ -123,8 +123,8 @@ def sheet(photo: np.ndarray, size: int, names: Sequence[str] = INCREASING) -> tu
     picture = Image.new("RGB", (_BLOCKS * block + _GAP, _HEAD + rows * (size + _GAP) + 22), "white")
     draw = ImageDraw.Draw(picture)
     for column in range(_BLOCKS):
-        for place, magnitude in enumerate(MAGNITUDES):
-            x = column * block + _LABEL + place * (pair_width + _GAP)
+        for column_in_block, magnitude in enumerate(MAGNITUDES):
+            x = column * block + _LABEL + column_in_block * (pair_width + _GAP)
             draw.text((x, 2), f"magnitude {magnitude}", fill=_INK, font=font)
             draw.text((x, 18), "Pillow", fill=_FAINT, font=small)
             draw.text((x + size + 2, 18), "fastdeit", fill=_FAINT, font=small)
@@ -134,18 +134,18 @@ def sheet(photo: np.ndarray, size: int, names: Sequence[str] = INCREASING) -> tu
         for place in range(len(MAGNITUDES)):
             sample = number * len(MAGNITUDES) + place
             x = left + _LABEL + place * (pair_width + _GAP)
-            for picture_of, offset in zip(made[sample], (0, size + 2), strict=True):
+            for picture_of, offset in zip(pictures[sample], (0, size + 2), strict=True):
                 picture.paste(Image.fromarray(picture_of), (x + offset, top))
             if place == 0 and plan.arg[sample, 0]:
                 shown = ", ".join(f"{plan.arg[sample + i, 0]:.3g}" for i in range(len(MAGNITUDES)))
                 draw.text((left + 6, top + size / 2), shown, fill=_FAINT, font=small)
-    told = f"{len(made) - different} of {len(made)} are equal to Pillow's in every level."
-    draw.text((6, picture.height - 18), told, fill=_INK, font=font)
+    summary = f"{len(pictures) - different} of {len(pictures)} are equal to Pillow's in every level."
+    draw.text((6, picture.height - 18), summary, fill=_INK, font=font)
     return picture, different
 
 
-def contact_sheet(options: Options) -> bool:
-    """Draw, write and tell; whether every picture of ours is Pillow's."""
+def draw_sheet(options: Options) -> bool:
+    """Draw, save and report; return whether every picture of ours equals Pillow's."""
     picture, different = sheet(photograph(options.photo), options.size)
     options.file.parent.mkdir(parents=True, exist_ok=True)
     picture.save(options.file, quality=options.quality)
@@ -154,7 +154,7 @@ def contact_sheet(options: Options) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 where a picture differs from Pillow's."""
+    """The command; exit status 1 if a picture differs from Pillow's."""
 
-    if not run(lambda: contact_sheet(parse(Options, "python -m tests.contact_sheet", argv))):
+    if not run(lambda: draw_sheet(parse(Options, "python -m tests.contact_sheet", argv))):
         sys.exit(1)

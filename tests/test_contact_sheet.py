@@ -46,4 +46,4 @@ def test_the_command_writes_a_file(tmp_path, photo, capsys):
     assert "0 of 45 pictures differ" in capsys.readouterr().out
     with Image.open(path) as picture:
         assert picture.format == "JPEG"
-    assert contact_sheet.contact_sheet(Options(file=path, photo=tmp_path / "photo.png", size=16))
+    assert contact_sheet.draw_sheet(Options(file=path, photo=tmp_path / "photo.png", size=16))

@@ -1,12 +1,13 @@
-"""The device augmentation: the time of each of its passes beside the bytes that it must move, and beside its peers.
+"""Time each pass of the device augmentation, compared with the bytes that it must move and with its peers.
 
-The batch is the recipe's own: photos of 500 x 375 pixels, each decoded once for its three repeats, and plans drawn as
-a run draws them. Peers do the same kind of work on the same images with draws of their own. torchvision's RandAugment
-draws once for the whole batch; how fast it is with a draw for every image, as the recipe asks for, is told too.
+The batch is that of the recipe: photos of 500 x 375 pixels, each decoded once for its three repeats, with plans drawn
+as in a run. Peers do the same kind of work on the same images with their own random draws. torchvision's RandAugment
+draws once per batch; a second figure has one draw per image, as the recipe requires.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +31,13 @@ from fastdeit.pipelines.plan.policy import Policy
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HEIGHT, WIDTH = 375, 500
 SIZE = 224
-_READ_ONLY = ("AutoContrast", "Equalize", "Contrast")  # need the pixels for a histogram or a mean
+_READ_ONLY = ("AutoContrast", "Equalize", "Contrast")  # read the pixels for a histogram or a mean
 _REWRITTEN = ("Color", "Sharpness", "Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A batch to be made."""
+    """A batch to augment."""
 
     decoded: DecodedBatch
     plan: Plan
@@ -45,7 +46,7 @@ class Job:
 
     @classmethod
     def draw(cls, batch: int, size: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Job:
-        """A step of the recipe with photos made of noise, smoothed."""
+        """A step of the recipe, with smoothed noise as photos."""
         order = EpochOrder(max(batch, 64), global_batch=batch, seed=seed)
         samples = order.step(0, 0)
         images, source = np.unique(samples.index, return_inverse=True)
@@ -68,7 +69,7 @@ class Job:
         return cls(decoded=decoded, plan=plan, size=size, dtype=dtype)
 
     def bytes(self) -> dict[str, int]:
-        """What each pass must read and write at least; see `passes`."""
+        """The least that each pass of `passes` must read and write."""
         image = 3 * self.size**2
         op, source = self.plan.op, self.decoded.source
         crops = np.zeros(len(self.decoded.offset))
@@ -81,8 +82,8 @@ class Job:
         return {
             "resize": taken + everything,
             "operations": int(read + 2 * rewritten) * image,
-            "finish": everything + out,
-            # What one perfect kernel would move for the last two.
+            "normalize_erase_mix": everything + out,
+            # One perfect kernel for the last two passes would move this.
             "augment": everything + out,
             "stage": taken + out,
         }
@@ -90,14 +91,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Passes:
-    """Calls that each run one pass over the job again, on data that is on the device."""
+    """Calls that each rerun one pass, on data that is already on the device."""
 
     calls: dict[str, Callable[[], object]]
     batch: Callable[[], Tensor]
 
 
 def passes(job: Job, device: torch.device, layout: Literal["nchw", "patches"] = "patches") -> Passes:
-    """The launches of `DeviceStage`, one pass at a time, and the stage as a whole from the host's plan on."""
+    """The launches of `DeviceStage` one pass at a time, and the whole stage from the host's plan on."""
 
     def stage() -> DeviceStage:
         return DeviceStage(job.size, MEAN, STD, device=device, dtype=job.dtype, layout=layout)
@@ -106,7 +107,7 @@ def passes(job: Job, device: torch.device, layout: Literal["nchw", "patches"] = 
 
     def run_augment() -> None:
         launches["operations"]()
-        launches["normalize"]()
+        launches["normalize_erase_mix"]()
 
     def run_stage() -> None:
         launches["resize"]()
@@ -122,9 +123,7 @@ def passes(job: Job, device: torch.device, layout: Literal["nchw", "patches"] = 
     from_host = stage()
     return Passes(
         calls={
-            "resize": launches["resize"],
-            "operations": launches["operations"],
-            "finish": launches["normalize"],
+            **launches,
             "augment": run_augment,
             "stage": run_stage,
             "stage from the host": lambda: from_host(decoded, job.plan),
@@ -134,43 +133,43 @@ def passes(job: Job, device: torch.device, layout: Literal["nchw", "patches"] = 
 
 
 def disagreement(job: Job, device: torch.device) -> str | None:
-    """Why the device's batch is wrong, or None: it is to be the host stage's, to the bit."""
-    full = Job(decoded=job.decoded, plan=job.plan, size=job.size, dtype=torch.float32)
+    """Why the device's batch is wrong; None if it is bit-identical to the host stage's."""
+    float32 = dataclasses.replace(job, dtype=torch.float32)
     with ThreadPoolExecutor(4) as pool:
         host = HostStage(job.size, MEAN, STD, pool=pool, threads=4)(job.decoded, job.plan).images
-    ours = passes(full, device, "nchw").batch().cpu()
+    ours = passes(float32, device, "nchw").batch().cpu()
     wrong = (ours != host).flatten(1).any(1).nonzero().flatten().tolist()
     return f"{len(wrong)} of {len(host)} samples differ from the host's, the first is {wrong[0]}" if wrong else None
 
 
 @dataclass
 class Peers:
-    """Calls by name of a pass; why others are absent; what those said that cannot be put together here."""
+    """Calls by pass and name; why others are absent, or failed to set up."""
 
     calls: dict[str, dict[str, Callable[[], object]]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def peers(job: Job, device: torch.device) -> Peers:
-    """torchvision, kornia and DALI, where they are installed, at resizing and at augmenting."""
-    found = Peers({"resize": {}, "augment": {}})
+def available_peers(job: Job, device: torch.device) -> Peers:
+    """Resizing and augmenting with torchvision, kornia and DALI, if they are installed."""
+    peers = Peers({"resize": {}, "augment": {}})
     pixels = torch.from_numpy(job.decoded.pixels).view(-1, HEIGHT, WIDTH, 3).permute(0, 3, 1, 2).contiguous().to(device)
     images = torch.randint(0, 256, (len(job.plan), 3, job.size, job.size), dtype=torch.uint8, device=device)
-    adding: dict[str, Callable[[], None]] = {
-        "torchvision": lambda: _add_torchvision(found, job, pixels, images),
-        "kornia": lambda: _add_kornia(found, job, images),
-        "DALI": lambda: _add_dali(found, job, images),
+    setups: dict[str, Callable[[], None]] = {
+        "torchvision": lambda: _add_torchvision(peers, job, pixels, images),
+        "kornia": lambda: _add_kornia(peers, job, images),
+        "DALI": lambda: _add_dali(peers, job, images),
     }
-    for name, add in adding.items():
+    for name, setup in setups.items():
         try:
-            add()
-        except Exception as error:  # of a version that works otherwise: our own figures do not hang on it
-            found.failed[name] = first_line(error)
-    return found
+            setup()
+        except Exception as error:  # an incompatible version must not cost our own figures
+            peers.failed[name] = first_line(error)
+    return peers
 
 
-def _add_torchvision(found: Peers, job: Job, pixels: Tensor, images: Tensor) -> None:
+def _add_torchvision(peers: Peers, job: Job, pixels: Tensor, images: Tensor) -> None:
     crops, source = job.plan.crop.tolist(), job.decoded.source.tolist()
     policy = v2.RandAugment(num_ops=2, magnitude=9)
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))])
@@ -197,34 +196,34 @@ def _add_torchvision(found: Peers, job: Job, pixels: Tensor, images: Tensor) -> 
         augmented = torch.stack([erase(normalise(policy(image))) for image in images])
         return mix(augmented, labels)[0].to(job.dtype)
 
-    found.calls["resize"]["torchvision"] = resize
-    found.calls["augment"]["torchvision, one draw a batch"] = one_draw
-    found.calls["augment"]["torchvision, a draw an image"] = a_draw_each
+    peers.calls["resize"]["torchvision"] = resize
+    peers.calls["augment"]["torchvision, one draw a batch"] = one_draw
+    peers.calls["augment"]["torchvision, a draw an image"] = a_draw_each
 
 
-def _add_kornia(found: Peers, job: Job, images: Tensor) -> None:
+def _add_kornia(peers: Peers, job: Job, images: Tensor) -> None:
     try:
         import kornia.augmentation as kornia
     except ImportError:
-        found.absent["kornia"] = "pip install kornia"
+        peers.absent["kornia"] = "pip install kornia"
         return
     sequence = kornia.AugmentationSequential(
         kornia.auto.RandAugment(n=2, m=9),
         kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
         kornia.RandomErasing(p=0.25),
     )
-    found.calls["augment"]["kornia"] = lambda: sequence(images.float() / 255).to(job.dtype)
+    peers.calls["augment"]["kornia"] = lambda: sequence(images.float() / 255).to(job.dtype)
 
 
-def _add_dali(found: Peers, job: Job, images: Tensor) -> None:
+def _add_dali(peers: Peers, job: Job, images: Tensor) -> None:
     try:
         from nvidia.dali import fn, pipeline_def, types
         from nvidia.dali.auto_aug import rand_augment
     except ImportError:
-        found.absent["DALI"] = "pip install nvidia-dali-cuda120"
+        peers.absent["DALI"] = "pip install nvidia-dali-cuda120"
         return
     if images.device.type != "cuda":
-        found.absent["DALI"] = "runs its RandAugment on GPUs only here"
+        peers.absent["DALI"] = "its RandAugment runs only on GPUs here"
         return
     interleaved = images.permute(0, 2, 3, 1).contiguous()
 
@@ -244,10 +243,10 @@ def _add_dali(found: Peers, job: Job, images: Tensor) -> None:
 
     def run() -> None:
         pipe.run()
-        # DALI works on streams of its own, which an event on PyTorch's does not wait for.
+        # DALI works on its own streams; an event on PyTorch's stream does not wait for them.
         torch.cuda.synchronize()
 
-    found.calls["augment"]["DALI, without erasing and mixing"] = run
+    peers.calls["augment"]["DALI, without erasing and mixing"] = run
 
 
 def measure(
@@ -257,32 +256,32 @@ def measure(
     graphed: Callable[[Callable[[], object]], list[float] | None],
     bytes_per_second: float,
 ) -> Iterator[dict[str, Any]]:
-    """A record for every pass: floor, time, times the floor, images per second, and the same of its peers.
+    """Yield a record for every pass: floor, time, times the floor, images per second, and the same for its peers.
 
-    launched  takes a call and times it: milliseconds in each window
-    graphed   the same in a CUDA graph of the call, without the launches; None where it cannot be captured. Peers, which
-              draw on the host, are not asked
+    launched  times a call: milliseconds in each window
+    graphed   the same in a CUDA graph of the call, without the launches; None if it cannot be captured. Not used for
+              peers, which draw on the host
 
-    What differs from the host stage is not timed: one record says so in `refused`.
+    If the results differ from the host stage nothing is timed: one record says so in `refused`.
     """
-    about = {"op": "augment", "size": job.size, "refused": {}, "failed": {}, "absent": {}, "sides": {}}
+    common = {"op": "augment", "size": job.size, "refused": {}, "failed": {}, "absent": {}, "sides": {}}
     reason = disagreement(job, device)
     if reason is not None:
-        yield {**about, "refused": {"fastdeit": reason}}
+        yield {**common, "refused": {"fastdeit": reason}}
         return
-    others, floors = peers(job, device), job.bytes()
+    peers, floors = available_peers(job, device), job.bytes()
     for name, call in passes(job, device).calls.items():
-        record: dict[str, Any] = {**about, "pass": name, "sides": {}, "failed": {}}
-        if name == "augment":  # which is what they would do
-            record |= {"absent": others.absent, "failed": dict(others.failed)}
+        record: dict[str, Any] = {**common, "pass": name, "sides": {}, "failed": {}}
+        if name == "augment":  # the pass that absent and failed peers would do
+            record |= {"absent": peers.absent, "failed": dict(peers.failed)}
         if name in floors:
             record["floor_ms"] = 1e3 * floors[name] / bytes_per_second
-        for side, run in {"fastdeit": call, **others.calls.get(name, {})}.items():
+        for contender, run in {"fastdeit": call, **peers.calls.get(name, {})}.items():
             try:
                 windows = launched(run)
                 in_graph = graphed(run) if run is call and name in floors else None
-            except Exception as error:  # peers raise what they like
-                record["failed"][side] = first_line(error)
+            except Exception as error:  # peers may raise anything
+                record["failed"][contender] = first_line(error)
                 continue
             median = statistics.median(windows)
             figures = {"ms": median, "windows": windows, "images_per_second": 1e3 * len(job.plan) / median}
@@ -290,5 +289,5 @@ def measure(
                 figures |= {"graph_ms": statistics.median(in_graph), "graph_windows": in_graph}
             if "floor_ms" in record:
                 figures["times_floor"] = figures.get("graph_ms", median) / record["floor_ms"]
-            record["sides"][side] = figures
+            record["sides"][contender] = figures
         yield record

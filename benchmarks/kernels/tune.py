@@ -1,9 +1,9 @@
-"""`python -m benchmarks tune`: is any kernel faster when it is launched otherwise?
+"""`python -m benchmarks tune`: search for faster launches of the kernels.
 
-From a kernel's own launch the search goes to whichever neighbour is fastest, until none is: a neighbour has twice or
-half the warps or the size of a tile, or one stage more or less. What gives another result than float64's, or does not
-fit the GPU, is left out. Nothing is changed: a launch that wins belongs into its kernel's file, by hand, with the
-record.
+Starting from a kernel's own launch, the search moves to its fastest neighbour until no neighbour is faster. A neighbour
+has twice or half the warps or a tile's size, or one stage more or less. A launch with wrong results, or one that does
+not fit the GPU, is skipped. The search changes no file: copy a winning launch into its kernel's file by hand, and keep
+the record.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any, Literal, get_args
 import torch
 from tqdm import tqdm
 
-from benchmarks.kernels.main import CHECKED, Clock, gpu_clock
-from benchmarks.kernels.operations import OPS, SHAPES, Shape, Work, disagreement, outputs
+from benchmarks.kernels.benchmark import CHECKED, Clock, gpu_clock
+from benchmarks.kernels.operations import OPS, SHAPES, Operation, Shape, disagreement, outputs
 from benchmarks.record import RESULTS, append, environment, first_line
 from fastdeit.cli import parse, run
 from fastdeit.kernels.launch import Launch, trying
 from fastdeit.pipelines.errors import UserError
 
 Op = Literal["attention", "add_layer_norm", "layer_norm", "bias_gelu", "assemble_tokens"]
-# Sizes of tiles that a kernel is right with whatever they are, and the least that each may be.
+# Tile sizes that do not affect a kernel's results, and the smallest value of each.
 TILES = {"QUERIES": 16, "KEYS": 16, "ROWS": 1, "BLOCK_N": 1, "BLOCK_C": 16, "BLOCK_B": 1}
-BETTER = 0.98  # of the time so far, that a neighbour must stay below
+BETTER = 0.98  # a neighbour must take less than this share of the best time so far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Options:
     models: tuple[Literal["tiny", "small", "base"], ...] = ("base", "small", "tiny")
     tokens: tuple[Literal[198, 578], ...] = (198,)  # 224 and 384 pixels
     batch: int = 256
-    repeats: int = 10  # timed calls of a window; the figure is the median of the windows
+    repeats: int = 10  # timed calls per window; the figure is the median of the windows
     windows: int = 5
-    budget: float = 0.0  # seconds, after which no other launch is tried; 0: until none is better
+    budget: float = 0.0  # seconds after which no further launch is tried; 0: no limit
     results: Path = RESULTS / "tune.jsonl"
 
 
@@ -73,7 +73,7 @@ def _with(launch: Launch, name: str, value: int) -> Launch:
 
 
 def changes(launch: Launch, default: Launch) -> str:
-    """In what a launch differs from the default, e.g. "num_warps 4 -> 8"; empty where in nothing."""
+    """Differences of a launch from the default, e.g. "num_warps 4 -> 8"; empty if there are none."""
     before, after = default.options(), launch.options()
     return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in after if before[key] != after[key])
 
@@ -81,7 +81,7 @@ def changes(launch: Launch, default: Launch) -> str:
 def search(
     default: Launch, milliseconds: Callable[[Launch], float | str], done: Callable[[], bool] = lambda: False
 ) -> dict[Launch, float | str]:
-    """What was tried: its time, or why it has none. The fastest is a launch whose neighbours are no better.
+    """Every launch tried: its time, or why it has none. The neighbours of the fastest launch are no faster.
 
     done  whether time is up
     """
@@ -99,51 +99,51 @@ def search(
     return tried
 
 
-def defaults(work: Work) -> dict[str, Launch]:
+def defaults(operation: Operation) -> dict[str, Launch]:
     """Name and launch of every kernel that an operation and its gradient run."""
-    found: dict[str, Launch] = {}
+    launches: dict[str, Launch] = {}
 
-    def note(name: str, default: Launch) -> Launch:
-        return found.setdefault(name, default)
+    def record(name: str, default: Launch) -> Launch:
+        return launches.setdefault(name, default)
 
-    with trying(note):
-        _gradients(work)
-    return found
+    with trying(record):
+        _gradients(operation)
+    return launches
 
 
-def _gradients(work: Work) -> object:
-    made = outputs(work.sides["fastdeit"], work.arguments)
-    return torch.autograd.grad(made, work.arguments, [torch.ones_like(out) for out in made])
+def _gradients(operation: Operation) -> object:
+    out = outputs(operation.contenders["fastdeit"], operation.arguments)
+    return torch.autograd.grad(out, operation.arguments, [torch.ones_like(each) for each in out])
 
 
 def measure(
     op: str, shape: Shape, options: Options, device: torch.device, clock: Clock, done: Callable[[], bool]
 ) -> Iterator[dict[str, Any]]:
-    """A record of each kernel of an operation at a shape."""
+    """Yield a record for each kernel of an operation at a shape."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    work = OPS[op](shape, options.batch, dtype, device)
-    side = work.sides["fastdeit"]
+    operation = OPS[op](shape, options.batch, dtype, device)
+    ours = operation.contenders["fastdeit"]
 
     def forward() -> None:
         with torch.no_grad():
-            side(*work.arguments)
+            ours(*operation.arguments)
 
-    for name, default in defaults(work).items():
-        call = forward if name.endswith("forward") else lambda: _gradients(work)
+    for name, default in defaults(operation).items():
+        call = forward if name.endswith("forward") else lambda: _gradients(operation)
 
         def milliseconds(launch: Launch, name: str = name, call: Callable[[], object] = call) -> float | str:
             try:
-                with trying(lambda of, usual: launch if of == name else usual):
-                    wrong = disagreement(work, side, CHECKED)
-                    return wrong or statistics.median(clock.graphed(call) or clock.launched(call))
-            except Exception as error:  # what does not compile or fit is no candidate
+                with trying(lambda kernel, own: launch if kernel == name else own):
+                    reason = disagreement(operation, ours, CHECKED)
+                    return reason or statistics.median(clock.graphed(call) or clock.launched(call))
+            except Exception as error:  # a launch that does not compile or fit is no candidate
                 return first_line(error)
 
         tried = search(default, milliseconds, done)
-        about = {"benchmark": "tune", "op": op, "model": shape.model, "tokens": shape.tokens, "batch": options.batch}
+        case = {"benchmark": "tune", "op": op, "model": shape.model, "tokens": shape.tokens, "batch": options.batch}
         times = {launch: time for launch, time in tried.items() if not isinstance(time, str)}
         yield {
-            **about,
+            **case,
             "kernel": name,
             "default": default.options(),
             "timed": "forward" if call is forward else "forward and backward",
@@ -156,48 +156,48 @@ def measure(
 
 def report(record: dict[str, Any]) -> str:
     """A record for the terminal."""
-    where = f"{record['kernel']} {record['model']} N{record['tokens']}, {record['timed']}"
+    kernel = f"{record['kernel']} {record['model']} N{record['tokens']}, {record['timed']}"
     tried = len(record["tried"])
     if record["default_ms"] is None:
-        return f"{where}: its own launch fails: {record['tried'][0]['outcome']}"
+        return f"{kernel}: its own launch fails: {record['tried'][0]['outcome']}"
     if not record["best"]:
-        return f"{where}: {record['default_ms']:.3f} ms, the best of {tried}"
+        return f"{kernel}: {record['default_ms']:.3f} ms, the best of {tried}"
     ratio = record["default_ms"] / record["best_ms"]
-    return f"{where}: {record['default_ms']:.3f} ms, {ratio:.2f}x as fast with {record['best']} (of {tried})"
+    return f"{kernel}: {record['default_ms']:.3f} ms, {ratio:.2f}x as fast with {record['best']} (of {tried})"
 
 
-def tune(options: Options, device: torch.device | None = None, clock: Clock | None = None) -> bool:
-    """Search, print and store; whether every kernel's own launch is right and runs.
+def tune_launches(options: Options, device: torch.device | None = None, clock: Clock | None = None) -> bool:
+    """Search, print and store; return whether every kernel's own launch runs and is right.
 
-    device, clock  None: the GPU, and its events. Raises UserError where there is none
+    device, clock  None: the GPU, and its events. Raises UserError if there is none
     """
     if device is None and not torch.cuda.is_available():
         raise UserError("launches are tuned on a GPU, and PyTorch sees none: fastdeit-doctor tells why")
     device = device or torch.device("cuda")
     clock = clock or gpu_clock(options.repeats, options.windows, seconds=0.5)
-    begin, where, whole = time.perf_counter(), environment(), True
+    begin, machine, complete = time.perf_counter(), environment(), True
     shapes = [s for s in SHAPES if s.model in options.models and s.tokens in options.tokens]
     shapes.sort(key=lambda shape: (shape.tokens, options.models.index(shape.model)))
-    work = [(op, shape) for shape in shapes for op in options.ops]
+    todo = [(op, shape) for shape in shapes for op in options.ops]
 
     def done() -> bool:
         return 0 < options.budget < time.perf_counter() - begin
 
-    for place, (op, shape) in enumerate(bar := tqdm(work, desc="tune", unit="case", disable=None)):
+    for i, (op, shape) in enumerate(bar := tqdm(todo, desc="tune", unit="case", disable=None)):
         if done():
-            rest = ", ".join(f"{op} {shape.model} N{shape.tokens}" for op, shape in work[place:])
+            rest = ", ".join(f"{op} {shape.model} N{shape.tokens}" for op, shape in todo[i:])
             print(f"left out, since the budget of {options.budget:.0f} s is used up: {rest}", flush=True)
             break
         bar.set_postfix_str(f"{op} {shape.model} N{shape.tokens}")
         for record in measure(op, shape, options, device, clock, done):
-            append(options.results, {**record, "environment": where})
+            append(options.results, {**record, "environment": machine})
             tqdm.write(report(record))
-            whole &= record["default_ms"] is not None
-    return whole
+            complete &= record["default_ms"] is not None
+    return complete
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 where a kernel's own launch was wrong or could not run."""
+    """The command; exit status 1 if a kernel's own launch was wrong or could not run."""
 
-    if not run(lambda: tune(parse(Options, "python -m benchmarks tune", argv))):
+    if not run(lambda: tune_launches(parse(Options, "python -m benchmarks tune", argv))):
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A side of the loader benchmark as its parent sees it: a process group that runs only while it is measured."""
+"""A contender of the loader benchmark, seen from its parent: a process group that runs only while it is measured."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _START_SECONDS = 300.0  # imports, compilation and the first batches
 _SAMPLE_SECONDS = 0.5  # between looks at the memory
 
 
-class SideError(Exception):
-    """A side that ended, or did not answer in time; with the end of what it printed."""
+class ContenderError(Exception):
+    """A contender ended or did not answer in time; the message has the last line that it printed."""
 
 
 @dataclass
-class Side:
-    """A competitor in its own process group, running only while it is measured."""
+class ContenderProcess:
+    """A contender in its own process group, stopped except while it is measured."""
 
     setting: Setting
     process: subprocess.Popen[str]
-    printed: Path
+    log: Path
     remarks: tuple[str, ...] = ()
-    rates: list[float] = field(default_factory=list)  # images per second, one a window
-    resident: list[float] = field(default_factory=list)  # share of the bytes still cached, one a cold window
-    images: int = 0  # in the windows and before each of them
+    rates: list[float] = field(default_factory=list)  # images per second, one per window
+    resident: list[float] = field(default_factory=list)  # share of the bytes still cached, one per cold window
+    images: int = 0  # in and between the windows
     cpu_before: float = 0.0
     cpu_seconds: float = 0.0  # for those images
     peak_memory_mib: float = 0.0
 
     @classmethod
-    def start(cls, setting: Setting, folder: Path) -> Side:
-        """Start it, wait until it is warm, and stop it. Raises SideError, or Missing where it is not installed."""
-        printed = folder / f"{setting.name}.txt"
-        with open(printed, "w", encoding="utf-8") as errors:
+    def start(cls, setting: Setting, folder: Path) -> ContenderProcess:
+        """Start it, wait until it is warm, and stop it. Raises ContenderError, or Missing if it is not installed."""
+        log = folder / f"{setting.name}.txt"
+        with open(log, "w", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.loaders.contenders", json.dumps(dataclasses.asdict(setting))],
                 stdin=subprocess.PIPE,
@@ -56,21 +56,21 @@ class Side:
                 cwd=Path(__file__).parents[2],
                 start_new_session=True,
             )
-        side = cls(setting, process, printed)
+        contender = cls(setting, process, log)
         try:
-            answer = side._answer(_START_SECONDS)
+            answer = contender._answer(_START_SECONDS)
             if "missing" in answer:
                 raise Missing(answer["missing"])
-            side.remarks = tuple(answer["remarks"])
+            contender.remarks = tuple(answer["remarks"])
         except BaseException:
-            side.kill()
+            contender.kill()
             raise
         os.killpg(process.pid, signal.SIGSTOP)
-        side.cpu_before = _cpu_seconds(process.pid)
-        return side
+        contender.cpu_before = _cpu_seconds(process.pid)
+        return contender
 
     def run_window(self, seconds: float, *, cold: bool = False) -> None:
-        """Let it run for one window, from an emptied page cache where it is to be cold. Raises SideError."""
+        """Let it run for one window, starting with an empty page cache if `cold`. Raises ContenderError."""
         assert self.process.stdin is not None
         os.killpg(self.process.pid, signal.SIGCONT)
         try:
@@ -87,7 +87,7 @@ class Side:
         self.cpu_seconds = _cpu_seconds(self.process.pid) - self.cpu_before
 
     def kill(self) -> None:
-        """End it and every process it started, whatever state they are in."""
+        """Kill it and every process it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
@@ -102,32 +102,33 @@ class Side:
             self.peak_memory_mib = max(self.peak_memory_mib, memory_mib(self.process.pid))
         raise self._error(f"no answer in {seconds:.0f} s")
 
-    def _error(self, what: str) -> SideError:
-        lines = self.printed.read_text(encoding="utf-8").strip().splitlines()
-        return SideError(f"{what}: {lines[-1] if lines else 'it printed nothing'}")
+    def _error(self, reason: str) -> ContenderError:
+        lines = self.log.read_text(encoding="utf-8").strip().splitlines()
+        return ContenderError(f"{reason}: {lines[-1] if lines else 'it printed nothing'}")
 
     def figures(self) -> dict[str, Any]:
         timing = Timing(tuple(self.rates))
-        stayed = "up to {:.1%} of the stored bytes stayed in the page cache"
-        cold = [stayed.format(max(self.resident))] if self.resident else []
+        remarks = [*self.remarks]
+        if self.resident:
+            remarks.append(f"up to {max(self.resident):.1%} of the stored bytes stayed in the page cache")
         return {
             "images_per_second": timing.median,
             "spread": timing.spread,
             "windows": self.rates,
             "cpu_ms_per_image": 1000 * self.cpu_seconds / self.images,
             "peak_memory_mib": round(self.peak_memory_mib, 1),
-            "remarks": [*self.remarks, *cold],
+            "remarks": remarks,
         }
 
 
 def members(pid: int) -> list[psutil.Process]:
-    """A process and all that it started."""
+    """A process and all its descendants."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
 def memory_mib(pid: int) -> float:
-    """Memory of a process and its children; pages they share count once over all who share them."""
+    """Memory of a process and its descendants, each page divided among the processes that share it."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for member in members(pid):
@@ -137,5 +138,5 @@ def memory_mib(pid: int) -> float:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Time that a process and its children have spent on cores, in the kernel too."""
+    """CPU time of a process and its descendants, user and system."""
     return sum(times.user + times.system for times in (member.cpu_times() for member in members(pid)))

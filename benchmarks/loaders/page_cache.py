@@ -1,4 +1,4 @@
-"""Files in and out of the page cache of Linux, without privileges."""
+"""Move files into and out of the Linux page cache, without privileges."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def warm(files: Iterable[Path]) -> None:
 
 
 def evict(files: Iterable[Path]) -> None:
-    """Drop the pages of `files` from the page cache, and from the mappings of them that this process has.
+    """Drop the pages of `files` from the page cache and from this process's mappings.
 
-    Pages that are dirty, or that another process maps, stay; `resident` tells. The files must not be mapped writable.
+    Dirty pages and pages that another process maps stay; `resident` counts them. The files must not be mapped writable.
     """
     files = list(files)
     _unmap({os.path.realpath(path) for path in files})
@@ -37,7 +37,7 @@ def evict(files: Iterable[Path]) -> None:
 def resident(files: Iterable[Path]) -> float:
     """The share of the pages of `files` that is in the page cache.
 
-    Linux tells it of files that this user owns or may write to, and counts all others as resident.
+    Linux reports this for files that the user owns or may write, and counts all others as resident.
     """
     in_cache = pages = 0
     for path in files:
@@ -45,7 +45,7 @@ def resident(files: Iterable[Path]) -> float:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 continue
-            # A private mapping, since ctypes takes the address of writable buffers only.
+            # A private writable mapping: ctypes takes the address of writable buffers only.
             with mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
                 count = -(-size // mmap.PAGESIZE)
                 flags = (ctypes.c_ubyte * count)()
@@ -61,11 +61,11 @@ def resident(files: Iterable[Path]) -> float:
 
 
 def _unmap(paths: set[str]) -> None:
-    """Give back this process's pages of its mappings of `paths`; they are read again where they are touched."""
+    """Release the pages of this process's mappings of `paths`; the next access reads them again."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and fields[5] in paths and "w" not in fields[1]:
-            found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            assert found is not None
-            start, end = (int(number, 16) for number in found.groups())
+            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+            assert match is not None
+            start, end = (int(number, 16) for number in match.groups())
             _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)

@@ -1,9 +1,9 @@
-"""What `throughput` compares: the same inference and training step on our model and on timm's.
+"""The contenders of `throughput`: the same inference and training step on our model and on timm's.
 
-Our training step is `fastdeit.training.step`, the trainer's own, in the forms that a recipe can give it. timm's does
-the same work: stochastic depth, forward pass, soft-target cross-entropy (and the hard distillation loss where there
-is a distillation token), backward pass, AdamW, and the average of the weights where it is asked for. Both sides have
-the same parameter groups, and fused AdamW on a GPU.
+Our training step is the trainer's own, `fastdeit.training.step`, in the forms that a recipe can choose. timm's does the
+same work: stochastic depth, forward pass, soft-target cross-entropy (and the hard distillation loss with a distillation
+token), backward pass, AdamW, and the average of the weights if requested. Both use the same parameter groups, and
+fused AdamW on a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class ModelCase:
     """One comparison. `recipe` is resolved; it gives model, optimizer and objective."""
 
     recipe: Recipe
@@ -58,7 +58,7 @@ class Case:
         return World(0, 1, 1, self.device)
 
     def describe(self) -> dict[str, Any]:
-        """What tells this case from another, as JSON takes it."""
+        """The fields that identify this case, for JSON."""
         return {
             "model": self.recipe.name.removesuffix("_384"),
             "img_size": self.recipe.model.img_size,
@@ -74,13 +74,13 @@ class Case:
 class Form:
     """One way to do a case's step.
 
-    kernels  the Triton kernels in place of PyTorch's passes
-    skip     what stochastic depth drops is left out of the computation
-    graph    a whole training step of ours replayed as one CUDA graph; otherwise torch.compile's own CUDA graphs
+    kernels  Triton kernels in place of PyTorch's operations
+    skip     leave samples that stochastic depth drops out of the computation
+    graph    replay our whole training step as one CUDA graph; otherwise torch.compile's own CUDA graphs
     apex     AdamW by apex's FusedAdam
     """
 
-    who: Literal["timm", "fastdeit"]
+    library: Literal["timm", "fastdeit"]
     compiled: bool = False
     kernels: bool = False
     skip: bool = False
@@ -90,22 +90,22 @@ class Form:
     @property
     def name(self) -> str:
         options = [name for name in ("kernels", "skip", "graph", "apex") if getattr(self, name)]
-        return f"{self.who} {' + '.join(['compiled' if self.compiled else 'eager', *options])}"
+        return f"{self.library} {' + '.join(['compiled' if self.compiled else 'eager', *options])}"
 
 
-def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
-    """What there is to compare, from plain to all that helps.
+def forms(case: ModelCase, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
+    """The forms to compare, from plain to fully optimised.
 
-    If `quick`, only the last of ours, with apex's beside it, and timm's compiled forms.
+    If `quick`, only our last form, with and without apex, and timm's compiled forms.
 
-    peer      whether timm's are among them
-    compiled  whether torch.compile is
+    peer      include timm's forms
+    compiled  include compiled forms
     """
     plain = [False, True] if compiled else [False]
-    theirs = [Form(who="timm", compiled=compiled) for compiled in plain] if peer else []
+    theirs = [Form(library="timm", compiled=compiled) for compiled in plain] if peer else []
     if theirs and compiled and case.device.type == "cuda":
-        theirs.append(Form(who="timm", compiled=True, graph=True))
-    ours = [Form(who="fastdeit", compiled=compiled) for compiled in plain]
+        theirs.append(Form(library="timm", compiled=True, graph=True))
+    ours = [Form(library="fastdeit", compiled=compiled) for compiled in plain]
     replace = dataclasses.replace
     if case.device.type == "cuda":
         ours.append(replace(ours[-1], kernels=True))
@@ -128,14 +128,14 @@ def forms(case: Case, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A random batch on the device, and what a teacher says of it: (B,) int64."""
+    """A random batch on the device, and a teacher's labels (B,) int64."""
 
     data: Batch
     labels: Tensor
     smoothing: float
 
     @classmethod
-    def draw(cls, case: Case, batch: int) -> Inputs:
+    def draw(cls, case: ModelCase, batch: int) -> Inputs:
         size, device = case.recipe.model.img_size, case.device
         data = Batch(
             images=torch.randn(batch, 3, size, size, device=device),
@@ -152,8 +152,8 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class _Said:
-    """A teacher's labels where they were stored beforehand: a `LabelCache` of one batch."""
+class _StoredLabels:
+    """A teacher's stored labels: a `LabelCache` of one batch."""
 
     hard: Tensor
 
@@ -164,20 +164,20 @@ class _Said:
         raise NotImplementedError("the benchmark distils hard labels")
 
 
-def our_kernels(case: Case, form: Form) -> Kernels:
-    """Raises UserError where the form asks for kernels and none can run."""
+def our_kernels(case: ModelCase, form: Form) -> Kernels:
+    """The kernels of a form. Raises UserError if the form needs kernels and none can run."""
     if not form.kernels:
         return TORCH
     cfg = dataclasses.replace(case.recipe.model, kernels="triton")
     return choose_kernels(cfg, case.precision, CLASSES, case.world)
 
 
-def our_model(case: Case, form: Form) -> Any:
+def our_model(case: ModelCase, form: Form) -> Any:
     cfg = dataclasses.replace(case.recipe.model, drop_path_mode="skip" if form.skip else "mask")
     return build_network(cfg, CLASSES, our_kernels(case, form)).to(case.device)
 
 
-def timm_model(case: Case, *, both_heads: bool, drop_path: float) -> nn.Module:
+def timm_model(case: ModelCase, *, both_heads: bool, drop_path: float) -> nn.Module:
     """timm's model of the same shape. In training mode with `both_heads` it returns both heads' logits."""
     cfg = case.recipe.model
     name = f"{case.recipe.name.removesuffix('_384')}_patch16_224"  # the 384 forms differ in img_size alone
@@ -187,20 +187,20 @@ def timm_model(case: Case, *, both_heads: bool, drop_path: float) -> nn.Module:
     return model.to(case.device)
 
 
-def make_step(case: Case, form: Form, state: State, inputs: Inputs) -> Step:
-    """A step of that form that starts from the weights `state`; it returns its images.
+def make_step(case: ModelCase, form: Form, state: State, inputs: Inputs) -> Step:
+    """A step of that form, starting from the weights `state`; it returns its number of images.
 
-    Raises UserError where the form cannot be had here.
+    Raises UserError if the form is not available here.
     """
     drop_path = case.recipe.model.drop_path if case.mode == "train" else 0.0
     model: Any = (
         our_model(case, form)
-        if form.who == "fastdeit"
+        if form.library == "fastdeit"
         else timm_model(case, both_heads=case.mode == "train", drop_path=drop_path)
     )
     model.load_state_dict(state)
     model.train(case.mode == "train")
-    if form.who == "fastdeit" and case.mode == "train":
+    if form.library == "fastdeit" and case.mode == "train":
         return _our_train_step(model, case, form, inputs)
     # "reduce-overhead" records PyTorch's own CUDA graphs, the fewest launches that timm's model can have.
     graphs = "reduce-overhead" if form.graph else None
@@ -210,7 +210,7 @@ def make_step(case: Case, form: Form, state: State, inputs: Inputs) -> Step:
     return _timm_train_step(model, called, case, inputs)
 
 
-def _infer_step(called: Any, case: Case, inputs: Inputs) -> Step:
+def _infer_step(called: Any, case: ModelCase, inputs: Inputs) -> Step:
     @torch.inference_mode()
     def step() -> int:
         with case.precision.autocast():
@@ -220,9 +220,9 @@ def _infer_step(called: Any, case: Case, inputs: Inputs) -> Step:
     return step
 
 
-def _our_train_step(model: Any, case: Case, form: Form, inputs: Inputs) -> Step:
+def _our_train_step(model: Any, case: ModelCase, form: Form, inputs: Inputs) -> Step:
     recipe, replace = case.recipe, dataclasses.replace
-    # A learning rate that stays, as the other side's does.
+    # A constant learning rate, as in timm's step.
     optim = replace(
         recipe.optim,
         implementation="apex" if form.apex else "torch",
@@ -255,7 +255,7 @@ def _our_train_step(model: Any, case: Case, form: Form, inputs: Inputs) -> Step:
         build_objective(recipe.objective, recipe.model.distilled, recipe.departures, kernels=kernels),
         num_classes=CLASSES,
         steps_per_epoch=1,
-        labels=_Said(inputs.labels) if recipe.model.distilled else None,
+        labels=_StoredLabels(inputs.labels) if recipe.model.distilled else None,
     )
     batch = TrainBatch(inputs.data, np.arange(case.batch), np.zeros(case.batch, np.int32), [], [])
     number = 0
@@ -269,7 +269,7 @@ def _our_train_step(model: Any, case: Case, form: Form, inputs: Inputs) -> Step:
     return step
 
 
-def _timm_train_step(model: nn.Module, called: Any, case: Case, inputs: Inputs) -> Step:
+def _timm_train_step(model: nn.Module, called: Any, case: ModelCase, inputs: Inputs) -> Step:
     cfg = case.recipe.optim
     groups = parameter_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=case.device.type == "cuda")
@@ -294,41 +294,40 @@ def _timm_train_step(model: nn.Module, called: Any, case: Case, inputs: Inputs) 
     return step
 
 
-def disagreement(case: Case, ours: Any) -> str | None:
-    """Why ours must not be compared with timm, or None where both compute the same thing.
+def disagreement(case: ModelCase, ours: Any) -> str | None:
+    """Why our model must not be compared with timm's; None if both compute the same.
 
-    With the weights of `ours`, logits and gradients of two images must agree in float32 to 1e-4 and 1e-3 of the
-    largest value of a tensor. In the precision that is timed, our logits may be no further from timm's in float32
-    than twice what timm's own are. Both run without stochastic depth. Compiled forms are not looked at: they are
-    PyTorch's own transformation of these.
+    With the weights of `ours`, logits and gradients of two images must agree in float32 to 1e-4 and 1e-3 of a tensor's
+    largest value. In the timed precision, the error of our logits against timm's float32 logits may be twice timm's
+    own. Both run without stochastic depth. Compiled forms are not checked: PyTorch derives them from these.
     """
     peer = timm_model(case, both_heads=True, drop_path=0.0).train()
     peer.load_state_dict(ours.state_dict())
     inputs = Inputs.draw(case, batch=2)
     exact = Precision("fp32", None, case.device)
-    with _whole_float32():
-        logits, gradients = _outcome(peer, case, inputs, exact)
-        our_logits, our_gradients = _outcome(ours, case, inputs, exact)
+    with _without_tf32():
+        logits, gradients = _logits_and_gradients(peer, case, inputs, exact)
+        our_logits, our_gradients = _logits_and_gradients(ours, case, inputs, exact)
     if our_logits.keys() != logits.keys() or our_gradients.keys() != gradients.keys():
         return "they differ in their heads or in which parameters have gradients"
-    for what, found, wanted, limit in (
+    for what, values, expected, limit in (
         ("logits", our_logits, logits, 1e-4),
         ("gradients", our_gradients, gradients, 1e-3),
     ):
-        name, distance = _worst(found, wanted)
+        name, distance = _worst(values, expected)
         if not distance <= limit:
             return f"{what} of {name} differ by {distance:.1e} of the largest in fp32, which is more than {limit:.0e}"
     if case.precision.dtype is not None:
-        theirs = _worst(_outcome(peer, case, inputs, case.precision)[0], logits)[1]
-        name, distance = _worst(_outcome(ours, case, inputs, case.precision)[0], logits)
+        theirs = _worst(_logits_and_gradients(peer, case, inputs, case.precision)[0], logits)[1]
+        name, distance = _worst(_logits_and_gradients(ours, case, inputs, case.precision)[0], logits)
         if not distance <= 2 * theirs:
             return f"logits of {name} lose {distance:.1e} in {case.precision.name}, where timm's lose {theirs:.1e}"
     return None
 
 
 @contextlib.contextmanager
-def _whole_float32() -> Iterator[None]:
-    """No TF32, in products or in convolutions: timm's patches are a convolution where ours are a GEMM."""
+def _without_tf32() -> Iterator[None]:
+    """Disable TF32 in products and convolutions: timm projects patches by a convolution, we by a GEMM."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -339,7 +338,7 @@ def _whole_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def _outcome(model: Any, case: Case, inputs: Inputs, precision: Precision) -> tuple[State, State]:
+def _logits_and_gradients(model: Any, case: ModelCase, inputs: Inputs, precision: Precision) -> tuple[State, State]:
     """Logits by head, and gradients by parameter."""
     model.zero_grad(set_to_none=True)
     with precision.autocast():
@@ -354,10 +353,10 @@ def _outcome(model: Any, case: Case, inputs: Inputs, precision: Precision) -> tu
     return {name: head.detach() for name, head in logits.items()}, gradients
 
 
-def _worst(found: State, wanted: State) -> tuple[str, float]:
+def _worst(values: State, expected: State) -> tuple[str, float]:
     distances = {
-        name: float((found[name].float() - value.float()).abs().max() / value.float().abs().max())
-        for name, value in wanted.items()
+        name: float((values[name].float() - value.float()).abs().max() / value.float().abs().max())
+        for name, value in expected.items()
     }
-    # A NaN is worse than any number, and max() would pass over it.
+    # A NaN is worse than any number, but max() would ignore it.
     return max(distances.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])

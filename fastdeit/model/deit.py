@@ -24,24 +24,24 @@ class StudentOutput(NamedTuple):
 
 
 class SkippingBlock(Block):
-    """A block whose branches leave out the samples that stochastic depth drops."""
+    """A block whose branches skip the samples that stochastic depth drops."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("a block that skips samples has no attention mask: set model.drop_path_mode 'mask'")
-        x = self.drop_path1(x, lambda kept: self.attn(self._normal(self.norm1, kept)))
-        return self.drop_path2(x, lambda kept: self.mlp(self._normal(self.norm2, kept)))
+        x = self.drop_path1(x, lambda kept: self.attn(self._apply_norm(self.norm1, kept)))
+        return self.drop_path2(x, lambda kept: self.mlp(self._apply_norm(self.norm2, kept)))
 
-    def _normal(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def _apply_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x)
 
 
 class DeiT(nn.Module):
     """A DeiT with or without distillation token (paper, section 4, Figure 2).
 
-    Its state dict is that of timm's `deit_*_patch16_*` or `deit_*_distilled_patch16_*`. Initial weights are the
-    released code's: normal of deviation 0.02 for linear layers, tokens and positions, zero biases, PyTorch's own
-    for the patch projection. (timm 1.0 differs in `cls_token` alone: deviation 1e-6.)
+    Its state dict matches timm's `deit_*_patch16_*` or `deit_*_distilled_patch16_*`. Weights are initialised as in the
+    released code: truncated normal with standard deviation 0.02 for linear layers, tokens and positions, zero biases,
+    and PyTorch's default for the patch projection. (timm 1.0 differs only in `cls_token`: 1e-6.)
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class DeiT(nn.Module):
         drop_rate: float = 0.0,
         drop_path_mode: Literal["mask", "skip"] = "mask",
     ) -> None:
-        """`drop_rate` is that of the tokens after the position embedding and of both branches' outputs.
+        """`drop_rate` applies to the tokens after the position embedding and to the outputs of both branches.
 
-        `drop_path_mode` "skip" leaves what stochastic depth drops out of the computation: see `set_drop_path`.
+        `drop_path_mode` "skip" leaves dropped samples out of the computation: see `set_drop_path`.
         """
         super().__init__()
         self.num_classes, self.distilled = num_classes, distilled
@@ -77,9 +77,9 @@ class DeiT(nn.Module):
             for _ in range(depth)
         )
         self._drop_paths: list[Any] = []
-        for one in self.blocks:
-            one.drop_path1, one.drop_path2 = path(), path()
-            self._drop_paths += [one.drop_path1, one.drop_path2]
+        for module in self.blocks:
+            module.drop_path1, module.drop_path2 = path(), path()
+            self._drop_paths += [module.drop_path1, module.drop_path2]
         self.norm = norm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
         self.head_dist = nn.Linear(embed_dim, num_classes) if distilled else None
@@ -100,12 +100,12 @@ class DeiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_drop_path(self, masks: Tensor | None) -> None:
-        """Stochastic depth of the coming forward passes in training mode; None: none.
+        """Set stochastic depth for the next forward passes in training mode; None: no samples are dropped.
 
-        masks  (depth, 2, B) float32, as `draw_drop_path` returns: on the model's device, where it is kept by
-               reference; on the CPU for a model that skips, since the sizes of its tensors follow from them
+        masks  (depth, 2, B) float32 from `draw_drop_path`, kept by reference, on the model's device; on the CPU for a
+               model that skips, because they determine the sizes of its tensors
 
-        Raises ValueError for another shape, or for masks to skip by that are not on the CPU.
+        Raises ValueError for another shape, and for a model that skips if the masks are not on the CPU.
         """
         if masks is not None and (masks.ndim != 3 or masks.shape[:2] != (len(self.blocks), 2)):
             raise ValueError(
@@ -140,7 +140,7 @@ class DeiT(nn.Module):
         return tokens
 
     def _prefix(self, tokens: Tensor) -> Tensor:
-        """The normalised tokens (B, 1 or 2, C) that the heads read, of the sequence before the first block."""
+        """The normalised tokens (B, 1 or 2, C) that the heads read; `tokens` enter the first block."""
         return self.norm(self._run_blocks(tokens)[:, : self.num_prefix_tokens])
 
     def _logits(self, prefix: Tensor) -> StudentOutput:
@@ -154,16 +154,16 @@ class DeiT(nn.Module):
     def forward(self, pixels: Tensor) -> StudentOutput:
         """Logits of images (B, 3, S, S), or of images in patches (B, S^2 / P^2, 3 * P * P), channel by channel.
 
-        The heads' outputs are never averaged here: see `objective.fuse`.
+        It never averages the heads' outputs: see `objective.fuse`.
         """
         return self._logits(self._prefix(self._embed(pixels)))
 
     @torch.no_grad()
     def tokens_by_layer(self, pixels: Tensor) -> list[Tensor]:
-        """Class and distillation token at the input of the first block and after each block: depth + 1 times (B, 2, C).
+        """Class and distillation token before the first block and after each block: depth + 1 tensors (B, 2, C).
 
-        Their cosine is the paper's check: 0.06 at the input, 0.93 at the last layer (section 4). Raises ValueError
-        for a model without distillation token.
+        The paper reports their cosine: 0.06 at the input, 0.93 at the last layer (section 4). Raises ValueError for a
+        model without distillation token.
         """
         if not self.distilled:
             raise ValueError("this model has no distillation token: build it with model.distilled")
@@ -176,9 +176,9 @@ class DeiT(nn.Module):
 
 
 def build_model(cfg: ModelConfig, num_classes: int) -> DeiT:
-    """A freshly initialised DeiT of the shape that `cfg` names; weights come from PyTorch's global generator.
+    """A freshly initialised DeiT; weights come from PyTorch's global generator.
 
-    Stochastic depth is no part of the model: see `drop_path.draw_drop_path` and `DeiT.set_drop_path`.
+    The model does not draw stochastic depth itself: see `drop_path.draw_drop_path` and `DeiT.set_drop_path`.
     """
     return DeiT(
         img_size=cfg.img_size,

@@ -1,4 +1,4 @@
-"""Stochastic depth as a function of (seed, step, position in the global batch): no generator state to save."""
+"""Stochastic depth as a function of (seed, step, position in the global batch), without generator state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdeit.kernels.reference import scale_branch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jit import compiled
 from fastdeit.pipelines.plan.philox import DROP, check_seed, philox, unit
@@ -18,8 +19,8 @@ def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_
     """Factors of the residual branches: 0 where a sample's branch is dropped, else 1 / keep probability.
 
     step       global step of the run
-    positions  (B,) integers: places of the samples in the global batch, so that any number of processes agrees
-    max_rate   drop rate of the last block; it grows linearly from 0 over the blocks
+    positions  (B,) integers: positions of the samples in the global batch, so any number of processes agrees
+    max_rate   drop rate of the last block; the rate grows linearly from 0 over the blocks
 
     Returns (depth, 2, B) float32, the branches in the order attention, MLP. Raises UserError for a rate outside
     [0, 1), ValueError for a step or position of more than 32 bits. Source: paper, Table 9; Huang et al., arXiv
@@ -50,10 +51,10 @@ def _draw(seed: np.uint64, step: int, positions: np.ndarray, rates: np.ndarray, 
 
 
 class DropPath(nn.Module):
-    """Scales a residual branch by a factor a sample, which the model sets before its forward pass.
+    """Scale each sample's residual branch by a factor that the model sets before its forward pass.
 
-    `mask` is (B,) float32 or None. It is no buffer: DistributedDataParallel would overwrite the buffers of every
-    process with those of the first.
+    `mask` is (B,) float32 or None. It is not a buffer, because DistributedDataParallel would overwrite the buffers of
+    every process with those of the first.
     """
 
     def __init__(self) -> None:
@@ -61,9 +62,9 @@ class DropPath(nn.Module):
         self.mask: Tensor | None = None
 
     def forward(self, branch: Tensor) -> Tensor:
-        """The scaled branch, (B, N, C) as given; in eval mode or without a mask, the branch itself.
+        """The scaled branch (B, N, C); in eval mode or without a mask, the branch itself.
 
-        Raises ValueError where the mask is of another batch.
+        Raises ValueError if the mask has another batch size.
         """
         if self.mask is None or not self.training:
             return branch
@@ -72,13 +73,13 @@ class DropPath(nn.Module):
                 f"the drop path masks are of {len(self.mask)} samples, the batch has {len(branch)}: "
                 f"call set_drop_path with masks of this batch"
             )
-        # In float32, since 1 / keep probability is no number of bf16.
-        return (branch * self.mask.view(-1, *[1] * (branch.ndim - 1))).to(branch.dtype)
+        return scale_branch(branch, self.mask)
 
 
 class Kept(NamedTuple):
-    """The samples of a batch of `batch` whose residual branch is computed, as tensors of its device.
+    """The samples of a batch whose residual branch is computed.
 
+    batch   number of samples in the batch
     index   (K,) int64, ascending
     factor  (K,) float32: 1 / keep probability
     """
@@ -89,33 +90,33 @@ class Kept(NamedTuple):
 
 
 def kept_samples(masks: Tensor, device: torch.device) -> list[Kept | None]:
-    """What `masks` keep, branch by branch; None for a branch that nothing is ever dropped from.
+    """The samples that `masks` keep, one entry per branch; None for a branch that drops none.
 
-    masks  (depth, 2, B) float32 on the CPU, where their sizes are known without waiting for a GPU
+    masks  (depth, 2, B) float32 on the CPU, so that sizes are known without waiting for a GPU
 
     Source: Oquab et al., arXiv 2304.07193, section 5, "Efficient stochastic depth". DINOv2 drops the same number of
-    samples in each batch; here each sample has a draw of its own, so that the numbers differ.
+    samples in each batch; here each sample has its own draw, so the number varies.
     """
     rows = masks.flatten(0, 1)
     branch, sample = rows.nonzero(as_tuple=True)
     counts = branch.bincount(minlength=len(rows)).tolist()
     factors = rows[branch, sample]
     if device.type == "cuda":
-        # A copy from other memory is one that the host waits for.
+        # The host would wait for a copy from pageable memory.
         sample, factors = sample.pin_memory(), factors.pin_memory()
     index, factor = (t.to(device, non_blocking=True).split(counts) for t in (sample, factors))
     for tensor in (*index, *factor):
-        # Their sizes differ from step to step, and one compiled graph is to serve all of them.
+        # Sizes change from step to step, and one compiled graph must handle all of them.
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     whole = (rows == 1.0).all(1).tolist()
     return [None if whole[i] else Kept(rows.shape[1], index[i], factor[i]) for i in range(len(rows))]
 
 
 class SkipPath(nn.Module):
-    """Adds a residual branch that is computed for the samples alone which stochastic depth keeps.
+    """Add a residual branch, computed only for the samples that stochastic depth keeps.
 
-    `kept` is set before a forward pass, or None for all of them. Sum and gradients are those of `DropPath` up to
-    rounding, and repeatable: no two samples are added to the same place.
+    Set `kept` before a forward pass; None keeps all samples. Sum and gradients equal those of `DropPath` up to
+    rounding, and are reproducible: no two samples are added to the same element.
     """
 
     def __init__(self) -> None:
@@ -123,9 +124,9 @@ class SkipPath(nn.Module):
         self.kept: Kept | None = None
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """x (B, N, C) with `branch` of it added, which keeps shapes; in eval mode it is added to every sample.
+        """x + branch(x), (B, N, C); in eval mode for every sample.
 
-        Raises ValueError where the samples are of another batch.
+        Raises ValueError if `kept` has another batch size.
         """
         if self.kept is None or not self.training:
             return x + branch(x)

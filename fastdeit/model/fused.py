@@ -1,4 +1,4 @@
-"""Put the Triton kernels into a timm vision transformer, weights and state dict unchanged."""
+"""Replace operations of a timm vision transformer by Triton kernels; weights and state dict stay unchanged."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
-from fastdeit.kernels.reference import as_patches
+from fastdeit.kernels.reference import as_patches, scale_branch
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 from fastdeit.model.deit import DeiT, SkippingBlock, StudentOutput
 from fastdeit.model.drop_path import DropPath as PlannedDropPath
 
-Branch = tuple[Tensor, Tensor | None]  # what is still to be added to the stream, and its factors
+Branch = tuple[Tensor, Tensor | None]  # output not yet added to the residual stream, and its drop path factors
 
 
 class Swap(NamedTuple):
-    """What `fuse` did: names of the modules that now run kernels, and "name: reason" of those that do not."""
+    """Result of `fuse`: names of the modules that now run kernels, and "name: reason" for those that do not."""
 
     replaced: list[str]
     left: list[str]
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """That of the GEMM which reads a normalised row, so that the cast is no pass of its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    """The dtype of the next GEMM, so that the normalisation casts its output in the same pass."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _add_norm(x: Tensor, branch: Tensor, mask: Tensor | None, module: Any) -> tu
 
 
 def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Factors (B,) float32 of stochastic depth, of the same random numbers as the module's own forward."""
+    """Factors (B,) float32 of stochastic depth, from the same random numbers as the module's own forward pass."""
     if isinstance(module, nn.Identity) or not module.training:
         return None
     if isinstance(module, PlannedDropPath):
@@ -77,7 +77,7 @@ class _Attention(Attention):
 
 class _Mlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.fc1) is not nn.Linear:  # an adapter has come since
+        if type(self.fc1) is not nn.Linear:  # replaced by an adapter after fusing
             return super().forward(x)
         hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)  # pyright: ignore[reportArgumentType]
         return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
@@ -85,73 +85,69 @@ class _Mlp(Mlp):
 
 class _Block(Block):
     def begin(self, x: Tensor, pending: Branch | None) -> tuple[Tensor, Tensor]:
-        """The stream and its first normalisation, once the branch of the block before is added."""
+        """Add the previous block's branch; return the residual stream and its first normalisation."""
         return (x, _norm(self.norm1, x)) if pending is None else _add_norm(x, *pending, self.norm1)
 
-    def halves(self, x: Tensor, normal: Tensor, rows: int | None = None) -> tuple[Tensor, Branch]:
-        """The stream after attention, and the MLP's branch, of the stream and its first normalisation.
+    def halves(self, x: Tensor, normalized: Tensor, rows: int | None = None) -> tuple[Tensor, Branch]:
+        """The stream after attention, and the MLP's branch, from the stream and its first normalisation.
 
-        Where nobody reads more than the first `rows` tokens of the result, it has no more.
+        rows  compute only the first tokens of the result; None: all
         """
         if rows is None:
-            branch = self.attn(normal)
+            branch = self.attn(normalized)
         else:
             x = x[:, :rows]
             branch = (
-                self.attn.first_rows(normal, rows) if isinstance(self.attn, _Attention) else self.attn(normal)[:, :rows]
+                self.attn.first_rows(normalized, rows)
+                if isinstance(self.attn, _Attention)
+                else self.attn(normalized)[:, :rows]
             )
-        x, normal = _add_norm(x, branch, _drop_path_mask(self.drop_path1, branch), self.norm2)
-        branch = self.mlp(normal)
+        x, normalized = _add_norm(x, branch, _drop_path_mask(self.drop_path1, branch), self.norm2)
+        branch = self.mlp(normalized)
         return x, (branch, _drop_path_mask(self.drop_path2, branch))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
         x, branch = self.halves(x, _norm(self.norm1, x))
-        return _add(x, *branch)
+        return x + scale_branch(*branch)
 
 
 def _all_fused(blocks: Iterable[nn.Module]) -> bool:
     return all(type(block) is _Block for block in blocks)
 
 
-def _add(x: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        branch = (branch * mask.view(-1, 1, 1)).to(branch.dtype)
-    return x + branch
-
-
 class _Blocks(nn.Sequential):
-    """Blocks one after another: the addition after a block's MLP is done with the next block's normalisation."""
+    """A sequence of blocks that fuses the addition after each MLP with the next block's normalisation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _all_fused(self):  # some were replaced or wrapped since
+        if not _all_fused(self):  # some were replaced or wrapped after fusing
             return super().forward(x)
         pending: Branch | None = None
         for block in self:
             assert isinstance(block, _Block)
-            x, normal = block.begin(x, pending)
-            x, pending = block.halves(x, normal)
-        return x if pending is None else _add(x, *pending)
+            x, normalized = block.begin(x, pending)
+            x, pending = block.halves(x, normalized)
+        return x if pending is None else x + scale_branch(*pending)
 
 
 class _SkippingBlock(SkippingBlock):
-    def _normal(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def _apply_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         return _norm(norm, x)
 
 
 class _DeiT(DeiT):
-    """Blocks fused across their borders; nothing is computed that no head reads; both heads as one product."""
+    """Fuse blocks across their borders, compute only tokens that a head reads, and both heads in one product."""
 
     def _prefix(self, tokens: Tensor) -> Tensor:
         if not _all_fused(self.blocks):
             return super()._prefix(tokens)
         x = tokens
         pending: Branch | None = None
-        for place, block in enumerate(self.blocks, 1):
+        for number, block in enumerate(self.blocks, 1):
             assert isinstance(block, _Block)
-            x, normal = block.begin(x, pending)
-            x, pending = block.halves(x, normal, self.num_prefix_tokens if place == len(self.blocks) else None)
+            x, normalized = block.begin(x, pending)
+            x, pending = block.halves(x, normalized, self.num_prefix_tokens if number == len(self.blocks) else None)
         assert pending is not None
         return _add_norm(x, *pending, self.norm)[1]
 
@@ -167,7 +163,7 @@ class _AssemblingDeiT(_DeiT):
     def _assemble(self, pixels: Tensor) -> Tensor:
         projection = self.patch_embed.proj
         if pixels.ndim == 4:
-            # One arithmetic however images come: a run with a teacher has no patches, one with its stored labels has.
+            # Use the same arithmetic for images and patches: a run with a teacher gets images, others get patches.
             pixels = as_patches(pixels, projection.kernel_size[0])
         sequence = self.cls_token, self.dist_token, self.pos_embed
         return embed_patches(pixels, projection.weight, projection.bias, *sequence)
@@ -199,10 +195,10 @@ def _why_not_attention(module: Attention) -> str | None:
 
 
 def _why_not_mlp(module: Mlp) -> str | None:
-    # A subclass may compute with its weights, as LoRA's do.
+    # A subclass such as LoRA's may compute something else.
     if type(module.fc1) is not nn.Linear or module.fc1.bias is None:
-        return "its first layer is no plain linear one with a bias"
-    if module.fc1._forward_pre_hooks:  # as old weight norm, spectral norm and pruning make its weight
+        return "its first layer is not a plain nn.Linear with a bias"
+    if module.fc1._forward_pre_hooks:  # weight norm, spectral norm and pruning recompute the weight there
         return "its first layer has a hook that runs before it"
     if type(module.act) is not nn.GELU or module.act.approximate != "none":
         return f"its activation is {type(module.act).__name__}, not the exact GELU"
@@ -216,7 +212,7 @@ def _why_not_block(module: Block) -> str | None:
     for name in ("norm1", "norm2"):
         norm = getattr(module, name)
         if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None:
-            return f"{name} is no LayerNorm with weight and bias"
+            return f"{name} is not a LayerNorm with weight and bias"
         if len(norm.weight) > MAX_WIDTH:
             return f"has more than {MAX_WIDTH} channels"
     for name in ("drop_path1", "drop_path2"):
@@ -252,16 +248,16 @@ _KNOWN = (*(fused for _, _, fused, _ in _SWAPS), _DeiT)
 
 
 def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) -> Swap:
-    """Let a timm ViT or DeiT, or this package's, run the Triton kernels where they do the same.
+    """Make a timm ViT or DeiT, or this package's DeiT, run the Triton kernels wherever they compute the same.
 
-    model  changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
-           module names and state dict stay. Forward hooks of blocks, of their norms and stochastic depth, and of
-           an MLP's fc1 and act no longer run
-    without  operations that stay PyTorch's, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
+    model    changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
+             module names and state dict stay. Forward hooks of blocks, of their norms and stochastic depth, and of
+             an MLP's fc1 and act no longer run
+    without  operations to leave to PyTorch, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
 
-    Returns what was replaced and what was not, with the reason; of modules of other types, those are named that derive
-    from one of these. A model that was fused needs a CUDA device. Fusing it again changes nothing. Raises TypeError
-    for what is no module, and ValueError for a model with nothing to replace or an operation that is none.
+    Returns the replaced modules, and the others with the reason, including subclasses of the replaceable types. A fused
+    model needs a CUDA device. Fusing again changes nothing. Raises TypeError if `model` is not a module, and ValueError
+    for a model with nothing to replace or an unknown operation.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -270,11 +266,11 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
     ops = sorted({op for op, *_ in _SWAPS})
     for op in without:
         if op not in ops:
-            raise ValueError(f"without: '{op}' is no operation: give some of {', '.join(ops)}")
+            raise ValueError(f"without: '{op}' is not an operation: give some of {', '.join(ops)}")
     swap = Swap([], [])
-    seen = 0
+    known = False
     for name, module in model.named_modules():
-        seen += isinstance(module, _KNOWN)
+        known |= isinstance(module, _KNOWN)
         if isinstance(module, _KINDS) and type(module) not in (*_KINDS, *_KNOWN):
             swap.left.append(f"{name or 'tokens'}: is a {type(module).__name__}, which may compute something else")
         for op, kind, fused, why_not in _SWAPS:
@@ -292,7 +288,7 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
         swap.replaced.append("blocks")
     if type(model) is DeiT and swap.replaced:
         model.__class__ = _DeiT
-    if not swap.replaced and not seen:
-        found = "; ".join(swap.left) or "it has no Attention, Mlp or Block of timm"
-        raise ValueError(f"nothing of {type(model).__name__} can be fused: {found}")
+    if not swap.replaced and not known:
+        reasons = "; ".join(swap.left) or "it has no Attention, Mlp or Block of timm"
+        raise ValueError(f"nothing of {type(model).__name__} can be fused: {reasons}")
     return swap

@@ -1,4 +1,4 @@
-"""Which operations of a run are Triton's kernels, and which PyTorch's."""
+"""Choose which operations of a run use Triton kernels and which use PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
-# Files of fastdeit.kernels, and what a log calls them.
+# Operations, and their names in a log.
 MODEL_OPS = {
     "assemble_tokens": "token assembly",
     "attention": "attention",
@@ -22,16 +22,16 @@ MODEL_OPS = {
     "bias_gelu": "bias + GELU",
 }
 OPS = {**MODEL_OPS, "distillation_loss": "the loss", "evaluate_heads": "the scores"}
-# Operations that "auto" leaves to PyTorch, and the measurement that says why. Empty until one loses.
+# Operations that "auto" leaves to PyTorch because they measured slower, and that measurement. None so far.
 SLOWER: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs Triton's kernels: `ops`, out of `OPS`.
+    """The operations `ops`, out of `OPS`, that run Triton kernels.
 
-    left    the other operations that a kernel could do, each with the reason why none does
-    reason  why it was chosen so
+    left    the other operations, each with the reason why PyTorch runs it
+    reason  the reason for this choice
     """
 
     ops: frozenset[str]
@@ -40,13 +40,13 @@ class Kernels:
 
     @property
     def name(self) -> str:
-        """ "torch", or "triton", with what is left out if anything is: runs of one name round alike."""
+        """ "torch", or "triton" with the operations left out; runs with the same name round alike."""
         if not self.ops:
             return "torch"
         return "triton" + (f" without {', '.join(sorted(self.left))}" if self.left else "")
 
     def sentence(self) -> str:
-        """For the log."""
+        """The choice as a sentence for the log."""
         if not self.ops:
             return f"kernels torch: {self.reason}"
         running = ", ".join(words for op, words in OPS.items() if op in self.ops)
@@ -54,7 +54,7 @@ class Kernels:
         return f"kernels triton, {self.reason}: {running}{left}"
 
     def event(self) -> dict[str, Any]:
-        """For the log's file."""
+        """The choice as an event for the log file."""
         return {"ops": [op for op in OPS if op in self.ops], "left": self.left, "reason": self.reason}
 
 
@@ -62,23 +62,23 @@ TORCH = Kernels(frozenset(), {}, "as asked for")
 
 
 def choose_kernels(cfg: ModelConfig, precision: Precision, num_classes: int, world: World) -> Kernels:
-    """What `model.kernels` comes to for a model on a device.
+    """Resolve `model.kernels` for a model on a device.
 
-    "triton" is every kernel that the model has a place for. "auto" is the same on a GPU, but for those of `SLOWER`
-    and those whose result or gradients, on a small batch, are not PyTorch's: every process then leaves them. Raises
-    UserError for "triton" where no kernel can run.
+    "triton" is every kernel that the model can use. "auto" is the same on a GPU, except for `SLOWER` and kernels whose
+    results or gradients on a small batch differ from PyTorch's on any process. Raises UserError for "triton" if no
+    kernel can run.
     """
     if cfg.kernels == "torch":
         return TORCH
     device, left = precision.device, _unsuited(cfg)
-    cannot = _cannot(device)
+    obstacle = _obstacle(device)
     if cfg.kernels == "triton":
-        if cannot is not None:
-            raise UserError(f"model.kernels triton cannot be had: {cannot}. Set --model.kernels torch, or auto")
-        how = "as asked for" + ("" if _on_gpu(device) else ", under Triton's interpreter, which is slow")
-        return Kernels(frozenset(OPS) - left.keys(), left, how)
-    if cannot is not None or not _on_gpu(device):
-        return Kernels(frozenset(), {}, cannot or "there is no GPU")
+        if obstacle is not None:
+            raise UserError(f"model.kernels triton is not available: {obstacle}. Set --model.kernels torch, or auto")
+        reason = "as asked for" + ("" if _on_gpu(device) else ", under Triton's interpreter, which is slow")
+        return Kernels(frozenset(OPS) - left.keys(), left, reason)
+    if obstacle is not None or not _on_gpu(device):
+        return Kernels(frozenset(), {}, obstacle or "there is no GPU")
     left |= {op: why for op, why in SLOWER.items() if op not in left}
     left |= _failing(cfg, precision, num_classes, world, left)
     return Kernels(frozenset(OPS) - left.keys(), left, "each gave PyTorch's results on a small batch")
@@ -88,7 +88,7 @@ def _on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _cannot(device: torch.device) -> str | None:
+def _obstacle(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if not _on_gpu(device) and os.environ.get("TRITON_INTERPRET", "0") != "1":
@@ -97,7 +97,7 @@ def _cannot(device: torch.device) -> str | None:
 
 
 def _unsuited(cfg: ModelConfig) -> dict[str, str]:
-    """Kernels without a place in this model."""
+    """Kernels that this model cannot use."""
     if cfg.arch != "deit":
         return dict.fromkeys(MODEL_OPS, f"a {cfg.arch} is timm's own")
     if cfg.embed_dim // cfg.num_heads > 128:
@@ -108,10 +108,10 @@ def _unsuited(cfg: ModelConfig) -> dict[str, str]:
 def _failing(
     cfg: ModelConfig, precision: Precision, num_classes: int, world: World, left: dict[str, str]
 ) -> dict[str, str]:
-    """Operations whose check fails on any process, and how."""
+    """Operations whose check fails on any process, and the reason."""
     from fastdeit.model.kernel_checks import failure  # here, since it needs Triton
 
-    found = {op: None if op in left else failure(op, cfg, precision, num_classes) for op in OPS}
-    counts = world.sum(torch.tensor([why is not None for why in found.values()], device=precision.device).double())
+    reasons = {op: None if op in left else failure(op, cfg, precision, num_classes) for op in OPS}
+    counts = world.sum(torch.tensor([why is not None for why in reasons.values()], device=precision.device).double())
     elsewhere = "its check failed on another process"
-    return {op: why or elsewhere for (op, why), count in zip(found.items(), counts.tolist(), strict=True) if count}
+    return {op: why or elsewhere for (op, why), count in zip(reasons.items(), counts.tolist(), strict=True) if count}

@@ -1,4 +1,4 @@
-"""The network that a recipe names: a DeiT, or a timm model to become a teacher."""
+"""Build the network of a recipe: a DeiT, or a timm model to train as a teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdeit.pipelines.errors import UserError
 
 
 class ConvnetStudent(nn.Module):
-    """A timm model behind the student's interface; its state dict is the timm model's own."""
+    """A timm model with the student's interface; its state dict is the timm model's own."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ConvnetStudent(nn.Module):
         return StudentOutput(self.network(images), None)
 
     def set_drop_path(self, masks: torch.Tensor | None) -> None:
-        """Nothing: a timm model draws its own stochastic depth from PyTorch's generator."""
+        """Do nothing: a timm model draws its own stochastic depth from PyTorch's generator."""
 
     def state_dict(self, *args, **kwargs):  # type: ignore[override]
         return self.network.state_dict(*args, **kwargs)
@@ -36,7 +36,7 @@ class ConvnetStudent(nn.Module):
 
 
 def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) -> DeiT | ConvnetStudent:
-    """A freshly initialised network, a DeiT with `kernels`. Raises UserError for an arch that timm does not have."""
+    """A freshly initialised network; a DeiT uses `kernels`. Raises UserError for an arch unknown to timm."""
     if cfg.arch == "deit":
         model = build_model(cfg, num_classes)
         if kernels.ops:

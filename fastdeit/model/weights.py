@@ -1,6 +1,6 @@
-"""Weights from a file into a network: the layouts in use, and what is adapted to the network.
+"""Load weights from a file into a network: known layouts, and adaptations to the network.
 
-Files are untrusted: of a pickle only tensors and plain containers are read.
+Files are untrusted: only tensors and plain containers are read from a pickle.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ T = TypeVar("T")
 
 _MODEL_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
-_LARGEST_PATCH = 64  # pixels a side that are resampled
+_LARGEST_PATCH = 64  # side in pixels of the largest patch to resample
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the checkpoint") -> State:
     """The parameters in `stored`, without the prefixes of wrappers.
 
-    Layouts: a state dict; {"model": ...} (released DeiT, fastdeit); {"state_dict": ...} (timm). With `ema` the
-    average of the weights instead: {"ema": ...} (fastdeit), {"model_ema": ...} (released DeiT),
-    {"state_dict_ema": ...} (timm). Raises UserError naming `source` where it has no such entry, or where the
-    entry is no mapping of names to tensors.
+    Layouts: a state dict; {"model": ...} (released DeiT, fastdeit); {"state_dict": ...} (timm). With `ema` the average
+    of the weights instead: {"ema": ...} (fastdeit), {"model_ema": ...} (released DeiT), {"state_dict_ema": ...}
+    (timm). Raises UserError naming `source` if it has no such entry, or if the entry does not map names to tensors.
     """
     chosen = next((stored[k] for k in (_EMA_KEYS if ema else _MODEL_KEYS) if stored.get(k) is not None), None)
     if chosen is None:
@@ -80,18 +79,18 @@ def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *, ema: bool = False) -> list[str]:
-    """Load weights into a network; a sentence for each thing that was adapted, for the caller to log.
+    """Load weights into a network; returns a sentence for each adaptation, for the caller to log.
 
-    Every network: a head of another number of classes keeps its fresh weights. A DeiT besides:
-    - patch projection of another patch size: resampled (timm's `resample_patch_embed`);
-    - position embedding of another grid: resized, bicubic with antialias (timm's `resample_abs_pos_embed`);
-    - no distillation token in the checkpoint, one in the model: token, its position and its head keep their fresh
-      weights, so that they start as in a training from scratch;
-    - a distillation token in the checkpoint, none in the model: token, position and head are left out.
+    In every network, a head with another number of classes keeps its fresh weights. In a DeiT also:
+    - a patch projection with another patch size is resampled (timm's `resample_patch_embed`);
+    - a position embedding with another grid is resized, bicubic with antialias (timm's `resample_abs_pos_embed`);
+    - if only the model has a distillation token, token, position and head keep their fresh weights and start as in
+      training from scratch;
+    - if only the checkpoint has a distillation token, token, position and head are left out.
 
-    A sentence says "reset" where fresh weights remain that make the network unfit for evaluation. All else is
-    strict: raises UserError naming the keys that are missing, unexpected or of another shape, and leaves the
-    model as it was.
+    A sentence says "reset" if fresh weights remain that make the network unfit for evaluation. Everything else is
+    strict: raises UserError naming keys that are missing, unexpected or of another shape, and leaves the model
+    unchanged.
     """
     if isinstance(path_or_dict, dict):
         stored, source = path_or_dict, "the checkpoint"
@@ -122,7 +121,7 @@ def head_names(network: nn.Module) -> tuple[str, ...]:
 
 
 def check_strictly(network: nn.Module, state: State, source: str) -> None:
-    """Raises UserError naming the keys that are missing, unexpected or of another shape, or hold no fractions."""
+    """Raise UserError naming keys that are missing, unexpected or of another shape, or have integers for floats."""
     own = network.state_dict()
     faults = [
         f"{what}: {_some(sorted(keys))}"
@@ -150,15 +149,15 @@ def check_strictly(network: nn.Module, state: State, source: str) -> None:
 
 
 def load_strictly(network: nn.Module, state: State, source: str) -> None:
-    """Load a state dict that must fit as it is; raises UserError naming the keys that do not."""
+    """Load a state dict that must fit without adaptation; raises UserError naming the keys that do not."""
     check_strictly(network, state, source)
     network.load_state_dict(state, strict=True)
 
 
 def check_described(cfg: ModelConfig, num_classes: int | None, state: State, source: str) -> None:
-    """Raises UserError unless a checkpoint's own recipe describes the network that its weights are of.
+    """Raise UserError unless a checkpoint's own recipe describes the network of its weights.
 
-    Before that network is built: what a file says may be of any size.
+    Call it before building that network: an untrusted file may name any size.
     """
     head = state.get("head.weight")
     classes = num_classes or (max(1, len(head)) if head is not None and head.ndim else 1)
@@ -178,16 +177,16 @@ def check_described(cfg: ModelConfig, num_classes: int | None, state: State, sou
 
 
 def on_meta(build: Callable[[], T], fault: str) -> T | None:
-    """A network without memory for its weights, to look at their shapes; None where it cannot be built like that.
+    """Build a network on the meta device, without memory for its weights; None if it cannot be built there.
 
-    Raises UserError with `fault` for one whose shapes are absurd.
+    Raises UserError with `fault` for absurd shapes.
     """
     try:
         with torch.device("meta"):
             return build()
     except (ArithmeticError, ValueError, RuntimeError, TypeError) as error:
         if isinstance(error, (RuntimeError, TypeError)) and "overflow" not in str(error).lower():
-            return None  # some of timm's networks compute with numbers when they are built
+            return None  # some of timm's networks need real values in their constructor
         raise UserError(f"{fault} ({str(error).splitlines()[0]})") from error
 
 
@@ -215,7 +214,7 @@ def _adapt_patches(state: State, fresh: State) -> list[str]:
     old, new = state.get(name), fresh[name]
     if old is None or old.ndim != 4 or old.shape[:2] != new.shape[:2] or old.shape == new.shape:
         return []
-    if max(old.shape[2:]) > _LARGEST_PATCH:  # resampling needs memory by its fourth power
+    if max(old.shape[2:]) > _LARGEST_PATCH:  # resampling memory grows with its fourth power
         return []
     state[name] = resample_patch_embed(old, list(new.shape[2:]))
     return [f"patch projection resampled from {tuple(old.shape[2:])} to {tuple(new.shape[2:])} pixels"]

@@ -31,7 +31,7 @@ from torch import Tensor
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.pipelines.errors import UserError, naming
-from fastdeit.pipelines.formats.files import open_regular, read_text, sync_folder
+from fastdeit.pipelines.formats.files import atomic_write, open_regular, read_text
 from fastdeit.pipelines.loaders.choose import pixels_of
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import machine_error
@@ -289,28 +289,13 @@ def _read_soft(file: BinaryIO) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:
     """Have `write` make the file at `path`, which is the old one or the new one whatever happens; its SHA-256."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        data = io.BytesIO()  # NumPy says of a file on a full disk how many bytes it lacks, not why
-        write(data)
-        with naming(path), open(temporary, "wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        digest = _sha256(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-    return digest
+    data = io.BytesIO()  # NumPy says of a file on a full disk how many bytes it lacks, not why
+    write(data)
+    with atomic_write(path) as file:
+        file.write(data.getbuffer())
+    return hashlib.sha256(data.getbuffer()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -11,14 +11,13 @@ from tqdm import tqdm
 
 from fastdeit.data import EvaluationData
 from fastdeit.distributed import World
+from fastdeit.kernels.reference import HEADS, head_log_probabilities
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.precision import Precision
-from fastdeit.training.objective import fuse
 
 Scores = dict[str, Any]
-HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
 
 
 @torch.no_grad()
@@ -102,15 +101,9 @@ def _by_head(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tensor
 
     The sums are of images, top-1 hits, top-5 hits and the loss.
     """
-    heads = [F.log_softmax(output.cls.float(), -1)]
-    if output.dist is not None:
-        heads.append(F.log_softmax(output.dist.float(), -1))
-        # `fuse` sums the two softmaxes; half of it is a distribution again.
-        heads.append((fuse(output, "probabilities").float() / 2).clamp_min(1e-30).log())
-        heads.append(F.log_softmax(fuse(output, "logits").float(), -1))
     count = torch.tensor(float(len(labels)), device=labels.device)
     out = []
-    for log_probabilities in heads:
+    for log_probabilities in head_log_probabilities(*output):
         top = log_probabilities.topk(min(5, log_probabilities.shape[1])).indices == labels[:, None]
         loss = F.nll_loss(log_probabilities, labels, reduction="sum")
         hits = torch.stack([count, top[:, 0].sum(), top.any(1).sum(), loss]).double()

@@ -32,7 +32,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fastdeit.pipelines.formats.regular import check_regular
+from fastdeit.pipelines.formats.files import check_regular
 from fastdeit.streams import new_faults
 from fastdeit.training.progress import Progress
 

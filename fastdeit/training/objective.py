@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fastdeit.config import Departures, ObjectiveConfig
-from fastdeit.kernels.reference import MixedLabels, hard_distillation, soft_cross_entropy, soft_distillation
+from fastdeit.kernels import reference
+from fastdeit.kernels.reference import LossParts, MixedLabels
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
-
-
-class LossParts(NamedTuple):
-    """float32 scalars: the loss to minimise; its part of the true label and its part of the teacher, not weighted."""
-
-    loss: Tensor
-    base: Tensor
-    distill: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +44,11 @@ class Objective:
         Raises ValueError where an input is missing, superfluous or of another shape.
         """
         self._check(student, teacher)
+        loss = reference.distillation_loss
         if self.kernels:
-            return self._by_kernel(student, targets, teacher)
-        if isinstance(targets, MixedLabels):
-            targets = targets.dense(student.cls.shape[-1])
-        base = soft_cross_entropy(student.cls, targets)
-        if teacher is None:
-            if student.dist is not None:
-                base = (base + soft_cross_entropy(student.dist, targets)) / 2
-            return LossParts(base, base, torch.zeros_like(base))
-        learner = student.cls if student.dist is None else student.dist
-        if self.distillation == "soft":
-            distill = soft_distillation(learner, teacher, self.tau, self.reduction)
-            return LossParts((1 - self.alpha) * base + self.alpha * distill, base, distill)
-        distill = hard_distillation(learner, teacher)
-        return LossParts((base + distill) / 2, base, distill)
+            from fastdeit.kernels.distillation_loss import distillation_loss as loss  # here, since it needs Triton
 
-    def _by_kernel(self, student: StudentOutput, targets: Tensor | MixedLabels, teacher: Tensor | None) -> LossParts:
-        from fastdeit.kernels.distillation_loss import distillation_loss  # here, since it needs Triton
-
-        return LossParts(
-            *distillation_loss(*student, targets, teacher, alpha=self.alpha, tau=self.tau, reduction=self.reduction)
-        )
+        return loss(*student, targets, teacher, alpha=self.alpha, tau=self.tau, reduction=self.reduction)
 
     def _check(self, student: StudentOutput, teacher: Tensor | None) -> None:
         if self.distilled != (student.dist is not None):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from fastdeit.checkpoint_file import DamagedError, ForeignError
 from fastdeit.config import Recipe
 from fastdeit.effects import has_effect
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.loaders.choose import pixels_of
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.training.resume_checks import START, check_position, check_state, damage_remedy
@@ -208,12 +207,10 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
     Raises MachineError where it cannot be written.
     """
-    temporary = folder / "recipe.json.tmp"
+    path = folder / "recipe.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
-        os.replace(temporary, folder / "recipe.json")
+        with atomic_write(path) as file:
+            file.write((json.dumps(recipe.to_dict(), indent=2) + "\n").encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise machine_error(error, f"{folder / 'recipe.json'}: cannot be written") from error
+        raise machine_error(error, f"{path}: cannot be written") from error

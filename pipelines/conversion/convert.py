@@ -1,4 +1,4 @@
-"""Conversion of a source of images into one of two formats, on all cores, in a fixed order, whole or not at all."""
+"""Converts a source of images into one of two formats, on all cores, in a fixed order, whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastdeit.pipelines.conversion.destination import check_apart, rejects_path
 from fastdeit.pipelines.conversion.encode import Encoding, Mode
 from fastdeit.pipelines.conversion.job import Conversion
 from fastdeit.pipelines.conversion.workers import ConvertError, Reject
-from fastdeit.pipelines.formats.beton import BetonWriter
-from fastdeit.pipelines.formats.shards import DEFAULT_SHARD_SIZE, ShardWriter
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
+from fastdeit.pipelines.formats.shard_writer import DEFAULT_SHARD_SIZE, ShardWriter
 from fastdeit.pipelines.formats.writer import Writer
 from fastdeit.pipelines.sources import Source, open_source
 from fastdeit.pipelines.sources.files import is_folder
@@ -26,20 +26,20 @@ from fastdeit.pipelines.sources.files import is_folder
 Format = Literal["beton", "webdataset"]
 OnError = Literal["fail", "skip"]
 
-NAMED = 5  # rejects that the report names
+NAMED = 5  # rejects named in the report
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """The result of a conversion.
 
-    counts    images by what happened to them, see `encode.CHANGES`
-    rejects   images that were left out
-    done      images that were handled in this run; less than all where it went on with an interrupted one
-    bytes     size of what was written
+    counts    images by each of `encode.CHANGES`
+    rejects   images left out
+    done      images handled in this run; fewer than all if it resumed an interrupted one
+    bytes     size of the data set
     seconds   wall clock
-    sidecar   what was written beside the data
-    notes     what else there is to know, a sentence each
+    sidecar   the sidecar beside the data
+    notes     further remarks, a sentence each
     """
 
     dest: Path
@@ -92,25 +92,25 @@ def convert(
 ) -> Report:
     """Write the images of `source` to `dest`, a beton file with its sidecar or a folder of shards.
 
-    source        what `open_source` understands, or an open source
+    source        a text for `open_source`, or an open source
     max_side, mode, quality   how images are stored, see `Encoding`
-    workers       processes; 0: one for every usable core, one for a small data set. Changes no byte of the result
-    shuffle_seed  store the samples in a random order; None: in the source's
-    limit         convert only the first so many of that order
+    workers       processes; 0: one per usable core, one for a small data set. Changes no byte of the result
+    shuffle_seed  store the samples in a random order; None: in the source's order
+    limit         convert only the first `limit` samples of that order
     class_names   for `open_source`
-    on_error      an image that cannot be read ends the conversion with its name ("fail"), or is left out and listed
-                  in `rejects_path` ("skip")
-    resume        go on with what an interrupted conversion of the same source and options left; the result is that
-                  of an unbroken one
-    real_labels   ImageNet-ReaL's labels, which the sidecar is to hold: see `sources.imagenet.real_labels`
-    shard_size, nodes   of the format webdataset, see `ShardWriter`
+    on_error      "fail": an unreadable image ends the conversion and is named; "skip": it is left out and listed in
+                  `rejects_path`
+    resume        continue an interrupted conversion of the same source and options; the result has the same bytes as
+                  an uninterrupted one
+    real_labels   ImageNet-ReaL's labels for the sidecar, see `sources.imagenet.real_labels`
+    shard_size, nodes   for the format webdataset, see `ShardWriter`
     progress      show a progress bar and print the report
 
-    Other processes are spawned, so a script that calls this needs its `if __name__ == "__main__"`. Until all is
-    complete it lies under names that end in `.partial`, with a journal beside it, and an existing `dest` stays as it
-    is. An error or interrupt leaves them there to be resumed. Only a data set that a conversion wrote is replaced, and
-    no file that the source reads. Raises SourceError, ConvertError, JournalError where another conversion writes to
-    `dest`, and BetonError or ShardError.
+    Worker processes are spawned, so a script that calls this needs an `if __name__ == "__main__"` guard. Until it is
+    complete, the data set lies under names that end in `.partial`, with a journal beside it, and an existing `dest`
+    stays as it is. An error or interrupt leaves these files for `resume`. A conversion replaces only a data set that a
+    conversion wrote, and no file that the source reads. Raises SourceError, ConvertError, BetonError or ShardError,
+    and JournalError if another conversion is writing to `dest`.
     """
     start = time.perf_counter()
     encoding = Encoding(mode=mode, quality=quality, max_side=max_side)
@@ -166,7 +166,7 @@ def convert(
 
 
 def sample_order(count: int, shuffle_seed: int | None, limit: int | None) -> np.ndarray:
-    """Source indices in the order they are stored, (N,) int64. Raises ConvertError where none would be."""
+    """Source indices in the order they are stored, (N,) int64. Raises ConvertError if there are none."""
     if count == 0:
         raise ConvertError("the source holds no images")
     if limit is not None and limit < 1:
@@ -175,7 +175,7 @@ def sample_order(count: int, shuffle_seed: int | None, limit: int | None) -> np.
     if shuffle_seed is not None:
         if shuffle_seed < 0:
             raise ConvertError(f"shuffle seed {shuffle_seed} is negative")
-        # Sorted raw words, since numpy promises the bit stream for all versions but not its permutations.
+        # Sorts raw words: numpy guarantees Philox's bit stream across versions, but not its permutations.
         words = np.asarray(np.random.Philox(key=shuffle_seed).random_raw(count))
         order = np.argsort(words, kind="stable")
     return order[:limit]

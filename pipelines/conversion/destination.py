@@ -1,4 +1,4 @@
-"""Where a conversion writes: the names it takes, and what may be replaced there."""
+"""The paths that a conversion writes to, and checks of what it may replace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def rejects_path(dest: Path) -> Path:
-    """Where the images that a conversion left out are listed: a JSON object a line with index, name and reason."""
+    """The list of images that a conversion left out: one JSON object a line with index, name and reason."""
     return beside(dest, ".rejects.jsonl")
 
 
@@ -28,7 +28,7 @@ def journal_path(dest: Path) -> Path:
 
 
 def temporary_paths(dest: Path) -> list[Path]:
-    """What an unfinished conversion leaves beside its journal."""
+    """The files that an unfinished conversion leaves beside its journal."""
     return [
         beside(dest, ".partial"),
         beside(sidecar_path(dest), ".partial"),
@@ -37,11 +37,11 @@ def temporary_paths(dest: Path) -> list[Path]:
 
 
 def check_apart(dest: Path, format: str, source: Source) -> None:
-    """Raise ConvertError where writing to `dest` would change the source: its own files, or a folder it reads."""
+    """Raise ConvertError if writing to `dest` would change the source's files or a folder it reads."""
     inputs = source.inputs()
     described = source.describe()
     if format == "webdataset" and described["kind"] in ("webdataset", "parquet"):
-        # Another folder in a folder of archives makes it a folder of classes, which nothing can resume.
+        # A new folder among archives would turn them into a folder of classes, and `resume` would fail.
         inputs = [*inputs, Path(described["path"])]
     place = Path(os.path.realpath(dest.parent)) / dest.name
     taken = {_status(path) for path in _all_names(dest)} - {None}
@@ -57,7 +57,7 @@ def check_apart(dest: Path, format: str, source: Source) -> None:
 def _all_names(dest: Path) -> Iterator[Path]:
     yield from (dest, sidecar_path(dest), journal_path(dest), rejects_path(dest), *temporary_paths(dest))
     for folder in (dest, beside(dest, ".partial")):
-        with suppress(OSError):  # of what is no folder, or cannot be listed; the writer says so
+        with suppress(OSError):  # not a folder, or unreadable: the writer reports it
             yield from (folder / name for name in os.listdir(folder))
 
 
@@ -70,7 +70,7 @@ def _status(path: Path) -> tuple[int, int] | None:
 
 
 def check_rejects(path: Path) -> None:
-    """Raise ConvertError unless `path` is free, or a list of rejects that a conversion wrote."""
+    """Raise ConvertError unless `path` is free or a list of rejects that a conversion wrote."""
     if not os.path.lexists(path):
         return
     ours = False
@@ -88,7 +88,7 @@ def check_rejects(path: Path) -> None:
 
 
 def check_leftovers(dest: Path) -> None:
-    """Raise ConvertError for a temporary file that no conversion to `dest` has left there."""
+    """Raise ConvertError for a temporary file that no conversion to `dest` left."""
     for path in temporary_paths(dest):
         if os.path.lexists(path):
             raise ConvertError(

@@ -1,4 +1,4 @@
-"""How one image of a source is stored: its JPEG file as it is, encoded anew, or as raw pixels."""
+"""Encodes one image of a source for storage: its JPEG file unchanged, a new JPEG, or raw pixels."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.beton_layout import MAX_PIXELS
+from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_PIXELS, MAX_SCANS, MAX_SIDE, RAW
 
 Mode = Literal["auto", "jpeg", "raw"]
-SMALL_SIDE = 64  # decoded images up to this side are stored raw in mode "auto"
-JPEG_SIDE = 65500  # libjpeg writes no longer one
+SMALL_SIDE = 64  # mode "auto" stores decoded images up to this side raw
+JPEG_SIDE = 65500  # the longest that libjpeg writes
 CHANGES = (
     "passed_through",
     "reencoded",
     "stored_raw",
     "resized",
-    "rotated",  # as their EXIF orientation says
+    "rotated",  # by their EXIF orientation
     "mode_converted",  # not RGB before
     "first_frame",  # of an animation, or page of several
     "exif_unreadable",  # taken as upright
-    "warned_of",  # by PIL
+    "warned_of",  # PIL warned
 )
-# Of PIL's readers those for what data sets hold; others start programs (EPS) or guess (raw formats).
+# The formats that data sets hold. PIL's other readers start programs (EPS) or guess (raw formats).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
-MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten, and every one costs a pass over the image
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,11 +46,10 @@ _UPRIGHT = {
 class Encoding:
     """How images are stored.
 
-    mode      "auto": a JPEG file as it is where it can be, any other image file as a JPEG; an image that comes
-              decoded raw if its sides are at most 64 pixels, else as a JPEG. "jpeg": everything encoded anew.
-              "raw": RGB pixels
-    quality   of JPEGs that are encoded, 1 to 100; chroma is halved (4:2:0) below 95 and kept (4:4:4) from there
-    max_side  longer sides are reduced to this many pixels (Lanczos with antialias); None: none
+    mode      "auto": a JPEG file unchanged if possible, any other image file as a new JPEG; a decoded image raw if
+              its sides are at most 64 pixels, else as a JPEG. "jpeg": a new JPEG of every image. "raw": RGB pixels
+    quality   of new JPEGs, 1 to 100; chroma is halved (4:2:0) below 95 and kept (4:4:4) from 95 on
+    max_side  the longer side is reduced to this many pixels (Lanczos with antialias); None: no limit
 
     Raises UserError for options out of range.
     """
@@ -72,7 +69,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Stored:
-    """Bytes of an image as the beton file holds them; `changes` are those of `CHANGES` that were made."""
+    """The bytes to store for an image; `changes` lists which of `CHANGES` were made."""
 
     data: bytes
     height: int
@@ -82,15 +79,15 @@ class Stored:
 
 
 def encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Stored:
-    """`item`, a file's bytes or a decoded image ((H, W) or (H, W, 3) uint8 where an array), as it is stored.
+    """Encode `item`: a file's bytes, or a decoded image (an array is (H, W) or (H, W, 3) uint8).
 
-    Pixels become 8-bit RGB as PIL's convert("RGB") makes them: gray is repeated, alpha dropped, CMYK converted;
-    16 bits of gray are scaled to 8. The EXIF orientation is applied, and of an animation the first frame taken. A
-    JPEG is passed through if it is RGB or gray, upright and small enough, and decodes to its end (at an eighth of
-    its size, which reads every coefficient).
+    PIL's convert("RGB") makes the pixels 8-bit RGB: it repeats gray, drops alpha and converts CMYK. 16-bit gray is
+    scaled to 8 bits. The EXIF orientation is applied; the first frame of an animation is taken. A JPEG passes through
+    if it is RGB or gray, upright, small enough, and decodes to its end (at an eighth of its size, which reads every
+    coefficient).
 
-    Raises UserError for an image of more than `MAX_PIXELS`, before it is decoded, of more than `MAX_SCANS`, or one
-    that cannot be made RGB; what PIL raises for one that is damaged or of another format than `FORMATS`.
+    Raises UserError for an image of more than `MAX_PIXELS`, before decoding it, of more than `MAX_SCANS`, or one that
+    cannot become RGB. PIL's own errors pass for a damaged image or a format outside `FORMATS`.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,17 +121,16 @@ def _check_size(image: Image.Image) -> None:
         raise UserError(f"{width} x {height} pixels, and at most {MAX_PIXELS} are decoded: reduce it first")
 
 
-# A marker, of those that do not stand within a scan.
+# Any marker that cannot occur within a scan.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _NOT_HUFFMAN = {0xC3, 0xC5, 0xC6, 0xC7, *range(0xC9, 0xD0)} - {0xCC}
 
 
 def _check_jpeg(data: bytes) -> bool:
-    """Whether a JPEG file is of the kinds that every decoder reads: Huffman coded, sequential or progressive.
+    """Whether every decoder reads this kind of JPEG: Huffman coded, sequential or progressive.
 
-    Raises UserError where it ends before its image does, or has more scans than `MAX_SCANS`. Markers: ITU T.81,
-    annex B.
+    Raises UserError if the file ends before its image, or has more scans than `MAX_SCANS`. Markers: ITU T.81, annex B.
     """
     at, scans, common = 0, 0, True
     while marker := _MARKER.search(data, at):
@@ -144,7 +140,9 @@ def _check_jpeg(data: bytes) -> bool:
         scans += kind == _SOS
         common &= kind not in _NOT_HUFFMAN
         if scans > MAX_SCANS:
-            raise UserError(f"a JPEG of more than {MAX_SCANS} scans, which takes that often as long: encode it anew")
+            raise UserError(
+                f"a JPEG of more than {MAX_SCANS} scans; each one costs a full decoding pass: encode it anew"
+            )
         if kind not in (_SOI, _TEM):
             at += int.from_bytes(data[at : at + 2], "big")
     raise UserError("truncated: its file ends before its image does")
@@ -156,10 +154,10 @@ def _passes(image: Image.Image, encoding: Encoding) -> bool:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """1 to 8 as EXIF has it; None where its EXIF cannot be read."""
+    """The EXIF orientation, 1 to 8; None if the EXIF cannot be read."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    # Damaged EXIF makes PIL raise whatever its parsing trips over.
+    # On damaged EXIF, PIL raises almost anything.
     except Exception:
         return None
     return value if value in _UPRIGHT else 1
@@ -171,7 +169,7 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
     if getattr(image, "is_animated", False):
         changes.append("first_frame")
     image.load()
-    # Once it is loaded, since PIL turns a TIFF upright as it loads it.
+    # After loading: PIL turns a TIFF upright as it loads it.
     orientation = _orientation(image)
     if orientation is None:
         changes.append("exif_unreadable")
@@ -201,7 +199,7 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # PIL's own conversion clips 16 bits at 255 instead of scaling them.
+        # PIL's own conversion clips 16-bit values at 255 instead of scaling them.
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise UserError("its pixels are integers beyond 16 bits; convert it to 8 bits first")

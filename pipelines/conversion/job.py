@@ -1,11 +1,10 @@
-"""A conversion under way: what is written, kept for a later `--resume`, or removed."""
+"""Runs one conversion: writes the samples, and keeps or removes them after an interrupt."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,28 +21,28 @@ from fastdeit.pipelines.conversion.encode import CHANGES, Encoding
 from fastdeit.pipelines.conversion.journal import Journal, Kept, difference
 from fastdeit.pipelines.conversion.workers import ConvertError, Encoded, Reject, encoded
 from fastdeit.pipelines.errors import remedy
-from fastdeit.pipelines.formats.files import mark, sync_folder
+from fastdeit.pipelines.formats.files import atomic_write, mark
 from fastdeit.pipelines.formats.writer import Record, Writer
 from fastdeit.pipelines.sources import Source
 from fastdeit.pipelines.sources.imagenet import real_labels as read_real_labels
 
-FLUSH_SECONDS = 2.0  # of work that an interrupt without warning may cost
+FLUSH_SECONDS = 2.0  # of work that a crash may cost
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_VERSION = 1  # of what the journal holds
+_VERSION = 1  # of the journal's description
 
 
 class DiskFull(ConvertError):
-    """No room for what is to be written; what is kept of it can be resumed."""
+    """The disk is full; `--resume` continues from what is kept."""
 
 
 class Conversion:
-    """A conversion under way.
+    """A conversion in progress.
 
-    position  samples of `order` that were handled, in this run and the one that is resumed
-    restored  those of the latter
-    saved     samples that the journal holds
+    position  samples of `order` handled so far, by this run and the one it resumed
+    restored  those handled by the resumed run
+    saved     samples in the journal
     size      bytes of the images stored
-    pending   samples that the journal does not hold yet
+    pending   samples that are not in the journal yet
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Conversion:
         self.notes: list[str] = []
         self.position = self.restored = self.saved = self.size = self.last_label = 0
         self.pending: list[Kept | Reject] = []
-        self._replaced: list[int] | None = None  # what an interrupted run was about to replace; see `Journal`
+        self._replaced: list[int] | None = None  # `files.mark` of what an interrupted run was about to replace
         names = [source.name(index) for index in order.tolist()]
         self.names_hash = _hash(names)
         self.real = None if real_labels is None else read_real_labels(real_labels, names)
@@ -63,12 +62,12 @@ class Conversion:
     def write(
         self, writer: Writer, encoding: Encoding, workers: int, *, skip: bool, resume: bool, progress: bool
     ) -> dict[str, Any]:
-        """Write everything; the sidecar. If an error is raised, what the journal holds is kept, or no trace of it."""
+        """Write everything and return the sidecar. An error keeps what the journal holds, or leaves no trace."""
         with self._writing():
             check_rejects(rejects_path(self.dest))
             journal = Journal(journal_path(self.dest))
         with journal:
-            # What another run left is kept, whatever comes of this one, until it is taken up or dropped.
+            # Keep what another run left, whatever happens, until this run takes it over or drops it.
             writer.keep = journal.begun
             self._replaced = journal.replaced()
             try:
@@ -103,14 +102,14 @@ class Conversion:
         return f"{self.saved} of {len(self.order)} images are kept"
 
     def _left(self, kept: bool) -> str:
-        """What is left on a full disk, and what to do."""
+        """The end of the message for a full disk: what is left, and what to do."""
         if not kept:
             return "What was written of it has been removed: make room or name another place, then convert again"
         kept_images = self._kept() if self.saved else "What an interrupted conversion had done is kept"
         return f"{kept_images} in {beside(self.dest, '.partial')}: make room and go on with --resume"
 
     def _take_up(self, writer: Writer, journal: Journal, encoding: Encoding, resume: bool) -> None:
-        """Go on with what an interrupted conversion left, or begin anew."""
+        """Continue an interrupted conversion, or start afresh."""
         description = {
             "version": _VERSION,
             "options": self.options,
@@ -147,7 +146,7 @@ class Conversion:
             self.notes.append("this file system has no locks: nothing kept another conversion from writing here, too")
 
     def _note_replaced(self, journal: Journal) -> None:
-        """Have the journal remember across another interrupt what it was about to replace."""
+        """Keep, for another resume, which data set the interrupted run was about to replace."""
         if self._replaced is not None:
             journal.note_replaced(self._replaced)
 
@@ -164,7 +163,7 @@ class Conversion:
             self.notes.append(f"it went on after {self.restored} images of an interrupted conversion")
 
     def _compare(self, index: int, entry: Kept, encoding: Encoding) -> None:
-        """Raise ConvertError unless the sample that was stored last is still the same in the source."""
+        """Raise ConvertError unless the source still holds the sample that was stored last."""
         (now,) = encoded(self.source, [index], encoding, 1)
         if not isinstance(now, Encoded) or (now.crc32, now.label) != (entry.record.crc32, entry.record.label):
             raise ConvertError(
@@ -228,7 +227,7 @@ class Conversion:
         self.last_label = max(self.last_label, entry.record.label)
 
     def _save(self, writer: Writer, journal: Journal) -> None:
-        # Taken first: an interrupt may cost them, and never have them written twice.
+        # Cleared first: an interrupt may lose them, but never writes them twice.
         pending, self.pending = self.pending, []
         if pending:
             writer.flush()
@@ -253,7 +252,7 @@ class Conversion:
             writer.check(self._replaced)
             if (replaced := mark(self.dest)) is not None:
                 journal.note_replaced(replaced)
-            # The list first: what has its name is complete.
+            # The list first: a data set under its final name is complete.
             _write_rejects(rejects_path(self.dest), self.rejects)
             return writer.finish(class_names=class_names, source=self._describe(), options=self.options, **described)
 
@@ -286,17 +285,9 @@ def _write_rejects(path: Path, rejects: list[Reject]) -> None:
     if not rejects:
         path.unlink(missing_ok=True)
         return
-    partial = beside(path, ".partial")
-    partial.unlink(missing_ok=True)  # of a conversion that was interrupted here
-    try:
-        with open(partial, "x", encoding="ascii") as file:
-            file.writelines(json.dumps(asdict(reject)) + "\n" for reject in rejects)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    beside(path, ".partial").unlink(missing_ok=True)  # of a conversion that was interrupted here
+    with atomic_write(path, ".partial") as file:
+        file.writelines((json.dumps(asdict(reject)) + "\n").encode() for reject in rejects)
 
 
 def _hash(value: Any) -> str:

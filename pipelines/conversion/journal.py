@@ -1,4 +1,4 @@
-"""What an unfinished conversion has done so far, so that it can go on: a log of lines beside its destination."""
+"""The log of an unfinished conversion, from which `--resume` continues; it lies beside the destination."""
 
 from __future__ import annotations
 
@@ -16,38 +16,36 @@ from typing import Any
 
 from fastdeit.pipelines.conversion.workers import Reject
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.files import sync_folder
-from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.files import kind, sync_folder
 from fastdeit.pipelines.formats.writer import Record
 from fastdeit.pipelines.locks import lock
 
 _VERSION = 1
-_START = b'00000000 {"journal":'  # of every journal, but for the checksum
+_START = b'00000000 {"journal":'  # of every journal, except for the checksum
 
 
 class JournalError(UserError):
-    """A journal that is in use, or of another conversion."""
+    """A journal in use by another conversion, or a file that is no journal."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A sample that was stored, and what was done to it, see `encode.CHANGES`."""
+    """A stored sample, and which of `encode.CHANGES` were made."""
 
     record: Record
     changes: tuple[str, ...]
 
 
 class Journal:
-    """A log of samples that were stored or rejected, in the order of the conversion; a context manager.
+    """A log of stored and rejected samples, in the order of the conversion; a context manager.
 
-    path    it stays there when it is closed, until `remove`
-    locked  whether nobody else can open it; False where the file system has no locks
-    begun   whether a conversion wrote to it, before it was opened or since
+    path    the file, which stays until `remove`
+    locked  whether this journal holds the lock; False if the file system has no locks
+    begun   whether a conversion has written to it
 
-    Every line is the zlib.crc32 of what follows, a space, and JSON: first a description of the conversion, then lists
-    of samples, each written once its bytes are on disk. A line that is torn or damaged ends the journal, wherever it
-    stands. Raises JournalError where another process, or another journal of this one, has it open, and for a file that
-    is no journal.
+    Every line is the zlib.crc32 of the rest, a space, and JSON: first a description of the conversion, then lists of
+    samples, each written after its bytes are on disk. The first torn or damaged line ends the journal. Raises
+    JournalError if another `Journal`, in any process, has it open, and for a file that is no journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +54,7 @@ class Journal:
             self._file = self._open()
             try:
                 self.locked = self._lock()
-                # Whoever had it may have removed it while this waited to be opened.
+                # The last holder may have removed it between open and lock.
                 if os.path.exists(path) and os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
                     self.begun = self._check_own()
                     return
@@ -68,16 +66,16 @@ class Journal:
     def _open(self) -> io.FileIO:
         if os.path.lexists(self.path) and not stat.S_ISREG(mode := os.lstat(self.path).st_mode):
             raise JournalError(f"{self.path}: is {kind(mode)}, not a journal of fastdeit-convert: move it away")
-        # In append mode, what is written stands at the end wherever was read before.
+        # Append mode: writes go to the end, wherever the last read was.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        # Without a buffer, which would write again what a full disk refused.
+        # Unbuffered: a buffer would retry the bytes that a full disk refused.
         return io.FileIO(os.open(self.path, flags, 0o666), "a+")
 
     def _check_own(self) -> bool:
-        """Whether it is a journal, be it damaged, that was begun; False for an empty file."""
+        """Whether a conversion has begun it; False for an empty file. A damaged journal counts."""
         self._file.seek(0)
         start = self._file.read(len(_START))
-        # A power cut may leave a part of the first line, or zeros.
+        # A power cut may leave part of the first line, or zeros.
         torn = not start.strip(b"\0") or (start[:8].isalnum() and start[8:] == _START[8 : len(start)])
         if start and not torn:
             raise JournalError(
@@ -102,40 +100,40 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """Take the file away; nothing can be added any more."""
-        # While it is locked: nobody can take it up in between.
+        """Delete the file and close it."""
+        # Before the lock goes, or another conversion could take it over.
         self.path.unlink(missing_ok=True)
         self._file.close()
 
     def description(self) -> dict[str, Any] | None:
-        """What `begin` was given; None in a journal that never began."""
+        """The description given to `begin`; None if it was never called."""
         line = next((line for line, _ in self._lines() if isinstance(line, dict)), None)
         return None if line is None else {name: value for name, value in line.items() if name != "journal"}
 
     def replaced(self) -> list[int] | None:
-        """The last that `note_replaced` was given."""
+        """The last mark given to `note_replaced`."""
         marks = [line["replaces"] for line, _ in self._lines() if isinstance(line, dict) and "replaces" in line]
         return marks[-1] if marks else None
 
     def note_replaced(self, mark: list[int]) -> None:
-        """Note which file, by `files.mark`, was found to be a data set that may be replaced, and now will be."""
+        """Note, by its `files.mark`, the data set that the conversion is about to replace."""
         self._write({"replaces": mark})
 
     def begin(self, description: dict[str, Any]) -> None:
-        """Drop what it holds, and describe the conversion that now begins."""
+        """Clear the journal and describe the conversion that starts now."""
         self._file.truncate(0)
         self._write({"journal": _VERSION, **description})
         self.begun = True
         sync_folder(self.path.parent)
 
     def entries(self) -> Iterator[Kept | Reject]:
-        """The samples that were done."""
+        """The samples handled so far."""
         for line, _ in self._lines():
             if isinstance(line, list):
                 yield from map(_entry, line)
 
     def cut(self, count: int) -> None:
-        """Drop what was done after the sample that was stored as number `count`."""
+        """Drop everything after the first `count` stored samples."""
         end = 0
         left: list[Kept | Reject] = []
         for line, after in self._lines():
@@ -152,7 +150,7 @@ class Journal:
             self.append(left)
 
     def append(self, entries: Iterable[Kept | Reject]) -> None:
-        """Add samples that were done, those stored being on disk already, and have them on disk."""
+        """Add samples, whose bytes are already on disk, and sync."""
         self._write([_value(entry) for entry in entries])
 
     def _write(self, value: Any) -> None:
@@ -164,13 +162,13 @@ class Journal:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError:
-            # As of a full disk: behind a torn line nothing would be found.
+            # Such as a full disk: nothing after a torn line would be read.
             with suppress(OSError):
                 self._file.truncate(end)
             raise
 
     def _lines(self) -> Iterator[tuple[Any, int]]:
-        """What each whole line holds, and where in the file it ends."""
+        """The value of each whole line, and the byte where the line ends."""
         end = 0
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
@@ -187,7 +185,7 @@ class Journal:
 
 
 def difference(then: Any, now: Any, field: str = "") -> str | None:
-    """The first field in which two descriptions differ, and how; None where they are the same."""
+    """The first field in which two descriptions differ, and how; None if they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for name in dict.fromkeys((*now, *then)):
             if found := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):

@@ -1,4 +1,4 @@
-"""Whether a converted data set is what was written, down to the bit, and what its source holds."""
+"""Checks a converted data set bit by bit against its checksums, and against its source."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from fastdeit.pipelines.conversion.encode import Encoding
 from fastdeit.pipelines.conversion.workers import Encoded, Reject, encoded, printable, reason
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG
+from fastdeit.pipelines.formats.beton_layout import JPEG
 from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
-from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.files import kind
 from fastdeit.pipelines.formats.sidecar import ContentHash
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.sources import Source, open_source
 
-NAMED = 20  # findings that are kept; the rest is counted
-_CHUNK = 16  # samples a thread checks at once
+NAMED = 20  # findings kept; further ones are only counted
+_CHUNK = 16  # samples that a thread checks at once
 _OPTIONS = {"mode", "quality", "max_side", "shuffle_seed", "limit", "pillow"}
 
 
 class VerifyError(UserError):
-    """A check that cannot be done as asked; says why, and what to do."""
+    """A check that cannot run as requested; says why and what to do."""
 
 
 @dataclass
 class Verification:
-    """What a check found.
+    """The result of a check.
 
-    findings   the first ones, a sentence each
-    count      all of them
-    unchecked  what could not be checked, a sentence each
-    notes      what else there is to know
+    findings   the first problems, a sentence each
+    count      of all problems
+    unchecked  parts that could not be checked, a sentence each
+    notes      further remarks
     """
 
     dest: Path
@@ -85,22 +85,22 @@ def verify(
     workers: int = 0,
     progress: bool = True,
 ) -> Verification:
-    """Decode every image of the data set `dest`, and compare all of it with its checksums.
+    """Decode every image of the data set `dest`, and compare all its bytes with their checksums.
 
-    against   a source, which is converted again in memory, as the sidecar says it was, and compared sample by sample
-    workers   threads that decode and processes that convert; 0: one for every usable core
-    progress  show progress bars and print what was found
+    against   a source; it is converted again in memory with the sidecar's options and compared sample by sample
+    workers   threads that decode, and processes that convert; 0: one per usable core
+    progress  show progress bars and print the result
 
-    What is wrong with the data set is not an error but a finding. Raises FileNotFoundError where there is none,
-    MachineError where the machine cannot read it,
-    SourceError for a source that cannot be opened or read, VerifyError where `dest` does not say how it was converted.
+    A problem of the data set is a finding, not an error. Raises FileNotFoundError for a missing data set, MachineError
+    where the machine cannot read it, SourceError for a source that cannot be read, and VerifyError if the sidecar of
+    `dest` lacks the options of its conversion.
     """
     start = time.perf_counter()
     dest = Path(dest)
     if isinstance(against, (str, os.PathLike)):
         against = open_source(against)
     result = Verification(dest)
-    mode = dest.stat().st_mode  # there, or an error that names it
+    mode = dest.stat().st_mode  # raises FileNotFoundError with the path
     if not dest.is_file() and not dest.is_dir():
         raise VerifyError(f"{dest}: is {kind(mode)}, not a data set: name one that was converted")
     try:
@@ -167,7 +167,7 @@ def _check_chunk(
 
 
 def _check_sample(dataset: Dataset, index: int, crc32: np.ndarray | None) -> tuple[np.ndarray | None, str | None]:
-    """The stored bytes, and what is wrong with them."""
+    """The stored bytes, and their problem if any."""
     try:
         data = dataset.read(index)
     except MachineError:
@@ -191,14 +191,14 @@ def _decode(dataset: Dataset, index: int, data: np.ndarray) -> str | None:
             image.convert("RGB")
     except MemoryError:
         raise
-    # A damaged image makes PIL raise whatever its parsing trips over.
+    # On a damaged image, PIL raises almost anything.
     except Exception as error:
         return f"PIL cannot decode it ({reason(error)})"
     return None
 
 
 def _compare(dataset: Dataset, source: Source, result: Verification, workers: int, progress: bool) -> None:
-    """Convert the source again and compare each sample with the one that is stored."""
+    """Convert the source again and compare each sample with the stored one."""
     described = dataset.sidecar or {}
     options, rejected = described.get("options"), described.get("rejected")
     if not isinstance(options, dict) or not isinstance(rejected, list) or not options.keys() >= _OPTIONS:
@@ -241,7 +241,7 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
 
 
 def _same_names(ours: list[str] | None, theirs: list[str] | None) -> bool:
-    """Whether both name the same classes, in whatever order, but for some that one of them lacks."""
+    """Whether one list of class names contains the other, in any order."""
     return ours is not None and theirs is not None and (set(ours) <= set(theirs) or set(theirs) <= set(ours))
 
 
@@ -259,7 +259,7 @@ def _differences(dataset: Dataset, index: int, names: list[str] | None, sample: 
     except MachineError:
         raise
     except (OSError, UserError):
-        return  # found before
+        return  # already a finding
     kind = bool(dataset.is_jpeg(index)), int(dataset.height[index]), int(dataset.width[index])
     if not same or kind != (image.mode == JPEG, image.height, image.width):
         yield "its bytes are not those that its source gives"

@@ -1,4 +1,4 @@
-"""The images of a source as they are stored, made by several processes, in a fixed order."""
+"""Encodes the images of a source in several processes, in a fixed order."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fastdeit.pipelines.machine import STATES, machine_error, shared_memory_erro
 from fastdeit.pipelines.sources import SampleError, Source, SourceError
 from fastdeit.pipelines.sources.base import shown
 
-CHUNK = 16  # samples a worker is handed at once
-SMALL = 2048  # samples that one process converts before others have started
+CHUNK = 16  # samples sent to a worker at once
+SMALL = 2048  # samples: one process converts fewer before others have started
 LONGEST = 500  # characters of a reason
 
 
 class ConvertError(UserError):
-    """A conversion that cannot be done as asked; says which sample, why, and what to do."""
+    """A conversion that cannot run as requested; says which sample, why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample of a source as it is stored, with the zlib.crc32 of its bytes."""
+    """An encoded sample, with the zlib.crc32 of its bytes."""
 
     image: Stored
     label: int
@@ -56,11 +56,11 @@ def encoded(
 ) -> Generator[Encoded | Reject, None, None]:
     """The samples `indices` of `source`, in that order.
 
-    workers  processes; 0: one for every usable core, one for a small data set
+    workers  processes; 0: one per usable core, one for a small data set
 
-    Samples that a source holds in memory are encoded in this process; other processes are spawned. A label that names
-    no class makes a Reject, as a damaged image does. Raises SourceError where the source is at fault, ConvertError
-    where a process dies or memory runs out, MachineError where the machine reads no sample or starts no process.
+    This process encodes the samples of a source in memory; otherwise worker processes are spawned. A damaged image, or
+    a label without a class, becomes a Reject. Raises SourceError for errors of the source, ConvertError if a worker
+    dies or memory runs out, and MachineError if the machine cannot read a sample or start a process.
     """
     if workers < 0:
         raise ConvertError(f"{workers} workers: give 0 for all cores, or how many")
@@ -69,7 +69,7 @@ def encoded(
         for index in indices:
             yield _encode_sample(source, index, encoding)
         return
-    # Spawned, since a fork of a process with threads (torch's, a progress bar's) may hang.
+    # Spawned: a fork of a process with threads (torch's, a progress bar's) may hang.
     context = multiprocessing.get_context("spawn")
     try:
         pool = ProcessPoolExecutor(workers, context, _start_worker, (source, encoding))
@@ -94,11 +94,11 @@ def encoded(
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Have Ctrl-C wait until the block has ended, and never reach a process that it starts.
+    """Delay Ctrl-C until the block ends, and block it in processes that the block starts.
 
-    One that is still importing would end in a traceback: it cannot ignore the signal before it runs.
+    A worker that is still importing cannot ignore the signal yet and would print a traceback.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     came: list[int] = []
@@ -127,7 +127,7 @@ def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | 
         raise ConvertError(
             f"{source.name(index)}, sample {index}: memory ran out. Give fewer --workers, or --max-side"
         ) from error
-    # A damaged image makes PIL raise whatever its parsing trips over.
+    # On a damaged image, PIL raises almost anything.
     except Exception as error:
         name = source.name(index)
         if isinstance(error, OSError) and error.errno in STATES:
@@ -137,27 +137,27 @@ def _encode_sample(source: Source, index: int, encoding: Encoding) -> Encoded | 
 
 
 def reason(error: Exception, name: str = "") -> str:
-    """What an error says of the image `name`, the same in every run, as a sentence can go on with it."""
+    """The text of an error about the image `name`, without its name and the same in every run."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image that PIL knows"
     text = str(error).removeprefix(f"{name}: ") or type(error).__name__
-    # Addresses differ from run to run.
+    # Addresses differ between runs.
     return printable(re.sub(r" at 0x[0-9a-f]+", "", text))[:LONGEST]
 
 
-_worker: tuple[Source, Encoding]  # of a worker process, set once at its start
+_worker: tuple[Source, Encoding]  # set once, when a worker process starts
 
 
 def _start_worker(source: Source, encoding: Encoding) -> None:
     global _worker
-    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = source, encoding
 
 
 def _end_with_parent() -> None:
-    # A parent that is killed cannot end its workers, who would wait for more to do forever.
+    # A killed parent cannot stop its workers; they would wait for work forever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -49,19 +49,19 @@ _KINDS[[NO_MIX, MIXUP, CUTMIX]] = augment_normalize.NO_MIX, augment_normalize.MI
 
 
 class Work(NamedTuple):
-    """What the kernels read; the arguments of that name of `crop_resize`, `apply_operations` and `finish`."""
+    """What the kernels read: arguments of `crop_resize`, `apply_operations` and `normalize_erase_mix`."""
 
     start: Tensor
     place: Tensor
     operation: Tensor
     argument: Tensor
-    ending: Tensor
+    location: Tensor
     erase: Tensor
-    who: Tensor
+    identity: Tensor
     key: Tensor
-    unit: Tensor
+    pairs: Tensor
     mix: Tensor
-    share: Tensor
+    mix_weights: Tensor
 
 
 class Labels(NamedTuple):
@@ -219,8 +219,8 @@ def _fill_operations(work: Work, plan: Plan) -> tuple[bool, ...]:
         moves = np.isin(code, _MOVES)
         side = side ^ moves
         pending = (pending | (code != augment_levels.IDENTITY)) & ~moves & (code != augment_levels.BLUR)
-    ending = work.ending.numpy()
-    ending[:, 0], ending[:, 1] = side, pending
+    location = work.location.numpy()
+    location[:, 0], location[:, 1] = side, pending
     return tuple((plan.op == CODE["GaussianBlur"]).any(0).tolist())
 
 
@@ -229,17 +229,17 @@ def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) 
     # Groups of an odd number of samples do not mix: there any two will do.
     paired = not (partner == sample).any()
     order = np.stack([sample, partner], axis=1)[sample < partner].reshape(-1) if paired else sample
-    unit = work.unit.numpy().reshape(-1)
-    unit[len(plan) :] = -1
-    unit[: len(plan)] = order
+    pairs = work.pairs.numpy().reshape(-1)
+    pairs[len(plan) :] = -1
+    pairs[: len(plan)] = order
 
     work.erase.numpy()[:] = plan.erase
-    who, mix, share = work.who.numpy(), work.mix.numpy(), work.share.numpy()
-    who[:, 0], who[:, 1] = plan.index, plan.repeat
+    identity, mix, mix_weights = work.identity.numpy(), work.mix.numpy(), work.mix_weights.numpy()
+    identity[:, 0], identity[:, 1] = plan.index, plan.repeat
     work.key.numpy()[:] = np.uint64(plan.seed).view(np.int64), plan.epoch
     mix[:, augment_normalize.KIND] = _KINDS[plan.mix][group]
     mix[:, augment_normalize.BOX_TOP :] = plan.box[group]
-    share[:, 0], share[:, 1] = plan.lam[group], 1.0 - plan.lam[group]
+    mix_weights[:, 0], mix_weights[:, 1] = plan.lam[group], 1.0 - plan.lam[group]
 
     labels.label_a.numpy()[:] = decoded.label
     labels.label_b.numpy()[:] = np.where(plan.mixed, decoded.label[partner], decoded.label)

@@ -154,8 +154,8 @@ class DeviceStage:
 
         def normalize() -> None:
             normalize_erase_mix(
-                planes, work.ending, tables[layers], self._levels, work.erase, work.who, work.key, work.unit, work.mix,
-                work.share, images, layout=self.layout, patch_size=self.patch_size,
+                planes, work.location, tables[layers], self._levels, work.erase, work.identity, work.key, work.pairs,
+                work.mix, work.mix_weights, images, layout=self.layout, patch_size=self.patch_size,
             )  # fmt: skip
 
-        return table, {"resize": resize, "operations": operations, "normalize": normalize}, images
+        return table, {"resize": resize, "operations": operations, "normalize_erase_mix": normalize}, images

@@ -1,4 +1,4 @@
-"""FFCV's beton format read by index, without FFCV; see `beton_layout` for the file and `BetonWriter` for writing."""
+"""Reads FFCV's beton format by index, without FFCV; `beton_layout` describes the file, `BetonWriter` writes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fastdeit.pipelines.formats.beton_layout import (
     KIND,
     MAX_CLASSES,
     MAX_PIXELS,
-    MAX_SIDE,
     METADATA_START,
     MIN_PAGE,
     RAW,
@@ -30,16 +29,13 @@ from fastdeit.pipelines.formats.beton_layout import (
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.checksums import Checksums
-from fastdeit.pipelines.formats.files import OpenFile
-from fastdeit.pipelines.formats.regular import misfetched
+from fastdeit.pipelines.formats.files import misfetched
+from fastdeit.pipelines.formats.open_file import OpenFile
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.machine import machine_error
 
-__all__ = ["JPEG", "MAX_SIDE", "MIN_PAGE", "RAW", "BetonDataset", "BetonError", "BetonWriter", "sidecar_path"]
-
-_PIECE = 24 << 18  # bytes read at once of tables, in whole records, and of what lies between images
+_PIECE = 24 << 18  # bytes read at once: whole records of a table, or the gaps between images
 
 
 class BetonDataset:
@@ -55,9 +51,9 @@ class BetonDataset:
     checksums      of the stored bytes, from the sidecar; None without one
     num_classes    length of class_names, or the largest label + 1
 
-    Header, records and sizes are checked against the file when it is opened; raises BetonError naming file,
-    sample and reason, FileNotFoundError where there is none, and MachineError where the machine cannot read it. A file
-    that is cut short under its reader is an error too. Threads may share an object; pickled, it is reopened by path.
+    Opening it checks header, records and sizes against the file. Raises BetonError naming file, sample and reason,
+    FileNotFoundError for a missing file, and MachineError where the machine cannot read it. Reading a file that was
+    cut short is an error too. Threads may share an object; a pickled one reopens its path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -90,7 +86,7 @@ class BetonDataset:
     def _load_table(self, file: OpenFile, start: int, end: int, record: np.dtype, field: str) -> np.ndarray:
         """The bytes from `start` to `end`, a table of `record` whose `field` is never 0.
 
-        A file may claim far more than it holds: its holes are read as zeros, and the first of them is refused.
+        A sparse file may claim far more than it holds: its holes read as zeros, and the first zero is an error.
         """
         pieces = []
         for at in range(start, end, _PIECE):
@@ -153,7 +149,7 @@ class BetonDataset:
             array.setflags(write=False)
 
     def _allocations(self, table: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Place and size of every sample, (N,) uint64; FFCV's workers write the table in any order."""
+        """Offset and size of every sample, (N,) uint64; FFCV's workers write the table in any order."""
         sample = table["sample_id"]
         if (sample >= count).any():
             raise self._error(f"the allocation table names sample {sample.max()} of {count}")
@@ -221,9 +217,9 @@ class BetonDataset:
         return file
 
     def check(self) -> list[str]:
-        """What is wrong with the files outside of the samples' own bytes, a sentence each; empty: nothing.
+        """Problems outside the samples' own bytes, a sentence each; empty if there are none.
 
-        Reads header, fields, tables and sidecar again, and all that lies between the images. Raises MachineError.
+        Reads header, fields, tables, sidecar and the gaps between images again. Raises MachineError.
         """
         try:
             again = BetonDataset(self.path)
@@ -234,7 +230,7 @@ class BetonDataset:
         if (again._identity, again.sidecar) != (self._identity, self.sidecar):
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
         found = []
-        # FFCV's own writer leaves the arguments zero, too, but the names are whatever its caller gave.
+        # FFCV's own writer leaves the arguments zero too, but its caller chooses the names.
         expected = field_descriptors() if self.sidecar is not None else field_descriptors(again._fields["name"])
         if again._fields.tobytes() != expected.tobytes():
             found.append(f"{self.path}: the descriptors of its fields are not what was written")
@@ -266,7 +262,7 @@ class BetonDataset:
         return None
 
     def close(self) -> None:
-        """Let go of the file; it is closed with the last read that is under way."""
+        """Drop the file; it closes after the last read in progress."""
         self._file = None
 
     def __enter__(self) -> BetonDataset:

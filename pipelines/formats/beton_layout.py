@@ -1,9 +1,9 @@
-"""How images lie in a beton file: what is written, read and checked goes by it.
+"""The layout of a beton file, which the reader, the writer and the checks share.
 
 FFCV's format, version 2. Little-endian: a header, one descriptor per field, one metadata record per sample, the stored
-images, and the allocation table that tells how long each image is. No image crosses a page boundary, pages being
-counted from the start of the file; what lies between images is zeros. The fields are an RGBImageField and an IntField,
-as ffcv-imagenet writes them. A sidecar `<name>.beton.json` lies beside the file, see `sidecar`.
+images, and the allocation table with the size of each image. No image crosses a page boundary, counted from the start
+of the file; gaps between images are zeros. The fields are an RGBImageField and an IntField, as ffcv-imagenet writes
+them. A sidecar `<name>.beton.json` lies beside the file, see `sidecar`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from fastdeit.pipelines.errors import UserError
 VERSION = 2
 JPEG, RAW = 0, 1
 MIN_PAGE, DEFAULT_PAGE, MAX_PAGE = 1 << 21, 1 << 23, 1 << 31
-MAX_CLASSES = 1 << 20  # without class names a label decides how many there are, and so the size of a model
+MAX_CLASSES = 1 << 20  # without class names the largest label sets the number of classes, and so the size of a model
 MAX_SIDE = 65535  # sides are stored in 16 bits
-MAX_PIXELS = 89_478_485  # of an image, before it is decoded: PIL's own MAX_IMAGE_PIXELS, from where it warns
+MAX_PIXELS = 89_478_485  # of an image, before it is decoded: PIL's MAX_IMAGE_PIXELS, above which PIL warns
+MAX_SCANS = 64  # of a progressive JPEG: encoders write about ten, and each one costs a full decoding pass
 
 HEADER = np.dtype(
     [
@@ -52,12 +53,12 @@ class BetonError(UserError):
 
 
 def sidecar_path(path: Path) -> Path:
-    """Where the sidecar of the beton file at `path` lies."""
+    """The path of the sidecar of the beton file at `path`."""
     return path.with_name(path.name + ".json")
 
 
 def field_descriptors(names: np.ndarray | None = None) -> np.ndarray:
-    """The descriptors of both fields, (2,) FIELD; FFCV's own writer calls the fields what its caller says."""
+    """The descriptors of both fields, (2,) FIELD; FFCV's own writer takes their names from its caller."""
     fields = np.zeros(len(FIELDS), FIELD)
     fields["type_id"], fields["name"] = zip(*FIELDS, strict=True)
     if names is not None:

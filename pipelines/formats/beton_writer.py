@@ -1,4 +1,4 @@
-"""Beton files written without FFCV, see `beton_layout`."""
+"""Writes beton files without FFCV; `beton_layout` describes them."""
 
 from __future__ import annotations
 
@@ -15,69 +15,61 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastdeit.pipelines.formats import sidecar
+from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import (
     ALLOCATION,
     DEFAULT_PAGE,
     FIELDS,
     HEADER,
-    JPEG,
     KIND,
     MAX_PAGE,
-    MAX_SIDE,
     METADATA_START,
     MIN_PAGE,
-    RAW,
     SAMPLE,
     VERSION,
     BetonError,
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.formats.files import mark, sync_folder
-from fastdeit.pipelines.formats.regular import kind
-from fastdeit.pipelines.formats.sidecar import ContentHash, SidecarError
-from fastdeit.pipelines.formats.writer import Record
+from fastdeit.pipelines.formats.files import kind, mark, sync_folder
+from fastdeit.pipelines.formats.writer import Record, Writer
 
-_PIECE = 1 << 16  # bytes that are cleared at once
+_PIECE = 1 << 16  # bytes cleared at once
 
 
-class BetonWriter:
+class BetonWriter(Writer):
     """Streams at most `capacity` samples into a beton file that appears whole or not at all; a `Writer`.
 
-    Pages are of `page_size` bytes; an image that is larger doubles the page size of the whole file until it fits,
-    which moves nothing: what lies within a page lies within a larger one. Until `finish` all is in `<path>.partial`
-    and `<path>.json.partial`. A data set that fastdeit-convert wrote is then replaced, and nothing else.
+    Pages have `page_size` bytes. An image that is larger doubles the page size of the whole file until it fits; this
+    moves nothing, because what lies within a page lies within a larger one. Until `finish`, all data is in
+    `<path>.partial` and `<path>.json.partial`. It then replaces a data set that fastdeit-convert wrote, and nothing
+    else.
 
-    Raises BetonError for a sample that the format cannot hold, and rather than touch files of anybody else.
+    Raises BetonError for a sample that the format cannot hold, and before it would replace any other file.
     """
 
+    _Error, _most = BetonError, MAX_PAGE
+
     def __init__(self, path: str | os.PathLike[str], capacity: int, *, page_size: int = DEFAULT_PAGE) -> None:
-        self.path, self.keep, self.named = Path(path), False, False
         if capacity < 1:
-            raise BetonError(f"{self.path}: no samples to write")
+            raise BetonError(f"{path}: no samples to write")
         if not MIN_PAGE <= page_size <= MAX_PAGE or page_size & (page_size - 1):
             raise BetonError(f"page size {page_size} is not a power of two from {MIN_PAGE} to {MAX_PAGE}")
+        super().__init__(Path(path), np.zeros(capacity, SAMPLE))
         self.page_size = page_size
-        self._samples = np.zeros(capacity, SAMPLE)
         self._sizes = np.zeros(capacity, np.uint64)
-        self._count = 0
         metadata_end = METADATA_START + self._samples.nbytes
         self._end = metadata_end + -metadata_end % page_size
-        self._content = ContentHash()
         self._file: BinaryIO | None = None
         self._partial = _partial(self.path)
         self._partial_sidecar = _partial(sidecar_path(self.path))
-        self._own: set[Path] = set()  # of the two, those that this writer made or took up
+        self._own: set[Path] = set()  # of the two, those that this writer made or took over
         self._flushed: int | None = None  # the end of what is known to be on disk
-        self._replaced: list[int] | None = None
-
-    def __enter__(self) -> BetonWriter:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing is lost where closing fails: `restore` counts on no more than `flush` had on disk.
+        # A failed close loses nothing: `restore` relies only on what `flush` put on disk.
         with suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -86,29 +78,43 @@ class BetonWriter:
             for path in self._own:
                 path.unlink(missing_ok=True)
         elif error is not None and self._flushed is not None:
-            # What follows may be torn, and on a full disk it is in the way of everybody else.
+            # The rest may be torn, and it takes room on a full disk.
             with suppress(OSError):
                 if self._partial.stat().st_size > self._flushed:
                     os.truncate(self._partial, self._flushed)
 
     def check(self, replaced: list[int] | None = None) -> None:
-        """Raise BetonError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
-        self._replaced = replaced
-        _check_replaceable(self.path, replaced)
+        """Raise BetonError unless the path and its sidecar are free, or fastdeit-convert wrote them; see `Writer`."""
+        self._replaced = replaced or self._replaced
+        beside_it = sidecar_path(self.path)
+        move = "move it away, or name another place"
+        for file in (self.path, beside_it):
+            if os.path.lexists(file) and not stat.S_ISREG(mode := os.lstat(file).st_mode):
+                raise BetonError(f"{file}: is {kind(mode)}, not a data set that fastdeit-convert wrote: {move}")
+        if os.path.lexists(self.path):
+            # An interrupted conversion replaces the sidecar first, so the old data may lie beside a new sidecar.
+            if self._replaced is None or mark(self.path) != self._replaced:
+                self._check_ours(BetonDataset, "sidecar", move)
+        elif os.path.lexists(beside_it) and not sidecar.is_sealed(beside_it):
+            raise BetonError(f"{beside_it}: is not a sidecar that fastdeit-convert wrote: {move}")
 
     def _output(self) -> BinaryIO:
-        # Opened by the first sample: an interrupt while the block is entered would not be followed by `__exit__`.
+        # Opened by the first sample: after an interrupt inside `__enter__`, `__exit__` would not run.
         if self._file is None:
-            _check_replaceable(self.path, self._replaced)
+            self.check()
+            taken = f"{self._partial}: is there already: move it away, or name another place"
+            if os.path.lexists(self._partial):
+                raise BetonError(taken)
+            self._own.add(self._partial)  # first: an interrupt right after `open` must not leave the file behind
             try:
                 self._file = open(self._partial, "x+b", buffering=1 << 20)  # noqa: SIM115
             except FileExistsError as error:
-                raise BetonError(f"{self._partial}: is there already: move it away, or name another place") from error
-            self._own.add(self._partial)
+                self._own.remove(self._partial)
+                raise BetonError(taken) from error
         return self._file
 
     def restore(self, records: Iterable[Record]) -> int:
-        """Take up what an interrupted writer of the same options left; see `Writer`."""
+        """Take over what an interrupted writer of the same options left; see `Writer`."""
         if self._partial_sidecar.is_file():
             self._partial_sidecar.unlink()
         if not os.path.lexists(self._partial):
@@ -132,7 +138,7 @@ class BetonWriter:
         return self._count
 
     def _take_up(self, file: BinaryIO, record: Record) -> bool:
-        """Whether the sample of `record` stands where it would be added next; if so it counts as added."""
+        """Count the sample of `record` as added if it is stored at the next place; return whether it is."""
         page_size, start = self._place(record.size)
         file.seek(self._end)
         stored = file.read(start - self._end + record.size)
@@ -144,8 +150,8 @@ class BetonWriter:
         return True
 
     def _clear(self, file: BinaryIO, end: int) -> None:
-        """Have zeros up to byte `end`, where a writer may have been interrupted as it finished."""
-        # Zeros over a hole would need room, which a full disk does not have.
+        """Zero the file up to byte `end`: an interrupted `finish` may have written there."""
+        # Writing zeros into a hole would take room that a full disk does not have.
         for at in range(0, end, _PIECE):
             size = min(_PIECE, end - at)
             file.seek(at)
@@ -154,31 +160,15 @@ class BetonWriter:
                 file.write(bytes(size))
 
     def _place(self, size: int) -> tuple[int, int]:
-        """Page size and place in the file for a next sample of `size` bytes."""
+        """Page size and offset for the next sample, of `size` bytes."""
         page_size = self.page_size
         while page_size < size:
             page_size *= 2
         fits = self._end % page_size + size <= page_size
         return page_size, self._end if fits else self._end + -self._end % page_size
 
-    def add(self, data: bytes, *, height: int, width: int, label: int, mode: int) -> None:
-        """Append a sample: a JPEG file (mode JPEG) or RGB pixels (mode RAW, height * width * 3 bytes)."""
-        index, size = self._count, len(data)
-        if index == len(self._samples):
-            raise BetonError(f"{self.path}: more samples than the {index} announced")
-        if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-            raise BetonError(
-                f"{self.path}, sample {index}: {width} x {height} pixels; sides go up to {MAX_SIDE}. "
-                f"Have it resized (--max-side)"
-            )
-        if mode not in (JPEG, RAW) or not 0 < size <= MAX_PAGE or (mode == RAW and size != height * width * 3):
-            raise BetonError(
-                f"{self.path}, sample {index}: {size} bytes cannot be stored as {width} x {height} pixels. "
-                f"Have it resized (--max-side) or stored as a JPEG (--mode jpeg)"
-            )
-        if label < 0:
-            raise BetonError(f"{self.path}, sample {index}: label {label} is negative")
-        self.page_size, start = self._place(size)
+    def _append(self, data: bytes, height: int, width: int, label: int, mode: int) -> None:
+        self.page_size, start = self._place(len(data))
         file = self._output()
         file.seek(start)
         file.write(data)
@@ -192,7 +182,7 @@ class BetonWriter:
         self._end = start + len(data)
 
     def flush(self) -> None:
-        """Have every sample added so far on disk, so that `restore` will find it."""
+        """Put every sample added so far on disk; see `Writer`."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -200,13 +190,8 @@ class BetonWriter:
             self._flushed = self._end
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
-        """Write tables and sidecar and give both files their names; `described` joins the sidecar returned."""
-        count = self._count
-        if count == 0:
-            raise BetonError(f"{self.path}: no samples to write")
-        samples = self._samples[:count]
-        if len(class_names) <= samples["label"].max():
-            raise BetonError(f"{self.path}: {len(class_names)} class names, but label {samples['label'].max()}")
+        """Write tables and sidecar and give both files their names; see `Writer`."""
+        samples, count = self._added(class_names), self._count
         header = np.array([(VERSION, len(FIELDS), self.page_size, count, self._end)], HEADER)
         table = np.zeros(count, ALLOCATION)
         table["sample_id"], table["ptr"], table["size"] = np.arange(count), samples["data_ptr"], self._sizes[:count]
@@ -228,41 +213,13 @@ class BetonWriter:
             raise BetonError(f"{self._partial_sidecar}: is there already: move it away, or name another place")
         self._own.add(self._partial_sidecar)
         sidecar.write(self._partial_sidecar, described_by)
-        _check_replaceable(self.path, self._replaced)
-        # The sidecar first: with it alone an old file is refused, with the data alone its names would be lost.
+        self.check()
+        # The sidecar first: readers refuse old data with a new sidecar, but would read new data without class names.
         os.replace(self._partial_sidecar, sidecar_path(self.path))
         os.replace(self._partial, self.path)
         self.named = True
         sync_folder(self.path.parent)
         return described_by
-
-
-def _check_replaceable(path: Path, known: list[int] | None = None) -> None:
-    """Raise BetonError unless `path` and its sidecar are free, or are a data set that fastdeit-convert wrote.
-
-    known  `files.mark` of a file that an earlier conversion found to be one; it was interrupted after it had replaced
-           the sidecar and before it replaced the data
-    """
-    from fastdeit.pipelines.formats.beton import BetonDataset  # which imports the writer, which imports this
-
-    beside_it = sidecar_path(path)
-    move = "move it away, or name another place"
-    for file in (path, beside_it):
-        if os.path.lexists(file) and not stat.S_ISREG(mode := os.lstat(file).st_mode):
-            raise BetonError(f"{file}: is {kind(mode)}, not a data set that fastdeit-convert wrote: {move}")
-    if os.path.lexists(path):
-        if known is not None and mark(path) == known:
-            return
-        try:
-            with BetonDataset(path) as dataset:
-                described = dataset.sidecar
-        except (OSError, BetonError, SidecarError) as error:
-            why = str(error).removeprefix(f"{path}: ").partition(". ")[0]
-            raise BetonError(f"{path}: is not a data set that fastdeit-convert wrote ({why}): {move}") from error
-        if described is None:
-            raise BetonError(f"{path}: has no sidecar, so fastdeit-convert did not write it: {move}")
-    elif os.path.lexists(beside_it) and not sidecar.is_sealed(beside_it):
-        raise BetonError(f"{beside_it}: is not a sidecar that fastdeit-convert wrote: {move}")
 
 
 def _partial(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Whether stored images are still the bytes that were written, looked at when they are first read."""
+"""Compares stored images with their checksums when they are first read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 class Checksums:
     """The checksums of a data set's images, and which of them this process has compared.
 
-    An image is compared when it is first read, and not again: in the hours of a run memory is far more reliable than
-    the years and copies that a file has behind it. Threads may share an object; at worst two compare the same image.
+    An image is compared on its first read only: disks and copies corrupt files over years, memory rarely does within
+    a run. Threads may share an object; at worst two compare the same image.
 
     crc32  (N,) uint32, zlib.crc32 of every sample's stored bytes
     """
@@ -21,7 +21,7 @@ class Checksums:
         self._compared = bytearray(len(crc32))
 
     def fits(self, index: int, stored: np.ndarray) -> bool:
-        """Whether the bytes `stored`, (size,) uint8, are those of sample `index` that were written."""
+        """Whether `stored`, (size,) uint8, has the checksum of sample `index`."""
         if not self._compared[index]:
             if zlib.crc32(stored.data) != self._crc32[index]:
                 return False
@@ -30,7 +30,7 @@ class Checksums:
 
 
 def unchecked(path: object, checksums: Checksums | None) -> str | None:
-    """The warning for a data set without checksums; None where it has them."""
+    """The warning for a data set without checksums; None if it has them."""
     if checksums is not None:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What training reads: stored images by index, in one of two formats."""
+"""The interface of a data set: stored images by index, in one of two formats."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Dataset(Protocol):
     height, width  (N,) int32, pixels
     label          (N,) int64
     num_classes    length of class_names, or the largest label + 1
-    class_names    in the order of the labels; None where the data set does not name them
+    class_names    in the order of the labels; None if the data set has none
     content_hash   over every sample in order, whatever the format; None without a sidecar
-    sidecar        what was written beside the data, see `sidecar`; None without one
+    sidecar        the JSON file beside the data, see `sidecar`; None without one
     checksums      of the stored bytes; None without a sidecar
     """
 
@@ -48,7 +48,7 @@ class Dataset(Protocol):
         ...
 
     def check(self) -> list[str]:
-        """What is wrong with the files outside of the samples' own bytes, a sentence each; empty: nothing."""
+        """Problems outside the samples' own bytes, a sentence each; empty if there are none."""
         ...
 
     def close(self) -> None: ...
@@ -57,8 +57,8 @@ class Dataset(Protocol):
 def open_dataset(path: Path) -> Dataset:
     """The data set at `path`: a .beton file, or a folder of shards that fastdeit-convert wrote.
 
-    Raises FileNotFoundError where there is nothing, UserError naming file, sample, reason and remedy for a file
-    that is damaged or of another kind, MachineError where the machine cannot read it.
+    Raises FileNotFoundError for a missing file, UserError naming file, sample, reason and remedy for a damaged file or
+    one of another kind, and MachineError where the machine cannot read it.
     """
     try:
         folder = path.is_dir()

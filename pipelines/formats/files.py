@@ -1,85 +1,80 @@
-"""Files that are read by place, by many threads, and that may shrink under their reader."""
+"""Regular files: opened safely, named in messages, and written whole or not at all.
+
+Imports nothing but the standard library, so cheap commands may use it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-import numpy as np
+from fastdeit.pipelines.errors import UserError, naming, os_sentence
 
-from fastdeit.pipelines.errors import UserError, os_sentence
-from fastdeit.pipelines.formats.regular import check_mode
+_KINDS = {
+    stat.S_IFREG: "a regular file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a fifo",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+}
 
 
 class NoRegularFileError(UserError):
-    """A pipe, socket or device where a file is needed: reading one may wait for ever, or never end."""
+    """A pipe, socket or device in place of a file: reading one may wait for ever, or never end."""
+
+
+def kind(mode: int) -> str:
+    """What a file of this st_mode is, for messages."""
+    return _KINDS.get(stat.S_IFMT(mode), "a device")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError naming `path` unless it is a regular file. Call it before opening: a fifo would wait for ever."""
+    _check_mode(path, os.stat(path).st_mode)
+
+
+def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"Is {kind(mode)}, not a file", os.fspath(path))
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """A descriptor of the file at `path`, for reading.
+    """Open the file at `path` for reading and return its descriptor.
 
-    Raises NoRegularFileError for what is no file, IsADirectoryError for a folder, OSError where it cannot be opened.
+    Raises NoRegularFileError for a pipe, socket or device, IsADirectoryError for a folder, and OSError where the file
+    cannot be opened.
     """
-    # Looked at before, since opening some devices does something, and after, since the name may be another's by then.
-    _check_regular(path, os.stat(path).st_mode)
+
+    def check(mode: int) -> None:
+        try:
+            _check_mode(path, mode)
+        except IsADirectoryError:
+            raise
+        except OSError as error:
+            raise NoRegularFileError(os_sentence(error)) from error
+
+    # Before, because opening a device may act on it; after, because the name may point elsewhere by then.
+    check(os.stat(path).st_mode)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        _check_regular(path, os.fstat(descriptor).st_mode)
+        check(os.fstat(descriptor).st_mode)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _check_regular(path: str | os.PathLike[str], mode: int) -> None:
-    try:
-        check_mode(path, mode)
-    except IsADirectoryError:
-        raise
-    except OSError as error:
-        raise NoRegularFileError(os_sentence(error)) from error
-
-
-class OpenFile:
-    """A regular file that is open for reading, closed when the last thread that reads it has let go of it.
-
-    What lies on disk is read, never mapped: access to a mapped file that was cut short ends the process (SIGBUS).
-
-    identity  device, inode, size and time of the last change, when it was opened
-
-    Raises as `open_regular`.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.descriptor = open_regular(path)
-        self.identity = identity(os.fstat(self.descriptor))
-
-    def read(self, size: int, offset: int) -> np.ndarray:
-        """Bytes from `offset` on, (size,) uint8, or fewer where the file ends."""
-        data = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            count = os.preadv(self.descriptor, [data[done:].data], offset + done)
-            if count == 0:
-                break
-            done += count
-        return data[:done]
-
-    def pieces(self, size: int, offset: int, most: int) -> Iterator[np.ndarray]:
-        """As `read`, at most `most` bytes at a time: a table that is all holes need not be held to be refused."""
-        for at in range(offset, offset + size, most):
-            yield self.read(min(most, offset + size - at), at)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
 def read_text(path: Path, most: int) -> str:
     """The UTF-8 text of a regular file of at most `most` bytes.
 
-    Raises as `open_regular`, and ValueError for a longer file or for another encoding.
+    Raises what `open_regular` raises, and ValueError for a longer file or another encoding.
     """
     with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -88,12 +83,38 @@ def read_text(path: Path, most: int) -> str:
         return file.read(size).decode("utf-8")
 
 
-def identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+@contextlib.contextmanager
+def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path` when the block ends: `path` holds the old bytes or all the new ones.
+
+    The bytes go to `path` + `suffix`, which is synced, renamed and removed on any error. Only a killed process leaves
+    it behind. An OSError names a path.
+    """
+    temporary = path.with_name(path.name + suffix)
+    try:
+        with naming(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and sync it, for a folder or name that readers do not see yet. An OSError names `path`."""
+    with naming(path), open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder on disk."""
+    """Put the names in a folder on disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -102,9 +123,20 @@ def sync_folder(path: Path) -> None:
 
 
 def mark(path: Path) -> list[int] | None:
-    """Tells a file from any that replaces it, also after a restart: inode, size, time; None where there is none."""
+    """Inode, size and time, which identify a file even after a restart; None where there is no file."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         return None
     return [status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def misfetched(path: str | os.PathLike[str]) -> str | None:
+    """The reason and remedy if a file is a Git LFS pointer or a web page in place of the data; None otherwise."""
+    with open(path, "rb") as file:
+        head = file.read(512).lstrip().lower()
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "it is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+    if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "it is a web page, so the download failed: fetch the file again, from its direct link"
+    return None

@@ -1,4 +1,4 @@
-"""How samples lie in tar shards, a function of the samples alone: what is written, read and checked goes by it.
+"""The layout of tar shards, which the reader, the writer and the checks share; it depends on the samples alone.
 
 A data set is a folder:
 
@@ -18,7 +18,8 @@ import re
 
 import numpy as np
 
-from fastdeit.pipelines.formats.beton import JPEG, RAW
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 
 TABLE, SIDECAR, NODES = "samples.npy", "dataset.json", "nodes"
 KIND = "fastdeit-webdataset"
@@ -44,6 +45,10 @@ SAMPLE = np.dtype(
 )
 
 
+class ShardError(UserError):
+    """A folder of shards that cannot be read or written as asked."""
+
+
 def shard_name(shard: int) -> str:
     return f"shard-{shard:06d}.tar"
 
@@ -57,25 +62,25 @@ def node_name(node: int) -> str:
 
 
 def node_list(node: int, nodes: int, shards: int) -> bytes:
-    """The shards of a node, dealt out in turn."""
+    """The names of the shards of a node; nodes take shards in turn."""
     return "".join(f"{shard_name(shard)}\n" for shard in range(node, shards, nodes)).encode()
 
 
 def before(index: int, *, size: int, height: int, width: int, mode: int) -> bytes:
-    """What stands in the shard right before the bytes of sample `index`: its tar header, and a PPM's own."""
+    """The bytes right before those of sample `index`: its tar header, and the header of a PPM."""
     head = _ppm_header(height, width, mode)
     return _tar_header(_image_name(index, mode), len(head) + size) + head
 
 
 def after(index: int, *, size: int, height: int, width: int, mode: int, label: int) -> bytes:
-    """What stands right after them: zeros up to a whole block, and the member with the label."""
+    """The bytes right after those of sample `index`: zeros up to a whole block, and the member with the label."""
     length = len(_ppm_header(height, width, mode)) + size
     text = b"%d" % label
     return bytes(-length % BLOCK) + _tar_header(f"{index:09d}.cls", len(text)) + text + bytes(BLOCK - len(text))
 
 
 def index_file(first: int, samples: np.ndarray) -> bytes:
-    """The index of a shard that holds `samples`, (N,) SAMPLE with offsets, the first of which has that index.
+    """The index of a shard that holds `samples`, (N,) SAMPLE with offsets; `first` is the index of its first sample.
 
     Version 1.2 of DALI's wds2idx: extension, offset, size and name of every member, a line a sample.
     """
@@ -91,9 +96,9 @@ def index_file(first: int, samples: np.ndarray) -> bytes:
 
 
 def layout(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where samples of these sizes lie: the offset of each, (N,) int64, and the length of every shard, (S,) int64.
+    """The offset of each sample, (N,) int64, and the length of every shard, (S,) int64, in bytes.
 
-    Shards are to be numbered from 0 without a gap, in ascending order.
+    The samples' shards must count up from 0 without a gap.
     """
     digits = np.searchsorted([10, 100, 1000, 10000], [samples["height"], samples["width"]], side="right") + 1
     head = np.where(samples["mode"] == RAW, digits.sum(0) + len("P6\n \n255\n"), 0)
@@ -108,7 +113,7 @@ def layout(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shard_count(capacity: int, shard_size: int, nodes: int) -> int:
-    """How many shards of at most `shard_size` samples hold `capacity`: the fewest that are a multiple of `nodes`."""
+    """The fewest shards of at most `shard_size` samples that hold `capacity` and are a multiple of `nodes`."""
     shards = -(-capacity // shard_size)
     return shards + -shards % nodes
 
@@ -116,8 +121,8 @@ def shard_count(capacity: int, shard_size: int, nodes: int) -> int:
 def shard_sizes(capacity: int, shards: int) -> np.ndarray:
     """Samples of every shard, (S,) int64.
 
-    The first ones hold one more than the last where they cannot all be equal, so that of nodes that take shards in
-    turn none has more than one sample above another.
+    The first shards hold one sample more than the last if they cannot all be equal. Nodes that take shards in turn
+    then differ by at most one sample.
     """
     return capacity // shards + (np.arange(shards) < capacity % shards)
 
@@ -131,11 +136,11 @@ def _ppm_header(height: int, width: int, mode: int) -> bytes:
 
 
 def _tar_header(name: str, size: int) -> bytes:
-    """A ustar header of a file with nothing in it but name and size: mode 0644, user, group and time 0."""
+    """A ustar header with a name and a size; mode 0644; user, group and time 0."""
     mode, owner, time = b"0000644\0", b"0000000\0", b"00000000000\0"
     first = name.encode().ljust(100, b"\0") + mode + owner + owner + b"%011o\0" % size + time
     link = bytes(100)
     second = b"0" + link + b"ustar\x0000"
-    # The checksum is taken with its own eight bytes as spaces.
+    # The checksum counts its own eight bytes as spaces.
     checksum = sum(first) + sum(second) + 8 * ord(" ")
     return (first + b"%06o\0 " % checksum + second).ljust(BLOCK, b"\0")

@@ -1,4 +1,4 @@
-"""Tar shards written for plain DALI and the webdataset package, see `shard_layout`."""
+"""Writes tar shards that plain DALI and the webdataset package read; `shard_layout` describes them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.files import mark, sync_folder
+from fastdeit.pipelines.formats.files import mark, sync_folder, write_synced
 from fastdeit.pipelines.formats.shard_layout import (
     END,
     KIND,
@@ -31,6 +29,7 @@ from fastdeit.pipelines.formats.shard_layout import (
     SAMPLE,
     SIDECAR,
     TABLE,
+    ShardError,
     after,
     before,
     index_file,
@@ -41,32 +40,29 @@ from fastdeit.pipelines.formats.shard_layout import (
     shard_name,
     shard_sizes,
 )
-from fastdeit.pipelines.formats.sidecar import ContentHash, SidecarError
-from fastdeit.pipelines.formats.writer import Record
+from fastdeit.pipelines.formats.shards import ShardDataset
+from fastdeit.pipelines.formats.writer import Record, Writer
 
 DEFAULT_SHARD_SIZE = 10_000  # 129 shards of ImageNet's training images, about 1 GB each
 
 
-class ShardError(UserError):
-    """A folder of shards that cannot be read or written as asked."""
-
-
-class ShardWriter:
+class ShardWriter(Writer):
     """Streams at most `capacity` samples into a folder of tar shards that appears whole or not at all; a `Writer`.
 
     shard_size  samples of a shard at most
     nodes       the number of shards is a multiple of it, and `nodes/` lists the shards of each node
 
-    How many samples a shard holds follows from `capacity`: no node has more than one sample above another. Where
-    fewer are added, it is the last shards that stay short or are left out; `node_samples` of the sidecar says how
-    many each node got. Until `finish` all is in the folder `<path>.partial`. A folder that holds a data set already
-    is then replaced; where the file system can exchange two names, there is no moment without either.
+    `capacity` decides how many samples a shard holds: nodes differ by at most one sample. If fewer are added, the last
+    shards stay short or are left out; `node_samples` of the sidecar counts the samples of each node.
 
-    Nothing but a data set that fastdeit-convert wrote is replaced; until the new one has its name, the old one lies
-    there or in `<path>.replaced`.
+    Until `finish`, all data is in the folder `<path>.partial`. It then replaces a data set that fastdeit-convert
+    wrote, and nothing else. If the file system can exchange two names, one of both always has the name; otherwise the
+    old one waits in `<path>.replaced`.
 
-    Raises ShardError for a sample that the format cannot hold, and rather than touch files of anybody else.
+    Raises ShardError for a sample that the format cannot hold, and before it would replace any other file.
     """
+
+    _Error, _most = ShardError, MAX_SIZE
 
     def __init__(
         self,
@@ -76,7 +72,7 @@ class ShardWriter:
         shard_size: int = DEFAULT_SHARD_SIZE,
         nodes: int = 1,
     ) -> None:
-        self.path, self.keep, self.named = Path(path), False, False
+        self.path = Path(path)
         if not 1 <= capacity <= MAX_SAMPLES:
             raise ShardError(f"{self.path}: {capacity} samples to write; shards hold from 1 to {MAX_SAMPLES:,}")
         if shard_size < 1 or nodes < 1:
@@ -89,25 +85,20 @@ class ShardWriter:
                 f"{self.path}: {capacity} samples cannot be {shards} shards, a multiple of {nodes} nodes "
                 f"({MAX_SHARDS:,} are the most). Give a larger --shard-size or fewer --nodes"
             )
+        super().__init__(self.path, np.zeros(capacity, SAMPLE))
         self.nodes = nodes
         self._ends = np.cumsum(shard_sizes(capacity, shards))
-        self._samples = np.zeros(capacity, SAMPLE)
-        self._content = ContentHash()
-        self._count = self._shard = self._first = self._end = 0
+        self._shard = self._first = self._end = 0
         self._file: BinaryIO | None = None
         self._partial, self._old = (self.path.with_name(self.path.name + end) for end in (".partial", ".replaced"))
         self._started = False
-        self._replaced: list[int] | None = None  # the mark of the data set that an interrupted run moved away
-        self._flushed: tuple[int, int] | None = None  # shard and byte up to which all is known to be on disk
+        self._flushed: tuple[int, int] | None = None  # shard and byte up to which everything is on disk
         self.check()
-
-    def __enter__(self) -> ShardWriter:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Nothing is lost where closing fails: `restore` counts on no more than `flush` had on disk.
+        # A failed close loses nothing: `restore` relies only on what `flush` put on disk.
         with suppress(OSError):
             if self._file is not None:
                 self._file.close()
@@ -115,12 +106,12 @@ class ShardWriter:
         if self._started and not self.keep:
             _remove(self._partial)
         elif error is not None and self._flushed is not None:
-            # What follows may be torn, and on a full disk it is in the way of everybody else.
+            # The rest may be torn, and it takes room on a full disk.
             with suppress(OSError, ShardError):
                 self._cut(*self._flushed)
 
     def restore(self, records: Iterable[Record]) -> int:
-        """Take up what an interrupted writer of the same options left; see `Writer`."""
+        """Take over what an interrupted writer of the same options left; see `Writer`."""
         if not os.path.lexists(self._partial):
             return 0
         _refuse_foreign(self._partial)
@@ -136,7 +127,7 @@ class ShardWriter:
         return self._count
 
     def _cut(self, shard: int, end: int) -> bool:
-        """Drop all behind byte `end` of a shard; whether anything is left."""
+        """Drop everything after byte `end` of a shard; return whether anything is left."""
         kept = {name for number in range(shard) for name in (shard_name(number), index_name(number))}
         if end:
             kept.add(shard_name(shard))
@@ -146,7 +137,7 @@ class ShardWriter:
         return bool(kept)
 
     def _take_up(self, record: Record) -> bool:
-        """Whether the sample of `record` stands where it would be added next; if so it counts as added."""
+        """Count the sample of `record` as added if it is stored at the next place; return whether it is."""
         height, width, label, mode, size = record.height, record.width, record.label, record.mode, record.size
         head = before(self._count, size=size, height=height, width=width, mode=mode)
         tail = after(self._count, size=size, height=height, width=width, mode=mode, label=label)
@@ -157,25 +148,10 @@ class ShardWriter:
         self._count_in(data, len(head), len(tail), height, width, label, mode)
         return True
 
-    def add(self, data: bytes, *, height: int, width: int, label: int, mode: int) -> None:
-        """Append a sample: a JPEG file (mode JPEG) or RGB pixels (mode RAW, height * width * 3 bytes)."""
-        index, size = self._count, len(data)
-        if index == len(self._samples):
-            raise ShardError(f"{self.path}: more samples than the {index} announced")
-        if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-            raise ShardError(
-                f"{self.path}, sample {index}: {width} x {height} pixels; sides go up to {MAX_SIDE}. "
-                f"Have it resized (--max-side)"
-            )
-        if mode not in (JPEG, RAW) or not 0 < size <= MAX_SIZE or (mode == RAW and size != height * width * 3):
-            raise ShardError(
-                f"{self.path}, sample {index}: {size} bytes cannot be stored as {width} x {height} pixels. "
-                f"Have it resized (--max-side) or stored as a JPEG (--mode jpeg)"
-            )
-        if label < 0:
-            raise ShardError(f"{self.path}, sample {index}: label {label} is negative")
+    def _append(self, data: bytes, height: int, width: int, label: int, mode: int) -> None:
         if not self._started:
             self._start()
+        index, size = self._count, len(data)
         head = before(index, size=size, height=height, width=width, mode=mode)
         tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
         self._output().writelines((head, data, tail))
@@ -210,11 +186,11 @@ class ShardWriter:
         file.close()
         self._file = None
         index = index_file(self._first, self._samples[self._first : self._count])
-        _write(self._partial / index_name(self._shard), index)
+        write_synced(self._partial / index_name(self._shard), index)
         self._shard, self._first, self._end = self._shard + 1, self._count, 0
 
     def flush(self) -> None:
-        """Have every sample added so far on disk, so that `restore` will find it."""
+        """Put every sample added so far on disk; see `Writer`."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -223,20 +199,16 @@ class ShardWriter:
             self._flushed = self._shard, self._end
 
     def finish(self, *, class_names: list[str], **described: Any) -> dict[str, Any]:
-        """Write tables, lists and sidecar and give the folder its name; `described` joins the sidecar returned."""
-        samples = self._samples[: self._count]
-        if not self._count:
-            raise ShardError(f"{self.path}: no samples to write")
-        if len(class_names) <= samples["label"].max():
-            raise ShardError(f"{self.path}: {len(class_names)} class names, but label {samples['label'].max()}")
+        """Write tables, lists and sidecar and give the folder its name; see `Writer`."""
+        samples = self._added(class_names)
         if self._end:
             self._close_shard()
         table = io.BytesIO()
         np.lib.format.write_array(table, samples, version=(1, 0), allow_pickle=False)
-        _write(self._partial / TABLE, table.getvalue())
+        write_synced(self._partial / TABLE, table.getvalue())
         (self._partial / NODES).mkdir(exist_ok=True)
         for node in range(self.nodes):
-            _write(self._partial / NODES / node_name(node), node_list(node, self.nodes, self._shard))
+            write_synced(self._partial / NODES / node_name(node), node_list(node, self.nodes, self._shard))
         sync_folder(self._partial / NODES)
         described_by = sidecar.build(
             KIND,
@@ -256,15 +228,13 @@ class ShardWriter:
         return described_by
 
     def check(self, replaced: list[int] | None = None) -> None:
-        """Raise ShardError where what is to be replaced is not a data set that fastdeit-convert wrote; see `Writer`."""
-        from fastdeit.pipelines.formats.shards import ShardDataset  # which imports this
-
+        """Raise ShardError unless the folder is free or empty, or fastdeit-convert wrote it; see `Writer`."""
         self._replaced = replaced or self._replaced
         if not os.path.lexists(self.path):
             return
         try:
             _refuse_foreign(self.path)
-            # The shards of anybody else may have the same names; an empty folder is as good as none.
+            # Another program's shards may have the same names.
             if not os.listdir(self.path):
                 return
         except OSError as error:
@@ -272,21 +242,14 @@ class ShardWriter:
         move = "move it away, or name another folder"
         if os.path.lexists(self._old):
             raise ShardError(f"{self._old}: is in the way of {self.path}, which is to be replaced: {move}")
-        try:
-            with ShardDataset(self.path) as dataset:
-                described = dataset.sidecar
-        except (OSError, ShardError, SidecarError) as error:
-            why = str(error).removeprefix(f"{self.path}: ").partition(". ")[0]
-            raise ShardError(f"{self.path}: is not a data set that fastdeit-convert wrote ({why}): {move}") from error
-        if described is None:
-            raise ShardError(f"{self.path}: has no {SIDECAR}, so fastdeit-convert did not write it: {move}")
+        self._check_ours(ShardDataset, SIDECAR, move)
 
     def _put_in_place(self) -> None:
         self.check()
         old = self._old
-        # All that was written is complete: an interrupt from here on must not have it removed.
+        # The data set is complete: an interrupt from here on must not remove it.
         self._started, self._flushed = False, None
-        # A folder that nothing is moved to now is what an interrupted run moved there, or somebody else's.
+        # A folder already there is what an interrupted run moved there, or somebody else's.
         ours = self._replaced is not None and mark(old) == self._replaced
         if not self.path.exists() or not os.listdir(self.path):
             os.rename(self._partial, self.path)
@@ -308,7 +271,7 @@ class ShardWriter:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises ShardError where what is to be replaced is no folder, or holds a file that no writer of shards makes."""
+    """Raise ShardError unless `folder` is a folder that holds only files that `ShardWriter` makes."""
     if folder.is_symlink() or not folder.is_dir():
         raise ShardError(f"{folder}: is not a folder: move it away or name another")
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -322,9 +285,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _remove(folder: Path, kept: Container[str] = ()) -> None:
-    """Delete the files of a data set but those of the names `kept`, and the folder where nothing is left in it.
+    """Delete the files of a data set except those named in `kept`, and the folder if it is then empty.
 
-    Raises ShardError as `_refuse_foreign`, before anything is deleted.
+    Raises what `_refuse_foreign` raises, before it deletes anything.
     """
     if not os.path.lexists(folder):
         return
@@ -340,15 +303,8 @@ def _remove(folder: Path, kept: Container[str] = ()) -> None:
         os.rmdir(folder)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names atomically; False if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Tar shards with tables beside them, read by index; see `shard_layout` for the files and `ShardWriter` for writing."""
+"""Reads tar shards by index; `shard_layout` describes the files, `ShardWriter` writes them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES, MAX_PIXELS
+from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_CLASSES, MAX_PIXELS, MAX_SIDE, RAW
 from fastdeit.pipelines.formats.checksums import Checksums
-from fastdeit.pipelines.formats.files import OpenFile, identity
+from fastdeit.pipelines.formats.open_file import OpenFile, identity
 from fastdeit.pipelines.formats.shard_layout import (
     END,
     KIND,
@@ -28,6 +27,7 @@ from fastdeit.pipelines.formats.shard_layout import (
     SAMPLE,
     SIDECAR,
     TABLE,
+    ShardError,
     after,
     before,
     index_file,
@@ -37,11 +37,8 @@ from fastdeit.pipelines.formats.shard_layout import (
     node_name,
     shard_name,
 )
-from fastdeit.pipelines.formats.shard_writer import DEFAULT_SHARD_SIZE, ShardError, ShardWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.machine import machine_error, open_file_limit
-
-__all__ = ["DEFAULT_SHARD_SIZE", "ShardDataset", "ShardError", "ShardWriter"]
 
 _HEAD = 16 << 10  # bytes: more than numpy's header of a table takes
 _REMEDY = "Convert the data set again, or copy the folder again"
@@ -63,11 +60,10 @@ class ShardDataset:
     checksums      of the stored bytes, from the sidecar; None without one
     num_classes    length of class_names, or the largest label + 1
 
-    Tables and the sizes of the shards are checked when it is opened; raises ShardError naming file, sample and
-    reason, and MachineError where the machine cannot read them. Shards are opened when they are read, and the ones read
-    longest ago are closed again, so that few are open at a time, however many there are. What lies on disk is read,
-    never mapped: a shard that is cut short under its reader is an error too. Threads may share an object; pickled,
-    it is reopened by its path.
+    Opening it checks the tables and the sizes of the shards. Raises ShardError naming file, sample and reason, and
+    MachineError where the machine cannot read them. Shards open on their first read, and the least recently read ones
+    close again, so few are open at a time. Reading a shard that was cut short is an error too. Threads may share an
+    object; a pickled one reopens its path.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -115,7 +111,7 @@ class ShardDataset:
         self._forbid(wrong, "raw pixels do not have the size of its sides")
         self._forbid(samples["label"] < 0, "its label is negative")
         self._forbid(samples["label"] >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")
-        # No sum of so few, so small sizes can overflow; what follows from them needs no other check.
+        # Sums of so few, so small sizes cannot overflow.
         offset, self._shard_bytes = layout(samples)
         self._forbid(samples["offset"].astype(np.int64) != offset, "its place is not behind the sample before it")
         self.shard, self.offset, self.size = shard, offset, samples["size"].astype(np.int64)
@@ -132,7 +128,7 @@ class ShardDataset:
         try:
             np.lib.format.read_magic(head)
             shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-        # numpy evaluates the header as Python literals, which raises almost anything where it is damaged.
+        # numpy evaluates the header as Python literals; a damaged one raises almost anything.
         except Exception as error:
             raise self._error(f"it is not a table of numpy ({type(error).__name__}: {error})") from error
         start = head.tell()
@@ -141,7 +137,7 @@ class ShardDataset:
             raise self._error(f"{length} bytes are not a table of {shape} samples, {SAMPLE.itemsize} bytes each")
         digest = hashlib.sha256(head.getvalue()[:start])
         pieces: list[np.ndarray] = [np.zeros(0, np.uint8)]
-        # A file may claim far more than it holds: its holes are read as zeros, and the first of them is refused.
+        # A sparse file may claim far more than it holds: its holes read as zeros, and the first zero is an error.
         for piece in file.pieces(length, start, _PIECE):
             if len(piece) % SAMPLE.itemsize:
                 raise self._error("it was cut short while it was read")
@@ -223,7 +219,7 @@ class ShardDataset:
                 file = self._open_anew(shard, index)
                 self._files[shard] = file
                 if len(self._files) > self._most_open:
-                    self._files.popitem(last=False)  # closed once the last read that is under way is done
+                    self._files.popitem(last=False)  # closes after the last read in progress
             self._files.move_to_end(shard)
             return file
 
@@ -243,10 +239,9 @@ class ShardDataset:
         return file
 
     def check(self) -> list[str]:
-        """What is wrong with the files outside of the samples' own bytes, a sentence each; empty: nothing.
+        """Problems outside the samples' own bytes, a sentence each; empty if there are none.
 
-        Reads every tar header, label, index and list, and compares it with what the table says was written. Raises
-        MachineError.
+        Compares every tar header, label, index and list with the table. Raises MachineError.
         """
         try:
             again = ShardDataset(self.path)
@@ -296,7 +291,7 @@ class ShardDataset:
             return []
         folder, nodes = self.path / NODES, self.sidecar.get("nodes")
         names = set(os.listdir(folder)) if folder.is_dir() else set()
-        # The folder bounds the loop, whatever number the sidecar holds.
+        # The folder bounds the loop; a hostile sidecar may hold any number.
         if nodes != len(names) or names != {node_name(node) for node in range(len(names))}:
             return [f"{folder}: it does not hold the lists of {nodes} nodes and nothing else"]
         found = []
@@ -314,7 +309,7 @@ class ShardDataset:
         return [f"{self.path / name}: it is not what was written. {_REMEDY}"]
 
     def close(self) -> None:
-        """Let go of the shards; each is closed with the last read that is under way."""
+        """Drop the shards; each closes after the last read in progress."""
         with self._lock:
             self._closed = True
             self._files.clear()

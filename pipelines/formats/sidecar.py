@@ -1,21 +1,21 @@
-"""The JSON file beside a data set, for what its format has no place for.
+"""The JSON file beside a data set, for the facts that its format has no place for.
 
     format          "fastdeit-beton" or "fastdeit-webdataset"
     version         of this layout: 2
     num_samples     images in the data set
     class_names     in the order of the labels
     content_hash    sha256 over every sample in order: height, width, label (int64 each), stored bytes
-    metadata_hash   sha256 of the tables of the data set, which ties the sidecar to its files
+    metadata_hash   sha256 of the data set's tables, which ties the sidecar to its files
     crc32           base64 of (num_samples,) little-endian uint32: zlib.crc32 of every sample's stored bytes
-    seal            sha256 of all the rest, as canonical JSON: the sidecar itself was not changed
+    seal            sha256 of all other fields as canonical JSON, which detects changes to the sidecar
 
-and what the writer and the conversion say of themselves:
+and the facts that the writer and the conversion add:
 
-    source       what the samples were taken from, how many it holds, and what it left out
-    options      of the conversion, and the versions that decide its bytes
+    source       the source, how many samples it holds, and what it left out
+    options      of the conversion, and the library versions that its bytes depend on
     counts       images by what happened to them, see `encode.CHANGES`
-    rejected     indices in the source of the images that were left out, in the order of the conversion
-    real_labels  ImageNet-ReaL's classes of every sample, where asked for
+    rejected     source indices of the images left out, in the order of the conversion
+    real_labels  ImageNet-ReaL's classes of every sample, if requested
     page_size    of a beton file
 """
 
@@ -25,7 +25,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,19 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
-from fastdeit.pipelines.formats.files import read_text
+from fastdeit.pipelines.formats.files import read_text, write_synced
 
 VERSION = 2
-_MOST, _MOST_OF_A_SAMPLE = 32 << 20, 256  # bytes: JSON takes up to thirty times its length when it is parsed
+_MOST, _MOST_OF_A_SAMPLE = 32 << 20, 256  # bytes: parsed JSON takes up to 30 times its length
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"
 
 
 class SidecarError(UserError):
-    """A sidecar that is damaged, or that is not of this data set."""
+    """A sidecar that is damaged, or that belongs to another data set."""
 
 
 class ContentHash:
-    """Hash of a data set's content, sample by sample, the same whatever format holds it.
+    """Hash of a data set's content, sample by sample; the same in both formats.
 
     crc32  of each sample's stored bytes so far
     """
@@ -66,7 +65,7 @@ class ContentHash:
 def build(
     kind: str, content: ContentHash, *, class_names: list[str], metadata_hash: str, described: dict[str, Any]
 ) -> dict[str, Any]:
-    """The sidecar of a data set whose samples went through `content`."""
+    """The sidecar of a data set whose samples were added to `content`."""
     crc32 = np.array(content.crc32, "<u4").tobytes()
     sidecar = {
         "format": kind,
@@ -78,18 +77,16 @@ def build(
         "metadata_hash": metadata_hash,
         "crc32": base64.b64encode(crc32).decode(),
     }
-    # As it will be read back: JSON has no tuples and no integer keys.
+    # Through JSON, which has no tuples and no integer keys: the same as it will be read.
     sidecar = json.loads(json.dumps(sidecar))
     return {**sidecar, "seal": _seal(sidecar)}
 
 
 def write(path: Path, sidecar: dict[str, Any]) -> None:
-    """Write `sidecar` to `path` and have it on disk."""
+    """Write `sidecar` to `path` and sync it."""
     # Names that are not UTF-8 hold lone surrogates, whose escapes are JSON's own.
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-        json.dump(sidecar, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(sidecar, indent=1, ensure_ascii=False)
+    write_synced(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_hash: str) -> dict[str, Any]:
@@ -121,7 +118,7 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
 
 
 def crc32s(sidecar: dict[str, Any]) -> np.ndarray:
-    """zlib.crc32 of every sample's stored bytes, (N,) uint32; of length 0 where the sidecar has none."""
+    """zlib.crc32 of every sample's stored bytes, (N,) uint32; (0,) if the sidecar has none."""
     try:
         return np.frombuffer(base64.b64decode(sidecar["crc32"], validate=True), "<u4")
     except (KeyError, TypeError, ValueError):
@@ -134,7 +131,7 @@ def _seal(sidecar: dict[str, Any]) -> str:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether `path` is an undamaged sidecar, of whatever data set."""
+    """Whether `path` is an undamaged sidecar of any data set."""
     try:
         sidecar = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

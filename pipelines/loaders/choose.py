@@ -13,7 +13,7 @@ import numpy as np
 from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.formats.beton_layout import BetonError
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.pipelines.formats.shard_writer import ShardError
+from fastdeit.pipelines.formats.shard_layout import ShardError
 from fastdeit.pipelines.loaders.base import DecodeError, OnError, ThreadedLoader, first_appearances
 from fastdeit.pipelines.loaders.dali import DaliLoader, find_dali
 from fastdeit.pipelines.loaders.libffcv import FfcvLoader, find_libffcv

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fastdeit.pipelines.conversion.encode import MAX_SCANS
 from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.pipelines.formats.beton_layout import MAX_SCANS
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.loaders.base import DecodeError, Region, ThreadedLoader, check_size, read_stored, read_with_pil
 from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_whole

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeit.pipelines.conversion.encode import MAX_SCANS
 from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.pipelines.formats.beton_layout import MAX_SCANS
 from fastdeit.pipelines.loaders.base import Region, ThreadedLoader, decode_error, read_stored, read_with_pil
 
 _DECODED, _TOO_MANY_SCANS = 0, 2  # verdicts of jpeg.c
@@ -44,7 +44,9 @@ class TurboLoader(ThreadedLoader):
             left, top, left + columns, top + rows, MAX_SCANS,
         )  # fmt: skip
         if verdict == _TOO_MANY_SCANS:
-            raise decode_error(self.dataset, index, f"a JPEG of more than {MAX_SCANS} scans takes that often as long")
+            raise decode_error(
+                self.dataset, index, f"a JPEG of more than {MAX_SCANS} scans; each one costs a full decoding pass"
+            )
         if verdict != _DECODED:
             read_with_pil(self.dataset, index, out)
         return verdict == _DECODED

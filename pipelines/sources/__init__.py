@@ -1,4 +1,4 @@
-"""Where a conversion's images come from; `open_source` says in what forms."""
+"""Sources of images for a conversion; `open_source` lists their forms."""
 
 from fastdeit.pipelines.sources.base import SampleError, Source, SourceError
 from fastdeit.pipelines.sources.open import open_source, read_class_names

@@ -1,4 +1,4 @@
-"""What every source of images offers, and how it fails."""
+"""The interface of a source of images, and its errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import NoRegularFileError, open_regular
 
-# torchvision.datasets.folder.IMG_EXTENSIONS, and what else `encode` reads
+# torchvision.datasets.folder.IMG_EXTENSIONS, and the others that `encode` reads
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 MAX_FILE = 1 << 28  # bytes of one image
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -24,14 +24,14 @@ class SourceError(UserError):
 
 
 class SampleError(UserError):
-    """A single sample that cannot be used, while the rest of its source can; says which, why, and what to do."""
+    """One sample that cannot be used, in a usable source; says which, why, and what to do."""
 
 
 class Source(Protocol):
     """Labelled images by index.
 
-    class_names  in the order of the labels; None where the source knows only numbers
-    in_memory    whether the samples are held in memory, so that other processes would need a copy
+    class_names  in the order of the labels; None if the source has only numbers
+    in_memory    whether memory holds the samples, so worker processes would need a copy
     """
 
     @property
@@ -43,27 +43,27 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def describe(self) -> dict[str, Any]:
-        """What the source is and what it left out, for the sidecar and the report."""
+        """Kind, path and counts of what was left out, for the sidecar and the report."""
         ...
 
     def inputs(self) -> list[Path]:
-        """The files it reads, and the folders in which every file belongs to it: nothing may be written there."""
+        """The files it reads, and the folders whose files all belong to it: nothing may be written there."""
         ...
 
     def name(self, index: int) -> str:
-        """A name of sample `index`, from the index alone: a file, `archive.tar:member`, `file.parquet[row]`."""
+        """The name of sample `index`, without reading it: a file, `archive.tar:member`, `file.parquet[row]`."""
         ...
 
     def read(self, index: int) -> tuple[bytes | Image.Image | np.ndarray, int, str]:
         """Image (a file's bytes, or decoded), label, and a name for messages.
 
-        Raises SampleError or OSError where this sample is bad, SourceError where the source is.
+        Raises SampleError or OSError for a bad sample, SourceError for a bad source.
         """
         ...
 
 
 def check_class_names(names: list[str], where: str) -> list[str]:
-    """`names` itself. Raises SourceError, which says `where`, unless each is there and named once."""
+    """Return `names`. Raises SourceError, which names `where`, if one is empty or there twice, or if there are none."""
     if not names:
         raise SourceError(f"{where}: no class names: give one a line")
     seen: set[str] = set()
@@ -75,9 +75,9 @@ def check_class_names(names: list[str], where: str) -> list[str]:
 
 
 def class_labels(found: list[str], class_names: list[str] | None, where: str) -> dict[str, int]:
-    """The label of every class by its name: in the order of `class_names`, or sorted where there are none.
+    """The label of every class by its name: in the order of `class_names`, or sorted without them.
 
-    `found` are the classes that have images. Raises SourceError, which says `where`, for one that is not listed.
+    `found` are the classes that have images. Raises SourceError, which names `where`, for one that is not listed.
     """
     label = {name: i for i, name in enumerate(class_names or sorted(found))}
     for name in found:
@@ -89,7 +89,7 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
 
 
 def class_number(value: Any, name: str, what: str = "its label") -> int:
-    """`value` where it is an integer, Python's or NumPy's. Raises SampleError, naming sample and field, for others."""
+    """`value` as an int if it is an integer, Python's or NumPy's; otherwise raises SampleError naming the field."""
     if not isinstance(value, (bool, np.bool_)):
         try:
             return operator.index(value)
@@ -99,7 +99,7 @@ def class_number(value: Any, name: str, what: str = "its label") -> int:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, however large or deep it is."""
+    """`value` for a message, shortened; it may be large or deeply nested."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -112,7 +112,7 @@ def is_image(name: str) -> bool:
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of an image file. Raises SampleError for what is no file, or too large for one image."""
+    """The bytes of an image file. Raises SampleError if it is not a regular file, or too large for an image."""
     try:
         descriptor = open_regular(path)
     except (NoRegularFileError, IsADirectoryError) as error:
@@ -124,12 +124,12 @@ def read_image(path: Path) -> bytes:
 
 
 def stamp(file: Path | int) -> tuple[int, int]:
-    """Size and time of the last change of a file, given by its path or descriptor."""
+    """Size and modification time of a file, given by its path or descriptor."""
     stat = os.stat(file)
     return stat.st_size, stat.st_mtime_ns
 
 
 def check_stamp(path: Path, expected: tuple[int, int], file: int | None = None) -> None:
-    """Raises SourceError where the file is not the one that was indexed."""
+    """Raise SourceError if the file has changed since it was indexed."""
     if stamp(path if file is None else file) != expected:
         raise SourceError(f"{path}: has changed since it was indexed. Start again")

@@ -21,12 +21,12 @@ _Batch = tuple[np.ndarray, list[Any]]  # pixels of every image, and labels as th
 _Files = dict[str, tuple[str, bytes]]  # by their last names: names in the archive, contents
 _TRAIN10 = [f"data_batch_{i}" for i in range(1, 6)]
 
-# By a file that only this archive holds: the files of each split, the key of the labels, and that of the names.
+# By a file that only this archive holds: the files of each split, the key of the labels, the key of the names.
 _PICKLED = {
     "batches.meta": ({"train": _TRAIN10, "test": ["test_batch"]}, "labels", "label_names"),
     "meta": ({"train": ["train"], "test": ["test"]}, "fine_labels", "fine_label_names"),
 }
-# The same, then the bytes of labels before the pixels of an image, of which the last is the label.
+# By such a file: the files of each split, and the label bytes before an image's pixels; the last one is the label.
 _BINARY = {
     "batches.meta.txt": ({"train": [f"{name}.bin" for name in _TRAIN10], "test": ["test_batch.bin"]}, 1),
     "fine_label_names.txt": ({"train": ["train.bin"], "test": ["test.bin"]}, 2),
@@ -36,7 +36,7 @@ _BINARY = {
 class Cifar:
     """Images of cifar-10 or cifar-100, -python.tar.gz or -binary.tar.gz, with CIFAR-100's fine labels.
 
-    Format: https://www.cs.toronto.edu/~kriz/cifar.html. Pickles are read without running any code that they name.
+    Format: https://www.cs.toronto.edu/~kriz/cifar.html. Unpickling runs no code that a pickle names.
     Raises SourceError for another archive, or a damaged one.
     """
 
@@ -56,7 +56,7 @@ class Cifar:
         batches, own_names = self._batches(files, split)
         self._names = [name for name, _, _ in batches]
         self._starts = np.cumsum([0, *(len(label) for _, _, label in batches)])
-        # Stored by planes.
+        # Stored as colour planes.
         self._pixels = np.concatenate([p for _, p, _ in batches]).reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
         self._label = [value for _, _, label in batches for value in label]
         if not self._label:
@@ -125,7 +125,7 @@ def _pickled_names(where: str, data: bytes, key: str) -> list[str]:
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle: keeps what numpy would build an array of."""
+    """Replaces numpy.ndarray in a pickle: keeps the state from which numpy would build an array."""
 
     state: Any = None
 

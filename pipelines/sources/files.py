@@ -1,4 +1,4 @@
-"""Which files and folders a source reads, which it leaves out, and what it refuses."""
+"""Lists and opens the files of a source; every source leaves out the same junk and refuses the same kinds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastdeit.pipelines.formats import files
-from fastdeit.pipelines.formats.regular import kind
+from fastdeit.pipelines.formats.files import kind
 from fastdeit.pipelines.sources.base import SourceError, is_image
 
 MAX_TEXT = 64 << 20  # bytes of a list of class names or labels
-# What file managers, network disks and operating systems leave in folders, in lower case.
+# Names, in lower case, that file managers, network disks and operating systems leave in folders.
 JUNK = frozenset(
     (
         "__macosx",
@@ -41,7 +41,7 @@ JUNK = frozenset(
 
 
 def is_left_out(name: str) -> bool:
-    """Whether every source passes over a file or folder of this name: hidden, a backup, or one of `JUNK`.
+    """Whether every source skips a file or folder of this name: hidden, a backup, or one of `JUNK`.
 
     Hidden names start with a dot, as .DS_Store, ._x, .nfs0001 and .ipynb_checkpoints do; backups end with ~.
     """
@@ -49,7 +49,7 @@ def is_left_out(name: str) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises SourceError for anything else: to read a fifo would wait forever."""
+    """Open a regular file for reading. Raises SourceError for anything else: reading a fifo would wait forever."""
     try:
         return open(files.open_regular(path), "rb")
     except (files.NoRegularFileError, IsADirectoryError) as error:
@@ -62,7 +62,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def is_folder(path: Path | str) -> bool:
-    """Whether it is a folder; False where there is nothing. Raises SourceError where that cannot be told."""
+    """Whether `path` is a folder; False if it does not exist. Raises SourceError if it cannot be looked into."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -72,7 +72,7 @@ def is_folder(path: Path | str) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a small regular file. Raises SourceError for another one, or one above `MAX_TEXT` bytes."""
+    """The bytes of a regular file of at most `MAX_TEXT`. Raises SourceError for any other."""
     with open_regular(path) as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
@@ -81,7 +81,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Likewise, as text. Raises SourceError for bytes that are not UTF-8."""
+    """`read_bytes` as text. Raises SourceError for bytes that are not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -90,9 +90,9 @@ def read_text(path: Path) -> str:
 
 @dataclass
 class Listing:
-    """Names in a folder, sorted; links count as what they lead to.
+    """Names in a folder, sorted; a link counts as its target.
 
-    left_out  how many `is_left_out` keeps from the other two
+    left_out  number of names that `is_left_out` skipped
     """
 
     folders: list[str] = field(default_factory=list)
@@ -103,9 +103,8 @@ class Listing:
 def listing(folder: str | Path, wanted: Callable[[str], bool] = lambda _: True) -> Listing:
     """The names in `folder` that are `wanted`.
 
-    Raises SourceError, naming it, where the folder cannot be listed or a link's target cannot be told to be a file or
-    a folder: an image or a class would be missing without a word. A broken link with the name of an image counts as a
-    file, since reading it says what is wrong.
+    Raises SourceError, naming the path, if the folder or the target of a link cannot be read: an image or a class
+    would silently be missing. A broken link with the name of an image counts as a file; reading it gives the error.
     """
     found = Listing()
     try:

@@ -1,4 +1,4 @@
-"""Folders of images, a folder for each class."""
+"""A folder of class folders."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class ClassFolders:
     """The files below the class folders of `root`, by one rule for hidden names, links and loops.
 
     folders   names of the classes, sorted
-    left_out  hidden and junk names that were passed over, see `files.is_left_out`; a folder counts once
-    looping   links below a class folder that were not followed: to a folder of `root` itself or one that holds
-              `root`, or to a folder that the class holds already
-    linked    folders outside of `root` that links lead to
+    left_out  hidden and junk names skipped, see `files.is_left_out`; a folder counts once
+    looping   links below a class folder that were not followed: into `root`, to a folder that holds `root`, or to a
+              folder that the class already has
+    linked    folders outside `root` that links lead to
 
-    Raises SourceError for what cannot be listed, for a class folder that is a link back into `root`, and for a folder
-    that links put into two classes.
+    Raises SourceError for an unreadable folder, for a class folder that links back into `root`, and for a folder that
+    links put into two classes.
     """
 
     def __init__(self, root: Path) -> None:
@@ -56,12 +56,12 @@ class ClassFolders:
             inside: Listing = listing(path)
             self.left_out += inside.left_out
             found.append((folder, inside.files))
-            # The first by name is the next: of two links to one folder it is the first that holds.
+            # Depth first, by name: of two links to one folder, the first by name counts.
             waiting += [(os.path.join(folder, name), outside) for name in reversed(inside.folders)]
         return sorted(found)
 
     def _enter(self, path: str, class_name: str) -> bool:
-        """Whether a folder outside of the root is new; raises SourceError where another class holds it."""
+        """Whether a folder outside the root is new. Raises SourceError if another class has it."""
         status = os.stat(path)
         holder = self._class.setdefault((status.st_dev, status.st_ino), "")
         if holder and holder != class_name:
@@ -75,10 +75,10 @@ class ClassFolders:
 class ImageFolder:
     """A folder of class folders, in torchvision's order: classes by name, files by folder and name.
 
-    Beside torchvision's extensions .gif and .jp2 are taken for images; what `ClassFolders` leaves out is not.
+    Images have one of torchvision's extensions, or .gif or .jp2; `ClassFolders` decides which files are left out.
 
-    With `class_names` the labels follow that list instead; a listed class may be absent, a folder that is not
-    listed is an error, as is a class folder without images.
+    With `class_names`, labels follow that list. A listed class may be absent; a folder that is not listed is an error,
+    and so is a class folder without images.
     """
 
     in_memory = False

@@ -14,16 +14,16 @@ import numpy as np
 from fastdeit.pipelines.sources.base import SourceError
 from fastdeit.pipelines.sources.files import listing, open_regular
 
-MAX_BYTES = 4 << 30  # of an array, which is held in memory
-MAX_UNZIPPED = 1 << 30  # of one that a gzipped file announces, whatever its own size
+MAX_BYTES = 4 << 30  # of an array, held in memory
+MAX_UNZIPPED = 1 << 30  # of an array that a gzipped file announces
 
 
 class Idx:
     """Images and labels of the MNIST family's IDX files, plain or gzipped.
 
     Format: http://yann.lecun.com/exdb/mnist, two zero bytes, element type (8: unsigned byte), number of
-    dimensions, then each dimension as a big-endian uint32. Classes are named by their digits unless named.
-    `left_out` files of the folder were passed over for their names.
+    dimensions, then each dimension as a big-endian uint32. Classes are named by their digits unless
+    `class_names` names them. `left_out` counts the files of the folder that were skipped for their names.
     """
 
     in_memory = True
@@ -57,7 +57,7 @@ class Idx:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes. Raises SourceError for another format or a truncated file."""
+    """The array in an IDX file of unsigned bytes. Raises SourceError for another format or a truncated file."""
     zipped = path.suffix == ".gz"
     try:
         with open_regular(path) as stored, gzip.open(stored) if zipped else stored as file:
@@ -73,7 +73,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                     f"{path}: truncated or damaged (its header announces {expected} bytes, and up to {most} are "
                     f"read{', or more once it is gunzipped' if zipped else ''}). Fetch it again"
                 )
-            data = file.read(expected + 1)  # no more, whatever a small gzipped file unpacks to
+            data = file.read(expected + 1)  # bounded: a small gzipped file may unpack to gigabytes
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path}: truncated or damaged ({error}). Fetch it again") from error
     if len(data) != expected:
@@ -100,7 +100,7 @@ def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | No
         raise SourceError(f"{folder}: holds IDX files: choose --split train or --split test")
     inside = listing(folder, lambda name: is_idx(Path(name)) and any(word in name for word in words))
     found = [folder / name for name in inside.files]
-    # Of a plain file and its gzipped twin, the plain one.
+    # A plain file takes precedence over its gzipped twin.
     stems = {path.name.removesuffix(".gz"): path for path in reversed(found)}
     if len(stems) != 1:
         names = ", ".join(sorted(stems)) or "none"

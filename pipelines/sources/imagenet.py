@@ -23,7 +23,7 @@ from fastdeit.pipelines.sources.files import read_bytes, read_text
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-# What may say the classes of the val images, in the order of preference: the devkit, Kaggle's, TensorFlow's.
+# Files with the classes of the val images, in order of preference: the devkit's, Kaggle's, TensorFlow's.
 VAL_LABELS = (DEVKIT, "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
 MAX_DEVKIT = 1 << 26  # bytes, unzipped; it is 8 MB
 _WNID = re.compile(r"n\d{8}")
@@ -31,13 +31,13 @@ _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG$", re.IGNORECASE)
 
 
 class _TarImages:
-    """Images that lie in one tar archive, each with its label; subclasses fill in what is left out here."""
+    """Labelled images in one tar archive; subclasses set the attributes."""
 
     kind = ""
     archive: tar.Archive
     class_names: list[str] | None
     members: list[str]
-    place: np.ndarray  # (N, 3) int64: offset and size in the archive, label or -1 where it has none
+    place: np.ndarray  # (N, 3) int64: offset and size in the archive, and label, -1 for none
     left_out: dict[str, int]
 
     @property
@@ -64,7 +64,7 @@ class _TarImages:
         return self.archive.member(name, offset, size), label, name
 
     def _fill(self, images: list[tuple[Any, ...]]) -> None:
-        """Take `images`, each a key to sort by that ends in the member's name, offset, size and label."""
+        """Sort `images`, tuples that end in the member's name, offset, size and label, and set members and places."""
         if not images:
             raise SourceError(f"{self.archive.path}: no images in it")
         images.sort()
@@ -73,13 +73,13 @@ class _TarImages:
 
 
 def _images(members: tar.Members) -> list[tuple[str, int, int]]:
-    """Name, offset and size of those members that are images."""
+    """Name, offset and size of the members that are images."""
     each = zip(members.names, members.offset.tolist(), members.size.tolist(), strict=True)
     return [member for member in each if is_image(member[0])]
 
 
 class ImageNetTrain(_TarImages):
-    """ILSVRC2012_img_train.tar, a tar of one tar a class; the same samples as ImageFolder's of it unpacked.
+    """ILSVRC2012_img_train.tar, which holds a tar for each class; the samples are those of the unpacked ImageFolder.
 
     Labels are ranks among the sorted wnids, or places in `class_names`, a list of wnids. Raises SourceError.
     """
@@ -115,10 +115,10 @@ class ImageNetTrain(_TarImages):
 
 
 class ImageNetVal(_TarImages):
-    """ILSVRC2012_img_val.tar, in the order of its file numbers, with the classes that another file says.
+    """ILSVRC2012_img_val.tar, in the order of its file numbers; another file holds the classes.
 
     labels  the devkit's archive, Kaggle's LOC_val_solution.csv, or a file with a wnid a line in the order of the
-            file numbers; None: the first of `VAL_LABELS` that lies beside the tar
+            file numbers; None: the first of `VAL_LABELS` beside the tar
 
     Labels are ranks among the sorted wnids, or places in `class_names`, a list of wnids. Raises SourceError.
     """
@@ -156,10 +156,10 @@ class ImageNetVal(_TarImages):
 
 
 class ImageNetV2(_TarImages):
-    """An archive of ImageNet-V2 (.tar.gz, or gunzipped): folders of images that are named by the number of the class.
+    """An archive of ImageNet-V2 (.tar.gz, or gunzipped): folders of images, named by the number of their class.
 
-    Numbers count the sorted wnids of ILSVRC2012 from 0, which are its class names unless others are given. An image in
-    another folder is a sample that cannot be read. Raises SourceError, also where every image lies in such a folder.
+    Numbers count the sorted wnids of ILSVRC2012 from 0; these are the class names unless others are given. Reading an
+    image from any other folder raises SampleError. Raises SourceError if no image is in a numbered folder.
     """
 
     kind = "imagenet v2"
@@ -185,25 +185,25 @@ class ImageNetV2(_TarImages):
 
 def _wnids() -> list[str]:
     """ILSVRC2012's wnids in the order of its labels, as timm lists them."""
-    from timm.data import ImageNetInfo  # which takes seconds to import
+    from timm.data import ImageNetInfo  # takes seconds to import
 
     return ImageNetInfo("imagenet-1k").label_names()
 
 
 def image_number(name: str) -> int | None:
-    """The number in a name of ILSVRC2012's val images, counted from 1; None for another name."""
+    """The number in the name of one of ILSVRC2012's val images, from 1; None for another name."""
     match = _VAL_IMAGE.search(name)
     return int(match[1]) if match else None
 
 
 def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
-    """ImageNet-ReaL's classes of each sample of ILSVRC2012's val set, given by `names` in any order.
+    """ImageNet-ReaL's classes for each of `names`, samples of ILSVRC2012's val set in any order.
 
     path   real.json, a list of lists: entry i belongs to ILSVRC2012_val_{i + 1:08d}.JPEG. The file is that of
            Beyer et al., "Are we done with ImageNet?" (arXiv 2006.07159); `timm`: the copy that timm ships
-    names  as `Source.name` gives them
+    names  from `Source.name`
 
-    Raises SourceError for another kind of file, or a name that is of no such image.
+    Raises SourceError for another kind of file, or for a name of another image.
     """
     if str(path) == "timm":
         path = Path(str(resources.files("timm.data") / "_info" / "imagenet_real_labels.json"))
@@ -238,7 +238,7 @@ def _labels_beside(path: Path) -> Path:
 
 
 def _val_truth(path: Path) -> tuple[list[str], list[str]]:
-    """All wnids, and the wnid of each val image in the order of the file numbers."""
+    """All wnids, and the wnid of each val image by its file number."""
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return _devkit(path)
     text = read_text(path)
@@ -284,8 +284,8 @@ def _devkit(path: Path) -> tuple[list[str], list[str]]:
 def _check_mat(data: bytes, where: str) -> None:
     """Raise SourceError for a MATLAB file of version 5 that unpacks to more than `MAX_DEVKIT` bytes.
 
-    After a header of 128 bytes it holds elements, each with a type and a size as uint32; those of type 15 are zlib
-    streams (MathWorks, "MAT-File Format", chapter 1).
+    After a header of 128 bytes come elements, each with a type and a size as uint32; type 15 is a zlib stream
+    (MathWorks, "MAT-File Format", chapter 1).
     """
     order = "<" if data[126:128] == b"IM" else ">"
     at = 128
@@ -302,7 +302,7 @@ def _check_mat(data: bytes, where: str) -> None:
 
 
 def _leaves(meta: bytes, where: str) -> dict[int, str]:
-    """The wnid of every ILSVRC2012_ID that is a class, which means without children in WordNet's tree."""
+    """The wnid of every ILSVRC2012_ID that is a class: those without children in WordNet's tree."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -312,7 +312,7 @@ def _leaves(meta: bytes, where: str) -> dict[int, str]:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         fields = (synsets[name].tolist() for name in ("ILSVRC2012_ID", "WNID", "num_children"))
         wnid = {int(number): str(name) for number, name, children in zip(*fields, strict=True) if children == 0}
-    # A damaged file makes SciPy raise whatever its parsing trips over.
+    # On a damaged file, SciPy raises almost anything.
     except Exception as error:
         raise SourceError(f"{where}: cannot be read ({type(error).__name__}: {fact(error)}). Fetch it again") from error
     if not wnid or not all(_WNID.fullmatch(name) for name in wnid.values()):

@@ -1,4 +1,4 @@
-"""The source that a line of text names."""
+"""Opens the source that a text names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastdeit.pipelines.sources.patterns import matching_files
 from fastdeit.pipelines.sources.torchvision import Torchvision
 from fastdeit.pipelines.sources.webdataset import WebDataset
 
-# What a source's text may start with, and the options that may follow it: #name=value,name=value
+# The word before the colon, and the options after #: #name=value,name=value
 _OPTIONS = {
     "torchvision": (),
     "imagenet": ("labels",),
@@ -30,7 +30,7 @@ _OPTIONS = {
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Class names in the order of the labels, one a line. Raises SourceError for a file that holds none."""
+    """Class names in the order of the labels, one a line. Raises SourceError for a file without any."""
     names = read_text(path).splitlines()
     while names and not names[-1].strip():
         names.pop()
@@ -38,22 +38,22 @@ def read_class_names(path: Path) -> list[str]:
 
 
 def open_source(text: str | os.PathLike[str], split: str | None = None, class_names: list[str] | None = None) -> Source:
-    """The source that `text` names. Raises SourceError where there is none.
+    """Open the source that `text` names. Raises SourceError if there is none.
 
     FOLDER                           class folders, or with `split` FOLDER/split; IDX files, which need a split
     FILE                             IDX images file, its labels beside it
     torchvision:NAME:ROOT[:SPLIT]    class of torchvision.datasets and its root
-    imagenet:PATH[:SPLIT]            ILSVRC2012's train or val tar, or their folder; of val, the devkit's archive or
-                                     another of `imagenet.VAL_LABELS` beside it, or #labels=FILE
+    imagenet:PATH[:SPLIT]            ILSVRC2012's train or val tar, or their folder; val needs one of
+                                     `imagenet.VAL_LABELS` beside it, or #labels=FILE
     imagenetv2:FILE                  an archive of ImageNet-V2
     webdataset:PATTERN               tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY of a .json
-    parquet:PATTERN                  parquet files, likewise; #image=COLUMN,label=COLUMN where they are not plain
+    parquet:PATTERN                  parquet files, likewise; #image=COLUMN,label=COLUMN if they are ambiguous
     cifar:FILE[:SPLIT]               CIFAR-10's and CIFAR-100's own archives
 
-    The word before the colon may be left out for files of their usual names, and folders of such files.
+    The word before the colon is optional for files with their usual names, and for folders of such files.
 
-    `class_names` gives an image folder the order of its labels, as it does ILSVRC2012 (by wnid), and names the
-    labels 0, 1, ... of other sources.
+    `class_names` sets the order of the labels of an image folder and of ILSVRC2012 (by wnid), and names the labels
+    0, 1, ... of other sources.
     """
     text = os.fspath(text)
     if class_names is not None:
@@ -93,10 +93,10 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
 
 
 def _options(form: str, rest: str) -> tuple[str, dict[str, str]]:
-    """The text before `#`, and the options after it."""
+    """Split a text into the part before `#` and the options after it."""
     if not _OPTIONS[form]:
         return rest, {}
-    if os.path.lexists(rest):  # a path may hold a #
+    if os.path.lexists(rest):  # a path may contain a #
         return rest, {}
     rest, *more = re.split(r"#(?=\w*(?:=|$))", rest, maxsplit=1)
     options: dict[str, str] = {}
@@ -110,7 +110,7 @@ def _options(form: str, rest: str) -> tuple[str, dict[str, str]]:
 
 
 def _with_split(text: str, rest: str, split: str | None) -> tuple[str, str | None]:
-    """What `PATH` or `PATH:SPLIT` and --split say together."""
+    """Path and split of `PATH` or `PATH:SPLIT`, together with --split."""
     path, _, last = rest.partition(":")
     if last and split and last != split:
         raise SourceError(f"{text}: names the split '{last}', --split names '{split}'")
@@ -142,7 +142,7 @@ def _open_imagenet(path: Path, split: str | None, class_names: list[str] | None,
 
 
 def _recognise(path: Path, split: str | None) -> str | None:
-    """The form of source that a file's name, or the names in a folder, tell of."""
+    """The form of source that a file's name, or the names in a folder, indicate."""
     name = path.name
     if name in (imagenet.TRAIN, imagenet.VAL):
         return "imagenet"
@@ -160,7 +160,7 @@ def _recognise(path: Path, split: str | None) -> str | None:
 
 
 def _folder_form(folder: Path) -> str | None:
-    """The form of the files in a folder; a folder of folders is one of classes, whatever else lies in it."""
+    """The form of the files in a folder; None for a folder with subfolders, which are classes."""
     if not is_folder(folder):
         return None
     inside = listing(folder)

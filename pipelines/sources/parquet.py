@@ -1,4 +1,4 @@
-"""Parquet files with an image column, as Hugging Face's data sets have them. Needs PyArrow."""
+"""Parquet files with an image column, like Hugging Face's data sets. Needs PyArrow."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, 
 from fastdeit.pipelines.sources.files import open_regular
 from fastdeit.pipelines.sources.parquet_pages import largest_page
 
-CACHED = 2  # row groups under way at a time
+CACHED = 2  # row groups in progress at a time
 MAX_GROUP = 4 << 30  # bytes of a row group, decompressed
-MAX_PAGE = 1 << 30  # bytes of a page, likewise
-BATCH = 64 << 20  # bytes of the rows that are unpacked at once, where a row has fewer
-ROWS = 64  # at once, at most
+MAX_PAGE = 1 << 30  # bytes of a page, decompressed
+BATCH = 64 << 20  # bytes of rows unpacked at once; at least one row
+ROWS = 64  # unpacked at once, at most
 
 
 class Parquet:
@@ -28,9 +28,9 @@ class Parquet:
     label  column of integers; None: the only one that Hugging Face's schema calls a ClassLabel, else the only
            column of integers
 
-    A label column may be of floating point, as tables with gaps in them have it. `left_out` files were passed over for
-    their names. Row groups are read forward, so reading in order is fast, and out of order slow. Raises SourceError for
-    a file that is damaged, or of another schema than the first.
+    A label column may be floating point: tables with gaps store integers that way. `left_out` counts the files that
+    were skipped for their names. Row groups are read forward: reading in order is fast, out of order slow. Raises
+    SourceError for a damaged file, or one with another schema than the first.
     """
 
     in_memory = False
@@ -82,7 +82,7 @@ class Parquet:
         return self._starts[-1]
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Number of the row group, and the row in it."""
+        """The row group of a sample, and the row in it."""
         group = bisect.bisect_right(self._starts, index) - 1
         return group, index - self._starts[group]
 
@@ -144,16 +144,16 @@ class Parquet:
 
 
 class _GroupError(ValueError):
-    """A row group that cannot be read from some row on; says why."""
+    """A row group that cannot be read from some row on, and the reason."""
 
 
 class _Cursor:
-    """Reads a row group forward, a few rows at a time, so that memory is bounded whatever its pages unpack to.
+    """Reads a row group forward, a few rows at a time, in bounded memory.
 
-    Encodings that store a repeated value once may unpack a file of a kilobyte to gigabytes. A value is at most as large
-    as the largest page, so as many rows are taken at once as fit `BATCH` even then.
+    Encodings that store a repeated value once may unpack a kilobyte to gigabytes. A value is at most as large as the
+    largest page, so a batch has as many rows as fit `BATCH` at that size.
 
-    first  the first row that can still be had
+    first  the first row that can still be read
     """
 
     def __init__(self, path: Path, group: int, columns: tuple[str, str, str]) -> None:
@@ -165,7 +165,7 @@ class _Cursor:
         self.first = self._end = 0
 
     def row(self, row: int) -> tuple[Any, Any]:
-        """The values of both columns in `row`, which is not before `first`. Raises _GroupError."""
+        """The values of both columns in `row`, at or after `first`. Raises _GroupError."""
         import pyarrow
 
         while row >= self._end and self._failed is None:
@@ -183,7 +183,7 @@ class _Cursor:
 
     def _advance(self) -> None:
         batches = self._batches = self._batches or self._open_batches()
-        self._batch = None  # let go of before the next one is unpacked
+        self._batch = None  # freed before the next one is unpacked
         self.first = self._end
         batch = next(batches)
         batch.validate(full=True)
@@ -221,7 +221,7 @@ def _open(path: Path) -> Any:
         raise SourceError(f"{path}: reading parquet needs PyArrow: pip install fastdeit[parquet]") from error
     open_regular(path).close()
     try:
-        # A column's stored bytes are read piece by piece.
+        # With a buffer size, a column's stored bytes are read in pieces.
         file = ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         _ = file.schema_arrow
@@ -237,7 +237,7 @@ def _open(path: Path) -> Any:
 
 
 def _columns(path: Path, schema: Any, image: str | None, label: str | None) -> tuple[str, str, str]:
-    """What to read of the image column, its name, and the label column's."""
+    """The leaf of the image column to read, and the names of the image and label columns."""
     from pyarrow import types
 
     binary = (types.is_binary, types.is_large_binary)
@@ -269,7 +269,7 @@ def _choose(path: Path, schema: Any, what: str, found: list[str], possible: list
 
 
 def _feature(schema: Any, column: str) -> dict[str, Any]:
-    """What Hugging Face's metadata says of a column; empty where it says nothing."""
+    """Hugging Face's metadata of a column; empty if there is none."""
     try:
         feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
     except (TypeError, KeyError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Sizes of the pages in a parquet file, read from their headers before anything is unpacked.
+"""Reads the sizes of the pages in a parquet file from their headers, before anything is unpacked.
 
 PyArrow unpacks whatever a page's header announces. Headers are Thrift's compact protocol
 (https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md), their fields those of PageHeader in
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-MAX_HEADER = 16 << 20  # bytes, as in PyArrow; a header may hold the least and the largest value
+MAX_HEADER = 16 << 20  # bytes, as in PyArrow; a header may hold the smallest and the largest value
 _FIRST = 1 << 10  # bytes read of a header at first
 _MAX_DEPTH = 8  # of structures within structures; PageHeader has three
 _UNPACKED, _STORED, _DATA, _DATA_V2 = 2, 3, 5, 8  # fields of PageHeader
@@ -22,13 +22,13 @@ class PageError(ValueError):
 
 
 def largest_page(file: int, start: int, size: int, values: int) -> int:
-    """Unpacked bytes of the largest page of a column chunk, as the header of each announces them.
+    """Unpacked size of the largest page of a column chunk by the pages' headers, in bytes.
 
     file         a descriptor
-    start, size  the chunk's place in the file, in bytes
-    values       how many the chunk holds; pages behind the last of them are not read
+    start, size  offset and size of the chunk in the file, bytes
+    values       number of values in the chunk; later pages are not read
 
-    Raises PageError for a chunk whose headers are damaged.
+    Raises PageError for damaged headers.
     """
     largest, at = 0, start
     while values > 0 and at < start + size:
@@ -59,7 +59,7 @@ def _read_header(file: int, at: int, most: int) -> tuple[dict[int, Any], int]:
 
 
 class _Compact:
-    """Reads structures of integers; passes over the rest. Raises IndexError where the bytes end."""
+    """Reads structures of integers and skips other values. Raises IndexError at the end of the bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0

@@ -1,4 +1,4 @@
-"""Tar archives by index: every header is checked once, then members are read where they lie, never unpacked."""
+"""Reads tar archives by index: it checks every header once, and then reads members in place."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fastdeit.pipelines.sources.files import is_left_out, open_regular
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of a long name or of a pax header
-MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to a record of 10 KiB or so
-MAX_UNZIPPED = 2 << 30  # bytes of a gzipped archive, which is held in memory
+MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to about 10 KiB
+MAX_UNZIPPED = 2 << 30  # bytes of a gzipped archive, held in memory
 _FETCH = "Fetch the archive again"
 _KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a fifo", "S": "sparse"}
 
 
 @dataclass
 class Archive:
-    """The bytes of a tar archive: a file, or where that was gzipped what it holds.
+    """The bytes of a tar archive: a file, or the gunzipped content in memory.
 
-    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes; of limit 0 any such file.
+    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes; limit 0 refuses gzip.
     """
 
     path: Path
@@ -46,12 +46,12 @@ class Archive:
         self.size = self._stamp[0] if self.data is None else len(self.data)
 
     def read(self, offset: int, size: int) -> bytes:
-        """That part of it, shorter where it ends earlier. Raises SourceError where the file has changed since."""
+        """At most `size` bytes from `offset` on; fewer at the end. Raises SourceError if the file has changed."""
         if self.data is not None:
             return bytes(memoryview(self.data)[offset : offset + size])
         if self._held is not None:
             return self._pread(self._held, offset, size)
-        # Not kept open, since a data set may be thousands of archives.
+        # Not kept open: a data set may have thousands of archives.
         file = os.open(self.path, os.O_RDONLY)
         try:
             return self._pread(file, offset, size)
@@ -64,7 +64,7 @@ class Archive:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep it open for many small reads: on a network's file system opening costs more than they do."""
+        """Keep the file open for many small reads: on a network file system, opening costs more than reading."""
         if self.data is not None or self._held is not None:
             yield
             return
@@ -76,7 +76,7 @@ class Archive:
             self._held = None
 
     def member(self, name: str, offset: int, size: int) -> bytes:
-        """A whole member. Raises SampleError where it is too large for a sample or cut short."""
+        """The bytes of a member. Raises SampleError if it is too large for a sample, or cut short."""
         if size > MAX_FILE:
             raise SampleError(f"{name}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
         data = self.read(offset, size)
@@ -94,9 +94,9 @@ class Archive:
 class Members:
     """Regular members of a tar archive, in its order.
 
-    names         as stored, without a leading "./"; what is not UTF-8 or cannot be printed is escaped
-    offset, size  (N,) int64 bytes in the archive
-    ignored       files that were left out for a name in their path, see `files.is_left_out`
+    names         as stored, without a leading "./"; unprintable characters and bytes that are not UTF-8 are escaped
+    offset, size  (N,) int64, bytes in the archive
+    ignored       number of files skipped for a name in their path, see `files.is_left_out`
     """
 
     names: list[str]
@@ -106,10 +106,10 @@ class Members:
 
 
 def index(archive: Archive, where: str, start: int = 0, end: int | None = None, bar: tqdm | None = None) -> Members:
-    """The members of the tar that lies in `archive` from byte `start` to `end`; `where` names it in messages.
+    """The members of the tar in `archive` from byte `start` to `end`; `where` names it in messages.
 
-    Raises SourceError for anything that an archive of a data set has no reason to hold: absolute names or ones with
-    "..", links, devices, sparse members, a name twice; and for one that is damaged or ends too early.
+    Raises SourceError for members that no data set needs (absolute names or ones with "..", links, devices, sparse
+    members, a name twice), and for a damaged or truncated archive.
     """
     names: list[str] = []
     seen: set[str] = set()
@@ -130,7 +130,7 @@ def index(archive: Archive, where: str, start: int = 0, end: int | None = None, 
 
 
 def progress(total: int) -> tqdm:
-    """A bar over bytes, for an indexing that takes longer than a moment."""
+    """A progress bar over bytes; it appears after 2 seconds of indexing."""
     return progress_bar([], unit="B", unit_scale=True, total=total, desc="indexing", delay=2, leave=False)
 
 
@@ -157,7 +157,7 @@ def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | Non
             if size > MAX_EXTENDED:
                 raise SourceError(f"{label}: an extended header of {size} bytes, and {MAX_EXTENDED} are allowed")
             data = archive.read(at + BLOCK, size)
-            # Each is checked, since a file that damage made one would be left out without a word.
+            # Check each one: a file that damage turned into an extended header would silently be missing.
             here = f"{where}, byte {at - start}"
             if kind in "LK":
                 if b"\0" in data.rstrip(b"\0"):
@@ -186,7 +186,7 @@ def _check_end(archive: Archive, where: str, at: int, start: int, end: int) -> N
 
 
 def _fields(header: bytes, where: str) -> tuple[str, int, str]:
-    """Kind, size and name that a header states."""
+    """Kind, size and name in a header."""
     if _number(header[148:156], where) != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
         raise SourceError(f"{where}: not a tar header, or a damaged one. {_FETCH}")
     name = _text(header[:100])
@@ -196,7 +196,7 @@ def _fields(header: bytes, where: str) -> tuple[str, int, str]:
 
 
 def _number(field: bytes, where: str) -> int:
-    if field[0] == 0x80:  # GNU's form for what octal digits cannot hold
+    if field[0] == 0x80:  # GNU's form for numbers too large for octal digits
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0")[0].strip(b" ")
     if digits.strip(b"01234567"):
@@ -206,12 +206,12 @@ def _number(field: bytes, where: str) -> int:
 
 def _text(field: bytes) -> str:
     text = field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-    # Names go to terminals.
+    # Names are printed to terminals.
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _pax(data: bytes, where: str) -> dict[str, str]:
-    """The name and size that a pax header states. Its format: POSIX.1-2017, pax, extended header."""
+    """The name and size in a pax header. Format: POSIX.1-2017, pax, extended header."""
     found: dict[str, str] = {}
     data = data.rstrip(b"\0")
     at = 0

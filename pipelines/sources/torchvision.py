@@ -1,4 +1,4 @@
-"""Classification data sets of torchvision's."""
+"""The classification data sets of torchvision."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from fastdeit.pipelines.sources.folder import ClassFolders
 
 
 class Torchvision:
-    """A classification data set of torchvision's that lies on disk; nothing is downloaded.
+    """A classification data set of torchvision on disk; nothing is downloaded.
 
-    Images that torchvision reads from files are taken as those files where it lets us choose the loader, and as
-    it decoded them elsewhere. `split` is what its constructor calls `split` or `train` (train, test); None: the
-    constructor's own default.
+    If torchvision lets us choose the loader, images are the bytes of their files; otherwise torchvision decodes them.
+    `split` goes to its constructor's `split` or `train` (train, test); None: the constructor's default.
     """
 
     def __init__(self, name: str, root: str, split: str | None = None, class_names: list[str] | None = None) -> None:
-        self._arguments = (name, root, split, class_names)  # to open it again in another process
+        self._arguments = (name, root, split, class_names)  # to reopen it in another process
         self._text = f"torchvision:{name}:{root}"
         import torch
         from torchvision import datasets
@@ -53,9 +52,9 @@ class Torchvision:
         self.class_names = class_names or (own and [n if isinstance(n, str) else ", ".join(n) for n in own])
 
     def _check_listing(self) -> None:
-        """Raise SourceError where torchvision lists more than `ClassFolders` does, whose rule all sources keep.
+        """Raise SourceError if torchvision lists more than `ClassFolders`, the rule of all sources.
 
-        It takes hidden folders for classes, follows links in circles, and passes over what cannot be listed.
+        Torchvision takes hidden folders for classes, follows links in circles, and skips unreadable folders.
         """
         from torchvision.datasets import DatasetFolder
 
@@ -100,7 +99,7 @@ class Torchvision:
         return [self._folder()] if isinstance(self._data, DatasetFolder) else []
 
     def _folder(self) -> Path:
-        """The folder with the class folders: EuroSAT, Country211 and ImageNet keep the one above it as their root."""
+        """The folder with the class folders; the root of EuroSAT, Country211 and ImageNet is the folder above it."""
         data: Any = self._data
         if hasattr(data, "split_folder"):
             return Path(data.split_folder)

@@ -1,4 +1,4 @@
-"""WebDataset: tar shards in which the members of a sample lie together and share their name up to its first dot."""
+"""WebDataset: tar shards whose samples are adjacent members that share their name up to the first dot."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SampleError, SourceError, class_number
 
-# By the last part of a member's extension; what `encode` reads.
+# The last part of a member's extension; the formats that `encode` reads.
 IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"}
 MAX_LABEL = 1 << 20  # bytes of a label's member
 
 _RULE = "the members of a sample share their name up to its first dot. Rename them"
-# What is wrong with a sample.
+# By the number in `_SAMPLE`'s `problem`.
 _PROBLEMS = (
     "",
     f"no image in this sample; {_RULE}",
@@ -38,13 +38,13 @@ _SAMPLE = np.dtype(
 
 
 class WebDataset:
-    """Samples of tar shards, in their order: an image, and a label in `.cls` (a number) or in a `.json`.
+    """Samples of tar shards, in order: an image, and a label in a `.cls` (a number) or a `.json`.
 
-    label_key  of the label in a .json
+    label_key  key of the label in a .json
 
-    A sample without one of them is a sample that cannot be read, and so is every image of a sample with several.
-    `left_out` archives were passed over for their names. Raises SourceError for shards that `tar.index` refuses, and
-    where the members of a sample do not lie together.
+    Reading a sample without an image or a label raises SampleError; so does each image of a sample with several.
+    `left_out` counts the archives that were skipped for their names. Raises SourceError for shards that `tar.index`
+    refuses, and if the members of a sample are not adjacent.
     """
 
     in_memory = False
@@ -92,7 +92,7 @@ class WebDataset:
         return [sample for key, group in groups.items() for sample in self._group(shard, members, key, group)]
 
     def _group(self, shard: int, members: tar.Members, key: str, group: list[int]) -> list[tuple[Any, ...]]:
-        """The sample that members of one key make; of several images each is one, so that each can be named."""
+        """The sample of the members of one key; one for each image if there are several, so errors can name each."""
         extension = {i: members.names[i][len(key) + 1 :].lower() for i in group}
         images = [i for i in group if extension[i].rpartition(".")[2] in IMAGES]
         label = next((i for kind in ("cls", "json") for i in group if extension[i] == kind), None)

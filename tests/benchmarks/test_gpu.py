@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import Step, how_it_ended, run_benchmark, run_loaders, run_tests, summary
-from benchmarks.kernels import main as kernels
-from benchmarks.loaders import tables as loader_tables
-from benchmarks.throughput import main as throughput
+from benchmarks.gpu import Step, pytest_status, run_benchmark, run_loaders, run_tests, summary
+from benchmarks.kernels import benchmark as kernels
+from benchmarks.loaders import report as loader_report
+from benchmarks.throughput import benchmark as throughput
 
 ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
@@ -28,11 +28,11 @@ def test_pytest_runs_and_its_last_line_is_kept(tmp_path, monkeypatch):
     (tmp_path / "test_bad.py").write_text("def test_b():\n    assert False\n")
     (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there\n")
     good = run_tests("good", [tmp_path / "test_good.py"], 60, tmp_path)
-    assert (good.ended, good.told.partition(" in ")[0]) == ("passed", "1 passed")
+    assert (good.status, good.message.partition(" in ")[0]) == ("passed", "1 passed")
     every = run_tests("every", [tmp_path], 60, tmp_path)
-    assert every.ended == "failed"
-    assert every.told.startswith("1 failed, 1 passed, ")
-    assert "1 error" in every.told
+    assert every.status == "failed"
+    assert every.message.startswith("1 failed, 1 passed, ")
+    assert "1 error" in every.message
 
 
 @pytest.mark.slow
@@ -42,15 +42,15 @@ def test_tests_that_take_too_long_are_cut_with_their_summary(tmp_path, monkeypat
         "import time\ndef test_a():\n    pass\ndef test_b():\n    while True:\n        time.sleep(0.1)\n"
     )
     found = run_tests("slow", [tmp_path], 6, tmp_path)
-    assert found.ended == "cut"
-    assert found.told.startswith("1 passed")
+    assert found.status == "cut"
+    assert found.message.startswith("1 passed")
 
 
 def test_a_failure_before_the_cut_is_a_failure():
-    assert how_it_ended("1 passed in 3s", 0, False) == "passed"
-    assert how_it_ended("1 passed in 3s", 2, True) == "cut"
-    assert how_it_ended("1 failed, 1 passed in 3s", 2, True) == "failed"
-    assert how_it_ended("Segmentation fault", 139, False) == "failed"
+    assert pytest_status("1 passed in 3s", 0, False) == "passed"
+    assert pytest_status("1 passed in 3s", 2, True) == "cut"
+    assert pytest_status("1 failed, 1 passed in 3s", 2, True) == "failed"
+    assert pytest_status("Segmentation fault", 139, False) == "failed"
 
 
 def test_the_kernels_tests_come_first_and_none_of_the_benchmarks(tmp_path):
@@ -67,7 +67,7 @@ def test_the_kernels_tests_come_first_and_none_of_the_benchmarks(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "ended", "told"),
+    ("program", "status", "message"),
     [
         ("pass", "passed", ""),
         ("print('fastdeit: failed: why'); raise SystemExit(1)", "failed", "refused or failed: fastdeit: failed: why"),
@@ -78,19 +78,19 @@ def test_the_kernels_tests_come_first_and_none_of_the_benchmarks(tmp_path):
         ("signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun'); time.sleep(99)", "cut", "its time was over"),
     ],
 )
-def test_a_benchmark_that_dies_or_hangs_ends_alone(tmp_path, monkeypatch, program, ended, told):
+def test_a_benchmark_that_dies_or_hangs_ends_alone(tmp_path, monkeypatch, program, status, message):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__main__.py").write_text(f"import os, signal, sys, time\n{program}\n")
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     step = run_benchmark("kernels", tmp_path, 1.0, 2.0, tmp_path)
-    assert (step.name, step.ended) == ("kernels", ended)
-    assert told in step.told
+    assert (step.name, step.status) == ("kernels", status)
+    assert message in step.message
 
 
 def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(kernels, "kernels", lambda options: called.append(options) or True)
-    monkeypatch.setattr(throughput, "throughput", lambda options: called.append(options) or False)
+    monkeypatch.setattr(kernels, "run_benchmark", lambda options: called.append(options) or True)
+    monkeypatch.setattr(throughput, "run_benchmark", lambda options: called.append(options) or False)
     gpu.main(["--in-process", "kernels", "--budget", "9", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
@@ -102,13 +102,13 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
 
 
 def test_the_summary_names_steps_peers_and_targets(monkeypatch):
-    monkeypatch.setattr(gpu, "_is_there", lambda module: module in ("pytest", "kornia"))
+    monkeypatch.setattr(gpu, "_is_installed", lambda module: module in ("pytest", "kornia"))
     targets = [{"text": "1.3x of at least 1.2x", "reached": True}, {"text": "2x of at least 5x", "reached": False}]
     monkeypatch.setattr(gpu.tables, "markdown", lambda records: "### Kernels")
     text = summary([Step("tests", "cut", 61.2, "9 passed in 60s")], [{"targets": targets}, {}], WHERE)
     assert text.startswith("# GPU run, NVIDIA H200, 2026-01-01 10:20 UTC")
     assert "| tests | cut | 61 | 9 passed in 60s |" in text
-    assert "Not there: flash-attn, liger-kernel, apex, nvidia-dali." in text
+    assert "Not installed: flash-attn, liger-kernel, apex, nvidia-dali." in text
     assert "1 of 2 targets reached." in text
     assert text.endswith("### Kernels\n")
     assert "Nothing was timed." in summary([], [], {**WHERE, "gpu": None})
@@ -136,7 +136,7 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
     monkeypatch.setattr(gpu, "run_benchmark", timed)
     monkeypatch.setattr(gpu.tables, "markdown", lambda records: f"{len(records)} records")
     (tmp_path / "throughput.jsonl").write_text('{"benchmark": "throughput", "old": true}\n')
-    assert gpu.gpu(1.0, tmp_path, device="any")
+    assert gpu.run_parts(1.0, tmp_path, device="any")
     names, seconds = zip(*given, strict=True)
     assert names == ("throughput", "tests of the kernels", "other tests marked gpu", "kernels", "loaders")
     assert seconds == pytest.approx((23, 20, 39, 47, 60), abs=2)
@@ -144,13 +144,13 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
     assert "| kernels | passed |" in text
     assert text in capsys.readouterr().out
     given.clear()
-    assert gpu.gpu(1.0, tmp_path, ["throughput"], device="any")
+    assert gpu.run_parts(1.0, tmp_path, ["throughput"], device="any")
     assert given == [("throughput", pytest.approx(56, abs=2))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "ended", "told"),
+    ("program", "status", "message"),
     [
         ("print('im/s')", "passed", "im/s"),
         ("print('error: no photographs', file=sys.stderr); raise SystemExit(2)", "missing", "error: no photographs"),
@@ -158,21 +158,21 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
         ("import time; print('begun', flush=True); time.sleep(60)", "cut", ""),
     ],
 )
-def test_loaders_are_timed_in_a_process_of_their_own(tmp_path, program, ended, told):
+def test_loaders_are_timed_in_a_process_of_their_own(tmp_path, program, status, message):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__main__.py").write_text(
         f"import sys\nassert sys.argv[1] == 'loaders' and 'fastdeit-dali-x3-gpu' in sys.argv\n{program}\n"
     )
     step = run_loaders(tmp_path / "loaders.jsonl", 2, tmp_path)
-    assert (step.name, step.ended) == ("loaders", ended)
-    assert told in step.told
+    assert (step.name, step.status) == ("loaders", status)
+    assert message in step.message
 
 
 def test_the_whole_loader_has_a_target():
     sides = {"fastdeit-dali-x3-gpu": {"images_per_second": 31_000.0}, "fastdeit-turbo-x3": {"images_per_second": 9.0}}
-    (verdict,) = loader_tables.verdicts({"sides": sides})
-    assert verdict == {"text": "fastdeit-dali-x3-gpu: 31,000 samples/s of at least 25,000", "reached": True}
-    assert loader_tables.verdicts({"sides": {"timm": {"images_per_second": 1.0}}}) == []
+    (target,) = loader_report.targets({"sides": sides})
+    assert target == {"text": "fastdeit-dali-x3-gpu: 31,000 samples/s of at least 25,000", "reached": True}
+    assert loader_report.targets({"sides": {"timm": {"images_per_second": 1.0}}}) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -88,9 +88,9 @@ def test_loaders_have_a_table_of_their_own():
     loaders["sides"]["ffcv"] |= {"remarks": ["no mixing"], "work": "decode, crop, flip only"}
     text = tables.markdown([loaders, record("2026-01-01T00:00", 1.0, 1.0, gpu=None)])
     assert "### Loaders, Some CPU, 2 cores" in text
-    assert "| ffcv | decode, crop, flip only | 1,000 | 2.50 | 4.25 | 1,500 |" in text
-    assert "| torch | it ended | | | | |" in text
-    assert "| spdl | install | | | | |" in text
+    assert "| ffcv | decode, crop, flip only | 1,000 | 3% | 2.50 | 4.25 | 1,500 |" in text
+    assert "| torch | failed: it ended |  |  |  |  |  |" in text
+    assert "| spdl | missing: install |  |  |  |  |  |" in text
     assert "500 JPEGs of 110 kB, longest side 500" in text
     assert "- ffcv: no mixing" in text
     assert "added core" not in text
@@ -144,12 +144,20 @@ def test_missing_and_damaged_files_are_named(tmp_path, capsys):
         tables.read(path)
 
 
+def test_an_older_record_has_its_pass_renamed(tmp_path):
+    path = tmp_path / "kernels.jsonl"
+    path.write_text('{"op": "augment", "pass": "finish"}\n')
+    assert tables.read(path) == [{"op": "augment", "pass": "normalize_erase_mix"}]
+
+
 def test_the_plot_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
     path = tmp_path / "figures.png"
-    tables.plot([record("2026-01-01T00:00", 100.0, 150.0), record("2026-01-01T00:00", 9.0, 9.5, gpu=None)], path)
+    tables.plot_throughput(
+        [record("2026-01-01T00:00", 100.0, 150.0), record("2026-01-01T00:00", 9.0, 9.5, gpu=None)], path
+    )
     with Image.open(path) as picture:
         assert picture.width > 600
         assert picture.convert("L").getextrema()[0] < 128

@@ -1,6 +1,6 @@
-"""What the compiler makes of a kernel for a GPU that need not be there: registers, spills, shared memory, instructions.
+"""Registers, spills, shared memory and instructions of compiled kernels; needs no GPU.
 
-Triton compiles down to a cubin for any architecture; its own `cuobjdump` tells the rest.
+Triton compiles a cubin for any architecture; the `cuobjdump` that comes with it shows the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastdeit.kernels.variants import Variant
 from fastdeit.pipelines.errors import UserError
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-# Bytes of shared memory a program can have (CUDA programming guide, technical specifications by compute capability).
+# Bytes of shared memory per program (CUDA programming guide, technical specifications by compute capability).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 _TOOLS = Path(next(iter(triton.backends.nvidia.__path__))) / "bin"
 _MARKS = "<!-- compiled: begin -->", "<!-- compiled: end -->"
@@ -42,12 +42,12 @@ _MARKS = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 class Compiled:
     """A kernel compiled for one architecture.
 
-    name, warps  those of the variant
-    registers    of a thread
-    stack        bytes of local memory of a thread; more than none means that registers were spilled
-    shared       bytes of shared memory of a program
-    mnemonics    how often each machine instruction is there, by its name without suffixes
-    wgmma        whether the PTX has the matrix instructions of a warp group
+    name, warps  of the variant
+    registers    per thread
+    stack        bytes of local memory per thread; above 0 the kernel spills registers
+    shared       bytes of shared memory per program
+    mnemonics    number of each machine instruction, by its name without suffixes
+    wgmma        whether the PTX has warp-group matrix instructions
     """
 
     name: str
@@ -82,11 +82,7 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
     """Compile `variant` for compute capability `architecture` (80 is 8.0). Raises what Triton raises."""
     names = variant.kernel.arg_names
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
-    aligned = [
-        name
-        for name, kind in variant.signature.items()
-        if (kind.startswith("*") or name in variant.multiples) and name not in variant.unaligned
-    ]
+    aligned = [name for name, kind in variant.signature.items() if (kind.startswith("*") or name in variant.multiples)]
     source = ASTSource(
         variant.kernel,
         signature=signature,
@@ -124,25 +120,25 @@ def _tool(name: str, *options: str) -> str:
 
 
 def all_variants() -> list[Variant]:
-    """Those of every module of `fastdeit.kernels` that has a function `variants`."""
-    found: list[Variant] = []
+    """The variants of every module of `fastdeit.kernels` that has a function `variants`."""
+    variants: list[Variant] = []
     for module in sorted(info.name for info in pkgutil.iter_modules(fastdeit.kernels.__path__)):
         own = getattr(importlib.import_module(f"fastdeit.kernels.{module}"), "variants", None)
-        found += own() if own is not None else []
-    return found
+        variants += own() if own is not None else []
+    return variants
 
 
 def first_of_each(variants: Iterable[Variant]) -> list[Variant]:
-    """The first variant of every kernel and of every name of it: the name's first word."""
-    found: dict[tuple[int, str], Variant] = {}
+    """The first variant of every kernel and first word of a name."""
+    first: dict[tuple[int, str], Variant] = {}
     for variant in variants:
-        found.setdefault((id(variant.kernel), variant.name.partition(" ")[0]), variant)
-    return list(found.values())
+        first.setdefault((id(variant.kernel), variant.name.partition(" ")[0]), variant)
+    return list(first.values())
 
 
 def compile_all(variants: Sequence[Variant], jobs: int) -> Iterator[Compiled]:
-    """Every variant for every architecture, in this order, `jobs` at a time."""
-    # Kernels do not pickle: the processes are forks that know them already.
+    """Compile every variant for every architecture, in this order, `jobs` at a time."""
+    # Kernels do not pickle; forked processes have them already.
     work = [(variant, architecture) for variant in variants for architecture in ARCHITECTURES]
     if jobs == 1:
         yield from (compile_variant(*each) for each in work)
@@ -160,20 +156,20 @@ def _compile_number(number: int) -> Compiled:
 
 
 def versions() -> str:
-    """Triton's, and those of the assemblers that come with it."""
+    """The versions of Triton and its assemblers."""
 
     def release(assembler: str) -> str:
-        found = re.search(r"release [\d.]+, V([\d.]+)", _tool(assembler, "--version"))
-        return found[1] if found else "unknown"
+        match = re.search(r"release [\d.]+, V([\d.]+)", _tool(assembler, "--version"))
+        return match[1] if match else "unknown"
 
     named = [f"{name} {release(name)}" for name in ("ptxas", "ptxas-blackwell") if (_TOOLS / name).exists()]
     return ", ".join([f"Triton {triton.__version__}", *named])
 
 
-def table(found: Iterable[Compiled]) -> list[str]:
-    """Lines of a Markdown table: a row a variant, its compiled forms one architecture after another."""
+def table(kernels: Iterable[Compiled]) -> list[str]:
+    """Lines of a Markdown table: one row per variant, one column per architecture."""
     rows: dict[str, list[Compiled]] = {}
-    for each in found:
+    for each in kernels:
         rows.setdefault(each.name, []).append(each)
     heads = " | ".join(f"sm_{a}" for a in ARCHITECTURES)
     lines = [f"| kernel | warps | {heads} |", "|---|---:|" + "---:|" * len(ARCHITECTURES)]
@@ -182,28 +178,28 @@ def table(found: Iterable[Compiled]) -> list[str]:
     return lines
 
 
-def _cell(found: Compiled) -> str:
-    matrix = f" ({found.matrix_instructions})" if found.matrix_instructions else ""
-    spilled = f" / {found.stack} B spilled" if found.stack else ""
-    return f"{found.registers} / {found.shared / 1024:.1f} / {found.instructions}{matrix}{spilled}"
+def _cell(kernel: Compiled) -> str:
+    matrix = f" ({kernel.matrix_instructions})" if kernel.matrix_instructions else ""
+    spilled = f" / {kernel.stack} B spilled" if kernel.stack else ""
+    return f"{kernel.registers} / {kernel.shared / 1024:.1f} / {kernel.instructions}{matrix}{spilled}"
 
 
-def updated(text: str, found: Iterable[Compiled]) -> str:
-    """`text` with versions and table between its marks. Raises UserError where it has none."""
+def updated(text: str, kernels: Iterable[Compiled]) -> str:
+    """`text` with versions and table between its marks. Raises UserError if it has no marks."""
     before, _, after = _cut(text)
-    return "\n".join([before + _MARKS[0], f"{versions()}.", "", *table(found), _MARKS[1] + after])
+    return "\n".join([before + _MARKS[0], f"{versions()}.", "", *table(kernels), _MARKS[1] + after])
 
 
-def differences(text: str, found: Sequence[Compiled]) -> list[str] | None:
-    """Rows of `found` that the table between the marks of `text` has otherwise or not at all, as they should be.
+def differences(text: str, kernels: Sequence[Compiled]) -> list[str] | None:
+    """Rows that are missing or different in the table between the marks of `text`.
 
-    None where the table was made by other versions. Raises UserError where there are no marks.
+    None if other versions made that table. Raises UserError if there are no marks.
     """
     _, between, _ = _cut(text)
     lines = between.strip().splitlines()
     if not lines or lines[0] != f"{versions()}.":
         return None
-    return [row for row in table(found)[2:] if row not in lines]
+    return [row for row in table(kernels)[2:] if row not in lines]
 
 
 def _cut(text: str) -> tuple[str, str, str]:
@@ -216,20 +212,20 @@ def _cut(text: str) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Options:
-    """Compile the kernels for every architecture: registers of a thread / KiB of shared memory / instructions.
+    """Compile the kernels for every architecture: registers per thread / KiB of shared memory / instructions.
 
-    Needs no GPU. The exit status is 1 where a kernel spills registers or asks for more shared memory than there is.
+    Needs no GPU. The exit status is 1 if a kernel spills registers or needs too much shared memory.
     """
 
     match: str = ""  # only kernels whose name contains this
     first: bool = False  # only the first configuration of each kernel
     update: Path | None = None  # write the table between the marks of this file, e.g. docs/kernels.md
-    json: bool = False  # print one JSON object a kernel and architecture, with its counts of instructions
+    json: bool = False  # print one JSON object per kernel and architecture, with its instruction counts
     jobs: int = len(os.sched_getaffinity(0))  # compilers at a time
 
 
-def compiled(options: Options) -> bool:
-    """Compile and print; whether a kernel has a fault. Raises UserError for options that do not go together."""
+def compile_and_report(options: Options) -> bool:
+    """Compile and print; return whether a kernel has a fault. Raises UserError for conflicting options."""
     if options.update is not None and (options.match or options.first):
         raise UserError("--update writes the whole table: leave --match and --first away")
     variants = [variant for variant in all_variants() if options.match in variant.name]
@@ -237,17 +233,17 @@ def compiled(options: Options) -> bool:
         raise UserError(f"--match {options.match}: no kernel has that in its name; without --match all are shown")
     variants = first_of_each(variants) if options.first else variants
     total = len(variants) * len(ARCHITECTURES)
-    found = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))
+    kernels = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))
     if options.json:
-        print(*(json.dumps(dataclasses.asdict(each)) for each in found), sep="\n")
+        print(*(json.dumps(dataclasses.asdict(each)) for each in kernels), sep="\n")
     elif options.update is not None:
-        options.update.write_text(updated(options.update.read_text(), found))
+        options.update.write_text(updated(options.update.read_text(), kernels))
     else:
-        print(f"{versions()}.", "", *table(found), sep="\n")
-    faults = [fault for each in found if (fault := each.fault()) is not None]
+        print(f"{versions()}.", "", *table(kernels), sep="\n")
+    faults = [fault for each in kernels if (fault := each.fault()) is not None]
     print(*faults, sep="\n", end="\n" * bool(faults), file=sys.stderr)
     return bool(faults)
 
 
 def main(args: list[str]) -> None:
-    sys.exit(run(lambda: compiled(parse(Options, "python -m tests.compiled", args))))
+    sys.exit(run(lambda: compile_and_report(parse(Options, "python -m tests.compiled", args))))

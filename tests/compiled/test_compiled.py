@@ -1,4 +1,4 @@
-"""Kernels compile for every architecture, without spills, to what docs/kernels.md says.
+"""Kernels compile for every architecture without spills, and their figures match docs/kernels.md.
 
 Every kernel is compiled here once, in one process, and nowhere else: its first configuration, or all of them with
 FASTDEIT_COMPILE_ALL=1.
@@ -24,7 +24,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 @pytest.fixture(scope="module")
 def found():
-    """What the command prints; a process of its own, since this one's kernels may be the interpreter's."""
+    """The output of the command; in its own process, because kernels here may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compiled", "--json"]
     command += [] if os.environ.get("FASTDEIT_COMPILE_ALL") else ["--first"]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from fastdeit.cli import parse, run
 from fastdeit.pipelines.errors import UserError
-from tests.fuzz.cases import Case, damaged_output, damaged_source, image_batch, outputs_to_damage
+from tests.fuzz.cases import Outcome, damaged_output, damaged_source, image_batch, outputs_to_damage
 from tests.fuzz.containers import OUTPUTS, SOURCES
 from tests.fuzz.images import KINDS
 from tests.fuzz.judge import loaders
@@ -55,7 +55,7 @@ class Campaign:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def add(self, case: Case) -> None:
+    def add(self, case: Outcome) -> None:
         for kind, counts in case.counts.items():
             self.counts.setdefault(kind, Counter()).update(counts)
         self.problems += case.problems
@@ -90,7 +90,7 @@ def campaign(options: Options) -> Campaign:
 
 def _one(found: Campaign, run_case: Any, folder: Path, options: Options, *arguments: Any) -> None:
     folder.mkdir()
-    case: Case = run_case(folder, options.seed, *arguments)
+    case: Outcome = run_case(folder, options.seed, *arguments)
     found.add(case)
     if case.problems and options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import numpy as np
 from fastdeit.commands import convert
 from fastdeit.pipelines.conversion.job import rejects_path
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import sidecar_path
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
 from tests.fuzz.containers import OUTPUTS, SOURCES, Container, damage
 from tests.fuzz.images import KINDS, mutant
@@ -31,7 +31,7 @@ _COUNT = 9  # images of a data set that is damaged
 
 
 @dataclass
-class Case:
+class Outcome:
     """What became of a case: counts by kind, and what was wrong, a sentence each."""
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
@@ -75,9 +75,9 @@ def _rejects(dest: Path) -> dict[int, str]:
     return {entry["index"]: entry["name"] for entry in map(json.loads, lines)}
 
 
-def image_batch(folder: Path, seed: int, cases: range, loaders: Sequence[str], number: int) -> Case:
+def image_batch(folder: Path, seed: int, cases: range, loaders: Sequence[str], number: int) -> Outcome:
     """The images `cases` in one folder of classes, into both formats, verified and loaded."""
-    case = Case()
+    case = Outcome()
     kinds = list(KINDS)
     files: list[tuple[Path, str, Expected]] = []
     for i in cases:
@@ -95,7 +95,7 @@ def image_batch(folder: Path, seed: int, cases: range, loaders: Sequence[str], n
 
 
 def _convert_images(
-    folder: Path, files: list[tuple[Path, str, Expected]], format: str, mode: str, loaders: Sequence[str], case: Case
+    folder: Path, files: list[tuple[Path, str, Expected]], format: str, mode: str, loaders: Sequence[str], case: Outcome
 ) -> None:
     dest, source = folder / format, folder / "source"
     where = f"{format} of {mode}, images {files[0][2].name} to {files[-1][2].name}"
@@ -131,9 +131,9 @@ def _convert_images(
     case.problems += [f"{where}: {text}" for text in [*found, *([f"loading: {failed}"] if failed else [])]]
 
 
-def damaged_source(folder: Path, seed: int, kind: str, number: int, loaders: Sequence[str]) -> Case:
+def damaged_source(folder: Path, seed: int, kind: str, number: int, loaders: Sequence[str]) -> Outcome:
     """An archive, the first of its kind undamaged, converted, verified and loaded."""
-    case = Case()
+    case = Outcome()
     container = SOURCES[kind]()
     files = dict(container.files)
     if number:
@@ -163,7 +163,7 @@ def damaged_source(folder: Path, seed: int, kind: str, number: int, loaders: Seq
 
 
 def _check_source(
-    case: Case,
+    case: Outcome,
     folder: Path,
     kind: str,
     where: str,
@@ -247,9 +247,9 @@ def outputs_to_damage(folder: Path) -> dict[tuple[str, str], Path]:
 
 def damaged_output(
     folder: Path, seed: int, kind: str, number: int, loaders: Sequence[str], pristine: dict[tuple[str, str], Path]
-) -> Case:
+) -> Outcome:
     """A converted data set, the first of its kind undamaged, verified and loaded."""
-    case = Case()
+    case = Outcome()
     format, mode, name = OUTPUTS[kind]
     where, right = f"{kind}, number {number}", pristine[format, mode]
     shutil.copytree(right, folder / "data")

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.fuzz.images import KINDS, mutate
+from tests.fuzz.images import KINDS
+from tests.helpers.archives import packed
+from tests.helpers.damage import BLOCK, edit_tar_header, mutate, tar_headers
 
 Files = dict[str, bytes]
 Samples = list[tuple[bytes, str]]  # a JPEG file, or RGB pixels; and its class
-BLOCK = 512  # of a tar
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,6 @@ def _jpeg(number: int) -> bytes:
     return KINDS["jpeg"][1](number)
 
 
-def _pack(files: Files, format: int = tarfile.GNU_FORMAT) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=format) as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
-
-
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
     """The files that Python's tarfile finds, up to where it fails."""
     try:
@@ -64,19 +55,21 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _imagenet_train() -> Container:
     name = "ILSVRC2012_img_train.tar"
-    inner = {f"n0000000{c}.tar": _pack({f"n0000000{c}_{i}.JPEG": _jpeg(4 * c + i) for i in range(3)}) for c in range(3)}
+    inner = {
+        f"n0000000{c}.tar": packed({f"n0000000{c}_{i}.JPEG": _jpeg(4 * c + i) for i in range(3)}) for c in range(3)
+    }
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         for outer, data in _members(files[name]):
             for _, content in _members(data):
                 yield content, outer.removesuffix(".tar")
 
-    return Container({name: _pack(inner)}, f"{{}}/{name}", (name,), read)
+    return Container({name: packed(inner)}, f"{{}}/{name}", (name,), read)
 
 
 def _imagenet_val() -> Container:
     name, labels = "ILSVRC2012_img_val.tar", "imagenet_2012_validation_synset_labels.txt"
-    files = {name: _pack({f"ILSVRC2012_val_{i:08d}.JPEG": _jpeg(i) for i in range(1, 7)})}
+    files = {name: packed({f"ILSVRC2012_val_{i:08d}.JPEG": _jpeg(i) for i in range(1, 7)})}
     files[labels] = b"".join(b"n0000000%d\n" % (i % 3) for i in range(6))
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
@@ -95,7 +88,7 @@ def _imagenet_v2(zipped: bool) -> Container:
     wnids = ImageNetInfo().label_names()
     name = "imagenetv2-top-images.tar" + ".gz" * zipped
     members = {f"imagenetv2-top-images-format-val/{i}/{'long' * 30}.jpeg": _jpeg(i) for i in range(5)}
-    packed = _pack(members, tarfile.PAX_FORMAT)
+    archive = packed(members, tarfile.PAX_FORMAT)
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         data = files[name]
@@ -108,7 +101,7 @@ def _imagenet_v2(zipped: bool) -> Container:
             if folder.isdigit() and int(folder) < len(wnids):
                 yield content, wnids[int(folder)]
 
-    return Container({name: gzip.compress(packed) if zipped else packed}, f"{{}}/{name}", (name,), read)
+    return Container({name: gzip.compress(archive) if zipped else archive}, f"{{}}/{name}", (name,), read)
 
 
 def _webdataset() -> Container:
@@ -118,7 +111,7 @@ def _webdataset() -> Container:
         for i in range(4):
             members[f"{'folder' * 20}/{i}.jpg"] = _jpeg(4 * shard + i)
             members[f"{'folder' * 20}/{i}.{'cls' if i % 2 else 'json'}"] = b"%d" % i if i % 2 else b'{"label": %d}' % i
-        files[f"train-000{shard}.tar"] = _pack(members)
+        files[f"train-000{shard}.tar"] = packed(members)
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         for data in files.values():
@@ -197,7 +190,7 @@ def _cifar(zipped: bool) -> Container:
     files = {f"cifar-10-batches-bin/data_batch_{i}.bin": batches[i] for i in range(1, 6)}
     files["cifar-10-batches-bin/test_batch.bin"] = batches[0]
     files["cifar-10-batches-bin/batches.meta.txt"] = b"".join(b"class%d\n" % i for i in range(10))
-    packed = _pack(files)
+    archive = packed(files)
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         try:
@@ -211,8 +204,9 @@ def _cifar(zipped: bool) -> Container:
                     planes = np.frombuffer(data[at + 1 : at + 3073], np.uint8).reshape(3, 32, 32)
                     yield planes.transpose(1, 2, 0).tobytes(), names[data[at]].strip()
 
-    packed = gzip.compress(packed) if zipped else packed
-    return Container({name: packed}, f"{{}}/{name}", (name,), read, ("--split", "train"))
+    return Container(
+        {name: gzip.compress(archive) if zipped else archive}, f"{{}}/{name}", (name,), read, ("--split", "train")
+    )
 
 
 SOURCES: dict[str, Callable[[], Container]] = {
@@ -245,9 +239,9 @@ OUTPUTS: dict[str, tuple[str, str, str]] = {
 
 def damage(data: bytes, rng: np.random.Generator) -> bytes:
     """`data` damaged where it tells most, or anywhere: headers and tables, lengths, whole blocks, the end."""
-    headers = _tar_headers(data)
+    headers = tar_headers(data)
     if headers and rng.random() < 0.33:
-        return _edit_header(data, headers, rng)
+        return edit_tar_header(data, rng)
     start = 0
     match int(rng.integers(4)):
         case 0:
@@ -258,21 +252,3 @@ def damage(data: bytes, rng: np.random.Generator) -> bytes:
             # Where a beton file's fields end and its records begin, or a numpy table's header ends.
             start = min(2106 if len(data) > 4096 else 128, len(data) - 1)
     return data[:start] + mutate(data[start:], rng, BLOCK)
-
-
-def _tar_headers(data: bytes) -> list[int]:
-    return [at for at in range(0, len(data), BLOCK) if data[at + 257 : at + 262] == b"ustar"]
-
-
-def _edit_header(data: bytes, headers: list[int], rng: np.random.Generator) -> bytes:
-    """A field of a tar's header changed, and its checksum with it."""
-    out = bytearray(data)
-    at = int(rng.choice(headers))
-    # Name, mode, size, type, link's name, prefix.
-    begin, end = [(0, 100), (100, 108), (124, 136), (156, 157), (157, 257), (345, 500)][int(rng.integers(6))]
-    values = [b"/", b"../", b"\x80", b"7" * 11, b"\xff", b"1", b"x", b"L", b"S", b"0" * 8 + b"777", b"\0", b"..", b"g"]
-    value = values[int(rng.integers(len(values)))][: end - begin]
-    out[at + begin : at + begin + len(value)] = value
-    out[at + 148 : at + 156] = b" " * 8
-    out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + BLOCK])
-    return bytes(out)

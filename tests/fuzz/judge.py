@@ -120,7 +120,7 @@ def loaders() -> list[str]:
     """The loaders that can be used here, with what is slow to load of them loaded, once for all children."""
     found = []
     for name in LOADERS:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             FAST.get(name, lambda: None)()
             found.append(name)
     nothing = np.zeros(4, np.uint8)

@@ -82,7 +82,7 @@ for name, where, attribute, fault, (case, arguments) in (
     ("pixels", TorchLoader, "decode_image", brighter, images),
     ("crash", TorchLoader, "decode_image", lambda *unused: os.kill(os.getpid(), signal.SIGSEGV), archive),
     ("colours", encode, "_to_rgb", lambda image: to_rgb(image.rotate(180)), images),
-    ("reject", conversion, "_write_rejects", lambda path, rejects: write(path, rejects[1:]), images),
+    ("reject", job, "_write_rejects", lambda path, rejects: write(path, rejects[1:]), images),
     ("label", WebDataset, "read", lambda self, i: (read(self, i)[0], 0, read(self, i)[2]), archive),
     ("flip", verify, "_check_samples", lambda *unused: None, beton),
 ):

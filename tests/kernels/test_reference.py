@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdeit.kernels import reference
 from fastdeit.kernels.reference import assemble_tokens, hard_distillation, soft_cross_entropy, soft_distillation
 
 
@@ -29,6 +30,43 @@ def test_tokens_keep_the_wider_dtype():
     assert assemble_tokens(torch.randn(2, 4, 5).to(half), *args).dtype is torch.float32
     low = [None if a is None else a.to(half) for a in args]
     assert assemble_tokens(torch.randn(2, 4, 5).to(half), *low).dtype is half
+
+
+def test_attention_is_a_softmax_over_the_keys():
+    qkv = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64)
+    q, k, v = qkv.unbind(2)
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 2
+    torch.testing.assert_close(
+        reference.attention(qkv), torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v).flatten(2)
+    )
+
+
+def test_a_masked_branch_is_added_and_normalised():
+    x, branch = torch.randn(3, 4, 8), torch.randn(3, 4, 8).bfloat16()
+    mask, weight, bias = torch.tensor([0.0, 1.1, 2.0]), torch.randn(8), torch.randn(8)
+    total, out = reference.add_layer_norm(x, branch, weight, bias, mask=mask)
+    assert torch.equal(total[0], x[0])
+    assert torch.equal(total[1], x[1] + (branch[1].float() * 1.1).bfloat16())
+    norm = torch.nn.LayerNorm(8, eps=1e-6)
+    norm.weight.data, norm.bias.data = weight, bias
+    assert torch.equal(out, norm(total))
+
+
+def test_bias_gelu_keeps_the_dtype_of_its_input():
+    x, bias = torch.randn(3, 8).bfloat16(), torch.randn(8)
+    assert torch.equal(reference.bias_gelu(x, bias), F.gelu(x.float() + bias).bfloat16())
+
+
+def test_heads_are_ranked_as_by_topk():
+    cls, dist, labels = logits(3), logits(4), torch.arange(7)
+    rank, decision, loss = reference.evaluate_heads(cls, dist, labels)
+    mean = (cls.softmax(-1) + dist.softmax(-1)) / 2
+    for head, score in enumerate((cls, dist, mean.log(), (cls + dist) / 2)):
+        for k in (1, 5):
+            assert torch.equal(rank[:, head] < k, (score.topk(k).indices == labels[:, None]).any(1))
+        assert torch.equal(decision[:, head], score.argmax(1))
+        torch.testing.assert_close(loss[:, head], F.cross_entropy(score, labels, reduction="none"))
+    assert torch.equal(reference.evaluate_heads(cls, None, labels)[0], rank[:, :1])
 
 
 def test_positions_must_fit():

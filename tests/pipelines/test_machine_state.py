@@ -17,13 +17,15 @@ from PIL import Image
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.encode import Encoding
 from fastdeit.pipelines.conversion.workers import encoded
-from fastdeit.pipelines.formats import files, sidecar
-from fastdeit.pipelines.formats.beton import RAW, BetonDataset, BetonWriter, sidecar_path
-from fastdeit.pipelines.formats.beton_layout import METADATA_START
+from fastdeit.pipelines.formats import open_file, sidecar
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import METADATA_START, RAW, sidecar_path
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.files import NoRegularFileError, open_regular
 from fastdeit.pipelines.formats.shard_layout import SAMPLE
-from fastdeit.pipelines.formats.shards import ShardDataset, ShardWriter
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
+from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.loaders.choose import choose_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
@@ -161,7 +163,7 @@ def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind
         def refuse(*_):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(files.os, "preadv", refuse)
+        monkeypatch.setattr(open_file.os, "preadv", refuse)
         with pytest.raises(MachineError, match=r"(x\.beton|shard-000002\.tar), sample 2: cannot be read: ") as caught:
             dataset.read(2)
         assert os.strerror(number) in str(caught.value)

@@ -1,15 +1,15 @@
-"""`python -m tests.soak`: whether an hour of epochs leaves memory, file descriptors and threads as they were.
+"""`python -m tests.soak`: check that an hour of epochs leaks no memory, file descriptors or threads.
 
-Every epoch opens the data set, loads and augments all its batches as a training run does, without a model, and closes
+Every epoch opens the data set, loads and augments all its batches as in a training run, without a model, and closes
 everything again. The run passes if, after its first third,
 
-- memory at the ends of epochs, everything closed, has a slope that is not surely above 1 MiB per 1000 batches
-  (Theil and Sen's fit through the means of at most 100 blocks; surely: all of the slope's 95% interval);
-- the mean memory of its last third is at most 5% above that of its second;
-- there are as many descriptors and threads at the end of every epoch.
+- memory at the ends of epochs, with everything closed, does not grow by more than 1 MiB per 1000 batches (Theil and
+  Sen's slope through the means of at most 100 blocks; the test fails if its whole 95% interval is above the limit);
+- the mean memory of the last third is at most 5% above that of the second third;
+- every epoch ends with the same number of descriptors and threads.
 
-Memory is the resident set size of the process and all that it started: unlike the proportional one it does not move
-with what other programs share, and it shows a file that stays mapped.
+Memory is the resident set size of the process and its descendants. Unlike the proportional set size it does not depend
+on what other programs share, and it includes files that stay mapped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.loaders.contender_process import members
-from benchmarks.loaders.main import prepare_photos
+from benchmarks.photos import prepare_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from fastdeit.cli import parse, run
 from fastdeit.config import Recipe
@@ -47,13 +47,13 @@ from fastdeit.recipes import deit_small
 
 MAX_SLOPE = 1.0  # MiB per 1000 batches
 MAX_GROWTH = 0.05
-_BLOCKS, _BLOCK_EPOCHS = 100, 4  # most blocks, fewest epochs of one
-_FEWEST_EPOCHS = 12  # after the warm-up third, for a slope to say anything
+_BLOCKS, _BLOCK_EPOCHS = 100, 4  # maximum number of blocks, minimum number of epochs in one
+_FEWEST_EPOCHS = 12  # needed after the warm-up third to estimate a slope
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Epochs of loading and augmenting, watched for what they leave behind; exit status 1 where something grows."""
+    """Watch epochs of loading and augmenting for leaks; exit status 1 if something grows."""
 
     minutes: float = 60.0
     photos: Path = Path("runs/photos")  # JPEG files as an ImageFolder tree; cut from Debian's wallpapers if not there
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Sample:
-    """A look at the process and all that it started; `epoch_end`: with everything of an epoch closed."""
+    """Resources of the process and its descendants; at an `epoch_end` everything of the epoch is closed."""
 
     seconds: float
     batches: int
@@ -81,9 +81,9 @@ class Sample:
 
 
 class Watch:
-    """Looks at this process in a thread of its own, and at the ends of epochs when told to.
+    """Sample this process periodically in a thread, and at the ends of epochs on request.
 
-    batches  so far; its user counts them
+    batches  so far; the caller counts them
     """
 
     def __init__(self, interval: float) -> None:
@@ -99,7 +99,7 @@ class Watch:
 
     def look(self, *, epoch_end: bool = False) -> None:
         memory = descriptors = threads = 0
-        # One at a time, since looking takes a descriptor itself.
+        # One at a time, because sampling itself uses a descriptor.
         with self._looking:
             for member in members(os.getpid()):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -109,7 +109,7 @@ class Watch:
             self.samples.append(Sample(self.seconds, self.batches, memory / 2**20, descriptors, threads, epoch_end))
 
     def settle(self) -> None:
-        """Wait, at most a second, for threads to leave that were joined: the kernel counts them a moment longer."""
+        """Wait at most a second for joined threads to disappear: the kernel counts them a moment longer."""
         before = next((sample.threads for sample in reversed(self.samples) if sample.epoch_end), sys.maxsize)
         process, deadline = psutil.Process(), time.monotonic() + 1
         while process.num_threads() > before and time.monotonic() < deadline:
@@ -129,14 +129,14 @@ class Watch:
 
 
 def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] | None = None) -> list[Sample]:
-    """Run epochs over the data set at `data` until the time is over, at least one; the samples.
+    """Run at least one epoch over the data set at `data` until the time is over; returns the samples.
 
-    consume  is called with every batch
+    consume  called with every batch
     """
     alone = World(0, 1, 1, torch.device("cpu"))
     total = 60 * options.minutes
     gc.collect()
-    gc.freeze()  # what is imported: looking through it at every epoch's end would take longer than a short epoch
+    gc.freeze()  # imported objects: collecting them at every epoch's end would take longer than a short epoch
     with Watch(options.sample_seconds) as watch, tqdm(total=round(total), unit="s", desc="soak", disable=None) as bar:
         for epoch in range(sys.maxsize):
             dataset = open_dataset(data, "data")
@@ -173,11 +173,11 @@ def _recipe(options: Options, epochs: int) -> Recipe:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a soak found; it passed where there are no reasons.
+    """The result of a soak; it passed if there are no reasons.
 
     slope     MiB per 1000 batches at the ends of epochs, and its 95% interval
-    growth    of the mean memory, from the second third to the last, as a share
-    descriptors, threads  fewest and most at the ends of epochs
+    growth    relative growth of the mean memory from the second third to the last
+    descriptors, threads  minimum and maximum at the ends of epochs
     """
 
     slope: float
@@ -189,7 +189,7 @@ class Verdict:
 
 
 def judge(samples: Sequence[Sample], *, max_slope: float = MAX_SLOPE, max_growth: float = MAX_GROWTH) -> Verdict:
-    """Whether what came after the warm-up third is flat. Raises UserError where too few epochs came after it."""
+    """Judge the samples after the warm-up third. Raises UserError if too few epochs ended after it."""
     last = max(sample.seconds for sample in samples)
     second = [s for s in samples if last / 3 <= s.seconds < 2 * last / 3]
     third = [s for s in samples if s.seconds >= 2 * last / 3]
@@ -235,19 +235,19 @@ def robust_slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def _block_means(values: Sequence[float]) -> np.ndarray:
-    # Means, since an allocator that now keeps a buffer and now does not makes a median jump by all of it.
+    # Means: when an allocator sometimes keeps a buffer, a median jumps by its whole size.
     blocks = min(_BLOCKS, len(values) // _BLOCK_EPOCHS)
     return np.array([block.mean() for block in np.array_split(np.asarray(values), blocks)])
 
 
 def _mean_memory(samples: Sequence[Sample]) -> float:
-    # The end of an epoch is a low that comes as often as epochs are short: it counts where nothing else was seen.
+    # Memory is low at the end of an epoch, and short epochs end often: use those samples only if there are no others.
     running = [s.memory_mib for s in samples if not s.epoch_end]
     return float(np.mean(running or [s.memory_mib for s in samples]))
 
 
 def plot(samples: Sequence[Sample], verdict: Verdict, path: Path) -> None:
-    """Memory above, descriptors and threads below, over the time, as a picture."""
+    """Draw memory, and below it descriptors and threads, over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
@@ -280,7 +280,7 @@ def _over_minutes(samples: Sequence[Sample], name: str) -> tuple[list[float], li
 
 @contextlib.contextmanager
 def _prepared(options: Options) -> Iterator[Path]:
-    """The data set to go over."""
+    """The data set to use."""
     if options.data is not None:
         yield options.data
         return
@@ -292,14 +292,14 @@ def _prepared(options: Options) -> Iterator[Path]:
 
 
 def measure(options: Options) -> bool:
-    """Soak, judge, append to the results, print and draw; whether it passed."""
-    started = environment((*PACKAGES, *PEERS))
+    """Soak, judge, append to the results, print and draw; return whether it passed."""
+    machine = environment((*PACKAGES, *PEERS))
     with _prepared(options) as data:
         samples = soak(options, data)
     verdict = judge(samples)
     record = {
         "benchmark": "soak",
-        "environment": started,
+        "environment": machine,
         "minutes": options.minutes,
         "loader": options.loader,
         "repeats": options.repeats,
@@ -319,20 +319,20 @@ def measure(options: Options) -> bool:
 
 
 def report(record: dict[str, Any]) -> str:
-    """A record for the terminal: what was found, and what is wrong with it."""
-    found = record["verdict"]
-    counts = [f"{name} {min(found[name])} to {max(found[name])}" for name in ("descriptors", "threads")]
+    """A record for the terminal: the figures, and the reasons if it failed."""
+    verdict = record["verdict"]
+    counts = [f"{name} {min(verdict[name])} to {max(verdict[name])}" for name in ("descriptors", "threads")]
+    low, high = verdict["interval"]
     lines = [
         f"{record['loader']}, {record['minutes']:g} minutes: {record['batches']} batches of {record['batch']} in "
-        f"{record['epochs']} epochs; memory at most {record['peak_memory_mib']:.0f} MiB, {found['slope']:+.2f} MiB per "
-        f"1000 batches (95%: {found['interval'][0]:+.2f} to {found['interval'][1]:+.2f}), {found['growth']:+.1%}; "
-        + ", ".join(counts),
-        *(f"failed: {reason}" for reason in found["reasons"]),
+        f"{record['epochs']} epochs; memory at most {record['peak_memory_mib']:.0f} MiB, {verdict['slope']:+.2f} MiB "
+        f"per 1000 batches (95%: {low:+.2f} to {high:+.2f}), {verdict['growth']:+.1%}; " + ", ".join(counts),
+        *(f"failed: {reason}" for reason in verdict["reasons"]),
     ]
-    return "\n".join(lines if found["reasons"] else [*lines, "passed"])
+    return "\n".join(lines if verdict["reasons"] else [*lines, "passed"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 where something grew."""
+    """The command; exit status 1 if something grew."""
     if not run(lambda: measure(parse(Options, "python -m tests.soak", argv))):
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Plain DALI: its own reader, decoder and automatic augmentations; on the GPU where there is one."""
+"""Plain DALI: its own reader, decoder and automatic augmentations; on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUEUE = 2  # batches DALI prepares ahead, its default
 def plain_dali(setting: Setting) -> Stream:
     """The recipe in one pipeline; timm's Mixup in the consumer."""
     need("nvidia.dali", "pip install 'fastdeit[dali]'")
-    # Bound as Any: DALI rewrites the function below, whose conditions no type checker understands.
+    # Bound as Any: DALI rewrites the function below, and no type checker understands its conditions.
     dali: Any = importlib.import_module("nvidia.dali")
     rand_augment: Any = importlib.import_module("nvidia.dali.auto_aug.rand_augment").rand_augment
     plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
@@ -37,7 +37,7 @@ def plain_dali(setting: Setting) -> Stream:
             random_aspect_ratio=[3 / 4, 4 / 3],
         )
         image = fn.resize(image, size=(IMG_SIZE, IMG_SIZE), interp_type=types.INTERP_CUBIC, antialias=True)
-        # One operation with probability 1/2, twice: the recipe's RandAugment leaves out every other one.
+        # One operation with probability 1/2, twice: the recipe's RandAugment skips each with probability 1/2.
         if fn.random.coin_flip(dtype=types.BOOL):
             image = rand_augment(image, n=1, m=9)
         if fn.random.coin_flip(dtype=types.BOOL):

@@ -14,7 +14,7 @@ _BUFFER = 3  # batches in the sink, SPDL's default
 
 
 def spdl(setting: Setting) -> Stream:
-    """Threads of one process, as SPDL means it; MixUp and CutMix in the consumer."""
+    """Threads of one process, as SPDL intends; MixUp and CutMix in the consumer."""
     need("spdl", "pip install 'fastdeit[peers]'")
     import spdl.io
     from spdl.pipeline import PipelineBuilder
@@ -29,7 +29,7 @@ def spdl(setting: Setting) -> Stream:
     folders = sorted({path.parent for path in files})
     samples = [(str(path), folders.index(path.parent)) for path in files]
     rest = after_crop()
-    # The pipeline's threads are the parallelism; each would start a team of torch's own.
+    # The pipeline's threads already run in parallel; each would start its own team of torch threads.
     torch.set_num_threads(1)
 
     def shuffled() -> Iterator[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""What a side of the loader benchmark is run with, and what it gives."""
+"""The settings of a contender of the loader benchmark, and the stream of batches that it returns."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ COMPLETE = "complete recipe"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a side is run with.
+    """The settings of a contender.
 
-    name     of `loader_sides.SIDES`
+    name     of `contenders.CONTENDERS`
     photos   ImageFolder tree of JPEG files
     beton    the same files converted
-    scratch  an empty folder, for what a side makes of the photographs itself
-    threads  decoding threads or worker processes, and the cores that all of the side is kept on
-    passes   over the photographs that make an epoch of a peer: many, so that few windows hold an epoch's end; one,
-             where no image may be read twice in a window
+    scratch  an empty folder for the contender's own files
+    threads  decoding threads or worker processes, and the number of cores that the contender may use
+    passes   over the photographs in one epoch of a peer: many, so that few windows contain the end of an epoch; one if
+             a window may read no image twice
     """
 
     name: str
@@ -48,9 +48,9 @@ class Stream:
     """An endless stream of batches.
 
     images   (batch, 3, 224, 224) float tensors
-    ahead    batches that may be ready, or nearly, when nobody has asked for a while
-    remarks  what a reader of the figure should know
-    synchronize  waits for the device, where batches are made on one
+    ahead    batches that may have been prefetched while no one asked
+    remarks  notes for a reader of the figure
+    synchronize  waits for the device, if batches are made on one
     """
 
     images: Iterator[torch.Tensor]
@@ -60,16 +60,16 @@ class Stream:
 
 
 class Missing(Exception):
-    """A side whose software is not here; says what to install."""
+    """A contender's software is not installed; the message says what to install."""
 
 
 def need(module: str, install: str) -> None:
     """Raise Missing unless `module` is installed."""
     try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that it is in
-        found = False
-    if not found:
+        installed = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        installed = False
+    if not installed:
         raise Missing(f"not installed: {install}")
 
 

@@ -52,13 +52,13 @@ def mixed(batches: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 
 def patch_posterize() -> None:
-    """With the recipe's own magnitudes timm asks Pillow for 0 bits, which Pillow refuses in recent versions."""
+    """At the recipe's magnitudes timm asks Pillow for 0 bits, which recent versions of Pillow refuse."""
     for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
         auto_augment.NAME_TO_OP[name] = posterize
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's operation as it was when the recipe was published: no bits kept is black."""
+    """timm's operation as it was when the recipe was published: keeping 0 bits gives black."""
     if bits_to_keep >= 8:
         return image
     if bits_to_keep <= 0:

@@ -44,7 +44,7 @@ class Photos(Dataset[tuple[torch.Tensor, int]]):
 def after_crop() -> v2.Transform:
     """The recipe from a flipped crop, (3, 224, 224) uint8, to a normalised float image."""
     fill: Any = [round(255 * mean) for mean in MEAN]
-    # One operation with probability 1/2, twice: the recipe's RandAugment leaves out every other one.
+    # One operation with probability 1/2, twice: the recipe's RandAugment skips each with probability 1/2.
     operation = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=9, fill=fill)], p=0.5)
     return v2.Compose(
         [

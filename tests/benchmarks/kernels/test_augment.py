@@ -36,14 +36,14 @@ def device():
 @pytest.mark.slow
 def test_every_pass_is_timed_beside_its_peers(job, device):
     records = {record["pass"]: record for record in measure(job, device, by_the_clock, no_graph, 1e9)}
-    assert list(records) == ["resize", "operations", "finish", "augment", "stage", "stage from the host"]
+    assert list(records) == ["resize", "operations", "normalize_erase_mix", "augment", "stage", "stage from the host"]
     for record in records.values():
         assert record["sides"]["fastdeit"]["images_per_second"] > 0
         assert not record["failed"]
     assert "torchvision" in records["resize"]["sides"]
     assert "torchvision, a draw an image" in records["augment"]["sides"]
     # 4 images of 3 x 16 x 16, read as bytes and written as float32.
-    assert records["finish"]["floor_ms"] == pytest.approx(4 * 768 * 5 / 1e6)
+    assert records["normalize_erase_mix"]["floor_ms"] == pytest.approx(4 * 768 * 5 / 1e6)
 
 
 def test_our_passes_are_held_against_the_floor_without_their_launches(job, device):
@@ -56,7 +56,7 @@ def test_our_passes_are_held_against_the_floor_without_their_launches(job, devic
     records = {record["pass"]: record for record in measure(job, device, lambda call: [2.0], graph, 1e9)}
     assert len(captured) == 5  # what comes from the host waits for the copy before the last
     assert "graph_ms" not in records["resize"]["sides"]["fastdeit"]
-    for name in ("operations", "finish", "augment", "stage"):
+    for name in ("operations", "normalize_erase_mix", "augment", "stage"):
         ours = records[name]["sides"].pop("fastdeit")
         assert ours["times_floor"] == pytest.approx(0.5 / records[name]["floor_ms"])
         assert ours["images_per_second"] == pytest.approx(4 / 2e-3)
@@ -65,7 +65,7 @@ def test_our_passes_are_held_against_the_floor_without_their_launches(job, devic
 
 @pytest.mark.slow
 def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, device, monkeypatch):
-    def broken(found, job, images):
+    def broken(peers, job, images):
         raise AttributeError("module 'kornia' has no attribute 'auto'\nsome more")
 
     def silent(*_):

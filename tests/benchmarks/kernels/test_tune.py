@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import tune
-from benchmarks.kernels.main import Clock
+from benchmarks.kernels.benchmark import Clock
 from benchmarks.kernels.operations import OPS, Shape
 from benchmarks.kernels.tune import Options, changes, defaults, neighbours, search
 from fastdeit.kernels.launch import Launch
@@ -59,7 +59,7 @@ def test_launches_are_tried_and_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         tune, "neighbours", lambda launch: list(neighbours(launch))[:3] if launch.num_warps == 4 else []
     )
-    assert tune.tune(options, DEVICE, clock)
+    assert tune.tune_launches(options, DEVICE, clock)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["kernel"] for r in records] == ["bias_gelu_forward", "bias_gelu_backward"]
     assert records[0]["best"] == "ROWS 8 -> 4"
@@ -71,7 +71,7 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SHAPES", (SMALL,))
     monkeypatch.setattr(tune, "disagreement", lambda *arguments: "output 0: error")
     options = Options(ops=("bias_gelu",), models=("tiny",), tokens=(7,), batch=3, results=tmp_path / "t")  # type: ignore[arg-type]
-    assert not tune.tune(options, DEVICE, Clock(lambda call: [1.0], lambda call: None))
+    assert not tune.tune_launches(options, DEVICE, Clock(lambda call: [1.0], lambda call: None))
     assert "its own launch fails: output 0: error" in capsys.readouterr().out
 
 

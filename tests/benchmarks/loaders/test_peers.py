@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.loaders.contenders import SIDES
+from benchmarks.loaders.contenders import CONTENDERS
 from benchmarks.loaders.peers import ours, stream
 from benchmarks.loaders.peers.stream import MEAN, STD, Missing, Setting
 from fastdeit.pipelines.conversion.convert import convert
@@ -43,12 +43,12 @@ def setting(data, tmp_path):
 FIRST_BATCHES = """
 import sys
 import torch
-from benchmarks.loaders.contenders import SIDES
+from benchmarks.loaders.contenders import CONTENDERS
 from benchmarks.loaders.peers.stream import Missing, Setting
 
 setting, out = eval(sys.argv[1]), sys.argv[2]
 try:
-    opened = SIDES[setting.name].open(setting)
+    opened = CONTENDERS[setting.name].open(setting)
 except Missing as missing:
     sys.exit(f"missing: {missing}")
 torch.save([next(opened.images).clone() for _ in range(4)], out)
@@ -68,7 +68,7 @@ def first_batches(setting, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, side in SIDES.items() if side.repeats is None])
+@pytest.mark.parametrize("name", [name for name, contender in CONTENDERS.items() if contender.repeats is None])
 def test_a_peer_gives_the_pictures_it_was_given(name, setting, tmp_path):
     batches = first_batches(setting(name), tmp_path)
     images = torch.cat(batches).float()

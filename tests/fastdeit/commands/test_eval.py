@@ -17,7 +17,9 @@ from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint, table
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, RAW, BetonDataset, BetonWriter
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.training.trainer import Trainer
 from forked import Forked, run_module
 

@@ -253,7 +253,7 @@ def test_an_adapter_that_comes_afterwards_is_called(device):
 def test_what_is_no_model_or_no_operation_is_refused():
     with pytest.raises(TypeError, match="this is a str"):
         fuse("deit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="'atention' is no operation: give some of assemble_tokens, attention"):
+    with pytest.raises(ValueError, match="'atention' is not an operation: give some of assemble_tokens, attention"):
         fuse(timm.create_model("deit_tiny_patch16_224", **SMALL), {"atention": "is slower"})
 
 

@@ -8,7 +8,8 @@ import pytest
 from fastdeit.data import EvaluationData, TrainingData, open_dataset
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import BetonDataset, sidecar_path
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.turbo import find_turbo
 from fastdeit.training.trainer import Trainer

@@ -8,8 +8,8 @@ from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.data import open_dataset
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, RAW
-from fastdeit.pipelines.formats.shards import ShardWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.training.trainer import Trainer
 
 

@@ -17,8 +17,8 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import open_dataset
+from tiny_datasets import FORMATS
 
-FORMATS = ["beton", "webdataset"]
 REFUSED = "move it away|name another|remove it|name a file"
 ERRORS = (ValueError, UserError, OSError)
 

@@ -9,24 +9,19 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageFilter, ImageOps, PngImagePlugin
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from fastdeit.pipelines.conversion.encode import CHANGES, MAX_PIXELS, MAX_SCANS, Encoding, encode
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG
+from fastdeit.pipelines.formats.beton_layout import JPEG
+from pictures import encoded
+from pictures import picture as noise
 
 AUTO, RAW = Encoding(), Encoding(mode="raw")
 
 
 def picture(size=(60, 44), seed=0):
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
-
-
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    return noise(seed, size)
 
 
 def raw_pixels(file):

@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import io
 import itertools
 import json
 import os
@@ -17,7 +16,6 @@ import time
 import numpy as np
 import psutil
 import pytest
-from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.conversion import convert as converting
 from fastdeit.pipelines.conversion import job
@@ -25,19 +23,17 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.journal import Journal, JournalError, Kept
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import MIN_PAGE, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
+from pictures import encoded, picture
+from tiny_datasets import FORMATS, Items, files
 
-FORMATS = ["beton", "webdataset"]
 BAD = (3, 40, 41, 77)
 
 
 def jpeg(seed):
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (30 + seed % 7, 40, 3), dtype=np.uint8))
-    file = io.BytesIO()
-    noise.filter(ImageFilter.GaussianBlur(2)).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(picture(seed, (40, 30 + seed % 7)), "JPEG")
 
 
 @pytest.fixture(scope="module")
@@ -54,37 +50,6 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data():
     return [jpeg(i) for i in range(30)]
-
-
-class Items:
-    """A source of what it is given; an exception among the items is raised when it is read."""
-
-    class_names = ("a", "b", "c")
-    in_memory = True
-
-    def __init__(self, items, **described):
-        self.items, self.described = items, described
-
-    def __len__(self):
-        return len(self.items)
-
-    def inputs(self):
-        return []
-
-    def describe(self):
-        return {"kind": "items", **self.described}
-
-    def name(self, index):
-        return f"item {index}"
-
-    def read(self, index):
-        if isinstance(self.items[index], BaseException):
-            raise self.items[index]
-        return self.items[index], index % 3, self.name(index)
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def empty(folder):
@@ -104,7 +69,8 @@ SCRIPT = """
 import sys
 from fastdeit.pipelines.conversion import job
 from fastdeit.pipelines.conversion import convert as converting
-from fastdeit.pipelines.formats.beton import MIN_PAGE, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.conversion.convert import convert
 
 if __name__ == "__main__":
@@ -396,39 +362,6 @@ def test_a_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
         with pytest.raises(ConvertError, match=r"data: cannot be written \(Input/output error\)"):
             convert(Items(data), tmp_path / "data", resume=True, progress=False)
     assert convert(Items(data), tmp_path / "data", resume=True, progress=False).done == 21
-
-
-def test_a_journal_is_cut_after_any_sample(tmp_path):
-    """Against a list that is cut by hand."""
-    from fastdeit.pipelines.conversion.workers import Reject
-    from fastdeit.pipelines.formats.writer import Record
-
-    rng = random.Random(0)
-    for case in range(50):
-        entries = [
-            Reject(i, f"item {i}", "bad") if rng.random() < 0.4 else Kept(Record(1, 2, 3, 0, i, 5), ("resized",))
-            for i in range(rng.randint(0, 30))
-        ]
-        kept = [i for i, entry in enumerate(entries) if isinstance(entry, Kept)]
-        count = rng.randint(0, len(kept))
-        expected = entries[: kept[count] if count < len(kept) else None]
-        with Journal(tmp_path / f"{case}.journal") as journal:
-            journal.begin({"case": case})
-            rest = list(entries)
-            while rest:
-                size = rng.randint(1, 6)
-                journal.append(rest[:size])
-                rest = rest[size:]
-            journal.cut(count)
-            assert list(journal.entries()) == expected
-            journal.append(entries)
-        with open(tmp_path / f"{case}.journal", "ab") as file:
-            file.write(b"12345678 [[1,2")
-        with Journal(tmp_path / f"{case}.journal") as journal:
-            assert journal.description() == {"case": case}
-            assert list(journal.entries()) == expected + entries
-            journal.remove()
-        assert not (tmp_path / f"{case}.journal").exists()
 
 
 def test_the_sidecar_names_what_decides_the_bytes(data, tmp_path):

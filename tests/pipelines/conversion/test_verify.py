@@ -9,22 +9,18 @@ import zlib
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.verify import NAMED, VerifyError, verify
-from fastdeit.pipelines.formats.beton import JPEG, BetonDataset, BetonWriter
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.shards import ShardDataset
+from pictures import picture
+from tiny_datasets import FORMATS
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
-FORMATS = ["beton", "webdataset"]
-
-
-def picture(seed, size=(48, 40)):
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(2))
 
 
 @pytest.fixture(scope="module")

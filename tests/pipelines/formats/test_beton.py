@@ -11,34 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+import tiny_datasets
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, BetonError, sidecar_path
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.formats.writer import Record
 from forked import Forked, run_code
+from pictures import jpeg, picture
 
 
-def picture(seed, size=(48, 40), mode="RGB"):
-    """A smooth image, (width, height) pixels."""
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(2)).convert(mode)
-
-
-def jpeg(image, **options):
-    file = io.BytesIO()
-    image.save(file, "JPEG", **{"quality": 92, **options})
-    return file.getvalue()
-
-
-def write(path, images, labels, *, mode=JPEG, page_size=MIN_PAGE):
-    names = [f"class {i}" for i in range(max(labels) + 1)]
-    with BetonWriter(path, len(images), page_size=page_size) as writer:
-        for image, label in zip(images, labels, strict=True):
-            data = jpeg(image) if mode == JPEG else image.tobytes()
-            writer.add(data, height=image.height, width=image.width, label=label, mode=mode)
-        writer.finish(class_names=names, source={}, options={}, counts={})
+def write(path, images, labels, mode=JPEG):
+    tiny_datasets.write(path, [tiny_datasets.stored(image, mode) for image in images], labels).close()
     return path
 
 

@@ -1,41 +1,33 @@
 """A flipped bit is noticed when its image is first read, by every loader, in both formats. Judge: Pillow."""
 
-import io
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
 
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import checksums
-from fastdeit.pipelines.formats.beton import JPEG, RAW, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, sidecar_path
 from fastdeit.pipelines.formats.checksums import Checksums, unchecked
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardWriter
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from ordered import Ordered
+from pictures import decoded_or_none, picture
+from tiny_datasets import stored, write
 
 COUNT, SIDE, RAW_AT = 20, 64, 7
 
 
-def decode(data):
-    """Pillow's pixels; None where it refuses."""
-    try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception:
-        return None
-
-
 def rot(stored, rng):
     """The JPEG with one bit flipped that Pillow still decodes, to other pixels."""
-    whole = decode(stored)
+    whole = decoded_or_none(stored)
     while True:
         data = bytearray(stored)
         data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
-        pixels = decode(bytes(data))
+        pixels = decoded_or_none(bytes(data))
         if pixels is not None and pixels.shape == whole.shape and (pixels != whole).any():
             return bytes(data)
 
@@ -45,22 +37,14 @@ def rotten(request, tmp_path_factory):
     """A data set whose file rotted after it was written: a bit in each of five images that decode all the same."""
     path = tmp_path_factory.mktemp(request.param) / ("x.beton" if request.param == "beton" else "x")
     rng = np.random.default_rng(0)
-    opened = BetonWriter(path, COUNT) if request.param == "beton" else ShardWriter(path, COUNT)
-    stored = []
-    with opened as writer:
-        for i in range(COUNT):
-            noise = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).filter(ImageFilter.GaussianBlur(2))
-            file = io.BytesIO()
-            noise.save(file, "JPEG", quality=92)
-            data, mode = (noise.tobytes(), RAW) if i == RAW_AT else (file.getvalue(), JPEG)
-            stored.append(data)
-            writer.add(data, height=SIDE, width=SIDE, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(COUNT)], source={}, options={}, counts={})
+    samples = [stored(picture(i, (SIDE, SIDE)), RAW if i == RAW_AT else JPEG) for i in range(COUNT)]
+    write(path, samples).close()
     with open_dataset(path) as dataset:
         file = path if path.is_file() else path / "shard-000000.tar"
         with open(file, "r+b") as written:
             for i in (2, RAW_AT, 11, 12, COUNT - 1):
-                data = rot(stored[i], rng) if i != RAW_AT else bytes([stored[i][0] ^ 4]) + stored[i][1:]
+                data = samples[i][0]
+                data = rot(data, rng) if i != RAW_AT else bytes([data[0] ^ 4]) + data[1:]
                 written.seek(int(dataset.offset[i]))
                 written.write(data)
     return path
@@ -74,7 +58,7 @@ def opened(request):
     if request.param in FAST:
         try:
             FAST[request.param]()
-        except ValueError as error:
+        except UserError as error:
             pytest.skip(str(error))
     with make_pool(3) as pool:
         yield lambda dataset, order, **options: Ordered(

@@ -11,13 +11,17 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from damage import mutate
 from fastdeit.pipelines.conversion.verify import verify
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter, sidecar_path
+from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, BetonError, sidecar_path
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.loaders.base import DecodeError, read_stored, read_with_pil
+from pictures import picture
+from tiny_datasets import stored, write
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 COUNT = 9
@@ -29,16 +33,8 @@ EXTREMES = [0, 1, 2, 255, 2**15, 2**16 - 1, 2**21, 2**31 - 1, 2**32 - 1, 2**40, 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "x.beton"
-    with BetonWriter(path, COUNT, page_size=MIN_PAGE) as writer:
-        for i in range(COUNT):
-            noise = np.random.default_rng(i).integers(0, 256, (20 + i, 31, 3), dtype=np.uint8)
-            image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(2))
-            file = io.BytesIO()
-            image.save(file, "JPEG")
-            mode = RAW if i % 3 == 2 else JPEG
-            data = image.tobytes() if mode == RAW else file.getvalue()
-            writer.add(data, height=image.height, width=image.width, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(COUNT)])
+    images = [picture(i, (31, 20 + i)) for i in range(COUNT)]
+    write(path, [stored(image, RAW if i % 3 == 2 else JPEG) for i, image in enumerate(images)]).close()
     return path.read_bytes(), sidecar_path(path).read_bytes()
 
 
@@ -84,33 +80,12 @@ def outcome(path, pixels=None):
     return found
 
 
-def mutate(data, rng):
-    """Bits flipped, bytes overwritten, a piece cut out, doubled or set to extremes, or the end cut off."""
-    data = bytearray(data)
-    tables = [range(24), range(24, RECORD), range(RECORD, RECORD + 24 * COUNT)]
-    for _ in range(rng.integers(1, 4)):
-        # Half of the damage where it tells most; most of the file is zeros.
-        where = [*tables, range(len(data) - 24 * COUNT, len(data)), range(MIN_PAGE, len(data)), range(len(data))]
-        region = where[rng.integers(len(where))]
-        if not 0 <= region.start < region.stop <= len(data):
-            continue
-        at = int(rng.integers(region.start, region.stop))
-        length = int(rng.choice([1, 2, 4, 8, 24, 37, 512]))
-        match rng.integers(7):
-            case 0 | 1:
-                data[at] ^= 1 << int(rng.integers(8))
-            case 2:
-                data[at : at + length] = rng.bytes(len(data[at : at + length]))
-            case 3:
-                del data[at : at + length]
-            case 4:
-                data[at:at] = data[at : at + length]
-            case 5:
-                value = struct.pack("<Q", EXTREMES[rng.integers(len(EXTREMES))])[: int(rng.choice([2, 4, 8]))]
-                data[at : at + len(value)] = value
-            case 6:
-                del data[at:]
-    return bytes(data)
+def telling(rng, size):
+    """A place in a table, most of the time, because most of the file is zeros."""
+    tables = [(0, 24), (24, RECORD), (RECORD, RECORD + 24 * COUNT), (size - 24 * COUNT, size)]
+    where = [*tables, (MIN_PAGE, size), (0, size)]
+    region = where[rng.integers(len(where))]
+    return int(rng.integers(*(region if 0 <= region[0] < region[1] <= size else (0, size))))
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -121,7 +96,7 @@ def test_damage_is_named_or_harmless(made, pixels, tmp_path, described):
     rng = np.random.default_rng(described)
     refused = 0
     for case in range(150 * FUZZ):
-        changed = mutate(made[0], rng)
+        changed = mutate(made[0], rng, place=telling, lengths=EXTREMES)
         path.write_bytes(changed)
         found = outcome(path, pixels)
         assert all(str(path) in sentence for sentence in found)

@@ -4,7 +4,6 @@ FASTDEIT_FUZZ multiplies the number of cases.
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -12,13 +11,16 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from damage import BLOCK, mutate, uniform
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton import JPEG, RAW
-from fastdeit.pipelines.formats.shard_layout import SAMPLE
-from fastdeit.pipelines.formats.shards import ShardDataset, ShardError, ShardWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
+from fastdeit.pipelines.formats.shard_layout import SAMPLE, ShardError
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
+from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
+from pictures import picture
+from tiny_datasets import stored
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 
@@ -26,15 +28,10 @@ FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "train"
-    rng = np.random.default_rng(0)
     with ShardWriter(path, 7, shard_size=3) as writer:
         for i in range(7):
-            image = Image.fromarray(rng.integers(0, 256, (8 + i, 9, 3), dtype=np.uint8))
-            file = io.BytesIO()
-            image.save(file, "JPEG")
-            mode = RAW if i % 2 else JPEG
-            data = image.tobytes() if mode == RAW else file.getvalue()
-            writer.add(data, height=image.height, width=image.width, label=i, mode=mode)
+            data, (width, height), mode = stored(picture(i, (9, 8 + i)), RAW if i % 2 else JPEG)
+            writer.add(data, height=height, width=width, label=i, mode=mode)
         writer.finish(class_names=[str(i) for i in range(7)])
     return path
 
@@ -42,30 +39,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def own(made, tmp_path):
     return shutil.copytree(made, tmp_path / "train")
-
-
-def mutate(data, rng):
-    """A few bits flipped, bytes overwritten, a piece cut out, doubled or set to extreme values, or the end cut off."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 4)):
-        if not data:
-            break
-        at = int(rng.integers(len(data)))
-        length = int(rng.choice([1, 2, 4, 8, 37, 512]))
-        match rng.integers(6):
-            case 0:
-                data[at] ^= 1 << int(rng.integers(8))
-            case 1:
-                data[at : at + length] = rng.bytes(len(data[at : at + length]))
-            case 2:
-                del data[at : at + length]
-            case 3:
-                data[at:at] = data[at : at + length]
-            case 4:
-                data[at : at + length] = bytes([int(rng.choice([0, 0x7F, 0x80, 0xFF]))]) * len(data[at : at + length])
-            case 5:
-                del data[at:]
-    return bytes(data)
 
 
 def same_json(one, other):
@@ -107,7 +80,7 @@ def test_a_damaged_file_is_found(own, original, name):
     data = (own / name).read_bytes()
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     for _ in range(60 * FUZZ):
-        changed = mutate(data, rng)
+        changed = mutate(data, rng, BLOCK, place=uniform)
         (own / name).write_bytes(changed)
         found = outcome(own, original)
         assert bool(found) == (changed != data and not same_json(changed, data)), changed

@@ -4,7 +4,6 @@ import io
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -12,66 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from fastdeit.pipelines.formats import shards
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardDataset, ShardError, ShardWriter
+from fastdeit.pipelines.formats.shard_layout import ShardError
+from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
-
-NAMES = [f"class {i}" for i in range(1000)]
-
-
-def make_samples(count):
-    """`add` arguments of JPEG files and, every third, of raw pixels, of many sizes."""
-    rng = np.random.default_rng(count)
-    samples = []
-    for i in range(count):
-        height, width = (int(side) for side in rng.integers(9, 110, 2))
-        noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        image, mode = noise.filter(ImageFilter.GaussianBlur(2)), RAW if i % 3 == 2 else JPEG
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=92)
-        data = image.tobytes() if mode == RAW else file.getvalue()
-        samples.append((data, {"height": height, "width": width, "label": int(rng.integers(1000)), "mode": mode}))
-    return samples
-
-
-def write(path, samples, **options):
-    with ShardWriter(path, len(samples), **options) as writer:
-        for data, described in samples:
-            writer.add(data, **described)
-        writer.finish(class_names=NAMES, source={"kind": "test"})
-    return path
-
-
-def files(folder):
-    """Every file below `folder` and its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+from tiny_datasets import CLASS_NAMES, files, write_shards
 
 
 def decoded(data, described):
     if described["mode"] == RAW:
         return np.frombuffer(data, np.uint8).reshape(described["height"], described["width"], 3)
     return np.asarray(Image.open(io.BytesIO(data)))
-
-
-@pytest.fixture(scope="module")
-def samples():
-    return make_samples(11)
-
-
-@pytest.fixture(scope="module")
-def made(samples, tmp_path_factory):
-    """Eleven samples in shards of 3, 3, 3 and 2, for two nodes. Not to be changed."""
-    return write(tmp_path_factory.mktemp("shards") / "train", samples, shard_size=3, nodes=2)
-
-
-@pytest.fixture
-def own(made, tmp_path):
-    """A copy of `made` that may be changed."""
-    return shutil.copytree(made, tmp_path / "train")
 
 
 def open_files(folder):
@@ -84,9 +39,9 @@ def tars(folder):
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
-def test_webdataset_reads_them(made, samples):
+def test_webdataset_reads_them(made_shards, samples):
     webdataset = pytest.importorskip("webdataset")
-    read = list(webdataset.WebDataset(tars(made), shardshuffle=False).decode("pil"))
+    read = list(webdataset.WebDataset(tars(made_shards), shardshuffle=False).decode("pil"))
     assert [sample["__key__"] for sample in read] == [f"{i:09d}" for i in range(11)]
     assert [sample["cls"] for sample in read] == [described["label"] for _, described in samples]
     for sample, (data, described) in zip(read, samples, strict=True):
@@ -95,13 +50,13 @@ def test_webdataset_reads_them(made, samples):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_dali_reads_them(made, samples, indexed):
+def test_dali_reads_them(made_shards, samples, indexed):
     dali = pytest.importorskip("nvidia.dali")
 
     @dali.pipeline_def(batch_size=11, num_threads=1, device_id=None)
     def pipeline():
-        index = {"index_paths": [tar.replace(".tar", ".idx") for tar in tars(made)]} if indexed else {}
-        images, labels = dali.fn.readers.webdataset(paths=tars(made), ext=["jpg;ppm", "cls"], **index)
+        index = {"index_paths": [tar.replace(".tar", ".idx") for tar in tars(made_shards)]} if indexed else {}
+        images, labels = dali.fn.readers.webdataset(paths=tars(made_shards), ext=["jpg;ppm", "cls"], **index)
         return images, dali.fn.decoders.image(images, device="cpu"), labels
 
     pipe = pipeline()
@@ -117,16 +72,16 @@ def test_dali_reads_them(made, samples, indexed):
         assert np.abs(image - decoded(data, described)).max() <= bound
 
 
-def test_the_index_is_that_of_dalis_script(made, tmp_path):
+def test_the_index_is_that_of_dalis_script(made_shards, tmp_path):
     wds2idx = pytest.importorskip("wds2idx", reason="comes with nvidia-dali")
-    for tar in tars(made):
+    for tar in tars(made_shards):
         with wds2idx.IndexCreator(tar, str(tmp_path / "index"), verbose=False) as creator:
             creator.create_index()
         assert (tmp_path / "index").read_bytes() == Path(tar).with_suffix(".idx").read_bytes()
 
 
-def test_tarfile_and_tar_list_them(made, samples):
-    with tarfile.open(made / "shard-000001.tar") as archive:
+def test_tarfile_and_tar_list_them(made_shards, samples):
+    with tarfile.open(made_shards / "shard-000001.tar") as archive:
         members = archive.getmembers()
         assert [m.name for m in members] == [
             "000000003.jpg", "000000003.cls", "000000004.jpg", "000000004.cls", "000000005.ppm", "000000005.cls"
@@ -140,23 +95,25 @@ def test_tarfile_and_tar_list_them(made, samples):
         image = Image.open(archive.extractfile(members[4]))
         assert image.format == "PPM"
         assert image.tobytes() == samples[5][0]
-    listed = subprocess.run(["tar", "-tf", made / "shard-000001.tar"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["tar", "-tf", made_shards / "shard-000001.tar"], capture_output=True, text=True, check=True
+    )
     assert listed.stdout.split() == [m.name for m in members]
     assert listed.stderr == ""
 
 
-def test_the_header_is_the_one_tarfile_writes(made):
-    name = made / "shard-000000.tar"
+def test_the_header_is_the_one_tarfile_writes(made_shards):
+    name = made_shards / "shard-000000.tar"
     with tarfile.open(name) as archive:
         first = archive.getmembers()[0]
     assert name.read_bytes()[:512] == first.tobuf(tarfile.USTAR_FORMAT)
 
 
-def test_samples_come_back(made, samples):
-    with open_dataset(made) as dataset:
+def test_samples_come_back(made_shards, samples):
+    with open_dataset(made_shards) as dataset:
         assert isinstance(dataset, ShardDataset)
         assert len(dataset) == 11
-        assert dataset.class_names == NAMES
+        assert dataset.class_names == CLASS_NAMES
         assert dataset.num_classes == 1000
         assert dataset.sidecar["source"] == {"kind": "test"}
         assert dataset.shard.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
@@ -178,30 +135,30 @@ def test_samples_come_back(made, samples):
         dataset.read(0)
 
 
-def test_both_formats_have_one_content_hash(made, samples, tmp_path):
+def test_both_formats_have_one_content_hash(made_shards, samples, tmp_path):
     with BetonWriter(tmp_path / "train.beton", len(samples), page_size=MIN_PAGE) as writer:
         for data, described in samples:
             writer.add(data, **described)
-        beton = writer.finish(class_names=NAMES)
-    shard = ShardDataset(made).sidecar
+        beton = writer.finish(class_names=CLASS_NAMES)
+    shard = ShardDataset(made_shards).sidecar
     assert shard["content_hash"] == beton["content_hash"]
     assert shard["crc32"] == beton["crc32"]
 
 
-def test_pickled_it_is_opened_by_its_path(made, samples):
-    again = pickle.loads(pickle.dumps(ShardDataset(made)))
+def test_pickled_it_is_opened_by_its_path(made_shards, samples):
+    again = pickle.loads(pickle.dumps(ShardDataset(made_shards)))
     assert [again.read(i).tobytes() for i in range(11)] == [data for data, _ in samples]
 
 
-def test_threads_share_few_open_files(made, samples, monkeypatch):
+def test_threads_share_few_open_files(made_shards, samples, monkeypatch):
     monkeypatch.setattr(shards, "_OPEN_SHARDS", 1)
-    dataset = ShardDataset(made)
+    dataset = ShardDataset(made_shards)
     order = np.random.default_rng(1).integers(0, 11, 4000).tolist()
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda i: dataset.read(i).tobytes() == samples[i][0], order))
-    assert len(open_files(made)) == 1
+    assert len(open_files(made_shards)) == 1
     dataset.close()
-    assert open_files(made) == []
+    assert open_files(made_shards) == []
 
 
 def test_cut_short_under_the_reader(own):
@@ -247,7 +204,7 @@ def test_check_names_what_is_missing_or_too_much(own, samples):
     assert len(found) == 3
     for name, sentence in zip(("shard-000001.idx", "shard-000009.tar", "nodes"), found, strict=True):
         assert re.search(rf"{name}: it ", sentence)
-    write(own, samples[:3])
+    write_shards(own, samples[:3])
     assert dataset.check() == [f"{own}: it was changed or replaced since the data set was opened"]
 
 

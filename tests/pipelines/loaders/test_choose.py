@@ -1,40 +1,31 @@
 """What `auto` chooses, why it says so, and that timing changes nothing; the judge of speed is a loader that sleeps."""
 
 import importlib.util
-import io
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
+import tiny_datasets
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
-from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.loaders.pillow import TorchLoader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
+from pictures import picture
+from tiny_datasets import stored
 
 COUNT = 40
 
 
 def write(path, modes):
     """A beton file with an image of every mode; label i."""
-    rng = np.random.default_rng(0)
-    with BetonWriter(path, len(modes), page_size=MIN_PAGE) as writer:
-        for i, mode in enumerate(modes):
-            image = Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))
-            file = io.BytesIO()
-            image.save(file, "JPEG")
-            data = file.getvalue() if mode == JPEG else image.tobytes()
-            writer.add(data, height=40 + i, width=50, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(len(modes))], source={}, options={}, counts={})
-    return open_dataset(path)
+    return tiny_datasets.write(path, [stored(picture(i, (50, 40 + i)), mode) for i, mode in enumerate(modes)])
 
 
 @pytest.fixture(scope="module")

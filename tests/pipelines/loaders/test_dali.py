@@ -1,16 +1,16 @@
 """The DALI loader against PIL: pixels of every kind of JPEG, what it must not accept, and life after a failure."""
 
-import io
 import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.loaders import dali
 from fastdeit.pipelines.loaders.base import DecodeError
@@ -19,6 +19,8 @@ from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_wh
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from ordered import Ordered
+from pictures import decoded_or_none, jpeg, picture
+from tiny_datasets import write
 
 try:
     find_dali()
@@ -27,35 +29,6 @@ except UserError as error:
 
 SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
 KINDS = ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"optimize": True})
-
-
-def picture(seed, size):
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(1))
-
-
-def jpeg(image, **options):
-    file = io.BytesIO()
-    image.save(file, "JPEG", **{"quality": 90, **options})
-    return file.getvalue()
-
-
-def with_pil(data):
-    """What PIL reads; None where it refuses."""
-    try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception:  # PIL's plugins raise almost anything on damaged data
-        return None
-
-
-def write(path, images):
-    """A beton file of (bytes, (width, height)) images; labels count up."""
-    with BetonWriter(path, len(images), page_size=MIN_PAGE) as writer:
-        for label, (data, (width, height)) in enumerate(images):
-            writer.add(data, height=height, width=width, label=label, mode=JPEG)
-        writer.finish(class_names=[str(i) for i in range(len(images))], source={}, options={}, counts={})
-    return open_dataset(path)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +57,7 @@ def test_every_pixel_is_pillows(opened, tmp_path, sampled_jpeg, sampling):
         batch = next(loader.batches(0))
     assert batch.fallbacks == []
     for slot, (data, _) in enumerate(images):
-        np.testing.assert_array_equal(batch.image(slot), with_pil(data))
+        np.testing.assert_array_equal(batch.image(slot), decoded_or_none(data))
 
 
 @pytest.mark.parametrize("kind", ["rotated", "cmyk", "keep_rgb", "mpo", "trailing"])
@@ -102,10 +75,11 @@ def test_other_plain_files(opened, tmp_path, kind):
     with opened(write(tmp_path / "k.beton", [(data, image.size)])) as loader:
         batch = next(loader.batches(0))
     assert batch.fallbacks == []
-    np.testing.assert_array_equal(batch.image(0), with_pil(data))
+    np.testing.assert_array_equal(batch.image(0), decoded_or_none(data))
 
 
 def mutated(rng, data):
+    """Damage without a second scan spliced in: DALI reads the first scan of such a file, and Pillow refuses it."""
     data = bytearray(data)
     kind, at = rng.integers(4), int(rng.integers(2, len(data)))
     if kind == 0:
@@ -132,7 +106,7 @@ def test_what_pillow_refuses_is_never_accepted(opened, tmp_path):
     with opened(dataset) as loader:
         out = np.empty((size[1], size[0], 3), np.uint8)
         for index, data in enumerate(images):
-            expected = with_pil(data)
+            expected = decoded_or_none(data)
             try:
                 own = loader.decode_image(index, out)
             except DecodeError:
@@ -196,7 +170,7 @@ def test_a_failed_batch_is_halved_until_the_image_is_found(opened, tmp_path, fai
             batch = next(loader.batches(epoch))
             assert batch.fallbacks == [7, 30]
             for slot, data in enumerate(images):
-                np.testing.assert_array_equal(batch.image(slot), with_pil(data))
+                np.testing.assert_array_equal(batch.image(slot), decoded_or_none(data))
             if epoch == 0:
                 assert runs[:3] == [40, 20, 10]
                 assert sum(runs) < 40 + 4 * 40
@@ -216,7 +190,7 @@ def test_headers_that_its_parser_refuses_harm_no_image(opened, tmp_path, monkeyp
         for epoch in range(20):
             batch = next(loader.batches(epoch))
             assert batch.replaced == [(7, 8), (20, 21)]
-            np.testing.assert_array_equal(batch.image(6), with_pil(bytes(images[6])))
+            np.testing.assert_array_equal(batch.image(6), decoded_or_none(bytes(images[6])))
 
 
 def test_damage_among_good_images(opened, tmp_path):
@@ -233,7 +207,7 @@ def test_damage_among_good_images(opened, tmp_path):
         after = next(loader.batches(0, 3))
     for first, batch in ((10, before), (30, after)):
         for slot in range(10):
-            np.testing.assert_array_equal(batch.image(slot), with_pil(images[first + slot][0]))
+            np.testing.assert_array_equal(batch.image(slot), decoded_or_none(images[first + slot][0]))
 
 
 def test_chunks_and_raw_images(opened, tmp_path, monkeypatch):
@@ -248,7 +222,7 @@ def test_chunks_and_raw_images(opened, tmp_path, monkeypatch):
     with opened(open_dataset(tmp_path / "c.beton")) as loader:
         batch = next(loader.batches(0))
     for i, image in enumerate(pictures):
-        expected = np.asarray(image) if i % 4 == 1 else with_pil(jpeg(image))
+        expected = np.asarray(image) if i % 4 == 1 else decoded_or_none(jpeg(image))
         np.testing.assert_array_equal(batch.image(i), expected)
 
 
@@ -323,5 +297,5 @@ def test_on_a_gpu_pixels_are_close_to_pillows(opened, tmp_path):
         assert loader.name == "dali-mixed"
         batch = next(loader.batches(0))
     for slot, (data, _) in enumerate(images):
-        difference = np.abs(batch.image(slot).astype(int) - with_pil(data))
+        difference = np.abs(batch.image(slot).astype(int) - decoded_or_none(data))
         assert difference.mean() < 2

@@ -1,22 +1,21 @@
 """Every loader against PIL and the order asked for, from both formats; one suite for all."""
 
-import io
 import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import tiny_datasets
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonWriter
-from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from ordered import Ordered
+from pictures import decoded, jpeg, picture
 
 # What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
 # other loaders are exact.
@@ -25,39 +24,13 @@ FAST_DCT = {75: (10, 1.2), 85: (10, 1.2), 92: (10, 1.2), 95: (20, 1.8)}
 REFUSED = {"torch": [], "dali": [2], "ffcv": [1, 2, 3], "turbo": [1, 2, 3]}
 
 
-def picture(seed, size):
-    """A smooth image, (width, height) pixels."""
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(2))
-
-
-def jpeg(image, **options):
-    file = io.BytesIO()
-    image.save(file, "JPEG", **{"quality": 92, **options})
-    return file.getvalue()
-
-
 def write(path, samples):
-    """A data set of (bytes, (width, height), mode) samples: a beton file, or else a folder of shards.
-
-    Labels count 0, 3, 6, ...
-    """
-    beton = path.suffix == ".beton"
-    opened = BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples))
-    with opened as writer:
-        for i, (data, (width, height), mode) in enumerate(samples):
-            writer.add(data, height=height, width=width, label=3 * i, mode=mode)
-        writer.finish(class_names=[f"c{i}" for i in range(3 * len(samples))], source={}, options={}, counts={})
-    return open_dataset(path)
-
-
-def with_pil(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    """Labels count 0, 3, 6, ..., so that none is its index."""
+    return tiny_datasets.write(path, samples, range(0, 3 * len(samples), 3))
 
 
 def pil_pixels(dataset, index):
-    return with_pil(dataset.read(index).tobytes())
+    return decoded(dataset.read(index).tobytes())
 
 
 @pytest.fixture(scope="module", params=["beton", "shards"])
@@ -200,7 +173,7 @@ def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality,
         batch = next(iter(loader.batches(0)))
     most, mean = bound(opened.name, quality)
     for slot, stored in enumerate(data):
-        difference = np.abs(batch.image(slot).astype(int) - with_pil(stored))
+        difference = np.abs(batch.image(slot).astype(int) - decoded(stored))
         assert difference.max() <= most
         assert difference.mean() <= mean
 
@@ -248,5 +221,5 @@ def test_what_the_decoder_refuses_is_read_by_pil_and_listed(opened, tmp_path):
         batch = next(iter(loader.batches(0)))
     assert batch.fallbacks == REFUSED[opened.name]
     for slot in (1, 2, 3):
-        np.testing.assert_array_equal(batch.image(slot), with_pil(stored[slot]))
+        np.testing.assert_array_equal(batch.image(slot), decoded(stored[slot]))
     check_pixels(dataset, batch, opened.name)

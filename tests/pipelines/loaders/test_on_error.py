@@ -8,10 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
+import tiny_datasets
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, RAW, BetonDataset, BetonError, BetonWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, BetonError
 from fastdeit.pipelines.loaders import base as threaded
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
@@ -19,24 +20,14 @@ from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from ordered import Ordered
+from pictures import jpeg, picture
+from tiny_datasets import stored
 
 COUNT = 24
 SIZES = [(40 + 3 * i, 60 - i) for i in range(COUNT)]
 BAD = (3, 10, 11, 23)  # alone, two in a row, the last
 USED = {3: 4, 10: 12, 11: 12, 23: 0}
 RAW_AT = 4
-
-
-def picture(seed, size):
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(2))
-
-
-def jpeg(image):
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=92)
-    return file.getvalue()
 
 
 def write(path, bad):
@@ -47,15 +38,13 @@ def write(path, bad):
         lambda data: data[:150],
         lambda data: jpeg(picture(0, (9, 9))),  # of another size than the data set says
     ]
-    with BetonWriter(path, COUNT, page_size=MIN_PAGE) as writer:
-        for i, size in enumerate(SIZES):
-            image = picture(i, size)
-            data, mode = (image.tobytes(), RAW) if i == RAW_AT else (jpeg(image), JPEG)
-            if i in bad:
-                data, mode = damages[i % 4](jpeg(image)), JPEG
-            writer.add(data, height=size[1], width=size[0], label=5 * i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(5 * COUNT)], source={}, options={}, counts={})
-    return BetonDataset(path)
+    samples = []
+    for i, size in enumerate(SIZES):
+        data, _, mode = stored(picture(i, size), RAW if i == RAW_AT else JPEG)
+        if i in bad:
+            data, mode = damages[i % 4](jpeg(picture(i, size))), JPEG
+        samples.append((data, size, mode))
+    return tiny_datasets.write(path, samples, range(0, 5 * COUNT, 5))
 
 
 @pytest.fixture(scope="module")

@@ -10,45 +10,19 @@ import time
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, ImageFilter
+from PIL import EpsImagePlugin
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, BetonError, BetonWriter
-from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.pipelines.formats.shards import ShardError, ShardWriter
+from fastdeit.pipelines.formats.beton_layout import JPEG, BetonError
+from fastdeit.pipelines.formats.shard_layout import ShardError
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
 from ordered import Ordered
-
-
-def picture(seed, size):
-    """A smooth image, (width, height) pixels."""
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(2))
-
-
-def jpeg(image, **options):
-    file = io.BytesIO()
-    image.save(file, "JPEG", **{"quality": 92, **options})
-    return file.getvalue()
-
-
-def write(path, samples):
-    """A data set of (bytes, (width, height), mode) samples: a beton file, or else a folder of shards.
-
-    Labels count 0, 3, 6, ...
-    """
-    beton = path.suffix == ".beton"
-    opened = BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples))
-    with opened as writer:
-        for i, (data, (width, height), mode) in enumerate(samples):
-            writer.add(data, height=height, width=width, label=3 * i, mode=mode)
-        writer.finish(class_names=[f"c{i}" for i in range(3 * len(samples))], source={}, options={}, counts={})
-    return open_dataset(path)
+from pictures import jpeg, picture
+from tiny_datasets import write
 
 
 @pytest.fixture(scope="module")

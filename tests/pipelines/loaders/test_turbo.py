@@ -1,17 +1,14 @@
 """The turbo loader against Pillow: every pixel of a region, what it refuses, and where it writes."""
 
 import contextlib
-import io
 import shutil
 from importlib.machinery import EXTENSION_SUFFIXES
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton import JPEG, MIN_PAGE, BetonDataset, BetonWriter
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.base import DecodeError, bounding_boxes
@@ -24,6 +21,8 @@ from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.plan.plan import evaluation_plan
 from fastdeit.pipelines.plan.policy import Policy
 from ordered import Ordered
+from pictures import decoded, jpeg, picture
+from tiny_datasets import write
 
 try:
     find_turbo()
@@ -33,32 +32,6 @@ except UserError as error:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
 KINDS = ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"optimize": True})
-
-
-def picture(seed, size, blur=1.0):
-    """A smooth image, (width, height) pixels."""
-    rng = np.random.default_rng(seed)
-    noise = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(blur))
-
-
-def jpeg(image, **options):
-    file = io.BytesIO()
-    image.save(file, "JPEG", **{"quality": 90, **options})
-    return file.getvalue()
-
-
-def with_pil(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def write(path, images):
-    """A beton file of (bytes, (width, height)); labels count up."""
-    with BetonWriter(path, len(images), page_size=MIN_PAGE) as writer:
-        for label, (data, (width, height)) in enumerate(images):
-            writer.add(data, height=height, width=width, label=label, mode=JPEG)
-        writer.finish(class_names=[str(i) for i in range(len(images))], source={}, options={}, counts={})
-    return BetonDataset(path)
 
 
 @pytest.fixture
@@ -96,7 +69,7 @@ def test_every_pixel_of_a_region_is_pillows(opened, tmp_path, sampled_jpeg, samp
     dataset = write(tmp_path / "r.beton", images)
     loader = opened(dataset)
     for index, (data, (width, height)) in enumerate(images):
-        expected = with_pil(data)
+        expected = decoded(data)
         cases = [None, *boxes(rng, height, width, 12)]
         for region in cases:
             out = np.full((height, width, 3), 7, np.uint8)
@@ -118,7 +91,7 @@ def test_other_plain_files(opened, tmp_path, kind):
     }[kind]()
     out = np.empty((47, 61, 3), np.uint8)
     assert opened(write(tmp_path / "k.beton", [(data, image.size)])).decode_image(0, out)
-    np.testing.assert_array_equal(out, with_pil(data))
+    np.testing.assert_array_equal(out, decoded(data))
 
 
 def test_what_is_refused_is_read_by_pil_whole_and_listed(opened, tmp_path):
@@ -140,7 +113,7 @@ def test_what_is_refused_is_read_by_pil_whole_and_listed(opened, tmp_path):
     assert batch.fallbacks == [1, 2, 3, 4]
     for slot, data in enumerate(images):
         part = np.s_[25:30, 10:30] if slot == 0 else np.s_[:]
-        np.testing.assert_array_equal(batch.image(slot)[part], with_pil(data)[part])
+        np.testing.assert_array_equal(batch.image(slot)[part], decoded(data)[part])
 
 
 def one_scan_a_component(repeats):
@@ -159,8 +132,8 @@ def test_more_than_64_scans_are_refused_by_name(opened, tmp_path):
     loader = opened(write(tmp_path / "scans.beton", [(few, (32, 24)), (many, (32, 24))]))
     out = np.empty((24, 32, 3), np.uint8)
     assert loader.decode_image(0, out)
-    np.testing.assert_array_equal(out, with_pil(few))
-    np.testing.assert_array_equal(out, with_pil(many))  # nothing else is wrong with it
+    np.testing.assert_array_equal(out, decoded(few))
+    np.testing.assert_array_equal(out, decoded(many))  # nothing else is wrong with it
     with pytest.raises(DecodeError, match=r"scans\.beton: image 1: a JPEG of more than 64 scans"):
         loader.decode_image(1, out)
 
@@ -190,13 +163,13 @@ def test_a_file_cut_off_is_refused_within_its_region_and_not_looked_at_below(ope
         with pytest.raises(DecodeError, match=r"image 0: PIL cannot read it"):
             loader.decode_image(0, out, region)
     assert loader.decode_image(0, out, (0, 0, 64, 64))
-    np.testing.assert_array_equal(out[:64], with_pil(good)[:64])
+    np.testing.assert_array_equal(out[:64], decoded(good)[:64])
 
 
 def test_a_missing_end_is_refused(opened, tmp_path):
     good = jpeg(picture(0, (64, 48)))
     with pytest.raises(OSError, match="truncated"):
-        with_pil(good[:-2])
+        decoded(good[:-2])
     loader = opened(write(tmp_path / "end.beton", [(good[:-2], (64, 48))]))
     with pytest.raises(DecodeError, match="image 0: PIL cannot read it"):
         loader.decode_image(0, np.empty((48, 64, 3), np.uint8))

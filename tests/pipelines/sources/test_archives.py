@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from PIL import Image
 from timm.data.real_labels import RealLabelsImagenet
 
-from archives import pack
+from archives import jpeg, pack, packed
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source
 from fastdeit.pipelines.sources.imagenet import image_number, real_labels
 
@@ -23,22 +22,6 @@ savemat = pytest.importorskip("scipy.io").savemat
 # IDs in another order than the wnids' own.
 WNIDS = {1: "n02119789", 2: "n02100735", 3: "n01440764", 4: "n04254680"}
 VAL = [3, 1, 4, 4, 2, 1, 3]
-
-
-def jpeg(seed):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (seed % 256, seed // 256, 7)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def packed(files):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def devkit(path, truth=VAL, wnids=WNIDS):

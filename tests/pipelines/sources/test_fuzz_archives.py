@@ -15,6 +15,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from archives import packed
+from damage import BLOCK, edit_tar_header, mutate
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source
 
 CASES = 40 * int(os.environ.get("FASTDEIT_FUZZ", "1"))  # of each kind
@@ -23,16 +25,6 @@ SECONDS = 60
 
 def jpeg(i):
     return b"\xff\xd8" + bytes([i]) * (100 + 60 * i) + b"\xff\xd9"
-
-
-def packed(files, format=tarfile.GNU_FORMAT):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=format) as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def imagenet_train():
@@ -91,53 +83,6 @@ KINDS = {
 }
 
 
-def mutate(data, rng, start=0):
-    """Bits flipped, pieces overwritten, cut out, doubled or swapped, lengths set to extremes, all from `start` on."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 4)):
-        at = start + int(rng.integers(len(data) - start)) if start < len(data) else 0
-        length = int(rng.choice([1, 2, 4, 8, 37, 512]))
-        match rng.integers(8):
-            case 0:
-                data[at] ^= 1 << int(rng.integers(8))
-            case 1:
-                data[at : at + length] = rng.bytes(len(data[at : at + length]))
-            case 2:
-                del data[at : at + length]
-            case 3:
-                data[at:at] = data[at : at + length]
-            case 4:
-                other = int(rng.integers(len(data)))
-                one, two = data[at : at + length], data[other : other + length]
-                data[at : at + len(two)], data[other : other + len(one)] = two, one
-            case 5:
-                value = int(rng.choice([0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, len(data)]))
-                size = 2 if value < 1 << 16 else 4
-                data[at : at + size] = value.to_bytes(size, "big" if rng.random() < 0.5 else "little")
-            case 6:
-                block = at // 512 * 512
-                data[block : block + 512] = rng.choice([b"", bytes(512), bytes(data[:512])])
-            case 7:
-                del data[max(1, at) :]
-        if not data:
-            break
-    return bytes(data)
-
-
-def header(data, rng):
-    """A field of a tar's header changed, and the checksum with it."""
-    data = bytearray(data)
-    starts = [i for i in range(0, len(data), 512) if data[i + 257 : i + 262] == b"ustar"]
-    at = int(rng.choice(starts))
-    begin, end = [(0, 100), (100, 108), (124, 136), (156, 157), (157, 257), (345, 500)][rng.integers(6)]
-    values = [b"/", b"../", b"\x80", b"7" * 11, b"\xff", b"1", b"x", b"L", b"S", b"0" * 8 + b"777", b"\0", b"..", b"g"]
-    value = values[rng.integers(len(values))][: end - begin]
-    data[at + begin : at + begin + len(value)] = value
-    data[at + 148 : at + 156] = b" " * 8
-    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
-    return bytes(data)
-
-
 def read_all(path, counts):
     """The samples that opening and reading give; every error names the file, and is counted."""
     split = "train" if path.name.startswith("cifar") else None
@@ -183,7 +128,8 @@ def test_mutated_archives(kind, tmp_path):
     rng = np.random.default_rng(list(KINDS).index(kind))
     for case in range(CASES):
         in_header = ".tar" in name and case % 3 == 0
-        mutated = header(seed, rng) if in_header else mutate(seed, rng, len(seed) * (case % 2) // 2)
+        start = len(seed) * (case % 2) // 2
+        mutated = edit_tar_header(seed, rng) if in_header else mutate(seed, rng, BLOCK, start=start)
         write(mutated)
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         try:

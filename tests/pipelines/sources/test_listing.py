@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torchvision
-from PIL import Image
 
+from archives import jpeg
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.sources import SourceError, open_source
 from fastdeit.pipelines.sources.files import is_left_out
@@ -21,12 +21,6 @@ JUNK = [
 ]
 SPACED = ["System Volume Information", "Network Trash Folder", "Icon\r"]
 KEPT = ["~home.jpg", "a.b.jpg", "DS_Store.jpg", "nfs.jpg", "@.jpg", "#1.jpg", "MACOSX", "eaDir", "recycle"]
-
-
-def jpeg(shade=0):
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), (shade, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
 
 
 def write(root, *names):

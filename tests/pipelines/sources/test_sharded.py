@@ -4,12 +4,12 @@ import gzip
 import io
 import json
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from archives import pack
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source
 from fastdeit.pipelines.sources.parquet import CACHED
@@ -17,15 +17,6 @@ from fastdeit.pipelines.sources.parquet import CACHED
 pyarrow = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 wds = pytest.importorskip("webdataset")
-
-
-def pack(path, files):
-    with tarfile.open(path, "w") as file:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
 
 
 SHARDS = [

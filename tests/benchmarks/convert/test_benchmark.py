@@ -1,4 +1,4 @@
-"""Every side writes all of the photographs, and one that cannot is named."""
+"""Every converter writes all of the photographs, and one that cannot is named."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from benchmarks.convert import main as convert
+from benchmarks.convert import benchmark as convert
 from fastdeit.pipelines.errors import UserError
 
 
@@ -34,19 +34,21 @@ def absent(tree, dest, workers):
 
 
 @pytest.mark.slow
-def test_sides_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, capsys):
+def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, capsys):
     pytest.importorskip("ffcv")
     pytest.importorskip("webdataset")
     pytest.importorskip("wds2idx", reason="a module that DALI installs")
     own = {"broken": broken, "lazy": lazy, "absent": absent}
-    monkeypatch.setattr(convert, "SIDES", {**convert.SIDES, **{n: convert.Side("none", f) for n, f in own.items()}})
+    monkeypatch.setattr(
+        convert, "CONVERTERS", {**convert.CONVERTERS, **{n: convert.Converter("none", f) for n, f in own.items()}}
+    )
     results = tmp_path / "convert.jsonl"
     command = ["--photos", str(photos), "--images", "70", "--workers", "1", "--windows", "2", "--results", str(results)]
     with pytest.raises(SystemExit) as caught:
         convert.main(command)
     assert caught.value.code == 1
     record = json.loads(results.read_text())
-    assert record["sides"].keys() == convert.SIDES.keys() - own.keys()
+    assert record["sides"].keys() == convert.CONVERTERS.keys() - own.keys()
     assert all(len(side["windows"]) == 2 for side in record["sides"].values())
     # The photographs as they are, with headers or tables around them.
     total = record["images"] * record["mean_bytes"] / 1e6
@@ -58,7 +60,7 @@ def test_sides_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, capsys
     }
     assert "No module named 'nothing': pip install" in record["missing"]["absent"]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in convert.SIDES)
+    assert all(name in printed for name in convert.CONVERTERS)
 
 
 def test_mistaken_options(photos, tmp_path):

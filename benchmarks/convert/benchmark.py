@@ -1,7 +1,7 @@
-"""`python -m benchmarks convert`: images per second into both formats, beside those who write them otherwise.
+"""`python -m benchmarks convert`: images per second converted into both formats, by us and by other writers.
 
-FFCV's own DatasetWriter on the one hand; the webdataset package's writer and DALI's wds2idx on the other. Every side
-writes all photographs to a new place and has them on disk; the sides take turns.
+The others are FFCV's DatasetWriter, and the webdataset package's writer with DALI's wds2idx. Every converter writes all
+photographs to a new folder and syncs them to disk; the converters alternate.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from benchmarks.loaders.main import prepare_photos
-from benchmarks.photos import copy_photos
+from benchmarks.convert.report import table
+from benchmarks.photos import copy_photos, prepare_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, Timing, append, environment
 from fastdeit.cli import parse, run
 from fastdeit.pipelines.conversion import convert as converting
@@ -36,19 +36,19 @@ from fastdeit.pipelines.loaders.prefetch import usable_cores
 QUALITY = 92
 SHARD_SIZE = 1000
 _SMART_THRESHOLD = 1 << 18  # bytes of pixels above which FFCV stores a JPEG
-_FIRST = 64  # photographs of the untimed round
+_WARM_UP = 64  # photographs of the untimed round
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Conversion of photographs, the peers' writers beside ours in the same run."""
+    """Time the conversion of photographs by our writers and the peers' in the same run."""
 
     photos: Path = Path("runs/photos")  # JPEG files as an ImageFolder tree; cut from Debian's wallpapers if not there
-    images: int = 4000  # copies of the photographs to so many files
-    workers: int = 0  # processes of each side that can have several; 0: what it takes by default, all cores
-    sides: tuple[str, ...] = ()  # whom to measure; default: all
-    windows: int = 5  # conversions by each side
-    quick: bool = False  # 3 conversions of 500 images: a look, not a figure to quote
+    images: int = 4000  # number of copies of the photographs
+    workers: int = 0  # processes of each converter that can use several; 0: all cores
+    sides: tuple[str, ...] = ()  # converters to measure; default: all
+    windows: int = 5  # conversions by each converter
+    quick: bool = False  # 3 conversions of 500 images: for a quick look, not for publication
     results: Path = RESULTS / "convert.jsonl"
 
 
@@ -71,13 +71,13 @@ def ffcv(tree: Path, dest: Path, workers: int, **options: Any) -> int:
 
 
 def tar_writer(tree: Path, dest: Path, workers: int) -> int:
-    """In one process, which is all that the package has."""
+    """In one process: the package has no parallel writer."""
     from wds2idx import IndexCreator
     from webdataset.writer import ShardWriter
 
     dest.mkdir()
     with (
-        contextlib.redirect_stdout(io.StringIO()),  # a line a shard
+        contextlib.redirect_stdout(io.StringIO()),  # one line per shard
         ShardWriter(str(dest / "shard-%06d.tar"), maxcount=SHARD_SIZE, maxsize=1e12) as writer,
     ):
         for number, (path, label) in enumerate(ImageFolder(str(tree)).samples):
@@ -92,10 +92,10 @@ def tar_writer(tree: Path, dest: Path, workers: int) -> int:
 
 
 @dataclass(frozen=True)
-class Side:
-    """A way to convert: `write` is given the photographs, where to, and how many processes; it says how many it wrote.
+class Converter:
+    """`write` takes the photographs, the destination and the number of processes, and returns the number of images.
 
-    work  what becomes of an image
+    work  what it does with an image
     """
 
     work: str
@@ -103,44 +103,44 @@ class Side:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-SIDES = {
-    "fastdeit-beton": Side("beton, files as they are, decoded to check them", ours),
-    "fastdeit-beton-jpeg": Side("beton, encoded anew", ours, {"mode": "jpeg"}),
-    "ffcv-jpg": Side("beton, encoded anew", ffcv, {"write_mode": "jpg"}),
-    "ffcv-smart": Side("beton, encoded anew", ffcv, {"write_mode": "smart", "smart_threshold": _SMART_THRESHOLD}),
-    "fastdeit-webdataset": Side(
+CONVERTERS = {
+    "fastdeit-beton": Converter("beton, files as they are, decoded to check them", ours),
+    "fastdeit-beton-jpeg": Converter("beton, encoded anew", ours, {"mode": "jpeg"}),
+    "ffcv-jpg": Converter("beton, encoded anew", ffcv, {"write_mode": "jpg"}),
+    "ffcv-smart": Converter("beton, encoded anew", ffcv, {"write_mode": "smart", "smart_threshold": _SMART_THRESHOLD}),
+    "fastdeit-webdataset": Converter(
         "tar and index, files as they are, decoded to check them",
         ours,
         {"format": "webdataset", "shard_size": SHARD_SIZE},
     ),
-    "webdataset+wds2idx": Side("tar and index, files as they are, unread", tar_writer),
+    "webdataset+wds2idx": Converter("tar and index, files as they are, unread", tar_writer),
 }
 
 
 def measure(options: Options, folder: Path) -> dict[str, Any]:
-    """The record of a run; `folder` is for data. A side that fails, or is not installed, is left out and named."""
-    sides = {name: SIDES[name] for name in options.sides or SIDES if name in SIDES}
-    if unknown := set(options.sides) - SIDES.keys():
-        raise UserError(f"--sides {' '.join(sorted(unknown))}: there are only {', '.join(SIDES)}")
-    if options.windows < 1 or options.images < _FIRST:
-        raise UserError(f"--windows {options.windows} --images {options.images}: give at least 1 and {_FIRST}")
+    """The record of a run; `folder` is for data. A converter that fails or is not installed is skipped and named."""
+    converters = {name: CONVERTERS[name] for name in options.sides or CONVERTERS if name in CONVERTERS}
+    if unknown := set(options.sides) - CONVERTERS.keys():
+        raise UserError(f"--sides {' '.join(sorted(unknown))}: there are only {', '.join(CONVERTERS)}")
+    if options.windows < 1 or options.images < _WARM_UP:
+        raise UserError(f"--windows {options.windows} --images {options.images}: give at least 1 and {_WARM_UP}")
     prepare_photos(options.photos)
-    first = copy_photos(options.photos, folder / "first", _FIRST)
+    warm_up = copy_photos(options.photos, folder / "first", _WARM_UP)
     tree = copy_photos(options.photos, folder / "photos", options.images)
     sizes = [path.stat().st_size for path in tree.glob("*/*.jpg")]
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+    rates: dict[str, list[float]] = {name: [] for name in converters}
     size: dict[str, int] = {}
     failed: dict[str, str] = {}
     missing: dict[str, str] = {}
-    with tqdm(total=len(sides) * (1 + options.windows), unit=" conversions", mininterval=1, disable=None) as bar:
+    with tqdm(total=len(converters) * (1 + options.windows), unit=" conversions", mininterval=1, disable=None) as bar:
         for window in range(-1, options.windows):
-            # Every other round runs backwards, so that no side always follows the same one.
+            # Every other round runs backwards, so no converter always follows the same one.
             for name in list(rates)[:: -1 if window % 2 else 1]:
                 bar.set_postfix_str(name)
                 place = folder / name
                 place.mkdir()
                 try:
-                    seconds = _convert(sides[name], tree if window >= 0 else first, place, options.workers)
+                    seconds = _convert(converters[name], tree if window >= 0 else warm_up, place, options.workers)
                 except ImportError as error:
                     missing[name] = f"{error}: pip install 'fastdeit[ffcv,dali,peers]'"
                 except Exception as error:  # a peer's failure is its own
@@ -157,7 +157,7 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     for name, each in rates.items():
         timing = Timing(tuple(each))
         figures[name] = {
-            "work": sides[name].work,
+            "work": converters[name].work,
             "images_per_second": round(timing.median, 1),
             "spread": round(timing.spread, 3),
             "windows": [round(rate, 1) for rate in each],
@@ -176,11 +176,11 @@ def measure(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def _convert(side: Side, tree: Path, place: Path, workers: int) -> float:
-    """Seconds until all is on disk. Raises RuntimeError where images are missing."""
+def _convert(converter: Converter, tree: Path, place: Path, workers: int) -> float:
+    """Seconds until all files are on disk. Raises RuntimeError if images are missing."""
     expected = sum(1 for _ in tree.glob("*/*.jpg"))
     start = time.perf_counter()
-    written = side.write(tree, place / "data", workers, **side.options)
+    written = converter.write(tree, place / "data", workers, **converter.options)
     for path in place.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -192,35 +192,18 @@ def _convert(side: Side, tree: Path, place: Path, workers: int) -> float:
     return seconds
 
 
-def report(record: dict[str, Any]) -> str:
-    """A record for the terminal."""
-    lines = [
-        f"{record['images']} JPEGs of {record['mean_bytes'] / 1000:.0f} kB, {record['workers']} processes, "
-        f"load {record['load_after']:.1f}",
-        f"{'':22}{'im/s':>8}{'spread':>8}{'MB':>8}  work",
-    ]
-    for name, figures in record["sides"].items():
-        lines.append(
-            f"{name:22}{figures['images_per_second']:8.0f}{figures['spread']:8.0%}{figures['megabytes']:8.0f}"
-            f"  {figures['work']}"
-        )
-    for name, reason in {**record["missing"], **record["failed"]}.items():
-        lines.append(f"{name}: not measured: {reason}")
-    return "\n".join(lines)
-
-
-def conversions(options: Options) -> bool:
-    """Measure, print, and append to the results; whether every side that is installed could be timed."""
+def run_benchmark(options: Options) -> bool:
+    """Measure, print, and append to the results; return whether every installed converter could be timed."""
     if options.quick:
         options = dataclasses.replace(options, windows=3, images=500)
     with tempfile.TemporaryDirectory() as folder:
         record = measure(options, Path(folder))
     append(options.results, record)
-    print(report(record))
+    print(table(record).text(), f"load {record['load_after']:.1f}", sep="\n")
     return not record["failed"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 where a side could not be timed."""
-    if not run(lambda: conversions(parse(Options, "python -m benchmarks convert", argv))):
+    """The command; exit status 1 if a converter could not be timed."""
+    if not run(lambda: run_benchmark(parse(Options, "python -m benchmarks convert", argv))):
         sys.exit(1)

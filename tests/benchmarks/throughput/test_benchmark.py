@@ -9,14 +9,14 @@ import pytest
 import timm
 import torch
 
-from benchmarks.throughput import contenders
-from benchmarks.throughput import main as throughput
-from benchmarks.throughput.main import Options, cases, main
+from benchmarks.throughput import benchmark, contenders
+from benchmarks.throughput.benchmark import Options, cases, main
+from benchmarks.throughput.report import ratio
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
-PLAIN = contenders.Form(who="fastdeit")
+PLAIN = contenders.Form(library="fastdeit")
 SMALL = Options(models=("tiny",), sizes=(32,), batch=4, device="cpu", windows=3, window_seconds=0.02)
 
 
@@ -95,8 +95,8 @@ def test_training_steps_move_both_models_alike(distilled, compiled, monkeypatch)
     monkeypatch.setattr("fastdeit.training.step.COMPILER", "aot_eager")
     case = one_case(distilled=distilled, drop_path=0.0, ema=True)
     inputs, state = contenders.Inputs.draw(case, case.batch), ours(case, PLAIN).state_dict()
-    for who in ("fastdeit", "timm"):
-        form = contenders.Form(who=who, compiled=compiled and who == "fastdeit")
+    for library in ("fastdeit", "timm"):
+        form = contenders.Form(library=library, compiled=compiled and library == "fastdeit")
         step = contenders.make_step(case, form, {k: v.clone() for k, v in state.items()}, inputs)
         assert [step() for _ in range(3)] == [case.batch] * 3
     moved = built["timm"].state_dict()
@@ -136,7 +136,7 @@ def test_a_run_records_what_it_prints(tmp_path, capsys):
 
 
 def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "disagreement", lambda case, ours: "logits of cls differ")
+    monkeypatch.setattr(benchmark, "disagreement", lambda case, ours: "logits of cls differ")
     path = tmp_path / "figures.jsonl"
     with pytest.raises(SystemExit) as ended:
         main(f"--models tiny --sizes 32 --mode infer --device cpu --results {path}".split())
@@ -149,26 +149,26 @@ def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
 
 def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
     def make_step(case, form, state, inputs):
-        if form.who == "timm":
+        if form.library == "timm":
             raise torch.OutOfMemoryError("no")
         return lambda: case.batch
 
-    monkeypatch.setattr(throughput, "make_step", make_step)
+    monkeypatch.setattr(benchmark, "make_step", make_step)
     (case,) = cases(dataclasses.replace(SMALL, mode=("infer",)))
-    record = throughput.measure(case, SMALL)
+    record = benchmark.measure(case, SMALL)
     assert record["failed"] == {"timm eager": "out of memory at batch 4"}
     assert set(record["sides"]) == {"fastdeit eager"}
-    assert throughput.ratio(record) is None
+    assert ratio(record) is None
 
 
 def test_what_a_side_raises_leaves_it_out(monkeypatch):
     def make_step(case, form, state, inputs):
-        if form.who == "fastdeit":
+        if form.library == "fastdeit":
             raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
         return lambda: case.batch
 
-    monkeypatch.setattr(throughput, "make_step", make_step)
-    record = throughput.measure(one_case("infer"), SMALL)
+    monkeypatch.setattr(benchmark, "make_step", make_step)
+    record = benchmark.measure(one_case("infer"), SMALL)
     assert record["failed"] == {"fastdeit eager": "operation not permitted when stream is capturing"}
     assert set(record["sides"]) == {"timm eager"}
 
@@ -188,7 +188,7 @@ def test_the_host_is_one_step_ahead_of_the_device():
             told.append(("waited", self.number))
 
     number = itertools.count(1)
-    step = throughput.one_ahead(lambda: told.append(("step", next(number))) or 8, Event)
+    step = benchmark.one_ahead(lambda: told.append(("step", next(number))) or 8, Event)
     assert [step() for _ in range(3)] == [8, 8, 8]
     assert told == [
         ("step", 1), ("recorded", 1),
@@ -198,9 +198,9 @@ def test_the_host_is_one_step_ahead_of_the_device():
 
 
 def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: case.batch)
+    monkeypatch.setattr(benchmark, "make_step", lambda case, form, state, inputs: lambda: case.batch)
     path = tmp_path / "figures.jsonl"
-    throughput.throughput(dataclasses.replace(SMALL, budget=1e-3, results=path))
+    benchmark.run_benchmark(dataclasses.replace(SMALL, budget=1e-3, results=path))
     assert len(path.read_text().splitlines()) == 1
     assert "left out, since the budget of 0 s is used up: deit_tiny infer" in capsys.readouterr().out
 
@@ -237,11 +237,11 @@ def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
         "mode": "train", "img_size": 224, "model": "deit_base", "environment": {"gpu": {"name": "NVIDIA H200"}},
         "sides": {name: {"images_per_second": rate} for name, rate in sides.items()},
     }  # fmt: skip
-    assert [verdict["reached"] for verdict in throughput.verdicts(record)] == [True, True]
+    assert [target["reached"] for target in benchmark.targets(record)] == [True, True]
     record["sides"]["timm compiled"]["images_per_second"] = 4000.0
-    assert [verdict["reached"] for verdict in throughput.verdicts(record)] == [True, False]
-    assert not throughput.verdicts({**record, "environment": {"gpu": {"name": "Tesla T4"}}})
-    (rate, _) = throughput.verdicts({**record, "environment": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}})
+    assert [target["reached"] for target in benchmark.targets(record)] == [True, False]
+    assert not benchmark.targets({**record, "environment": {"gpu": {"name": "Tesla T4"}}})
+    (rate, _) = benchmark.targets({**record, "environment": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}})
     assert rate["text"] == "deit_base: 4,500 im/s of more than 3,300"
 
 
@@ -255,9 +255,9 @@ def test_quick_times_one_form_of_each_side(tmp_path):
 
 def test_windows_alternate(monkeypatch):
     order = []
-    monkeypatch.setattr(throughput, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)
-    monkeypatch.setattr(throughput, "make_step", lambda case, form, state, inputs: lambda: form.who)
-    throughput.measure(one_case("infer"), dataclasses.replace(SMALL, windows=4))
+    monkeypatch.setattr(benchmark, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)
+    monkeypatch.setattr(benchmark, "make_step", lambda case, form, state, inputs: lambda: form.library)
+    benchmark.measure(one_case("infer"), dataclasses.replace(SMALL, windows=4))
     assert order[2:] == ["timm", "fastdeit", "fastdeit", "timm"] * 2
 
 
@@ -276,7 +276,7 @@ def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
     options = Options(
         models=("tiny",), sizes=(64,), batch=8, device="cuda", windows=2, window_seconds=0.1, results=path
     )
-    assert throughput.throughput(options)
+    assert benchmark.run_benchmark(options)
     for record in map(json.loads, path.read_text().splitlines()):
         assert not record["failed"]
         assert len(record["sides"]) >= (7 if record["mode"] == "train" else 5)

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from timm.data import auto_augment
 
-from benchmarks.loaders import main as loaders
-from benchmarks.loaders.contender_process import Side, SideError
-from benchmarks.loaders.contenders import SIDES
-from benchmarks.loaders.main import Case, Options, cases, chosen_sides, measure, prepare_photos
+from benchmarks.loaders.benchmark import LoaderCase, Options, cases, chosen_contenders, measure, run_benchmark
+from benchmarks.loaders.contender_process import ContenderError, ContenderProcess
+from benchmarks.loaders.contenders import CONTENDERS
 from benchmarks.loaders.peers.stream import Missing, Setting
 from benchmarks.loaders.peers.timm_loader import posterize
-from benchmarks.loaders.tables import report
+from benchmarks.loaders.report import table
+from benchmarks.photos import prepare_photos
 from fastdeit.pipelines.errors import UserError
 
 
@@ -52,7 +52,7 @@ def test_every_side_is_measured_and_ended(photos, tmp_path):
     before = set(psutil.Process().children(recursive=True))
     results = tmp_path / "loaders.jsonl"
     asked = options(photos, ("fastdeit-torch-x3", "timm"), windows=2, results=results)
-    assert loaders.loaders(asked)
+    assert run_benchmark(asked)
     assert set(psutil.Process().children(recursive=True)) <= before
     record = json.loads(results.read_text())
     assert (record["failed"], record["missing"]) == ({}, {})
@@ -65,8 +65,8 @@ def test_every_side_is_measured_and_ended(photos, tmp_path):
         assert figures["peak_memory_mib"] >= 0
         assert figures["work"] == "complete recipe"
     assert "posterize" in record["sides"]["timm"]["remarks"][0]
-    table = report(record)
-    assert "1.00" in next(line for line in table.splitlines() if line.startswith("timm "))
+    text = table(record).text()
+    assert "1.00" in next(line for line in text.splitlines() if line.startswith("timm "))
 
 
 @pytest.mark.slow
@@ -84,43 +84,43 @@ def test_a_side_that_fails_is_named_with_its_reason(photos, tmp_path):
     record = one_record(options(photos, ("fastdeit-torch-x3",), batch=7), tmp_path)
     assert record["sides"] == {}
     assert "run.global_batch is 7, but Mixup and CutMix mix pairs" in record["failed"]["fastdeit-torch-x3"]
-    assert "mix pairs of samples" in report(record)
+    assert "mix pairs of samples" in table(record).text()
 
 
 def test_a_side_that_is_not_installed_is_named_as_missing(photos, tmp_path, monkeypatch):
     def start(setting, folder):
         raise Missing("not installed: pip install it")
 
-    monkeypatch.setattr(Side, "start", start)
+    monkeypatch.setattr(ContenderProcess, "start", start)
     record = one_record(options(photos, ("spdl",)), tmp_path)
     assert record["missing"] == {"spdl": "not installed: pip install it"}
-    assert "spdl: missing: not installed: pip install it" in report(record)
+    assert "spdl    missing: not installed: pip install it" in table(record).text()
 
 
 @pytest.mark.slow
 def test_a_side_without_its_data_says_so(photos, tmp_path):
     before = set(psutil.Process().children(recursive=True))
     setting = Setting("fastdeit-torch-x1", str(photos), str(tmp_path / "missing.beton"), str(tmp_path), 8, 1, 1)
-    with pytest.raises(SideError, match=r"it ended: FileNotFoundError.*missing\.beton"):
-        Side.start(setting, tmp_path)
+    with pytest.raises(ContenderError, match=r"it ended: FileNotFoundError.*missing\.beton"):
+        ContenderProcess.start(setting, tmp_path)
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_what_cannot_be_measured_is_refused(photos):
     with pytest.raises(UserError, match="--sides dali: there are only fastdeit-turbo-x3, "):
-        chosen_sides(options(photos, ("timm", "dali")))
-    with pytest.raises(UserError, match="--repeats 2: no side"):
-        chosen_sides(options(photos, ("fastdeit-ffcv-x3",), repeats=(2,)))
+        chosen_contenders(options(photos, ("timm", "dali")))
+    with pytest.raises(UserError, match="--repeats 2: no contender"):
+        chosen_contenders(options(photos, ("fastdeit-ffcv-x3",), repeats=(2,)))
     with pytest.raises(UserError, match="--threads 1000: this process may use"):
         cases(options(photos, ("timm",), threads=(1, 1000)))
 
 
 def test_cases_are_every_combination():
     assert cases(Options(threads=(1,), photo_side=(256, 500), cache=("warm", "cold"))) == [
-        Case(256, "warm", 1),
-        Case(256, "cold", 1),
-        Case(500, "warm", 1),
-        Case(500, "cold", 1),
+        LoaderCase(256, "warm", 1),
+        LoaderCase(256, "cold", 1),
+        LoaderCase(500, "warm", 1),
+        LoaderCase(500, "cold", 1),
     ]
     full = cases(Options(full=True))
     assert {case.photo_side for case in full} == {256, 400, 500}
@@ -128,10 +128,10 @@ def test_cases_are_every_combination():
 
 
 def test_repeats_choose_among_ours_only():
-    names = chosen_sides(Options(repeats=(1,)))
+    names = chosen_contenders(Options(repeats=(1,)))
     assert "fastdeit-ffcv-x1" in names
     assert "fastdeit-ffcv-x3" not in names
-    assert {name for name in SIDES if not name.startswith("fastdeit")} <= set(names)
+    assert {name for name in CONTENDERS if not name.startswith("fastdeit")} <= set(names)
 
 
 def test_a_folder_without_jpegs_is_refused(tmp_path):

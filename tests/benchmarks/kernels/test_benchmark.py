@@ -11,13 +11,12 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.kernels import augment
-from benchmarks.kernels import main as kernels
-from benchmarks.kernels.main import Case, Clock, Options, cases, main
+from benchmarks.kernels import augment, benchmark
+from benchmarks.kernels.benchmark import Clock, KernelCase, Options, cases, main
 from benchmarks.kernels.operations import OPS, Shape, disagreement, outputs
 
 SMALL = Shape("tiny", 7, 32, 2)
-PASSES = ("resize", "operations", "finish", "augment", "stage", "stage from the host")
+PASSES = ("resize", "operations", "normalize_erase_mix", "augment", "stage", "stage from the host")
 
 
 @pytest.fixture
@@ -38,34 +37,34 @@ def clock():
 @pytest.mark.parametrize("op", list(OPS))
 def test_ours_passes_and_a_wrong_one_is_refused(device, op):
     torch.manual_seed(0)
-    work = OPS[op](SMALL, 3, torch.float32, device)
-    assert disagreement(work, work.sides["fastdeit"], 2) is None
-    assert work.bytes[0] < work.bytes[1]
+    operation = OPS[op](SMALL, 3, torch.float32, device)
+    assert disagreement(operation, operation.contenders["fastdeit"], 2) is None
+    assert operation.bytes[0] < operation.bytes[1]
 
     def off(*arguments):
-        return tuple(out * 1.01 for out in outputs(work.eager, arguments))
+        return tuple(out * 1.01 for out in outputs(operation.eager, arguments))
 
     def no_gradient(*arguments):
-        return work.eager(arguments[0] * 0.5 + arguments[0].detach() * 0.5, *arguments[1:])
+        return operation.eager(arguments[0] * 0.5 + arguments[0].detach() * 0.5, *arguments[1:])
 
-    assert disagreement(work, off, 2).startswith("output 0: error")
-    assert disagreement(work, no_gradient, 2).startswith("gradient of argument 0")
+    assert disagreement(operation, off, 2).startswith("output 0: error")
+    assert disagreement(operation, no_gradient, 2).startswith("gradient of argument 0")
 
 
 @pytest.mark.parametrize("op", sorted(set(OPS) - {"distillation_loss"}))  # whose targets are no arguments
 def test_the_byte_floor_is_what_goes_in_and_out(op):
-    work = OPS[op](Shape("tiny", 198, 192, 3), 8, torch.bfloat16, torch.device("cpu"))
-    given = [each.detach().requires_grad_() for each in work.arguments]
-    found = outputs(work.eager, given)
+    operation = OPS[op](Shape("tiny", 198, 192, 3), 8, torch.bfloat16, torch.device("cpu"))
+    given = [each.detach().requires_grad_() for each in operation.arguments]
+    found = outputs(operation.eager, given)
     size = [sum(each.nbytes for each in some) for some in (given, found)]
-    assert work.bytes[0] == pytest.approx(sum(size), rel=0.1)
+    assert operation.bytes[0] == pytest.approx(sum(size), rel=0.1)
     # Backward at the very least: the outputs' gradients read, the arguments' written.
-    assert work.bytes[1] - work.bytes[0] >= 0.9 * sum(size)
+    assert operation.bytes[1] - operation.bytes[0] >= 0.9 * sum(size)
 
 
 def test_a_nan_is_refused(device):
-    work = OPS["layer_norm"](SMALL, 3, torch.float32, device)
-    assert disagreement(work, lambda *a: work.eager(*a) * float("nan"), 2) is not None
+    operation = OPS["layer_norm"](SMALL, 3, torch.float32, device)
+    assert disagreement(operation, lambda *a: operation.eager(*a) * float("nan"), 2) is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: its figures are another test")
@@ -78,7 +77,7 @@ def test_without_a_gpu_one_sentence_says_so(capsys, tmp_path):
 
 
 def test_every_op_has_a_name_on_the_command_line():
-    assert set(kernels.Options().ops) == {*OPS, "augment"}
+    assert set(Options().ops) == {*OPS, "augment"}
 
 
 def test_a_run_that_is_cut_has_had_every_op_at_the_largest_model():
@@ -90,12 +89,12 @@ def test_a_run_that_is_cut_has_had_every_op_at_the_largest_model():
 
 
 def small_run(monkeypatch, tmp_path, device, clock, **options):
-    monkeypatch.setattr(kernels, "SHAPES", (Shape("tiny", 7, 32, 2), Shape("base", 7, 32, 2)))
+    monkeypatch.setattr(benchmark, "SHAPES", (Shape("tiny", 7, 32, 2), Shape("base", 7, 32, 2)))
     monkeypatch.setattr(augment, "SIZE", 16)
     monkeypatch.setattr(augment, "HEIGHT", 24)
     monkeypatch.setattr(augment, "WIDTH", 30)
     chosen = Options(tokens=(7,), batch=4, compile=False, results=tmp_path / "new" / "kernels.jsonl", **options)
-    complete = kernels.kernels(chosen, device, clock)
+    complete = benchmark.run_benchmark(chosen, device, clock)
     return complete, [json.loads(line) for line in chosen.results.read_text().splitlines()]
 
 
@@ -129,8 +128,8 @@ def test_a_wrong_kernel_is_no_figure_and_ends_with_status_1(monkeypatch, tmp_pat
     right = OPS["bias_gelu"]
 
     def wrong(*arguments):
-        work = right(*arguments)
-        return dataclasses.replace(work, sides={"fastdeit": lambda x, b: work.eager(x, b) * 1.1})
+        operation = right(*arguments)
+        return dataclasses.replace(operation, contenders={"fastdeit": lambda x, b: operation.eager(x, b) * 1.1})
 
     monkeypatch.setitem(OPS, "bias_gelu", wrong)
     complete, (record, *_) = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu",))
@@ -150,12 +149,12 @@ def test_a_side_that_raises_anything_ends_alone(monkeypatch, tmp_path, device, c
 
         return side
 
-    def work(*arguments):
+    def operation(*arguments):
         made = right(*arguments)
         raised = {"triton": OutOfResources(300_000, 232_448, "shared memory"), "apex": ModuleNotFoundError("no kernel")}
-        return dataclasses.replace(made, sides={k: broken(error) for k, error in raised.items()} | made.sides)
+        return dataclasses.replace(made, contenders={k: broken(error) for k, error in raised.items()} | made.contenders)
 
-    monkeypatch.setitem(OPS, "layer_norm", work)
+    monkeypatch.setitem(OPS, "layer_norm", operation)
     complete, records = small_run(monkeypatch, tmp_path, device, clock, ops=("layer_norm",))
     assert complete
     assert [set(record["sides"]) for record in records] == [{"fastdeit", "eager"}] * 2
@@ -175,16 +174,16 @@ def test_another_project_of_a_peers_name_is_told(monkeypatch, tmp_path, device):
     assert "SyntaxError" in absent["apex (NVIDIA's, from its source)"]
 
 
-def test_a_guess_has_the_compilers_in_it():
-    attention = Case("attention", SMALL)
-    assert attention.guess(Options()) > attention.guess(Options(compile=False)) > 0
+def test_an_estimate_has_the_compilers_in_it():
+    attention = KernelCase("attention", SMALL)
+    assert attention.estimate(Options()) > attention.estimate(Options(compile=False)) > 0
 
 
 @pytest.mark.gpu
 def test_the_records_of_a_run_on_a_gpu(tmp_path):
     results = tmp_path / "kernels.jsonl"
     chosen = Options(ops=("layer_norm", "augment"), models=("tiny",), tokens=(198,), batch=8, results=results)
-    assert kernels.kernels(chosen)
+    assert benchmark.run_benchmark(chosen)
     record, *passes = map(json.loads, results.read_text().splitlines())
     assert {"fastdeit", "eager", "compiled"} <= set(record["sides"])
     assert [r["pass"] for r in passes] == list(PASSES)

@@ -1,0 +1,232 @@
+"""`python -m benchmarks throughput`: images per second of inference and of a training step, ours and timm's."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
+from benchmarks.render import target_lines
+from benchmarks.throughput.contenders import Form, Inputs, ModelCase, Step, disagreement, forms, make_step, our_model
+from benchmarks.throughput.report import ratio, record_table
+from fastdeit.cli import parse, run
+from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import allow_tf32, resolve
+from fastdeit.recipes import RECIPES
+from fastdeit.training.graphs import WARM_UP
+
+# Targets at 224 pixels: images per second of a training step by GPU, and the ratio to timm's fastest.
+TARGETS = {
+    "H200": {"deit_base": 4_000, "deit_small": 12_000, "deit_tiny": 30_000},
+    "H100": {"deit_base": 3_300, "deit_small": 9_500, "deit_tiny": 23_000},
+}
+TIMES_TIMM = {"deit_base": 1.15, "deit_small": 1.3, "deit_tiny": 1.3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Time DeiT models on random data, ours and timm's in the same run."""
+
+    models: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small", "base")
+    sizes: tuple[int, ...] = (224,)  # side of the square input, pixels
+    distilled: bool = False  # with the distillation token; training steps then use hard teacher labels
+    mode: tuple[Literal["train", "infer"], ...] = ("train", "infer")
+    batch: int = 0  # 0: 256 on a GPU, 8 on a CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    windows: int = 5  # timed windows of each form
+    window_seconds: float = 2.0
+    compile: bool | None = None  # also both models under torch.compile; None: on a GPU
+    peer: Literal["timm", "none"] = "timm"
+    ema: bool = False  # average the weights in the training step
+    quick: bool = False  # only the fastest forms, in windows of at most half a second
+    budget: float = 0.0  # seconds; cases that would end later, judged by the last one, are skipped and named
+    results: Path = RESULTS / "throughput.jsonl"
+
+
+@dataclass
+class Contender:
+    """A step, and its measurements."""
+
+    step: Step
+    rates: list[float] = field(default_factory=list)  # images per second, one per window
+    peak_memory_mib: float | None = None  # on a GPU, without the memory of the other contenders
+
+
+def cases(options: Options) -> Iterator[ModelCase]:
+    """Yield every combination in `options`. Raises UserError for one that cannot run."""
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise UserError("--device cuda: PyTorch sees no GPU; fastdeit-doctor tells why")
+    device = torch.device(options.device if options.device != "auto" else "cuda" if cuda else "cpu")
+    batch = options.batch or (256 if device.type == "cuda" else 8)
+    for model in options.models:
+        for size in options.sizes:
+            recipe = RECIPES[f"deit_{model}{'_distilled' if options.distilled else ''}"]()
+            recipe = dataclasses.replace(
+                recipe,
+                model=dataclasses.replace(recipe.model, img_size=size),
+                run=dataclasses.replace(recipe.run, precision=options.precision),
+            ).resolved()
+            precision = resolve(recipe, device)
+            allow_tf32(precision)  # as in training
+            if precision.name == "fp16":
+                raise UserError("this GPU has no bf16: give --precision fp32")
+            for mode in options.mode:
+                yield ModelCase(
+                    recipe=recipe, mode=mode, batch=batch, ema=options.ema and mode == "train", precision=precision
+                )
+
+
+def measure(case: ModelCase, options: Options) -> dict[str, Any]:
+    """The record of a case: rates of every form, in windows that alternate between the forms.
+
+    If our model and timm's disagree nothing is timed and the record says why (`refused`). A form whose kernels
+    disagree, or that runs out of memory or is not available, is skipped and named (`failed`).
+    """
+    record: dict[str, Any] = {"benchmark": "throughput", **case.describe(), "environment": environment()}
+    record["threads"] = torch.get_num_threads()
+    torch._dynamo.reset()  # a case must not inherit the recompilations of its predecessor
+    ours = our_model(case, Form(library="fastdeit"))
+    if options.peer == "timm" and (reason := disagreement(case, ours)):
+        return {**record, "refused": f"fastdeit and timm disagree: {reason}"}
+    state, inputs = ours.state_dict(), Inputs.draw(case, case.batch)
+    cuda = case.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else None
+    compile_too = cuda if options.compile is None else options.compile
+    seconds = min(0.5, options.window_seconds) if options.quick else options.window_seconds
+    contenders: dict[str, Contender] = {}
+    failed: dict[str, str] = {}
+    compared = forms(case, peer=options.peer == "timm", compiled=compile_too, quick=options.quick)
+    kernels = any(form.kernels for form in compared)
+    reason = disagreement(case, our_model(case, Form(library="fastdeit", kernels=True))) if kernels else None
+    for form in compared:
+        if form.kernels and reason is not None:
+            failed[form.name] = f"its kernels disagree with timm: {reason}"
+            continue
+        base = _reserved() if cuda else 0
+        try:
+            step = make_step(case, form, state, inputs)
+            contender = Contender(one_ahead(step, torch.cuda.Event) if cuda else step)
+            _warm_up(contender, seconds, base, wait)
+            contenders[form.name] = contender
+        except torch.OutOfMemoryError:
+            failed[form.name] = f"out of memory at batch {case.batch}"
+        except UserError as error:
+            failed[form.name] = str(error)
+        except Exception as error:  # from a compiler, or a graph that cannot be recorded: go on with the others
+            failed[form.name] = first_line(error)
+    for window in range(options.windows):
+        # Every other round runs backwards, so no form always follows the same one.
+        for contender in list(contenders.values())[:: -1 if window % 2 else 1]:
+            contender.rates.append(timed_window(contender.step, seconds, wait))
+    record |= {"failed": failed, "sides": {name: _figures(contender) for name, contender in contenders.items()}}
+    return {**record, "targets": targets(record)}
+
+
+class Event(Protocol):
+    """A point in a device's work: `torch.cuda.Event`."""
+
+    def record(self) -> object: ...
+
+    def synchronize(self) -> object: ...
+
+
+def one_ahead(step: Step, event: Callable[[], Event]) -> Step:
+    """`step`, made to wait for the end of the previous step, as the training loop does when it reads the loss.
+
+    Otherwise the host queues a hundred replays of a graph within a window's time, and the window ends late.
+    """
+    previous: Event | None = None
+
+    def bounded() -> int:
+        nonlocal previous
+        units = step()
+        end = event()
+        end.record()
+        if previous is not None:
+            previous.synchronize()
+        previous = end
+        return units
+
+    return bounded
+
+
+def _warm_up(contender: Contender, seconds: float, base: int, wait: Callable[[], object] | None) -> None:
+    for _ in range(WARM_UP + 1):  # compilation, optimizer state and graph, which later steps do not repeat
+        contender.step()
+    if wait is not None:
+        wait()
+        _reserved()
+        torch.cuda.reset_peak_memory_stats()
+    timed_window(contender.step, seconds, wait)
+    if wait is not None:
+        # Reserved, not allocated: PyTorch does not count a replayed graph's memory as allocated.
+        contender.peak_memory_mib = round((torch.cuda.max_memory_reserved() - base) / 2**20, 1)
+
+
+def _reserved() -> int:
+    """GPU memory that PyTorch holds, without its cache, in bytes."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+def _figures(contender: Contender) -> dict[str, Any]:
+    timing = Timing(tuple(contender.rates))
+    return {
+        "images_per_second": timing.median,
+        "spread": timing.spread,
+        "windows": contender.rates,
+        "peak_memory_mib": contender.peak_memory_mib,
+    }
+
+
+def targets(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target of a record: `text` with the measured value, and whether it was `reached`."""
+    gpu, times_timm, model = record["environment"]["gpu"], ratio(record), record["model"]
+    if record["mode"] != "train" or record["img_size"] != 224 or gpu is None or model not in TIMES_TIMM:
+        return []
+    rates = [f["images_per_second"] for name, f in record["sides"].items() if name.startswith("fastdeit")]
+    minimum = next((by_model[model] for card, by_model in TARGETS.items() if card in gpu["name"]), None)
+    if minimum is None or not rates:
+        return []
+    rate, least = max(rates), TIMES_TIMM[model]
+    results = [{"text": f"{model}: {rate:,.0f} im/s of more than {minimum:,}", "reached": rate > minimum}]
+    if times_timm is not None:
+        text = f"{model}: {times_timm:.2f}x timm of at least {least}x"
+        results.append({"text": text, "reached": times_timm >= least})
+    return results
+
+
+def run_benchmark(options: Options) -> bool:
+    """Measure every case, print it and append it to the results; return whether all of them could be timed."""
+    complete, begin, last = True, time.perf_counter(), 0.0
+    todo = list(cases(options))
+    for i, case in enumerate(todo):
+        start = time.perf_counter()
+        if options.budget and i and start - begin + last > options.budget:
+            rest = ", ".join(f"{case.recipe.name} {case.mode}" for case in todo[i:])
+            print(f"left out, since the budget of {options.budget:.0f} s is used up: {rest}", flush=True)
+            break
+        record = measure(case, options)
+        last = time.perf_counter() - start
+        append(options.results, record)
+        print(record_table(record).text(), *target_lines(record.get("targets", [])), sep="\n", flush=True)
+        complete &= "refused" not in record and not record["failed"]
+    return complete
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; exit status 1 if a case or a form could not be timed."""
+
+    if not run(lambda: run_benchmark(parse(Options, "python -m benchmarks throughput", argv))):
+        sys.exit(1)

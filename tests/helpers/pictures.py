@@ -1,0 +1,42 @@
+"""Small smooth images, and the files that PIL makes of them."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+
+def picture(seed=0, size=(48, 40), mode="RGB", blur=2):
+    """Blurred noise of (width, height) pixels."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise).filter(ImageFilter.GaussianBlur(blur)).convert(mode)
+
+
+def encoded(image, kind, **options):
+    """The bytes of the file that PIL writes."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def jpeg(image, **options):
+    return encoded(image, "JPEG", **{"quality": 92, **options})
+
+
+def decoded(data):
+    """PIL's RGB pixels of a file, (height, width, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def decoded_or_none(data):
+    """PIL's RGB pixels of a file, or None where PIL refuses it."""
+    try:
+        return decoded(data)
+    except Exception:  # PIL's plugins raise almost anything on damaged data
+        return None
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags

@@ -1,0 +1,84 @@
+"""Small data sets in both formats, and a source in memory."""
+
+import numpy as np
+
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
+from fastdeit.pipelines.formats.beton_writer import BetonWriter
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.shard_writer import ShardWriter
+from pictures import jpeg, picture
+
+FORMATS = ["beton", "webdataset"]
+CLASS_NAMES = [f"class {i}" for i in range(1000)]
+
+
+def stored(image, mode=JPEG):
+    """A sample for `write`: the image as a JPEG file, or its raw pixels."""
+    return (jpeg(image) if mode == JPEG else image.tobytes()), image.size, mode
+
+
+def write(path, samples, labels=None):
+    """A data set of (bytes, (width, height)[, mode]) samples: a beton file by its suffix, else a folder of shards.
+
+    The mode is JPEG and labels count up unless given. Returns the open data set.
+    """
+    labels = range(len(samples)) if labels is None else labels
+    beton = path.suffix == ".beton"
+    with BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples)) as writer:
+        for sample, label in zip(samples, labels, strict=True):
+            data, (width, height), mode = (*sample, JPEG)[:3]
+            writer.add(data, height=height, width=width, label=label, mode=mode)
+        names = [f"class {i}" for i in range(max(labels) + 1)]
+        writer.finish(class_names=names, source={}, options={}, counts={})
+    return open_dataset(path)
+
+
+def make_samples(count):
+    """Arguments for a writer's `add`: JPEG files and, every third, raw pixels, of many sizes."""
+    rng = np.random.default_rng(count)
+    samples = []
+    for i in range(count):
+        height, width = (int(side) for side in rng.integers(9, 110, 2))
+        data, _, mode = stored(picture(i, (width, height)), RAW if i % 3 == 2 else JPEG)
+        samples.append((data, {"height": height, "width": width, "label": int(rng.integers(1000)), "mode": mode}))
+    return samples
+
+
+def write_shards(path, samples, *, capacity=None, **options):
+    """A folder of shards of `make_samples`; returns its path."""
+    with ShardWriter(path, capacity or len(samples), **options) as writer:
+        for data, described in samples:
+            writer.add(data, **described)
+        writer.finish(class_names=CLASS_NAMES, source={"kind": "test"})
+    return path
+
+
+def files(folder):
+    """The bytes of every file below `folder`, by its relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Items:
+    """A source of the items it is given, labels 0, 1, 2, 0, ...; it raises an item that is an exception."""
+
+    in_memory = True
+
+    def __init__(self, items, class_names=("a", "b", "c"), **described):
+        self.items, self.class_names, self.described = items, class_names, described
+
+    def __len__(self):
+        return len(self.items)
+
+    def inputs(self):
+        return []
+
+    def describe(self):
+        return {"kind": "items", **self.described}
+
+    def name(self, index):
+        return f"item {index}"
+
+    def read(self, index):
+        if isinstance(self.items[index], BaseException):
+            raise self.items[index]
+        return self.items[index], index % 3, self.name(index)
