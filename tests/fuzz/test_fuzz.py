@@ -33,7 +33,7 @@ def test_a_small_campaign(tmp_path):
     images, containers = len(KINDS) * (3 + 3 * FUZZ), (len(SOURCES) + len(OUTPUTS)) * 2 * FUZZ
     results = tmp_path / "fuzz.jsonl"
     sizes = ("--images", str(images), "--containers", str(containers))
-    out = run("-m", "benchmarks", "fuzz", *sizes, "--results", str(results))
+    out = run("-m", "tests.fuzz", *sizes, "--results", str(results))
     assert out.returncode == 0, out.stdout + out.stderr
     record = json.loads(results.read_text())
     assert record["passed"]
