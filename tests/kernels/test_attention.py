@@ -45,12 +45,14 @@ def compare(at_most_twice, qkv):
         assert ours.is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 64, 65, 197, 198])
 def test_equals_pytorch_at_lengths(device, at_most_twice, tokens, dtype):
     compare(at_most_twice, packed(device, 1, tokens, 1, 64, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [207, 208, 209, 256, 257, 577, 578])
 def test_equals_pytorch_where_another_launch_begins(device, at_most_twice, tokens):
     compare(at_most_twice, packed(device, 1, tokens, 1, 32, torch.float16))
@@ -111,6 +113,7 @@ def test_is_repeatable_to_the_bit(device, on_gpu, tokens, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     qkv = packed(device, 2, 9, 2, 16, torch.float32).requires_grad_()
     torch.library.opcheck(module._op, (qkv,))

@@ -136,6 +136,7 @@ def test_no_two_gradients_share_memory(op, device):
         assert (argument.grad == place).all(), f"the gradient of argument {place} changed with another"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [2, 3])
 def test_backward_passes_add_up(op, device, passes):
     def use(function, arguments):
@@ -191,6 +192,7 @@ def test_hooks_on_gradients(op, device):
     both(op, device, use)
 
 
+@pytest.mark.slow
 def test_frozen_arguments(op, device):
     count = len(op.shapes)
     for frozen in itertools.chain.from_iterable(itertools.combinations(range(count), n) for n in range(1, count)):

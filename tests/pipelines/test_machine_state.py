@@ -96,6 +96,7 @@ assert verify(path, progress=False).ok
 """
 
 
+@pytest.mark.slow
 def test_few_open_files_are_enough_for_many_shards(shards, pixels, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FEW_FILES, str(shards), str(tmp_path / "seen.npy")],

@@ -33,6 +33,7 @@ def absent(tree, dest, workers):
     raise ImportError("No module named 'nothing'")
 
 
+@pytest.mark.slow
 def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, capsys):
     pytest.importorskip("ffcv")
     pytest.importorskip("webdataset")

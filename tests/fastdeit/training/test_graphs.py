@@ -149,6 +149,7 @@ def variants(tiny, teacher_checkpoint, tmp_path, **run):
     return [tiny(**options, run={"micro_batch": 12, "output": tmp_path / name, **run}) for name in ("eager", "graph")]
 
 
+@pytest.mark.slow
 def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, events, request):
     eager, graph = variants(tiny, teacher_checkpoint, tmp_path)
     first = train(eager)
@@ -161,6 +162,7 @@ def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, ev
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_checkpoint, tmp_path, taped):
     straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
     first = train(straight)
@@ -332,6 +334,7 @@ def test_on_a_gpu_the_loop_waits_for_nothing(tiny, monkeypatch):
     assert number == 10
 
 
+@pytest.mark.slow
 def test_late_looks_log_the_same_lines(tiny, events, tmp_path):
     """What is looked at one step late, as on a GPU, is said of the same step, and before anything is saved."""
     runs = [tiny(run={"output": tmp_path / name, "log_every": 2, "checkpoint_every": 3}) for name in ("now", "late")]

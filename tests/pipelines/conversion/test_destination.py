@@ -306,6 +306,7 @@ def test_a_crash_between_two_names_is_resumed(tree, tmp_path, monkeypatch, forma
                 subprocess.run(["rm", "-r", str(dest)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirect", "reason"),
     [(">/dev/full", "No space left on device"), ("| true", "Broken pipe"), (">&-", "")],
