@@ -104,11 +104,11 @@ def real_labels(dataset: Dataset) -> Tensor | None:
     if lists is None:
         return None
     if not (isinstance(lists, list) and len(lists) == len(dataset) and all(isinstance(one, list) for one in lists)):
-        raise UserError(f"{dataset.path}: real_labels of its sidecar are not {len(dataset)} lists. Convert it again")
+        raise UserError(f"{dataset.path}: its sidecar's real_labels are not {len(dataset)} lists. Convert it again")
     table = torch.full((len(lists), max(1, max(map(len, lists)))), -1)
     for row, labels in zip(table, lists, strict=True):
         if not all(type(label) is int and label >= 0 for label in labels):
-            raise UserError(f"{dataset.path}: real_labels of its sidecar hold {labels}. Convert it again")
+            raise UserError(f"{dataset.path}: its sidecar's real_labels hold {labels}. Convert it again")
         row[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
     return table
 

@@ -121,8 +121,8 @@ def open_profiler(run: RunConfig, world: World, folder: Path, *, steps_per_epoch
     most = room(steps_per_epoch, run.epochs)
     if run.profile > most:
         raise UserError(
-            f"run.profile {run.profile}: {run.epochs} epochs of {steps_per_epoch} steps have room for {most} steps "
-            f"of one epoch once the run is warm: ask for fewer, or for a longer run"
+            f"run.profile {run.profile}: {run.epochs} epochs of {steps_per_epoch} steps leave {most} steps of "
+            f"one epoch after warm-up: profile fewer, or make the run longer"
         )
     if not (run.profile and world.main):
         return None

@@ -143,8 +143,8 @@ def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any])
     changed = _differences(stored, training.recipe, effective)
     if changed and not run.resume_changed:
         raise UserError(
-            f"{path} was written with {changed[0]}: resume with the same value; with --run.resume_changed True, "
-            f"which makes it another run; or start afresh with another --run.output"
+            f"{path} was written with {changed[0]}: resume with the same value; accept the change, which makes it "
+            f"another run, with --run.resume_changed True; or start afresh with another --run.output"
         )
     steps = training.steps_per_epoch
     check_position(stored, path, epochs=run.epochs, steps_per_epoch=steps, changed=run.resume_changed)

@@ -108,12 +108,12 @@ class ShardDataset:
         self._forbid(pixels > 3 * MAX_PIXELS, f"it has more than {MAX_PIXELS} pixels")
         self._forbid((samples["size"] == 0) | (samples["size"] > MAX_SIZE), f"its size is 0 or above {MAX_SIZE} bytes")
         wrong = (self._mode == RAW) & (samples["size"].astype(np.int64) != pixels)
-        self._forbid(wrong, "raw pixels do not have the size of its sides")
+        self._forbid(wrong, "its raw pixels do not match its height and width")
         self._forbid(samples["label"] < 0, "its label is negative")
         self._forbid(samples["label"] >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")
         # Sums of so few, so small sizes cannot overflow.
         offset, self._shard_bytes = layout(samples)
-        self._forbid(samples["offset"].astype(np.int64) != offset, "its place is not behind the sample before it")
+        self._forbid(samples["offset"].astype(np.int64) != offset, "it does not start after the sample before it")
         self.shard, self.offset, self.size = shard, offset, samples["size"].astype(np.int64)
         self.height, self.width = samples["height"].astype(np.int32), samples["width"].astype(np.int32)
         self.label = samples["label"].astype(np.int64)
@@ -213,7 +213,7 @@ class ShardDataset:
     def _open(self, shard: int, index: int) -> OpenFile:
         with self._lock:
             if self._closed:
-                raise ValueError(f"{self.path}: sample {index} asked for after the data set was closed")
+                raise ValueError(f"{self.path}: sample {index} was requested after the data set was closed")
             file = self._files.get(shard)
             if file is None:
                 file = self._open_anew(shard, index)
@@ -284,7 +284,10 @@ class ShardDataset:
     def _check_strays(self) -> list[str]:
         known = {name for shard in range(len(self._first)) for name in (shard_name(shard), index_name(shard))}
         stray = sorted(name for name in os.listdir(self.path) if name.startswith("shard-") and name not in known)
-        return [f"{self.path / name}: it is not of this data set; remove it, or others will read it" for name in stray]
+        return [
+            f"{self.path / name}: it is not part of this data set; remove it, or other readers will use it"
+            for name in stray
+        ]
 
     def _check_nodes(self) -> list[str]:
         if self.sidecar is None:
@@ -293,7 +296,7 @@ class ShardDataset:
         names = set(os.listdir(folder)) if folder.is_dir() else set()
         # The folder bounds the loop; a hostile sidecar may hold any number.
         if nodes != len(names) or names != {node_name(node) for node in range(len(names))}:
-            return [f"{folder}: it does not hold the lists of {nodes} nodes and nothing else"]
+            return [f"{folder}: it does not hold exactly the lists of {nodes} nodes"]
         found = []
         for node in range(len(names)):
             found += self._compare(f"{NODES}/{node_name(node)}", node_list(node, len(names), len(self._first)))

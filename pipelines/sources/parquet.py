@@ -63,7 +63,9 @@ class Parquet:
             if columns is None:
                 columns, names = found, own_names
             elif (found, own_names) != (columns, names):
-                raise SourceError(f"{path}: has other columns or class names than {files[0]}: give them one by one")
+                raise SourceError(
+                    f"{path}: its columns or class names differ from those of {files[0]}: give the files one by one"
+                )
             row = 0
             for group in range(file.metadata.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
