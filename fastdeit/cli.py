@@ -93,10 +93,10 @@ def _word(word: str, of: str) -> str:
         raise UserError(f"{word!r}{of} is not valid text for a path: write it in UTF-8") from error
 
     def home(match: re.Match[str]) -> str:
-        found = os.path.expanduser(match[2])
-        if found.startswith("~"):
+        expanded = os.path.expanduser(match[2])
+        if expanded.startswith("~"):
             raise UserError(f"{match[2]} in {word}: no such user here; for a file of that name give its full path")
-        return match[1] + found
+        return match[1] + expanded
 
     return _HOME.sub(home, word)
 

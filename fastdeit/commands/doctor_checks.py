@@ -140,7 +140,7 @@ def required() -> list[Check]:
         lines = importlib.metadata.requires("fastdeit") or []
     except importlib.metadata.PackageNotFoundError:
         return [Check("fastdeit", "fail", "not installed", "pip install -e . in the repository")]
-    wanted = [found.groups() for line in lines if (found := re.fullmatch(r"([\w-]+)>=([\d.]+)", line.strip()))]
+    wanted = [match.groups() for line in lines if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line.strip()))]
     checks = [Check("fastdeit", "ok", importlib.metadata.version("fastdeit"))]
     return checks + [dependency(name, least) for name, least in wanted]
 
@@ -176,8 +176,8 @@ def gpus() -> list[Check]:
     if driver is None:
         return [Check("gpu", "absent", "no NVIDIA driver here: training runs on the CPU, in fp32")]
     version = Path("/proc/driver/nvidia/version")
-    found = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.read_text()) if version.exists() else None
-    about = f"driver {found[1] if found else 'of unknown version'}, runs CUDA up to {driver[0]}.{driver[1]}"
+    match = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.read_text()) if version.exists() else None
+    about = f"driver {match[1] if match else 'of unknown version'}, runs CUDA up to {driver[0]}.{driver[1]}"
     try:
         torch: Any = importlib.import_module("torch")
     except Exception:
@@ -315,17 +315,17 @@ def dali() -> Check:
     driver = driver_cuda()
     extra = "dali-cuda13" if driver and driver[0] >= 13 else "dali"
     remedy = f"pip install 'fastdeit[{extra}]'"
-    found = [
+    installed = [
         (name, int(built[1]), distribution.version)
         for distribution in importlib.metadata.distributions()
         if (name := str(distribution.name).lower()) and (built := DALI.match(name))
     ]
-    if not found:
+    if not installed:
         return Check("dali", "absent", "not installed: data.loader auto chooses among the others", remedy)
-    name, cuda, version = found[0]
+    name, cuda, version = installed[0]
     detail = f"{name} {version}"
-    if len(found) > 1:
-        others = " ".join(other[0] for other in found[1:])
+    if len(installed) > 1:
+        others = " ".join(other[0] for other in installed[1:])
         return Check("dali", "warn", f"{detail} and {others} overwrite each other", f"pip uninstall {others}")
     if driver is None:
         return Check("dali", "ok", f"{detail}; without an NVIDIA driver it decodes on the CPU")

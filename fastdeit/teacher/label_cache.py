@@ -114,15 +114,15 @@ class LabelWriter:
         folder, described = self.folder, self._described
         if not (folder / _INDEX).exists():
             return None
-        there = LabelCache(folder)
-        there.check(described.key, described.teacher)
-        if (there.described.topk, there.described.num_classes) != (described.topk, described.num_classes):
+        stored = LabelCache(folder)
+        stored.check(described.key, described.teacher)
+        if (stored.described.topk, stored.described.num_classes) != (described.topk, described.num_classes):
             raise UserError(
-                f"{folder} holds {there.described.kind} labels (topk {there.described.topk}, "
-                f"{there.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
+                f"{folder} holds {stored.described.kind} labels (topk {stored.described.topk}, "
+                f"{stored.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
                 f"{described.num_classes} classes): choose another folder"
             )
-        return there
+        return stored
 
     def has(self, epoch: int) -> bool:
         return self._stored is not None and self._stored.has(epoch)
@@ -186,11 +186,11 @@ class LabelCache:
 
     def check(self, key: dict[str, Any], teacher: str | None = None) -> None:
         """Raises UserError, naming each field, if the labels belong to other pixels or to another teacher."""
-        there = self.described.key
+        stored = self.described.key
         differing = [
-            f"{name} is {there.get(name)!r} there and {key.get(name)!r} here"
-            for name in dict.fromkeys([*key, *there])
-            if there.get(name) != key.get(name)
+            f"{name} is {stored.get(name)!r} there and {key.get(name)!r} here"
+            for name in dict.fromkeys([*key, *stored])
+            if stored.get(name) != key.get(name)
         ]
         if teacher is not None and teacher != self.described.teacher:
             differing.append("another teacher made them (its weights or normalisation differ)")

@@ -80,9 +80,9 @@ def label_run(
 
 def _missing(writer: LabelWriter, epochs: range, world: World) -> list[int]:
     """The epochs without labels, as the main process sees the folder: others may see it late, or not at all."""
-    there = torch.tensor([int(writer.has(epoch)) for epoch in epochs], device=world.device)
-    world.broadcast([there])
-    return [epoch for epoch, known in zip(epochs, there.tolist(), strict=True) if not known]
+    labelled = torch.tensor([int(writer.has(epoch)) for epoch in epochs], device=world.device)
+    world.broadcast([labelled])
+    return [epoch for epoch, known in zip(epochs, labelled.tolist(), strict=True) if not known]
 
 
 def _label_epoch(

@@ -19,10 +19,10 @@ def _fused_adam() -> Any:
     try:
         from apex.optimizers import FusedAdam
     except (ImportError, SyntaxError) as error:
-        found = importlib.util.find_spec("apex")
-        if found is None:
+        spec = importlib.util.find_spec("apex")
+        if spec is None:
             raise UserError(f"NVIDIA's apex is not installed: {_BUILD} {_OTHER}") from error
-        where = found.origin or next(iter(found.submodule_search_locations or ()), "?")
+        where = spec.origin or next(iter(spec.submodule_search_locations or ()), "?")
         raise UserError(
             f"the apex in {where} is not NVIDIA's, or is incomplete ({fact(error)}). PyPI's apex is another project: "
             f"pip uninstall apex, then {_BUILD} {_OTHER}"

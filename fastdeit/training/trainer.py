@@ -236,10 +236,10 @@ class Trainer:
     def _profile(self, wait_seconds: float) -> None:
         if self.profiler is None:
             return
-        found = self.profiler.step(self.data.steps - self.state.step, wait_seconds)
-        if found is not None:
+        profile = self.profiler.step(self.data.steps - self.state.step, wait_seconds)
+        if profile is not None:
             self.profiler = None
-            report_profile(self.log, self.state, found)
+            report_profile(self.log, self.state, profile)
 
     def _evaluate_if_due(self) -> None:
         run, departures, epoch = self.recipe.run, self.recipe.departures, self.state.epoch

@@ -121,9 +121,9 @@ class Conversion:
         description = json.loads(json.dumps(description))
         then = journal.description()
         if then is not None and resume:
-            if found := difference(then, description):
+            if changed := difference(then, description):
                 raise ConvertError(
-                    f"{self.dest}: the interrupted conversion was different: {found}. "
+                    f"{self.dest}: the interrupted conversion was different: {changed}. "
                     f"Resume with its settings, or start again without --resume"
                 )
             with self._writing():
@@ -168,7 +168,7 @@ class Conversion:
         if not isinstance(now, Encoded) or (now.crc32, now.label) != (entry.record.crc32, entry.record.label):
             raise ConvertError(
                 f"{self.source.name(index)}, sample {index}: is not what the interrupted conversion stored, "
-                f"so the source has changed. Begin anew without --resume"
+                f"so the source has changed. Start again without --resume"
             )
 
     def _store_all(
@@ -178,7 +178,7 @@ class Conversion:
             reject = self.rejects[0]
             raise ConvertError(
                 f"{reject.name}, sample {reject.index}: was left out before the interruption: {reject.reason}. Go on "
-                f"with --on-error skip --resume, or mend the image and begin anew without --resume"
+                f"with --on-error skip --resume, or mend the image and start again without --resume"
             )
         flushed = time.monotonic()
         with (

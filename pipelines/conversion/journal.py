@@ -188,8 +188,8 @@ def difference(then: Any, now: Any, field: str = "") -> str | None:
     """The first field in which two descriptions differ, and how; None if they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for name in dict.fromkeys((*now, *then)):
-            if found := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):
-                return found
+            if changed := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):
+                return changed
         return None
     if then == now:
         return None

@@ -69,8 +69,8 @@ class Verification:
             self.findings.append(finding)
 
     def __str__(self) -> str:
-        found = "nothing wrong was found" if self.ok else f"{self.count} finding{'s' * (self.count > 1)}"
-        lines = [f"{self.dest}: {self.num_samples} images checked in {self.seconds:.1f} s, {found}"]
+        outcome = "nothing wrong was found" if self.ok else f"{self.count} finding{'s' * (self.count > 1)}"
+        lines = [f"{self.dest}: {self.num_samples} images checked in {self.seconds:.1f} s, {outcome}"]
         lines += [f"  {finding}" for finding in self.findings]
         if self.count > len(self.findings):
             lines.append(f"  and {self.count - len(self.findings)} more")

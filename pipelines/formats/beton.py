@@ -229,15 +229,15 @@ class BetonDataset:
             return [str(error)]
         if (again._identity, again.sidecar) != (self._identity, self.sidecar):
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
-        found = []
+        findings = []
         # FFCV's own writer leaves the arguments zero too, but its caller chooses the names.
         expected = field_descriptors() if self.sidecar is not None else field_descriptors(again._fields["name"])
         if again._fields.tobytes() != expected.tobytes():
-            found.append(f"{self.path}: the descriptors of its fields are not what was written")
+            findings.append(f"{self.path}: the descriptors of its fields are not what was written")
         if self.sidecar is not None and self.sidecar.get("page_size") != again.page_size:
-            found.append(f"{self.path}: pages of {again.page_size} bytes are not those it was written in")
+            findings.append(f"{self.path}: pages of {again.page_size} bytes are not those it was written in")
         try:
-            return found + list(again._check_gaps())
+            return findings + list(again._check_gaps())
         except OSError as error:
             raise machine_error(error, f"{self.path}: cannot be read") from error
 
@@ -256,9 +256,9 @@ class BetonDataset:
     def _first_nonzero(self, start: int, end: int) -> int | None:
         file = self._open(0)
         for at in range(start, end, _PIECE):
-            found = np.flatnonzero(file.read(min(_PIECE, end - at), at))
-            if len(found):
-                return at + int(found[0])
+            nonzero = np.flatnonzero(file.read(min(_PIECE, end - at), at))
+            if len(nonzero):
+                return at + int(nonzero[0])
         return None
 
     def close(self) -> None:

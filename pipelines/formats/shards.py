@@ -257,29 +257,31 @@ class ShardDataset:
         if now != then:
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
         ends = np.append(self._first, len(self)).tolist()
-        found = []
+        findings = []
         for shard, (first, end) in enumerate(pairwise(ends)):
-            found += self._check_shard(shard, first, samples[first:end])
-        return found + self._check_strays() + self._check_nodes()
+            findings += self._check_shard(shard, first, samples[first:end])
+        return findings + self._check_strays() + self._check_nodes()
 
     def _check_shard(self, shard: int, first: int, samples: np.ndarray) -> list[str]:
         try:
             file = self._open(shard, first)
         except ShardError as error:
             return [str(error)]
-        path, found = self.path / shard_name(shard), []
+        path, findings = self.path / shard_name(shard), []
         for index, (offset, size, label, _, height, width, mode) in enumerate(samples.tolist(), first):
             head = before(index, size=size, height=height, width=width, mode=mode)
             tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
             if file.read(len(head), offset - len(head)).tobytes() != head:
-                found.append(f"{path}, sample {index}: the header before its bytes is not what was written. {_REMEDY}")
+                findings.append(
+                    f"{path}, sample {index}: the header before its bytes is not what was written. {_REMEDY}"
+                )
             if file.read(len(tail), offset + size).tobytes() != tail:
-                found.append(
+                findings.append(
                     f"{path}, sample {index}: the label or padding after its bytes is not what was written. {_REMEDY}"
                 )
         if file.read(len(END) + 1, int(self._shard_bytes[shard]) - len(END)).tobytes() != END:
-            found.append(f"{path}: it does not end in two blocks of zeros. {_REMEDY}")
-        return found + self._compare(index_name(shard), index_file(first, samples))
+            findings.append(f"{path}: it does not end in two blocks of zeros. {_REMEDY}")
+        return findings + self._compare(index_name(shard), index_file(first, samples))
 
     def _check_strays(self) -> list[str]:
         known = {name for shard in range(len(self._first)) for name in (shard_name(shard), index_name(shard))}
@@ -297,10 +299,10 @@ class ShardDataset:
         # The folder bounds the loop; a hostile sidecar may hold any number.
         if nodes != len(names) or names != {node_name(node) for node in range(len(names))}:
             return [f"{folder}: it does not hold exactly the lists of {nodes} nodes"]
-        found = []
+        findings = []
         for node in range(len(names)):
-            found += self._compare(f"{NODES}/{node_name(node)}", node_list(node, len(names), len(self._first)))
-        return found
+            findings += self._compare(f"{NODES}/{node_name(node)}", node_list(node, len(names), len(self._first)))
+        return findings
 
     def _compare(self, name: str, expected: bytes) -> list[str]:
         try:

@@ -206,7 +206,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
             assert (tmp_path / (one + suffix)).read_bytes() == (tmp_path / (other + suffix)).read_bytes()
     # What was left out is not taken back by a stricter resumption.
     interrupted(items, 20, tmp_path / "c", on_error="skip")
-    with pytest.raises(ConvertError, match=r"item 6, sample 6: was left out before .* begin anew"):
+    with pytest.raises(ConvertError, match=r"item 6, sample 6: was left out before .* start again"):
         convert(Items(items), tmp_path / "c", resume=True, progress=False)
     assert convert(Items(items), tmp_path / "c", on_error="skip", resume=True, progress=False).done == 10
 
