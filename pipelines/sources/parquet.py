@@ -115,7 +115,7 @@ class Parquet:
         if not image.is_valid:
             raise SampleError(f"{name}: '{self._image}' holds no image's bytes")
         if (size := image.as_buffer().size) > MAX_FILE:
-            raise SampleError(f"{name}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
+            raise SampleError(f"{name}: {size} bytes, but an image may have at most {MAX_FILE}. Remove it")
         label = stored.as_py()
         if label is None:
             raise SampleError(f"{name}: '{self._label}' holds no label")

@@ -290,7 +290,7 @@ def test_places_within_the_source(tree, tmp_path):
     shutil.copytree(tree, root)
     for dest in (root, root / "train", root / "class0" / "train", tmp_path / "root" / ".." / "root" / "train"):
         for format in ("beton", "webdataset"):
-            with pytest.raises(ConvertError, match=r"lies within .*root, which is converted: name a place outside"):
+            with pytest.raises(ConvertError, match=r"lies within the source .*root: name a place outside"):
                 convert(root, dest, format=format, progress=False)
     convert(root, tmp_path / "shards", format="webdataset", progress=False)
     with pytest.raises(ConvertError, match="lies within"):
