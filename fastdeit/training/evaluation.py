@@ -133,7 +133,7 @@ def _by_kernel(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tens
     from fastdeit.kernels.head_evaluation import evaluate_heads  # here, since it needs Triton
 
     rank, decision, loss = evaluate_heads(*output, labels)
-    top5 = rank < min(5, output.cls.shape[1])  # a label that is no class has rank K
+    top5 = rank < min(5, output.cls.shape[1])  # a label that is not a class has rank K
     hits = torch.stack([torch.ones_like(loss), rank == 0, top5, loss]).sum(1, dtype=torch.float64)
     return list(zip(hits.unbind(1), decision.unbind(1), strict=True))
 

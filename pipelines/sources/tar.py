@@ -238,7 +238,7 @@ def _refuse(name: str, kind: str, label: str) -> None:
         raise SourceError(f"{label}: a name with '..'. Pack the archive again from the folder itself")
     if kind not in "05":
         what = _KINDS.get(kind, f"of type {kind!r}")
-        raise SourceError(f"{label}: is {what}, not a file. Pack the archive again with files alone")
+        raise SourceError(f"{label}: is {what}, not a file. Pack the archive again with files only")
     if kind == "0" and not name.strip("/"):
         raise SourceError(f"{label}: a member without a name. {_FETCH}")
 
