@@ -199,7 +199,7 @@ def test_a_plan_of_other_samples_is_refused(pool, make_decoded, make_plan):
     rng = np.random.default_rng(11)
     decoded = make_decoded(rng, [(10, 10)], 6)
     plan = make_plan(rng, decoded, 24)
-    with pytest.raises(ValueError, match="other samples"):
+    with pytest.raises(ValueError, match="does not have the samples"):
         make_stage(pool, 24)(decoded, dataclasses.replace(plan, index=plan.index + 1))
 
 
