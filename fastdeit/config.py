@@ -368,13 +368,15 @@ class Recipe:
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """A stored recipe's `values` with the fields of `COMPAT_RUN` under `run`; older versions stored them as departures.
+    """A file's or a checkpoint's `values` with the fields of `COMPAT_RUN` under `run`; they once were departures.
 
-    Values that are not a whole stored recipe are returned as they are.
+    A value under `run` wins.
     """
-    moved = COMPAT_RUN["paper"].keys()
-    departures, run = values.get("departures"), values.get("run")
-    if not isinstance(departures, dict) or not isinstance(run, dict) or not moved <= departures.keys():
+    departures, run = values.get("departures"), values.get("run", {})
+    if not isinstance(departures, dict) or not isinstance(run, dict):
+        return values
+    moved = {name: value for name, value in departures.items() if name in COMPAT_RUN["paper"]}
+    if not moved:
         return values
     kept = {name: value for name, value in departures.items() if name not in moved}
-    return {**values, "departures": kept, "run": {**{name: departures[name] for name in moved}, **run}}
+    return {**values, "departures": kept, "run": {**moved, **run}}

@@ -182,10 +182,13 @@ class TrainingData(Pipeline[EpochOrder]):
 
     def _produce(self, first_epoch: int, first_step: int) -> Generator[TrainBatch, None, None]:
         for epoch in range(first_epoch, self._epochs):
-            for samples, decoded, batch in self.flow(epoch, first_step if epoch == first_epoch else 0):
-                yield TrainBatch(
-                    batch, samples.position, samples.repeat, list(decoded.fallbacks), list(decoded.replaced)
-                )
+            # map keeps no batch alive while the next one is made; a loop would.
+            yield from map(_train_batch, self.flow(epoch, first_step if epoch == first_epoch else 0))
+
+
+def _train_batch(step: tuple[StepSamples, DecodedBatch, Batch]) -> TrainBatch:
+    samples, decoded, batch = step
+    return TrainBatch(batch, samples.position, samples.repeat, list(decoded.fallbacks), list(decoded.replaced))
 
 
 class EvaluationData(Pipeline[EvalOrder]):
@@ -223,9 +226,12 @@ class EvaluationData(Pipeline[EvalOrder]):
         return self.stage.prefetch(self._produce(), self._depth, Batch.tensors)
 
     def _produce(self) -> Generator[Batch, None, None]:
-        for _, decoded, batch in self.flow(0):
-            self.fallbacks.update(decoded.fallbacks)
-            yield batch
+        yield from map(self._note_fallbacks, self.flow(0))
+
+    def _note_fallbacks(self, step: tuple[StepSamples, DecodedBatch, Batch]) -> Batch:
+        _, decoded, batch = step
+        self.fallbacks.update(decoded.fallbacks)
+        return batch
 
 
 def _evaluation_plans(recipe: Recipe, dataset: Dataset) -> Callable[[StepSamples], Plan]:

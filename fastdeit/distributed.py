@@ -54,9 +54,10 @@ class World:
 def world(device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
 
-    Raises UserError if `device` is "cuda" and there is none, or there are fewer GPUs than processes. Commands call
-    `launch.prepare` first.
+    Raises UserError if `device` is "cuda" without a GPU, if there are fewer GPUs than processes, or if a launcher other
+    than torchrun started several processes.
     """
+    launch.check_launch()
     rank, size = launch.rank(), launch.size()
     local_rank, local_size = (
         int(os.environ.get("LOCAL_RANK", 0)),

@@ -52,17 +52,20 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
     return sets
 
 
-def open_data_sets(recipe: Recipe) -> DataSets:
-    """The data sets of a recipe. Raises UserError where one cannot be opened, or their classes do not agree."""
+def open_data_sets(recipe: Recipe, *, val: bool = True) -> DataSets:
+    """The data sets of a recipe; without `val`, only the training set.
+
+    Raises UserError if one cannot be opened, or if their classes do not agree.
+    """
     train = open_dataset(recipe.data.train, "data.train")
     num_classes = recipe.model.num_classes or train.num_classes
     check_classes(train, num_classes)
-    val = None
-    if recipe.data.val is not None:
-        val = open_dataset(recipe.data.val, "data.val")
-        check_class_names(str(train.path), train.class_names, str(val.path), val.class_names)
-        check_classes(val, num_classes)
-    return DataSets(train, val, num_classes)
+    if not val or recipe.data.val is None:
+        return DataSets(train, None, num_classes)
+    val_set = open_dataset(recipe.data.val, "data.val")
+    check_class_names(str(train.path), train.class_names, str(val_set.path), val_set.class_names)
+    check_classes(val_set, num_classes)
+    return DataSets(train, val_set, num_classes)
 
 
 def open_dataset(path: Path | None, option: str) -> Dataset:

@@ -16,8 +16,8 @@ class UserError(Exception):
     """
 
 
-# States of the machine: other files would fail as well.
-MACHINE = {
+# States of the machine, whatever fails: other files would fail as well.
+_LOCAL = {
     errno.ENOSPC: "free space there, or name a place on another disk",
     errno.EDQUOT: "free some of your quota there, or name a place on another disk",
     errno.EROFS: "name a place that can be written to",
@@ -27,12 +27,15 @@ MACHINE = {
     errno.ENOMEM: "close other programs, or use fewer threads or workers",
     errno.ENOLCK: "name a place on a file system that has locks",
     errno.EFBIG: "name a place whose file system and ulimit -f allow larger files",
-} | dict.fromkeys(
+    errno.ESTALE: "mount its file system again, then run the same command again",
+}
+# The same for a file. Without a path they may come from a connection, which has nothing to do with files.
+MACHINE = _LOCAL | dict.fromkeys(
     (
-        errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+        errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
         errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.ENODEV, errno.EREMOTEIO,
     ),
-    "mount its file system again, then run the same command again",
+    _LOCAL[errno.ESTALE],
 )  # fmt: skip
 _PATH = {
     errno.ENOENT: "check the path",
@@ -55,7 +58,7 @@ _PATH = {
 def os_sentence(error: OSError) -> str | None:
     """One sentence with path, reason and remedy; None unless a path or the machine's state is at fault."""
     path = None if isinstance(error.filename, int) else error.filename  # open() also takes a descriptor
-    if error.errno is None or (path is None and error.errno not in MACHINE):
+    if error.errno is None or (path is None and error.errno not in _LOCAL):
         return None
     where = "" if path is None else f"{printable(os.fsdecode(path))}: "
     return f"{where}{error.strerror or os.strerror(error.errno)}: {remedy(error)}"

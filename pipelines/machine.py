@@ -6,10 +6,14 @@ import errno
 import os
 import resource
 
-from fastdeit.pipelines.errors import MACHINE, UserError, remedy
+from fastdeit.pipelines.errors import MACHINE, UserError
 
 _BACK = "it was there and is gone: bring it back or mount its file system again, then run the same command again"
-_GONE = dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ENXIO), _BACK)
+_REMEDIES = MACHINE | {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ENXIO), _BACK),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or name another place"),
+}
+_REFUSED = "the operating system refuses: find out why, then run the same command again"
 _SHARED_MEMORY = "shared memory (/dev/shm) is full or missing: docker run --shm-size=8g, or remove files there"
 
 
@@ -26,9 +30,10 @@ STATES = frozenset(MACHINE) | {errno.ENXIO}  # every other file would fail as we
 def machine_error(error: OSError | MemoryError, what: str) -> MachineError:
     """The error for an action that failed, such as "FILE, sample 3: cannot be read", with reason and remedy."""
     if isinstance(error, MemoryError):
-        return MachineError(f"{what}: out of memory ({error}): {MACHINE[errno.ENOMEM]}")
+        detail = f" ({error})" if str(error) else ""
+        return MachineError(f"{what}: out of memory{detail}: {MACHINE[errno.ENOMEM]}")
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return MachineError(f"{what}: {reason}: {_GONE.get(error.errno or 0) or remedy(error)}")
+    return MachineError(f"{what}: {reason}: {_REMEDIES.get(error.errno or 0, _REFUSED)}")
 
 
 def shared_memory_error(error: OSError, what: str) -> MachineError:

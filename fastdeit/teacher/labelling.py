@@ -39,7 +39,7 @@ def label_run(
         raise UserError("no folder for the labels: give --teacher.labels FOLDER")
     say: Callable[[str], None] = print if world.main else silent
     precision = set_up(recipe, world)
-    sets = sets or open_data_sets(recipe)
+    sets = sets or open_data_sets(recipe, val=False)
     if kind == "soft" and not 1 <= topk <= sets.num_classes:
         raise UserError(f"--topk {topk}: the data set has {sets.num_classes} classes")
     teacher = open_teacher(recipe, sets, world)

@@ -86,7 +86,13 @@ def checkpoint_pixels(recipe: Recipe, folder: Path) -> tuple[str, str] | None:
     path = _path(recipe, folder / "checkpoints")
     if path is None or recipe.data.loader != "auto":
         return None
-    return str(_read(path)["effective"].get(_PIXELS)), f"the checkpoint {path}"
+    pixels = _read(path)["effective"].get(_PIXELS)
+    if pixels is None:
+        raise UserError(
+            f"{path} does not say whose pixels it was trained with: give --data.loader, or start from its weights with "
+            f"--model.init"
+        )
+    return str(pixels), f"the checkpoint {path}"
 
 
 def _read(path: Path) -> dict[str, Any]:

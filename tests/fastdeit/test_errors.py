@@ -16,6 +16,7 @@ import torchvision
 from fastdeit import checkpoint
 from fastdeit.cli import run
 from fastdeit.pipelines.errors import UserError, fact, naming
+from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.sources import open_source
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.training.run_lock import RunLock
@@ -88,8 +89,16 @@ def test_a_full_machine_needs_no_path(capsys):
     with pytest.raises(SystemExit, match="2"):
         run(lambda: fail(errno.ENOSPC))
     assert "No space left on device: free space" in capsys.readouterr().err
-    with pytest.raises(OSError, match="Bad file descriptor"):  # nobody's disk, but a bug
-        run(lambda: fail(errno.EBADF))
+    # Not the disk's fault: a bug, or a connection that has nothing to do with files.
+    for number in (errno.EBADF, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENODEV):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run(lambda number=number: fail(number))
+
+
+def test_a_refusal_without_a_known_remedy_invents_none():
+    said = str(machine_error(OSError(errno.EINVAL, "Invalid argument"), "c.pt: cannot be written"))
+    assert said.startswith("c.pt: cannot be written: Invalid argument: the operating system refuses: find out why")
+    assert "out of memory: close" in str(machine_error(MemoryError(), "image 3: cannot be decoded"))
 
 
 def test_a_real_full_disk_is_named():

@@ -28,6 +28,14 @@ def test_tasks_without_torchrun_are_refused(environ):
     assert check_launch({**environ, "RANK": "0", "WORLD_SIZE": "2"}) is None
 
 
+def test_a_script_that_joins_the_world_is_refused_too(monkeypatch):
+    from fastdeit.distributed import world
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="without torchrun each would train alone"), world("cpu"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("environ", "warned"),
     [

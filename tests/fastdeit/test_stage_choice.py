@@ -99,6 +99,17 @@ def test_evaluation_batches_are_the_same_to_the_bit(opened, few):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [TrainingData, EvaluationData])
+def test_a_batch_is_not_kept_while_the_next_is_made(opened, kind):
+    data = opened(kind, stage="host")
+    items = data._produce(0, 0) if kind is TrainingData else data._produce()
+    item = next(items)
+    images = weakref.ref((item.data if kind is TrainingData else item).images)
+    del item
+    assert images() is None
+    items.close()
+
+
 def test_patches_are_the_same_from_both_stages(opened):
     stages = [taken(opened(TrainingData, stage=stage, layout="patches"), count=1) for stage in ("device", "host")]
     images = taken(opened(TrainingData, stage="host"), count=1)[0].data.images.cpu()
