@@ -53,10 +53,7 @@ def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, c
     total = record["images"] * record["mean_bytes"] / 1e6
     assert total <= record["sides"]["webdataset+wds2idx"]["megabytes"] + 0.1
     assert record["images"] == 70
-    assert record["failed"] == {
-        "broken": "OSError: no such luck",
-        "lazy": "RuntimeError: 3 of 64 images were written",
-    }
+    assert record["failed"] == {"broken": "OSError: no such luck", "lazy": "RuntimeError: 3 of 64 images were written"}
     assert "No module named 'nothing': pip install" in record["missing"]["absent"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in convert.CONVERTERS)

@@ -307,8 +307,7 @@ def test_a_crash_between_two_names_is_resumed(tree, tmp_path, monkeypatch, forma
 
 
 @pytest.mark.parametrize(
-    ("redirect", "reason"),
-    [(">/dev/full", "No space left on device"), ("| true", "Broken pipe"), (">&-", "")],
+    ("redirect", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe"), (">&-", "")]
 )
 def test_a_report_that_nobody_can_read(tree, tmp_path, redirect, reason):
     dest = tmp_path / "data"
