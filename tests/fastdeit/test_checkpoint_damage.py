@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 import threading
 import zipfile
 
@@ -29,6 +27,8 @@ from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.resume import restore
 from fastdeit.training.resume_checks import check_position
 from fastdeit.training.trainer import Trainer
+from runs import newest
+from system import refusing, run_python
 
 
 def weights():
@@ -173,9 +173,7 @@ def test_hostile_files_are_refused_without_memory_or_time(tmp_path):
     said = make_hostile(tmp_path)
     torch.save({"model": weights()}, tmp_path / "good.pt")
     names = [str(tmp_path / f"{name}.pt") for name in ("good", *said)]
-    done = subprocess.run(
-        [sys.executable, "-c", HOSTILE, *names], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_python("-c", HOSTILE, *names, timeout=120)
     assert done.returncode == 0, done.stderr
     found, grown = json.loads(done.stdout)
     for name, reason in said.items():
@@ -207,23 +205,16 @@ def test_the_usual_contents_still_load(tmp_path):
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES])
 def test_a_machine_that_cannot_read_calls_no_file_damaged(tmp_path, monkeypatch, number):
     checkpoint.save(tmp_path / "x.pt", {"model": weights()})
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fastdeit.checkpoint.open_regular", refuse)
+    monkeypatch.setattr("fastdeit.checkpoint.open_regular", refusing(number))
     with pytest.raises(MachineError, match=r"x\.pt: cannot be read: ") as caught:
         checkpoint.read_checkpoint(tmp_path / "x.pt")
     assert os.strerror(number) in str(caught.value)
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     path = tmp_path / "x.pt"
     checkpoint.save(path, {"model": weights()})
-    monkeypatch.setattr("os.fsync", refuse)
+    monkeypatch.setattr("os.fsync", refusing(errno.ENOSPC))
     with pytest.raises(MachineError, match=r"x\.pt: cannot be written: No space left on device: free space"):
         checkpoint.save(path, {"model": {}})
     assert same(checkpoint.read_checkpoint(path)["model"], weights())
@@ -276,7 +267,7 @@ def test_edited_training_checkpoints_are_refused_by_field(tiny):
     recipe = tiny(run={"epochs": 1})
     with world("cpu") as joined:
         Trainer(recipe, joined).run()
-        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        path = newest(recipe)
         good = path.read_bytes()
         trainer = Trainer(recipe, joined)
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}

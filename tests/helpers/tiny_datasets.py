@@ -1,5 +1,8 @@
 """Small data sets in both formats, and a source in memory."""
 
+import hashlib
+import json
+
 import numpy as np
 
 from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
@@ -53,9 +56,43 @@ def write_shards(path, samples, *, capacity=None, **options):
     return path
 
 
+def image_folder(root, files, classes):
+    """A folder of classes: file `i` (bytes) is `class{i % classes}/{i:02d}.jpg`."""
+    for i, data in enumerate(files):
+        path = root / f"class{i % classes}" / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
 def files(folder):
     """The bytes of every file below `folder`, by its relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def reseal(sidecar, **changes):
+    """Change a sidecar and make its seal fit, as somebody with bad intentions would."""
+    described = {**json.loads(sidecar.read_text()), **changes}
+    described.pop("seal")
+    canonical = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    sidecar.write_text(json.dumps({**described, "seal": hashlib.sha256(canonical.encode()).hexdigest()}))
+
+
+class Hooked:
+    """A data set that calls `hook` with every index before that is read."""
+
+    def __init__(self, dataset, hook=lambda index: None):
+        self.dataset, self.hook = dataset, hook
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def read(self, index):
+        self.hook(index)
+        return self.dataset.read(index)
 
 
 class Items:

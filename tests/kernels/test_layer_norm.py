@@ -130,19 +130,15 @@ def test_opcheck_and_compile_without_a_graph_break(device):
 
 def test_what_does_not_fit_is_refused(device):
     x, branch, weight, bias, mask = inputs(device, (2, 3, 16), torch.float32)
-    with pytest.raises(ValueError, match=r"give both \(16,\)"):
-        layer_norm(x, weight[:8], bias)
-    with pytest.raises(ValueError, match="branch is"):
-        add_layer_norm(x, branch[:1], weight, bias)
-    with pytest.raises(ValueError, match="each of 2 samples"):
-        add_layer_norm(x, branch, weight, bias, mask=mask[:1])
-    with pytest.raises(ValueError, match="each of 2 samples"):
-        add_layer_norm(x, branch, weight, bias, mask=mask > 0)
-    with pytest.raises(ValueError, match=r"x is \(16,\)"):
-        layer_norm(x[0, 0], weight, bias)
-    with pytest.raises(ValueError, match="at most 4096 channels"):
-        layer_norm(x.new_zeros(1, 4097), weight.new_zeros(4097), bias.new_zeros(4097))
-    with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
-        layer_norm(x, weight, bias, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"weight is torch\.float64"):
-        layer_norm(x, weight.double(), bias)
+    for message, call in (
+        (r"give both \(16,\)", lambda: layer_norm(x, weight[:8], bias)),
+        ("branch is", lambda: add_layer_norm(x, branch[:1], weight, bias)),
+        ("each of 2 samples", lambda: add_layer_norm(x, branch, weight, bias, mask=mask[:1])),
+        ("each of 2 samples", lambda: add_layer_norm(x, branch, weight, bias, mask=mask > 0)),
+        (r"x is \(16,\)", lambda: layer_norm(x[0, 0], weight, bias)),
+        ("at most 4096 channels", lambda: layer_norm(x.new_zeros(1, 4097), *x.new_zeros(2, 4097))),
+        (r"dtype is torch\.float64", lambda: layer_norm(x, weight, bias, dtype=torch.float64)),
+        (r"weight is torch\.float64", lambda: layer_norm(x, weight.double(), bias)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

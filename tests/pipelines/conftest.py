@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +126,18 @@ def make_decoded() -> Callable[..., DecodedBatch]:
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., Plan]:
     return _make_plan
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., tuple[DecodedBatch, Plan]]:
+    """Function: `samples` decoded images of `sizes`, and a plan for them at an image size."""
+
+    def draw(seed: int, sizes: list[tuple[int, int]], samples: int, size: int, **options: Any):
+        rng = np.random.default_rng(seed)
+        decoded = _make_decoded(rng, sizes, samples)
+        return decoded, _make_plan(rng, decoded, size, **options)
+
+    return draw
 
 
 @pytest.fixture(scope="session")
