@@ -12,17 +12,27 @@ SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null
 BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null && \
     $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
 
-.PHONY: demo test lint env gpu clean
+.PHONY: demo test fast lint style types pytest env gpu clean
 
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
 
-test: env dataset lint  ## lint, types, tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+test: env dataset style  ## lint, types, tests; under ten minutes on two cores
+	@$(MAKE) --no-print-directory -j2 types pytest
 
-lint: env
+fast: env  ## the tests that are not marked slow; under two minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+pytest: env
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: style types
+
+style: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: env
 	$(BIN)/pyright
 
 gpu: env  ## on a machine with a GPU: its tests and its figures, in eight minutes

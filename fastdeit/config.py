@@ -4,7 +4,7 @@ Named recipes are in `recipes.py`. You can override every field on the command l
 (`--config run.toml`). A run stores its resolved recipe. Default values come from Touvron et al., arXiv 2012.12877,
 Table 9.
 
-This file imports no PyTorch and nothing of the project but `UserError`.
+This file imports no PyTorch, and of the project only `UserError` and `Policy`.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class RunConfig:
 class Departures:
     """The points where the released DeiT code departs from the paper, one field each.
 
-    None means the choice of `Recipe.compat`; `COMPAT` has both columns.
+    None means the value that `compat` chooses; `COMPAT` lists the values of both choices.
     """
 
     schedule_unit: Literal["step", "epoch"] | None = None  # when the learning rate changes
@@ -172,7 +172,7 @@ class Departures:
     soft_reduction: Literal["batchmean", "elements"] | None = None  # deit issue 61
     late_fusion: Literal["probabilities", "logits"] | None = None
     finetune_distillation: Literal["allowed", "refused"] | None = None
-    finetune_mode: Literal["eval", "train"] | None = None  # eval: no dropout and stochastic depth (deit issue 177)
+    finetune_mode: Literal["eval", "train"] | None = None  # eval: no dropout, no stochastic depth (deit issue 177)
 
 
 COMPAT: dict[str, Departures] = {

@@ -24,11 +24,11 @@ class Options:
 
     JPEG files are stored unchanged if possible; DEST appears only when it is complete. SOURCE is one of
 
-        FOLDER                         class folders, or with --split FOLDER/split; IDX files of the MNIST family
+        FOLDER                         class folders (in FOLDER/SPLIT with --split SPLIT), or MNIST-family IDX files
         imagenet:PATH[:SPLIT]          ILSVRC2012's tar files, or their folder
         imagenetv2:FILE                an archive of ImageNet-V2
         webdataset:PATTERN             tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY
-        parquet:PATTERN                parquet files, likewise; #image=COLUMN,label=COLUMN
+        parquet:PATTERN                parquet files: file, folder or glob; #image=COLUMN,label=COLUMN
         cifar:FILE[:SPLIT]             the archives of CIFAR-10 and CIFAR-100
         torchvision:NAME:ROOT[:SPLIT]  a torchvision data set on disk
 
@@ -44,7 +44,7 @@ class Options:
     if fastdeit-convert wrote it."""
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
-    """Part of the source: a subfolder such as train, train or test for IDX files, or torchvision's split."""
+    """Part of the source: a subfolder; "train" or "test" for IDX files; the split of a torchvision data set."""
     max_side: int | None = None
     """Reduce longer sides to this many pixels (Lanczos); 500 suffices for training at 224."""
     quality: int = 92
@@ -66,11 +66,11 @@ class Options:
     real_labels: Path | None = None
     """ImageNet-ReaL's real.json, for ILSVRC2012's val images; timm: the copy in timm."""
     shard_size: int = 10_000
-    """Most images per shard."""
+    """Maximum number of images per shard."""
     nodes: int = 1
     """Divide the shards evenly among this many nodes, see DEST/nodes."""
     verify: Path | None = None
-    """Check this data set instead: decode all of it and compare every checksum."""
+    """Convert nothing; check this data set: decode all of it and compare every checksum."""
     against: str | None = None
     """With --verify: also read this SOURCE again and compare sample by sample."""
 

@@ -22,9 +22,9 @@ from fastdeit.streams import keep_streams
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Top-1, top-5 and loss of every head of a checkpoint; also ImageNet-ReaL's accuracy if VAL holds its labels."""
+    """Top-1, top-5 and loss of every head of a checkpoint; also ReaL accuracy if the data set holds ReaL's labels."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # fastdeit's own, a released DeiT's, or timm's
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint: fastdeit's, a released DeiT's or timm's
     val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it

@@ -16,7 +16,7 @@ class Policy:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of RandAugment's geometric ops
-    color_jitter: float = 0.3  # three_augment only: timm's rule is none where RandAugment is on
+    color_jitter: float = 0.3  # of three_augment only: as in timm, RandAugment gets none
     erase_prob: float = 0.25
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3)

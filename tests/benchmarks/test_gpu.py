@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
 
 
-def test_pytest_runs_and_its_last_line_is_kept(tmp_path):
+@pytest.mark.slow
+def test_pytest_runs_and_its_last_line_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WORKERS", 1)
     (tmp_path / "test_good.py").write_text("def test_a():\n    pass\n")
     (tmp_path / "test_bad.py").write_text("def test_b():\n    assert False\n")
     (tmp_path / "test_broken.py").write_text("import a_module_that_is_not_there\n")
@@ -33,7 +35,9 @@ def test_pytest_runs_and_its_last_line_is_kept(tmp_path):
     assert "1 error" in every.message
 
 
-def test_tests_that_take_too_long_are_cut_with_their_summary(tmp_path):
+@pytest.mark.slow
+def test_tests_that_take_too_long_are_cut_with_their_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "WORKERS", 1)
     (tmp_path / "test_slow.py").write_text(
         "import time\ndef test_a():\n    pass\ndef test_b():\n    while True:\n        time.sleep(0.1)\n"
     )
@@ -61,6 +65,7 @@ def test_the_kernels_tests_come_first_and_none_of_the_benchmarks(tmp_path):
     assert ROOT / "tests/fastdeit/training/test_graphs.py" in gpu.test_runs(ROOT / "tests")["other tests marked gpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "status", "message"),
     [
@@ -143,6 +148,7 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
     assert given == [("throughput", pytest.approx(56, abs=2))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "status", "message"),
     [
@@ -178,6 +184,7 @@ def test_without_a_gpu_one_sentence_says_so(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
     """As on a machine where nothing can be fetched: neither fastdeit nor tyro is installed."""
     for name in ("fastdeit", "kernels", "pipelines", "benchmarks"):
@@ -201,6 +208,7 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
     assert "--minutes" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_package_that_is_not_there_is_told_in_a_sentence(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')\n")
     command = [sys.executable, "-m", "benchmarks", "throughput"]

@@ -47,6 +47,7 @@ def test_environment_is_json_and_agrees_with_git():
         assert found["commit"] is None
 
 
+@pytest.mark.slow
 def test_command_is_the_one_that_was_typed():
     code = "from benchmarks.record import environment; print(environment()['command'])"
     folder = record.RESULTS.parent.parent

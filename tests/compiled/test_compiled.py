@@ -33,6 +33,7 @@ def found():
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compiled_for_every_architecture(found):
     kernels = {(id(variant.kernel), variant.name.partition(" ")[0]) for variant in report.all_variants()}
     assert len(found) >= len(ARCHITECTURES) * len(kernels)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from fastdeit.config import Recipe
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
+from forked import Forked, run_module, run_module_twice
 
 CLASSES = 4
 
@@ -56,15 +57,15 @@ def data(images, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def tiny(data, tmp_path):
-    """Function: a small recipe with the whole augmentation, its sections overridden by keyword dicts."""
+@pytest.fixture(scope="session")
+def tiny_in(data):
+    """Function: `tiny` with a folder for the run's output."""
 
     def on(recipe, sections):
         # A decay without an average has no effect, and a command refuses it.
         return sections.get("ema", {}).get("enabled", recipe.ema.enabled)
 
-    def make(base=None, **sections) -> Recipe:
+    def make(output, base=None, **sections) -> Recipe:
         replace = dataclasses.replace
         recipe = (base or deit_tiny_distilled)()
         recipe = replace(
@@ -74,7 +75,7 @@ def tiny(data, tmp_path):
             ema=replace(recipe.ema, decay=0.9) if on(recipe, sections) else recipe.ema,
             run=replace(
                 recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
-                output=tmp_path / "run",
+                output=output,
             ),
             departures=replace(recipe.departures, mix_group=8),
         )  # fmt: skip
@@ -91,6 +92,12 @@ def tiny(data, tmp_path):
         return recipe.resolved()
 
     return make
+
+
+@pytest.fixture
+def tiny(tiny_in, tmp_path):
+    """Function: a small recipe with the whole augmentation, its sections overridden by keyword dicts."""
+    return partial(tiny_in, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
@@ -129,27 +136,39 @@ def events():
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Function: run `fastdeit-train` on a recipe in a process of its own, or several under torchrun.
+def launch():
+    """Function: run `fastdeit-train` on a recipe in a process of its own, or in two that torchrun joins.
 
-    `stdout_reader` is a command that reads what it prints.
+    The processes are forked, unless `stdout_reader` is a command that reads what the run prints, or `torchrun` asks
+    for the program itself.
     """
+    started = []
 
-    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, **environment):
+    def start(
+        recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, torchrun: bool = False
+    ):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
         file.write_text(json.dumps(recipe.to_dict()))
-        command = [sys.executable, "-m"]
-        if processes > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        command += ["fastdeit.train", recipe.name, "--config", str(file)]
-        pipe = subprocess.PIPE if wait else subprocess.DEVNULL
-        if stdout_reader is not None:
-            command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
-        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+        words = [recipe.name, "--config", str(file)]
+        if stdout_reader is None and not torchrun:
+            process = Forked(run_module if processes == 1 else run_module_twice, "fastdeit.train", words)
+        else:
+            command = [sys.executable, "-m"]
+            if torchrun:
+                command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            command += ["fastdeit.train", *words]
+            if stdout_reader is not None:
+                command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
+            pipe = subprocess.PIPE if wait else subprocess.DEVNULL
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        started.append(process)
         if wait:
             process.out, process.err = process.communicate(timeout=300)
         return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()

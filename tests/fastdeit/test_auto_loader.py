@@ -67,6 +67,7 @@ def rewritten(path, pixels):
     torch.save(state, path)
 
 
+@pytest.mark.slow
 def test_auto_goes_on_with_the_checkpoints_pixels(tiny, launch):
     pytest.importorskip("ffcv")
     first = tiny(data={"loader": "ffcv"}, run={"epochs": 1})
@@ -80,6 +81,7 @@ def test_auto_goes_on_with_the_checkpoints_pixels(tiny, launch):
         train(with_loader(first, "torch"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
     first = tiny(run={"epochs": 1})
     train(first)
@@ -97,6 +99,7 @@ def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
             train(with_loader(first, "auto"))
 
 
+@pytest.mark.slow
 def test_a_loader_of_equal_pixels_goes_on_with_the_same_bits(tiny, events):
     need_loader("turbo")
     straight, changed = (with_loader(tiny(run={"epochs": 2}), "torch", name) for name in ("straight", "changed"))
@@ -109,6 +112,7 @@ def test_a_loader_of_equal_pixels_goes_on_with_the_same_bits(tiny, events):
     assert all(torch.equal(found["model"][name], expected["model"][name]) for name in expected["model"])
 
 
+@pytest.mark.slow
 def test_stored_labels_serve_loaders_of_equal_pixels(tiny, teacher_checkpoint, launch, tmp_path):
     need_loader("turbo")
     labels = tmp_path / "labels"

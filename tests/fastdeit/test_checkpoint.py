@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.pipelines.errors import UserError
+from forked import Forked, run_code
 
 
 def state(value=1.0):
@@ -89,6 +88,7 @@ def test_failure_while_writing_leaves_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     """A process that does nothing but overwrite one checkpoint is killed; the file is whole each time."""
     path = tmp_path / "checkpoint-000000001.pt"
@@ -100,7 +100,7 @@ def test_killed_while_writing(tmp_path):
         "    checkpoint.save(path, {'format': 1, 'model': torch.full((300000,), float(i)), 'step': i})\n"
     )
     for delay in (0.02, 0.07, 0.15):
-        process = subprocess.Popen([sys.executable, "-c", code])
+        process = Forked(run_code, code)
         deadline = time.monotonic() + 60
         before = path.stat().st_mtime_ns if path.exists() else 0
         while not path.exists() or path.stat().st_mtime_ns == before:

@@ -40,6 +40,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_reaches_the_weights(tmp_path):
     path, plain = tmp_path / "x.pt", tmp_path / "plain.pt"
     torch.save({"model": weights(), "epoch": 7}, path)
@@ -169,6 +170,7 @@ print(json.dumps([said, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
 """
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_without_memory_or_time(tmp_path):
     said = make_hostile(tmp_path)
     torch.save({"model": weights()}, tmp_path / "good.pt")
@@ -263,6 +265,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.slow
 def test_edited_training_checkpoints_are_refused_by_field(tiny):
     recipe = tiny(run={"epochs": 1})
     with world("cpu") as joined:
@@ -344,6 +347,7 @@ def own(tiny, tmp_path):
     return tmp_path / "own.pt", state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

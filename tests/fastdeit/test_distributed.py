@@ -1,4 +1,4 @@
-"""Two gloo processes against one, through torchrun and the command line."""
+"""Two gloo processes against one, through torchrun, its workers forked or not, and the command line."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.recipes import convnet_teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [0, 8])
 def test_two_processes_equal_one(tiny, launch, events, teacher_checkpoint, tmp_path, micro_batch):
     """Loss per step within 1e-5 relative, with the whole augmentation, distillation and stochastic depth on."""
@@ -34,10 +35,11 @@ def test_two_processes_equal_one(tiny, launch, events, teacher_checkpoint, tmp_p
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_convnet_is_scored_with_the_statistics_it_is_saved_with(tiny, launch, events, data):
     """Running means differ by process; the logged scores must be those of the checkpoint."""
     recipe = tiny(convnet_teacher, run={"epochs": 1})
-    process = launch(recipe, 2)
+    process = launch(recipe, 2, torchrun=True)
     assert process.returncode == 0, process.err
     logged = events(recipe.run.output, "eval")[-1]
     path = checkpoint.found(recipe.run.output / "checkpoints")[0]

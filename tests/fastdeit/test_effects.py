@@ -65,6 +65,7 @@ def test_what_has_no_effect_is_refused_by_name(args, named, tmp_path):
         parse_recipe(["--config", str(file)])
 
 
+@pytest.mark.slow
 def test_the_same_value_with_an_effect_is_taken():
     base = ["deit_small_distilled", "--teacher.checkpoint", "x.pt", "--teacher.name", "resnet18"]
     assert parse_recipe(base).teacher.name == "resnet18"

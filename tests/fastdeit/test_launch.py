@@ -56,6 +56,7 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
     train = ["--data.train", str(data / "train.beton")]
     cases = {

@@ -21,6 +21,7 @@ def test_float32_that_was_asked_for_is_never_cut_to_tf32(dtype):
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (dtype is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("command", ["train", "eval", "label"])
 def test_every_command_sets_float32_alike(command, precision, tiny, teacher_checkpoint, tmp_path, monkeypatch):

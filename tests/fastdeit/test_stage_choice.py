@@ -77,6 +77,7 @@ def taken(data, *start, count=2):
         return list(itertools.islice(batches, count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [(0, 0), (1, 7)], ids=["from the start", "in the middle"])
 def test_training_batches_are_the_same_to_the_bit(opened, start):
     ours, theirs = (taken(opened(TrainingData, stage=stage), *start) for stage in ("device", "host"))
@@ -88,6 +89,7 @@ def test_training_batches_are_the_same_to_the_bit(opened, start):
     assert len({float(lam) for batch in ours for lam in batch.data.lam}) > 2
 
 
+@pytest.mark.slow
 def test_evaluation_batches_are_the_same_to_the_bit(opened, few):
     path = few / "val.beton"
     ours, theirs = (taken(opened(EvaluationData, stage=stage, path=path)) for stage in ("device", "host"))
@@ -96,6 +98,7 @@ def test_evaluation_batches_are_the_same_to_the_bit(opened, few):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_patches_are_the_same_from_both_stages(opened):
     stages = [taken(opened(TrainingData, stage=stage, layout="patches"), count=1) for stage in ("device", "host")]
     images = taken(opened(TrainingData, stage="host"), count=1)[0].data.images.cpu()
@@ -104,6 +107,7 @@ def test_patches_are_the_same_from_both_stages(opened):
     assert torch.equal(stages[0][0].data.images.cpu(), expected)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_run_on_either_stage(tiny, few, alone, launch, events):
     """From its start on each stage, by the command too, and resumed in the middle of an epoch on the other one."""
 
@@ -224,6 +228,7 @@ def test_a_patch_embedding_rounds_images_as_autocast_does(tiny, alone):
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_fused_deit_computes_the_same_of_images_and_patches(tiny, alone):
     """So labels that were stored, with which images come in patches, give the run that the teacher itself gives."""
     model = build_network(tiny().model, 4).to(alone.device)

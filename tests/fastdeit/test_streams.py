@@ -61,6 +61,7 @@ def test_output_that_cannot_be_written_is_noted_in_the_log(tmp_path, how):
     assert done.stdout == ("sentence 0 of some length, so that buffers fill up\n" if how == "head" else "")
 
 
+@pytest.mark.slow
 def test_training_outlives_the_reader_of_its_output(tiny, launch, events):
     recipe = tiny(run={"epochs": 2})
     process = launch(recipe, wait=False, stdout_reader="head -n 1")

@@ -27,11 +27,12 @@ def run(*words, cwd=RESULTS.parents[1]):
     return run_python(*words, cwd=cwd, env=environment)
 
 
+@pytest.mark.slow
 def test_a_small_campaign(tmp_path):
     images, containers = len(KINDS) * (3 + 3 * FUZZ), (len(SOURCES) + len(OUTPUTS)) * 2 * FUZZ
     results = tmp_path / "fuzz.jsonl"
     sizes = ("--images", str(images), "--containers", str(containers))
-    out = run("-m", "benchmarks", "fuzz", *sizes, "--results", str(results))
+    out = run("-m", "tests.fuzz", *sizes, "--results", str(results))
     assert out.returncode == 0, out.stdout + out.stderr
     record = json.loads(results.read_text())
     assert record["passed"]
@@ -100,6 +101,7 @@ FOUND = {
 }
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found(tmp_path):
     out = run("-c", PLANTED, cwd=tmp_path)
     assert out.returncode == 0, out.stderr

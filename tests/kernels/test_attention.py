@@ -32,12 +32,14 @@ def compare(equals_pytorch, qkv):
     assert all(tensor.is_contiguous() for tensor in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 64, 65, 197, 198])
 def test_equals_pytorch_at_lengths(device, equals_pytorch, tokens, dtype):
     compare(equals_pytorch, packed(device, 1, tokens, 1, 64, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [207, 208, 209, 256, 257, 577, 578])
 def test_equals_pytorch_where_another_launch_begins(device, equals_pytorch, tokens):
     compare(equals_pytorch, packed(device, 1, tokens, 1, 32, torch.float16))
@@ -97,6 +99,7 @@ def test_is_repeatable_to_the_bit(device, on_gpu, tokens, dtype):
     assert_same_bits(once(), once())
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     qkv = packed(device, 2, 9, 2, 16, torch.float32).requires_grad_()
     torch.library.opcheck(module._op, (qkv,))

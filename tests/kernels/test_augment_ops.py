@@ -130,6 +130,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", NUMBERS)
 def test_every_operation(device, code):
     rng = np.random.default_rng(code)
@@ -138,6 +139,7 @@ def test_every_operation(device, code):
     compare(device, make_images(rng, len(steps), 13), steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_smallest_images(device, size):
     rng = np.random.default_rng(size)
@@ -150,12 +152,14 @@ def draw_step(rng):
     return code, bool(rng.integers(2)), NUMBERS[code][rng.integers(len(NUMBERS[code]))]
 
 
+@pytest.mark.slow
 def test_three_layers_one_upon_another(device):
     rng = np.random.default_rng(5)
     steps = [[draw_step(rng) for _ in range(3)] for _ in range(40)]
     compare(device, make_images(rng, len(steps), 9), steps)
 
 
+@pytest.mark.slow
 def test_more_pixels_than_a_program_takes(device):
     rng = np.random.default_rng(6)
     steps = [[(code, True, numbers[0])] for code, numbers in NUMBERS.items()]

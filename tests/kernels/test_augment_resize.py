@@ -74,6 +74,7 @@ def noise(rng, *sizes):
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 16])
 def test_random_crops(device, size):
     rng = np.random.default_rng(size)
@@ -81,6 +82,7 @@ def test_random_crops(device, size):
     compare(device, images, list(draw_cases(rng, images, 12, size)), size)
 
 
+@pytest.mark.slow
 def test_crops_of_one_pixel_of_the_output_size_and_at_every_edge(device):
     rng = np.random.default_rng(1)
     images = noise(rng, (20, 23))
@@ -96,6 +98,7 @@ def test_a_window_of_a_larger_result(device):
     compare(device, images, cases, 8)
 
 
+@pytest.mark.slow
 def test_a_tile_does_not_stop_at_the_first(device):
     """Outputs and crops larger than a tile of any kind."""
     rng = np.random.default_rng(3)

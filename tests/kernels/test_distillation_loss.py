@@ -184,6 +184,7 @@ def test_no_gradient_reaches_targets_or_teacher(device):
     assert teacher.grad is None
 
 
+@pytest.mark.slow
 def test_is_repeatable_to_the_bit(device):
     cls, dist, teacher = (draw(device, 40, 70, torch.float32, seed).requires_grad_() for seed in range(3))
     labels, _ = mixed(device, 40, 70)
@@ -195,6 +196,7 @@ def test_is_repeatable_to_the_bit(device):
     assert_same_bits(once(), once())
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     cls, dist, teacher = (draw(device, 3, 8, torch.float32, seed) for seed in range(3))
     heads = cls.requires_grad_(), dist.requires_grad_()

@@ -141,6 +141,7 @@ def backward(function, arguments, passes=2):
         loss_of(function(*arguments)).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [2, 3])
 def test_backward_passes_add_up(op, device, passes):
     both(op, device, lambda function, arguments: backward(function, arguments, passes))
@@ -190,6 +191,7 @@ def test_hooks_on_gradients(op, device):
     both(op, device, use)
 
 
+@pytest.mark.slow
 def test_frozen_arguments(op, device):
     count = len(op.shapes)
     for frozen in itertools.chain.from_iterable(itertools.combinations(range(count), n) for n in range(1, count)):

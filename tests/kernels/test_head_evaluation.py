@@ -20,6 +20,7 @@ def draw(device, rows, classes, dtype=torch.float32):
     return *logits, torch.randint(classes, (rows,), generator=generator).to(device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1, 10, 300, 2100])
 def test_equals_pytorch(device, dtype, classes):
@@ -74,6 +75,7 @@ def test_strided_and_empty(device):
     assert evaluate_heads(cls[:0], dist[:0], labels[:0]).rank.shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_opcheck(device):
     torch.library.opcheck(module._op, draw(device, 3, 20))
 

@@ -88,6 +88,7 @@ def test_an_empty_batch_has_gradients(device):
         assert not argument.grad.any()
 
 
+@pytest.mark.slow
 def test_is_repeatable_to_the_bit(device):
     arguments = inputs(device, 130, 3, 40, 2, True, torch.float32)
     weights = torch.randn(1, 130, 5, 40, device=device)

@@ -23,6 +23,7 @@ def run(folder: Path) -> tuple[int, int]:
     return int(value), int(hits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["host/inner.py", "outer.py"])
 def test_a_change_in_any_file_is_seen_and_no_change_is_not_compiled_again(tmp_path, changed):
     package = tmp_path / "package"
@@ -100,6 +101,7 @@ def contained(root: Path, temporary: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_read_only_installation_without_a_home(read_only, tmp_path):
     """As in a container: the cache lies in a folder of the user's own among temporary files, and is used again."""
     open_way(tmp_path)

@@ -14,6 +14,7 @@ from fastdeit.pipelines import memory
 from fastdeit.pipelines.memory import Arenas, place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keep",
     [

@@ -29,12 +29,13 @@ def photos(tmp_path_factory):
 SHORT = {"loader": "torch", "batch": 16, "threads": 2, "img_size": 32, "sample_seconds": 0.1}
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_flat_and_recorded(photos, tmp_path):
     """In a process of its own, since other tests may have left threads that still end."""
     results, picture = tmp_path / "soak.jsonl", tmp_path / "soak.png"
     options = {**SHORT, "minutes": 12 / 60, "photos": photos, "results": results, "plot": picture}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    out = run_python("-m", "benchmarks", "soak", *words, cwd=RESULTS.parents[1])
+    out = run_python("-m", "tests.soak", *words, cwd=RESULTS.parents[1])
     assert out.returncode == 0, out.stdout + out.stderr
     record = json.loads(results.read_text())
     assert record["passed"]
@@ -45,6 +46,7 @@ def test_the_pipeline_is_flat_and_recorded(photos, tmp_path):
         assert drawn.width > 800
 
 
+@pytest.mark.slow
 def test_leaks_into_the_pipeline_are_found(photos, tmp_path):
     convert(str(photos), tmp_path / "photos.beton", progress=False)
     held, files, stop = [], [], threading.Event()

@@ -16,6 +16,7 @@ def photos(tmp_path_factory):
     return image_folder(tmp_path_factory.mktemp("photos"), [jpeg(picture(i, (80, 60))) for i in range(8)], 2)
 
 
+@pytest.mark.slow
 def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, capsys):
     pytest.importorskip("ffcv")
     pytest.importorskip("webdataset")

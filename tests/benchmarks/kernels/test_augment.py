@@ -34,6 +34,7 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 def test_every_pass_is_timed_beside_its_peers(job, device):
     records = {record["pass"]: record for record in measure(job, device, by_the_clock, no_graph, 1e9)}
     assert list(records) == ["resize", "operations", "normalize_erase_mix", "augment", "stage", "stage from the host"]
@@ -63,6 +64,7 @@ def test_our_passes_are_held_against_the_floor_without_their_launches(job, devic
         assert not any("graph_ms" in peer for peer in records[name]["sides"].values())
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, device, monkeypatch):
     monkeypatch.setattr(
         augment, "_add_kornia", Mock(side_effect=AttributeError("module 'kornia' has no attribute 'auto'\nsome more"))

@@ -98,6 +98,7 @@ def small_run(monkeypatch, tmp_path, device, clock, **options):
     return complete, [json.loads(line) for line in chosen.results.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_case_is_a_record(monkeypatch, tmp_path, device, clock, capsys):
     picture = tmp_path / "kernels.png"
     complete, records = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu", "augment"), plot=picture)

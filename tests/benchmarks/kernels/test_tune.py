@@ -49,6 +49,7 @@ def test_every_kernel_of_an_operation_asks_how_to_be_launched(op):
     assert names == {name for name in compiled if name.startswith(f"{prefix}_")}
 
 
+@pytest.mark.slow
 def test_launches_are_tried_and_recorded(tmp_path, monkeypatch, capsys):
     times = iter(range(1000, 0, -1))
     clock = Clock(lambda call: [call(), float(next(times))][1:], lambda call: None)

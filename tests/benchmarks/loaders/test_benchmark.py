@@ -44,6 +44,7 @@ def one_record(options, folder):
     return record
 
 
+@pytest.mark.slow
 def test_every_side_is_measured_and_ended(photos, tmp_path):
     before = set(psutil.Process().children(recursive=True))
     results = tmp_path / "loaders.jsonl"
@@ -65,6 +66,7 @@ def test_every_side_is_measured_and_ended(photos, tmp_path):
     assert "1.00" in next(line for line in text.splitlines() if line.startswith("timm "))
 
 
+@pytest.mark.slow
 def test_cold_windows_read_reduced_copies_that_left_the_page_cache(photos, tmp_path):
     asked = options(photos, ("fastdeit-torch-x1",), cache=("cold",), photo_side=(32,), cold_images=64)
     record = one_record(asked, tmp_path)
@@ -74,6 +76,7 @@ def test_cold_windows_read_reduced_copies_that_left_the_page_cache(photos, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_named_with_its_reason(photos, tmp_path):
     record = one_record(options(photos, ("fastdeit-torch-x3",), batch=7), tmp_path)
     assert record["sides"] == {}
@@ -88,6 +91,7 @@ def test_a_side_that_is_not_installed_is_named_as_missing(photos, tmp_path, monk
     assert "spdl    missing: not installed: pip install it" in table(record).text()
 
 
+@pytest.mark.slow
 def test_a_side_without_its_data_says_so(photos, tmp_path):
     before = set(psutil.Process().children(recursive=True))
     setting = Setting("fastdeit-torch-x1", str(photos), str(tmp_path / "missing.beton"), str(tmp_path), 8, 1, 1)

@@ -1,9 +1,5 @@
 """Every peer gives batches of normalised images from the files it was given, and says where it is not installed."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,8 +10,8 @@ from benchmarks.loaders.peers import ours, stream
 from benchmarks.loaders.peers.stream import MEAN, STD, Missing, Setting
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
+from forked import Forked, run_code
 
-ROOT = Path(__file__).parents[3]
 COLOURS = ((230, 30, 60), (40, 200, 90))
 
 
@@ -63,14 +59,15 @@ opened.images.close()
 def first_batches(setting, folder):
     """In a process of its own: FFCV's loader leaves numba's types changed for what is compiled after it."""
     out = folder / "batches.pt"
-    command = [sys.executable, "-c", FIRST_BATCHES, repr(setting), str(out)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
-    if "missing: " in done.stderr:
-        pytest.skip(done.stderr)
-    assert done.returncode == 0, done.stderr
+    process = Forked(run_code, FIRST_BATCHES, [repr(setting), str(out)])
+    _, said = process.communicate(timeout=300)
+    if "missing: " in said:
+        pytest.skip(said)
+    assert process.returncode == 0, said
     return torch.load(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, contender in CONTENDERS.items() if contender.repeats is None])
 def test_a_peer_gives_the_pictures_it_was_given(name, setting, tmp_path):
     batches = first_batches(setting(name), tmp_path)

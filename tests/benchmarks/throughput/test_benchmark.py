@@ -73,6 +73,7 @@ def test_other_gradients_are_refused():
     assert "gradients of blocks.3.mlp.fc1.weight" in contenders.disagreement(case, ours)
 
 
+@pytest.mark.slow
 def test_a_missing_gradient_and_a_nan_are_refused():
     case = one_case()
     ours = contenders.our_model(case, PLAIN)
@@ -83,6 +84,7 @@ def test_a_missing_gradient_and_a_nan_are_refused():
     assert "logits of cls" in contenders.disagreement(case, ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_training_steps_move_both_models_alike(distilled, compiled, monkeypatch):
@@ -113,6 +115,7 @@ def test_the_student_has_the_shapes_of_timms_model(model, distilled):
     assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_a_run_records_what_it_prints(tmp_path, capsys):
     path = tmp_path / "figures.jsonl"
     main(f"--models tiny --sizes 32 --batch 4 --device cpu --windows 3 --window-seconds 0.02 --results {path}".split())
@@ -236,6 +239,7 @@ def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
     assert rate["text"] == "deit_base: 4,500 im/s of more than 3,300"
 
 
+@pytest.mark.slow
 def test_quick_times_one_form_of_each_side(tmp_path):
     path = tmp_path / "figures.jsonl"
     main(f"--models tiny --sizes 32 --batch 4 --mode train --device cpu --quick --windows 2 --results {path}".split())

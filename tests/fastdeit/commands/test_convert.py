@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fastdeit.pipelines.formats.beton import BetonDataset
+from forked import Forked, run_module
 
 
 def call(*arguments):
-    command = [sys.executable, "-m", "fastdeit.commands.convert", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    process = Forked(run_module, "fastdeit.commands.convert", [str(argument) for argument in arguments])
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
 def test_converts_and_reports(images, tmp_path):
@@ -113,6 +116,7 @@ def children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
 def test_ctrl_c_while_workers_start(images, tmp_path, delay):
     """A terminal sends it to all of them, and each spends its first second importing."""

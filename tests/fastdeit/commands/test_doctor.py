@@ -47,6 +47,7 @@ def report():
     return json.loads(done.stdout), done.returncode
 
 
+@pytest.mark.slow
 def test_the_command_agrees_with_the_environment(report):
     found, status = report
     assert (status, found["can_train"]) == (0, True)

@@ -21,11 +21,12 @@ from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.training.trainer import Trainer
+from forked import Forked, run_module
 
 
-@pytest.fixture
-def trained(tiny):
-    recipe = tiny(run={"epochs": 3})
+@pytest.fixture(scope="module")
+def trained(tiny_in, tmp_path_factory):
+    recipe = tiny_in(tmp_path_factory.mktemp("trained"), run={"epochs": 3})
     with world("cpu") as joined:
         scores = Trainer(recipe, joined).run()
     return recipe, checkpoint.found(recipe.run.output / "checkpoints")[0], scores
@@ -61,6 +62,7 @@ def judge_outputs(recipe, weights, folder):
     return outputs, torch.tensor(data.targets)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_timm(trained, data, images):
     recipe, path, scores = trained
     found = evaluate_checkpoint(
@@ -86,6 +88,7 @@ def with_real_labels(source, path, real):
     return path
 
 
+@pytest.mark.slow
 def test_real_accuracy_is_timms(trained, data, images, tmp_path):
     recipe, path, _ = trained
     rng = np.random.default_rng(5)
@@ -112,6 +115,7 @@ def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
         evaluate_checkpoint(Options(checkpoint=trained[1], val=val, loader="torch", device="cpu", threads=1))
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=4).state_dict()}, released)
@@ -132,16 +136,20 @@ def test_a_head_of_other_classes_is_refused(data, tmp_path):
         evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu"))
 
 
+@pytest.mark.slow
 def test_command_line(trained, data):
     _, path, _ = trained
-    command = [sys.executable, "-m", "fastdeit.commands.eval", str(path), str(data / "val.beton"), "--device", "cpu"]
-    out = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    words = [str(path), str(data / "val.beton"), "--device", "cpu", "--json"]
+    process = Forked(run_module, "fastdeit.commands.eval", words)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     results = json.loads(out)
     assert results["ema"]["images"] == 44
     lines = table(results).splitlines()
     assert len(lines) == 1 + 2 * 4
     assert f"{results['model']['class']['top1']:.2f}" in lines[1]
-    wrong = subprocess.run([*command[:3], "missing.pt", "x.beton"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "fastdeit.commands.eval", "missing.pt", "x.beton"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "missing.pt" in wrong.stderr
     assert "Traceback" not in wrong.stderr

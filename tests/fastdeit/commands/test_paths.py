@@ -208,6 +208,7 @@ def test_outputs_on_a_full_disk(command, commands, tmp_path, capsys, monkeypatch
     assert sorted(path.name for path in (tmp_path / "made").glob("*")) in ([], ["labels.lock"])
 
 
+@pytest.mark.slow
 def test_every_command_on_every_kind_of_wrong_path(commands, tmp_path, capsys, monkeypatch, unreadable):
     wrong = tmp_path / "wrong"
     wrong.mkdir()

@@ -104,6 +104,7 @@ def test_a_hash_in_a_path(images, tmp_path, name):
         open_source(f"imagenet:{tmp_path}/{name}/ILSVRC2012_img_val.tar#labels={tmp_path}/{name}/truth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "said"),
     [

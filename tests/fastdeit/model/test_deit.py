@@ -53,6 +53,7 @@ def test_names_and_shapes_are_timms(distilled, size):
     assert shapes == {name: tuple(value.shape) for name, value in judge.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distilled", [False, True])
 def test_outputs_equal_timms(distilled):
     """deit_tiny at 224, weights of ours in timm."""
@@ -157,6 +158,7 @@ def test_bf16_autocast_stays_near_float32():
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_step():
     """Masks of another step need no second compilation and no break in the graph."""
     torch._dynamo.reset()

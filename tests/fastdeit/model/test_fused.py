@@ -42,6 +42,7 @@ def step(model, images):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_equals_timm(device, name, drop_path):
@@ -63,6 +64,7 @@ def test_equals_timm(device, name, drop_path):
     torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_steps_equal_timms(device):
     model, fused, _ = pair(device=device, drop_path_rate=0.2)
     losses = []
@@ -80,6 +82,7 @@ def test_training_steps_equal_timms(device):
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
 def test_accumulated_and_clipped_gradients_equal_timms(device, name):
     model, fused, _ = pair(name, device)
@@ -122,6 +125,7 @@ def test_our_own_model_with_planned_stochastic_depth(device):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_torch_compile_without_a_graph_break(device):
     _, fused, _ = pair(device=device)
     images = torch.randn(2, 3, 16, 16, device=device)
@@ -198,6 +202,7 @@ def test_a_block_that_is_wrapped_afterwards_is_called(device):
     assert fused.blocks[1].calls == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halved", [False, True])
 def test_in_float16_as_exact_as_timm(device, halved):
     """Under autocast with float32 weights, whose gradients are float32; and in a model that is float16 itself."""

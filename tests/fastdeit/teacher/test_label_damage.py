@@ -50,6 +50,7 @@ def array(shape, dtype="<u2", data=b""):
     return file.getvalue() + data
 
 
+@pytest.mark.slow
 def test_more_than_the_file_holds_is_refused_without_memory(cache):
     folder, file = cache
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import pickle
-import subprocess
-import sys
+import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +24,7 @@ from fastdeit.teacher.label_cache import Described, LabelCache, LabelWriter, pix
 from fastdeit.teacher.labelling import label_run
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.trainer import Trainer
+from forked import Forked, run_module, run_module_twice
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -45,6 +45,23 @@ def label(recipe, **options):
         label_run(recipe, joined, **{"first_epoch": 0, "end_epoch": recipe.run.epochs, "topk": 4, **options})
 
 
+@pytest.fixture(scope="module")
+def stored(tiny_in, teacher_checkpoint, tmp_path_factory):
+    """A folder of hard labels of two epochs."""
+    folder = tmp_path_factory.mktemp("stored")
+    teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": folder / "labels"}
+    label(tiny_in(folder / "run", objective={"distillation": "hard"}, teacher=teacher))
+    return folder / "labels"
+
+
+@pytest.fixture
+def labelled(distilled, stored):
+    """`distilled()`, and a copy of its labels of two epochs."""
+    recipe = distilled()
+    shutil.copytree(stored, recipe.teacher.labels)
+    return recipe
+
+
 def changed(recipe, section, **values):
     return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
 
@@ -60,6 +77,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [0, 12])
 def test_a_run_with_labels_is_the_run_with_the_teacher(distilled, tmp_path, micro_batch):
     recipe = distilled(run={"micro_batch": micro_batch})
@@ -68,6 +86,7 @@ def test_a_run_with_labels_is_the_run_with_the_teacher(distilled, tmp_path, micr
     assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_compiled_where_training_compiles_it(distilled, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "COMPILER", "aot_eager")
     torch._dynamo.reset()
@@ -83,6 +102,7 @@ def test_the_teacher_is_compiled_where_training_compiles_it(distilled, tmp_path,
     assert stored[0] == stored[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_round_trip_on_fashion_mnist(distilled, teacher_checkpoint, tmp_path):
     """The teacher is that of another data set, whose labels are no worse for that."""
@@ -99,9 +119,8 @@ def test_round_trip_on_fashion_mnist(distilled, teacher_checkpoint, tmp_path):
     assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
 
 
-def test_labels_are_what_the_teacher_says_of_each_sample(distilled):
-    recipe = distilled()
-    label(recipe, end_epoch=1)
+def test_labels_are_what_the_teacher_says_of_each_sample(labelled):
+    recipe = labelled
     cache = LabelCache(recipe.teacher.labels)
     with world("cpu") as joined:
         data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
@@ -114,6 +133,7 @@ def test_labels_are_what_the_teacher_says_of_each_sample(distilled):
         data.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topk", [2, 4])
 def test_soft_labels_keep_the_largest_logits(distilled, topk):
     recipe = distilled("soft")
@@ -136,29 +156,22 @@ def test_soft_labels_keep_the_largest_logits(distilled, topk):
         weights(changed(recipe, "objective", distillation="hard"))
 
 
+@pytest.mark.slow
 def test_two_processes_label_what_one_does(distilled, tmp_path):
     recipe = distilled()
     label(recipe)
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(changed(recipe, "teacher", labels=tmp_path / "two").to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    out = subprocess.run(
-        [*command, "fastdeit.commands.label", recipe.name, "--config", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert out.returncode == 0, out.stderr
-    assert "hard labels of 2 more epochs" in out.stdout
+    words = [recipe.name, "--config", str(file)]
+    two = Forked(run_module_twice, "fastdeit.commands.label", words)
+    out, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    assert "hard labels of 2 more epochs" in out
     for epoch in range(2):
         one, two = (np.load(folder / f"epoch-{epoch:04d}.npy") for folder in (tmp_path / "labels", tmp_path / "two"))
         np.testing.assert_array_equal(one, two)
-    again = subprocess.run(
-        [sys.executable, "-m", "fastdeit.commands.label", recipe.name, "--config", str(file)],
-        capture_output=True,
-        text=True,
-    )
-    assert "holds 2 of these epochs already" in again.stdout
+    out, _ = Forked(run_module, "fastdeit.commands.label", words).communicate(timeout=300)
+    assert "holds 2 of these epochs already" in out
 
 
 @pytest.mark.parametrize(
@@ -171,40 +184,36 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
         ("departures", {"mix_group": 16}, "mixing group size is 8 there and 16 here"),
     ],
 )
-def test_labels_of_other_pixels_are_refused_by_field(distilled, section, values, named):
-    recipe = distilled()
-    label(recipe, end_epoch=1)
-    other = changed(recipe, section, **values)
+def test_labels_of_other_pixels_are_refused_by_field(labelled, section, values, named):
+    other = changed(labelled, section, **values)
     with pytest.raises(UserError, match=named):
         weights(other)
     with pytest.raises(UserError, match=named):
         label(other)
 
 
+@pytest.mark.slow
 def test_what_reaches_no_pixel_may_differ(distilled):
     recipe = distilled(run={"epochs": 1})
     label(recipe)
     weights(changed(changed(recipe, "augment", label_smoothing=0.0), "optim", lr=1e-4))
 
 
-def test_data_of_other_content_are_refused(distilled, images, tmp_path):
-    recipe = distilled()
-    label(recipe, end_epoch=1)
+def test_data_of_other_content_are_refused(labelled, images, tmp_path):
     convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=1, progress=False)
     with pytest.raises(UserError, match=r"data.train \(content\) is"):
-        weights(changed(recipe, "data", train=tmp_path / "other.beton"))
+        weights(changed(labelled, "data", train=tmp_path / "other.beton"))
 
 
-def test_another_teacher_is_refused(distilled, teacher_checkpoint, tmp_path):
-    recipe = distilled()
-    label(recipe, end_epoch=1)
+def test_another_teacher_is_refused(labelled, teacher_checkpoint, tmp_path):
     state = checkpoint.load(teacher_checkpoint)
     state["model"]["fc.bias"] += 1
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="another teacher's"):
-        label(changed(recipe, "teacher", checkpoint=tmp_path / "other.pt"))
+        label(changed(labelled, "teacher", checkpoint=tmp_path / "other.pt"))
 
 
+@pytest.mark.slow
 def test_missing_epochs_are_named(distilled):
     recipe = distilled()
     label(recipe, end_epoch=1)
@@ -283,10 +292,8 @@ class Evil:
 
 
 @pytest.mark.parametrize("damage", ["flip", "pickle", "classes", "short", "gone", "index", "entry", "key"])
-def test_damaged_labels_are_named(distilled, damage, capsys):
-    recipe = distilled()
-    label(recipe)
-    folder = recipe.teacher.labels
+def test_damaged_labels_are_named(labelled, damage, capsys):
+    folder = labelled.teacher.labels
     file, index = folder / "epoch-0000.npy", folder / "labels.json"
     described = json.loads(index.read_text())
     if damage == "index":
@@ -309,10 +316,11 @@ def test_damaged_labels_are_named(distilled, damage, capsys):
         described["epochs"]["0"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         index.write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"labels"):
-        weights(recipe)
+        weights(labelled)
     assert "never" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_soft_labels_that_unpack_to_much_more_are_refused(tmp_path):
     """A file of 130 kB that would take 134 MB; what Python allocates is measured."""
     writer = LabelWriter(tmp_path, Described({}, "0" * 64, "resnet10t", class_names=None, num_classes=9, topk=2))
@@ -333,9 +341,8 @@ def test_soft_labels_that_unpack_to_much_more_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone"])
-def test_labels_are_made_again_as_the_error_says(distilled, damage):
-    recipe = distilled()
-    label(recipe)
+def test_labels_are_made_again_as_the_error_says(labelled, damage):
+    recipe = labelled
     file = recipe.teacher.labels / "epoch-0001.npy"
     before = file.read_bytes()
     if damage == "flip":

@@ -159,6 +159,7 @@ def test_missing_weights_end_in_a_remedy_and_no_download(monkeypatch, tmp_path):
         Teacher(TeacherConfig(checkpoint=tmp_path / "absent.pth"), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
 
 
+@pytest.mark.slow
 def test_the_released_teacher_loads(tmp_path):
     """The layout of the authors' RegNetY-16GF: {"model": state dict of timm's regnety_160}. 84 M parameters."""
     with torch.device("meta"):
@@ -199,6 +200,7 @@ def test_the_packages_absence_says_what_to_install(monkeypatch):
         Teacher(TeacherConfig(name=LITE0), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
 def test_weights_kept_as_autocast_casts_them_say_the_same(arch, tmp_path):
     network = timm.create_model(arch, num_classes=5)

@@ -144,6 +144,7 @@ def variants(tiny, teacher_checkpoint, tmp_path, **run):
     return [tiny(**options, run={"micro_batch": 12, "output": tmp_path / name, **run}) for name in ("eager", "graph")]
 
 
+@pytest.mark.slow
 def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, events, request):
     eager, graph = variants(tiny, teacher_checkpoint, tmp_path)
     first = trained(eager)
@@ -156,6 +157,7 @@ def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, ev
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_checkpoint, tmp_path, taped):
     straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
     first = trained(straight)
@@ -327,6 +329,7 @@ def test_on_a_gpu_the_loop_waits_for_nothing(tiny, monkeypatch):
     assert number == 10
 
 
+@pytest.mark.slow
 def test_late_looks_log_the_same_lines(tiny, events, tmp_path):
     """What is looked at one step late, as on a GPU, is said of the same step, and before anything is saved."""
     runs = [tiny(run={"output": tmp_path / name, "log_every": 2, "checkpoint_every": 3}) for name in ("now", "late")]

@@ -43,7 +43,7 @@ def losses(events, recipe):
 
 @pytest.fixture
 def short(data, tiny, tmp_path):
-    """Function: a distilled recipe of three steps of eight samples on `train`; a random teacher, or stored labels."""
+    """Function: a distilled recipe with four samples a step on `train`; a random teacher, or stored labels."""
     teacher = timm.create_model("resnet10t", num_classes=10, in_chans=3)
     for parameter in teacher.fc.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
@@ -55,18 +55,20 @@ def short(data, tiny, tmp_path):
             data={"train": train, "val": None, "repeats": 1},
             objective={"distillation": kind},
             teacher={"name": "resnet10t", "checkpoint": tmp_path / "teacher.pt", "img_size": 32},
-            run={"epochs": 1, "global_batch": 8, "device": DEVICE, "precision": "fp32", "output": tmp_path / name},
+            run={"epochs": 1, "global_batch": 4, "device": DEVICE, "precision": "fp32", "output": tmp_path / name},
+            departures={"mix_group": 4},
         )
 
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 @pytest.mark.parametrize("stored", [False, True])
 def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     """With a teacher in the loop the student takes images; with labels stored beforehand, patches."""
     train = tmp_path / "fashion.beton"
-    convert(str(FASHION / "train-images-idx3-ubyte.gz"), train, limit=24, progress=False)
+    convert(str(FASHION / "train-images-idx3-ubyte.gz"), train, limit=12, progress=False)
     recipes = [short(train, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
     if stored:
         recipes = [replace(r, teacher=replace(r.teacher, labels=tmp_path / "labels")) for r in recipes]
@@ -86,9 +88,10 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
 
 
+@pytest.mark.slow
 def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, short, tmp_path):
     """SGD, whose update shows every error of a gradient; AdamW's hides a factor."""
-    convert(str(images / "train"), tmp_path / "few.beton", limit=16, progress=False)
+    convert(str(images / "train"), tmp_path / "few.beton", limit=8, progress=False)
     weights = []
     for kernels in ("torch", "triton"):
         recipe = short(tmp_path / "few.beton", kernels, kernels, depth=1)
@@ -100,6 +103,7 @@ def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, shor
         torch.testing.assert_close(weights[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_resuming_with_other_kernels_is_a_change(data, short, events):
     """Sums are in another order, so that the run would be another than either."""
     recipe = short(data / "train.beton", "run", "torch", depth=1)
@@ -113,16 +117,19 @@ def test_resuming_with_other_kernels_is_a_change(data, short, events):
     assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
 
 
-def test_scores_are_those_without_kernels(data, short):
-    recipe = short(data / "train.beton", "run", "torch")
+@pytest.mark.slow
+def test_scores_are_those_without_kernels(images, short, tmp_path):
+    few = tmp_path / "few.beton"
+    convert(str(images / "val"), few, limit=11, shuffle_seed=0, progress=False)
+    recipe = short(few, "run", "torch")
     run(recipe)
     path = checkpoint.found(recipe.run.output / "checkpoints")[0]
     found = [
         evaluate_checkpoint(
             Options(
                 checkpoint=path,
-                val=data / "val.beton",
-                batch=22,
+                val=few,
+                batch=6,
                 device=DEVICE,
                 precision="fp32",
                 loader="torch",
@@ -159,6 +166,7 @@ def test_what_has_no_place_in_a_model_is_said():
     assert "timm's own" in teacher.sentence()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_every_kernel_passes_its_check(dtype, distilled):
@@ -166,6 +174,7 @@ def test_every_kernel_passes_its_check(dtype, distilled):
     assert {op: failure(op, cfg, precision, 10) for op in OPS} == dict.fromkeys(OPS)
 
 
+@pytest.mark.slow
 def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeypatch):
     """The decision of a GPU, with the checks under the interpreter where there is none."""
     cfg, here = ModelConfig(**SMALL), torch.device(DEVICE)

@@ -18,6 +18,7 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+@pytest.mark.slow
 def test_a_profiled_run_is_the_same_run(tiny, teacher_checkpoint, tmp_path, events, capsys):
     options = {
         "objective": {"distillation": "hard"},
@@ -76,6 +77,7 @@ def test_the_room_is_what_a_run_can_take(tmp_path, steps, epochs):
     assert most == 0 or found(most)
 
 
+@pytest.mark.slow
 def test_a_run_without_room_left_says_so(tiny, capsys):
     options = {"run": {"checkpoint_every": 2, "keep_checkpoints": 9}, "data": {"val": None}}
     recipe = tiny(**options)

@@ -43,6 +43,7 @@ def outcome(monkeypatch):
     return force
 
 
+@pytest.mark.slow
 def test_every_outcome_of_the_loaders_race_gives_the_same_bits(tiny, outcome, events, tmp_path):
     losses, scores, weights = {}, {}, {}
     names = installed()

@@ -91,6 +91,7 @@ def test_a_file_of_nonsense_is_no_holder(tmp_path):
             RunLock(tmp_path).close()
 
 
+@pytest.mark.slow
 def test_two_commands_with_one_output(tiny, launch):
     recipe = tiny(run={"epochs": 500})
     first = launch(recipe, wait=False)

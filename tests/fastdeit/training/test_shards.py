@@ -51,6 +51,7 @@ def test_the_weights_are_those_trained_on_the_beton(tiny, shards, events):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_beton_is_taken_up_on_the_shards(tiny, shards):
     whole = tiny()
     train(whole)

@@ -75,6 +75,7 @@ def test_the_papers_recipes_raise_no_warning(name, data):
     val.close()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_nothing_is_found_before_training(tiny, events, tmp_path, teacher_checkpoint):
     torch.manual_seed(0)
     fresh = timm.create_model("resnet10t", num_classes=4)
@@ -94,6 +95,7 @@ def test_a_teacher_that_knows_nothing_is_found_before_training(tiny, events, tmp
         assert any("no better than chance" in text for text in texts) == (found == "no better than chance")
 
 
+@pytest.mark.slow
 def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_path):
     first = tiny(deit_tiny, run={"epochs": 1})
     train(first)

@@ -19,6 +19,7 @@ from fastdeit.training.trainer import Trainer
 from runs import final_state, train
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_says_what_it_did(tiny, events, teacher_checkpoint):
     recipe = tiny(
         objective={"distillation": "hard"},
@@ -48,6 +49,7 @@ def test_a_run_learns_and_says_what_it_did(tiny, events, teacher_checkpoint):
     assert len(checkpoint.found(folder / "checkpoints")) == recipe.run.keep_checkpoints
 
 
+@pytest.mark.slow
 def test_accumulation_keeps_the_global_batch(tiny, events):
     whole, parts = tiny(), tiny(run={"micro_batch": 12, "output": tiny().run.output.with_name("parts")})
     train(whole)
@@ -57,6 +59,7 @@ def test_accumulation_keeps_the_global_batch(tiny, events):
     assert a[0] != a[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoint, monkeypatch):
     """aot_eager traces forward and backward as the default backend does, and then runs PyTorch's own ops."""
     for module in (step, teacher):
@@ -84,6 +87,7 @@ def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoi
         train(dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, compile="off")))
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights_other_seed_others(tiny):
     runs = [tiny(run={"output": tiny().run.output / str(i), "seed": s}) for i, s in enumerate((0, 0, 1))]
     for recipe in runs:
@@ -124,6 +128,7 @@ def test_released_compat(tiny, events, capsys):
     assert "repeated augmentation is dropped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fine_tuning_at_another_resolution(tiny):
     first = tiny(deit_tiny)
     train(first)

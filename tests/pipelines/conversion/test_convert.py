@@ -223,6 +223,7 @@ def test_real_labels_of_what_is_stored(tmp_path):
     assert not list(tmp_path.glob("other*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_conversion_can_go_on(tree, out, tmp_path, number, status):
     """Ctrl-C reaches the whole process group of a terminal, a request to terminate the first process."""

@@ -290,6 +290,7 @@ def test_a_crash_between_two_names_is_resumed(tree, out, tmp_path, monkeypatch, 
                 subprocess.run(["rm", "-r", str(dest)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirect", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe"), (">&-", "")]
 )

@@ -82,6 +82,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "workers"), [("beton", 1), ("webdataset", 1), ("beton", 2)])
 def test_killed_again_and_again(tree, out, tmp_path, format, workers):
     options = {"format": format, "shard_size": 13, "shuffle_seed": 1, "max_side": 35, "on_error": "skip"}

@@ -58,6 +58,7 @@ def test_nothing_is_found_where_nothing_is_wrong(made, tree, format, capsys):
     assert verify(made / format, str(tree), workers=1, progress=False).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_flipped_bit_is_found(own, format):
     """At hundreds of places in all of the files; one in an image is named."""

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +19,7 @@ from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, BetonEr
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.formats.writer import Record
+from forked import Forked, run_code
 from pictures import jpeg, picture
 
 
@@ -43,7 +42,7 @@ from ffcv.fields import rgb_image
 from ffcv.fields.basics import IntDecoder
 from ffcv.loader import Loader, OrderOption
 
-for path, out, os_cache, decoder, arguments in json.load(sys.stdin):
+for path, out, os_cache, decoder, arguments in json.loads(sys.argv[1]):
     image = [getattr(rgb_image, decoder)(*arguments)]
     loader = Loader(path, batch_size=4, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=os_cache,
                     pipelines={"image": image, "label": [IntDecoder()]})
@@ -57,10 +56,9 @@ def plain_ffcv(*jobs):
     """Pixels and labels of each job: path, where to, os_cache, decoder, its arguments."""
     pytest.importorskip("ffcv")
     jobs = [[str(path), str(out), *rest] for path, out, *rest in jobs]
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN_FFCV], input=json.dumps(jobs), text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    process = Forked(run_code, PLAIN_FFCV, [json.dumps(jobs)])
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     return [(found["pixels"], found["labels"].tolist()) for found in (np.load(out) for _, out, *_ in jobs)]
 
 
@@ -69,6 +67,7 @@ def ffcv():
     return pytest.importorskip("ffcv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [JPEG, RAW])
 def test_ffcv_loads_what_we_write(tmp_path, mode):
     # Gray JPEGs are passed through by the conversion; libjpeg must make them RGB.
@@ -88,6 +87,7 @@ def test_ffcv_loads_what_we_write(tmp_path, mode):
             assert difference.mean() <= 1.5
 
 
+@pytest.mark.slow
 def test_ffcv_crops_images_of_many_sizes(tmp_path):
     images = [Image.new("RGB", (60 + 7 * i, 90 - 5 * i), (20 * i, 255 - 20 * i, 100)) for i in range(8)]
     path = write(tmp_path / "data.beton", images, list(range(8)))

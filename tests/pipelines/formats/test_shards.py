@@ -208,6 +208,7 @@ def test_check_names_what_is_missing_or_too_much(own, samples):
     assert dataset.check() == [f"{own}: it was changed or replaced since the data set was opened"]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_wherever_it_is(own, samples):
     """In a sample's own bytes its crc32 tells, which the sidecar holds; everywhere else opening or `check`."""
     original = files(own)

@@ -203,6 +203,7 @@ def test_a_broken_ffcv_library_is_reported(tmp_path, monkeypatch):
         loading.find_libffcv()
 
 
+@pytest.mark.slow
 def test_nothing_large_is_imported_to_look_for_it():
     code = """
 import sys

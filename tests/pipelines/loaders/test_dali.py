@@ -80,6 +80,7 @@ def mutated(rng, data):
     return bytes(data[:at]) + (b"" if kind == 2 else other) + bytes(data[at + (len(other) if kind == 2 else 0) :])
 
 
+@pytest.mark.slow
 def test_what_pillow_refuses_is_never_accepted(opened, tmp_path):
     rng = np.random.default_rng(11)
     size = (72, 56)

@@ -168,6 +168,7 @@ with make_pool(2) as pool:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_program(opened, many):
     command = [sys.executable, "-c", SCRIPT, opened.name, str(many.path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -126,6 +126,7 @@ def test_interpolation_choice():
     assert stats.binomtest(int((chosen == BILINEAR).sum()), len(chosen), 0.5).pvalue > ALPHA
 
 
+@pytest.mark.slow
 def test_erased_boxes(plan):
     ours = plan.erase[plan.erase[:, 2] > 0]
     assert stats.binomtest(len(ours), N, 0.25).pvalue > ALPHA

@@ -110,6 +110,7 @@ def read_all(path, counts):
     return samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_archives(kind, tmp_path):
     name, seed = KINDS[kind]()
