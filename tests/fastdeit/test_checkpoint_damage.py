@@ -94,18 +94,10 @@ def pickled(value):
     return file.getvalue()
 
 
-def laughs(depth):
-    """Ten times ten times ten: a kilobyte that prints as a gigabyte."""
-    value = ["ha"] * 10
+def nested(value, depth, times=1):
+    """Lists in lists. Of ten times the same list each, a kilobyte prints as a gigabyte."""
     for _ in range(depth):
-        value = [value] * 10
-    return value
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
+        value = [value] * times
     return value
 
 
@@ -141,8 +133,8 @@ def make_hostile(folder):
         b"\x80\x02}X\x01\x00\x00\x00wc__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.",
     )
     zipped(add("lists", "data.pkl"), b"\x80\x02(" + b"]" * (17 << 20) + b"l.")
-    zipped(add("laughs", "many times"), pickled({"model": laughs(9)}))
-    zipped(add("deep", "deep in one another"), pickled({"model": nested(400)}))
+    zipped(add("laughs", "many times"), pickled({"model": nested("ha", 10, times=10)}))
+    zipped(add("deep", "deep in one another"), pickled({"model": nested([], 400)}))
     zipped(add("itself", "holds itself"), pickled({"model": itself()}))
     zipped(add("number", "64 bits|was not loaded"), pickled({"epoch": 10**30_000}))
     zipped(add("twice", "twice|damaged"), pickled({}), [("x/version", "3")])

@@ -20,6 +20,14 @@ def final_state(recipe):
     return checkpoint.load(newest(recipe))
 
 
+def rewind(recipe, step):
+    """Remove the run's checkpoints after `step`."""
+    folder = recipe.run.output / "checkpoints"
+    for path in checkpoint.found(folder):
+        if path > checkpoint.step_path(folder, step):
+            path.unlink()
+
+
 def trained(recipe):
     """The state at the end of a whole run."""
     train(recipe)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from unittest.mock import Mock
 
 
 def run_python(*words, **options):
@@ -13,4 +12,8 @@ def run_python(*words, **options):
 
 def refusing(number):
     """A function that fails as a system call does that sets errno to `number`."""
-    return Mock(side_effect=OSError(number, os.strerror(number)))
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return refuse

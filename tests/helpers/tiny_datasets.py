@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 
 import numpy as np
 
@@ -20,20 +21,28 @@ def stored(image, mode=JPEG):
     return (jpeg(image) if mode == JPEG else image.tobytes()), image.size, mode
 
 
-def write(path, samples, labels=None):
+def write(path, samples, labels=None, **options):
     """A data set of (bytes, (width, height)[, mode]) samples: a beton file by its suffix, else a folder of shards.
 
-    The mode is JPEG and labels count up unless given. Returns the open data set.
+    The mode is JPEG and labels count up unless given; `options` go to the writer. Returns the open data set.
     """
     labels = range(len(samples)) if labels is None else labels
-    beton = path.suffix == ".beton"
-    with BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples)) as writer:
+    kind = partial(BetonWriter, page_size=MIN_PAGE) if path.suffix == ".beton" else ShardWriter
+    with kind(path, len(samples), **options) as writer:
         for sample, label in zip(samples, labels, strict=True):
             data, (width, height), mode = (*sample, JPEG)[:3]
             writer.add(data, height=height, width=width, label=label, mode=mode)
         names = [f"class {i}" for i in range(max(labels) + 1)]
         writer.finish(class_names=names, source={}, options={}, counts={})
     return open_dataset(path)
+
+
+def add_all(writer, dataset):
+    """Add every sample of an open data set."""
+    for i in range(len(dataset)):
+        sides = {"height": int(dataset.height[i]), "width": int(dataset.width[i])}
+        mode = JPEG if dataset.is_jpeg(i) else RAW
+        writer.add(dataset.read(i).tobytes(), label=int(dataset.label[i]), mode=mode, **sides)
 
 
 def make_samples(count):

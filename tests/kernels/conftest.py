@@ -9,12 +9,6 @@ from operators import results
 
 
 @pytest.fixture
-def device():
-    """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
 def on_gpu():
     return torch.cuda.is_available()
 

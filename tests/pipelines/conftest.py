@@ -18,14 +18,9 @@ RANGES = {
     "Posterize": (0, 8),
     "Solarize": (0, 256),
     "SolarizeAdd": (0, 128),
-    "Color": (0.0, 1.9),
-    "Contrast": (0.0, 1.9),
-    "Brightness": (0.0, 1.9),
-    "Sharpness": (0.0, 1.9),
-    "ShearX": (-0.3, 0.3),
-    "ShearY": (-0.3, 0.3),
-    "TranslateXRel": (-0.45, 0.45),
-    "TranslateYRel": (-0.45, 0.45),
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), (0.0, 1.9)),
+    **dict.fromkeys(("ShearX", "ShearY"), (-0.3, 0.3)),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), (-0.45, 0.45)),
     "GaussianBlur": (0.0, 3.0),
 }
 

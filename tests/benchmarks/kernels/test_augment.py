@@ -29,11 +29,6 @@ def no_graph(call):
     return None
 
 
-@pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.mark.slow
 def test_every_pass_is_timed_beside_its_peers(job, device):
     records = {record["pass"]: record for record in measure(job, device, by_the_clock, no_graph, 1e9)}

@@ -20,7 +20,7 @@ from fastdeit.training.graphs import WARM_UP, CudaRecorder, Replayed, choose_gra
 from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
-from runs import train, trained
+from runs import rewind, train, trained
 
 CLASSES = 4
 
@@ -162,10 +162,7 @@ def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_c
     straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
     first = trained(straight)
     train(stopped)
-    folder = stopped.run.output / "checkpoints"
-    for path in checkpoint.found(folder):
-        if path > checkpoint.step_path(folder, 4):
-            path.unlink()
+    rewind(stopped, 4)
     second = trained(stopped)
     assert taped[-1].replayed == 10 - 4 - WARM_UP
     same_bits(first, second)
@@ -270,15 +267,10 @@ def test_on_a_gpu_a_replayed_run_resumes_with_the_same_bits(tiny, deterministic,
     ]
     first = trained(runs[0])
     train(runs[1])
-    folder = runs[1].run.output / "checkpoints"
-    for path in checkpoint.found(folder):
-        if path > checkpoint.step_path(folder, 4):
-            path.unlink()
+    rewind(runs[1], 4)
     same_bits(first, trained(runs[1]))
     # A run of one kind goes on as the other.
-    for path in checkpoint.found(folder):
-        if path > checkpoint.step_path(folder, 6):
-            path.unlink()
+    rewind(runs[1], 6)
     eager = dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, cuda_graphs="off"))
     same_bits(first, trained(eager))
 

@@ -7,10 +7,10 @@ from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.data import open_dataset
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.training.trainer import Trainer
 from runs import final_state, train
+from tiny_datasets import add_all
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,7 @@ def shards(data, tmp_path_factory):
     for split in ("train", "val"):
         with open_dataset(data / f"{split}.beton", f"data.{split}") as beton:
             with ShardWriter(folder / split, len(beton), shard_size=50) as writer:
-                for i in range(len(beton)):
-                    writer.add(
-                        beton.read(i).tobytes(),
-                        height=int(beton.height[i]),
-                        width=int(beton.width[i]),
-                        label=int(beton.label[i]),
-                        mode=JPEG if beton.is_jpeg(i) else RAW,
-                    )
+                add_all(writer, beton)
                 sidecar = writer.finish(class_names=beton.class_names)
             assert sidecar["content_hash"] == beton.content_hash
     return folder

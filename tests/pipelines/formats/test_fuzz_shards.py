@@ -16,11 +16,10 @@ from damage import BLOCK, mutate, uniform
 from fastdeit.pipelines.formats import sidecar
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.shard_layout import SAMPLE, ShardError
-from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from pictures import picture
-from tiny_datasets import reseal, stored
+from tiny_datasets import reseal, stored, write
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 
@@ -28,11 +27,8 @@ FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "train"
-    with ShardWriter(path, 7, shard_size=3) as writer:
-        for i in range(7):
-            data, (width, height), mode = stored(picture(i, (9, 8 + i)), RAW if i % 2 else JPEG)
-            writer.add(data, height=height, width=width, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(7)])
+    images = [picture(i, (9, 8 + i)) for i in range(7)]
+    write(path, [stored(image, RAW if i % 2 else JPEG) for i, image in enumerate(images)], shard_size=3).close()
     return path
 
 
