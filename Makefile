@@ -1,10 +1,10 @@
-# Two commands do all the set-up on a fresh Debian or Ubuntu with Python >= 3.11: `make demo` and `make test`.
+# `make demo` and `make test` set everything up on a fresh Debian or Ubuntu with Python 3.11 or later.
 
-# OpenMP threads that spin while they wait starve the loader's on a machine of few cores.
+# On a machine with few cores, OpenMP threads that spin while they wait slow down the loader's threads.
 export OMP_WAIT_POLICY ?= passive
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes that share the tests. Each takes up to 4 GB of memory.
+# Test processes. Each takes up to 4 GB of memory.
 WORKERS ?= 2
 SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev python3-venv
 SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null; then echo sudo; else echo none; fi)
@@ -35,7 +35,7 @@ style: env
 types: env
 	$(BIN)/pyright
 
-gpu: env  ## on a machine with a GPU: its tests and its figures, in eight minutes
+gpu: env  ## GPU tests and benchmarks, in eight minutes
 	$(BIN)/python -m benchmarks gpu
 
 env: .venv/.stamp
@@ -51,24 +51,24 @@ env: .venv/.stamp
 	        apt-get install -qq -y --no-install-recommends $(SYSTEM) >/dev/null || echo "apt-get failed"; \
 	fi
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv: apt-get install python3-venv"; exit 1; }
-	@echo "installing PyTorch and friends into .venv, about 3 GB to fetch"
+	@echo "installing PyTorch and other packages into .venv (downloads about 3 GB)"
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,dev]'
 	@if ! { $(BUILDS_FFCV); }; then \
-	    echo "FFCV is left out, since it needs $(SYSTEM): other loaders decode instead"; \
+	    echo "FFCV is not installed, since it needs $(SYSTEM): the other loaders work without it"; \
 	elif ! $(BIN)/pip install -q --disable-pip-version-check -e '.[ffcv]'; then \
-	    echo "FFCV did not build: other loaders decode instead (fastdeit-doctor tells more)"; \
+	    echo "FFCV did not build: the other loaders work without it (fastdeit-doctor shows why)"; \
 	fi
 	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dali]' || \
-	    echo "DALI did not install (NVIDIA has it for Linux on x86-64 and aarch64 alone): other loaders decode instead"
+	    echo "DALI did not install (it needs Linux on x86-64 or aarch64): the other loaders work without it"
 	@touch $@
 
-# Fashion-MNIST, which a few tests use where it is there.
+# A few tests use Fashion-MNIST if it is installed.
 .PHONY: dataset
 dataset:
 	@if [ -d /usr/share/datasets/fashion-mnist ]; then true; \
 	elif [ "$(SUDO)" = none ] || ! command -v apt-get >/dev/null || \
 	    ! $(SUDO) apt-get install -qq -y dataset-fashion-mnist >/dev/null; then \
-	    echo "Fashion-MNIST (apt-get install dataset-fashion-mnist) is not there: its tests are skipped"; \
+	    echo "Fashion-MNIST is not installed (apt-get install dataset-fashion-mnist): its tests are skipped"; \
 	fi
 
 clean:

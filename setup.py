@@ -1,15 +1,15 @@
 """Package mapping; everything else is in pyproject.toml.
 
-`kernels/` and `pipelines/` sit beside `fastdeit/` and are installed inside it,
-so that nothing generic lands in site-packages.
+`kernels/` and `pipelines/` are folders beside `fastdeit/`, but are installed inside it, so that site-packages gets no
+packages with such general names.
 """
 
 from setuptools import Extension, find_packages, setup
 
 MAPPING = {"fastdeit": "fastdeit", "fastdeit.kernels": "kernels", "fastdeit.pipelines": "pipelines"}
 
-# A shared library for ctypes, not a Python module. Optional: without a C compiler or libjpeg-turbo's headers the
-# installation goes on, and the turbo loader says what is missing.
+# A shared library for ctypes, not a Python module. Optional: installation succeeds without a C compiler or
+# libjpeg-turbo's headers, and the turbo loader then says what is missing.
 JPEG = Extension("fastdeit.pipelines.loaders._jpeg", ["pipelines/loaders/jpeg.c"], libraries=["jpeg"], optional=True)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running what they hold."""
+"""Checkpoints: written atomically, and read without running any code in them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _FIELDS = {
 }
 MOST_STEPS = 999_999_999  # names have nine digits
 NOT_OURS = "the file was changed after it was written, so use another, or start from its weights with --model.init"
-_GLOBAL = re.compile(r"GLOBAL (\S+) ")  # of PyTorch's message about a class that it does not admit
+_GLOBAL = re.compile(r"GLOBAL (\S+) ")  # in PyTorch's message about a class that it refuses
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` through a temporary file: synced, then renamed.
+    """Write `state` to a temporary file, sync it, and rename it to `path`.
 
-    A process killed at any moment leaves either the old file or the new one, and at most a `.tmp` beside it. Raises
-    MachineError where the file cannot be written, as on a full disk.
+    A process killed at any moment leaves the old file or the new one, and at most a `.tmp` beside it. Raises
+    MachineError if the file cannot be written, for example on a full disk.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _os_error() -> Iterator[None]:
-    """Raise the OSError that PyTorch's writer of archives hides behind its own RuntimeError."""
+    """Raise the OSError that PyTorch's archive writer hides behind a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -62,12 +62,12 @@ def _os_error() -> Iterator[None]:
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint file holds, on the CPU: a state dict, or a dict that has one among other things.
+    """The contents of a checkpoint file, on the CPU: a state dict, or a dict that holds one.
 
-    `.safetensors` and PyTorch's own format. Of objects, only the `argparse.Namespace` that the released training
-    script stores is admitted. The checksums of all records are compared first; where a format has none, a warning says
-    so. Raises UserError naming the file where there is none, where it is damaged (DamagedError), or where it holds
-    anything else than tensors and plain containers; MachineError where the machine cannot read it.
+    Reads `.safetensors` and PyTorch's format. The only object it accepts is the `argparse.Namespace` that the released
+    training script stores. It first compares the checksums of all records, and warns if the format has none. Raises
+    UserError naming the file if it is missing, DamagedError if it is damaged, ForeignError if it holds anything but
+    tensors and plain containers, and MachineError if the machine cannot read it.
     """
     path = Path(path)
     check_checkpoint(path)
@@ -104,16 +104,16 @@ def why_unreadable(path: Path, error: Exception) -> UserError:
         return machine_error(error, f"{path}: cannot be read")
     if isinstance(error, pickle.UnpicklingError):
         refused = _GLOBAL.search(str(error))
-        held = f"holds an object of {refused[1]}, and only tensors and plain containers are" if refused else "was not"
+        held = f"holds an object of {refused[1]}, but only tensors and plain containers are" if refused else "was not"
         return ForeignError(
-            f"{path} {held} loaded: it is no checkpoint, or one to save again as a state dict or .safetensors"
+            f"{path} {held} loaded: it is not a checkpoint, or must be saved again as a state dict or .safetensors"
         )
     # A damaged file can fail anywhere in the reader.
-    return DamagedError(f"{path} is damaged or no checkpoint: fetch it again")
+    return DamagedError(f"{path} is damaged or not a checkpoint: fetch it again")
 
 
 def is_whole(path: Path) -> bool:
-    """Whether all checksums of a checkpoint are those of its bytes."""
+    """Whether a checkpoint has checksums and all of them match its bytes."""
     try:
         with open(open_regular(path), "rb") as file:
             return check_file(file, path) is None
@@ -122,18 +122,18 @@ def is_whole(path: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote. Raises UserError naming the file, and the field, where it is anything else."""
+    """The state that `save` wrote. Raises UserError naming the file, and the field, if it is anything else."""
     state = read_checkpoint(path)
     if state.get("format") != FORMAT:
         raise UserError(f"{path} is not a fastdeit training checkpoint; to start from its weights use --model.init")
     for name, kind in _FIELDS.items():
-        # A bool is an int to Python.
+        # In Python a bool is an int.
         if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
             held = "is missing" if name not in state else f"is a {type(state[name]).__name__}"
             raise UserError(f"{path}: its field '{name}' {held}, not a {kind.__name__}; {NOT_OURS}")
     for name in ("epoch", "step", "global_step"):
         if not 0 <= state[name] <= MOST_STEPS:
-            raise UserError(f"{path}: its field '{name}' is {state[name]}, not from 0 to {MOST_STEPS}; {NOT_OURS}")
+            raise UserError(f"{path}: its field '{name}' is {state[name]}, outside 0 to {MOST_STEPS}; {NOT_OURS}")
     return state
 
 
@@ -143,7 +143,7 @@ def step_path(folder: Path, global_step: int) -> Path:
 
 
 def found(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first. Raises MachineError where the machine cannot read it."""
+    """The checkpoints in `folder`, newest first. Raises MachineError if the folder cannot be read."""
     try:
         return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -153,7 +153,7 @@ def found(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted write left behind."""
+    """Delete all but the newest `keep` checkpoints, and the temporary files of interrupted writes."""
     for path in found(folder)[max(keep, 1) :]:
         path.unlink()
     for leftover in folder.glob("checkpoint-*.pt.tmp"):

@@ -93,10 +93,10 @@ def _word(word: str, of: str) -> str:
         raise UserError(f"{word!r}{of} is not valid text for a path: write it in UTF-8") from error
 
     def home(match: re.Match[str]) -> str:
-        found = os.path.expanduser(match[2])
-        if found.startswith("~"):
+        expanded = os.path.expanduser(match[2])
+        if expanded.startswith("~"):
             raise UserError(f"{match[2]} in {word}: no such user here; for a file of that name give its full path")
-        return match[1] + found
+        return match[1] + expanded
 
     return _HOME.sub(home, word)
 
@@ -122,8 +122,8 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     if file and named not in (*RECIPES, None):
         if missing:
             raise UserError(
-                f"{file}: there is no recipe '{named}': set name to one of {', '.join(RECIPES)}. (Only a whole recipe, "
-                f"as a run stores it, may have a name of its own; this file lacks {', '.join(missing[:3])})"
+                f"{file}: there is no recipe '{named}': set name to one of {', '.join(RECIPES)}. (Only a complete "
+                f"recipe, as a run stores it, may use another name; this file lacks {', '.join(missing[:3])})"
             )
         if word is not None:
             raise UserError(f"{file} is the stored recipe '{named}': leave out {word}, or use a file without a name")
@@ -246,7 +246,7 @@ def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:
     sections = get_type_hints(Recipe)
     for section, given in values.items():
         if section not in sections:
-            raise UserError(f"{file}: '{section}' is not a part of a recipe: {', '.join(sections)}")
+            raise UserError(f"{file}: '{section}' is not a section of a recipe; the sections are {', '.join(sections)}")
         if not dataclasses.is_dataclass(sections[section]):
             args += [f"--{section}", str(given)]
             continue
@@ -255,7 +255,7 @@ def _flatten(values: dict[str, Any], file: Path | None) -> list[str]:
         known = {f.name for f in dataclasses.fields(sections[section])}
         for name, value in given.items():
             if name not in known:
-                raise UserError(f"{file}: '{section}.{name}' is not a field: {', '.join(sorted(known))}")
+                raise UserError(f"{file}: '{section}.{name}' is not a field; the fields are {', '.join(sorted(known))}")
             words = value if isinstance(value, list) else [value]
             args += [f"--{section}.{name}", *(str(w) for w in words)]
     return args

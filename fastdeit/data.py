@@ -31,13 +31,13 @@ AnyOrder = TypeVar("AnyOrder", bound=Order)
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A step's share of one process.
+    """One process's part of a step.
 
     data       images and labels, on the run's device
-    position   (B,) int64 place of each sample in the global batch
-    repeat     (B,) int32 which copy of its image a sample is
-    fallbacks  dataset indices that the loader's decoder refused and PIL read
-    replaced   (bad, used) dataset indices: images that do not decode, and those in their place
+    position   (B,) int64: position of each sample in the global batch
+    repeat     (B,) int32: which repeat of its image a sample is
+    fallbacks  dataset indices that PIL read because the loader's decoder refused them
+    replaced   (bad, used) dataset indices: images that do not decode, and their replacements
     """
 
     data: Batch
@@ -48,13 +48,14 @@ class TrainBatch:
 
 
 class Pipeline(Generic[AnyOrder]):
-    """Turns the steps of an order into batches on the run's device; a loader and a stage that share threads.
+    """Turns the steps of an order into batches on the run's device, with a loader and a stage that share threads.
 
-    order   which samples make up which step
-    draw    the plan of a step's samples
+    order   gives the samples of each step
+    draw    returns the plan of a step's samples
     dtype, layout  of the images
-    loader, stage  name and reason of what "auto" is, where that is known
-    pixels  those of `choose_loader`
+    on_error  that of `ThreadedLoader`
+    loader, stage  (name, reason) to use for "auto"; None: choose here
+    pixels  that of `choose_loader`
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Pipeline(Generic[AnyOrder]):
             "device_id": world.device.index if world.device.type == "cuda" else None,
             "hw_decoder_load": recipe.data.hw_decoder_load,
         }
-        name, reason = recipe.data.loader, "as asked for"
+        name, reason = recipe.data.loader, "as requested"
         if name == "auto":
             if loader is None and world.main:
                 loader = choose_loader(dataset, first, regions, pixels=pixels, **options)
@@ -108,7 +109,7 @@ class Pipeline(Generic[AnyOrder]):
         return self.order.steps
 
     def flow(self, epoch: int, first_step: int = 0) -> Generator[tuple[StepSamples, DecodedBatch, Batch], None, None]:
-        """The batches of an epoch from a step on, each with its samples and decoded images."""
+        """The batches of an epoch from `first_step` on, each with its samples and decoded images."""
         order, decoded = self.order, None
         following = order.step(epoch, first_step) if first_step < order.steps else None
         while following is not None:
@@ -124,7 +125,7 @@ class Pipeline(Generic[AnyOrder]):
 
 
 def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
-    """The main process's name and reason of a loader, on every process: decoders differ in their pixels."""
+    """The main process's choice of a loader, on every process: loaders differ in their pixels."""
     names = list(LOADERS)
     name, reason = choice or (names[0], "as on the main process")
     if name not in names:
@@ -137,9 +138,11 @@ def _agree(world: World, choice: tuple[str, str] | None) -> tuple[Any, str]:
 class TrainingData(Pipeline[EpochOrder]):
     """Training batches of one process, in the exact order of the recipe.
 
-    `repeats` is the number of copies in use: the recipe's, or 1 where the released code would drop them. `pixels`
-    are those that "auto" must decode, and whose they are; None: Pillow's. `dtype` and `layout` ("nchw", or "patches" as
-    of `DeviceStage`) are those of the images.
+    dtype, layout  of the images; layout is "nchw" or "patches", see `DeviceStage`
+    pixels   that of `choose_loader`
+    repeats  repeats in use: the recipe's, or 1 where the released code drops them
+
+    Raises UserError if Mixup or CutMix cannot pair the samples.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ class TrainingData(Pipeline[EpochOrder]):
         )  # fmt: skip
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Prefetcher[TrainBatch]:
-        """The batches from a step on to the end of the run, prepared ahead, also over the end of an epoch."""
+        """The batches from a step to the end of the run, prepared ahead, also across epochs."""
         return self.stage.prefetch(self._produce(epoch, first_step), self._depth, lambda batch: batch.data.tensors())
 
     def _produce(self, first_epoch: int, first_step: int) -> Generator[TrainBatch, None, None]:
@@ -186,10 +189,11 @@ class TrainingData(Pipeline[EpochOrder]):
 
 
 class EvaluationData(Pipeline[EvalOrder]):
-    """Evaluation batches of one process: every image once over all processes, unless replicated.
+    """Evaluation batches of one process. The processes share the images, unless each evaluates all of them.
 
-    `fallbacks` collects the dataset indices that the loader's decoder refused and PIL read. `dtype` and `layout` are
-    those of `TrainingData`; `loader` and `stage`, name and reason, are what "auto" is, None: the faster.
+    dtype, layout  those of `TrainingData`
+    loader, stage  those of `Pipeline`
+    fallbacks  collects the dataset indices that PIL read because the loader's decoder refused them
     """
 
     def __init__(
@@ -208,7 +212,7 @@ class EvaluationData(Pipeline[EvalOrder]):
             len(dataset), batch=recipe.run.eval_batch, rank=world.rank, world=world.size, replicate=self.replicate
         )
         self.fallbacks: set[int] = set()
-        # A score with an image replaced would be one of another data set.
+        # A score with replaced images would not be comparable.
         super().__init__(
             recipe, dataset, world, order, _evaluation_plans(recipe, dataset), dtype, layout,
             on_error="fail", loader=loader, stage=stage,
@@ -247,9 +251,9 @@ class _Once:
 
 @contextmanager
 def evaluation_batch(recipe: Recipe, dataset: Dataset, world: World, index: np.ndarray) -> Generator[Batch, None, None]:
-    """The images `index` (B,) int64 of a data set as an evaluation makes them: a float32 batch of this process alone.
+    """A float32 batch of the images `index` (B,) int64, processed as for evaluation, on this process only.
 
-    An image that does not decode is replaced by the next, with that one's label.
+    The next image that decodes replaces one that does not, and brings its own label.
     """
     recipe = replace(recipe, data=replace(recipe.data, loader="auto"))
     pipeline = Pipeline(

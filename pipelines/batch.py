@@ -1,4 +1,4 @@
-"""What passes between the parts of the pipeline: decoded images from loader to stage, a batch from stage to step."""
+"""The data and interfaces of the pipeline: a loader makes a DecodedBatch, a stage turns it into a Batch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fastdeit.pipelines.plan.plan import Plan
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """The images of one step of one rank, every image once for all its repeats.
+    """The images of one step of one rank. Each image is stored once for all its repeats.
 
-    pixels   (bytes,) uint8: the decoded images one behind another, each (height, width, 3) RGB, C order. An array, in
-             pinned memory where the loader was asked for that; or a tensor, on a GPU where images are decoded there,
-             and there as of the stream that was current in the thread that took the batch from the loader
-    offset   (images,) int64: where an image starts in `pixels`
+    pixels   (bytes,) uint8: the decoded images in sequence, each (height, width, 3) RGB in C order. An array, pinned if
+             the loader is; or a tensor if a GPU decodes. The tensor is ready on the stream that was current in the
+             thread that called the loader
+    offset   (images,) int64: start of an image in `pixels`
     height, width  (images,) int32
-    source   (samples,) int32: which of the images a sample is made of
+    source   (samples,) int32: position of a sample's image in `offset`, `height` and `width`
     index    (samples,) int64: dataset index of a sample
     label    (samples,) int64
-    fallbacks  dataset indices that the loader's own decoder could not read and PIL could
-    replaced   (bad, used): images that do not decode, and those whose pixels, at the declared size, and label are in
-               their place
-    region     (images, 4) int32 top, left, height, width of what is decoded of an image, the rest of it being
-               undefined; None: all of every image
+    fallbacks  dataset indices that PIL read because the loader's own decoder refused them
+    replaced   (bad, used) dataset indices: `bad` does not decode; its samples have the pixels of `used`, resized to the
+               size of `bad`, and the label of `used`
+    region     (images, 4) int32 top, left, height, width of the decoded part of an image; the rest is undefined.
+               None: every image is decoded whole
     """
 
     epoch: int
@@ -51,22 +51,22 @@ class DecodedBatch:
         return self.pixels[start : start + h * w * 3].reshape(h, w, 3)
 
     def host_pixels(self) -> np.ndarray:
-        """`pixels` as an array. Raises ValueError where they are on a GPU."""
+        """`pixels` as an array. Raises ValueError if they are on a GPU."""
         if isinstance(self.pixels, np.ndarray):
             return self.pixels
         if self.pixels.device.type != "cpu":
             raise ValueError(
-                f"the pixels of epoch {self.epoch}, step {self.step} are on {self.pixels.device}, and are needed on "
-                "the host: open the loader without on_device"
+                f"the pixels of epoch {self.epoch}, step {self.step} are on {self.pixels.device}, but the host needs "
+                "them: open the loader without on_device"
             )
         return self.pixels.numpy()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the network is trained on, or evaluated with.
+    """The input of a training or evaluation step.
 
-    images   (B, 3, S, S), or laid out as the stage was asked to; float32, bfloat16 or float16
+    images   (B, 3, S, S), or the layout that the stage was built for; float32, bfloat16 or float16
     label_a, label_b  (B,) int64: a sample's own label and its partner's
     lam      (B,) float32: share of `label_a`
     index    (B,) int64: dataset index
@@ -79,20 +79,20 @@ class Batch:
     index: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
+        """All fields, in order."""
         return self.images, self.label_a, self.label_b, self.lam, self.index
 
     def labels(self, smoothing: float) -> MixedLabels:
-        """The true labels, mixed and smoothed, as the objective takes them."""
+        """The mixed and smoothed labels, in the form that the objective takes."""
         return MixedLabels(self.label_a, self.label_b, self.lam, smoothing)
 
     def targets(self, num_classes: int, smoothing: float) -> Tensor:
-        """The same as (B, num_classes) float32 soft targets: see `MixedLabels.dense`."""
+        """The labels as (B, num_classes) float32 soft targets: see `MixedLabels.dense`."""
         return self.labels(smoothing).dense(num_classes)
 
 
 class Loader(Protocol):
-    """Decodes the images of a step."""
+    """Decodes the images of a step: see `ThreadedLoader.decode`."""
 
     def decode(
         self,
@@ -105,13 +105,13 @@ class Loader(Protocol):
 
 
 class Stage(Protocol):
-    """Makes a batch of decoded images and the plan of their step."""
+    """Augments decoded images as the plan of their step says."""
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch: ...
 
 
 def normalized_levels(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
-    """(3, 256) float32: every level as ToTensor and Normalize make it, to the bit."""
+    """(3, 256) float32: every level of each channel, bit-identical to torchvision's ToTensor and Normalize."""
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
     mean32, std32 = np.array(mean, np.float32)[:, None], np.array(std, np.float32)[:, None]
     return (levels - mean32) / std32

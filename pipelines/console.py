@@ -37,7 +37,7 @@ def progress_bar(notes: list[str], shown: bool = True, **options: Any) -> tqdm:
     options = {"unit": " images", **options}
     if sys.stderr is None:
         return tqdm(disable=True, **options)
-    stream: Any = Steady(sys.stderr, "the progress could not be shown any more ({error})", notes)
+    stream: Any = Steady(sys.stderr, "the progress can no longer be shown ({error})", notes)
     return tqdm(file=stream, disable=None if shown else True, **options)
 
 

@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).parent
 _SHARED = sorted(path for folder in ("host", "plan") for path in (_FOLDER / folder).glob("*.py"))
 _STAMP = hashlib.sha256(b"".join(path.read_bytes() for path in _SHARED)).hexdigest()
 _REMEDY = "set NUMBA_CACHE_DIR to a folder that can be written"
-_SLOW = "every process compiles anew, which takes half a minute"
+_SLOW = "every process compiles again, which takes half a minute"
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -40,7 +40,7 @@ def compiled(function: Callable[..., Any]) -> Any:
         own = Path(inspect.getfile(function)).read_bytes()
         index._source_stamp = _STAMP + hashlib.sha256(own).hexdigest()
         return dispatcher
-    _say_once(f"numba {numba.__version__} keeps its cache in a way that is not known here: {_SLOW}")
+    _say_once(f"numba {numba.__version__} keeps its cache in an unknown way: {_SLOW}")
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
@@ -124,7 +124,7 @@ def _guard(store: Any) -> None:
         try:
             return load(*args)
         except Exception as error:  # a damaged file may raise anything
-            _say_once(f"compiled code in {store.cache_path} cannot be read ({error}): it is compiled anew")
+            _say_once(f"compiled code in {store.cache_path} cannot be read ({error}): it is compiled again")
             return None
 
     def save_overload(*args: Any) -> None:

@@ -10,7 +10,7 @@ from fastdeit.pipelines.errors import MACHINE, UserError, remedy
 
 _BACK = "it was there and is gone: bring it back or mount its file system again, then run the same command again"
 _GONE = dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ENXIO), _BACK)
-_SHARED_MEMORY = "shared memory (/dev/shm) is full or missing: docker run --shm-size=8g, or remove what lies there"
+_SHARED_MEMORY = "shared memory (/dev/shm) is full or missing: docker run --shm-size=8g, or remove files there"
 
 
 class MachineError(UserError):
@@ -41,7 +41,7 @@ def shared_memory_error(error: OSError, what: str) -> MachineError:
 def thread_error(error: RuntimeError, what: str) -> MachineError:
     """The error for a thread that did not start."""
     raised = "raise ulimit -u or the container's limit of processes, or set fewer with --data.threads"
-    return MachineError(f"{what}: the machine starts no more threads: {raised} ({error})")
+    return MachineError(f"{what}: the machine cannot start more threads: {raised} ({error})")
 
 
 def open_file_limit() -> int:

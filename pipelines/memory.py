@@ -1,4 +1,4 @@
-"""Pixel memory that is used again: the pages of fresh memory cost almost as much as the decoding into them."""
+"""Reusable pixel memory: faulting in fresh pages costs almost as much as decoding into them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 class Arenas:
-    """Hands out arrays of bytes; an array's memory comes back when it, and every view of it, is gone.
+    """Hands out arrays of bytes and reuses an array's memory once the array and all its views are gone.
 
-    So a batch stays what it is for as long as anybody holds any part of it, and there is never more memory than was
-    held at one time, with an eighth on top for batches that turn out larger.
+    A batch therefore stays intact as long as anything refers to part of it. The total never exceeds the peak in use,
+    plus an eighth so that slightly larger batches fit.
 
-    pinned  whether the memory is page-locked, for a GPU to copy from in the background. Whoever has it copied so must
-            hold on to the array until the copy is done
+    pinned  page-lock the memory, so that a GPU can copy from it in the background. The caller must keep the array
+            until such a copy is done
     """
 
     def __init__(self, *, pinned: bool = False) -> None:
@@ -32,13 +32,13 @@ class Arenas:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
-        """(size,) uint8 of undefined contents, starting at a multiple of 64 bytes."""
-        memory = self._fitting(size)
+        """(size,) uint8, uninitialized, aligned to 64 bytes. Raises OSError or MemoryError."""
+        memory = self._take_free(size)
         if memory is None:
             memory = self._new(size + size // 8 + ALIGNMENT)
         start = -memory.ctypes.data % ALIGNMENT
-        # NumPy hangs a view of a view on the array that owns the memory; behind a memoryview that is this very
-        # array, whose end therefore is the end of all its views.
+        # The base of a NumPy view is the array that owns the memory. Built on a memoryview, `array` is that owner, so
+        # it is finalized only after its last view.
         array = np.frombuffer(memory.data, np.uint8, size, start)
         weakref.finalize(array, self._free.append, memory).atexit = False
         return array
@@ -46,16 +46,16 @@ class Arenas:
     def _new(self, size: int) -> np.ndarray:
         if self._pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        # Straight from the system, and back to it: malloc would keep some blocks of this size, and never the same ones.
+        # mmap returns freed blocks to the system; malloc would keep some blocks of this size.
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without large pages refuses
                 memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, np.uint8)
 
-    def _fitting(self, size: int) -> np.ndarray | None:
-        """The smallest free memory that is large enough; what is too small is let go where there is none."""
-        # Memory may come back at any moment, at the end of the list, which moves no other.
+    def _take_free(self, size: int) -> np.ndarray | None:
+        """The smallest free block that is large enough; if there is none, drop all free blocks and return None."""
+        # A finalizer may append a block at any moment, which does not move the other blocks.
         with self._lock:
             large_enough = [i for i, memory in enumerate(self._free) if len(memory) >= size + ALIGNMENT]
             if large_enough:
@@ -65,7 +65,7 @@ class Arenas:
 
 
 def place(height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, int]:
-    """Where images of these sizes lie one behind another: (images,) int64 starts at multiples of 64, and the end."""
+    """Offsets of images of these sizes: (images,) int64 starts, aligned to 64 bytes, and the total size in bytes."""
     size = height.astype(np.int64) * width * 3
     size += -size % ALIGNMENT
     end = np.cumsum(size)
@@ -73,13 +73,13 @@ def place(height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 class Buffers:
-    """Hands out tensors, pinned or not. A tensor's memory returns when the last tensor that shares it is gone."""
+    """Hands out tensors, pinned or not, and reuses a tensor's memory once nothing refers to it."""
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._arenas = Arenas(pinned=pinned)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, np.ndarray]:
-        """A tensor of undefined contents and an array over it: float32, or uint16 for the bits of bfloat16."""
+        """An uninitialized float32 or bfloat16 tensor, and the same memory as a float32 or uint16 array."""
         count = math.prod(shape) * np.dtype(_BITS[dtype]).itemsize
         view = self._arenas.take(count).view(_BITS[dtype]).reshape(shape)
         tensor = torch.from_numpy(view)

@@ -80,14 +80,14 @@ def convert_options(options: Options) -> int:
     if options.verify is not None:
         return verify_options(options, options.verify)
     if options.source is None or options.dest is None or options.against is not None:
-        raise UserError("give SOURCE and DEST, or --verify DEST [--against SOURCE]; --help says more")
+        raise UserError("give SOURCE and DEST, or --verify DEST [--against SOURCE]; see --help")
     from fastdeit.pipelines.conversion.convert import convert
     from fastdeit.pipelines.sources import open_source
 
     if options.dest.suffix in (".tar", ".parquet") and options.dest.is_file():
         raise UserError(
             f"{options.dest}: is an archive, which is never replaced. Put a pattern such as 'train-*.tar' in quotes, "
-            f"or the shell hands on its second match as DEST"
+            f"or the shell passes its second match as DEST"
         )
     report = convert(
         open_source(options.source, options.split, class_names(options.class_names)),
@@ -114,7 +114,7 @@ def verify_options(options: Options, dest: Path) -> int:
     from fastdeit.pipelines.sources import open_source
 
     if options.source is not None:
-        raise UserError("--verify DEST is all there is to check; the source to compare with goes to --against")
+        raise UserError("--verify takes only DEST; give the source to compare with as --against SOURCE")
     against = options.against
     source = against and open_source(against, options.split, class_names(options.class_names))
     return 0 if verify(dest, source or None, workers=options.workers).ok else BAD
@@ -133,7 +133,7 @@ def class_names(path: Path | None) -> list[str] | None:
     with_names = open_dataset(path)
     with_names.close()
     if with_names.class_names is None:
-        raise UserError(f"--class-names {path}: has no sidecar that would name its classes")
+        raise UserError(f"--class-names {path}: has no sidecar with class names")
     return with_names.class_names
 
 

@@ -15,14 +15,14 @@ from fastdeit.commands.doctor_checks import CHECKS, Check, sentence
 
 def examine() -> list[Check]:
     """The results of all checks, in printing order. A check that breaks becomes a warning."""
-    found: list[Check] = []
+    checks: list[Check] = []
     for check in CHECKS:
         try:
             result = check()
         except Exception as error:  # one broken check must not hide the others
             result = Check(check.__name__, "warn", f"the check itself failed: {sentence(error)}")
-        found += result if isinstance(result, list) else [result]
-    return found
+        checks += result if isinstance(result, list) else [result]
+    return checks
 
 
 def verdict(checks: Sequence[Check]) -> tuple[bool, str]:

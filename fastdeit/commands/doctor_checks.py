@@ -74,7 +74,7 @@ def system() -> Check:
     """Operating system and Python."""
     detail = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
     if platform.system() != "Linux":
-        return Check("system", "warn", detail, "fastdeit is tested on Linux alone")
+        return Check("system", "warn", detail, "fastdeit is tested only on Linux")
     return Check("system", "ok", f"{platform.freedesktop_os_release().get('PRETTY_NAME', 'Linux')}, {detail}")
 
 
@@ -120,7 +120,7 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Check:
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(bytes(1 << 20))
     except OSError as error:
-        remedy = "fastdeit-convert and several GPUs need it: remove what lies there, or mount a larger tmpfs there"
+        remedy = "fastdeit-convert and several GPUs need it: remove files there, or mount a larger tmpfs there"
         return Check("/dev/shm", "warn", f"{detail}, cannot be written ({error.strerror})", remedy)
     if usage.total < GIB:
         return Check("/dev/shm", "warn", detail, "several GPUs need more: docker run --shm-size=8g, or --ipc=host")
@@ -140,7 +140,7 @@ def required() -> list[Check]:
         lines = importlib.metadata.requires("fastdeit") or []
     except importlib.metadata.PackageNotFoundError:
         return [Check("fastdeit", "fail", "not installed", "pip install -e . in the repository")]
-    wanted = [found.groups() for line in lines if (found := re.fullmatch(r"([\w-]+)>=([\d.]+)", line.strip()))]
+    wanted = [match.groups() for line in lines if (match := re.fullmatch(r"([\w-]+)>=([\d.]+)", line.strip()))]
     checks = [Check("fastdeit", "ok", importlib.metadata.version("fastdeit"))]
     return checks + [dependency(name, least) for name, least in wanted]
 
@@ -176,8 +176,8 @@ def gpus() -> list[Check]:
     if driver is None:
         return [Check("gpu", "absent", "no NVIDIA driver here: training runs on the CPU, in fp32")]
     version = Path("/proc/driver/nvidia/version")
-    found = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.read_text()) if version.exists() else None
-    about = f"driver {found[1] if found else 'of unknown version'}, runs CUDA up to {driver[0]}.{driver[1]}"
+    match = re.search(r"(\d+\.\d+(?:\.\d+)?)", version.read_text()) if version.exists() else None
+    about = f"driver {match[1] if match else 'of unknown version'}, runs CUDA up to {driver[0]}.{driver[1]}"
     try:
         torch: Any = importlib.import_module("torch")
     except Exception:
@@ -189,7 +189,7 @@ def gpus() -> list[Check]:
         if _release(torch.version.cuda)[0] > driver[0]:
             remedy = f"update the driver, or install PyTorch built with CUDA {driver[0]}"
         else:
-            remedy = "nvidia-smi tells whether a GPU is visible; in a container, docker run --gpus all"
+            remedy = "check with nvidia-smi whether a GPU is visible; in a container, docker run --gpus all"
         return [Check("gpu", "warn", f"{about}, but PyTorch (CUDA {torch.version.cuda}) sees no GPU", remedy)]
     checks = [Check("cuda", "ok", f"{about}; PyTorch has {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")]
     for index in range(torch.cuda.device_count()):
@@ -215,7 +215,7 @@ def compiler() -> Check:
     if name is None:
         return Check("compiler", "absent", "no C++ compiler: torch.compile and Triton need one", "apt-get install g++")
     if not header.exists():
-        remedy = "apt-get install python3-dev, of the very Python that runs here"
+        remedy = "apt-get install python3-dev, for the Python that runs here"
         return Check("compiler", "warn", f"{name}, but {header} is missing, which Triton needs", remedy)
     return Check("compiler", "ok", f"{name}, Python.h")
 
@@ -242,7 +242,7 @@ def triton_check() -> Check:
             compiled = triton.compile(source, target=GPUTarget("cuda", major * 10 + minor, 32))
         size = len(compiled.asm["cubin"])
     except Exception as error:  # its compiler raises many types, none of them its own
-        remedy = "reinstall PyTorch, which brings the Triton that it was tested with"
+        remedy = "reinstall PyTorch, which installs the Triton version that it was tested with"
         if isinstance(error, OSError):
             remedy = "set TRITON_CACHE_DIR to a folder that can be written"
         return Check("triton", "warn", f"{version} cannot compile: {sentence(error)}", remedy)
@@ -261,11 +261,11 @@ def compiled_code() -> Check:
             remedy = "set NUMBA_CACHE_DIR to a folder that can be written, or reinstall numba"
             return Check("compiled code", "fail", f"numba cannot compile: {sentence(error)}", remedy)
     if folder is None:
-        detail = "cannot be kept, so that every process compiles anew, which takes half a minute"
+        detail = "cannot be kept, so every process compiles again, which takes half a minute"
         return Check("compiled code", "warn", detail, "set NUMBA_CACHE_DIR to a folder that can be written")
     if any("compiled code is kept" in str(one.message) for one in said):
-        remedy = "set NUMBA_CACHE_DIR to a folder that lasts and can be written"
-        return Check("compiled code", "warn", f"is kept in {folder}, among temporary files", remedy)
+        remedy = "set NUMBA_CACHE_DIR to a permanent folder that can be written"
+        return Check("compiled code", "warn", f"is kept in {folder}, a temporary folder", remedy)
     return Check("compiled code", "ok", f"is kept in {folder}")
 
 
@@ -315,17 +315,17 @@ def dali() -> Check:
     driver = driver_cuda()
     extra = "dali-cuda13" if driver and driver[0] >= 13 else "dali"
     remedy = f"pip install 'fastdeit[{extra}]'"
-    found = [
+    installed = [
         (name, int(built[1]), distribution.version)
         for distribution in importlib.metadata.distributions()
         if (name := str(distribution.name).lower()) and (built := DALI.match(name))
     ]
-    if not found:
+    if not installed:
         return Check("dali", "absent", "not installed: data.loader auto chooses among the others", remedy)
-    name, cuda, version = found[0]
+    name, cuda, version = installed[0]
     detail = f"{name} {version}"
-    if len(found) > 1:
-        others = " ".join(other[0] for other in found[1:])
+    if len(installed) > 1:
+        others = " ".join(other[0] for other in installed[1:])
         return Check("dali", "warn", f"{detail} and {others} overwrite each other", f"pip uninstall {others}")
     if driver is None:
         return Check("dali", "ok", f"{detail}; without an NVIDIA driver it decodes on the CPU")
@@ -344,10 +344,10 @@ def apex() -> Check:
     folder = Path(next(iter(spec.submodule_search_locations)))
     version = _installed("apex") or "of unknown version"
     if not (folder / "optimizers" / "fused_adam.py").exists():
-        remedy = "pip uninstall apex; NVIDIA's is built from https://github.com/NVIDIA/apex, and is not needed"
-        return Check("apex", "warn", f"{version} in {folder} is not NVIDIA's but PyPI's project of that name", remedy)
+        remedy = "pip uninstall apex; NVIDIA's is not needed, and is built from https://github.com/NVIDIA/apex"
+        return Check("apex", "warn", f"{version} in {folder} is PyPI's project of that name, not NVIDIA's", remedy)
     if importlib.util.find_spec("amp_C") is None:
-        remedy = "rebuild it with its C++ and CUDA extensions, or leave it: it is not needed"
+        remedy = "rebuild it with its C++ and CUDA extensions, or ignore it: it is not needed"
         return Check("apex", "warn", f"NVIDIA's, {version}, built without its CUDA extensions (amp_C)", remedy)
     return Check("apex", "ok", f"NVIDIA's, {version}, with its CUDA extensions")
 

@@ -96,7 +96,7 @@ def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
     try:
         recipe = recipe_from_dict(stored["recipe"], file=options.checkpoint)
     except UserError as error:
-        raise UserError(f"{options.checkpoint} holds no recipe that can be used: {error}") from error
+        raise UserError(f"{options.checkpoint} holds no usable recipe: {error}") from error
     for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
         if getattr(recipe.model, name) < 1:
             raise UserError(f"{options.checkpoint}: its recipe says model.{name} {getattr(recipe.model, name)}")

@@ -118,7 +118,9 @@ class DeiT(nn.Module):
                 module.mask = mask
             return
         if masks is not None and masks.device.type != "cpu":
-            raise ValueError(f"drop path masks on {masks.device}: a model that skips samples takes them from the CPU")
+            raise ValueError(
+                f"the drop path masks are on {masks.device}: a model that skips samples needs them on the CPU"
+            )
         kept = none if masks is None else kept_samples(masks, self.pos_embed.device)
         for module, samples in zip(self._drop_paths, kept, strict=True):
             module.kept = samples

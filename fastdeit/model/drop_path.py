@@ -70,8 +70,8 @@ class DropPath(nn.Module):
             return branch
         if len(self.mask) != len(branch):
             raise ValueError(
-                f"the drop path masks are of {len(self.mask)} samples, the batch has {len(branch)}: "
-                f"call set_drop_path with masks of this batch"
+                f"the drop path masks are for {len(self.mask)} samples, but the batch has {len(branch)}: "
+                f"call set_drop_path with masks for this batch"
             )
         return scale_branch(branch, self.mask)
 
@@ -133,7 +133,7 @@ class SkipPath(nn.Module):
         batch, index, factor = self.kept
         if batch != len(x):
             raise ValueError(
-                f"the drop path masks are of {batch} samples, the batch has {len(x)}: "
+                f"the drop path masks are for {batch} samples, but the batch has {len(x)}: "
                 f"call set_drop_path with masks of this batch"
             )
         scaled = branch(x.index_select(0, index)) * factor.view(-1, *[1] * (x.ndim - 1))

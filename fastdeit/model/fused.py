@@ -53,7 +53,7 @@ def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if isinstance(module, PlannedDropPath):
         if module.mask is not None and len(module.mask) != len(x):
-            raise ValueError(f"the drop path masks are of {len(module.mask)} samples, the batch has {len(x)}")
+            raise ValueError(f"the drop path masks are for {len(module.mask)} samples, but the batch has {len(x)}")
         return module.mask
     assert isinstance(module, DropPath)
     keep = 1.0 - module.drop_prob
@@ -190,7 +190,7 @@ def _why_not_attention(module: Attention) -> str | None:
     if getattr(module, "gate", None) is not None:
         return "has a gate"
     if module.attn_drop.p > 0:
-        return "has dropout of the attention weights"
+        return "has dropout on the attention weights"
     return "has a head dim above 128" if module.head_dim > 128 else None
 
 
@@ -199,7 +199,7 @@ def _why_not_mlp(module: Mlp) -> str | None:
     if type(module.fc1) is not nn.Linear or module.fc1.bias is None:
         return "its first layer is not a plain nn.Linear with a bias"
     if module.fc1._forward_pre_hooks:  # weight norm, spectral norm and pruning recompute the weight there
-        return "its first layer has a hook that runs before it"
+        return "its first layer has a forward pre-hook"
     if type(module.act) is not nn.GELU or module.act.approximate != "none":
         return f"its activation is {type(module.act).__name__}, not the exact GELU"
     return None
@@ -260,13 +260,11 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
     for a model with nothing to replace or an unknown operation.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"fuse takes a model, and this is a {type(model).__name__}: give what timm.create_model returns"
-        )
+        raise TypeError(f"fuse needs a model, not a {type(model).__name__}: give it the result of timm.create_model")
     ops = sorted({op for op, *_ in _SWAPS})
     for op in without:
         if op not in ops:
-            raise ValueError(f"without: '{op}' is not an operation: give some of {', '.join(ops)}")
+            raise ValueError(f"without: '{op}' is not an operation: choose from {', '.join(ops)}")
     swap = Swap([], [])
     known = False
     for name, module in model.named_modules():
@@ -289,6 +287,6 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
     if type(model) is DeiT and swap.replaced:
         model.__class__ = _DeiT
     if not swap.replaced and not known:
-        reasons = "; ".join(swap.left) or "it has no Attention, Mlp or Block of timm"
-        raise ValueError(f"nothing of {type(model).__name__} can be fused: {reasons}")
+        reasons = "; ".join(swap.left) or "it has no timm Attention, Mlp or Block"
+        raise ValueError(f"nothing in {type(model).__name__} can be fused: {reasons}")
     return swap

@@ -58,7 +58,7 @@ class Kernels:
         return {"ops": [op for op in OPS if op in self.ops], "left": self.left, "reason": self.reason}
 
 
-TORCH = Kernels(frozenset(), {}, "as asked for")
+TORCH = Kernels(frozenset(), {}, "as requested")
 
 
 def choose_kernels(cfg: ModelConfig, precision: Precision, num_classes: int, world: World) -> Kernels:
@@ -75,13 +75,13 @@ def choose_kernels(cfg: ModelConfig, precision: Precision, num_classes: int, wor
     if cfg.kernels == "triton":
         if obstacle is not None:
             raise UserError(f"model.kernels triton is not available: {obstacle}. Set --model.kernels torch, or auto")
-        reason = "as asked for" + ("" if _on_gpu(device) else ", under Triton's interpreter, which is slow")
+        reason = "as requested" + ("" if _on_gpu(device) else ", under Triton's interpreter, which is slow")
         return Kernels(frozenset(OPS) - left.keys(), left, reason)
     if obstacle is not None or not _on_gpu(device):
         return Kernels(frozenset(), {}, obstacle or "there is no GPU")
     left |= {op: why for op, why in SLOWER.items() if op not in left}
     left |= _failing(cfg, precision, num_classes, world, left)
-    return Kernels(frozenset(OPS) - left.keys(), left, "each gave PyTorch's results on a small batch")
+    return Kernels(frozenset(OPS) - left.keys(), left, "each matched PyTorch on a small batch")
 
 
 def _on_gpu(device: torch.device) -> bool:

@@ -47,7 +47,7 @@ def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) 
     if not timm.is_model(cfg.arch):
         close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]
         hint = f", such as {', '.join(close)}" if close else ""
-        raise UserError(f"model.arch '{cfg.arch}' is neither 'deit' nor a model of timm's{hint}")
+        raise UserError(f"model.arch '{cfg.arch}' is neither 'deit' nor a timm model{hint}")
     options: dict[str, Any] = {"drop_rate": cfg.drop_rate}
     if cfg.drop_path:
         options["drop_path_rate"] = cfg.drop_path

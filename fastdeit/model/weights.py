@@ -39,14 +39,14 @@ def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the 
     chosen = next((stored[k] for k in (_EMA_KEYS if ema else _MODEL_KEYS) if stored.get(k) is not None), None)
     if chosen is None:
         if ema or any(k in stored for k in (*_MODEL_KEYS, *_EMA_KEYS)):
-            wanted, other = ("no average of the weights", "model") if ema else ("no weights but their average", "ema")
+            wanted, other = ("no averaged weights", "model") if ema else ("only averaged weights", "ema")
             raise UserError(f"{source} holds {wanted}: ask for the weights '{other}' instead")
         chosen = stored
     if not isinstance(chosen, dict) or not chosen:
         raise UserError(f"{source} holds a {type(chosen).__name__} without tensors where a state dict should be")
     wrong = [str(k) for k, v in chosen.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if wrong:
-        raise UserError(f"{source} is no state dict: not a tensor under {_some(wrong)}. Save model.state_dict()")
+        raise UserError(f"{source} is not a state dict: no tensor under {_some(wrong)}. Save model.state_dict()")
     out: State = dict(chosen)
     while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in out)), None):
         out = {name.removeprefix(prefix): value for name, value in out.items()}
@@ -74,7 +74,7 @@ def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
     out = {name: stored[name] for name in checks if stored.get(name) is not None}
     for name, value in out.items():
         if not checks[name](value):
-            raise UserError(f"{source}: its field '{name}' is {str(value)[:80]!r}, which describes no network")
+            raise UserError(f"{source}: its field '{name}' is {str(value)[:80]!r}, which does not describe a network")
     return out
 
 
@@ -144,7 +144,7 @@ def check_strictly(network: nn.Module, state: State, source: str) -> None:
     wrong = [name for name in own if own[name].is_floating_point() != state[name].is_floating_point()]
     if wrong:
         raise UserError(
-            f"{source}: {wrong[0]} is {state[wrong[0]].dtype}, this network has {own[wrong[0]].dtype} there"
+            f"{source}: {wrong[0]} is {state[wrong[0]].dtype}, but this network has {own[wrong[0]].dtype} there"
         )
 
 
@@ -165,15 +165,15 @@ def check_described(cfg: ModelConfig, num_classes: int | None, state: State, sou
     edited = "the file was changed after it was written: name its recipe with --recipe"
     if cfg.arch == "deit" and cfg.depth != blocks:
         raise UserError(
-            f"{source}: its recipe says model.depth {cfg.depth}, its weights have {blocks} blocks; {edited}"
+            f"{source}: its recipe says model.depth {cfg.depth}, but its weights have {blocks} blocks; {edited}"
         )
-    fault = f"{source}: its recipe describes no network; {edited}"
+    fault = f"{source}: its recipe does not describe a network; {edited}"
     network = on_meta(lambda: build_network(cfg, classes), fault)
     if network is None and cfg.arch == "deit":
         raise UserError(fault)
     if network is not None:
         inner = network.network if isinstance(network, ConvnetStudent) else network
-        check_strictly(inner, state, f"{source}, by the recipe that it holds,")
+        check_strictly(inner, state, f"{source}, with its own recipe,")
 
 
 def on_meta(build: Callable[[], T], fault: str) -> T | None:
@@ -228,7 +228,7 @@ def _adapt_positions(state: State, model: DeiT, source: str) -> list[str]:
     side = math.isqrt(max(0, positions.shape[1] - prefix))
     if side < 1 or side**2 != positions.shape[1] - prefix:
         raise UserError(
-            f"{source}: pos_embed has {positions.shape[1]} rows, which is not {prefix} and a square grid of patches"
+            f"{source}: pos_embed has {positions.shape[1]} rows, which is not {prefix} plus a square grid of patches"
         )
     grid = model.patch_embed.grid_size
     if (side, side) == grid:

@@ -51,7 +51,7 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     """
     if data.loader.dataset.content_hash is None:
         raise UserError(
-            f"{data.loader.dataset.path} has no sidecar that tells its content: convert it with fastdeit-convert"
+            f"{data.loader.dataset.path} has no sidecar with its content hash: convert it with fastdeit-convert"
         )
     d = recipe.departures
     augment = {f"augment.{k}": v for k, v in recipe.to_dict()["augment"].items() if k not in _NO_PIXELS}
@@ -114,15 +114,15 @@ class LabelWriter:
         folder, described = self.folder, self._described
         if not (folder / _INDEX).exists():
             return None
-        there = LabelCache(folder)
-        there.check(described.key, described.teacher)
-        if (there.described.topk, there.described.num_classes) != (described.topk, described.num_classes):
+        stored = LabelCache(folder)
+        stored.check(described.key, described.teacher)
+        if (stored.described.topk, stored.described.num_classes) != (described.topk, described.num_classes):
             raise UserError(
-                f"{folder} holds {there.described.kind} labels (topk {there.described.topk}, "
-                f"{there.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
+                f"{folder} holds {stored.described.kind} labels (topk {stored.described.topk}, "
+                f"{stored.described.num_classes} classes), not {described.kind} ones (topk {described.topk}, "
                 f"{described.num_classes} classes): choose another folder"
             )
-        return there
+        return stored
 
     def has(self, epoch: int) -> bool:
         return self._stored is not None and self._stored.has(epoch)
@@ -167,7 +167,7 @@ class LabelCache:
         self.folder = folder
         path = folder / _INDEX
         if not path.is_file():
-            raise UserError(f"{folder} holds no teacher's labels ({_INDEX}): make them with fastdeit-label")
+            raise UserError(f"{folder} holds no teacher labels ({_INDEX}): make them with fastdeit-label")
         try:
             index = json.loads(read_text(path, _MOST_INDEX))
             if (index.pop("format"), index.pop("version")) != (_FORMAT, _VERSION):
@@ -186,14 +186,14 @@ class LabelCache:
 
     def check(self, key: dict[str, Any], teacher: str | None = None) -> None:
         """Raises UserError, naming each field, if the labels belong to other pixels or to another teacher."""
-        there = self.described.key
+        stored = self.described.key
         differing = [
-            f"{name} is {there.get(name)!r} there and {key.get(name)!r} here"
-            for name in dict.fromkeys([*key, *there])
-            if there.get(name) != key.get(name)
+            f"{name} is {stored.get(name)!r} there and {key.get(name)!r} here"
+            for name in dict.fromkeys([*key, *stored])
+            if stored.get(name) != key.get(name)
         ]
         if teacher is not None and teacher != self.described.teacher:
-            differing.append("they are another teacher's (its weights or its normalisation differ)")
+            differing.append("another teacher made them (its weights or normalisation differ)")
         if differing:
             raise UserError(
                 f"the labels in {self.folder} do not belong to this run: {'; '.join(differing)}. "
@@ -213,7 +213,7 @@ class LabelCache:
         if missing:
             raise UserError(
                 f"{self.folder} has no labels for {len(missing)} of the run's epochs, the first of them "
-                f"{missing[0]} (counted from 0): run fastdeit-label with the same recipe, it makes what is missing"
+                f"{missing[0]} (counted from 0): run fastdeit-label with the same recipe to make those that are missing"
             )
 
     def labels(self, epoch: int, entries: np.ndarray) -> Tensor:
@@ -235,7 +235,7 @@ class LabelCache:
         arrays = self._loaded[1]
         held = len(next(iter(arrays.values())))
         if len(entries) and int(entries.max()) >= held:
-            raise UserError(f"{self.folder}: epoch {epoch} has {held} labels, sample {entries.max()} was asked for")
+            raise UserError(f"{self.folder}: epoch {epoch} has {held} labels, but sample {entries.max()} was requested")
         return arrays
 
     def _read(self, epoch: int) -> dict[str, np.ndarray]:
@@ -246,7 +246,7 @@ class LabelCache:
         try:
             with open(open_regular(path), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self.epochs[str(epoch)]["sha256"]:
-                    raise UserError(f"{path}: it changed since it was written: {again}")
+                    raise UserError(f"{path}: it was changed after it was written: {again}")
                 arrays = _read_soft(file) if soft else {"labels": _read_array(file, 0, os.fstat(file.fileno()).st_size)}
         except (OSError, MemoryError) as error:
             raise machine_error(error, f"{path}: cannot be read") from error

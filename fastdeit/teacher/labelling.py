@@ -41,7 +41,7 @@ def label_run(
     precision = set_up(recipe, world)
     sets = sets or open_data_sets(recipe)
     if kind == "soft" and not 1 <= topk <= sets.num_classes:
-        raise UserError(f"--topk {topk}: there are {sets.num_classes} classes")
+        raise UserError(f"--topk {topk}: the data set has {sets.num_classes} classes")
     teacher = open_teacher(recipe, sets, world)
     for warning in teacher_warnings(recipe, teacher, sets.train, world, precision):
         say(f"warning: {warning}")
@@ -62,7 +62,7 @@ def label_run(
             say(sentence)
         epochs = _missing(writer, range(first_epoch, end_epoch), world)
         if held := end_epoch - first_epoch - len(epochs):
-            say(f"{folder} holds {held} of these epochs already")
+            say(f"{folder} already holds {held} of these epochs")
         samples = len(epochs) * data.steps * recipe.run.global_batch
         with tqdm(total=samples, unit=" images", disable=None if world.main else True) as bar:
             for epoch in epochs:
@@ -80,9 +80,9 @@ def label_run(
 
 def _missing(writer: LabelWriter, epochs: range, world: World) -> list[int]:
     """The epochs without labels, as the main process sees the folder: others may see it late, or not at all."""
-    there = torch.tensor([int(writer.has(epoch)) for epoch in epochs], device=world.device)
-    world.broadcast([there])
-    return [epoch for epoch, known in zip(epochs, there.tolist(), strict=True) if not known]
+    labelled = torch.tensor([int(writer.has(epoch)) for epoch in epochs], device=world.device)
+    world.broadcast([labelled])
+    return [epoch for epoch, known in zip(epochs, labelled.tolist(), strict=True) if not known]
 
 
 def _label_epoch(

@@ -64,7 +64,7 @@ class Teacher(nn.Module):
             return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
 
         # Checked on the meta device first: the file may claim a resolution of any size.
-        shapes = on_meta(build, f"{source}: it describes no network")
+        shapes = on_meta(build, f"{source}: it does not describe a network")
         if shapes is not None:
             _check_classes(state, described, shapes, num_classes, source)
             check_strictly(shapes, state, source)
@@ -160,7 +160,7 @@ def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
     if not timm.is_model(cfg.name):
         close = difflib.get_close_matches(cfg.name, timm.list_models())
         hint = f", such as {', '.join(close)}" if close else ""
-        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor a model of timm's{hint}")
+        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor a timm model{hint}")
     check_teacher(cfg)
     assert cfg.checkpoint is not None
     stored = read_checkpoint(cfg.checkpoint)
@@ -210,6 +210,6 @@ def _check_classes(state: State, described: dict[str, Any], network: nn.Module, 
             classes = len(weight)
     if classes is not None and classes != num_classes:
         raise UserError(
-            f"the teacher in {source} tells {classes} classes, the student {num_classes}: "
+            f"the teacher in {source} has {classes} output classes, the student {num_classes}: "
             f"use a teacher that was trained on the student's classes"
         )

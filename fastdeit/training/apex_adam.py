@@ -19,12 +19,12 @@ def _fused_adam() -> Any:
     try:
         from apex.optimizers import FusedAdam
     except (ImportError, SyntaxError) as error:
-        found = importlib.util.find_spec("apex")
-        if found is None:
+        spec = importlib.util.find_spec("apex")
+        if spec is None:
             raise UserError(f"NVIDIA's apex is not installed: {_BUILD} {_OTHER}") from error
-        where = found.origin or next(iter(found.submodule_search_locations or ()), "?")
+        where = spec.origin or next(iter(spec.submodule_search_locations or ()), "?")
         raise UserError(
-            f"the apex in {where} is not NVIDIA's, or not whole ({fact(error)}). PyPI's apex is another project: "
+            f"the apex in {where} is not NVIDIA's, or is incomplete ({fact(error)}). PyPI's apex is another project: "
             f"pip uninstall apex, then {_BUILD} {_OTHER}"
         ) from error
     return FusedAdam
@@ -42,7 +42,7 @@ def build_apex_adam(groups: list[dict[str, Any]], cfg: OptimConfig, *, capturabl
     FusedAdam = _fused_adam()
     device = groups[0]["params"][0].device
     if device.type != DEVICE:
-        raise UserError(f"apex's FusedAdam runs on a GPU, the weights are on {device}: set {_OTHER}")
+        raise UserError(f"apex's FusedAdam runs on a GPU, but the weights are on {device}: set {_OTHER}")
     options = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "adam_w_mode": True, "capturable": capturable}
     try:
         return FusedAdam(groups, **options)
@@ -75,8 +75,8 @@ def to_apex(state: dict[str, Any], *, capturable: bool, device: torch.device) ->
         counts = {int(state["state"][name]["step"]) for name in group["params"] if name in states}
         if len(counts) > 1:
             raise UserError(
-                f"the parameters of the checkpoint took {min(counts)} to {max(counts)} steps, apex's FusedAdam counts "
-                f"them together: set {_OTHER}"
+                f"the checkpoint's parameters took {min(counts)} to {max(counts)} steps, but apex's FusedAdam keeps "
+                f"one count for all: set {_OTHER}"
             )
         for count in counts:
             group["step"] = torch.tensor([count], dtype=torch.int, device=device) if capturable else count

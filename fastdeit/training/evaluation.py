@@ -104,11 +104,11 @@ def real_labels(dataset: Dataset) -> Tensor | None:
     if lists is None:
         return None
     if not (isinstance(lists, list) and len(lists) == len(dataset) and all(isinstance(one, list) for one in lists)):
-        raise UserError(f"{dataset.path}: real_labels of its sidecar are not {len(dataset)} lists. Convert it again")
+        raise UserError(f"{dataset.path}: its sidecar's real_labels are not {len(dataset)} lists. Convert it again")
     table = torch.full((len(lists), max(1, max(map(len, lists)))), -1)
     for row, labels in zip(table, lists, strict=True):
         if not all(type(label) is int and label >= 0 for label in labels):
-            raise UserError(f"{dataset.path}: real_labels of its sidecar hold {labels}. Convert it again")
+            raise UserError(f"{dataset.path}: its sidecar's real_labels hold {labels}. Convert it again")
         row[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
     return table
 
@@ -133,7 +133,7 @@ def _by_kernel(output: StudentOutput, labels: Tensor) -> list[tuple[Tensor, Tens
     from fastdeit.kernels.head_evaluation import evaluate_heads  # here, since it needs Triton
 
     rank, decision, loss = evaluate_heads(*output, labels)
-    top5 = rank < min(5, output.cls.shape[1])  # a label that is no class has rank K
+    top5 = rank < min(5, output.cls.shape[1])  # a label that is not a class has rank K
     hits = torch.stack([torch.ones_like(loss), rank == 0, top5, loss]).sum(1, dtype=torch.float64)
     return list(zip(hits.unbind(1), decision.unbind(1), strict=True))
 

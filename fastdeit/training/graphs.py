@@ -30,8 +30,8 @@ def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
         (precision.name == "fp16", "fp16 has a loss scale, which skips steps"),
         (recipe.optim.name == "sgd", "SGD takes its learning rate from the host"),
         (run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before the update"),
-        (model.arch != "deit", f"a {model.arch} draws its stochastic depth from PyTorch's generator"),
-        (model.drop_path_mode == "skip", "what drop_path_mode 'skip' leaves out has another size in every step"),
+        (model.arch != "deit", f"{model.arch} draws its stochastic depth from PyTorch's generator"),
+        (model.drop_path_mode == "skip", "drop_path_mode 'skip' changes tensor sizes in every step"),
         (model.drop_rate > 0, "dropout draws from PyTorch's generator"),
     )
     return next((reason for applies, reason in reasons if applies), None)
@@ -44,9 +44,9 @@ def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[b
     """
     how, reason = recipe.run.cuda_graphs, why_not(recipe, world, precision)
     if how == "on" and reason is not None:
-        raise UserError(f"run.cuda_graphs 'on' cannot be had: {reason}. Set it to 'auto'")
+        raise UserError(f"run.cuda_graphs 'on' is not available here: {reason}. Set it to 'auto'")
     if how != "auto":
-        return how == "on", "as asked for"
+        return how == "on", "as requested"
     return reason is None, reason or "nothing in a step waits for the host"
 
 

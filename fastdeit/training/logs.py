@@ -118,7 +118,7 @@ class RunLog:
             self._lost, self._why = self._lost + 1, str(error)
             if self._lost == 1:
                 self.say(
-                    f"warning: {self._path} cannot be written ({error}): training goes on, events are missing there"
+                    f"warning: {self._path} cannot be written ({error}): training goes on, but the file lacks events"
                 )
 
     def _line(self, event: str, fields: dict[str, Any]) -> None:

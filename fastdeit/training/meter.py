@@ -11,8 +11,8 @@ from fastdeit.distributed import World
 from fastdeit.training.objective import LossParts
 
 
-class OnItsWay:
-    """Numbers on the device, copied to the host once the work that makes them is done."""
+class PendingNumbers:
+    """Numbers on the device that are copied to the host in the background, once they are computed."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._numbers, self._arrived = numbers, None
@@ -23,7 +23,7 @@ class OnItsWay:
             self._arrived.record()
 
     def tolist(self) -> list[float]:
-        """The numbers; waits for them, but not for work queued after them."""
+        """Wait for the numbers, but not for work queued after them, and return them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._numbers.tolist()
@@ -33,7 +33,7 @@ class OnItsWay:
 class Window:
     """Consecutive steps: mean losses (loss, base, distill), images per second, share of time waiting for data."""
 
-    losses: OnItsWay
+    losses: PendingNumbers
     images_per_second: float
     data_wait: float
 
@@ -70,4 +70,4 @@ class Meter:
         rate, waited = self._steps * global_batch / elapsed, min(1.0, self._waited / elapsed)
         self._sums.zero_()
         self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
-        return Window(OnItsWay(mean), rate, waited)
+        return Window(PendingNumbers(mean), rate, waited)

@@ -75,6 +75,6 @@ def check_weights(state: RunState, training: TrainingStep) -> None:
     if bad:
         raise NonFiniteLoss(
             f"the weights are not finite after epoch {state.epoch + 1}, step {state.step}; no checkpoint was "
-            f"written of them. Resume from the last one with --run.resume_changed True and a lower --optim.lr, or with "
-            f"--optim.clip_grad 1"
+            f"written with them. Resume from the last one with --run.resume_changed True and a lower --optim.lr, or "
+            f"with --optim.clip_grad 1"
         )

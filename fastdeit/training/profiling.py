@@ -121,8 +121,8 @@ def open_profiler(run: RunConfig, world: World, folder: Path, *, steps_per_epoch
     most = room(steps_per_epoch, run.epochs)
     if run.profile > most:
         raise UserError(
-            f"run.profile {run.profile}: {run.epochs} epochs of {steps_per_epoch} steps have room for {most} steps "
-            f"of one epoch once the run is warm: ask for fewer, or for a longer run"
+            f"run.profile {run.profile}: {run.epochs} epochs of {steps_per_epoch} steps leave {most} steps of "
+            f"one epoch after warm-up: profile fewer, or make the run longer"
         )
     if not (run.profile and world.main):
         return None
@@ -181,11 +181,11 @@ class StepProfiler:
         cuda = self.device.type == "cuda"
         events = list(_device_events(traced) if cuda else _host_events(traced))
         device = torch.cuda.get_device_name(self.device) if cuda else "the CPU"
-        found = Profile(device, self.steps, self.images, wall, waited, _union(events) / 1e6 if cuda else None, events)
+        profile = Profile(device, self.steps, self.images, wall, waited, _union(events) / 1e6 if cuda else None, events)
         with naming(self.folder):
             traced.export_chrome_trace(str(self.folder / "profile.json.gz"))
-            (self.folder / "profile.md").write_text(found.table(), encoding="utf-8")
-        return found
+            (self.folder / "profile.md").write_text(profile.table(), encoding="utf-8")
+        return profile
 
 
 def room(steps_per_epoch: int, epochs: int) -> int:

@@ -78,13 +78,13 @@ def report_top1(log: RunLog, state: RunState, scores: dict[str, Scores], late_fu
     log.say(f"epoch {state.epoch}: top-1 {shown}")
 
 
-def report_profile(log: RunLog, state: RunState, found: Profile) -> None:
+def report_profile(log: RunLog, state: RunState, profile: Profile) -> None:
     """Log the time of each part of the profiled steps."""
-    groups = found.groups()
-    parts = {name: round(1e3 * seconds / found.steps, 4) for name, seconds in groups.items()}
-    log.event("profile", global_step=state.global_step, steps=found.steps, milliseconds=parts)
-    shown = ", ".join(f"{name} {100 * seconds / found.wall:.0f}%" for name, seconds in groups.items())
-    log.say(f"profile of {found.steps} steps in {state.folder}/profile.md and profile.json.gz: {shown}")
+    groups = profile.groups()
+    parts = {name: round(1e3 * seconds / profile.steps, 4) for name, seconds in groups.items()}
+    log.event("profile", global_step=state.global_step, steps=profile.steps, milliseconds=parts)
+    shown = ", ".join(f"{name} {100 * seconds / profile.wall:.0f}%" for name, seconds in groups.items())
+    log.say(f"profile of {profile.steps} steps in {state.folder}/profile.md and profile.json.gz: {shown}")
 
 
 def report_end(log: RunLog, state: RunState, seconds: float) -> None:

@@ -108,27 +108,27 @@ def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) 
     recipe or other data, naming the field, unless `run.resume_changed`; if the folder holds later checkpoints than
     the one asked for; and if the processes do not all find the same one.
     """
-    found = _restore(state, training, effective)
+    restored = _restore(state, training, effective)
     if not training.world.same(state.global_step):
         raise UserError(
             f"the processes do not find the same checkpoint in {state.folder}: "
             f"give --run.output a folder that every machine shares"
         )
-    return found
+    return restored
 
 
 def _path(recipe: Recipe, folder: Path) -> Path | None:
     """The checkpoint that a run with its own checkpoints in `folder` continues from."""
-    how, there = recipe.run.resume, checkpoint.found(folder)
+    how, checkpoints = recipe.run.resume, checkpoint.found(folder)
     if how == "none":
         return None
-    return (there[0] if there else None) if how == "auto" else Path(how)
+    return (checkpoints[0] if checkpoints else None) if how == "auto" else Path(how)
 
 
 def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> tuple[Path, list[str]] | None:
     run, folder = training.recipe.run, state.checkpoints
-    there = checkpoint.found(folder)
-    if run.resume == "none" and there:
+    checkpoints = checkpoint.found(folder)
+    if run.resume == "none" and checkpoints:
         raise UserError(
             f"{folder} holds checkpoints: resume them with --run.resume auto, or choose another --run.output"
         )
@@ -136,15 +136,15 @@ def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any])
     if path is None:
         return None
     stored = _read(path)
-    if there and there[0] > checkpoint.step_path(folder, stored["global_step"]):
+    if checkpoints and checkpoints[0] > checkpoint.step_path(folder, stored["global_step"]):
         raise UserError(
             f"{folder} holds checkpoints later than {path}: delete them to go back, or choose another --run.output"
         )
     changed = _differences(stored, training.recipe, effective)
     if changed and not run.resume_changed:
         raise UserError(
-            f"{path} was written with {changed[0]}: resume with the same value; with --run.resume_changed True, "
-            f"which makes it another run; or start afresh with another --run.output"
+            f"{path} was written with {changed[0]}: resume with the same value; accept the change, which makes it "
+            f"another run, with --run.resume_changed True; or start afresh with another --run.output"
         )
     steps = training.steps_per_epoch
     check_position(stored, path, epochs=run.epochs, steps_per_epoch=steps, changed=run.resume_changed)

@@ -32,25 +32,27 @@ def check_position(
     epoch, step, global_step = state["epoch"], state["step"], state["global_step"]
     if step >= steps_per_epoch:
         raise UserError(
-            f"{path}: its next step is {step} (from 0) of an epoch, and an epoch of this run has {steps_per_epoch}: "
-            "resume from a checkpoint of an epoch's end"
+            f"{path}: its next step is {step} (from 0) of an epoch, but this run's epochs have {steps_per_epoch}: "
+            "resume from a checkpoint at the end of an epoch"
         )
     if epoch > epochs or (epoch == epochs and step):
-        raise UserError(f"{path}: its next step is in epoch {epoch} (from 0), this run has {epochs}: set run.epochs")
+        raise UserError(
+            f"{path}: its next step is in epoch {epoch} (from 0), but this run has {epochs} epochs: set run.epochs"
+        )
     start = state.get("counted_from", list(START))
     if (
         not isinstance(start, list)
         or len(start) != 3
         or not all(type(n) is int and 0 <= n <= MOST_STEPS for n in start)
     ):
-        raise UserError(f"{path}: its field 'counted_from' is no epoch, step and global step; {NOT_OURS}")
+        raise UserError(f"{path}: its field 'counted_from' is not an epoch, step and global step; {NOT_OURS}")
     steps = state["effective"].get("steps per epoch")
     if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
         raise UserError(f"{path}: its field 'effective' says {steps!r:.40} steps per epoch; {NOT_OURS}")
     passed = start[2] + (epoch - start[0]) * steps + step - start[1]
     if global_step != passed and not (changed and "counted_from" not in state):
         raise UserError(
-            f"{path}: its field 'global_step' is {global_step}, and epoch {epoch}, step {step} are {passed} steps from "
+            f"{path}: its field 'global_step' is {global_step}, but epoch {epoch}, step {step} are {passed} steps from "
             f"the start; {NOT_OURS}"
         )
 
@@ -86,7 +88,7 @@ def _check_tensor(path: Path, field: str, stored: Any, own: Tensor) -> None:
         raise UserError(f"{path}: its field '{field}' is a {type(stored).__name__}, not a tensor; {NOT_OURS}")
     if (stored.shape, stored.dtype) != (own.shape, own.dtype):
         held, wanted = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (stored, own))
-        raise UserError(f"{path}: its field '{field}' is {held}, and this run has {wanted}; {NOT_OURS}")
+        raise UserError(f"{path}: its field '{field}' is {held}, but this run has {wanted}; {NOT_OURS}")
 
 
 def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep, global_step: int) -> None:
@@ -97,7 +99,7 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
     indices = [group.get("params") if isinstance(group, dict) else None for group in groups]
     counted = iter(range(sum(len(group["params"]) for group in own)))
     if indices != [[next(counted) for _ in group["params"]] for group in own]:
-        raise UserError(f"{path}: its field 'optimizer.param_groups' is of other parameters; {NOT_OURS}")
+        raise UserError(f"{path}: its field 'optimizer.param_groups' lists other parameters; {NOT_OURS}")
     names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     parameters = [parameter for group in own for parameter in group["params"]]
     unknown = states.keys() - set(range(len(parameters)))
@@ -131,7 +133,7 @@ def _check_moments(
     if not isinstance(held, dict) or held.keys() != {*moments, *counts}:
         known = ", ".join(map(str, held))[:80] if isinstance(held, dict) else type(held).__name__
         wanted = ", ".join((*moments, *counts)) or "nothing"
-        raise UserError(f"{path}: its field '{field}' holds {known}, and this run's optimizer {wanted}; {NOT_OURS}")
+        raise UserError(f"{path}: its field '{field}' holds {known}, but this run's optimizer has {wanted}; {NOT_OURS}")
     for name in moments:
         _check_tensor(path, f"{field}.{name}", held[name], parameter)
     for name in counts:

@@ -138,8 +138,8 @@ def _average(recipe: Recipe, steps: int) -> list[str]:
         return []
     fitting = 1 - 10 / total  # a tenth of the run's length as its memory
     return [
-        f"the average of the weights (ema.decay {recipe.ema.decay:g}) hardly moves in {total} steps: it ends as "
-        f"{100 * share:.0f}% initial weights. Set --ema.decay {max(fitting, 0.5):.4g}, or --ema.enabled False"
+        f"the averaged weights (ema.decay {recipe.ema.decay:g}) hardly move in {total} steps: at the end they "
+        f"are {100 * share:.0f}% initial weights. Set --ema.decay {max(fitting, 0.5):.4g}, or --ema.enabled False"
     ]
 
 

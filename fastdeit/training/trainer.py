@@ -31,7 +31,7 @@ from fastdeit.teacher.checks import teacher_warnings
 from fastdeit.teacher.label_cache import labelled_pixels
 from fastdeit.training.evaluation import Scores, evaluate, swapped_weights
 from fastdeit.training.logs import RunLog
-from fastdeit.training.meter import Meter, OnItsWay
+from fastdeit.training.meter import Meter, PendingNumbers
 from fastdeit.training.nonfinite import check_loss, check_weights
 from fastdeit.training.objective import LossParts
 from fastdeit.training.profiling import open_profiler
@@ -217,7 +217,7 @@ class Trainer:
 
     def _check_later(self, parts: LossParts, batch: TrainBatch) -> Callable[[], None]:
         """Checks the losses of the step that the device has just been given."""
-        loss, step = OnItsWay(parts.loss[None]), self.state.step
+        loss, step = PendingNumbers(parts.loss[None]), self.state.step
         return lambda: self._check(loss.tolist()[0], batch, step, updated=True)
 
     def _check(self, loss: float, batch: TrainBatch, step: int, *, updated: bool) -> None:
@@ -236,10 +236,10 @@ class Trainer:
     def _profile(self, wait_seconds: float) -> None:
         if self.profiler is None:
             return
-        found = self.profiler.step(self.data.steps - self.state.step, wait_seconds)
-        if found is not None:
+        profile = self.profiler.step(self.data.steps - self.state.step, wait_seconds)
+        if profile is not None:
             self.profiler = None
-            report_profile(self.log, self.state, found)
+            report_profile(self.log, self.state, profile)
 
     def _evaluate_if_due(self) -> None:
         run, departures, epoch = self.recipe.run, self.recipe.departures, self.state.epoch

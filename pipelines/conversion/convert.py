@@ -120,7 +120,7 @@ def convert(
     if isinstance(source, (str, os.PathLike)):
         source = open_source(source, class_names=class_names)
     elif class_names is not None:
-        raise ConvertError("class_names go to open_source where the source is opened already")
+        raise ConvertError("the source is already open: give class_names to open_source")
     dest = Path(dest)
     if not is_folder(dest.parent):
         raise ConvertError(f"{dest}: the folder {dest.parent} does not exist: create it first")

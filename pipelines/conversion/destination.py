@@ -49,9 +49,9 @@ def check_apart(dest: Path, format: str, source: Source) -> None:
         real = Path(os.path.realpath(path))
         if os.path.isdir(real):
             if place == real or place.is_relative_to(real):
-                raise ConvertError(f"{dest}: lies within {path}, which is converted: name a place outside of it")
+                raise ConvertError(f"{dest}: lies within the source {path}: name a place outside it")
         elif _status(path) in taken or real.is_relative_to(place) or real.is_relative_to(os.path.realpath(dest)):
-            raise ConvertError(f"{dest}: is {path}, which is converted, or holds it: name another place")
+            raise ConvertError(f"{dest}: is, or contains, the source {path}: name another place")
 
 
 def _all_names(dest: Path) -> Iterator[Path]:

@@ -118,7 +118,7 @@ def _encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Store
 def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UserError(f"{width} x {height} pixels, and at most {MAX_PIXELS} are decoded: reduce it first")
+        raise UserError(f"{width} x {height} pixels, but at most {MAX_PIXELS} are decoded: reduce it first")
 
 
 # Any marker that cannot occur within a scan.
@@ -141,11 +141,11 @@ def _check_jpeg(data: bytes) -> bool:
         common &= kind not in _NOT_HUFFMAN
         if scans > MAX_SCANS:
             raise UserError(
-                f"a JPEG of more than {MAX_SCANS} scans; each one costs a full decoding pass: encode it anew"
+                f"a JPEG of more than {MAX_SCANS} scans; each one costs a full decoding pass: encode it again"
             )
         if kind not in (_SOI, _TEM):
             at += int.from_bytes(data[at : at + 2], "big")
-    raise UserError("truncated: its file ends before its image does")
+    raise UserError("truncated: the file ends before the image does")
 
 
 def _passes(image: Image.Image, encoding: Encoding) -> bool:
@@ -188,7 +188,7 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
     width, height = image.size
     most, what = (MAX_SIDE, "raw pixels") if raw else (JPEG_SIDE, "JPEGs")
     if max(width, height) > most:
-        raise UserError(f"{width} x {height} pixels, and sides of {what} go up to {most}: give --max-side")
+        raise UserError(f"{width} x {height} pixels, but sides of {what} go up to {most}: give --max-side")
     if raw:
         return Stored(image.tobytes(), height, width, RAW, tuple(changes))
     file = io.BytesIO()

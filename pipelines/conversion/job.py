@@ -93,7 +93,7 @@ class Conversion:
                 if isinstance(error, DiskFull):
                     raise DiskFull(f"{error}. {self._left(writer.keep)}") from error.__cause__
                 if writer.keep and progress and not isinstance(error, Exception):
-                    say(f"{self.dest}: {self._kept()}, --resume goes on there", "stderr")
+                    say(f"{self.dest}: {self._kept()}; continue with --resume", "stderr")
                 raise
             journal.remove()
         return sidecar
@@ -104,9 +104,9 @@ class Conversion:
     def _left(self, kept: bool) -> str:
         """The end of the message for a full disk: what is left, and what to do."""
         if not kept:
-            return "What was written of it has been removed: make room or name another place, then convert again"
-        kept_images = self._kept() if self.saved else "What an interrupted conversion had done is kept"
-        return f"{kept_images} in {beside(self.dest, '.partial')}: make room and go on with --resume"
+            return "The partial output has been removed: make room or name another place, then convert again"
+        kept_images = self._kept() if self.saved else "The progress of the interrupted conversion is kept"
+        return f"{kept_images} in {beside(self.dest, '.partial')}: make room and continue with --resume"
 
     def _take_up(self, writer: Writer, journal: Journal, encoding: Encoding, resume: bool) -> None:
         """Continue an interrupted conversion, or start afresh."""
@@ -121,10 +121,10 @@ class Conversion:
         description = json.loads(json.dumps(description))
         then = journal.description()
         if then is not None and resume:
-            if found := difference(then, description):
+            if changed := difference(then, description):
                 raise ConvertError(
-                    f"{self.dest}: the interrupted conversion was another: {found}. "
-                    f"Resume with what it was begun with, or begin anew without --resume"
+                    f"{self.dest}: the interrupted conversion was different: {changed}. "
+                    f"Resume with its settings, or start again without --resume"
                 )
             with self._writing():
                 count = writer.restore(entry.record for entry in journal.entries() if isinstance(entry, Kept))
@@ -141,9 +141,9 @@ class Conversion:
                 journal.begin(description)
                 self._note_replaced(journal)
         if resume and not self.restored:
-            self.notes.append("there was nothing to resume, so it began at the first image")
+            self.notes.append("there was nothing to resume, so it started at the first image")
         if not journal.locked:
-            self.notes.append("this file system has no locks: nothing kept another conversion from writing here, too")
+            self.notes.append("this file system has no locks: another conversion may have written here meanwhile")
 
     def _note_replaced(self, journal: Journal) -> None:
         """Keep, for another resume, which data set the interrupted run was about to replace."""
@@ -160,7 +160,7 @@ class Conversion:
         if last is not None:
             self._compare(*last, encoding)
         if self.restored:
-            self.notes.append(f"it went on after {self.restored} images of an interrupted conversion")
+            self.notes.append(f"it continued after {self.restored} images of an interrupted conversion")
 
     def _compare(self, index: int, entry: Kept, encoding: Encoding) -> None:
         """Raise ConvertError unless the source still holds the sample that was stored last."""
@@ -168,7 +168,7 @@ class Conversion:
         if not isinstance(now, Encoded) or (now.crc32, now.label) != (entry.record.crc32, entry.record.label):
             raise ConvertError(
                 f"{self.source.name(index)}, sample {index}: is not what the interrupted conversion stored, "
-                f"so the source has changed. Begin anew without --resume"
+                f"so the source has changed. Start again without --resume"
             )
 
     def _store_all(
@@ -178,7 +178,7 @@ class Conversion:
             reject = self.rejects[0]
             raise ConvertError(
                 f"{reject.name}, sample {reject.index}: was left out before the interruption: {reject.reason}. Go on "
-                f"with --on-error skip --resume, or mend the image and begin anew without --resume"
+                f"with --on-error skip --resume, or mend the image and start again without --resume"
             )
         flushed = time.monotonic()
         with (

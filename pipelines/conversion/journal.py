@@ -25,7 +25,7 @@ _START = b'00000000 {"journal":'  # of every journal, except for the checksum
 
 
 class JournalError(UserError):
-    """A journal in use by another conversion, or a file that is no journal."""
+    """A journal in use by another conversion, or a file that is not a journal."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Journal:
 
     Every line is the zlib.crc32 of the rest, a space, and JSON: first a description of the conversion, then lists of
     samples, each written after its bytes are on disk. The first torn or damaged line ends the journal. Raises
-    JournalError if another `Journal`, in any process, has it open, and for a file that is no journal.
+    JournalError if another `Journal`, in any process, has it open, and for a file that is not a journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -188,8 +188,8 @@ def difference(then: Any, now: Any, field: str = "") -> str | None:
     """The first field in which two descriptions differ, and how; None if they are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for name in dict.fromkeys((*now, *then)):
-            if found := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):
-                return found
+            if changed := difference(then.get(name), now.get(name), f"{field}.{name}" if field else name):
+                return changed
         return None
     if then == now:
         return None

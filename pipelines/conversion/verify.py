@@ -69,8 +69,8 @@ class Verification:
             self.findings.append(finding)
 
     def __str__(self) -> str:
-        found = "nothing wrong was found" if self.ok else f"{self.count} finding{'s' * (self.count > 1)}"
-        lines = [f"{self.dest}: {self.num_samples} images checked in {self.seconds:.1f} s, {found}"]
+        outcome = "nothing wrong was found" if self.ok else f"{self.count} finding{'s' * (self.count > 1)}"
+        lines = [f"{self.dest}: {self.num_samples} images checked in {self.seconds:.1f} s, {outcome}"]
         lines += [f"  {finding}" for finding in self.findings]
         if self.count > len(self.findings):
             lines.append(f"  and {self.count - len(self.findings)} more")
@@ -109,7 +109,7 @@ def verify(
         raise
     except UserError as error:
         result.add(str(error))
-        result.unchecked.append("all the rest, since the data set does not open")
+        result.unchecked.append("everything else, since the data set does not open")
     else:
         with closing(dataset):
             for finding in dataset.check():
@@ -157,7 +157,7 @@ def _check_samples(dataset: Dataset, result: Verification, workers: int, progres
         while waiting:
             take()
     if described is not None and complete and str(content) != dataset.content_hash:
-        result.add(f"{dataset.path}: its content hash is {content}, and {dataset.content_hash} was written")
+        result.add(f"{dataset.path}: its content hash is {content}, but {dataset.content_hash} was written")
 
 
 def _check_chunk(
@@ -176,7 +176,7 @@ def _check_sample(dataset: Dataset, index: int, crc32: np.ndarray | None) -> tup
         return None, str(error)
     finding = None
     if crc32 is not None and binascii.crc32(data.data) != crc32[index]:
-        finding = "its bytes are not those that were written (crc32). Convert the data set again, or copy it again"
+        finding = "its checksum (crc32) does not match. Convert the data set again, or copy it again"
     elif dataset.is_jpeg(index):
         finding = _decode(dataset, index, data)
     return data, finding and f"{_name(dataset, index)}: {finding}"
@@ -187,7 +187,7 @@ def _decode(dataset: Dataset, index: int, data: np.ndarray) -> str | None:
         with Image.open(io.BytesIO(data.data), formats=["JPEG"]) as image:
             size = int(dataset.width[index]), int(dataset.height[index])
             if image.size != size:
-                return f"it has {image.width} x {image.height} pixels, and the tables say {size[0]} x {size[1]}"
+                return f"it has {image.width} x {image.height} pixels, but the tables say {size[0]} x {size[1]}"
             image.convert("RGB")
     except MemoryError:
         raise
@@ -210,18 +210,18 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
     left_out = np.isin(order, np.array(rejected, np.int64))
     if len(order) - left_out.sum() != len(dataset) or left_out.sum() != len(rejected):
         result.add(
-            f"{dataset.path}: holds {len(dataset)} samples, and {len(rejected)} were left out, but the source would "
-            f"give {len(order)} in all: none was compared"
+            f"{dataset.path}: holds {len(dataset)} samples, and {len(rejected)} were left out, but the source has "
+            f"{len(order)}: none was compared"
         )
         return
     if options["pillow"] != PIL.__version__:
         result.notes.append(
             f"it was converted with Pillow {options['pillow']} and compared with {PIL.__version__}, "
-            f"which may encode, and so store, an image differently"
+            f"which may encode an image differently"
         )
     named = _same_names(dataset.class_names, source.class_names)
     if not named and dataset.class_names is not None and source.class_names is not None:
-        result.notes.append("the source names other classes, so these were compared by their numbers")
+        result.notes.append("the source names other classes, so labels were compared by number")
     encoding = Encoding(mode=options["mode"], quality=options["quality"], max_side=options["max_side"])
     index = 0
     with (
@@ -232,7 +232,7 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
             where = f"{printable(source.name(at))}, sample {at} of the source"
             if bad:
                 if isinstance(sample, Encoded):
-                    result.add(f"{where}: was left out, and can be read now")
+                    result.add(f"{where}: was left out, but can be read now")
             else:
                 for finding in _differences(dataset, index, source.class_names if named else None, sample):
                     result.add(f"{_name(dataset, index)}: {finding}; it is {where}")
@@ -247,12 +247,12 @@ def _same_names(ours: list[str] | None, theirs: list[str] | None) -> bool:
 
 def _differences(dataset: Dataset, index: int, names: list[str] | None, sample: Encoded | Reject) -> Iterator[str]:
     if isinstance(sample, Reject):
-        yield f"it cannot be read from the source any more ({sample.reason})"
+        yield f"it can no longer be read from the source ({sample.reason})"
         return
     ours = _class(dataset.class_names if names is not None else None, int(dataset.label[index]))
     theirs = _class(names, sample.label)
     if ours != theirs:
-        yield f"it is of {ours}, and in the source of {theirs}"
+        yield f"it is of {ours}, but in the source of {theirs}"
     image = sample.image
     try:
         same = dataset.read(index).tobytes() == image.data
@@ -262,7 +262,7 @@ def _differences(dataset: Dataset, index: int, names: list[str] | None, sample: 
         return  # already a finding
     kind = bool(dataset.is_jpeg(index)), int(dataset.height[index]), int(dataset.width[index])
     if not same or kind != (image.mode == JPEG, image.height, image.width):
-        yield "its bytes are not those that its source gives"
+        yield "its bytes differ from those that the source gives"
 
 
 def _class(names: list[str] | None, label: int) -> str:

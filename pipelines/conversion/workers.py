@@ -87,7 +87,7 @@ def encoded(
     except OSError as error:
         raise shared_memory_error(error, f"{workers} workers cannot be started (--workers 1 needs none)") from error
     except BrokenProcessPool as error:
-        raise ConvertError("a worker process died, most likely for want of memory: give fewer --workers") from error
+        raise ConvertError("a worker process died, most likely because memory ran out: give fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

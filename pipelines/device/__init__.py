@@ -1,1 +1,1 @@
-"""The device augmentation stage: the pixels of `fastdeit.pipelines.host`, made by a GPU."""
+"""The device augmentation stage: a GPU makes the same pixels as `fastdeit.pipelines.host`."""

@@ -1,4 +1,4 @@
-"""A batch as the kernels see it: everything but the pixels, in one piece of memory that is copied at once."""
+"""Packs a batch's plan and labels into one block of memory, the table, which is copied to the device at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan, rotation_matrices
 
-_ALIGNMENT = 128  # bytes, of the start of an array
+_ALIGNMENT = 128  # bytes, of each array
 _MOST_BYTES = (1 << 31) - 1
 
 _KERNEL_CODE = {
@@ -49,7 +49,7 @@ _KINDS[[NO_MIX, MIXUP, CUTMIX]] = augment_normalize.NO_MIX, augment_normalize.MI
 
 
 class Work(NamedTuple):
-    """What the kernels read: arguments of `crop_resize`, `apply_operations` and `normalize_erase_mix`."""
+    """The first part of a table: arguments of `crop_resize`, `apply_operations` and `normalize_erase_mix`."""
 
     start: Tensor
     place: Tensor
@@ -65,7 +65,7 @@ class Work(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a batch holds besides its images; (B,) each."""
+    """The second part of a table: a batch's labels, (B,) each."""
 
     label_a: Tensor
     label_b: Tensor
@@ -74,7 +74,7 @@ class Labels(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Work memory that a batch needs, and the layers in which something is blurred."""
+    """Sizes of the work memory of a batch, and which layers blur any sample."""
 
     taps: int  # int32
     between: int  # bytes
@@ -102,7 +102,7 @@ def _label_fields(count: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
 
 
 def _sizes(fields: list[tuple[tuple[int, ...], torch.dtype]]) -> list[int]:
-    """Bytes of every array, up to the start of the next."""
+    """Bytes of every array, padded to the alignment."""
     exact = [math.prod(shape) * dtype.itemsize for shape, dtype in fields]
     return [size + -size % _ALIGNMENT for size in exact]
 
@@ -116,31 +116,32 @@ def _views(memory: Tensor, fields: list[tuple[tuple[int, ...], torch.dtype]]) ->
 
 
 def table_sizes(count: int, layers: int) -> tuple[int, int]:
-    """Bytes of `Work`, and of `Labels` behind it, for `count` samples with `layers` operations."""
+    """Bytes of `Work` and of `Labels`, which follows it, for `count` samples with `layers` operations each."""
     return sum(_sizes(_work_fields(count, layers))), sum(_sizes(_label_fields(count)))
 
 
 def work_of(memory: Tensor, count: int, layers: int) -> Work:
-    """The arrays in a table's first part, uint8."""
+    """The arrays in the first part of a table; `memory` is (bytes,) uint8."""
     return Work(*_views(memory, _work_fields(count, layers)))
 
 
 def labels_of(memory: Tensor, count: int) -> Labels:
-    """The arrays in a table's second part, uint8."""
+    """The arrays in the second part of a table; `memory` is (bytes,) uint8."""
     return Labels(*_views(memory, _label_fields(count)))
 
 
 def fill_table(table: Tensor, decoded: DecodedBatch, plan: Plan) -> Needs:
-    """Write a batch into `table`, uint8 on the host, of the size that `table_sizes` says.
+    """Write a batch into `table`, (bytes,) uint8 on the host; `table_sizes` gives its size.
 
-    Raises UserError, naming the dataset index, for a crop whose rows span 2 GiB: a kernel counts its bytes in 32 bits.
+    Raises UserError with the dataset index for a crop whose rows span 2 GiB: the kernels count bytes in 32 bits.
     """
     count, layers = plan.op.shape
     first_bytes, _ = table_sizes(count, layers)
     work, labels = work_of(table[:first_bytes], count, layers), labels_of(table[first_bytes:], count)
     taps, between = _fill_resize(work, decoded, plan)
     blurs = _fill_operations(work, plan)
-    _fill_finish(work, labels, decoded, plan)
+    _fill_normalize(work, plan)
+    _fill_labels(labels, decoded, plan)
     return Needs(taps, between, blurs)
 
 
@@ -152,16 +153,16 @@ def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan) -> tuple[int, in
     if span.max(initial=0) >= _MOST_BYTES:
         sample = int(span.argmax())
         raise UserError(
-            f"dataset index {plan.index[sample]} (sample {sample} of the plan) is cropped from {span[sample]} bytes, "
-            f"at most {_MOST_BYTES} on the device: set --data.stage host, or convert it smaller (--max-side)"
+            f"dataset index {plan.index[sample]} (sample {sample} of the plan) is cropped from {span[sample]} bytes; "
+            f"the device allows {_MOST_BYTES}: set --data.stage host, or convert with a smaller --max-side"
         )
     vertical_first = _vertical_first(crop, window)
-    # What the second pass reads is along the rows, or along the columns if the vertical pass comes first.
+    # The second pass reads along the rows, or along the columns if the vertical pass comes first.
     axis = vertical_first.astype(np.intp)
-    every = np.arange(len(plan))
+    samples = np.arange(len(plan))
     place[:, augment_resize.HEIGHT], place[:, augment_resize.WIDTH] = crop[:, 2], crop[:, 3]
     place[:, augment_resize.OUT_HEIGHT : augment_resize.LEFT + 1] = window
-    first, end = _source_ranges(crop[every, 2 + axis], window[every, axis], window[every, 2 + axis], size)
+    first, end = _source_ranges(crop[samples, 2 + axis], window[samples, axis], window[samples, 2 + axis], size)
     place[:, augment_resize.FIRST], place[:, augment_resize.COUNT] = first, end - first
     place[:, augment_resize.VERTICAL_FIRST] = vertical_first
     place[:, augment_resize.FLIP] = plan.flip
@@ -181,7 +182,7 @@ def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan) -> tuple[int, in
 
 
 def _vertical_first(crop: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """(B,) whether PIL runs the vertical pass first: so it does since version 13 where the height shrinks much more."""
+    """(B,) bool: whether PIL 13 runs the vertical pass first, as it does if the height shrinks much more."""
     shrink = crop[:, 2] - window[:, 0]
     return (shrink > 0) & (shrink > 2 * (crop[:, 3] - window[:, 1]))
 
@@ -189,7 +190,7 @@ def _vertical_first(crop: np.ndarray, window: np.ndarray) -> np.ndarray:
 def _source_ranges(
     size_in: np.ndarray, size_out: np.ndarray, skip: np.ndarray, wanted: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and end of what outputs skip .. skip + wanted - 1 of an axis are made of, as the kernel finds them."""
+    """(B,) first and end of the inputs of outputs skip .. skip + wanted - 1 of an axis, computed as the kernel does."""
     scale = size_in / size_out
     support = 2.0 * np.maximum(scale, 1.0)
     low, high = (skip + 0.5) * scale, (skip + wanted - 1 + 0.5) * scale
@@ -198,7 +199,7 @@ def _source_ranges(
 
 
 def _most_taps(size_in: np.ndarray, size_out: np.ndarray) -> np.ndarray:
-    """(B,) int64: taps of an output that an axis has room for."""
+    """(B,) int64: most taps that one output of an axis can need."""
     return 2 * np.ceil(2.0 * np.maximum(size_in / size_out, 1.0)).astype(np.int64) + 1
 
 
@@ -224,9 +225,9 @@ def _fill_operations(work: Work, plan: Plan) -> tuple[bool, ...]:
     return tuple((plan.op == CODE["GaussianBlur"]).any(0).tolist())
 
 
-def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) -> None:
+def _fill_normalize(work: Work, plan: Plan) -> None:
     group, partner, sample = plan.group, plan.partner, np.arange(len(plan))
-    # Groups of an odd number of samples do not mix: there any two will do.
+    # The kernel works on pairs. Groups of odd size do not mix, so any two samples may then be a pair.
     paired = not (partner == sample).any()
     order = np.stack([sample, partner], axis=1)[sample < partner].reshape(-1) if paired else sample
     pairs = work.pairs.numpy().reshape(-1)
@@ -241,7 +242,9 @@ def _fill_finish(work: Work, labels: Labels, decoded: DecodedBatch, plan: Plan) 
     mix[:, augment_normalize.BOX_TOP :] = plan.box[group]
     mix_weights[:, 0], mix_weights[:, 1] = plan.lam[group], 1.0 - plan.lam[group]
 
+
+def _fill_labels(labels: Labels, decoded: DecodedBatch, plan: Plan) -> None:
     labels.label_a.numpy()[:] = decoded.label
-    labels.label_b.numpy()[:] = np.where(plan.mixed, decoded.label[partner], decoded.label)
+    labels.label_b.numpy()[:] = np.where(plan.mixed, decoded.label[plan.partner], decoded.label)
     labels.index.numpy()[:] = decoded.index
-    labels.lam.numpy()[:] = plan.lam[group]
+    labels.lam.numpy()[:] = plan.lam[plan.group]

@@ -1,7 +1,7 @@
-"""Decoded images and a plan in, a batch out, on a GPU: the host stage's pixels.
+"""The augmentation stage on a GPU: makes the same pixels as the host stage.
 
-A batch is one copy of its table, one of its pixels and a dozen launches, however many samples and operations there
-are. Nothing is waited for on the host but the copy of the last batch but one.
+A batch takes one copy of its table, one copy of its pixels and a dozen launches, whatever its size and operations. The
+host waits only for the copy of the batch before last.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from fastdeit.pipelines.plan.plan import Plan
 class DeviceStage:
     """Turns decoded images and their plan into a batch, on a GPU.
 
-    The pixels are those of `HostStage`, to the bit, in every dtype that it has. A plan that does not fit its images
-    raises ValueError naming the dataset index. All batches must be asked for on one stream, and what makes pixels
-    that are on the device already must have been launched on it.
+    The images are bit-identical to `HostStage` in every dtype that it supports. A plan that does not fit its images
+    raises ValueError naming the dataset index. Make all batches on one stream. If the decoded pixels are already on the
+    device, that stream must have written them.
 
     img_size   side of the output, pixels
-    mean, std  of the normalisation; the mean is also the colour of what a geometric operation brings in
+    mean, std  of the normalisation; geometric operations also fill with the mean
     device     a CUDA device; the CPU where Triton's interpreter runs
     dtype      torch.float32, torch.float16 or torch.bfloat16
-    layout     "nchw": (B, 3, S, S); "nhwc": (B, S, S, 3); "patches": (B, (S / P)^2, 3 * P * P), for a patch embedding
-               that is a plain matrix product
+    layout     "nchw": (B, 3, S, S); "nhwc": (B, S, S, 3); "patches": (B, (S / P)^2, 3 * P * P), so that the patch
+               embedding is a plain matrix product
     patch_size  P
 
-    Raises ValueError for a device without kernels, another dtype, or a side that is no multiple of P with "patches".
+    Raises ValueError for a device without kernels, an unsupported dtype, or "patches" with a side that is not a
+    multiple of P.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class DeviceStage:
         self._memory, self._uploads = Memory(device), Uploads(device)
 
     def __call__(self, decoded: DecodedBatch, plan: Plan, *, out: Tensor | None = None) -> Batch:
-        """The batch of `plan`, whose samples must be those of `decoded`, in order.
+        """Make the batch of `plan`, whose samples must be those of `decoded`, in order.
 
-        `decoded.pixels` may be a uint8 tensor, on the device too; pixels in pinned memory are copied from where they
-        are. `out`, contiguous and of the stage's shape and dtype, receives the images; without it they get memory of
-        their own from PyTorch, which is used again once no tensor refers to it.
+        `decoded.pixels` may be a uint8 tensor on the host or the device; pinned pixels are copied without an
+        intermediate buffer. `out`, contiguous and of the stage's shape and dtype, receives the images; by default they
+        get new memory from PyTorch.
         """
         check_plan(decoded, plan, self.img_size)
         with self._on_device():
@@ -89,9 +90,9 @@ class DeviceStage:
         return Batch(images=images, label_a=labels.label_a, label_b=labels.label_b, lam=labels.lam, index=labels.index)
 
     def passes(self, decoded: DecodedBatch, plan: Plan) -> tuple[dict[str, Callable[[], None]], Tensor]:
-        """The launches of one batch by name, in order, each to be timed alone; and the images that the last one writes.
+        """The launches of one batch by name, in order, so that each can be timed; and the images that the last writes.
 
-        The batch is on the device by then. The calls serve until the stage makes another batch.
+        The batch's inputs are already on the device. The launches are valid until the stage makes another batch.
         """
         check_plan(decoded, plan, self.img_size)
         with self._on_device():
@@ -101,12 +102,12 @@ class DeviceStage:
 
     @property
     def growths(self) -> int:
-        """How often memory had to grow; a CUDA graph of the launches is stale after that."""
+        """How often memory has grown; each time invalidates CUDA graphs of the launches."""
         return self._memory.growths + self._uploads.growths
 
     @property
     def passed_on(self) -> int:
-        """Batches whose pixels were not pinned, and so were copied once more by the CPU."""
+        """Batches whose pixels were not pinned, so that the CPU copied them once more."""
         return self._uploads.passed_on
 
     def out_shape(self, count: int) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ class DeviceStage:
     def _prepare(
         self, decoded: DecodedBatch, plan: Plan, out: Tensor | None
     ) -> tuple[Tensor, dict[str, Callable[[], None]], Tensor]:
-        """Copy a batch to the device: its table there, the launches that make its images, and the images."""
+        """Copy a batch to the device. Returns its table there, the launches that make its images, and the images."""
         (count, layers), size, memory = plan.op.shape, self.img_size, self._memory
         table = self._uploads.begin(sum(table_sizes(count, layers)))
         needs = fill_table(table, decoded, plan)

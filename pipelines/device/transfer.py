@@ -1,4 +1,4 @@
-"""Batches from the thread that makes them to the thread that uses them, each on a CUDA stream of its own."""
+"""Moves batches to the device, and from the CUDA stream that makes them to the stream that uses them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class StreamPrefetcher(Prefetcher[T]):
-    """A `Prefetcher` whose items are made on `stream`, and used on the stream that is current where they are asked for.
+    """A `Prefetcher` that makes items on `stream`; the consumer uses them on its own current stream.
 
-    That stream waits for an item, the host does not. Memory of an item's tensors that is given back is not given out
-    again before what the using stream had to do by then.
+    The consumer's stream waits for an item; the host does not. When an item is freed, its memory is not reused before
+    the consumer's stream has done the work queued until then.
 
-    items    a generator; the stream is current wherever its code runs
-    tensors  those of an item, on the stream's device
+    items    a generator; `stream` is current whenever its code runs
+    tensors  returns the tensors of an item that are on the stream's device
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class StreamPrefetcher(Prefetcher[T]):
 
     def __next__(self) -> T:
         item = super().__next__()
-        using = torch.cuda.current_stream(self._stream.device)
-        using.wait_event(self._made.popleft())
+        consumer = torch.cuda.current_stream(self._stream.device)
+        consumer.wait_event(self._made.popleft())
         for tensor in self._tensors(item):
-            tensor.record_stream(using)
+            tensor.record_stream(consumer)
         return item
 
 
 def _on_stream(
     items: Generator[T, None, None], stream: torch.cuda.Stream, made: deque[torch.cuda.Event]
 ) -> Generator[T, None, None]:
-    """`items`, made on `stream`; `made` gets an event for each."""
+    """`items`, made on `stream`; records an event for each in `made`."""
 
     def record(item: T) -> T:
         event = torch.cuda.Event()
@@ -60,33 +60,33 @@ def _on_stream(
         return item
 
     with torch.cuda.stream(stream), closing(items):
-        yield from map(record, items)  # which, unlike a loop, holds on to no item
+        yield from map(record, items)  # a loop variable would keep the last item alive
 
 
 class CopyingStage:
-    """A host stage whose images are copied to `device`, and there cast and cut into patches; each where asked for.
+    """Wraps a host stage: copies its batches to `device`, then casts the images and cuts them into patches.
 
-    On a GPU the copies are in the background: a batch of the host's is held until its copy is done, which the next
-    one waits for.
+    Copies to a GPU run in the background. The stage keeps a host batch until its copy is done; the next call waits for
+    that.
 
-    stage       its images should be pinned where `device` is a GPU
+    stage       should make pinned images if `device` is a GPU
     dtype       of the images on the device
-    patch_size  side of a patch; None: images stay (B, 3, S, S)
+    patch_size  side of a patch, pixels; None: images stay (B, 3, S, S)
     """
 
     def __init__(self, stage: Stage, device: torch.device, dtype: torch.dtype, patch_size: int | None = None) -> None:
         self._stage, self._device, self._dtype, self._patch_size = stage, device, dtype, patch_size
-        self._under_way: tuple[Batch, torch.cuda.Event] | None = None
+        self._in_flight: tuple[Batch, torch.cuda.Event] | None = None
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
         batch = self._stage(decoded, plan)
         images, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch.tensors())
         if self._device.type == "cuda":
-            if self._under_way is not None:
-                self._under_way[1].synchronize()
+            if self._in_flight is not None:
+                self._in_flight[1].synchronize()
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self._device))
-            self._under_way = batch, copied
+            self._in_flight = batch, copied
         images = images.to(self._dtype)
         if self._patch_size is not None:
             images = as_patches(images, self._patch_size)

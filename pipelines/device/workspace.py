@@ -1,4 +1,4 @@
-"""Memory of the device stage that is used again, and the way of a batch's bytes from the host to the device."""
+"""Reusable memory of the device stage, and double-buffered uploads from the host to the device."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Memory:
-    """Buffers by name. One grows when it is asked for more than ever before, to an eighth more than that.
+    """Named buffers that grow as needed, each time to an eighth more than was requested.
 
-    growths  how often that happened: once for every buffer, then ever more rarely
+    growths  how often a buffer was allocated or grew
     """
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
@@ -21,7 +21,7 @@ class Memory:
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
-        """The buffer `name`, of undefined contents, contiguous and aligned for any kernel."""
+        """The buffer `name`: uninitialized, contiguous, and aligned for any kernel."""
         count = math.prod(shape)
         held = self._held.get(name)
         if held is None or len(held) < count:
@@ -31,8 +31,8 @@ class Memory:
         return held[:count].view(shape)
 
 
-class _Place:
-    """What one batch of two under way occupies."""
+class _Slot:
+    """The memory and events of one of the two batches in flight."""
 
     def __init__(self, device: torch.device) -> None:
         self.host = Memory(torch.device("cpu"), pinned=device.type == "cuda")
@@ -44,62 +44,62 @@ class _Place:
 
 
 class Uploads:
-    """Copies a batch's table and pixels to the device, on a stream of its own, while the one before is worked on.
+    """Copies a batch's table and pixels to the device on a separate stream, while the GPU works on the previous batch.
 
-    A batch is `begin`, what fills the table, `send`, the launches that read it, and `end`, all on one stream. Two
-    batches are under way at most: `begin` waits, on the host, for the copy of the last but one.
+    For each batch, on one stream: call `begin`, fill the table, call `send`, launch the kernels that read it, call
+    `end`. At most two batches are in flight: in `begin` the host waits for the copy of the batch before last.
 
-    passed_on  batches whose pixels were not in pinned memory, and so were copied once more by the CPU
+    passed_on  batches whose pixels were not pinned, so that the CPU copied them once more
     """
 
     def __init__(self, device: torch.device) -> None:
         self.passed_on = 0
         self._device = device
-        self._places = (_Place(device), _Place(device))
+        self._slots = (_Slot(device), _Slot(device))
         self._turn = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def growths(self) -> int:
-        return sum(memory.growths for place in self._places for memory in (place.host, place.device))
+        return sum(memory.growths for slot in self._slots for memory in (slot.host, slot.device))
 
     def begin(self, size: int) -> Tensor:
-        """(size,) uint8 on the host, to be filled with the table."""
+        """(size,) uint8 on the host, for the caller to fill with the table."""
         self._turn = 1 - self._turn
-        place = self._places[self._turn]
+        slot = self._slots[self._turn]
         if self._stream is not None:
-            place.copied.synchronize()
-        place.source = None
-        place.table = place.host.take("table", (size,))
-        return place.table
+            slot.copied.synchronize()
+        slot.source = None
+        slot.table = slot.host.take("table", (size,))
+        return slot.table
 
     def send(self, pixels: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """The table and the pixels, uint8, on the device; what is launched on the current stream finds them there."""
-        place = self._places[self._turn]
+        """The table and the pixels on the device, (bytes,) uint8 each, ready for launches on the current stream."""
+        slot = self._slots[self._turn]
         source = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
         if self._stream is None:
-            return place.table, source
-        growths = place.device.growths
-        table = place.device.take("table", (len(place.table),))
-        here = source if source.device == self._device else place.device.take("pixels", (len(source),))
+            return slot.table, source
+        growths = slot.device.growths
+        table = slot.device.take("table", (len(slot.table),))
+        on_device = source if source.device == self._device else slot.device.take("pixels", (len(source),))
         current = torch.cuda.current_stream(self._device)
-        if place.device.growths > growths:
-            # PyTorch may have given out memory that what is queued on this stream still reads.
+        if slot.device.growths > growths:
+            # PyTorch may have returned memory that work queued on the current stream still reads.
             self._stream.wait_stream(current)
-        self._stream.wait_event(place.used)
-        if here is not source and not source.is_pinned():
+        self._stream.wait_event(slot.used)
+        if on_device is not source and not source.is_pinned():
             self.passed_on += 1
-            source = place.host.take("pixels", (len(source),)).copy_(source)
+            source = slot.host.take("pixels", (len(source),)).copy_(source)
         with torch.cuda.stream(self._stream):
-            table.copy_(place.table, non_blocking=True)
-            if here is not source:
-                here.copy_(source, non_blocking=True)
-            place.copied.record()
-        place.source = source
-        current.wait_event(place.copied)
-        return table, here
+            table.copy_(slot.table, non_blocking=True)
+            if on_device is not source:
+                on_device.copy_(source, non_blocking=True)
+            slot.copied.record()
+        slot.source = source
+        current.wait_event(slot.copied)
+        return table, on_device
 
     def end(self) -> None:
-        """What has been launched on the current stream is all that reads the table and the pixels."""
+        """Mark the table and the pixels as free once the launches so far on the current stream are done."""
         if self._stream is not None:
-            self._places[self._turn].used.record(torch.cuda.current_stream(self._device))
+            self._slots[self._turn].used.record(torch.cuda.current_stream(self._device))

@@ -94,7 +94,7 @@ class BetonDataset:
             blank = pieces[-1].view(record)[field] == 0
             if blank.any():
                 index = (at - start) // record.itemsize + int(blank.argmax())
-                raise self._error(f"record {index} of a table is empty, so its place is outside of the file's data")
+                raise self._error(f"record {index} of a table is empty, so its data lie outside the file's data")
         return np.concatenate(pieces)
 
     def _read_tables(self, file: OpenFile) -> None:
@@ -127,7 +127,7 @@ class BetonDataset:
         samples = metadata.view(SAMPLE)
         table = self._load_table(file, end, length, ALLOCATION, "size").view(ALLOCATION)
         pointer, size = self._allocations(table, count)
-        self._forbid(pointer != samples["data_ptr"], "record and allocation table name different places")
+        self._forbid(pointer != samples["data_ptr"], "record and allocation table name different offsets")
         # In this order no sum can overflow.
         outside = (size == 0) | (size > end) | (pointer < metadata_end) | (pointer > end)
         self._forbid(outside, "its place is outside of the file's data")
@@ -142,7 +142,7 @@ class BetonDataset:
         self._forbid(self._mode > RAW, "its mode is neither JPEG nor raw")
         pixels = self.height.astype(np.int64) * self.width * 3
         self._forbid(pixels > 3 * MAX_PIXELS, f"it has more than {MAX_PIXELS} pixels")
-        self._forbid((self._mode == RAW) & (self.size != pixels), "raw pixels do not have the size of its sides")
+        self._forbid((self._mode == RAW) & (self.size != pixels), "its raw pixels do not match its height and width")
         self._forbid(self.label < 0, "its label is negative")
         self._forbid(self.label >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")
         for array in (self.offset, self.size, self.height, self.width, self.label):
@@ -213,7 +213,7 @@ class BetonDataset:
     def _open(self, index: int) -> OpenFile:
         file = self._file
         if file is None:
-            raise ValueError(f"{self.path}: sample {index} asked for after the data set was closed")
+            raise ValueError(f"{self.path}: sample {index} was requested after the data set was closed")
         return file
 
     def check(self) -> list[str]:
@@ -229,15 +229,15 @@ class BetonDataset:
             return [str(error)]
         if (again._identity, again.sidecar) != (self._identity, self.sidecar):
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
-        found = []
+        findings = []
         # FFCV's own writer leaves the arguments zero too, but its caller chooses the names.
         expected = field_descriptors() if self.sidecar is not None else field_descriptors(again._fields["name"])
         if again._fields.tobytes() != expected.tobytes():
-            found.append(f"{self.path}: the descriptors of its fields are not what was written")
+            findings.append(f"{self.path}: the descriptors of its fields are not what was written")
         if self.sidecar is not None and self.sidecar.get("page_size") != again.page_size:
-            found.append(f"{self.path}: pages of {again.page_size} bytes are not those it was written in")
+            findings.append(f"{self.path}: pages of {again.page_size} bytes are not those it was written in")
         try:
-            return found + list(again._check_gaps())
+            return findings + list(again._check_gaps())
         except OSError as error:
             raise machine_error(error, f"{self.path}: cannot be read") from error
 
@@ -251,14 +251,14 @@ class BetonDataset:
             byte = self._first_nonzero(int(end[at]), int(start[at]))
             if byte is not None:
                 where = f"before sample {order[at]}" if at < len(self) else "after the last image"
-                yield f"{self.path}: byte {byte}, {where}, is not zero, and nothing is stored there"
+                yield f"{self.path}: byte {byte}, {where}, is not zero, but nothing is stored there"
 
     def _first_nonzero(self, start: int, end: int) -> int | None:
         file = self._open(0)
         for at in range(start, end, _PIECE):
-            found = np.flatnonzero(file.read(min(_PIECE, end - at), at))
-            if len(found):
-                return at + int(found[0])
+            nonzero = np.flatnonzero(file.read(min(_PIECE, end - at), at))
+            if len(nonzero):
+                return at + int(nonzero[0])
         return None
 
     def close(self) -> None:

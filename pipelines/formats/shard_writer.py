@@ -281,7 +281,9 @@ def _refuse_foreign(folder: Path) -> None:
             known = KNOWN.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False)
             stranger = None if known else entry.name
         if stranger:
-            raise ShardError(f"{folder}: holds {stranger}, which is not of a data set: move it or name another folder")
+            raise ShardError(
+                f"{folder}: holds {stranger}, which is not part of a data set: move it or name another folder"
+            )
 
 
 def _remove(folder: Path, kept: Container[str] = ()) -> None:

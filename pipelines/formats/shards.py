@@ -108,12 +108,12 @@ class ShardDataset:
         self._forbid(pixels > 3 * MAX_PIXELS, f"it has more than {MAX_PIXELS} pixels")
         self._forbid((samples["size"] == 0) | (samples["size"] > MAX_SIZE), f"its size is 0 or above {MAX_SIZE} bytes")
         wrong = (self._mode == RAW) & (samples["size"].astype(np.int64) != pixels)
-        self._forbid(wrong, "raw pixels do not have the size of its sides")
+        self._forbid(wrong, "its raw pixels do not match its height and width")
         self._forbid(samples["label"] < 0, "its label is negative")
         self._forbid(samples["label"] >= MAX_CLASSES, f"its label is not below {MAX_CLASSES}")
         # Sums of so few, so small sizes cannot overflow.
         offset, self._shard_bytes = layout(samples)
-        self._forbid(samples["offset"].astype(np.int64) != offset, "its place is not behind the sample before it")
+        self._forbid(samples["offset"].astype(np.int64) != offset, "it does not start after the sample before it")
         self.shard, self.offset, self.size = shard, offset, samples["size"].astype(np.int64)
         self.height, self.width = samples["height"].astype(np.int32), samples["width"].astype(np.int32)
         self.label = samples["label"].astype(np.int64)
@@ -213,7 +213,7 @@ class ShardDataset:
     def _open(self, shard: int, index: int) -> OpenFile:
         with self._lock:
             if self._closed:
-                raise ValueError(f"{self.path}: sample {index} asked for after the data set was closed")
+                raise ValueError(f"{self.path}: sample {index} was requested after the data set was closed")
             file = self._files.get(shard)
             if file is None:
                 file = self._open_anew(shard, index)
@@ -257,34 +257,39 @@ class ShardDataset:
         if now != then:
             return [f"{self.path}: it was changed or replaced since the data set was opened"]
         ends = np.append(self._first, len(self)).tolist()
-        found = []
+        findings = []
         for shard, (first, end) in enumerate(pairwise(ends)):
-            found += self._check_shard(shard, first, samples[first:end])
-        return found + self._check_strays() + self._check_nodes()
+            findings += self._check_shard(shard, first, samples[first:end])
+        return findings + self._check_strays() + self._check_nodes()
 
     def _check_shard(self, shard: int, first: int, samples: np.ndarray) -> list[str]:
         try:
             file = self._open(shard, first)
         except ShardError as error:
             return [str(error)]
-        path, found = self.path / shard_name(shard), []
+        path, findings = self.path / shard_name(shard), []
         for index, (offset, size, label, _, height, width, mode) in enumerate(samples.tolist(), first):
             head = before(index, size=size, height=height, width=width, mode=mode)
             tail = after(index, size=size, height=height, width=width, mode=mode, label=label)
             if file.read(len(head), offset - len(head)).tobytes() != head:
-                found.append(f"{path}, sample {index}: the header before its bytes is not what was written. {_REMEDY}")
+                findings.append(
+                    f"{path}, sample {index}: the header before its bytes is not what was written. {_REMEDY}"
+                )
             if file.read(len(tail), offset + size).tobytes() != tail:
-                found.append(
+                findings.append(
                     f"{path}, sample {index}: the label or padding after its bytes is not what was written. {_REMEDY}"
                 )
         if file.read(len(END) + 1, int(self._shard_bytes[shard]) - len(END)).tobytes() != END:
-            found.append(f"{path}: it does not end in two blocks of zeros. {_REMEDY}")
-        return found + self._compare(index_name(shard), index_file(first, samples))
+            findings.append(f"{path}: it does not end in two blocks of zeros. {_REMEDY}")
+        return findings + self._compare(index_name(shard), index_file(first, samples))
 
     def _check_strays(self) -> list[str]:
         known = {name for shard in range(len(self._first)) for name in (shard_name(shard), index_name(shard))}
         stray = sorted(name for name in os.listdir(self.path) if name.startswith("shard-") and name not in known)
-        return [f"{self.path / name}: it is not of this data set; remove it, or others will read it" for name in stray]
+        return [
+            f"{self.path / name}: it is not part of this data set; remove it, or other readers will use it"
+            for name in stray
+        ]
 
     def _check_nodes(self) -> list[str]:
         if self.sidecar is None:
@@ -293,11 +298,11 @@ class ShardDataset:
         names = set(os.listdir(folder)) if folder.is_dir() else set()
         # The folder bounds the loop; a hostile sidecar may hold any number.
         if nodes != len(names) or names != {node_name(node) for node in range(len(names))}:
-            return [f"{folder}: it does not hold the lists of {nodes} nodes and nothing else"]
-        found = []
+            return [f"{folder}: it does not hold exactly the lists of {nodes} nodes"]
+        findings = []
         for node in range(len(names)):
-            found += self._compare(f"{NODES}/{node_name(node)}", node_list(node, len(names), len(self._first)))
-        return found
+            findings += self._compare(f"{NODES}/{node_name(node)}", node_list(node, len(names), len(self._first)))
+        return findings
 
     def _compare(self, name: str, expected: bytes) -> list[str]:
         try:

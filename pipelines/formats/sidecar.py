@@ -105,15 +105,15 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
         raise SidecarError(f"{path}: damaged (it was changed after it was written). {_REMEDY}")
     names, content = sidecar.get("class_names"), sidecar.get("content_hash")
     if not (isinstance(content, str) and isinstance(names, list) and all(isinstance(n, str) for n in names)):
-        raise SidecarError(f"{path}: class_names or content_hash are not of their type. {_REMEDY}")
+        raise SidecarError(f"{path}: class_names or content_hash have the wrong type. {_REMEDY}")
     if (sidecar.get("num_samples"), sidecar.get("metadata_hash")) != (num_samples, metadata_hash):
-        raise SidecarError(f"{path}: it describes another data set than the one it lies beside. {_REMEDY}")
+        raise SidecarError(f"{path}: it describes a different data set from the one beside it. {_REMEDY}")
     if len(names) > MAX_CLASSES:
-        raise SidecarError(f"{path}: {len(names)} class names, and {MAX_CLASSES} are the most. {_REMEDY}")
+        raise SidecarError(f"{path}: {len(names)} class names, but at most {MAX_CLASSES} are allowed. {_REMEDY}")
     if len(names) < num_classes:
         raise SidecarError(f"{path}: {len(names)} class names, but labels up to {num_classes - 1}. {_REMEDY}")
     if len(crc32s(sidecar)) != num_samples:
-        raise SidecarError(f"{path}: its crc32 are not those of {num_samples} samples. {_REMEDY}")
+        raise SidecarError(f"{path}: its crc32 list is not for {num_samples} samples. {_REMEDY}")
     return sidecar
 
 

@@ -1,1 +1,1 @@
-"""Decoders, and the choice among them."""
+"""JPEG decoders, and how a run chooses one."""

@@ -1,4 +1,4 @@
-"""What all loaders share: each image of a step is decoded once, by a pool of threads."""
+"""The base of all loaders: a pool of threads decodes each image of a step once."""
 
 from __future__ import annotations
 
@@ -22,40 +22,39 @@ from fastdeit.pipelines.plan.order import StepSamples
 Region = tuple[int, int, int, int]  # top, left, height, width in the decoded image, pixels
 OnError = Literal["fail", "replace"]
 
-MOST_SKIPPED = 100  # images in a row that may fail where one is to be replaced: more is no damage to single images
+# Consecutive images that may fail when one is replaced: more means that the whole data set is damaged.
+MOST_SKIPPED = 100
 
-
-_Task = tuple[int, np.ndarray, Region | None]  # index, where it goes, and what of it, if not all
+_Task = tuple[int, np.ndarray, Region | None]  # dataset index, output, region (None: the whole image)
 
 
 class DecodeError(UserError):
-    """An image that is damaged: it cannot be decoded, or fails its checksum; names data set, index, reason, remedy."""
+    """A damaged image: it does not decode, or its checksum differs. Names data set, index, reason and remedy."""
 
 
 class ThreadedLoader:
-    """Decodes every image of a step once for all its copies; a `Loader`.
+    """Decodes every image of a step once for all its repeats; a `Loader`.
 
     dataset  stored images
-    pool     where images are decoded; it may be shared and stays open
-    threads  how many images are decoded at once
-    reason   one sentence: why it is this loader
-    on_error  what becomes of an image that neither the loader's decoder nor PIL can decode, or whose bytes are not
-             those of its checksum. "fail": DecodeError. "replace": the next image that decodes takes its place, resized
-             to its size (PIL, bicubic), with its own label; listed in the batch's `replaced`. All images are decoded
-             whole then, so that the replacement depends on nothing but the data. DecodeError after 100 failures in a
-             row. Bytes that the machine cannot read are an error in any case: MachineError
-    pinned   whether the pixels lie in pinned memory, from which a GPU copies them in the background
+    pool     threads that decode; it may be shared, and `close` leaves it open
+    threads  images decoded at once
+    reason   one sentence: why the run uses this loader
+    on_error  applies to an image that neither the loader's decoder nor PIL can decode, or whose checksum differs.
+             "fail": raise DecodeError. "replace": use the next image that decodes, resized to the bad one's size (PIL,
+             bicubic), and its label; the batch's `replaced` lists both. All images are then decoded whole, so that the
+             replacement depends only on the data. Raises DecodeError after 100 failures in a row. Bytes that the
+             machine cannot read always raise MachineError
+    pinned   decode into pinned memory, from which a GPU can copy in the background
 
-    The memory of a batch is the decoded size of its images, and serves again once nobody holds any part of the batch
-    (see `Arenas`).
+    A batch takes the decoded size of its images. Its memory is reused once nothing refers to it (see `Arenas`).
 
-    decoded, reused  images so far that were decoded, and that were copied from the step before
+    decoded, reused  images decoded so far, and images copied from the previous step
     """
 
     name: str
-    pixels: str  # whose pixels it decodes: loaders of one name of these are equal to the bit
-    crops = False  # whether `decode_image` takes a region
-    on_device = False  # whether the pixels of a batch are on a GPU
+    pixels: str  # names the exact output: loaders with the same `pixels` decode bit-identically
+    crops = False  # whether `decode_image` accepts a region
+    on_device = False  # whether a batch's pixels are on a GPU
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class ThreadedLoader:
         *,
         pool: ThreadPoolExecutor,
         threads: int,
-        reason: str = "as asked for",
+        reason: str = "as requested",
         on_error: OnError = "fail",
         pinned: bool = False,
     ) -> None:
@@ -78,13 +77,13 @@ class ThreadedLoader:
         self._load()
 
     def _load(self) -> None:
-        """Load what decodes. Raises UserError where it is missing, with what to install."""
+        """Load the decoder's library. Raises UserError if it is missing, with what to install."""
 
     def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
-        """Decode JPEG `index` into `out`, (height, width, 3) uint8 RGB, both sides as the data set says.
+        """Decode JPEG `index` into `out`, (height, width, 3) uint8 RGB of the size that the data set records.
 
-        With `region`, which only loaders that crop are given, the rest of `out` is undefined.
-        False if the loader's own decoder refused it and PIL read it. Raises DecodeError. Called from many threads.
+        Only loaders that crop get a `region`; the rest of `out` is then undefined. Returns False if PIL read the image
+        because the loader's own decoder refused it. Raises DecodeError. Many threads call this at once.
         """
         raise NotImplementedError
 
@@ -96,12 +95,12 @@ class ThreadedLoader:
         previous: DecodedBatch | None = None,
         following: StepSamples | None = None,
     ) -> DecodedBatch:
-        """The images of one step.
+        """Decode the images of one step.
 
-        regions    (B, 4) int32 top, left, height, width of what each sample needs of its image; None: all of it. A
-                   loader that `crops` decodes the box around what the samples of an image need together
-        previous   the batch of the step before, whose images are copied instead of decoded again
-        following  the samples of the step after: an image that goes on there is decoded whole
+        regions    (B, 4) int32 top, left, height, width of the part that each sample needs; None: the whole image. A
+                   loader that `crops` decodes the bounding box of the parts that an image's samples need
+        previous   the batch of the previous step: images that it holds whole are copied, not decoded again
+        following  the samples of the next step: images that it shares with this step are decoded whole
 
         Raises DecodeError and MachineError.
         """
@@ -120,18 +119,18 @@ class ThreadedLoader:
             label=self.dataset.label[samples.index],
             region=self._image_regions(regions, images, source, following),
         )
-        known = _whole_images(previous) if previous is not None else {}
+        reusable = _whole_images(previous) if previous is not None else {}
         to_decode: list[_Task] = []
         for slot, index in enumerate(images.tolist()):
-            if previous is not None and index in known:
-                batch.image(slot)[:] = previous.image(known[index])
+            if previous is not None and index in reusable:
+                batch.image(slot)[:] = previous.image(reusable[index])
                 if batch.region is not None:
                     batch.region[slot] = 0, 0, height[slot], width[slot]
             else:
                 region = tuple(batch.region[slot].tolist()) if batch.region is not None else None
                 to_decode.append((index, batch.image(slot), region))
-        for index, used, own in self._decode_all(to_decode):
-            if not own and used not in batch.fallbacks:
+        for index, used, native in self._decode_all(to_decode):
+            if not native and used not in batch.fallbacks:
                 batch.fallbacks.append(used)
             if used != index:
                 batch.replaced.append((index, used))
@@ -146,7 +145,7 @@ class ThreadedLoader:
         return batch
 
     def close(self) -> None:
-        """Stop a step that is being decoded; what it belongs to raises RuntimeError."""
+        """Stop a `decode` that is running in another thread, which then raises RuntimeError."""
         self._closed.set()
 
     def __enter__(self) -> ThreadedLoader:
@@ -158,30 +157,31 @@ class ThreadedLoader:
         self.close()
 
     def _memory(self, size: int) -> np.ndarray | Tensor:
-        """(size,) uint8 for the images of a batch."""
+        """(size,) uint8 for the images of a batch. Raises MachineError."""
         try:
             return self._arenas.take(size)
         except (OSError, MemoryError) as error:
-            what = f"{self.dataset.path}: no {size} bytes for the images of a batch"
-            raise machine_error(error, what) from error
+            raise machine_error(
+                error, f"{self.dataset.path}: cannot allocate {size} bytes for the images of a batch"
+            ) from error
 
     def _image_regions(
         self, regions: np.ndarray | None, images: np.ndarray, source: np.ndarray, following: StepSamples | None
     ) -> np.ndarray | None:
-        """(images, 4) int32: the region of each image that is to be decoded; None: all of all."""
+        """(images, 4) int32: the region to decode of each image; None: decode every image whole."""
         if regions is None or not self.crops or self._replaces:
             return None
         region = bounding_boxes(regions, source, len(images))
         if following is not None:
-            goes_on = np.isin(images, following.index)
-            region[goes_on, :2] = 0
-            region[goes_on, 2] = self.dataset.height[images[goes_on]]
-            region[goes_on, 3] = self.dataset.width[images[goes_on]]
+            shared = np.isin(images, following.index)
+            region[shared, :2] = 0
+            region[shared, 2] = self.dataset.height[images[shared]]
+            region[shared, 3] = self.dataset.width[images[shared]]
         return region
 
     def _decode_all(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
-        """Decode in the pool; of each image its index, that of the image used, and whether PIL was not needed."""
-        remaining = iter(tasks)  # shared: a thread that is done takes the next image
+        """Decode in the pool. Returns (index, index of the image used, whether the loader's own decoder read it)."""
+        remaining = iter(tasks)  # shared: each thread takes the next image
         stop = threading.Event()
 
         def work() -> list[tuple[int, int, bool]]:
@@ -200,7 +200,7 @@ class ThreadedLoader:
         try:
             wait(futures)
         finally:
-            # Also where Ctrl-C interrupts the wait: no thread writes on once this has returned.
+            # Also after Ctrl-C: no thread may write to the batch once this returns.
             stop.set()
             wait(futures)
         done = [image for future in futures for image in future.result()]
@@ -209,7 +209,7 @@ class ThreadedLoader:
         return done
 
     def _decode(self, index: int, out: np.ndarray, region: Region | None) -> tuple[int, bool]:
-        """Decode, or replace; the index of the image used, and whether PIL was not needed."""
+        """Decode or replace. Returns the index of the image used, and whether the loader's own decoder read it."""
         try:
             try:
                 return index, self._decode_stored(index, out, region)
@@ -227,14 +227,14 @@ class ThreadedLoader:
             used = (index + distance) % len(self.dataset)
             pixels = np.empty((self.dataset.height[used], self.dataset.width[used], 3), np.uint8)
             try:
-                own = self._decode_stored(used, pixels)
+                native = self._decode_stored(used, pixels)
             except DecodeError:
                 continue
             out[:] = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-            return used, own
+            return used, native
         raise DecodeError(
-            f"{error}. None of the {following} images after it decodes either, to replace it: "
-            f"look at the whole with fastdeit-convert --verify {self.dataset.path}"
+            f"{error}. The next {following} images do not decode either, so none can replace it: "
+            f"check the data set with fastdeit-convert --verify {self.dataset.path}"
         ) from error
 
     def _decode_stored(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
@@ -242,22 +242,22 @@ class ThreadedLoader:
             return self.decode_image(index, out) if region is None else self.decode_image(index, out, region)
         stored = read_stored(self.dataset, index)
         if stored.size != out.size:
-            raise decode_error(self.dataset, index, f"{stored.size} raw bytes where its size says {out.size}")
+            raise decode_error(self.dataset, index, f"it has {stored.size} raw bytes, but its size needs {out.size}")
         out.reshape(-1)[:] = stored
         return True
 
 
 def first_appearances(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values of `index` (B,) in the order they first appear, and (B,) int32 the place of each among them."""
+    """Distinct values of `index` (B,) in order of first appearance, and (B,) int32 the position of each among them."""
     values, first, inverse = np.unique(index, return_index=True, return_inverse=True)
     by_appearance = np.argsort(first)
-    place = np.empty(len(values), np.int32)
-    place[by_appearance] = np.arange(len(values), dtype=np.int32)
-    return values[by_appearance], place[inverse]
+    position = np.empty(len(values), np.int32)
+    position[by_appearance] = np.arange(len(values), dtype=np.int32)
+    return values[by_appearance], position[inverse]
 
 
 def bounding_boxes(boxes: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
-    """(count, 4) int32: the smallest box around all `boxes` (B, 4) top, left, height, width of each `group` (B,)."""
+    """(count, 4) int32: the bounding box of each group's `boxes` (B, 4) top, left, height, width; `group` (B,)."""
     first = np.full((count, 2), np.iinfo(np.int32).max, np.int32)
     end = np.zeros((count, 2), np.int32)
     np.minimum.at(first, group, boxes[:, :2])
@@ -266,9 +266,9 @@ def bounding_boxes(boxes: np.ndarray, group: np.ndarray, count: int) -> np.ndarr
 
 
 def read_stored(dataset: Dataset, index: int) -> np.ndarray:
-    """The stored bytes of image `index`, compared with their checksum when this process first reads them.
+    """The stored bytes of image `index`, (size,) uint8. The first read in a process compares their checksum.
 
-    Raises DecodeError where they are not those that were written, MachineError where they cannot be read.
+    Raises DecodeError if the checksum differs, MachineError if the bytes cannot be read.
     """
     try:
         stored = dataset.read(index)
@@ -276,8 +276,8 @@ def read_stored(dataset: Dataset, index: int) -> np.ndarray:
         raise machine_error(error, f"{dataset.path}: image {index}: cannot be read") from error
     if dataset.checksums is not None and not dataset.checksums.fits(index, stored):
         raise DecodeError(
-            f"{dataset.path}: image {index}: its bytes are not those that were written (crc32); copy the data set "
-            "again, or convert it again"
+            f"{dataset.path}: image {index}: its checksum (crc32) does not match; copy the data set again, or "
+            "convert it again"
         )
     return stored
 
@@ -286,7 +286,7 @@ def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:
     """Decode JPEG `index` through PIL into `out`, (height, width, 3) uint8. Raises DecodeError."""
     stored = read_stored(dataset, index)
     try:
-        # Of others of PIL's readers some start programs (EPS), and a data set may be anybody's.
+        # JPEG only: some of PIL's readers start programs (EPS), and a data set may be untrusted.
         with Image.open(io.BytesIO(stored.data), formats=["JPEG"]) as image:
             check_size(dataset, index, image.height, image.width)
             out[:] = np.asarray(image.convert("RGB"))
@@ -297,25 +297,27 @@ def read_with_pil(dataset: Dataset, index: int, out: np.ndarray) -> None:
 
 
 def check_size(dataset: Dataset, index: int, height: int, width: int) -> None:
-    """Raise DecodeError unless the JPEG's own size is what the data set says."""
+    """Raise DecodeError unless the JPEG has the size, in pixels, that the data set records."""
     expected = int(dataset.height[index]), int(dataset.width[index])
     if (height, width) != expected:
         raise decode_error(
-            dataset, index, f"the JPEG is {width} x {height} pixels, the data set says {expected[1]} x {expected[0]}"
+            dataset,
+            index,
+            f"the JPEG is {width} x {height} pixels, but the data set says {expected[1]} x {expected[0]}",
         )
 
 
 def decode_error(dataset: Dataset, index: int, reason: str) -> DecodeError:
-    """The error for image `index`, with what to do about it."""
+    """The error for image `index`, with its remedy."""
     return DecodeError(
         f"{dataset.path}: image {index}: {reason}; replace the image in the source and convert the data set again"
     )
 
 
 def _whole_images(batch: DecodedBatch) -> dict[int, int]:
-    """Place of every image of `batch` that is decoded whole, by its dataset index."""
-    places = dict(zip(batch.index.tolist(), batch.source.tolist(), strict=True))
+    """Slot of every image that `batch` holds whole, by dataset index."""
+    slots = dict(zip(batch.index.tolist(), batch.source.tolist(), strict=True))
     if batch.region is None:
-        return places
+        return slots
     whole = (batch.region[:, 2] == batch.height) & (batch.region[:, 3] == batch.width)
-    return {index: slot for index, slot in places.items() if whole[slot]}
+    return {index: slot for index, slot in slots.items() if whole[slot]}

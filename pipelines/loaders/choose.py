@@ -1,4 +1,4 @@
-"""Which loader decodes a run's images: the one asked for, or the fastest of those with Pillow's pixels."""
+"""Opens a loader by name, or benchmarks the ones with equal pixels and names the fastest."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import StepSamples
 
 LOADERS: dict[str, Any] = {loader.name: loader for loader in (TurboLoader, FfcvLoader, DaliLoader, TorchLoader)}
-# What `auto` may choose from, the first where it makes no difference. Each raises UserError where it is missing.
+# What `auto` chooses from, in order of preference. Each function raises UserError if its library is missing.
 FAST = {"turbo": find_turbo, "ffcv": find_libffcv, "dali": find_dali}
 
-MARGIN = 1.05  # one after the first must be this much faster: less is chance
-SECONDS = 2.0  # of timing
+MARGIN = 1.05  # how much faster another loader must be to beat the preferred one: less is noise
+SECONDS = 2.0  # time to spend on the benchmark
 ROUNDS = 5
-PIXELS = 6_000_000  # that are timed at a time, for each thread: 32 photographs of ImageNet's usual size
+PIXELS = 6_000_000  # decoded per thread and round: 32 photographs of ImageNet's usual size
 
 
 def pixels_of(name: str, device_id: int | None = None) -> str:
-    """Whose pixels the loader `name` decodes, with a GPU where it is given one: see `ThreadedLoader.pixels`.
+    """`ThreadedLoader.pixels` of the loader `name`; `device_id` is the GPU that it decodes on, if any.
 
-    Also of `dali-mixed`, the name that dali has on a GPU. A name that is no loader's is its own pixels' name.
+    `dali-mixed` is dali's name on a GPU. An unknown name is returned as it is.
     """
     if name == "dali-mixed" or (name == "dali" and device_id is not None):
         return "nvjpeg"
@@ -53,13 +53,12 @@ def open_loader(
     device_id: int | None = None,
     hw_decoder_load: float = 0.65,
     on_device: bool = False,
-    reason: str = "as asked for",
+    reason: str = "as requested",
 ) -> ThreadedLoader:
-    """The loader of that name.
+    """Open the loader `name`.
 
-    `on_error`, `pinned` and `reason` are those of `ThreadedLoader`; `device_id`, `hw_decoder_load` and `on_device` of
-    `DaliLoader`. Raises UserError for another name, and where something that a loader needs is not installed, with
-    what to install.
+    `ThreadedLoader` explains `on_error`, `pinned` and `reason`; `DaliLoader` explains `device_id`, `hw_decoder_load`
+    and `on_device`. Raises UserError for an unknown name, or if the loader's library is missing, with what to install.
     """
     if name not in LOADERS:
         raise UserError(f"loader '{name}' is not one of auto, {', '.join(LOADERS)}")
@@ -77,26 +76,32 @@ def choose_loader(
     pixels: tuple[str, str] | None = None,
     **options: Any,
 ) -> tuple[str, str]:
-    """Name of the fastest loader that can be used here, and one sentence that says why.
+    """Name of the fastest loader that works here, and one sentence that says why.
 
-    `first` are the samples of the first step, None where there is none, and `regions` what each needs of its image;
-    `options` are those of `open_loader` without the reason. Only loaders with equal pixels compete, so the outcome
-    changes no result: Pillow's pixels, or `pixels` and a phrase for what has them (a checkpoint, stored labels). Where
-    several of `FAST` fit and are installed, they decode the first JPEGs of the step, only as far as the step needs
-    them, by turns and for about two seconds, after a round that does not count. Without any of them it is torch.
+    first    samples of the first step; None if the order has no steps
+    regions  (B, 4) int32: the part of its image that each sample needs
+    pixels   the pixels that the loader must decode (`ThreadedLoader.pixels`), and a phrase for
+             what was made with them, such as "the checkpoint ...". None: Pillow's
+    options  those of `open_loader`, without the reason
 
-    Raises UserError where no loader here decodes the `pixels` that are asked for.
+    Only loaders with equal pixels compete, so the choice changes no result. If several of `FAST` are installed, they
+    take turns to decode the needed regions of the step's first JPEGs, for about two seconds after a warm-up round. If
+    none is installed, the choice is torch.
+
+    Raises UserError if no loader here decodes `pixels`.
     """
-    wanted, whose = pixels or ("pillow", None)
+    wanted, required_by = pixels or ("pillow", None)
     device_id = options.get("device_id")
     fitting = {name: find for name, find in FAST.items() if pixels_of(name, device_id) == wanted}
     chosen, reason = _fastest(dataset, first, regions, fitting, options)
     if pixels_of(chosen, device_id) != wanted:
         raise UserError(
-            f"no loader here decodes the pixels of {whose}, which are {wanted}'s ({reason}): "
-            f"use a machine that has one, or choose another with --data.loader"
+            f"no loader here decodes {wanted} pixels ({reason}), as used for {required_by}: "
+            f"use a machine that has such a loader, or choose another with --data.loader"
         )
-    return chosen, reason if whose is None else f"{reason} (among those with the pixels of {whose}: {wanted})"
+    if required_by is None:
+        return chosen, reason
+    return chosen, f"{reason} (among loaders with {wanted} pixels, as used for {required_by})"
 
 
 def _fastest(
@@ -106,43 +111,43 @@ def _fastest(
     fast: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[str, str]:
-    """As `choose_loader`, of the loaders `fast`."""
+    """As `choose_loader`, among the loaders `fast`."""
     missing: list[str] = []
-    there: list[str] = []
+    installed: list[str] = []
     for name, find in fast.items():
         try:
             find()
-            there.append(name)
+            installed.append(name)
         except UserError as error:
             missing.append(str(error))
-    if not there:
-        return "torch", f"PIL decodes, since {'; '.join(missing) or 'no other can do so here'}"
-    if len(there) == 1:
-        return there[0], f"the only one of {', '.join(fast)} that is installed"
+    if not installed:
+        return "torch", f"PIL decodes, since {'; '.join(missing) or 'no other loader can do so here'}"
+    if len(installed) == 1:
+        return installed[0], f"the only one of {', '.join(fast)} that is installed"
     if first is None:
-        return there[0], "there are no images to compare them with"
+        return installed[0], "there are no images to time the loaders with"
     kept = _first_images(dataset, first, options["threads"])
     if not kept.any():
-        return there[0], "the first images are stored raw, which every loader copies alike"
+        return installed[0], "the first images are stored raw, which every loader only copies"
     few = _part(first, kept)
     crops = None if regions is None else regions[kept]
     failed: list[str] = []
     with ExitStack() as stack:
         loaders: dict[str, ThreadedLoader] = {}
-        for name in there:
+        for name in installed:
             try:
                 loader = stack.enter_context(open_loader(name, dataset, **options))
-                loader.decode(few, crops)  # loads libraries, reads the files, takes memory
+                loader.decode(few, crops)  # warm-up: loads libraries, reads the files, allocates memory
             except (MachineError, BetonError, ShardError):
-                raise  # whatever decodes, the data cannot be read
+                raise  # no loader can read the data
             except DecodeError as error:
-                return there[0], f"not timed, since an image does not decode ({error})"
-            except Exception as error:  # one that does not work here must not end a run that others can do
+                return installed[0], f"not timed, since an image does not decode ({error})"
+            except Exception as error:  # a broken loader must not end a run that another can do
                 failed.append(f"; not {name}: {fact(error)}")
             else:
                 loaders[name] = loader
         if not loaders:
-            return "torch", f"PIL decodes, since no other does{''.join(failed)}"
+            return "torch", f"PIL decodes, since no other loader works{''.join(failed)}"
         rates = _rates(loaders, few, crops)
     best = max(rates, key=lambda name: rates[name])
     preferred = next(iter(rates))
@@ -152,7 +157,7 @@ def _fastest(
 
 
 def _first_images(dataset: Dataset, first: StepSamples, threads: int) -> np.ndarray:
-    """(B,) which samples are of the first JPEGs: of `PIXELS` for each thread at most, with all their copies."""
+    """(B,) bool: the samples, with all repeats, of the first JPEGs, up to `PIXELS` pixels per thread."""
     images, _ = first_appearances(first.index)
     images = images[[dataset.is_jpeg(index) for index in images.tolist()]]
     pixels = np.cumsum(dataset.height[images].astype(np.int64) * dataset.width[images])
@@ -166,7 +171,7 @@ def _part(samples: StepSamples, kept: np.ndarray) -> StepSamples:
 
 
 def _rates(loaders: dict[str, ThreadedLoader], samples: StepSamples, regions: np.ndarray | None) -> dict[str, float]:
-    """Images per second of every loader in its best round."""
+    """Images per second of each loader in its best round."""
     seconds = dict.fromkeys(loaders, float("inf"))
     images = 0
     end = time.perf_counter() + SECONDS

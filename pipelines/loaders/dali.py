@@ -1,4 +1,4 @@
-"""The DALI loader: NVIDIA DALI decodes, on the CPU or, where it is given a GPU, there."""
+"""The DALI loader: NVIDIA DALI decodes, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_wh
 
 T = TypeVar("T")
 R = TypeVar("R")
-_Task = tuple[int, Any, Region | None]  # index and where it goes, on the host or a GPU; the region is always None here
-_Jpeg = tuple[_Task, np.ndarray]  # with the bytes to be decoded
+_Task = tuple[int, Any, Region | None]  # dataset index, output (array or GPU tensor), and None: it does not crop
+_Jpeg = tuple[_Task, np.ndarray]  # with the encoded bytes
 
-_DEVICE_ROUNDING = 32 << 20  # bytes: batches of about one size then take the memory of those before them
-# Images at once. On the CPU one alone costs no more, and one that fails harms no other. On a GPU, by thread: threads
-# wait for each other at the end of a chunk, whose pixels are there twice.
+_DEVICE_ROUNDING = 32 << 20  # bytes: batches of similar size then reuse the same memory
+# Images per DALI call. On the CPU single images cost no more, and a failure affects only one. On a GPU the threads wait
+# for each other at the end of a chunk, and the chunk's pixels are in memory twice.
 _CPU_CHUNK, _GPU_CHUNK_PER_THREAD = 1, 32
 
 
 class DaliLoader(ThreadedLoader):
-    """Decodes through DALI's image decoder, which is fed by index, so that the order is the one asked for.
+    """Decodes through DALI's image decoder. The caller feeds each image, so DALI does not choose the order.
 
-    device_id        GPU that decodes; None: the CPU does
-    hw_decoder_load  share of the images that the GPU's hardware decoder takes, where it has one, 0 to 1
-    on_device        whether the pixels of a batch stay on that GPU
+    device_id        GPU that decodes; None: the CPU
+    hw_decoder_load  share of images, 0 to 1, for the GPU's hardware decoder, if it has one
+    on_device        keep a batch's pixels on that GPU
 
-    On the CPU every thread of the pool has a pipeline for one image at a time, through libjpeg-turbo with the accurate
-    DCT and smooth upsampling: every pixel is Pillow's. On a GPU (its name is then dali-mixed) DALI gets 32 images a
-    thread at once, whose pixels it holds beside the batch; its decoders are others there, with pixels of their own.
-    Which images of a chunk the hardware decoder takes is DALI's to decide: with `hw_decoder_load` 0 alone an image has
-    the same pixels whatever it is decoded with, on any number of threads and processes, and after a resume.
-    That path has not been run on a GPU yet.
+    On the CPU each thread of the pool runs a pipeline of one image, through libjpeg-turbo with the accurate DCT and
+    fancy upsampling: every pixel equals Pillow's. On a GPU, where its name is dali-mixed, DALI decodes 32 images per
+    thread at once, with other decoders and other pixels, and holds them in memory besides the batch. DALI decides which
+    images of a chunk the hardware decoder gets. Only with `hw_decoder_load` 0 do an image's pixels not depend on the
+    rest of its chunk, the number of threads and processes, or a resume. This path has not been run on a GPU yet.
 
-    A JPEG that is not whole segments and scans up to its end marker, has more than 64 scans, or is not of 8 bits and of
-    one, three or four components, is not given to DALI, which does not notice all of such damage. That, and what DALI
-    refuses, is read by PIL and listed in the batch's `fallbacks`. DALI fails many images for one, and its pipeline with
-    them: they are halved until that one is found. One thread at a time may call `decode`.
+    DALI misses some kinds of damage. So it does not get a JPEG whose segments and scans do not reach the end marker,
+    with more than 64 scans, or with other than one, three or four 8-bit components. PIL reads those and the images that
+    DALI refuses; the batch's `fallbacks` lists them. One bad image fails DALI's whole chunk and its pipeline: the chunk
+    is halved until the bad image is alone. Only one thread at a time may call `decode`.
 
-    Raises UserError where DALI is not installed, or cannot build its pipeline.
+    Raises UserError if DALI is not installed or cannot build its pipeline.
     """
 
     name, pixels = "dali", "pillow"
@@ -70,8 +69,8 @@ class DaliLoader(ThreadedLoader):
         if device_id is not None:
             self.name, self.pixels = "dali-mixed", "nvjpeg"
         self._chunk = _CPU_CHUNK if device_id is None else _GPU_CHUNK_PER_THREAD * threads
-        self._unfit: set[int] = set()  # for DALI: PIL reads them at once when they come again
-        self._free = threading.Semaphore(threads if self._chunk == 1 else 1)  # pipelines at work
+        self._unfit: set[int] = set()  # images that only PIL reads
+        self._free = threading.Semaphore(threads if self._chunk == 1 else 1)  # limits pipelines in use
         self._idle: list[Any] = []
         super().__init__(dataset, pool=pool, threads=threads, **options)
 
@@ -82,11 +81,11 @@ class DaliLoader(ThreadedLoader):
         except (ImportError, OSError, RuntimeError) as error:
             reason = fact(error)
             raise UserError(
-                f"DALI cannot build its pipeline ({reason}): fastdeit-doctor tells more; or use another loader"
+                f"DALI cannot build its pipeline ({reason}): run fastdeit-doctor, or use another loader"
             ) from error
 
     def _build(self) -> Any:
-        """A pipeline, in milliseconds once DALI is imported."""
+        """A new pipeline; takes milliseconds once DALI is imported."""
         dali: Any = importlib.import_module("nvidia.dali")
         where: dict[str, Any] = {"device": "cpu"}
         if self._device_id is not None:
@@ -94,13 +93,13 @@ class DaliLoader(ThreadedLoader):
                 "device": "mixed",
                 "hw_decoder_load": self._hw_decoder_load,
                 "jpeg_fancy_upsampling": True,
-                "affine": False,  # it would tie its threads to the first cores, those of every process
+                "affine": False,  # true would pin the threads of every process to the same first cores
             }
         pipeline = dali.Pipeline(
             batch_size=self._chunk,
             num_threads=1 if self._chunk == 1 else self._threads,
             device_id=self._device_id,
-            prefetch_queue_depth=1,  # what is ahead is the prefetcher's business
+            prefetch_queue_depth=1,  # `Prefetcher` does the prefetching
             exec_pipelined=False,
             exec_async=False,
         )
@@ -129,25 +128,25 @@ class DaliLoader(ThreadedLoader):
         if self._chunk == 1:
             return super()._decode_all(tasks)
         jpegs = [task for task in tasks if self.dataset.is_jpeg(task[0]) and task[0] not in self._unfit]
-        left: set[int] = set()
+        undecoded: set[int] = set()
         for start in range(0, len(jpegs), self._chunk):
             chunk = jpegs[start : start + self._chunk]
-            read = list(zip(chunk, self._in_pool(self._read_or_leave, chunk), strict=True))
-            left.update(task[0] for task, jpeg in read if jpeg is None)
+            read = list(zip(chunk, self._in_pool(self._read_or_none, chunk), strict=True))
+            undecoded.update(task[0] for task, jpeg in read if jpeg is None)
             refused = self._through_dali([(task, jpeg) for task, jpeg in read if jpeg is not None])
-            left.update(task[0] for task in refused)
-        decoded = {task[0] for task in jpegs} - left
-        # The rest is raw, damaged or doubtful: a matter of one image at a time, as with any loader.
+            undecoded.update(task[0] for task in refused)
+        decoded = {task[0] for task in jpegs} - undecoded
+        # The rest is raw or may be damaged: decode it one image at a time, as any loader does.
         rest = self._decode_on_host([task for task in tasks if task[0] not in decoded])
         return [(index, index, True) for index in sorted(decoded)] + rest
 
     def _decode_on_host(self, tasks: list[_Task]) -> list[tuple[int, int, bool]]:
-        """Decode as any loader does, and copy to where the images go."""
+        """Decode on the host, as any loader does, and copy the images to their outputs."""
         if self._device is None:
             return super()._decode_all(tasks)
-        here = [np.empty(tuple(out.shape), np.uint8) for _, out, _ in tasks]
-        done = super()._decode_all([(task[0], out, None) for task, out in zip(tasks, here, strict=True)])
-        for task, out in zip(tasks, here, strict=True):
+        on_host = [np.empty(tuple(out.shape), np.uint8) for _, out, _ in tasks]
+        done = super()._decode_all([(task[0], out, None) for task, out in zip(tasks, on_host, strict=True)])
+        for task, out in zip(tasks, on_host, strict=True):
             task[1].copy_(torch.from_numpy(out))
         return done
 
@@ -158,27 +157,27 @@ class DaliLoader(ThreadedLoader):
         return torch.empty(room, dtype=torch.uint8, device=self._device)[:size]
 
     def _read(self, task: _Task) -> np.ndarray | None:
-        """The bytes of a JPEG of the right size that is fit for DALI; None for another. Raises DecodeError."""
+        """The encoded bytes if DALI may decode them, else None. Raises DecodeError for a wrong size or checksum."""
         index = task[0]
         jpeg = read_stored(self.dataset, index)
-        found = frame_size(jpeg)
-        if found != (0, 0):
-            check_size(self.dataset, index, *found)
-            # A header that DALI's parser refuses is no matter of one image: it leaves the batch's other tasks running
-            # in memory that it has given back, and the process may crash (seen with DALI 2.4).
+        size = frame_size(jpeg)
+        if size != (0, 0):
+            check_size(self.dataset, index, *size)
+            # When DALI's parser refuses a header, it leaves the batch's other tasks running in freed memory, and the
+            # process may crash (seen with DALI 2.4).
             if is_common(jpeg) and is_whole(jpeg, MAX_SCANS):
                 return jpeg
         self._unfit.add(index)
         return None
 
-    def _read_or_leave(self, task: _Task) -> np.ndarray | None:
+    def _read_or_none(self, task: _Task) -> np.ndarray | None:
         try:
             return self._read(task)
-        except DecodeError:  # raised again where it is decoded alone, which may replace it
+        except DecodeError:  # raised again when the image is decoded alone and may be replaced
             return None
 
     def _through_dali(self, jpegs: list[_Jpeg]) -> list[_Task]:
-        """Decode, in halves where DALI fails; those that it refuses."""
+        """Decode, halving where DALI fails. Returns the tasks that it refused."""
         if not jpegs or self._run(jpegs):
             return []
         if len(jpegs) == 1:
@@ -189,7 +188,7 @@ class DaliLoader(ThreadedLoader):
         return self._through_dali(jpegs[:middle]) + self._through_dali(jpegs[middle:])
 
     def _run(self, jpegs: list[_Jpeg]) -> bool:
-        """Have DALI decode at most a chunk; whether it could."""
+        """Decode up to one chunk. Returns whether DALI succeeded."""
         with self._free:
             self._check_open()
             pipeline = self._idle.pop() if self._idle else self._build()
@@ -197,33 +196,33 @@ class DaliLoader(ThreadedLoader):
                 pipeline.feed_input("jpeg", [jpeg for _, jpeg in jpegs])
                 (decoded,) = pipeline.run()
             except RuntimeError:
-                return False  # the pipeline has failed with it
+                return False  # the failed pipeline is not used again
             done = self._copy(decoded, [task[1] for task, _ in jpegs])
             self._idle.append(pipeline)
             return done
 
     def _copy(self, decoded: Any, outs: list[Any]) -> bool:
-        """Copy DALI's output to where the images go; whether it has their shapes."""
+        """Copy DALI's output to `outs`. Returns False, without copying, if a shape differs."""
         if any(tuple(decoded[i].shape()) != tuple(out.shape) for i, out in enumerate(outs)):
             return False
         if isinstance(outs[0], torch.Tensor):
             for i, out in enumerate(outs):
                 out.copy_(torch.from_dlpack(decoded[i]))
-            if outs[0].is_cuda:  # DALI's next output may take the memory of this one
+            if outs[0].is_cuda:  # DALI's next output may reuse the memory of this one
                 torch.cuda.current_stream(outs[0].device).synchronize()
             return True
         if self._device_id is not None:
             decoded = decoded.as_cpu()
 
-        def copy(place: int) -> None:
-            outs[place][:] = np.asarray(decoded[place])
+        def copy(i: int) -> None:
+            outs[i][:] = np.asarray(decoded[i])
 
         self._in_pool(copy, range(len(outs)))
         return True
 
     def _in_pool(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`work` of every item, in the pool. None of it goes on once this has returned or raised."""
-        if len(items) == 1:  # `decode_image` comes from the pool, whose threads may all be waiting for this
+        """Map `work` over `items` in the pool. No call is still running when this returns or raises."""
+        if len(items) == 1:  # `decode_image` runs in the pool, whose threads may all be busy
             return [work(items[0])]
         stop = threading.Event()
 
@@ -255,10 +254,7 @@ class DaliLoader(ThreadedLoader):
 
 
 def find_dali() -> None:
-    """Whether DALI is there, which is not imported: that takes a second.
-
-    Raises UserError where it is not, with what to install.
-    """
+    """Raise UserError, with what to install, unless DALI is installed. Does not import it, which takes a second."""
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         raise UserError(
             "the dali loader needs NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]' "

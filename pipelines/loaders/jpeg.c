@@ -1,5 +1,5 @@
-/* Decodes a rectangle of a JPEG to RGB, to the bit as Pillow does. Called through ctypes, by many threads at once;
- * nothing is kept from one image to the next. */
+/* Decodes a rectangle of a JPEG to RGB, bit-identical to Pillow. Many threads call it at once, through ctypes; it keeps
+ * no state between images. */
 
 #include <setjmp.h>
 #include <stddef.h>
@@ -9,7 +9,7 @@
 #include <jpeglib.h>
 
 #if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2001000
-#error "libjpeg-turbo 2.1 or later is needed: other libjpegs cannot decode a part of an image"
+#error "libjpeg-turbo 2.1 or later is needed: other libjpegs cannot decode part of an image"
 #endif
 
 #define MARGIN 4
@@ -17,7 +17,7 @@
 enum verdict { DECODED, REFUSED, TOO_MANY_SCANS };
 
 struct guard {
-    struct jpeg_error_mgr errors; /* first: libjpeg knows this part only */
+    struct jpeg_error_mgr errors; /* must be first: libjpeg points to this member */
     jmp_buf escape;
     enum verdict verdict;
     int max_scans;
@@ -37,7 +37,7 @@ static void on_error(j_common_ptr info)
 
 static void on_message(j_common_ptr info, int level)
 {
-    if (level < 0) /* a warning: libjpeg would go on with made-up data */
+    if (level < 0) /* a warning: libjpeg would continue with made-up data */
         leave(info, REFUSED);
 }
 
@@ -47,7 +47,7 @@ static void on_progress(j_common_ptr info)
         leave(info, TOO_MANY_SCANS);
 }
 
-/* Whether this is a kind of JPEG whose pixels are known to be Pillow's. */
+/* Whether libjpeg decodes this kind of JPEG exactly as Pillow does. */
 static int is_plain(const struct jpeg_decompress_struct *info)
 {
     if (info->data_precision != 8 || info->arith_code)
@@ -57,7 +57,7 @@ static int is_plain(const struct jpeg_decompress_struct *info)
     return info->num_components == 3 && (info->jpeg_color_space == JCS_YCbCr || info->jpeg_color_space == JCS_RGB);
 }
 
-/* Whether the scans of a progressive file held every bit; where not, libjpeg smooths, each version in its own way. */
+/* Whether a progressive file has the scans for every bit. If not, libjpeg smooths, and versions differ in how. */
 static int is_complete(const struct jpeg_decompress_struct *info)
 {
     if (!info->progressive_mode)
@@ -69,10 +69,10 @@ static int is_complete(const struct jpeg_decompress_struct *info)
     return 1;
 }
 
-/* Decode columns x0 <= x < x1 of rows y0 <= y < y1 of a JPEG file of `size` bytes into the image `out`, whose rows
- * are `stride` bytes apart, each pixel at its place in the whole image of `height` x `width`. Other pixels of these
- * rows may be written; those of other rows are not. Returns a verdict; what `out` holds is undefined unless it is
- * DECODED. Whoever changes the arguments changes the name as well, so that no older build is called with them. */
+/* Decode columns x0 <= x < x1 of rows y0 <= y < y1 of a JPEG file of `size` bytes into `out`, which holds the
+ * whole image of `height` x `width` pixels with rows `stride` bytes apart. May write other pixels of these rows, but no
+ * other rows. Returns a verdict; unless it is DECODED, the contents of `out` are undefined. When the arguments change,
+ * change the function's name too, so that an older build is not called with them. */
 int fastdeit_decode(const uint8_t *src, size_t size, uint32_t height, uint32_t width, uint8_t *out, size_t stride,
                     uint32_t x0, uint32_t y0, uint32_t x1, uint32_t y1, int max_scans)
 {
@@ -104,15 +104,15 @@ int fastdeit_decode(const uint8_t *src, size_t size, uint32_t height, uint32_t w
     if (!is_complete(&info))
         leave((j_common_ptr)&info, REFUSED);
 
-    /* Upsampling takes the first and the last column that are decoded for the image's own edges, and needs three
-     * samples of chroma, which four more pixels hold. */
+    /* Upsampling treats the first and last decoded columns as the edges of the image. It reads three chroma samples, so
+     * four extra pixels on each side keep those edges outside the region. */
     JDIMENSION left = x0 > MARGIN ? x0 - MARGIN : 0;
     JDIMENSION columns = (width - x1 > MARGIN ? x1 + MARGIN : width) - left;
     jpeg_crop_scanline(&info, &left, &columns);
     if (y0 > 0)
         jpeg_skip_scanlines(&info, y0);
     while (info.output_scanline < y1) {
-        JSAMPROW rows[4]; /* the most that one call gives */
+        JSAMPROW rows[4]; /* the most that one call returns */
         JDIMENSION count = 0;
         for (JDIMENSION y = info.output_scanline; y < y1 && count < 4; y++)
             rows[count++] = out + y * stride + (size_t)3 * left;
@@ -120,7 +120,7 @@ int fastdeit_decode(const uint8_t *src, size_t size, uint32_t height, uint32_t w
             leave((j_common_ptr)&info, REFUSED);
     }
     if (y1 == height)
-        jpeg_finish_decompress(&info); /* an end that is missing is a warning here */
+        jpeg_finish_decompress(&info); /* warns if the end of the file is missing */
     jpeg_destroy_decompress(&info);
     return DECODED;
 }

@@ -1,4 +1,4 @@
-"""What the markers of a JPEG file tell without decoding it (ITU T.81, annex B)."""
+"""Reads the markers of a JPEG file without decoding it (ITU T.81, annex B)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from fastdeit.pipelines.jit import cached
 
 @cached(nogil=True)
 def frame_size(jpeg: np.ndarray) -> tuple[int, int]:
-    """Height and width in the frame header of (size,) uint8 bytes; (0, 0) where there is none to be found."""
+    """Height and width, in pixels, from the frame header of (size,) uint8 bytes; (0, 0) if there is none."""
     at = _frame(jpeg)
     return (_two_bytes(jpeg, at + 5), _two_bytes(jpeg, at + 7)) if at else (0, 0)
 
 
 @cached(nogil=True)
 def is_common(jpeg: np.ndarray) -> bool:
-    """Whether the frame header of (size,) uint8 bytes tells of one, three or four components of 8 bits."""
+    """Whether the frame header of (size,) uint8 bytes declares one, three or four 8-bit components."""
     at = _frame(jpeg)
     return at > 0 and jpeg[at + 4] == 8 and jpeg[at + 9] in (1, 3, 4)
 
 
 @cached(nogil=True)
 def _frame(jpeg: np.ndarray) -> int:
-    """Where the frame header's marker is; 0 where there is none with all that is read of it."""
+    """Position of the frame header's marker; 0 if there is no whole header."""
     at = 2
     while at + 10 <= len(jpeg) and jpeg[at] == 0xFF:
         marker = jpeg[at + 1]
@@ -40,9 +40,9 @@ def _frame(jpeg: np.ndarray) -> int:
 
 @cached(nogil=True)
 def is_whole(jpeg: np.ndarray, max_scans: int) -> bool:
-    """Whether (size,) uint8 bytes are segments and scans one behind another, up to the end marker.
+    """Whether (size,) uint8 bytes are an unbroken sequence of segments and scans up to the end marker.
 
-    False also where there are more scans than `max_scans`.
+    Also False if there are more than `max_scans` scans.
     """
     at, scans = 2, 0
     while at + 1 < len(jpeg) and jpeg[at] == 0xFF:
@@ -65,7 +65,7 @@ def is_whole(jpeg: np.ndarray, max_scans: int) -> bool:
 
 @cached(nogil=True)
 def _end_of_scan(jpeg: np.ndarray, at: int) -> int:
-    """Where the first marker is that does not belong to the scan, or the end of the bytes."""
+    """Position of the first marker after the scan's data, or the end of the bytes."""
     last = len(jpeg) - 1
     while at < last:
         if jpeg[at] == 0xFF and jpeg[at + 1] != 0 and not 0xD0 <= jpeg[at + 1] <= 0xD7:

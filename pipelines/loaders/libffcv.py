@@ -1,4 +1,4 @@
-"""The FFCV loader: libjpeg-turbo decodes, through the C library that FFCV ships."""
+"""The FFCV loader: decodes with libjpeg-turbo, through the C library that FFCV ships."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastdeit.pipelines.loaders.jpeg_markers import frame_size
 class FfcvLoader(ThreadedLoader):
     """Decodes through libffcv's `imdecode`, which FFCV's own RGB decoders call.
 
-    It uses libjpeg-turbo's fast integer DCT where PIL uses the accurate one. On photographs a pixel differs from
-    PIL's by at most 10 levels for JPEGs of quality 75 to 92 (on average by 1, of which 0.8 is towards darker), by at
-    most 20 at quality 95, and by more above, where the fast DCT is known to lose precision; with halved chroma and
-    with full. An image that it refuses, or has a warning about, is read by PIL and listed in the batch's `fallbacks`.
+    It uses libjpeg-turbo's fast integer DCT; PIL uses the accurate one. On photographs, a pixel differs from PIL's by
+    at most 10 levels for JPEGs of quality 75 to 92 (by 1 on average, 0.8 of it darker), and by at most 20 at quality
+    95. Above that the fast DCT loses more precision. Chroma subsampling makes no difference. PIL reads images that
+    libffcv refuses or warns about; the batch's `fallbacks` lists them.
 
-    libffcv keeps two libjpeg-turbo handles for every thread that it is called from and never frees them, so that
-    images are decoded in the pool's threads only, and a pool should live long.
+    libffcv keeps two libjpeg-turbo handles for every calling thread and never frees them. Therefore only the pool's
+    threads decode, and a pool should live long.
 
-    Raises UserError where FFCV is not installed or cannot be loaded.
+    Raises UserError if FFCV is not installed or cannot be loaded.
     """
 
     name, pixels = "ffcv", "ffcv"
@@ -36,10 +36,10 @@ class FfcvLoader(ThreadedLoader):
     def decode_image(self, index: int, out: np.ndarray, region: Region | None = None) -> bool:
         stored = read_stored(self.dataset, index)
         height, width, _ = out.shape
-        found = frame_size(stored)
-        if found != (0, 0):
-            # libjpeg-turbo would scale an image of another size to fit, and say nothing.
-            check_size(self.dataset, index, *found)
+        size = frame_size(stored)
+        if size != (0, 0):
+            # libjpeg-turbo would silently scale an image of another size to fit.
+            check_size(self.dataset, index, *size)
             refused = self._imdecode(
                 stored.ctypes.data, stored.size, height, width, out.ctypes.data, height, width, 0, 0, 1, 1, False, False
             )
@@ -50,9 +50,9 @@ class FfcvLoader(ThreadedLoader):
 
 
 def find_libffcv() -> Path:
-    """The compiled library within the installed FFCV, which is not imported: that takes seconds.
+    """Path of FFCV's compiled library, without importing FFCV, which takes seconds.
 
-    Raises UserError where it is not there or cannot be loaded, with the reason and what to install.
+    Raises UserError if it is missing or cannot be loaded, with the reason and what to install.
     """
     install = "install FFCV (pip install 'fastdeit[ffcv]', with libturbojpeg and OpenCV's libraries on the system)"
     spec = importlib.util.find_spec("ffcv")

@@ -1,4 +1,4 @@
-"""The reference loader: PIL decodes. Needs nothing but what fastdeit needs."""
+"""The torch loader: PIL decodes, so it works wherever fastdeit is installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastdeit.pipelines.loaders.base import Region, ThreadedLoader, read_with_pi
 
 
 class TorchLoader(ThreadedLoader):
-    """Decodes through PIL, pixel for pixel what torchvision's and timm's data sets read."""
+    """Decodes through PIL, bit-identical to the data sets of torchvision and timm."""
 
     name, pixels = "torch", "pillow"
 

@@ -1,4 +1,4 @@
-"""Worker threads, and items prepared ahead of their use by a thread of their own."""
+"""Pools of worker threads, and an iterator that prepares items ahead in a background thread."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ T = TypeVar("T")
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: its affinity mask where the system has one."""
+    """Number of cores that this process may run on: its affinity mask if the system has one."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def make_pool(threads: int) -> ThreadPoolExecutor:
-    """A pool of `threads` worker threads, all of them running.
+    """A pool of `threads` worker threads, all of them started.
 
-    Raises UserError for fewer than 1, MachineError where the machine starts no more.
+    Raises UserError for fewer than 1, MachineError if the machine cannot start that many.
     """
     if threads < 1:
         raise UserError(f"{threads} worker threads: at least 1 is needed")
     pool = ThreadPoolExecutor(threads, thread_name_prefix="fastdeit-worker")
     running = threading.Barrier(threads + 1)
     try:
-        # Here rather than with the first images, where a thread that does not start would leave others at work.
+        # Start all now. If one failed to start during the first batch, the others would go on working.
         for _ in range(threads):
             pool.submit(running.wait)
         running.wait()
@@ -50,15 +50,15 @@ def make_pool(threads: int) -> ThreadPoolExecutor:
 
 
 class _Queue(Generic[T]):
-    """What producer and consumer share. The producer knows nothing else, so that a forgotten consumer can end."""
+    """State shared by producer and consumer. The producer holds only this, so a dropped consumer can be collected."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.ready: deque[T] = deque()
         self.error: BaseException | None = None
-        self.ended = False
+        self.finished = False
         self.stopped = False
-        # Reentrant, since a garbage collection may call `stop` in a thread that is inside.
+        # Reentrant, since a garbage collection may call `stop` in a thread that holds the lock.
         self.changed = threading.Condition(threading.RLock())
 
     def stop(self) -> None:
@@ -68,7 +68,7 @@ class _Queue(Generic[T]):
             self.changed.notify_all()
 
     def fill(self, items: Iterator[T]) -> None:
-        """Run in the producer: keep up to `depth` items ready until there are no more, or until stopped."""
+        """Runs in the producer: keep up to `depth` items ready until they run out or `stop` is called."""
         try:
             while self._wait_for_room():
                 try:
@@ -83,15 +83,15 @@ class _Queue(Generic[T]):
         except BaseException as error:
             self.error = error
         finally:
-            self._end(items)
+            self._finish(items)
 
     def _wait_for_room(self) -> bool:
         with self.changed:
             self.changed.wait_for(lambda: self.stopped or len(self.ready) < self.depth)
             return not self.stopped
 
-    def _end(self, items: Iterator[T]) -> None:
-        """Let a generator clean up in the thread that it ran in, then tell the consumer."""
+    def _finish(self, items: Iterator[T]) -> None:
+        """Close a generator in the thread that ran it, then wake the consumer."""
         try:
             if isinstance(items, Generator):
                 items.close()
@@ -99,24 +99,23 @@ class _Queue(Generic[T]):
             self.error = self.error or error
         finally:
             with self.changed:
-                self.ended = True
+                self.finished = True
                 self.changed.notify_all()
 
 
 class Prefetcher(Generic[T]):
     """Iterator over `items` that prepares up to `depth` of them ahead, in one background thread.
 
-    items  any iterable; it is iterated, and closed if it is a generator, in the background thread only
-    depth  items that may be ready or in the making at any time, beside the one in use
+    items  any iterable; only the background thread iterates it and, if it is a generator, closes it
+    depth  most items that are ready or in preparation at once, besides the one in use
 
-    An exception of `items` is raised here after the items before it. `close`, or leaving the `with` block for any
-    reason, ends the thread: it returns once the item in the making is done. A prefetcher that is dropped without
-    that ends its thread as well.
+    An exception in `items` is raised here, after the items before it. `close`, or leaving the `with` block, ends the
+    thread and returns once the item in preparation is done. Dropping the prefetcher also ends its thread.
 
-    wait_seconds  time the consumer has spent waiting for items
+    wait_seconds  time that the consumer has spent waiting for items
 
-    Raises UserError for a depth below 1, RuntimeError for an item asked for after `close`, MachineError where the
-    machine starts no more threads.
+    Raises UserError for a depth below 1, MachineError if the machine cannot start the thread, and RuntimeError when an
+    item is requested after `close`.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
@@ -124,11 +123,11 @@ class Prefetcher(Generic[T]):
             raise UserError(f"a prefetch depth of {depth}: at least 1 item must be prepared ahead")
         self.wait_seconds = 0.0
         self._queue: _Queue[T] = _Queue(depth)
-        # A daemon, since the interpreter joins all others before anything could tell this one to stop.
+        # A daemon: the interpreter joins other threads before anything could stop this one.
         self._thread = threading.Thread(
             target=self._queue.fill, args=(iter(items),), name="fastdeit-prefetch", daemon=True
         )
-        # No join here: the collector may run in a worker thread that the producer waits for.
+        # No join here: the garbage collector may run in a worker thread that the producer waits for.
         weakref.finalize(self, self._queue.stop).atexit = False
         _running[self._thread] = self._queue
         try:
@@ -143,11 +142,11 @@ class Prefetcher(Generic[T]):
         queue = self._queue
         with queue.changed:
             if queue.stopped:
-                raise RuntimeError("an item was asked for after the prefetcher was closed: open a new one")
-            if not queue.ready and not queue.ended:
+                raise RuntimeError("an item was requested after the prefetcher was closed: open a new one")
+            if not queue.ready and not queue.finished:
                 start = time.perf_counter()
                 try:
-                    queue.changed.wait_for(lambda: queue.ready or queue.ended)
+                    queue.changed.wait_for(lambda: queue.ready or queue.finished)
                 finally:
                     self.wait_seconds += time.perf_counter() - start
             if queue.ready:
@@ -160,7 +159,7 @@ class Prefetcher(Generic[T]):
             raise StopIteration
 
     def close(self) -> None:
-        """End the thread and drop what is ready; may be called twice."""
+        """End the thread and drop the items that are ready; may be called twice."""
         self._queue.stop()
         self._thread.join()
 
@@ -178,8 +177,8 @@ _running: weakref.WeakKeyDictionary[threading.Thread, _Queue] = weakref.WeakKeyD
 
 @atexit.register
 def _end_all() -> None:
-    """End the threads of prefetchers still open, before what they use is torn down with the interpreter."""
+    """End the threads of open prefetchers before the interpreter tears down the modules that they use."""
     for thread, queue in list(_running.items()):
         queue.stop()
-        if thread.is_alive():  # Ctrl-C may have come before it started: it then ends by itself
+        if thread.is_alive():  # after Ctrl-C it may not have started yet; it then ends by itself
             thread.join()

@@ -1,4 +1,4 @@
-"""The turbo loader: libjpeg-turbo decodes, to the bit as Pillow does, and no more of an image than its crops need."""
+"""The turbo loader: decodes with libjpeg-turbo, bit-identical to Pillow, and only where the crops need it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ _DECODED, _TOO_MANY_SCANS = 0, 2  # verdicts of jpeg.c
 
 
 class TurboLoader(ThreadedLoader):
-    """Decodes through libjpeg-turbo's own interface, with the accurate integer DCT and smooth upsampling.
+    """Decodes through libjpeg-turbo's C API, with the accurate integer DCT and fancy upsampling.
 
-    Every pixel within an image's region is Pillow's. Rows above it are only entropy-decoded, rows below it not even
-    that, so that damage below is not noticed (`fastdeit-convert --verify` looks for it); damage that libjpeg warns of
-    before that refuses the image. What is refused (CMYK, arithmetic coding, progressive files that are not complete,
-    anything with a warning) is read by PIL and listed in the batch's `fallbacks`. A file of more than 64 scans, each
-    of which costs a pass over the image, raises DecodeError.
+    Every pixel within an image's region equals Pillow's. Rows above the region are only entropy-decoded, and rows below
+    it are not read, so damage there goes unnoticed (`fastdeit-convert --verify` finds it). It refuses CMYK, arithmetic
+    coding, incomplete progressive files, and files that make libjpeg warn; PIL reads those, and the batch's `fallbacks`
+    lists them. A file of more than 64 scans, each of which costs a full decoding pass, raises DecodeError.
 
-    Raises UserError where the library was not built or cannot be loaded.
+    Raises UserError if the library was not built or cannot be loaded.
     """
 
     name, pixels = "turbo", "pillow"
@@ -54,9 +53,9 @@ class TurboLoader(ThreadedLoader):
 
 @functools.cache
 def find_turbo() -> Path:
-    """The library that is compiled when fastdeit is installed.
+    """Path of the library, which is compiled when fastdeit is installed.
 
-    Raises UserError where it was not, or cannot be loaded, with the reason and what to install.
+    Raises UserError if it was not built or cannot be loaded, with the reason and what to install.
     """
     remedy = (
         "install libjpeg-turbo 2.1 or later with its headers (libjpeg62-turbo-dev or libjpeg-turbo8-dev) and a C "

@@ -16,8 +16,8 @@ def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
         raise ValueError(f"the plan is for images of side {plan.img_size}, the stage makes images of side {size}")
     if len(plan) != len(decoded.index) or not np.array_equal(plan.index, decoded.index):
         raise ValueError(
-            f"the plan of epoch {plan.epoch} has other samples than the decoded batch of epoch {decoded.epoch}, step "
-            f"{decoded.step}: draw the plan from the order that the loader reads in"
+            f"the plan of epoch {plan.epoch} does not have the samples of the decoded batch of epoch {decoded.epoch}, "
+            f"step {decoded.step}: draw the plan from the order that the loader reads in"
         )
     if not len(plan):
         return
@@ -29,7 +29,7 @@ def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
     _reject(_outside(plan.crop, rows, columns) | (plan.crop[:, 2:] < 1).any(1), plan, "is cropped outside its image")
     square = np.concatenate([plan.window[:, 2:], np.full((len(plan), 2), size, np.int32)], axis=1)
     outside = _outside(square, plan.window[:, 0], plan.window[:, 1])
-    _reject(outside, plan, f"keeps a window of {size} x {size} that its resized crop does not hold")
+    _reject(outside, plan, f"keeps a window of {size} x {size} outside its resized crop")
     if decoded.region is not None:
         missing = _beyond(plan.regions(), decoded.region[slot])
         _reject(missing, plan, "needs more of its image than was decoded: give the loader the same plan")

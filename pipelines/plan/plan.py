@@ -1,8 +1,8 @@
 """The plan: every number that decides the pixels of a batch, as a small table.
 
 A sample's row is a pure function of (seed, epoch, image index, repeat) and of the image's size; a mixing
-group's row is a pure function of (seed, epoch, step, group). The pixels are then a deterministic function of the
-JPEG bytes and the plan; every stage computes the same.
+group's row is a pure function of (seed, epoch, step, group). The pixels are a deterministic function of the JPEG
+bytes and the plan, and every stage makes the same pixels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError
 
-# Operations a plan can name, by code. `Plan.arg` holds what timm's own function of that name receives: degrees,
-# bits to keep, threshold, level to add, blend factor, shear factor, fraction of the side. So a plan can be
-# replayed through timm and PIL.
+# Operations by code. `Plan.arg` holds the argument of timm's function of that name: degrees, bits to keep, threshold,
+# level to add, blend factor, shear factor, or fraction of the side. So timm and PIL can replay a plan.
 OPS = (
     "Identity",
     "AutoContrast",
@@ -45,13 +44,13 @@ NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the samples of one step of one rank. B samples, L layers of operations, G mixing groups.
+    """The augmentation of one step's samples on one rank: B samples, L layers of operations, G mixing groups.
 
     index   (B,) int64    dataset index
-    repeat  (B,) int32    which copy of the image
+    repeat  (B,) int32    which repeat of the image
     crop    (B, 4) int32  top, left, height, width in the decoded image
-    window  (B, 4) int32  height and width that the crop is resized to; top, left of the square of side `img_size` that
-                          is kept of that
+    window  (B, 4) int32  height and width of the resized crop; top and left, in it, of the output square of side
+                          `img_size`
     flip    (B,) bool
     op      (B, L) int8   codes of `OPS`, applied in order after crop, resize and flip; 0: none
     arg     (B, L) float64
@@ -88,10 +87,10 @@ class Plan:
 
     @property
     def partner(self) -> np.ndarray:
-        """(B,) int64: the mirror image of every sample within its mixing group."""
-        place = np.arange(len(self))
+        """(B,) int64: position of each sample's partner, its mirror image within the mixing group."""
+        position = np.arange(len(self))
         size = max(1, len(self) // max(1, len(self.mix)))
-        return place - place % size + size - 1 - place % size
+        return position - position % size + size - 1 - position % size
 
     @property
     def mixed(self) -> np.ndarray:
@@ -99,7 +98,7 @@ class Plan:
         return (self.mix != NO_MIX)[self.group]
 
     def regions(self) -> np.ndarray:
-        """(B, 4) int32: top, left, height, width of what each sample needs of its decoded image."""
+        """(B, 4) int32: top, left, height, width of the part of its decoded image that each sample needs."""
         top, left, height, width = self.crop.T
         out_height, out_width, from_row, from_column = self.window.T
         first_row, end_row = _source_range(height, out_height, from_row, self.img_size)
@@ -111,30 +110,30 @@ class Plan:
 def _source_range(
     size_in: np.ndarray, size_out: np.ndarray, first: np.ndarray, wanted: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First and end of what a bicubic resize reads of an axis for outputs first .. first + wanted - 1; (B,) each."""
+    """(B,) first and end of the inputs that a bicubic resize reads for outputs first .. first + wanted - 1."""
     scale = size_in / size_out
     support = 2.0 * np.maximum(scale, 1.0)
     low, high = (first + 0.5) * scale, (first + wanted - 1 + 0.5) * scale
     start = np.maximum(0, (low - support + 0.5).astype(np.int64))
     end = np.minimum(size_in, (high + support + 0.5).astype(np.int64))
-    same = size_in == size_out  # such an axis is copied
+    same = size_in == size_out  # PIL copies such an axis
     return np.where(same, first, start), np.where(same, first + wanted, end)
 
 
 def whole_windows(count: int, img_size: int) -> np.ndarray:
-    """(count, 4) int32: the windows of crops that are resized to the output and kept whole."""
+    """(count, 4) int32: windows that resize each crop to exactly the output."""
     return np.tile(np.array([img_size, img_size, 0, 0], np.int32), (count, 1))
 
 
 def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray, img_size: int, eval_crop: float) -> Plan:
-    """The plan that evaluates the images `index` (B,), which have these sizes (B,); nothing in it is random.
+    """The evaluation plan of the images `index` (B,) of these sizes (B,), in pixels; nothing in it is random.
 
-    Resize the short side to int(img_size / eval_crop), bicubic, and keep the center. Bit-identical to
+    Resizes the short side to int(img_size / eval_crop), bicubic, and keeps the center. Bit-identical to
     `timm.data.create_transform(is_training=False, crop_pct=eval_crop, interpolation="bicubic")`. Raises UserError
     unless 0 < eval_crop <= 1.
     """
     if not 0.0 < eval_crop <= 1.0:
-        raise UserError(f"augment.eval_crop {eval_crop} is not in (0, 1]")
+        raise UserError(f"augment.eval_crop is {eval_crop}: it must be above 0 and at most 1")
     count = len(index)
     zeros = np.zeros(count, np.int32)
     return Plan(
@@ -168,10 +167,10 @@ def _central_windows(height: np.ndarray, width: np.ndarray, img_size: int, eval_
 
 
 def rotation_matrices(op: np.ndarray, arg: np.ndarray, size: int) -> np.ndarray:
-    """(B, L, 6) float64: the matrix of every rotation in a plan's `op` and `arg` (B, L), zero elsewhere."""
+    """(B, L, 6) float64: the matrix of each rotation in a plan's `op` and `arg` (B, L); zero for other operations."""
     out = np.zeros((*op.shape, 6), np.float64)
-    for place in zip(*np.nonzero(op == CODE["Rotate"]), strict=True):
-        out[place] = _rotation(float(arg[place]), size)
+    for position in zip(*np.nonzero(op == CODE["Rotate"]), strict=True):
+        out[position] = _rotation(float(arg[position]), size)
     return out
 
 

@@ -119,7 +119,7 @@ def read_image(path: Path) -> bytes:
         raise SampleError(f"{path}: is not a regular file. Remove it") from error
     with open(descriptor, "rb") as file:
         if (size := os.fstat(descriptor).st_size) > MAX_FILE:
-            raise SampleError(f"{path}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
+            raise SampleError(f"{path}: {size} bytes, but an image may have at most {MAX_FILE}. Remove it")
         return file.read()
 
 

@@ -133,7 +133,7 @@ class _Array:
         self.state = state
 
     def bytes(self) -> bytes | None:
-        """The pixels; None where it is no array of unsigned bytes in C order."""
+        """The pixels; None if it is not an array of unsigned bytes in C order."""
         match self.state:
             case (_, tuple(), _Dtype(args=("u1", *_)), False | 0, data):
                 # Of Python 2, a str that was read as latin1.

@@ -87,7 +87,7 @@ def _labels_file(images: Path) -> Path:
     for suffix in (".gz", "") if images.suffix == ".gz" else ("", ".gz"):
         if os.path.lexists(path := images.with_name(stem + suffix)):
             return path
-    raise SourceError(f"{images}: its labels, {stem} or {stem}.gz, do not lie beside it")
+    raise SourceError(f"{images}: its labels, {stem} or {stem}.gz, are not beside it")
 
 
 def is_idx(path: Path) -> bool:

@@ -60,7 +60,7 @@ class _TarImages:
         offset, size, label = self.place[index].tolist()
         name = self.name(index)
         if label < 0:
-            raise SampleError(f"{name}: does not lie in a folder named by the number of its class. Move it to one")
+            raise SampleError(f"{name}: is not in a folder named by the number of its class. Move it to one")
         return self.archive.member(name, offset, size), label, name
 
     def _fill(self, images: list[tuple[Any, ...]]) -> None:
@@ -177,7 +177,7 @@ class ImageNetV2(_TarImages):
             label = int(folder[0]) if numbered else -1
             images.append((label, name, offset, size, label))
         if images and max(images)[0] < 0:
-            raise SourceError(f"{path}:{images[0][1]}: does not lie in a folder named by the number of its class")
+            raise SourceError(f"{path}:{images[0][1]}: is not in a folder named by the number of its class")
         others = len(members.names) - len(found)
         self.left_out = {"files_that_are_no_images": others, "hidden_files": members.ignored}
         self._fill(images)
@@ -232,7 +232,7 @@ def _labels_beside(path: Path) -> Path:
         if os.path.lexists(labels := path.with_name(name)):
             return labels
     raise SourceError(
-        f"{path}: its labels do not lie beside it: put {DEVKIT} there, "
+        f"{path}: its labels are not beside it: put {DEVKIT} there, "
         f"or name a file with a wnid a line: imagenet:{path}#labels=FILE"
     )
 
@@ -277,7 +277,9 @@ def _devkit(path: Path) -> tuple[list[str], list[str]]:
     truth = content("/data/ILSVRC2012_validation_ground_truth.txt").decode("latin1").split()
     for line, number in enumerate(truth, 1):
         if not (number.isdecimal() and len(number) < 10 and int(number) in wnid):
-            raise SourceError(f"{path}: line {line} of the ground truth, '{number}', is no ILSVRC2012_ID of a class")
+            raise SourceError(
+                f"{path}: line {line} of the ground truth, '{number}', is not the ILSVRC2012_ID of a class"
+            )
     return sorted(wnid.values()), [wnid[int(number)] for number in truth]
 
 

@@ -177,7 +177,7 @@ def _open_plain(path: Path, split: str | None, class_names: list[str] | None) ->
         open_regular(path).close()
         if not is_idx(path):
             raise SourceError(
-                f"{path}: neither a folder nor a file whose name tells what it is: put that before it, "
+                f"{path}: neither a folder nor a file whose name shows its format: put the format before it, "
                 f"such as webdataset:{path}; IDX images are named ...images...idx3-ubyte[.gz]"
             )
         if split is not None:

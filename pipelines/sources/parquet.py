@@ -63,7 +63,9 @@ class Parquet:
             if columns is None:
                 columns, names = found, own_names
             elif (found, own_names) != (columns, names):
-                raise SourceError(f"{path}: has other columns or class names than {files[0]}: give them one by one")
+                raise SourceError(
+                    f"{path}: its columns or class names differ from those of {files[0]}: give the files one by one"
+                )
             row = 0
             for group in range(file.metadata.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
@@ -113,7 +115,7 @@ class Parquet:
         if not image.is_valid:
             raise SampleError(f"{name}: '{self._image}' holds no image's bytes")
         if (size := image.as_buffer().size) > MAX_FILE:
-            raise SampleError(f"{name}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
+            raise SampleError(f"{name}: {size} bytes, but an image may have at most {MAX_FILE}. Remove it")
         label = stored.as_py()
         if label is None:
             raise SampleError(f"{name}: '{self._label}' holds no label")

@@ -39,7 +39,7 @@ class Archive:
         with open_regular(self.path) as file:
             zipped = file.read(2) == b"\x1f\x8b"
         if zipped and not self.limit:
-            raise SourceError(f"{self.path}: is gzipped, and shards are read where they lie: gunzip it first")
+            raise SourceError(f"{self.path}: is gzipped, but shards are read in place: gunzip it first")
         self.data = _unzip(self.path, self.limit) if zipped else None
         self._held: int | None = None
         self._stamp = stamp(self.path)
@@ -78,7 +78,7 @@ class Archive:
     def member(self, name: str, offset: int, size: int) -> bytes:
         """The bytes of a member. Raises SampleError if it is too large for a sample, or cut short."""
         if size > MAX_FILE:
-            raise SampleError(f"{name}: {size} bytes, and an image has at most {MAX_FILE}. Remove it")
+            raise SampleError(f"{name}: {size} bytes, but an image may have at most {MAX_FILE}. Remove it")
         data = self.read(offset, size)
         if len(data) != size:
             raise SampleError(f"{name}: cut short after {len(data)} of {size} bytes. {_FETCH}")
@@ -155,7 +155,7 @@ def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | Non
             bar.update(following - at)
         if kind in "LKxg":
             if size > MAX_EXTENDED:
-                raise SourceError(f"{label}: an extended header of {size} bytes, and {MAX_EXTENDED} are allowed")
+                raise SourceError(f"{label}: an extended header of {size} bytes; at most {MAX_EXTENDED} are allowed")
             data = archive.read(at + BLOCK, size)
             # Check each one: a file that damage turned into an extended header would silently be missing.
             here = f"{where}, byte {at - start}"
@@ -238,7 +238,7 @@ def _refuse(name: str, kind: str, label: str) -> None:
         raise SourceError(f"{label}: a name with '..'. Pack the archive again from the folder itself")
     if kind not in "05":
         what = _KINDS.get(kind, f"of type {kind!r}")
-        raise SourceError(f"{label}: is {what}, not a file. Pack the archive again with files alone")
+        raise SourceError(f"{label}: is {what}, not a file. Pack the archive again with files only")
     if kind == "0" and not name.strip("/"):
         raise SourceError(f"{label}: a member without a name. {_FETCH}")
 

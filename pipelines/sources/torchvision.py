@@ -41,7 +41,7 @@ class Torchvision:
             self._data: Any = kind(root, **self._options)
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
             raise SourceError(
-                f"{self._text}: torchvision does not find or open it there ({fact(error)}). "
+                f"{self._text}: torchvision cannot find or open it there ({fact(error)}). "
                 f"Nothing is downloaded here: put the data set in place first"
             ) from error
         if hasattr(self._data, "loader"):
@@ -126,7 +126,7 @@ class Torchvision:
         if target is not None and getattr(target, "shape", None) == ():
             target = target.item()
         if not isinstance(target, (Number, str, type(None))):
-            raise SourceError(f"{name}: not an image and the number of a class: it cannot be converted")
+            raise SourceError(f"{name}: not a pair of image and class number: it cannot be converted")
         label = class_number(target, name)
         file = image if isinstance(image, Path) else getattr(image, "filename", None)
         if file:

@@ -126,7 +126,7 @@ class WebDataset:
             raise SampleError(f"{name}: {_PROBLEMS[sample['problem']]}")
         shard = self._shards[sample["shard"]]
         if sample["label"][1] > MAX_LABEL:
-            raise SampleError(f"{name}: a label of {sample['label'][1]} bytes, and {MAX_LABEL} are allowed")
+            raise SampleError(f"{name}: a label of {sample['label'][1]} bytes, but at most {MAX_LABEL} are allowed")
         label = self._label(name, shard.member(name, *sample["label"].tolist()), bool(sample["json"]))
         return shard.member(name, *sample["image"].tolist()), label, name
 

@@ -75,7 +75,7 @@ def test_auto_goes_on_with_the_checkpoints_pixels(tiny, launch):
     path = newest(first)
     process = launch(with_loader(first, "auto"))
     assert process.returncode == 0, process.err
-    assert f"(among those with the pixels of the checkpoint {path}: ffcv)" in process.out
+    assert f"(among loaders with ffcv pixels, as used for the checkpoint {path})" in process.out
     assert "loader ffcv: " in process.out
     with pytest.raises(UserError, match=r"another data\.loader \(pixels\) \(ffcv, this run has pillow\)"):
         train(with_loader(first, "torch"))
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
     train(first)
     path = newest(first)
     train(with_loader(first, "auto"))
-    assert f"the pixels of the checkpoint {path}: pillow)" in capsys.readouterr().out
+    assert f"loaders with pillow pixels, as used for the checkpoint {path})" in capsys.readouterr().out
     for pixels in ("ffcv", "nvjpeg"):
         rewritten(path, pixels)
         with pytest.raises(UserError, match=rf"\({pixels}, this run has pillow\)"):
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
     # No loader on this machine decodes like a GPU, or like a loader that no longer exists.
     for pixels in ("nvjpeg", "gone"):
         rewritten(path, pixels)
-        with pytest.raises(UserError, match=rf"no loader here .* the checkpoint {path}, which are {pixels}'s"):
+        with pytest.raises(UserError, match=rf"no loader here decodes {pixels} pixels .* the checkpoint {path}:"):
             train(with_loader(first, "auto"))
 
 
@@ -124,7 +124,7 @@ def test_stored_labels_serve_loaders_of_equal_pixels(tiny, teacher_checkpoint, l
     assert described["key"]["data.loader (pixels)"] == "pillow"
     process = launch(with_loader(recipe, "auto", "auto"))
     assert process.returncode == 0, process.err
-    assert f"(among those with the pixels of the labels in {labels}: pillow)" in process.out
+    assert f"(among loaders with pillow pixels, as used for the labels in {labels})" in process.out
     train(with_loader(recipe, "torch"))
     described["key"]["data.loader (pixels)"] = "ffcv"
     (labels / "labels.json").write_text(json.dumps(described))

@@ -122,7 +122,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\n
         (POINTER, "Git LFS pointer.*git lfs pull"),
         ("\n<!DOCTYPE html>\n<html>404</html>", "web page.*fetch the file again"),
         ("<HTML><head>", "web page"),
-        ("weights", "no checkpoint"),
+        ("weights", "not a checkpoint"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])

@@ -133,15 +133,15 @@ def make_hostile(folder):
         b"\x80\x02}X\x01\x00\x00\x00wc__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.",
     )
     zipped(add("lists", "data.pkl"), b"\x80\x02(" + b"]" * (17 << 20) + b"l.")
-    zipped(add("laughs", "many times"), pickled({"model": nested("ha", 10, times=10)}))
-    zipped(add("deep", "deep in one another"), pickled({"model": nested([], 400)}))
-    zipped(add("itself", "holds itself"), pickled({"model": itself()}))
+    zipped(add("laughs", "counting repeats"), pickled({"model": nested("ha", 10, times=10)}))
+    zipped(add("deep", "nested more than"), pickled({"model": nested([], 400)}))
+    zipped(add("itself", "contains itself"), pickled({"model": itself()}))
     zipped(add("number", "64 bits|was not loaded"), pickled({"epoch": 10**30_000}))
     zipped(add("twice", "twice|damaged"), pickled({}), [("x/version", "3")])
-    torch.save({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, add("repeats", "without numbers of its own"))
+    torch.save({"model": {"w": torch.zeros(1).expand(10**6, 10**6)}}, add("repeats", "does not store its own values"))
     torch.save({"model": {"w": torch.zeros(10**9, 4, device="meta")}}, add("nowhere", "holds an object|numbers of its"))
     folder.joinpath("pointer.pt").write_bytes(b"not a checkpoint at all")
-    said["pointer"] = "damaged or no checkpoint"
+    said["pointer"] = "damaged or not a checkpoint"
     os.mkfifo(add("pipe", "Is a fifo"))
     add("device", "Is a device").symlink_to("/dev/zero")
     return said
@@ -230,27 +230,27 @@ def put(state, where, value):
 EDITS = [
     (("epoch",), -1, "'epoch' is -1"),
     (("step",), 10**6, "its next step is 1000000"),
-    (("global_step",), lambda n: n + 1, "'global_step' is 6, and epoch 1, step 0 are 5 steps"),
+    (("global_step",), lambda n: n + 1, "'global_step' is 6, but epoch 1, step 0 are 5 steps"),
     (("global_step",), True, "'global_step' is a bool"),
     (("global_step",), None, "'global_step' is missing"),
-    (("counted_from",), [0, 0], "'counted_from' is no epoch"),
+    (("counted_from",), [0, 0], "'counted_from' is not an epoch"),
     (("effective", "steps per epoch"), 4, "steps per epoch"),
     (("effective", "steps per epoch"), "5", "steps per epoch"),
     (("model", "cls_token"), None, "'model' lacks 'cls_token'"),
     (("model", "extra"), lambda _: torch.zeros(1), "'model' has an unknown 'extra'"),
-    (("model", "norm.weight"), lambda w: w.half(), r"'model\.norm\.weight' is \(48,\) float16, and this run has"),
-    (("model", "head.bias"), lambda w: w[:1], r"'model\.head\.bias' is \(1,\) float32, and this run has \(4,\)"),
+    (("model", "norm.weight"), lambda w: w.half(), r"'model\.norm\.weight' is \(48,\) float16, but this run has"),
+    (("model", "head.bias"), lambda w: w[:1], r"'model\.head\.bias' is \(1,\) float32, but this run has \(4,\)"),
     (("model", "head.bias"), [0.0] * 4, r"'model\.head\.bias' is a list, not a tensor"),
     (("ema",), None, "'ema' is missing"),
     (("ema", "norm.weight"), lambda w: w[:1], r"'ema\.norm\.weight' is \(1,\) float32"),
     (("ema", "norm.weight"), None, r"'ema' lacks 'norm\.weight'"),
     (("optimizer", "state"), {}, r"'optimizer\.state\[0\] \(.*\)' is missing"),
     (("optimizer", "state", 3), None, r"'optimizer\.state\[3\] \(.*\)' is missing"),
-    (("optimizer", "state", 3, "exp_avg"), lambda w: w.double(), r"exp_avg' is .* float64, and this run has"),
-    (("optimizer", "state", 3, "exp_avg_sq"), None, "holds step, exp_avg, and this run's optimizer"),
+    (("optimizer", "state", 3, "exp_avg"), lambda w: w.double(), r"exp_avg' is .* float64, but this run has"),
+    (("optimizer", "state", 3, "exp_avg_sq"), None, "holds step, exp_avg, but this run's optimizer has"),
     (("optimizer", "state", 3, "step"), lambda _: torch.tensor(1e6), r"step' is 1000000\.0 after 5 steps"),
     (("optimizer", "state", 3, "step"), lambda _: torch.tensor(float("nan")), "step' is nan after 5 steps"),
-    (("optimizer", "param_groups"), lambda groups: groups[:1], "param_groups' is of other parameters"),
+    (("optimizer", "param_groups"), lambda groups: groups[:1], "param_groups' lists other parameters"),
     (("optimizer", "param_groups"), None, "'optimizer' is not the state of an optimizer"),
     (("scaler",), None, "'scaler' is missing"),
     (("scaler",), {"scale": -1.0}, "'scaler' is not the state of a loss scale"),
@@ -344,12 +344,12 @@ def own(tiny, tmp_path):
     ("field", "value", "message"),
     [
         ("embed_dim", 30_000, "does not fit this network"),
-        ("embed_dim", 10**17, "describes no network"),
+        ("embed_dim", 10**17, "does not describe a network"),
         ("depth", 10**9, "says model.depth 1000000000, its weights have 2 blocks"),
         ("img_size", 10**6, "does not fit this network"),
-        ("img_size", 8 * 10**9, "describes no network"),
+        ("img_size", 8 * 10**9, "does not describe a network"),
         ("patch_size", 0, "says model.patch_size 0"),
-        ("mlp_ratio", 1e300, "describes no network"),
+        ("mlp_ratio", 1e300, "does not describe a network"),
         ("mlp_ratio", 1e5, "does not fit this network"),
         ("arch", "vit_giant_patch14_224", "does not fit this network"),
         ("arch", "--help", "does not fit this version"),
@@ -381,7 +381,7 @@ def test_narrow_weights_are_announced_and_whole_numbers_refused(own, tiny):
     messages = load_weights(build_network(recipe.model, 4), {"model": half})
     assert messages == ["weights stored as float16 are converted to the network's own format"]
     half["norm.bias"] = half["norm.bias"].long()
-    with pytest.raises(UserError, match=r"norm\.bias is torch\.int64, (and )?this network has torch\.float32 there"):
+    with pytest.raises(UserError, match=r"norm\.bias is torch\.int64, but this network has torch\.float32 there"):
         load_weights(build_network(recipe.model, 4), {"model": half})
     assert path.name == "own.pt"
 

@@ -173,7 +173,7 @@ def test_a_file_without_a_recipe_is_named(tmp_path):
     ("text", "message"),
     [
         ("[optim]\nlrr = 1", "'optim.lrr' is not a field"),
-        ("[optimizer]\nlr = 1", "'optimizer' is not a part"),
+        ("[optimizer]\nlr = 1", "'optimizer' is not a section"),
         ("optim = 3", "must be a section"),
         ("[optim\n", "not valid TOML"),
     ],

@@ -123,7 +123,7 @@ def test_a_run_is_the_same_run_on_either_stage(tiny, few, alone, launch, events)
 
     process = launch(recipe("device", "device"))
     assert process.returncode == 0, process.err
-    assert "augmentation on the device: as asked for" in process.out
+    assert "augmentation on the device: as requested" in process.out
     Trainer(recipe("host", "host"), alone).run()
     assert [events(few / name, "start")[0]["stage"] for name in ("device", "host")] == ["device", "host"]
     resumed = recipe("resumed", "device", resume=checkpoint.step_path(few / "host" / "checkpoints", 3))

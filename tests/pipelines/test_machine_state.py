@@ -284,7 +284,7 @@ def test_as_many_class_names_as_labels_may_be(beton):
     described["class_names"] = [""] * ((1 << 20) + 1)
     del described["seal"]
     sidecar.write(sidecar_path(beton), {**described, "seal": sidecar._seal(described)})
-    with pytest.raises(SidecarError, match="1048577 class names, and 1048576 are the most"):
+    with pytest.raises(SidecarError, match="1048577 class names, but at most 1048576 are allowed"):
         BetonDataset(beton)
 
 

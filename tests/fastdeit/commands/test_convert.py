@@ -37,12 +37,12 @@ def test_converts_and_reports(images, tmp_path):
     ("arguments", "reason"),
     [
         (["nowhere"], "nowhere: there is no such folder"),
-        (["torchvision:CIFAR10:nowhere"], "torchvision does not find or open it there"),
+        (["torchvision:CIFAR10:nowhere"], "torchvision cannot find or open it there"),
         (["images", "--split", "test"], "there is no such folder"),
         (["images", "--class-names", "none.txt"], "none.txt"),
         (["images", "--split", "val", "--quality", "200"], "quality 200"),
         (["images", "--split", "val", "--on-error", "fail", "--against", "x"], "give SOURCE and DEST, or --verify"),
-        (["images", "--verify", "x.beton"], "the source to compare with goes to --against"),
+        (["images", "--verify", "x.beton"], "give the source to compare with as --against"),
     ],
 )
 def test_mistakes_are_one_sentence(images, tmp_path, arguments, reason):
@@ -82,7 +82,7 @@ def test_statuses_rejects_and_verification(images, tmp_path, format):
         "43 images",
         f"left out: 1, listed in {dest}.rejects.jsonl",
         f"    {bad}: ",
-        "went on after 14 images",
+        "continued after 14 images",
     ):
         assert word in done.stdout
     assert len((tmp_path / f"{dest.name}.rejects.jsonl").read_text().splitlines()) == 1
@@ -92,7 +92,7 @@ def test_statuses_rejects_and_verification(images, tmp_path, format):
     bad.write_bytes(whole)
     done = call("--verify", dest, "--against", tree)
     assert done.returncode == 3
-    assert f"{bad}, sample 14 of the source: was left out, and can be read now" in done.stdout
+    assert f"{bad}, sample 14 of the source: was left out, but can be read now" in done.stdout
     assert call("--verify", tmp_path / "none").returncode == 2
 
 
@@ -108,7 +108,7 @@ def test_class_names_of_a_converted_data_set(images, tmp_path):
     (tmp_path / "two.beton.json").unlink()
     done = call(images, tmp_path / "four", "--split", "val", "--class-names", two)
     assert done.returncode == 2
-    assert "two.beton: has no sidecar that would name its classes" in done.stderr
+    assert "two.beton: has no sidecar with class names" in done.stderr
 
 
 def children(pid):

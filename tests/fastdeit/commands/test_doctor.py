@@ -196,7 +196,7 @@ def test_compiled_code_is_tried_not_looked_at(monkeypatch, tmp_path):
         jit._say_once.cache_clear()
     assert (kept.status, lost.status) == ("warn", "warn")
     assert str(tmp_path) in kept.detail
-    assert "every process compiles anew" in lost.detail
+    assert "every process compiles again" in lost.detail
     assert "NUMBA_CACHE_DIR" in lost.remedy
 
 

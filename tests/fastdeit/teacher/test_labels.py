@@ -150,7 +150,7 @@ def test_soft_labels_keep_the_largest_logits(distilled, topk):
     assert torch.all(stored.softmax(1)[~kept] == 0)
     with pytest.raises(UserError, match=f"holds soft labels \\(topk {topk}"):
         label(recipe, topk=topk - 1)
-    with pytest.raises(UserError, match="holds soft labels of 4 classes, the run distils hard"):
+    with pytest.raises(UserError, match="holds soft labels of 4 classes, but the run distils hard"):
         weights(changed(recipe, "objective", distillation="hard"))
 
 
@@ -169,7 +169,7 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
         one, two = (np.load(folder / f"epoch-{epoch:04d}.npy") for folder in (tmp_path / "labels", tmp_path / "two"))
         np.testing.assert_array_equal(one, two)
     out, _ = Forked(run_module, "fastdeit.commands.label", words).communicate(timeout=300)
-    assert "holds 2 of these epochs already" in out
+    assert "already holds 2 of these epochs" in out
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_another_teacher_is_refused(labelled, teacher_checkpoint, tmp_path):
     state = checkpoint.load(teacher_checkpoint)
     state["model"]["fc.bias"] += 1
     torch.save(state, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="another teacher's"):
+    with pytest.raises(UserError, match="another teacher made them"):
         label(changed(labelled, "teacher", checkpoint=tmp_path / "other.pt"))
 
 
@@ -278,7 +278,7 @@ def test_mistakes_of_the_recipe(distilled, tiny):
         label(tiny())
     with pytest.raises(UserError, match=r"give --teacher\.labels"):
         label(changed(distilled(), "teacher", labels=None))
-    with pytest.raises(UserError, match="there are 4 classes"):
+    with pytest.raises(UserError, match="the data set has 4 classes"):
         label(distilled("soft"), topk=5)
     with pytest.raises(UserError, match="make them with fastdeit-label"):
         weights(distilled())
@@ -345,7 +345,7 @@ def test_labels_are_made_again_as_the_error_says(labelled, damage):
     before = file.read_bytes()
     if damage == "flip":
         file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-        said = "it changed since it was written: remove it and make it again with fastdeit-label"
+        said = "it was changed after it was written: remove it and make it again with fastdeit-label"
     else:
         file.unlink()
         said = r"no labels for 1 of the run's epochs, the first of them 1 .*: run fastdeit-label with the same recipe"

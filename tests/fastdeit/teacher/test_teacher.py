@@ -121,7 +121,7 @@ def test_a_transformer_teaches_at_another_resolution(tmp_path):
     ("fields", "cfg", "message"),
     [
         ({}, {"name": "resnet18"}, "does not fit"),
-        ({}, {"name": "resnet10x"}, "nor a model of timm's, such as resnet10t"),
+        ({}, {"name": "resnet10x"}, "nor a timm model, such as resnet10t"),
         ({"arch": "resnet18"}, {}, "--teacher.name resnet18 instead of resnet10t"),
         ({"arch": 7}, {}, "field 'arch'"),
         ({"img_size": "48"}, {}, "field 'img_size'"),

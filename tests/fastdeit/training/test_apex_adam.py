@@ -169,7 +169,7 @@ def test_pypis_apex_is_told_apart(monkeypatch, tmp_path):
 
 def test_a_cpu_is_refused(apex, monkeypatch):
     monkeypatch.setattr(apex_adam, "DEVICE", "cuda")
-    with pytest.raises(UserError, match="runs on a GPU, the weights are on cpu"):
+    with pytest.raises(UserError, match="runs on a GPU, but the weights are on cpu"):
         build_optimizer(network(), recipe("apex"))
 
 

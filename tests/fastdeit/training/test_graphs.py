@@ -59,7 +59,7 @@ def gpu(size=1):
         ({}, "fp16", 1, "loss scale"),
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
-        ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, "another size"),
+        ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, "tensor sizes"),
         ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
     ],
 )
@@ -73,9 +73,9 @@ def test_auto_is_on_where_nothing_needs_the_host(tiny, sections, precision, proc
     asked = {
         kind: tiny(**{**sections, "run": {**sections.get("run", {}), "cuda_graphs": kind}}) for kind in ("on", "off")
     }
-    assert choose_graphs(asked["off"], gpu(processes), found) == (False, "as asked for")
+    assert choose_graphs(asked["off"], gpu(processes), found) == (False, "as requested")
     if reason is None:
-        assert choose_graphs(asked["on"], gpu(processes), found) == (True, "as asked for")
+        assert choose_graphs(asked["on"], gpu(processes), found) == (True, "as requested")
     else:
         with pytest.raises(UserError, match=f"{reason}.*'auto'"):
             choose_graphs(asked["on"], gpu(processes), found)

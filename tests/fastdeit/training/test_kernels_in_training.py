@@ -76,7 +76,7 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     weights = [final_state(r)["model"] for r in recipes]
     assert list(weights[0]) == list(weights[1])
     start = events(recipes[1].run.output, "start")[0]["kernels"]
-    how = "as asked for" + ("" if DEVICE == "cuda" else ", under Triton's interpreter, which is slow")
+    how = "as requested" + ("" if DEVICE == "cuda" else ", under Triton's interpreter, which is slow")
     assert start == {"ops": list(OPS), "left": {}, "reason": how}
     assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
 
@@ -129,7 +129,7 @@ def test_auto_is_pytorch_without_a_gpu(monkeypatch):
     cfg = ModelConfig(**SMALL)
     kernels = chosen(cfg, "cpu")
     assert (kernels.name, kernels.sentence()) == ("torch", "kernels torch: there is no GPU")
-    assert chosen(replace(cfg, kernels="torch")).sentence() == "kernels torch: as asked for"
+    assert chosen(replace(cfg, kernels="torch")).sentence() == "kernels torch: as requested"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UserError, match=r"there is no GPU\. Set --model\.kernels torch, or auto"):
         chosen(replace(cfg, kernels="triton"), "cpu")

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fastdeit.distributed import world
-from fastdeit.training.meter import Meter, OnItsWay
+from fastdeit.training.meter import Meter, PendingNumbers
 from fastdeit.training.objective import LossParts
 
 
 def test_a_number_of_the_cpu_is_there():
-    assert OnItsWay(torch.tensor([2.5, 3])).tolist() == [2.5, 3]
+    assert PendingNumbers(torch.tensor([2.5, 3])).tolist() == [2.5, 3]
 
 
 def test_a_window_is_the_mean_of_its_steps():
@@ -29,11 +29,11 @@ def test_a_window_is_the_mean_of_its_steps():
 def test_a_number_arrives_without_waiting_for_later_work():
     number = torch.ones(1, device="cuda") * 3
     torch.cuda.synchronize()
-    way = OnItsWay(number)
+    pending = PendingNumbers(number)
     number.fill_(4)
     torch.cuda._sleep(2_000_000_000)  # about a second
     ended = torch.cuda.Event()
     ended.record()
-    assert way.tolist() == [3]
+    assert pending.tolist() == [3]
     assert not ended.query()
     torch.cuda.synchronize()

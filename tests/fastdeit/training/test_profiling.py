@@ -58,7 +58,7 @@ def test_a_profiled_run_is_the_same_run(tiny, teacher_checkpoint, tmp_path, even
 
 
 def test_too_many_steps_are_refused_before_the_run(tiny):
-    with world("cpu") as joined, pytest.raises(UserError, match="2 epochs of 5 steps have room for 3 steps"):
+    with world("cpu") as joined, pytest.raises(UserError, match="2 epochs of 5 steps leave 3 steps"):
         Trainer(tiny(run={"profile": 4}), joined)
     with pytest.raises(UserError, match="0 or more"):
         tiny(run={"profile": -1})

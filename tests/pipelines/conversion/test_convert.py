@@ -241,10 +241,10 @@ def test_a_stopped_conversion_can_go_on(tree, out, tmp_path, number, status):
     _, err = process.communicate(timeout=30)
     assert process.returncode == status, err
     assert sorted(path.name for path in out.iterdir()) == ["x.beton.journal", "x.beton.partial"]
-    kept = int(re.search(r"x\.beton: (\d+) of 2000 images are kept, --resume goes on there", err)[1])
+    kept = int(re.search(r"x\.beton: (\d+) of 2000 images are kept; continue with --resume", err)[1])
     report = convert(many, out / "x.beton", mode="jpeg", resume=True, progress=False)
     assert 0 < kept == 2000 - report.done
-    assert f"went on after {kept} images" in report.notes[0]
+    assert f"continued after {kept} images" in report.notes[0]
     assert sorted(path.name for path in out.iterdir()) == ["x.beton", "x.beton.json"]
 
 
@@ -274,7 +274,7 @@ def test_mistaken_destinations(tree, tmp_path):
         convert(tree, tmp_path / "none" / "data.beton", progress=False)
     with pytest.raises(ConvertError, match="is a folder: name a file"):
         convert(tree, tmp_path, progress=False)
-    with pytest.raises(ConvertError, match="class_names go to open_source"):
+    with pytest.raises(ConvertError, match="give class_names to open_source"):
         convert(Items([GOOD]), tmp_path / "data.beton", class_names=["a"])
     with pytest.raises(ConvertError, match="holds no images"):
         convert(Items([]), tmp_path / "data.beton")
@@ -285,7 +285,7 @@ def test_places_within_the_source(tree, tmp_path):
     shutil.copytree(tree, root)
     for dest in (root, root / "train", root / "class0" / "train", tmp_path / "root" / ".." / "root" / "train"):
         for format in ("beton", "webdataset"):
-            with pytest.raises(ConvertError, match=r"lies within .*root, which is converted: name a place outside"):
+            with pytest.raises(ConvertError, match=r"lies within the source .*root: name a place outside"):
                 convert(root, dest, format=format, progress=False)
     convert(root, tmp_path / "shards", format="webdataset", progress=False)
     with pytest.raises(ConvertError, match="lies within"):

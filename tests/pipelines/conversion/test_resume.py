@@ -156,7 +156,7 @@ def test_an_interrupted_resumption_is_resumed(data, tmp_path, format):
         interrupted(data, at, tmp_path / "out" / "data", resume=True, **options)
     report = convert(Items(data), tmp_path / "out" / "data", resume=True, progress=False, **options)
     assert report.done == 1
-    assert report.notes == ["it went on after 29 images of an interrupted conversion"]
+    assert report.notes == ["it continued after 29 images of an interrupted conversion"]
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -178,7 +178,7 @@ def test_another_conversion_is_not_resumed(data, tmp_path):
         (named, {}, "names was"),
         (classes, {}, "class_names was"),
     ):
-        with pytest.raises(ConvertError, match=f"data: the interrupted conversion was another: {reason}"):
+        with pytest.raises(ConvertError, match=f"data: the interrupted conversion was different: {reason}"):
             convert(source, dest, **{"quality": 90, "resume": True, "progress": False, **options})
         assert files(tmp_path) == left
     # The same names, other images.
@@ -204,7 +204,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
             assert (tmp_path / (one + suffix)).read_bytes() == (tmp_path / (other + suffix)).read_bytes()
     # What was left out is not taken back by a stricter resumption.
     interrupted(items, 20, tmp_path / "c", on_error="skip")
-    with pytest.raises(ConvertError, match=r"item 6, sample 6: was left out before .* begin anew"):
+    with pytest.raises(ConvertError, match=r"item 6, sample 6: was left out before .* start again"):
         convert(Items(items), tmp_path / "c", resume=True, progress=False)
     assert convert(Items(items), tmp_path / "c", on_error="skip", resume=True, progress=False).done == 10
 
@@ -213,7 +213,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
 def test_what_is_not_resumed_is_replaced_and_said(data, tmp_path, format):
     dest = tmp_path / "data"
     report = convert(Items(data[:3]), dest, format=format, resume=True, progress=False)
-    assert report.notes == ["there was nothing to resume, so it began at the first image"]
+    assert report.notes == ["there was nothing to resume, so it started at the first image"]
     interrupted(data, 9, dest, format=format)
     report = convert(Items(data[:5]), dest, format=format, progress=False)
     assert report.notes == ["an interrupted conversion had done 9 images, which --resume would have kept"]

@@ -94,7 +94,10 @@ def test_every_flipped_bit_is_found(own, format):
             elif path != own / "beton":
                 inside[:] = False
             for index in np.flatnonzero(inside):
-                assert f"{own / format}, sample {index} (class '{labels[index]}'): its bytes are not those" in found[0]
+                assert (
+                    f"{own / format}, sample {index} (class '{labels[index]}'): its checksum (crc32) does not match"
+                    in found[0]
+                )
                 named += 1
     assert named > 30
     assert findings(own / format) == []
@@ -116,7 +119,7 @@ def test_a_truncated_file_and_one_that_is_not_there(own, tmp_path):
     os.truncate(own / "beton", 9_000_000 - 1_000_000)
     found = verify(own / "beton", progress=False)
     assert "do not fit a file" in found.findings[0]
-    assert found.unchecked == ["all the rest, since the data set does not open"]
+    assert found.unchecked == ["everything else, since the data set does not open"]
     with pytest.raises(FileNotFoundError):
         verify(tmp_path / "none.beton", progress=False)
 
@@ -132,7 +135,7 @@ def test_what_plain_ffcv_wrote(tmp_path):
         writer.finish(class_names=["a", "b", "c"])
     (tmp_path / "x.beton.json").unlink()
     found = verify(path, progress=False)
-    assert found.findings[0].endswith("sample 1 (class 1): it has 48 x 40 pixels, and the tables say 49 x 40")
+    assert found.findings[0].endswith("sample 1 (class 1): it has 48 x 40 pixels, but the tables say 49 x 40")
     assert "sample 2 (class 2): PIL cannot decode it (" in found.findings[1]
     assert "0x" not in found.findings[1]
     assert found.count == 2
@@ -163,16 +166,16 @@ def test_the_source_is_compared(tmp_path, format):
     found = findings(tmp_path / "x", against=Numbers(changed))
     where, of = f"{tmp_path / 'x'}, sample", "of the source"
     assert found == [
-        f"{where} 2 (class '2'): its bytes are not those that its source gives; it is item 2, sample 2 {of}",
-        f"item 5, sample 5 {of}: was left out, and can be read now",
-        f"{where} 6 (class '3'): it is of class 3, and in the source of class 0; it is item 7, sample 7 {of}",
-        f"{where} 8 (class '1'): it cannot be read from the source any more (not an image that PIL knows); "
+        f"{where} 2 (class '2'): its bytes differ from those that the source gives; it is item 2, sample 2 {of}",
+        f"item 5, sample 5 {of}: was left out, but can be read now",
+        f"{where} 6 (class '3'): it is of class 3, but in the source of class 0; it is item 7, sample 7 {of}",
+        f"{where} 8 (class '1'): it can no longer be read from the source (not an image that PIL knows); "
         f"it is item 9, sample 9 {of}",
-        f"{where} 10 (class '3'): its bytes are not those that its source gives; it is item 11, sample 11 {of}",
+        f"{where} 10 (class '3'): its bytes differ from those that the source gives; it is item 11, sample 11 {of}",
     ]
     for count in (11, 13):
         (found,) = findings(tmp_path / "x", against=Numbers(bad, count))
-        assert f"holds 11 samples, and 1 were left out, but the source would give {count} in all" in found
+        assert f"holds 11 samples, and 1 were left out, but the source has {count}: none was compared" in found
 
 
 def test_classes_are_compared_by_name_where_both_have_names(tree, tmp_path):
@@ -186,7 +189,7 @@ def test_classes_are_compared_by_name_where_both_have_names(tree, tmp_path):
     found = verify(tmp_path / "y", source, progress=False)
     assert (found.count, found.notes) == (
         0,
-        ["the source names other classes, so these were compared by their numbers"],
+        ["the source names other classes, so labels were compared by number"],
     )
 
 
@@ -195,7 +198,7 @@ def test_another_pillow_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL, "__version__", "99.0")
     found = verify(tmp_path / "x", Numbers(), progress=False)
     assert found.ok
-    assert "compared with 99.0, which may encode, and so store, an image differently" in found.notes[0]
+    assert "compared with 99.0, which may encode an image differently" in found.notes[0]
 
 
 def test_checksums_that_agree_with_each_other_but_not_with_the_content(tmp_path):

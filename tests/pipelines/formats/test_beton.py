@@ -374,7 +374,7 @@ def test_sidecar_must_belong_to_its_file(small, tmp_path):
     text = sidecar.read_text()
     other = write(tmp_path / "other.beton", [picture(i) for i in range(6)], [3, 1, 0, 2, 1, 2])
     sidecar.write_text(sidecar_path(other).read_text())
-    with pytest.raises(SidecarError, match="describes another data set"):
+    with pytest.raises(SidecarError, match="describes a different data set"):
         BetonDataset(small)
     for damaged, reason in (
         (text[: len(text) // 2], "damaged"),

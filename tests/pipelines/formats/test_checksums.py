@@ -67,7 +67,7 @@ def test_no_rotten_image_trains(opened, rotten):
             order = EvalOrder(COUNT, batch=1)
             with opened(dataset, order) as loader, pytest.raises(DecodeError) as caught:
                 next(loader.batches(0, bad))
-            expected = f"{rotten}: image {bad}: its bytes are not those that were written (crc32); copy the data set"
+            expected = f"{rotten}: image {bad}: its checksum (crc32) does not match; copy the data set"
             assert str(caught.value).startswith(expected)
 
 

@@ -145,7 +145,7 @@ def test_files_of_others_are_not_touched(samples, tmp_path):
     folder.mkdir()
     write_shards(folder, samples[:1])  # an empty folder is as good as none
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(ShardError, match=r"photos: holds letter\.txt, which is not of a data set"):
+    with pytest.raises(ShardError, match=r"photos: holds letter\.txt, which is not part of a data set"):
         ShardWriter(folder, 1)
     other = tmp_path / "other"
     other.mkdir()

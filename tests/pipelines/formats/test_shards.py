@@ -131,7 +131,7 @@ def test_samples_come_back(made_shards, samples):
             dataset.read(11)
         with pytest.raises(IndexError):
             dataset.is_jpeg(-1)
-    with pytest.raises(ValueError, match="sample 0 asked for after the data set was closed"):
+    with pytest.raises(ValueError, match="sample 0 was requested after the data set was closed"):
         dataset.read(0)
 
 

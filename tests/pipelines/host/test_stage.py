@@ -177,7 +177,7 @@ def test_groups_that_cannot_be_paired_are_refused(pool, drawn):
 
 def test_a_plan_of_other_samples_is_refused(pool, drawn):
     decoded, plan = drawn(11, [(10, 10)], 6, 24)
-    with pytest.raises(ValueError, match="other samples"):
+    with pytest.raises(ValueError, match="does not have the samples"):
         make_stage(pool, 24)(decoded, dataclasses.replace(plan, index=plan.index + 1))
 
 

@@ -133,7 +133,7 @@ def test_one_alone_is_not_timed(candidates, jpegs, options):
 
 def test_an_empty_share_is_not_timed(candidates, jpegs, options):
     used = candidates(a=0, b=0)
-    assert choose_loader(jpegs, None, **options) == ("a", "there are no images to compare them with")
+    assert choose_loader(jpegs, None, **options) == ("a", "there are no images to time the loaders with")
     assert used == []
 
 

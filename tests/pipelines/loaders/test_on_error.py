@@ -13,7 +13,7 @@ from PIL import Image
 import tiny_datasets
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, BetonError
-from fastdeit.pipelines.loaders import base as threaded
+from fastdeit.pipelines.loaders import base
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
@@ -182,9 +182,9 @@ def test_what_is_no_damage_is_never_replaced(opened, damaged):
 
 def test_many_in_a_row_are_fatal_all_the_same(opened, tmp_path, monkeypatch):
     damaged = write(tmp_path / "damaged.beton", range(5, COUNT))
-    monkeypatch.setattr(threaded, "MOST_SKIPPED", 6)
+    monkeypatch.setattr(base, "MOST_SKIPPED", 6)
     with opened(damaged, EvalOrder(COUNT, batch=8), on_error="replace") as loader:
-        message = r"image \d: .* None of the 6 images after it .* fastdeit-convert --verify .*damaged\.beton"
+        message = r"image \d: .* The next 6 images do not decode either.* fastdeit-convert --verify .*damaged\.beton"
         with pytest.raises(DecodeError, match=message):
             next(loader.batches(0))
 

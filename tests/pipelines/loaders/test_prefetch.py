@@ -192,7 +192,7 @@ pool = make_pool(2)
 
 def produce():
     for i in itertools.count():
-        yield prefetch.submit(pow, i, 2).result()
+        yield pool.submit(pow, i, 2).result()
 
 items = Prefetcher(produce(), 2)
 next(items)

@@ -106,7 +106,7 @@ def test_val_labels_in_their_other_forms(root):
         "imagenet_2012_validation_synset_labels.txt": synsets,
     }
     (root / "ILSVRC2012_devkit_t12.tar.gz").rename(root / "aside.tar.gz")
-    with pytest.raises(SourceError, match=r"labels do not lie beside it: put ILSVRC2012_devkit_t12.tar.gz there"):
+    with pytest.raises(SourceError, match=r"labels are not beside it: put ILSVRC2012_devkit_t12.tar.gz there"):
         open_source(root, "val")
     for name, text in forms.items():
         (root / name).write_text(text)
@@ -206,11 +206,11 @@ def test_imagenet_v2_goes_by_numbers(tmp_path, suffix):
         assert source.read(i) == (data, i // 2, f"{path}:{name}")
     pack(path, {**files, f"{top}/tench/a.jpeg": b"x"}, "w:gz" if suffix == ".tar.gz" else "w")
     source = open_source(f"imagenetv2:{path}")
-    with pytest.raises(SampleError, match=r"tench/a.jpeg: does not lie in a folder named by the number"):
+    with pytest.raises(SampleError, match=r"tench/a.jpeg: is not in a folder named by the number"):
         source.read(0)
     assert [source.read(i)[1] for i in range(1, 25)] == [i // 2 for i in range(24)]
     pack(path, {f"{top}/tench/a.jpeg": b"x"}, "w:gz" if suffix == ".tar.gz" else "w")
-    with pytest.raises(SourceError, match=r"tench/a.jpeg: does not lie in a folder named by the number"):
+    with pytest.raises(SourceError, match=r"tench/a.jpeg: is not in a folder named by the number"):
         open_source(f"imagenetv2:{path}")
 
 

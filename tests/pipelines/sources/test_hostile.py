@@ -92,7 +92,8 @@ def test_images_larger_than_they_may_be(tmp_path, monkeypatch):
     pq.write_table(pyarrow.table({"image": [bytes(1001), bytes(1000)], "label": [0, 1]}), path)
     monkeypatch.setattr("fastdeit.pipelines.sources.parquet.MAX_FILE", 1000)
     source = open_source(path)
-    with pytest.raises(SampleError, match=r"a\.parquet\[0\]: 1001 bytes, and an image has at most 1000\. Remove it"):
+    message = r"a\.parquet\[0\]: 1001 bytes, but an image may have at most 1000\. Remove it"
+    with pytest.raises(SampleError, match=message):
         source.read(0)
     assert source.read(1)[1] == 1
 

@@ -79,7 +79,7 @@ def test_what_is_no_image_file_is_not_read(folder):
     source = open_source(folder)
     with pytest.raises(SampleError, match=r"a\.jpg: is not a regular file"):
         source.read(0)
-    with pytest.raises(SampleError, match=r"b\.jpg: 268435457 bytes, and an image has at most 268435456"):
+    with pytest.raises(SampleError, match=r"b\.jpg: 268435457 bytes, but an image may have at most 268435456"):
         source.read(1)
     with pytest.raises(FileNotFoundError):
         source.read(2)
@@ -107,7 +107,7 @@ def test_mistaken_folders_are_named(folder, tmp_path):
         open_source(folder / "9")
     with pytest.raises(SourceError, match="nowhere: there is no such"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(SourceError, match="neither a folder nor a file whose name tells"):
+    with pytest.raises(SourceError, match="neither a folder nor a file whose name shows"):
         open_source(folder / "README")
 
 
@@ -261,8 +261,8 @@ def test_torchvision_files_are_taken_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("text", "split", "reason"),
     [
-        ("torchvision:CIFAR10:{}", None, "does not find or open it there"),
-        ("torchvision:SVHN:{}", "nosuch", "does not find or open it there"),
+        ("torchvision:CIFAR10:{}", None, "cannot find or open it there"),
+        ("torchvision:SVHN:{}", "nosuch", "cannot find or open it there"),
         ("torchvision:CIFAR10:{}", "val", "only train and test, not 'val'"),
         ("torchvision:CIFAR10:{}:test", "train", "names the split 'test', --split names 'train'"),
         ("torchvision:Cifar-10:{}", None, "no data set named 'Cifar-10'; did you mean .*CIFAR10"),
