@@ -56,6 +56,12 @@ def whole_float32():
     torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@pytest.fixture
+def device():
+    """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pytest_collection_modifyitems(items):
     """Skip what is marked `gpu` where there is none."""
     if not torch.cuda.is_available():

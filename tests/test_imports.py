@@ -59,35 +59,26 @@ def test_there_is_no_circle():
     assert len(order) > 100
 
 
+def imports(wrong):
+    """The imports for which `wrong(module, other)` holds."""
+    return [(module, other) for module, others in graph().items() for other in others if wrong(module, other)]
+
+
 def test_no_folder_imports_upward():
-    upward = [
-        f"{module} imports {other}"
-        for module, others in graph().items()
-        for other in others
-        if folder(module) and folder(other) and ORDER.index(folder(other)) > ORDER.index(folder(module))
-    ]
-    assert upward == []
+    def upward(module, other):
+        return folder(module) and folder(other) and ORDER.index(folder(other)) > ORDER.index(folder(module))
+
+    assert imports(upward) == []
 
 
 def test_data_code_knows_nothing_of_training():
-    beyond = [
-        f"{module} imports {other}"
-        for module, others in graph().items()
-        for other in others
-        if module.startswith(("fastdeit.kernels", "fastdeit.pipelines"))
-        and not other.startswith(("fastdeit.kernels", "fastdeit.pipelines"))
-    ]
-    assert beyond == []
+    data = ("fastdeit.kernels", "fastdeit.pipelines")
+    assert imports(lambda module, other: module.startswith(data) and not other.startswith(data)) == []
 
 
 def test_the_stages_do_not_know_each_other():
-    between = [
-        f"{module} imports {other}"
-        for module, others in graph().items()
-        for other in others
-        if {folder(module), folder(other)} == {"pipelines.host", "pipelines.device"}
-    ]
-    assert between == []
+    stages = {"pipelines.host", "pipelines.device"}
+    assert imports(lambda module, other: {folder(module), folder(other)} == stages) == []
 
 
 def test_optional_packages_are_imported_in_one_file_each():

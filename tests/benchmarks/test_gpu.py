@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from benchmarks.gpu import Step, pytest_status, run_benchmark, run_loaders, run_
 from benchmarks.kernels import benchmark as kernels
 from benchmarks.loaders import report as loader_report
 from benchmarks.throughput import benchmark as throughput
+from system import run_python
 
 ROOT = Path(__file__).parents[2]
 WHERE = {"date": "2026-01-01T10:20:30", "gpu": {"name": "NVIDIA H200"}, "cpu": "Some CPU"}
@@ -202,8 +201,7 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
         "assert all(m.__file__.startswith(sys.argv[1]) for m in (fastdeit, fastdeit.kernels, fastdeit.pipelines))\n"
         "gpu.main(['--help'])\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_python("-c", program, tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--minutes" in done.stdout
 
@@ -211,9 +209,8 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
 @pytest.mark.slow
 def test_a_package_that_is_not_there_is_told_in_a_sentence(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')\n")
-    command = [sys.executable, "-m", "benchmarks", "throughput"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python("-m", "benchmarks", "throughput", cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: No module named 'tyro'")
     assert "Traceback" not in done.stderr

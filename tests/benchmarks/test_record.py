@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
 from benchmarks import record
+from system import run_python
 
 
 def test_a_window_measures_a_known_rate():
@@ -51,9 +51,7 @@ def test_environment_is_json_and_agrees_with_git():
 def test_command_is_the_one_that_was_typed():
     code = "from benchmarks.record import environment; print(environment()['command'])"
     folder = record.RESULTS.parent.parent
-    out = subprocess.run(
-        [sys.executable, "-c", code, "--flag", "two words"], capture_output=True, text=True, cwd=folder
-    )
+    out = run_python("-c", code, "--flag", "two words", cwd=folder)
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip().endswith("--flag 'two words'")
 

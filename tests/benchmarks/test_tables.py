@@ -1,6 +1,7 @@
 """The tables show the latest figures of each machine, and nothing that was not measured."""
 
 import pytest
+from PIL import Image
 
 from benchmarks import tables
 from fastdeit.pipelines.errors import UserError
@@ -120,17 +121,25 @@ def test_soaks_have_a_table_of_their_own():
     assert "| threads grew |" in text
 
 
-def test_the_plot_of_loaders_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    from PIL import Image
+PLOTS = {
+    "loaders": [loader_record(n, {"fastdeit-ffcv-x3": 900.0 * n, "timm": 300.0}) for n in (1, 2)],
+    "throughput": [record("2026-01-01T00:00", 100.0, 150.0), record("2026-01-01T00:00", 9.0, 9.5, gpu=None)],
+}
 
-    path = tmp_path / "loaders.png"
-    with pytest.raises(UserError, match="no figure to draw"):
-        tables.plot_loaders([], path)
-    tables.plot_loaders([loader_record(n, {"fastdeit-ffcv-x3": 900.0 * n, "timm": 300.0}) for n in (1, 2)], path)
-    with Image.open(path) as picture:
-        assert picture.width > 1000
+
+@pytest.mark.parametrize(("kind", "width"), [("loaders", 1000), ("throughput", 600)])
+def test_the_plot_is_a_picture(tmp_path, kind, width):
+    pytest.importorskip("matplotlib")
+    plot = {"loaders": tables.plot_loaders, "throughput": tables.plot_throughput}[kind]
+    plot(PLOTS[kind], tmp_path / "figures.png")
+    with Image.open(tmp_path / "figures.png") as picture:
+        assert picture.width > width
         assert picture.convert("L").getextrema()[0] < 128
+
+
+def test_a_plot_without_figures_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no figure to draw"):
+        tables.plot_loaders([], tmp_path / "loaders.png")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path, capsys):
@@ -148,16 +157,3 @@ def test_an_older_record_has_its_pass_renamed(tmp_path):
     path = tmp_path / "kernels.jsonl"
     path.write_text('{"op": "augment", "pass": "finish"}\n')
     assert tables.read(path) == [{"op": "augment", "pass": "normalize_erase_mix"}]
-
-
-def test_the_plot_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    path = tmp_path / "figures.png"
-    tables.plot_throughput(
-        [record("2026-01-01T00:00", 100.0, 150.0), record("2026-01-01T00:00", 9.0, 9.5, gpu=None)], path
-    )
-    with Image.open(path) as picture:
-        assert picture.width > 600
-        assert picture.convert("L").getextrema()[0] < 128

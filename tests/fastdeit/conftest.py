@@ -103,9 +103,7 @@ def tiny(tiny_in, tmp_path):
 @pytest.fixture(scope="session")
 def teacher_checkpoint(data, tmp_path_factory):
     """A convnet teacher that the project trained on the small data set."""
-    from fastdeit.checkpoint import found
-    from fastdeit.distributed import world
-    from fastdeit.training.trainer import Trainer
+    from runs import newest, train
 
     replace = dataclasses.replace
     recipe = convnet_teacher()
@@ -119,9 +117,8 @@ def teacher_checkpoint(data, tmp_path_factory):
             recipe.run, epochs=3, global_batch=32, tensorboard=False, progress=False, device="cpu", output=folder
         ),
     ).resolved()
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
-    return found(folder / "checkpoints")[0]
+    train(recipe)
+    return newest(recipe)
 
 
 @pytest.fixture

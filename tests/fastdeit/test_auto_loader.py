@@ -13,9 +13,10 @@ from fastdeit.distributed import World, world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.choose import LOADERS
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from fastdeit.pipelines.loaders.turbo import find_turbo
 from fastdeit.teacher.labelling import label_run
 from fastdeit.training.trainer import Trainer
+from ordered import need_loader
+from runs import newest, train, trained
 
 
 @pytest.fixture
@@ -54,23 +55,9 @@ def test_a_resumed_run_may_choose_again_among_equal_pixels(tiny, fastest, events
     assert [e["loader"] for e in events(first.run.output, "start")] == ["one", "another"]
 
 
-def needs_turbo():
-    try:
-        find_turbo()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def with_loader(recipe, name, output=None):
     run = recipe.run if output is None else replace(recipe.run, output=recipe.run.output.with_name(output))
     return replace(recipe, data=replace(recipe.data, loader=name), run=run)
-
-
-def train(recipe):
-    """The newest checkpoint's path after a run in this process."""
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
-    return checkpoint.found(recipe.run.output / "checkpoints")[0]
 
 
 def rewritten(path, pixels):
@@ -84,7 +71,8 @@ def rewritten(path, pixels):
 def test_auto_goes_on_with_the_checkpoints_pixels(tiny, launch):
     pytest.importorskip("ffcv")
     first = tiny(data={"loader": "ffcv"}, run={"epochs": 1})
-    path = train(first)
+    train(first)
+    path = newest(first)
     process = launch(with_loader(first, "auto"))
     assert process.returncode == 0, process.err
     assert f"(among loaders with ffcv pixels, as used for the checkpoint {path})" in process.out
@@ -96,7 +84,8 @@ def test_auto_goes_on_with_the_checkpoints_pixels(tiny, launch):
 @pytest.mark.slow
 def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
     first = tiny(run={"epochs": 1})
-    path = train(first)
+    train(first)
+    path = newest(first)
     train(with_loader(first, "auto"))
     assert f"loaders with pillow pixels, as used for the checkpoint {path})" in capsys.readouterr().out
     for pixels in ("ffcv", "nvjpeg"):
@@ -112,11 +101,12 @@ def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
 
 @pytest.mark.slow
 def test_a_loader_of_equal_pixels_goes_on_with_the_same_bits(tiny, events):
-    needs_turbo()
+    need_loader("turbo")
     straight, changed = (with_loader(tiny(run={"epochs": 2}), "torch", name) for name in ("straight", "changed"))
-    expected = checkpoint.load(train(straight))
-    train(changed).unlink()  # the first epoch's is left
-    found = checkpoint.load(train(with_loader(changed, "turbo")))
+    expected = trained(straight)
+    train(changed)
+    newest(changed).unlink()  # the first epoch's is left
+    found = trained(with_loader(changed, "turbo"))
     assert [e["loader"] for e in events(changed.run.output, "start")] == ["torch", "turbo"]
     assert found["global_step"] == expected["global_step"] == 10
     assert all(torch.equal(found["model"][name], expected["model"][name]) for name in expected["model"])
@@ -124,7 +114,7 @@ def test_a_loader_of_equal_pixels_goes_on_with_the_same_bits(tiny, events):
 
 @pytest.mark.slow
 def test_stored_labels_serve_loaders_of_equal_pixels(tiny, teacher_checkpoint, launch, tmp_path):
-    needs_turbo()
+    need_loader("turbo")
     labels = tmp_path / "labels"
     teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": labels}
     recipe = tiny(objective={"distillation": "hard"}, teacher=teacher, data={"loader": "turbo"}, run={"epochs": 1})

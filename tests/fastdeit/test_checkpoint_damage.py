@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 import threading
 import zipfile
 
@@ -29,6 +27,8 @@ from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.resume import restore
 from fastdeit.training.resume_checks import check_position
 from fastdeit.training.trainer import Trainer
+from runs import newest
+from system import refusing, run_python
 
 
 def weights():
@@ -94,18 +94,10 @@ def pickled(value):
     return file.getvalue()
 
 
-def laughs(depth):
-    """Ten times ten times ten: a kilobyte that prints as a gigabyte."""
-    value = ["ha"] * 10
+def nested(value, depth, times=1):
+    """Lists in lists. Of ten times the same list each, a kilobyte prints as a gigabyte."""
     for _ in range(depth):
-        value = [value] * 10
-    return value
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
+        value = [value] * times
     return value
 
 
@@ -141,8 +133,8 @@ def make_hostile(folder):
         b"\x80\x02}X\x01\x00\x00\x00wc__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85Rs.",
     )
     zipped(add("lists", "data.pkl"), b"\x80\x02(" + b"]" * (17 << 20) + b"l.")
-    zipped(add("laughs", "counting repeats"), pickled({"model": laughs(9)}))
-    zipped(add("deep", "nested more than"), pickled({"model": nested(400)}))
+    zipped(add("laughs", "counting repeats"), pickled({"model": nested("ha", 10, times=10)}))
+    zipped(add("deep", "nested more than"), pickled({"model": nested([], 400)}))
     zipped(add("itself", "contains itself"), pickled({"model": itself()}))
     zipped(add("number", "64 bits|was not loaded"), pickled({"epoch": 10**30_000}))
     zipped(add("twice", "twice|damaged"), pickled({}), [("x/version", "3")])
@@ -175,9 +167,7 @@ def test_hostile_files_are_refused_without_memory_or_time(tmp_path):
     said = make_hostile(tmp_path)
     torch.save({"model": weights()}, tmp_path / "good.pt")
     names = [str(tmp_path / f"{name}.pt") for name in ("good", *said)]
-    done = subprocess.run(
-        [sys.executable, "-c", HOSTILE, *names], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_python("-c", HOSTILE, *names, timeout=120)
     assert done.returncode == 0, done.stderr
     found, grown = json.loads(done.stdout)
     for name, reason in said.items():
@@ -209,23 +199,16 @@ def test_the_usual_contents_still_load(tmp_path):
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES])
 def test_a_machine_that_cannot_read_calls_no_file_damaged(tmp_path, monkeypatch, number):
     checkpoint.save(tmp_path / "x.pt", {"model": weights()})
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fastdeit.checkpoint.open_regular", refuse)
+    monkeypatch.setattr("fastdeit.checkpoint.open_regular", refusing(number))
     with pytest.raises(MachineError, match=r"x\.pt: cannot be read: ") as caught:
         checkpoint.read_checkpoint(tmp_path / "x.pt")
     assert os.strerror(number) in str(caught.value)
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     path = tmp_path / "x.pt"
     checkpoint.save(path, {"model": weights()})
-    monkeypatch.setattr("os.fsync", refuse)
+    monkeypatch.setattr("os.fsync", refusing(errno.ENOSPC))
     with pytest.raises(MachineError, match=r"x\.pt: cannot be written: No space left on device: free space"):
         checkpoint.save(path, {"model": {}})
     assert same(checkpoint.read_checkpoint(path)["model"], weights())
@@ -255,32 +238,16 @@ EDITS = [
     (("effective", "steps per epoch"), "5", "steps per epoch"),
     (("model", "cls_token"), None, "'model' lacks 'cls_token'"),
     (("model", "extra"), lambda _: torch.zeros(1), "'model' has an unknown 'extra'"),
-    (
-        ("model", "norm.weight"),
-        lambda w: w.half(),
-        r"'model\.norm\.weight' is \(48,\) float16, but this run has",
-    ),
-    (
-        ("model", "head.bias"),
-        lambda w: w[:1],
-        r"'model\.head\.bias' is \(1,\) float32, but this run has \(4,\)",
-    ),
+    (("model", "norm.weight"), lambda w: w.half(), r"'model\.norm\.weight' is \(48,\) float16, but this run has"),
+    (("model", "head.bias"), lambda w: w[:1], r"'model\.head\.bias' is \(1,\) float32, but this run has \(4,\)"),
     (("model", "head.bias"), [0.0] * 4, r"'model\.head\.bias' is a list, not a tensor"),
     (("ema",), None, "'ema' is missing"),
     (("ema", "norm.weight"), lambda w: w[:1], r"'ema\.norm\.weight' is \(1,\) float32"),
     (("ema", "norm.weight"), None, r"'ema' lacks 'norm\.weight'"),
     (("optimizer", "state"), {}, r"'optimizer\.state\[0\] \(.*\)' is missing"),
     (("optimizer", "state", 3), None, r"'optimizer\.state\[3\] \(.*\)' is missing"),
-    (
-        ("optimizer", "state", 3, "exp_avg"),
-        lambda w: w.double(),
-        r"exp_avg' is .* float64, but this run has",
-    ),
-    (
-        ("optimizer", "state", 3, "exp_avg_sq"),
-        None,
-        "holds step, exp_avg, but this run's optimizer has",
-    ),
+    (("optimizer", "state", 3, "exp_avg"), lambda w: w.double(), r"exp_avg' is .* float64, but this run has"),
+    (("optimizer", "state", 3, "exp_avg_sq"), None, "holds step, exp_avg, but this run's optimizer has"),
     (("optimizer", "state", 3, "step"), lambda _: torch.tensor(1e6), r"step' is 1000000\.0 after 5 steps"),
     (("optimizer", "state", 3, "step"), lambda _: torch.tensor(float("nan")), "step' is nan after 5 steps"),
     (("optimizer", "param_groups"), lambda groups: groups[:1], "param_groups' lists other parameters"),
@@ -295,7 +262,7 @@ def test_edited_training_checkpoints_are_refused_by_field(tiny):
     recipe = tiny(run={"epochs": 1})
     with world("cpu") as joined:
         Trainer(recipe, joined).run()
-        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        path = newest(recipe)
         good = path.read_bytes()
         trainer = Trainer(recipe, joined)
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -414,7 +381,7 @@ def test_narrow_weights_are_announced_and_whole_numbers_refused(own, tiny):
     messages = load_weights(build_network(recipe.model, 4), {"model": half})
     assert messages == ["weights stored as float16 are converted to the network's own format"]
     half["norm.bias"] = half["norm.bias"].long()
-    with pytest.raises(UserError, match=r"norm\.bias is torch\.int64, (and )?this network has torch\.float32 there"):
+    with pytest.raises(UserError, match=r"norm\.bias is torch\.int64, but this network has torch\.float32 there"):
         load_weights(build_network(recipe.model, 4), {"model": half})
     assert path.name == "own.pt"
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.recipes import convnet_teacher
+from runs import final_state, newest
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_two_processes_equal_one(tiny, launch, events, teacher_checkpoint, tmp_p
         assert events(recipe.run.output, "start")[0]["world"] == processes
         losses.append([e["loss"] for e in lines])
         scores.append(events(recipe.run.output, "eval")[-1])
-        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
+        weights.append(final_state(recipe)["model"])
     assert len(losses[0]) == 10
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert scores[0]["images"] == scores[1]["images"] == 44
@@ -42,8 +42,7 @@ def test_a_convnet_is_scored_with_the_statistics_it_is_saved_with(tiny, launch, 
     process = launch(recipe, 2, torchrun=True)
     assert process.returncode == 0, process.err
     logged = events(recipe.run.output, "eval")[-1]
-    path = checkpoint.found(recipe.run.output / "checkpoints")[0]
-    options = Options(checkpoint=path, val=data / "val.beton", loader="torch", device="cpu", threads=1)
+    options = Options(checkpoint=newest(recipe), val=data / "val.beton", loader="torch", device="cpu", threads=1)
     found = evaluate_checkpoint(options)["model"]
     assert logged["images"] == found["images"] == 44
     assert logged["class"]["loss"] == pytest.approx(found["class"]["loss"], rel=1e-5)

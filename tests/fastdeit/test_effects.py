@@ -14,6 +14,7 @@ from fastdeit.effects import EFFECTS, fields, has_effect
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny
 from fastdeit.training.trainer import Trainer
+from runs import newest, trained
 
 
 def test_every_field_is_declared():
@@ -143,12 +144,8 @@ def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
         runs.append(tiny(deit_tiny, **{**sections, "run": run, "model": model}))
     for section, values in idle.items():
         assert not any(has_effect(runs[0], f"{section}.{name}") for name in values)
-    weights = []
-    for recipe in runs:
-        with world("cpu") as joined:
-            Trainer(recipe, joined).run()
-        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    plain, idle = (trained(recipe)["model"] for recipe in runs)
+    assert all(torch.equal(plain[name], idle[name]) for name in plain)
 
 
 def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
@@ -156,7 +153,7 @@ def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
     recipe = tiny(deit_tiny, run={"epochs": 1})
     with world("cpu") as joined:
         Trainer(recipe, joined).run()
-        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        path = newest(recipe)
         state = checkpoint.load(path)
         state["recipe"]["departures"]["finetune_mode"] = "eval"
         state["recipe"]["teacher"]["name"] = "resnet18"
@@ -164,7 +161,7 @@ def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
         Trainer(recipe, joined).run()
         fine = tiny(deit_tiny, model={"init": path}, run={"epochs": 1, "output": tmp_path / "fine"})
         Trainer(fine, joined).run()
-        path = checkpoint.found(fine.run.output / "checkpoints")[0]
+        path = newest(fine)
         state = checkpoint.load(path)
         state["recipe"]["departures"]["finetune_mode"] = "eval"
         torch.save(state, path)

@@ -4,8 +4,6 @@ import errno
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +18,7 @@ from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.sources import open_source
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.training.run_lock import RunLock
+from system import run_python
 
 SCRIPT = """
 import errno, os, sys
@@ -33,7 +32,7 @@ run(main)
 
 def end(error):
     """Exit status and standard error of a program that `error` ends."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(error=error)], capture_output=True, text=True)
+    done = run_python("-c", SCRIPT.format(error=error))
     return done.returncode, done.stderr
 
 

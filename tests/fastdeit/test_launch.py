@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from fastdeit.launch import check_launch
 from fastdeit.pipelines.errors import UserError
+from system import run_python
 
 
 @pytest.mark.parametrize(
@@ -88,8 +87,7 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
         "augment.color_jitter 0.5 has no effect": ["deit_tiny", *train, "--augment.color_jitter", "0.5"],
     }  # fmt: skip
     output = ["--run.output", str(tmp_path / "run")]
-    command = [sys.executable, "-c", MISTAKES, json.dumps([[*args, *output] for args in cases.values()])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", MISTAKES, json.dumps([[*args, *output] for args in cases.values()]), timeout=120)
     assert done.returncode == 0, done.stderr
     for wanted, found in zip(cases, json.loads(done.stdout), strict=True):
         assert wanted in found
@@ -97,8 +95,9 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
 
 
 def test_slurm_tasks_end_with_the_remedy(data):
-    command = [sys.executable, "-m", "fastdeit.train", "deit_tiny", "--data.train", str(data / "train.beton")]
     environ = {**os.environ, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+    done = run_python(
+        "-m", "fastdeit.train", "deit_tiny", "--data.train", data / "train.beton", env=environ, timeout=60
+    )
     assert done.returncode == 2
     assert "srun --ntasks-per-node=1 torchrun" in done.stderr

@@ -20,11 +20,11 @@ from fastdeit.model.fused import fuse
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.loaders.choose import FAST
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
 from fastdeit.stage_choice import choose_stage, image_dtype
 from fastdeit.training.trainer import Trainer
+from ordered import need_loader
 
 
 @pytest.fixture
@@ -272,11 +272,7 @@ def test_images_are_rounded_only_where_nothing_else_reads_them(tiny):
 @pytest.mark.parametrize("batch", [48, 32])
 def test_an_image_is_decoded_once_for_its_copies(opened, loader, batch):
     """Counted where every decoder gets its bytes. A batch of 32 leaves copies of its last image to the next."""
-    if loader in FAST:
-        try:
-            FAST[loader]()
-        except UserError as error:
-            pytest.skip(str(error))
+    need_loader(loader)
     data = opened(TrainingData, stage="host", loader=loader, run={"global_batch": batch, "eval_batch": 16})
     reads, read = [], data.loader.dataset.read
     data.loader.dataset.read = lambda index: reads.append(index) or read(index)

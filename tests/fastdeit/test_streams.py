@@ -39,12 +39,7 @@ def warnings(folder):
 def test_output_that_cannot_be_written_is_noted_in_the_log(tmp_path, how):
     command = (
         f'"{sys.executable}" -c "$CODE" "{tmp_path}" '
-        + {
-            "head": "| head -n 1",
-            "full": "> /dev/full",
-            "closed": ">&-",
-            "closed stderr": "2>&- > /dev/null",
-        }[how]
+        + {"head": "| head -n 1", "full": "> /dev/full", "closed": ">&-", "closed stderr": "2>&- > /dev/null"}[how]
     )
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],

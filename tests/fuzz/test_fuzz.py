@@ -6,13 +6,12 @@ FASTDEIT_FUZZ multiplies the size of the campaign; 65 is 10,000 images.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from benchmarks.record import RESULTS
+from system import run_python
 from tests.fuzz.containers import OUTPUTS, SOURCES
 from tests.fuzz.images import KINDS
 from tests.fuzz.process import in_child
@@ -25,7 +24,7 @@ FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 def run(*words, cwd=RESULTS.parents[1]):
     """Python in a process of its own, since it forks, which the threads of other tests forbid."""
     environment = {**os.environ, "PYTHONPATH": str(RESULTS.parents[1])}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=environment)
+    return run_python(*words, cwd=cwd, env=environment)
 
 
 @pytest.mark.slow

@@ -1,5 +1,25 @@
 """A loader and the order whose steps it decodes, as `fastdeit.data.Pipeline` takes them one after another."""
 
+import numpy as np
+import pytest
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.loaders.choose import FAST
+
+
+def need_loader(name):
+    """Skip the test, or the module, where what the loader needs is not installed."""
+    try:
+        FAST.get(name, lambda: None)()
+    except UserError as error:
+        pytest.skip(str(error), allow_module_level=True)
+
+
+def assert_images(batch, images):
+    """The images of `batch`, slot by slot, are `images`."""
+    for slot, image in enumerate(images):
+        np.testing.assert_array_equal(batch.image(slot), image)
+
 
 class Ordered:
     """Attributes are the loader's; a context manager that closes it.

@@ -5,6 +5,10 @@ import io
 import numpy as np
 from PIL import Image, ImageFilter
 
+# Of chroma in a JPEG, and options that PIL writes one with.
+SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
+KINDS = ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"optimize": True})
+
 
 def picture(seed=0, size=(48, 40), mode="RGB", blur=2):
     """Blurred noise of (width, height) pixels."""

@@ -1,5 +1,9 @@
 """Small data sets in both formats, and a source in memory."""
 
+import hashlib
+import json
+from functools import partial
+
 import numpy as np
 
 from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
@@ -17,20 +21,28 @@ def stored(image, mode=JPEG):
     return (jpeg(image) if mode == JPEG else image.tobytes()), image.size, mode
 
 
-def write(path, samples, labels=None):
+def write(path, samples, labels=None, **options):
     """A data set of (bytes, (width, height)[, mode]) samples: a beton file by its suffix, else a folder of shards.
 
-    The mode is JPEG and labels count up unless given. Returns the open data set.
+    The mode is JPEG and labels count up unless given; `options` go to the writer. Returns the open data set.
     """
     labels = range(len(samples)) if labels is None else labels
-    beton = path.suffix == ".beton"
-    with BetonWriter(path, len(samples), page_size=MIN_PAGE) if beton else ShardWriter(path, len(samples)) as writer:
+    kind = partial(BetonWriter, page_size=MIN_PAGE) if path.suffix == ".beton" else ShardWriter
+    with kind(path, len(samples), **options) as writer:
         for sample, label in zip(samples, labels, strict=True):
             data, (width, height), mode = (*sample, JPEG)[:3]
             writer.add(data, height=height, width=width, label=label, mode=mode)
         names = [f"class {i}" for i in range(max(labels) + 1)]
         writer.finish(class_names=names, source={}, options={}, counts={})
     return open_dataset(path)
+
+
+def add_all(writer, dataset):
+    """Add every sample of an open data set."""
+    for i in range(len(dataset)):
+        sides = {"height": int(dataset.height[i]), "width": int(dataset.width[i])}
+        mode = JPEG if dataset.is_jpeg(i) else RAW
+        writer.add(dataset.read(i).tobytes(), label=int(dataset.label[i]), mode=mode, **sides)
 
 
 def make_samples(count):
@@ -53,9 +65,43 @@ def write_shards(path, samples, *, capacity=None, **options):
     return path
 
 
+def image_folder(root, files, classes):
+    """A folder of classes: file `i` (bytes) is `class{i % classes}/{i:02d}.jpg`."""
+    for i, data in enumerate(files):
+        path = root / f"class{i % classes}" / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
 def files(folder):
     """The bytes of every file below `folder`, by its relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def reseal(sidecar, **changes):
+    """Change a sidecar and make its seal fit, as somebody with bad intentions would."""
+    described = {**json.loads(sidecar.read_text()), **changes}
+    described.pop("seal")
+    canonical = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    sidecar.write_text(json.dumps({**described, "seal": hashlib.sha256(canonical.encode()).hexdigest()}))
+
+
+class Hooked:
+    """A data set that calls `hook` with every index before that is read."""
+
+    def __init__(self, dataset, hook=lambda index: None):
+        self.dataset, self.hook = dataset, hook
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def read(self, index):
+        self.hook(index)
+        return self.dataset.read(index)
 
 
 class Items:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-
-@pytest.fixture
-def device():
-    """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from operators import results
 
 
 @pytest.fixture
@@ -47,5 +43,29 @@ def at_most_twice():
         for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
             mine, judge = (norm(t.double() - exact).item() / size for t in (ours, pytorch))
             assert mine <= max(times * judge, floor), f"{name}: error {mine:.2e}, PyTorch's own {judge:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def equals_pytorch(at_most_twice):
+    """Fails where outputs or gradients of `ours` are further from float64 than `at_most_twice` lets them be.
+
+    names  of the outputs and of the arguments that have gradients
+    Returns our outputs and gradients.
+    """
+
+    def check(ours, pytorch, arguments, names):
+        exact = [a.detach().double().requires_grad_() if a is not None and a.requires_grad else a for a in arguments]
+        outputs = pytorch(*exact)
+        generator = torch.Generator().manual_seed(9)
+        weights = [  # numbers that every dtype has
+            torch.randn(output.shape, generator=generator).bfloat16().float().to(output.device)
+            for output in (outputs if isinstance(outputs, tuple) else (outputs,))
+        ]
+        sides = [results(f, a, weights) for f, a in ((ours, arguments), (pytorch, arguments), (pytorch, exact))]
+        for name, mine, judge, truth in zip(names, *sides, strict=True):
+            at_most_twice(mine, judge, truth, name)
+        return sides[0]
 
     return check

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastdeit.kernels import attention as module
 from fastdeit.kernels.attention import attention
+from operators import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,68 +27,54 @@ def packed(device, batch, tokens, heads, head_dim, dtype, scale=1.0, seed=0):
     return (torch.randn(batch, tokens, 3, heads, head_dim, generator=generator) * scale).to(device, dtype)
 
 
-def compare(at_most_twice, qkv):
-    qkv = qkv.detach().requires_grad_()
-    exact = qkv.detach().double().requires_grad_()
-    # Numbers that every dtype has.
-    weights = (
-        torch.randn(by_pytorch(exact).shape, generator=torch.Generator().manual_seed(9))
-        .bfloat16()
-        .float()
-        .to(qkv.device)
-    )
-    results = []
-    for function, argument in ((attention, qkv), (by_pytorch, qkv), (by_pytorch, exact)):
-        out = function(argument)
-        results.append((out, *torch.autograd.grad(out, argument, weights.to(out.dtype))))
-    for name, ours, pytorch, truth in zip(("out", "gradient"), *results, strict=True):
-        at_most_twice(ours, pytorch, truth, name)
-        assert ours.is_contiguous()
+def compare(equals_pytorch, qkv):
+    ours = equals_pytorch(attention, by_pytorch, [qkv.detach().requires_grad_()], ("out", "gradient"))
+    assert all(tensor.is_contiguous() for tensor in ours)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 64, 65, 197, 198])
-def test_equals_pytorch_at_lengths(device, at_most_twice, tokens, dtype):
-    compare(at_most_twice, packed(device, 1, tokens, 1, 64, dtype))
+def test_equals_pytorch_at_lengths(device, equals_pytorch, tokens, dtype):
+    compare(equals_pytorch, packed(device, 1, tokens, 1, 64, dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [207, 208, 209, 256, 257, 577, 578])
-def test_equals_pytorch_where_another_launch_begins(device, at_most_twice, tokens):
-    compare(at_most_twice, packed(device, 1, tokens, 1, 32, torch.float16))
+def test_equals_pytorch_where_another_launch_begins(device, equals_pytorch, tokens):
+    compare(equals_pytorch, packed(device, 1, tokens, 1, 32, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96), (1, 128), (16, 16), (1, 40)])
-def test_equals_pytorch_at_heads(device, at_most_twice, heads, head_dim, dtype):
-    compare(at_most_twice, packed(device, 2 if heads < 16 else 1, 21, heads, head_dim, dtype))
+def test_equals_pytorch_at_heads(device, equals_pytorch, heads, head_dim, dtype):
+    compare(equals_pytorch, packed(device, 2 if heads < 16 else 1, 21, heads, head_dim, dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 32), (8, 96), (6, 128)])
-def test_equals_pytorch_at_full_size(device, at_most_twice, tokens, heads, head_dim, dtype):
-    compare(at_most_twice, packed(device, 8, tokens, heads, head_dim, dtype))
+def test_equals_pytorch_at_full_size(device, equals_pytorch, tokens, heads, head_dim, dtype):
+    compare(equals_pytorch, packed(device, 8, tokens, heads, head_dim, dtype))
 
 
-def test_reads_strided_views_and_nothing_beside_them(device, at_most_twice):
+def test_reads_strided_views_and_nothing_beside_them(device, equals_pytorch):
     tokens, heads, head_dim = 19, 2, 32
     spaced = torch.full((2, 2 * tokens, 3, heads + 1, head_dim + 8), float("nan"), device=device, dtype=torch.float16)
     view = spaced[:, ::2, :, 1:, :head_dim]
     view.copy_(packed(device, 2, tokens, heads, head_dim, torch.float16))
-    compare(at_most_twice, view)
+    compare(equals_pytorch, view)
     # Channels of a head apart: copied.
-    compare(at_most_twice, packed(device, 2, tokens, heads, head_dim, torch.float16).mT.contiguous().mT)
+    compare(equals_pytorch, packed(device, 2, tokens, heads, head_dim, torch.float16).mT.contiguous().mT)
 
 
-def test_large_scores_neither_overflow_nor_vanish(device, at_most_twice):
+def test_large_scores_neither_overflow_nor_vanish(device, equals_pytorch):
     for sign in (1.0, -1.0):
         qkv = packed(device, 1, 37, 1, 64, torch.float32, scale=5.0)
         qkv[:, :, 0] = qkv[:, :, 0].abs()
         qkv[:, :, 1] = qkv[:, :, 1].abs() * sign
-        compare(at_most_twice, qkv)
+        compare(equals_pytorch, qkv)
         half = attention(qkv.half().requires_grad_())
         half.sum().backward()
         assert torch.isfinite(half).all()
@@ -109,8 +96,7 @@ def test_is_repeatable_to_the_bit(device, on_gpu, tokens, dtype):
         out = attention(qkv)
         return out, *torch.autograd.grad(out.square().sum(), qkv)
 
-    for a, b in zip(once(), once(), strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(once(), once())
 
 
 @pytest.mark.slow

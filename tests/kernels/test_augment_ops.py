@@ -68,10 +68,7 @@ def ours(device, images, steps):
 
 def by_timm(image, code, cubic, numbers):
     number = numbers[0] if numbers else 0.0
-    geometric = {
-        "fillcolor": FILL,
-        "resample": Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR,
-    }
+    geometric = {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR}
     if code == ops.POSTERIZE:
         return timm.posterize(image, int(number)) if number else Image.new("RGB", image.size)
     if code == ops.AFFINE:

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 
 from fastdeit.kernels import bias_gelu as module
 from fastdeit.kernels.bias_gelu import bias_gelu
+from operators import assert_same_bits, results
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+
+NAMES = ("out", "x", "bias")
 
 
 def by_pytorch(x, bias):
@@ -22,34 +25,16 @@ def inputs(device, shape, dtype, seed=0):
     return x.to(device, dtype).requires_grad_(), bias.to(device, dtype).requires_grad_()
 
 
-def results(function, arguments, weights):
-    out = function(*arguments)
-    return [out, *torch.autograd.grad(out, arguments, weights.to(out.dtype))]
-
-
-def compare(at_most_twice, arguments):
-    exact = [a.detach().double().requires_grad_() for a in arguments]
-    weights = (
-        torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(9))
-        .bfloat16()
-        .float()
-        .to(arguments[0].device)
-    )
-    sides = (results(f, a, weights) for f, a in ((bias_gelu, arguments), (by_pytorch, arguments), (by_pytorch, exact)))
-    for name, mine, judge, truth in zip(("out", "x", "bias"), *sides, strict=True):
-        at_most_twice(mine, judge, truth, name)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 64), (1, 300), (5, 3), (260, 8), (0, 4, 8)])
-def test_equals_pytorch(device, at_most_twice, shape, dtype):
-    compare(at_most_twice, inputs(device, shape, dtype))
+def test_equals_pytorch(device, equals_pytorch, shape, dtype):
+    equals_pytorch(bias_gelu, by_pytorch, inputs(device, shape, dtype), NAMES)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [768, 1536, 3072])
-def test_equals_pytorch_at_full_size(device, at_most_twice, width):
-    compare(at_most_twice, inputs(device, (256, 197, width), torch.bfloat16))
+def test_equals_pytorch_at_full_size(device, equals_pytorch, width):
+    equals_pytorch(bias_gelu, by_pytorch, inputs(device, (256, 197, width), torch.bfloat16), NAMES)
 
 
 def test_far_from_zero(device):
@@ -78,29 +63,26 @@ def test_every_number_of_half_precision(device, dtype):
         assert ((mine.double() - truth).abs() <= truth.abs() * (rounding + 1e-6) + 1e-7).all()
 
 
-def test_strided_inputs(device, at_most_twice):
+def test_strided_inputs(device, equals_pytorch):
     x, bias = inputs(device, (4, 12), torch.float32)
-    compare(
-        at_most_twice, (x.detach().T.contiguous().T.requires_grad_(), bias.detach().repeat(2)[::2].requires_grad_())
-    )
+    strided = x.detach().T.contiguous().T.requires_grad_(), bias.detach().repeat(2)[::2].requires_grad_()
+    equals_pytorch(bias_gelu, by_pytorch, strided, NAMES)
 
 
 @pytest.mark.slow
 def test_is_repeatable_to_the_bit(device):
     arguments = inputs(device, (520, 16), torch.float32)
-    weights = torch.randn(520, 16, device=device)
-    for a, b in zip(*(results(bias_gelu, arguments, weights) for _ in range(2)), strict=True):
-        assert torch.equal(a, b)
+    weights = torch.randn(1, 520, 16, device=device)
+    assert_same_bits(*(results(bias_gelu, arguments, weights) for _ in range(2)))
 
 
 @pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     arguments = inputs(device, (3, 16), torch.float32)
     torch.library.opcheck(module._op, arguments)
-    weights = torch.randn(3, 16, device=device)
+    weights = torch.randn(1, 3, 16, device=device)
     whole = torch.compile(bias_gelu, fullgraph=True, backend="aot_eager")
-    for a, b in zip(results(whole, arguments, weights), results(bias_gelu, arguments, weights), strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(results(whole, arguments, weights), results(bias_gelu, arguments, weights))
 
 
 def test_another_width_is_refused(device):

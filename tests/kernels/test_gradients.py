@@ -136,14 +136,15 @@ def test_no_two_gradients_share_memory(op, device):
         assert (argument.grad == place).all(), f"the gradient of argument {place} changed with another"
 
 
+def backward(function, arguments, passes=2):
+    for _ in range(passes):
+        loss_of(function(*arguments)).backward()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", [2, 3])
 def test_backward_passes_add_up(op, device, passes):
-    def use(function, arguments):
-        for _ in range(passes):
-            loss_of(function(*arguments)).backward()
-
-    both(op, device, use)
+    both(op, device, lambda function, arguments: backward(function, arguments, passes))
 
 
 def test_one_graph_backward_twice(op, device):
@@ -157,8 +158,7 @@ def test_one_graph_backward_twice(op, device):
 
 def test_clipping_after_two_passes(op, device):
     def use(function, arguments):
-        for _ in range(2):
-            loss_of(function(*arguments)).backward()
+        backward(function, arguments)
         torch.nn.utils.clip_grad_norm_(arguments, 0.5)
 
     both(op, device, use)
@@ -186,8 +186,7 @@ def test_hooks_on_gradients(op, device):
         for argument in arguments[1:]:
             argument.register_hook(lambda grad: grad.mul_(2))
         arguments[-1].register_post_accumulate_grad_hook(forget)
-        for _ in range(2):
-            loss_of(function(*arguments)).backward()
+        backward(function, arguments)
 
     both(op, device, use)
 
@@ -200,8 +199,7 @@ def test_frozen_arguments(op, device):
         def use(function, arguments, frozen=frozen):
             for place in frozen:
                 arguments[place].requires_grad_(False)
-            for _ in range(2):
-                loss_of(function(*arguments)).backward()
+            backward(function, arguments)
 
         both(op, device, use)
 
@@ -214,8 +212,7 @@ def test_tied_arguments(op, device):
 
         def use(function, arguments, first=first, second=second):
             arguments[second] = arguments[first]
-            for _ in range(2):
-                loss_of(function(*arguments)).backward()
+            backward(function, arguments)
 
         both(op, device, use)
 

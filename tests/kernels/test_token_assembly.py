@@ -8,6 +8,7 @@ from timm.layers import PatchEmbed
 
 from fastdeit.kernels import token_assembly
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
+from operators import assert_same_bits, results
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -33,40 +34,23 @@ def by_pytorch(patches, cls_token, dist_token, pos_embed, bias):
     return torch.cat([*tokens, patches], 1) + pos_embed
 
 
-def results(function, arguments, weights):
-    """Output and gradients of the arguments."""
-    out = function(*arguments)
-    leaves = [a for a in arguments if a is not None]
-    return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
-
-
-def compare(device, at_most_twice, arguments, function=assemble_tokens):
-    exact = [None if a is None else a.detach().double().requires_grad_() for a in arguments]
-    # Numbers that every dtype has.
-    weights = (
-        torch.randn(by_pytorch(*exact).shape, generator=torch.Generator().manual_seed(9)).bfloat16().float().to(device)
-    )
-    names = [
-        "out",
-        *[n for n, a in zip(("patches", "cls", "dist", "pos", "bias"), arguments, strict=True) if a is not None],
-    ]
-    sides = (results(function, arguments, weights), results(by_pytorch, arguments, weights))
-    for name, ours, pytorch, truth in zip(names, *sides, results(by_pytorch, exact, weights), strict=True):
-        at_most_twice(ours, pytorch, truth, name)
+def compare(equals_pytorch, arguments):
+    names = [n for n, a in zip(("patches", "cls", "dist", "pos", "bias"), arguments, strict=True) if a is not None]
+    equals_pytorch(assemble_tokens, by_pytorch, arguments, ["out", *names])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("prefix", "bias"), [(1, False), (2, True)])
 @pytest.mark.parametrize(("batch", "patches", "width"), [(3, 4, 64), (2, 5, 200), (1, 1, 1), (70, 2, 32)])
-def test_equals_pytorch(device, at_most_twice, batch, patches, width, prefix, bias, dtype):
-    compare(device, at_most_twice, inputs(device, batch, patches, width, prefix, bias, dtype))
+def test_equals_pytorch(device, equals_pytorch, batch, patches, width, prefix, bias, dtype):
+    compare(equals_pytorch, inputs(device, batch, patches, width, prefix, bias, dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [192, 384, 768])
 @pytest.mark.parametrize("patches", [196, 576])
-def test_equals_pytorch_at_full_size(device, at_most_twice, patches, width):
-    compare(device, at_most_twice, inputs(device, 256, patches, width, 2, True, torch.bfloat16))
+def test_equals_pytorch_at_full_size(device, equals_pytorch, patches, width):
+    compare(equals_pytorch, inputs(device, 256, patches, width, 2, True, torch.bfloat16))
 
 
 def test_mixed_dtypes_give_the_wider(device):
@@ -80,19 +64,19 @@ def test_mixed_dtypes_give_the_wider(device):
     assert cls_token.grad.dtype is torch.float32
 
 
-def test_reads_a_convolution_output_where_it_lies(device, at_most_twice):
+def test_reads_a_convolution_output_where_it_lies(device, equals_pytorch):
     storage = torch.full((2, 24, 3, 8), float("nan"), device=device)
     storage[..., :3] = torch.randn(2, 24, 3, 3, device=device)
     arguments = list(inputs(device, 2, 9, 24, 1, True, torch.float32))
     view = storage[..., :3].flatten(2).transpose(1, 2)
     assert not view.is_contiguous()
     arguments[0] = view.requires_grad_()
-    compare(device, at_most_twice, arguments)
+    compare(equals_pytorch, arguments)
     apart = list(inputs(device, 2, 9, 48, 1, True, torch.float32))
     spaced = torch.full((2, 18, 96), float("nan"), device=device)
     spaced[:, ::2, ::2] = apart[0].detach()
     apart[0] = spaced[:, ::2, ::2].requires_grad_()
-    compare(device, at_most_twice, apart)
+    compare(equals_pytorch, apart)
 
 
 def test_an_empty_batch_has_gradients(device):
@@ -107,9 +91,8 @@ def test_an_empty_batch_has_gradients(device):
 @pytest.mark.slow
 def test_is_repeatable_to_the_bit(device):
     arguments = inputs(device, 130, 3, 40, 2, True, torch.float32)
-    weights = torch.randn(130, 5, 40, device=device)
-    for a, b in zip(*(results(assemble_tokens, arguments, weights) for _ in range(2)), strict=True):
-        assert torch.equal(a, b)
+    weights = torch.randn(1, 130, 5, 40, device=device)
+    assert_same_bits(*(results(assemble_tokens, arguments, weights) for _ in range(2)))
 
 
 def test_equals_timm_from_patches(device):
@@ -126,10 +109,9 @@ def test_opcheck_and_compile_without_a_graph_break(device):
     patches, cls_token, dist_token, pos_embed, bias = arguments = inputs(device, 2, 3, 16, 2, True, torch.float32)
     torch.library.opcheck(token_assembly._op, (patches, bias, cls_token, dist_token, pos_embed))
     torch.library.opcheck(token_assembly._op, (patches, None, cls_token, None, pos_embed[:, 1:]))
-    weights = torch.randn(2, 5, 16, device=device)
+    weights = torch.randn(1, 2, 5, 16, device=device)
     whole = torch.compile(assemble_tokens, fullgraph=True, backend="aot_eager")
-    for a, b in zip(results(whole, arguments, weights), results(assemble_tokens, arguments, weights), strict=True):
-        assert torch.equal(a, b)
+    assert_same_bits(results(whole, arguments, weights), results(assemble_tokens, arguments, weights))
 
 
 def test_what_does_not_fit_is_refused(device):

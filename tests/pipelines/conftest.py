@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,9 @@ RANGES = {
     "Posterize": (0, 8),
     "Solarize": (0, 256),
     "SolarizeAdd": (0, 128),
-    "Color": (0.0, 1.9),
-    "Contrast": (0.0, 1.9),
-    "Brightness": (0.0, 1.9),
-    "Sharpness": (0.0, 1.9),
-    "ShearX": (-0.3, 0.3),
-    "ShearY": (-0.3, 0.3),
-    "TranslateXRel": (-0.45, 0.45),
-    "TranslateYRel": (-0.45, 0.45),
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), (0.0, 1.9)),
+    **dict.fromkeys(("ShearX", "ShearY"), (-0.3, 0.3)),
+    **dict.fromkeys(("TranslateXRel", "TranslateYRel"), (-0.45, 0.45)),
     "GaussianBlur": (0.0, 3.0),
 }
 
@@ -125,6 +121,18 @@ def make_decoded() -> Callable[..., DecodedBatch]:
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., Plan]:
     return _make_plan
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., tuple[DecodedBatch, Plan]]:
+    """Function: `samples` decoded images of `sizes`, and a plan for them at an image size."""
+
+    def draw(seed: int, sizes: list[tuple[int, int]], samples: int, size: int, **options: Any):
+        rng = np.random.default_rng(seed)
+        decoded = _make_decoded(rng, sizes, samples)
+        return decoded, _make_plan(rng, decoded, size, **options)
+
+    return draw
 
 
 @pytest.fixture(scope="session")

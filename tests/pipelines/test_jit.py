@@ -6,20 +6,19 @@ import errno
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from numba.core import caching
 
 from fastdeit.pipelines import jit
+from system import refusing, run_python
 
 
 def run(folder: Path) -> tuple[int, int]:
     """The value that the compiled function returns, and how many compilations it took from the cache."""
     program = "from package.outer import outer; print(outer(1), sum(outer.stats.cache_hits.values()))"
-    out = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+    out = run_python("-c", program, cwd=folder, check=True)
     value, hits = out.stdout.split()
     return int(value), int(hits)
 
@@ -97,8 +96,7 @@ def read_only(tmp_path_factory):
 
 def contained(root: Path, temporary: Path) -> list[str]:
     # Not through PYTHONPATH, by which the code under test would be found before the copy.
-    command = [sys.executable, "-c", CONTAINER, str(root), str(temporary)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env={"PATH": os.defpath})
+    done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath})
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -149,16 +147,13 @@ def test_a_cache_that_others_could_fill_is_not_used(tmp_path, monkeypatch, trap)
 
 
 def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     file = tmp_path / "full.py"
     file.write_text("def triple(x):\n    return 3 * x\n")
     spec = importlib.util.spec_from_file_location("full", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     function = jit.cached(nogil=True)(module.triple)
-    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", refuse)
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", refusing(errno.ENOSPC))
     jit._say_once.cache_clear()
     with pytest.warns(UserWarning, match=r"cannot be kept in .*No space left on device.*NUMBA_CACHE_DIR"):
         assert function(2) == 6

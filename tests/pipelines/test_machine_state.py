@@ -1,11 +1,10 @@
 """What the machine refuses is named as that, and changes nothing of what is read. Judge: the operating system."""
 
 import errno
+import functools
 import os
 import resource
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +30,8 @@ from fastdeit.pipelines.loaders.choose import choose_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
+from system import refusing, run_python
+from tiny_datasets import Items
 
 COUNT = 120
 
@@ -98,13 +99,8 @@ assert verify(path, progress=False).ok
 
 @pytest.mark.slow
 def test_few_open_files_are_enough_for_many_shards(shards, pixels, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FEW_FILES, str(shards), str(tmp_path / "seen.npy")],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
-    )
+    few_files = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
+    done = run_python("-c", FEW_FILES, shards, tmp_path / "seen.npy", preexec_fn=few_files)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), pixels)
 
@@ -159,11 +155,7 @@ def test_without_any_file_to_open_the_limit_is_named(shards):
 @pytest.mark.parametrize("kind", ["beton", "shards"])
 def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind):
     with open_dataset(beton if kind == "beton" else shards) as dataset:
-
-        def refuse(*_):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(open_file.os, "preadv", refuse)
+        monkeypatch.setattr(open_file.os, "preadv", refusing(number))
         with pytest.raises(MachineError, match=r"(x\.beton|shard-000002\.tar), sample 2: cannot be read: ") as caught:
             dataset.read(2)
         assert os.strerror(number) in str(caught.value)
@@ -189,41 +181,24 @@ def test_a_mount_that_vanishes(shards, tmp_path):
             os.rename(moved, shards)
 
 
-class Source:
-    """Images in files, of which one is on a disk that fails."""
-
-    in_memory, class_names = True, None
-
-    def __init__(self, number):
-        self.number = number
-
-    def __len__(self):
-        return 3
-
-    def name(self, index):
-        return f"{index}.jpg"
-
-    def read(self, index):
-        if index == 1:
-            raise OSError(self.number, os.strerror(self.number))
-        return Image.new("RGB", (8, 8)), 0, self.name(index)
+def failing_source(number):
+    """Three images, of which the second is on a disk that fails."""
+    image = Image.new("RGB", (8, 8))
+    return Items([image, OSError(number, os.strerror(number)), image], class_names=None)
 
 
 def test_a_conversion_leaves_out_no_image_for_the_machine():
     for number in (errno.EMFILE, errno.EIO, errno.ESTALE):
-        samples = encoded(Source(number), range(3), Encoding())
+        samples = encoded(failing_source(number), range(3), Encoding())
         next(samples)
-        with pytest.raises(MachineError, match=r"1\.jpg, sample 1: cannot be read: "):
+        with pytest.raises(MachineError, match=r"item 1, sample 1: cannot be read: "):
             next(samples)
-    assert type(list(encoded(Source(errno.EACCES), range(3), Encoding()))[1]).__name__ == "Reject"
+    assert type(list(encoded(failing_source(errno.EACCES), range(3), Encoding()))[1]).__name__ == "Reject"
 
 
 def test_no_room_in_shared_memory(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
-    source = Source(errno.EIO)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refusing(errno.ENOSPC))
+    source = failing_source(errno.EIO)
     source.in_memory = False
     with pytest.raises(MachineError, match=r"2 workers cannot be started .*/dev/shm"):
         next(encoded(source, range(3), Encoding(), 2))
@@ -290,9 +265,7 @@ def test_a_file_of_holes_takes_no_memory(beton, shards, tmp_path, kind):
             size = file.tell() + count * SAMPLE.itemsize
     holes = {"beton": beton, "shards": path / "samples.npy", "sidecar": sidecar_path(beton)}[kind]
     os.truncate(holes, size)
-    done = subprocess.run(
-        [sys.executable, "-c", SPARSE, str(path)], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = run_python("-c", SPARSE, path, check=True, timeout=60)
     message, grown = done.stdout.strip().splitlines()
     assert message.startswith({"beton": "BetonError", "shards": "ShardError", "sidecar": "SidecarError"}[kind])
     assert int(grown) < 200  # MiB

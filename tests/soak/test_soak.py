@@ -4,8 +4,6 @@ import json
 import mmap
 import os
 import re
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -16,19 +14,16 @@ from scipy import stats
 from benchmarks.record import RESULTS
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
+from pictures import jpeg, picture
+from system import run_python
 from tests.soak import campaign
 from tests.soak.campaign import MAX_SLOPE, Options, Sample, Verdict, judge, robust_slope
+from tiny_datasets import image_folder
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(32):
-        folder = root / f"class{i % 2}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i:03d}.jpg")
-    return root
+    return image_folder(tmp_path_factory.mktemp("photos"), [jpeg(picture(i, (50, 40))) for i in range(32)], 2)
 
 
 SHORT = {"loader": "torch", "batch": 16, "threads": 2, "img_size": 32, "sample_seconds": 0.1}
@@ -40,8 +35,7 @@ def test_the_pipeline_is_flat_and_recorded(photos, tmp_path):
     results, picture = tmp_path / "soak.jsonl", tmp_path / "soak.png"
     options = {**SHORT, "minutes": 12 / 60, "photos": photos, "results": results, "plot": picture}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "tests.soak", *words]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1])
+    out = run_python("-m", "tests.soak", *words, cwd=RESULTS.parents[1])
     assert out.returncode == 0, out.stdout + out.stderr
     record = json.loads(results.read_text())
     assert record["passed"]

@@ -1,36 +1,19 @@
 """Every converter writes all of the photographs, and one that cannot is named."""
 
 import json
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
-from PIL import Image, ImageFilter
 
 from benchmarks.convert import benchmark as convert
 from fastdeit.pipelines.errors import UserError
+from pictures import jpeg, picture
+from tiny_datasets import image_folder
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    for i in range(8):
-        noise = Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 80, 3), dtype=np.uint8))
-        path = root / f"class{i % 2}" / f"{i}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        noise.filter(ImageFilter.GaussianBlur(2)).save(path)
-    return root
-
-
-def broken(tree, dest, workers):
-    raise OSError("no such luck")
-
-
-def lazy(tree, dest, workers):
-    return 3
-
-
-def absent(tree, dest, workers):
-    raise ImportError("No module named 'nothing'")
+    return image_folder(tmp_path_factory.mktemp("photos"), [jpeg(picture(i, (80, 60))) for i in range(8)], 2)
 
 
 @pytest.mark.slow
@@ -38,7 +21,11 @@ def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, c
     pytest.importorskip("ffcv")
     pytest.importorskip("webdataset")
     pytest.importorskip("wds2idx", reason="a module that DALI installs")
-    own = {"broken": broken, "lazy": lazy, "absent": absent}
+    own = {
+        "broken": Mock(side_effect=OSError("no such luck")),
+        "lazy": Mock(return_value=3),
+        "absent": Mock(side_effect=ImportError("No module named 'nothing'")),
+    }
     monkeypatch.setattr(
         convert, "CONVERTERS", {**convert.CONVERTERS, **{n: convert.Converter("none", f) for n, f in own.items()}}
     )
@@ -54,10 +41,7 @@ def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, c
     total = record["images"] * record["mean_bytes"] / 1e6
     assert total <= record["sides"]["webdataset+wds2idx"]["megabytes"] + 0.1
     assert record["images"] == 70
-    assert record["failed"] == {
-        "broken": "OSError: no such luck",
-        "lazy": "RuntimeError: 3 of 64 images were written",
-    }
+    assert record["failed"] == {"broken": "OSError: no such luck", "lazy": "RuntimeError: 3 of 64 images were written"}
     assert "No module named 'nothing': pip install" in record["missing"]["absent"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in convert.CONVERTERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,11 +27,6 @@ def by_the_clock(call):
 
 def no_graph(call):
     return None
-
-
-@pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.slow
@@ -65,14 +61,10 @@ def test_our_passes_are_held_against_the_floor_without_their_launches(job, devic
 
 @pytest.mark.slow
 def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, device, monkeypatch):
-    def broken(peers, job, images):
-        raise AttributeError("module 'kornia' has no attribute 'auto'\nsome more")
-
-    def silent(*_):
-        raise AssertionError
-
-    monkeypatch.setattr(augment, "_add_kornia", broken)
-    monkeypatch.setattr(augment.v2.RandAugment, "forward", silent)
+    monkeypatch.setattr(
+        augment, "_add_kornia", Mock(side_effect=AttributeError("module 'kornia' has no attribute 'auto'\nsome more"))
+    )
+    monkeypatch.setattr(augment.v2.RandAugment, "forward", Mock(side_effect=AssertionError))
     records = {record["pass"]: record for record in measure(job, device, by_the_clock, no_graph, 1e9)}
     assert records["augment"]["failed"]["kornia"] == "AttributeError: module 'kornia' has no attribute 'auto'"
     assert records["augment"]["failed"]["torchvision, one draw a batch"] == "AssertionError"

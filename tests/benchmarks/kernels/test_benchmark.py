@@ -20,11 +20,6 @@ PASSES = ("resize", "operations", "normalize_erase_mix", "augment", "stage", "st
 
 
 @pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
 def clock():
     def windows(call):
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import os
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -17,17 +18,13 @@ from benchmarks.loaders.peers.timm_loader import posterize
 from benchmarks.loaders.report import table
 from benchmarks.photos import prepare_photos
 from fastdeit.pipelines.errors import UserError
+from pictures import jpeg, picture
+from tiny_datasets import image_folder
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        folder = root / f"class{i % 2}"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i:03d}.jpg")
-    return root
+    return image_folder(tmp_path_factory.mktemp("photos"), [jpeg(picture(i, (50, 40))) for i in range(24)], 2)
 
 
 def test_posterize_is_timms_but_for_no_bits():
@@ -88,10 +85,7 @@ def test_a_side_that_fails_is_named_with_its_reason(photos, tmp_path):
 
 
 def test_a_side_that_is_not_installed_is_named_as_missing(photos, tmp_path, monkeypatch):
-    def start(setting, folder):
-        raise Missing("not installed: pip install it")
-
-    monkeypatch.setattr(ContenderProcess, "start", start)
+    monkeypatch.setattr(ContenderProcess, "start", Mock(side_effect=Missing("not installed: pip install it")))
     record = one_record(options(photos, ("spdl",)), tmp_path)
     assert record["missing"] == {"spdl": "not installed: pip install it"}
     assert "spdl    missing: not installed: pip install it" in table(record).text()

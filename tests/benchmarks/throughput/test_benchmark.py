@@ -147,30 +147,24 @@ def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
     assert "not timed" in capsys.readouterr().out
 
 
-def test_out_of_memory_leaves_one_side_out(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("library", "other", "error", "reason"),
+    [
+        ("timm", "fastdeit", torch.OutOfMemoryError("no"), "out of memory at batch 4"),
+        ("fastdeit", "timm", RuntimeError("stream is capturing\nCompile with DSA"), "stream is capturing"),
+    ],
+)
+def test_what_a_side_raises_leaves_it_out(monkeypatch, library, other, error, reason):
     def make_step(case, form, state, inputs):
-        if form.library == "timm":
-            raise torch.OutOfMemoryError("no")
-        return lambda: case.batch
-
-    monkeypatch.setattr(benchmark, "make_step", make_step)
-    (case,) = cases(dataclasses.replace(SMALL, mode=("infer",)))
-    record = benchmark.measure(case, SMALL)
-    assert record["failed"] == {"timm eager": "out of memory at batch 4"}
-    assert set(record["sides"]) == {"fastdeit eager"}
-    assert ratio(record) is None
-
-
-def test_what_a_side_raises_leaves_it_out(monkeypatch):
-    def make_step(case, form, state, inputs):
-        if form.library == "fastdeit":
-            raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+        if form.library == library:
+            raise error
         return lambda: case.batch
 
     monkeypatch.setattr(benchmark, "make_step", make_step)
     record = benchmark.measure(one_case("infer"), SMALL)
-    assert record["failed"] == {"fastdeit eager": "operation not permitted when stream is capturing"}
-    assert set(record["sides"]) == {"timm eager"}
+    assert record["failed"] == {f"{library} eager": reason}
+    assert set(record["sides"]) == {f"{other} eager"}
+    assert ratio(record) is None
 
 
 def test_the_host_is_one_step_ahead_of_the_device():

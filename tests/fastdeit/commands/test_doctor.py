@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from numba.core import caching
 from fastdeit.commands import doctor, doctor_checks
 from fastdeit.commands.doctor_checks import Check
 from fastdeit.pipelines import jit
+from system import refusing, run_python
 
 
 @pytest.fixture
@@ -43,8 +43,7 @@ def install(site, name, version, files):
 @pytest.fixture(scope="module")
 def report():
     """The command's own JSON and exit status, from a process of its own."""
-    command = [sys.executable, "-m", "fastdeit.commands.doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-m", "fastdeit.commands.doctor", "--json", timeout=120)
     return json.loads(done.stdout), done.returncode
 
 
@@ -202,10 +201,7 @@ def test_compiled_code_is_tried_not_looked_at(monkeypatch, tmp_path):
 
 
 def test_shared_memory_is_written_not_looked_at(monkeypatch, tmp_path):
-    def refuse(**_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(doctor_checks.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(doctor_checks.tempfile, "TemporaryFile", refusing(errno.ENOSPC))
     check = doctor_checks.shared_memory(tmp_path)
     assert check.status == "warn"
     assert "No space left on device" in check.detail

@@ -15,35 +15,26 @@ from torchvision.datasets import ImageFolder
 
 from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint, table
-from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
-from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
-from fastdeit.training.trainer import Trainer
 from forked import Forked, run_module
+from runs import newest, train
+from tiny_datasets import add_all
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_in, tmp_path_factory):
     recipe = tiny_in(tmp_path_factory.mktemp("trained"), run={"epochs": 3})
-    with world("cpu") as joined:
-        scores = Trainer(recipe, joined).run()
-    return recipe, checkpoint.found(recipe.run.output / "checkpoints")[0], scores
+    scores = train(recipe)
+    return recipe, newest(recipe), scores
 
 
 def judge_outputs(recipe, weights, folder):
     """timm's network and transform on the original files: outputs of each head, and labels."""
     m = recipe.model
-    network = timm.create_model(
-        "deit_tiny_distilled_patch16_224",
-        img_size=m.img_size,
-        patch_size=m.patch_size,
-        embed_dim=m.embed_dim,
-        depth=m.depth,
-        num_heads=m.num_heads,
-        num_classes=4,
-    ).eval()
+    shape = {name: getattr(m, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    network = timm.create_model("deit_tiny_distilled_patch16_224", **shape, num_classes=4).eval()
     network.load_state_dict(weights, strict=True)
     transform = create_transform(
         m.img_size, is_training=False, interpolation="bicubic", crop_pct=recipe.augment.eval_crop
@@ -80,10 +71,7 @@ def test_scores_are_those_of_timm(trained, data, images):
 def with_real_labels(source, path, real):
     """A copy of the data set `source` at `path` whose sidecar holds `real`."""
     with BetonDataset(source) as data, BetonWriter(path, len(data)) as writer:
-        for i in range(len(data)):
-            size = {"height": int(data.height[i]), "width": int(data.width[i])}
-            mode = JPEG if data.is_jpeg(i) else RAW
-            writer.add(data.read(i).tobytes(), label=int(data.label[i]), mode=mode, **size)
+        add_all(writer, data)
         writer.finish(class_names=data.class_names, real_labels=real)
     return path
 

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit import checkpoint
+import runs
 from fastdeit.commands import convert, label, train
 from fastdeit.commands import eval as evaluate
-from fastdeit.distributed import world
-from fastdeit.training.trainer import Trainer
 
 SECONDS = 30  # after which a command is taken to wait for a fifo
 REMEDY = re.compile(
@@ -37,9 +35,8 @@ def student(data, tmp_path_factory):
         f"--data.train {data}/train.beton"
     ).split()
     recipe = train.parse_recipe([*words, "--run.output", str(folder)]).resolved()
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
-    return checkpoint.found(folder / "checkpoints")[0], words
+    runs.train(recipe)
+    return runs.newest(recipe), words
 
 
 @pytest.fixture

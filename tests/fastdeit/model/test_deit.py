@@ -41,10 +41,7 @@ class Scale(torch.nn.Module):
         return x * self.factor
 
 
-@pytest.mark.parametrize(
-    ("distilled", "size"),
-    [(False, "tiny"), (True, "tiny"), (False, "small"), (True, "base")],
-)
+@pytest.mark.parametrize(("distilled", "size"), [(False, "tiny"), (True, "tiny"), (False, "small"), (True, "base")])
 def test_names_and_shapes_are_timms(distilled, size):
     width, heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
     token = "distilled_" if distilled else ""

@@ -18,11 +18,6 @@ from fastdeit.model.fused import fuse
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
 
-@pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def pair(name="deit_tiny_patch16_224", device="cpu", **options):
     """timm's model, with weights that no symmetry hides, and a fused copy."""
     torch.manual_seed(0)

@@ -33,10 +33,15 @@ def released(distilled=False, classes=7, **fields):
     return model
 
 
-def scores(model, images):
+def assert_same_scores(ours, judge):
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        out = model(images)
-    return out if isinstance(out, torch.Tensor) else fuse(out, "logits")
+        torch.testing.assert_close(fuse(ours(images), "logits"), judge(images))
+
+
+def adapt(judge, old):
+    """Load weights as timm does, at another resolution too."""
+    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
 
 
 LAYOUTS = {
@@ -56,27 +61,24 @@ def test_every_layout_gives_timms_output(tmp_path, layout, distilled):
     judge, ours = released(distilled), student(distilled)
     torch.save(LAYOUTS[layout](judge.state_dict()), tmp_path / "weights.pth")
     assert load_weights(ours, tmp_path / "weights.pth") == []
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(scores(ours, images), scores(judge, images))
+    assert_same_scores(ours, judge)
 
 
 def test_safetensors(tmp_path):
     judge, ours = released(True), student(True)
     save_file(judge.state_dict(), tmp_path / "weights.safetensors")
     assert load_weights(ours, tmp_path / "weights.safetensors") == []
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(scores(ours, images), scores(judge, images))
+    assert_same_scores(ours, judge)
 
 
 @pytest.mark.parametrize("keys", [("model", "ema"), ("model", "model_ema"), ("state_dict", "state_dict_ema")])
 def test_the_average_is_chosen_by_name(keys):
     plain, average = released(), released()
     stored = dict(zip(keys, (plain.state_dict(), average.state_dict()), strict=True))
-    images = torch.randn(2, 3, 32, 32)
     for ema, judge in ((False, plain), (True, average)):
         ours = student()
         load_weights(ours, stored, ema=ema)
-        torch.testing.assert_close(scores(ours, images), scores(judge, images))
+        assert_same_scores(ours, judge)
     with pytest.raises(UserError, match="no average"):
         load_weights(student(), {keys[0]: plain.state_dict()}, ema=True)
     with pytest.raises(UserError, match="only averaged weights"):
@@ -90,7 +92,7 @@ def test_the_average_is_chosen_by_name(keys):
 def test_resolution_and_patch_are_adapted_as_timm_does(distilled, change):
     old, ours, judge = released(distilled), student(distilled, **change), released(distilled, **change)
     messages = load_weights(ours, {"model": old.state_dict()})
-    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
+    adapt(judge, old)
     for name, value in judge.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
     same_grid = change.get("img_size", 32) // change.get("patch_size", 8) == 4
@@ -138,7 +140,7 @@ def test_a_token_is_dropped_whole(img_size):
     assert sum("left out" in m for m in messages) == 1
     assert not any("reset" in m for m in messages)
     judge = released(True, img_size=img_size)
-    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
+    adapt(judge, old)
     assert torch.equal(ours.pos_embed[:, 0], judge.pos_embed[:, 0])
     torch.testing.assert_close(ours.pos_embed[:, 1:], judge.pos_embed[:, 2:])
 
@@ -147,7 +149,7 @@ def test_a_token_is_added_at_another_resolution():
     old, ours, judge = released(), student(True, img_size=48), released(img_size=48)
     messages = load_weights(ours, old.state_dict())
     assert len(messages) == 2
-    judge.load_state_dict(checkpoint_filter_fn(old.state_dict(), judge, interpolation="bicubic", antialias=True))
+    adapt(judge, old)
     torch.testing.assert_close(ours.pos_embed[:, 2:], judge.pos_embed[:, 1:])
 
 

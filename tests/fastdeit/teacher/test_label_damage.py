@@ -14,6 +14,7 @@ import pytest
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.teacher.label_cache import Described, LabelCache, LabelWriter
+from system import refusing
 
 ENTRIES = np.arange(50)
 
@@ -76,12 +77,8 @@ def test_more_than_the_file_holds_is_refused_without_memory(cache):
 def test_the_machine_is_not_the_labels_damage(cache, monkeypatch):
     folder, file = cache
     for number in (errno.EMFILE, errno.EIO, errno.ESTALE):
-
-        def refuse(*_, number=number):
-            raise OSError(number, os.strerror(number))
-
         with monkeypatch.context() as broken:
-            broken.setattr("fastdeit.teacher.label_cache.open_regular", refuse)
+            broken.setattr("fastdeit.teacher.label_cache.open_regular", refusing(number))
             with pytest.raises(MachineError, match=r"epoch-0000\.np.: cannot be read: ") as caught:
                 read(folder)
             assert "fastdeit-label" not in str(caught.value)
@@ -109,13 +106,9 @@ def test_a_full_disk_keeps_what_is_there(cache, monkeypatch):
     folder, _ = cache
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     writer = LabelWriter(folder, LabelCache(folder).described)
-
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     rng, shape = np.random.default_rng(1), (50, 3) if writer._described.topk else (50,)
     with monkeypatch.context() as full:
-        full.setattr("fastdeit.teacher.label_cache.os.fsync", refuse)
+        full.setattr("fastdeit.teacher.label_cache.os.fsync", refusing(errno.ENOSPC))
         with pytest.raises(MachineError, match="epoch 1: cannot be written: No space left on device"):
             writer.write(1, rng.integers(0, 9, shape), rng.normal(size=shape) if len(shape) == 2 else None)
     assert {name: data for name, data in before.items() if (folder / name).read_bytes() == data} == before

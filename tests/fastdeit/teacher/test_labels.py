@@ -23,8 +23,8 @@ from fastdeit.teacher import teacher
 from fastdeit.teacher.label_cache import Described, LabelCache, LabelWriter, pixel_key
 from fastdeit.teacher.labelling import label_run
 from fastdeit.teacher.teacher import Teacher
-from fastdeit.training.trainer import Trainer
 from forked import Forked, run_module, run_module_twice
+from runs import trained
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -68,9 +68,7 @@ def changed(recipe, section, **values):
 
 def weights(recipe):
     """Weights after a run of `recipe`."""
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
-    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"]
+    return trained(recipe)["model"]
 
 
 def equal(one, other):

@@ -1,6 +1,7 @@
 """The teacher against timm models run on pixels that torchvision normalised and resized for them."""
 
 import sys
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -149,10 +150,9 @@ def test_another_size_than_the_students_is_refused(checkpoint):
 
 
 def test_missing_weights_end_in_a_remedy_and_no_download(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a download was attempted")
-
-    monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+    monkeypatch.setattr(
+        "timm.models._builder.load_pretrained", Mock(side_effect=AssertionError("a download was attempted"))
+    )
     with pytest.raises(UserError, match=r"--teacher\.checkpoint FILE"):
         Teacher(TeacherConfig(), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
     with pytest.raises(UserError, match="no such checkpoint"):

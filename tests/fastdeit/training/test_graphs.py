@@ -20,6 +20,7 @@ from fastdeit.training.graphs import WARM_UP, CudaRecorder, Replayed, choose_gra
 from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
+from runs import rewind, train, trained
 
 CLASSES = 4
 
@@ -125,12 +126,6 @@ def taped(monkeypatch):
     return tapes
 
 
-def train(recipe):
-    with world(recipe.run.device) as joined:
-        Trainer(recipe, joined).run()
-    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])
-
-
 def same_bits(a, b):
     for kind in ("model", "ema"):
         assert all(torch.equal(value, b[kind][name]) for name, value in a[kind].items())
@@ -152,9 +147,9 @@ def variants(tiny, teacher_checkpoint, tmp_path, **run):
 @pytest.mark.slow
 def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, events, request):
     eager, graph = variants(tiny, teacher_checkpoint, tmp_path)
-    first = train(eager)
+    first = trained(eager)
     tapes = request.getfixturevalue("taped")
-    second = train(graph)
+    second = trained(graph)
     (tape,) = tapes
     assert (tape.ran, tape.recorded, tape.replayed) == (WARM_UP, 1, 10 - WARM_UP)
     same_bits(first, second)
@@ -165,13 +160,10 @@ def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, ev
 @pytest.mark.slow
 def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_checkpoint, tmp_path, taped):
     straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
-    first = train(straight)
+    first = trained(straight)
     train(stopped)
-    folder = stopped.run.output / "checkpoints"
-    for path in checkpoint.found(folder):
-        if path > checkpoint.step_path(folder, 4):
-            path.unlink()
-    second = train(stopped)
+    rewind(stopped, 4)
+    second = trained(stopped)
     assert taped[-1].replayed == 10 - 4 - WARM_UP
     same_bits(first, second)
 
@@ -273,19 +265,14 @@ def test_on_a_gpu_a_replayed_run_resumes_with_the_same_bits(tiny, deterministic,
         on_gpu(tiny, run={"cuda_graphs": "on", "checkpoint_every": 2, "keep_checkpoints": 9, "output": tmp_path / name})
         for name in ("straight", "stopped")
     ]
-    first = train(runs[0])
+    first = trained(runs[0])
     train(runs[1])
-    folder = runs[1].run.output / "checkpoints"
-    for path in checkpoint.found(folder):
-        if path > checkpoint.step_path(folder, 4):
-            path.unlink()
-    same_bits(first, train(runs[1]))
+    rewind(runs[1], 4)
+    same_bits(first, trained(runs[1]))
     # A run of one kind goes on as the other.
-    for path in checkpoint.found(folder):
-        if path > checkpoint.step_path(folder, 6):
-            path.unlink()
+    rewind(runs[1], 6)
     eager = dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, cuda_graphs="off"))
-    same_bits(first, train(eager))
+    same_bits(first, trained(eager))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ import timm
 import torch
 
 import fastdeit.model.kernel_choice
-from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import ModelConfig
 from fastdeit.distributed import World, world
@@ -19,7 +18,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
 from fastdeit.teacher.labelling import label_run
-from fastdeit.training.trainer import Trainer
+from runs import final_state, newest, train, trained
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,12 +28,6 @@ SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 def chosen(cfg, device=DEVICE, dtype=None):
     device = torch.device(device)
     return choose_kernels(cfg, Precision("test", dtype, device), 10, World(0, 1, 1, device))
-
-
-def run(recipe):
-    """The last scores; events and checkpoints are in the run's folder."""
-    with world(DEVICE) as joined:
-        return Trainer(recipe, joined).run()
 
 
 def losses(events, recipe):
@@ -67,20 +60,20 @@ def short(data, tiny, tmp_path):
 @pytest.mark.parametrize("stored", [False, True])
 def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     """With a teacher in the loop the student takes images; with labels stored beforehand, patches."""
-    train = tmp_path / "fashion.beton"
-    convert(str(FASHION / "train-images-idx3-ubyte.gz"), train, limit=12, progress=False)
-    recipes = [short(train, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
+    fashion = tmp_path / "fashion.beton"
+    convert(str(FASHION / "train-images-idx3-ubyte.gz"), fashion, limit=12, progress=False)
+    recipes = [short(fashion, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
     if stored:
         recipes = [replace(r, teacher=replace(r.teacher, labels=tmp_path / "labels")) for r in recipes]
         with world(DEVICE) as joined:
             label_run(recipes[0], joined, first_epoch=0, end_epoch=1, topk=4)
     for recipe in recipes:
-        run(recipe)
+        train(recipe)
     plain, fused = (torch.tensor(losses(events, recipe)) for recipe in recipes)
     assert plain.shape == (3, 3)
     assert len(plain.unique()) == 9
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=0)
-    weights = [checkpoint.load(checkpoint.found(r.run.output / "checkpoints")[0])["model"] for r in recipes]
+    weights = [final_state(r)["model"] for r in recipes]
     assert list(weights[0]) == list(weights[1])
     start = events(recipes[1].run.output, "start")[0]["kernels"]
     how = "as requested" + ("" if DEVICE == "cuda" else ", under Triton's interpreter, which is slow")
@@ -97,8 +90,7 @@ def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, shor
         recipe = short(tmp_path / "few.beton", kernels, kernels, depth=1)
         optim = replace(recipe.optim, name="sgd", lr=0.5, warmup_epochs=0, clip_grad=0.5)
         recipe = replace(recipe, optim=optim, run=replace(recipe.run, micro_batch=3))
-        run(recipe)
-        weights.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"])
+        weights.append(trained(recipe)["model"])
     for name, right in weights[0].items():
         torch.testing.assert_close(weights[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -107,13 +99,13 @@ def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, shor
 def test_resuming_with_other_kernels_is_a_change(data, short, events):
     """Sums are in another order, so that the run would be another than either."""
     recipe = short(data / "train.beton", "run", "torch", depth=1)
-    run(recipe)
+    train(recipe)
     more = replace(recipe, run=replace(recipe.run, epochs=2))
     more = replace(more, model=replace(more.model, kernels="triton"))
     changed = replace(more, run=replace(more.run, resume_changed=True, epochs=1))
     with pytest.raises(UserError, match=r"another model\.kernels \(torch, this run has triton\)"):
-        run(replace(more, run=replace(more.run, epochs=1)))
-    run(changed)
+        train(replace(more, run=replace(more.run, epochs=1)))
+    train(changed)
     assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
 
 
@@ -122,21 +114,10 @@ def test_scores_are_those_without_kernels(images, short, tmp_path):
     few = tmp_path / "few.beton"
     convert(str(images / "val"), few, limit=11, shuffle_seed=0, progress=False)
     recipe = short(few, "run", "torch")
-    run(recipe)
-    path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+    train(recipe)
+    options = {"checkpoint": newest(recipe), "val": few, "batch": 6, "device": DEVICE, "precision": "fp32"}
     found = [
-        evaluate_checkpoint(
-            Options(
-                checkpoint=path,
-                val=few,
-                batch=6,
-                device=DEVICE,
-                precision="fp32",
-                loader="torch",
-                kernels=kernels,
-                json=True,
-            )
-        )["model"]
+        evaluate_checkpoint(Options(**options, loader="torch", kernels=kernels, json=True))["model"]
         for kernels in ("torch", "triton")
     ]
     assert found[0].keys() == found[1].keys() > {"images", "class", "distillation", "fused_probabilities"}

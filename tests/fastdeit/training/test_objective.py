@@ -1,6 +1,6 @@
 """The objective against the released code's formula, PyTorch's and timm's losses and timm's own distillation."""
 
-import copy
+import functools
 
 import pytest
 import timm
@@ -101,47 +101,23 @@ def test_each_head_learns_from_its_own_teacher():
     torch.testing.assert_close(student.dist.grad, dist.grad)
 
 
-@pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_timms_token_distillation_agrees(kind):
+@pytest.mark.parametrize(("kind", "distilled"), [("soft", True), ("hard", True), ("soft", False)])
+def test_timms_distillation_agrees(kind, distilled):
     """timm's task runs both networks; its student's heads and its teacher's logits go through ours."""
     torch.manual_seed(0)
     shape = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": CLASSES}
-    network = timm.create_model("deit_tiny_distilled_patch16_224", **shape)
+    network = timm.create_model(f"deit_tiny_{'distilled_' * distilled}patch16_224", **shape)
     mentor = timm.create_model("deit_tiny_patch16_224", **shape)
-    task = TokenDistillationTask(
-        network,
-        mentor,
-        criterion=SoftTargetCrossEntropy(),
-        distill_type=kind,
-        temperature=3.0,
-        task_loss_weight=0.5 if kind == "hard" else 0.9,
-        verbose=False,
-    )
-    images, targets = torch.randn(ROWS, 3, 16, 16), torch.randn(ROWS, CLASSES).softmax(-1)
-    task.train()
-    judge = task(images, targets)["loss"]
-    with torch.no_grad():
-        logits = mentor.eval()(images)
-    parts = objective(kind, True)(
-        StudentOutput(*network(images)), targets, logits if kind == "soft" else logits.argmax(-1)
-    )
-    torch.testing.assert_close(parts.loss, judge)
-
-
-def test_timms_logit_distillation_agrees():
-    torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": CLASSES}
-    network = timm.create_model("deit_tiny_patch16_224", **shape)
-    mentor = copy.deepcopy(network)
     torch.nn.init.normal_(mentor.head.weight)
-    task = LogitDistillationTask(
-        network, mentor, criterion=SoftTargetCrossEntropy(), temperature=3.0, task_loss_weight=0.9, verbose=False
-    )
+    task = functools.partial(TokenDistillationTask, distill_type=kind) if distilled else LogitDistillationTask
+    weight = 0.5 if kind == "hard" else 0.9
+    options = {"criterion": SoftTargetCrossEntropy(), "temperature": 3.0, "task_loss_weight": weight, "verbose": False}
     images, targets = torch.randn(ROWS, 3, 16, 16), torch.randn(ROWS, CLASSES).softmax(-1)
-    judge = task(images, targets)["loss"]
+    judge = task(network, mentor, **options).train()(images, targets)["loss"]
     with torch.no_grad():
         logits = mentor.eval()(images)
-    parts = objective("soft", False)(StudentOutput(network(images), None), targets, logits)
+    student = StudentOutput(*network(images)) if distilled else StudentOutput(network(images), None)
+    parts = objective(kind, distilled)(student, targets, logits if kind == "soft" else logits.argmax(-1))
     torch.testing.assert_close(parts.loss, judge)
 
 

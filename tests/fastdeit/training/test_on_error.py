@@ -11,8 +11,9 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.turbo import find_turbo
 from fastdeit.training.trainer import Trainer
+from ordered import need_loader
+from runs import train
 
 BAD = 7
 
@@ -32,11 +33,10 @@ def damaged(data, tmp_path):
 
 def test_a_run_fails_by_default_and_goes_on_with_replace(tiny, events, damaged):
     data = {"train": damaged, "val": None, "repeats": 1}
-    with world("cpu") as joined:
-        with pytest.raises(DecodeError, match=rf"damaged\.beton: image {BAD}: "):
-            Trainer(tiny(data=data), joined).run()
-        recipe = tiny(data={**data, "on_error": "replace"}, run={"resume": "none"})
-        Trainer(recipe, joined).run()
+    with pytest.raises(DecodeError, match=rf"damaged\.beton: image {BAD}: "):
+        train(tiny(data=data))
+    recipe = tiny(data={**data, "on_error": "replace"}, run={"resume": "none"})
+    train(recipe)
     found = events(recipe.run.output, "replaced")
     assert [(event["epoch"], event["count"], event["images"]) for event in found] == [
         (epoch, 1, [[BAD, BAD + 1]]) for epoch in range(2)
@@ -76,10 +76,7 @@ def test_nothing_is_replaced_in_an_evaluation(tiny, damaged):
 
 
 def test_the_loader_that_crops_trains_the_same_run(tiny, events):
-    try:
-        find_turbo()
-    except UserError as error:
-        pytest.skip(str(error))
+    need_loader("turbo")
     losses = []
     for loader in ("torch", "turbo"):
         recipe = tiny(data={"loader": loader}, run={"resume": "none", "output": tiny().run.output / loader})
@@ -97,8 +94,7 @@ def test_data_without_checksums_are_announced_once(tiny, data, tmp_path, capsys)
     for split in ("train", "val"):
         shutil.copy(data / f"{split}.beton", tmp_path)
     recipe = tiny(run={"epochs": 1}, data={"train": tmp_path / "train.beton", "val": tmp_path / "val.beton"})
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
+    train(recipe)
     printed = capsys.readouterr().out
     for split in ("train", "val"):
         assert printed.count(f"{tmp_path / split}.beton has no checksums, so damage that still decodes goes unn") == 1

@@ -11,12 +11,7 @@ from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training.profiling import DISPATCH, REST, WARM_UP, Event, Profile, StepProfiler, group_of, room
 from fastdeit.training.trainer import Trainer
-
-
-def train(recipe):
-    with world(recipe.run.device) as joined:
-        Trainer(recipe, joined).run()
-    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])["model"]
+from runs import train, trained
 
 
 def rows(text):
@@ -32,7 +27,7 @@ def test_a_profiled_run_is_the_same_run(tiny, teacher_checkpoint, tmp_path, even
     }
     plain = tiny(**options, run={"epochs": 3, "output": tmp_path / "plain"})
     profiled = tiny(**options, run={"epochs": 3, "output": tmp_path / "profiled", "profile": 3})
-    first, second = train(plain), train(profiled)
+    first, second = (trained(recipe)["model"] for recipe in (plain, profiled))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     folder = profiled.run.output
     (event,) = events(folder, "profile")

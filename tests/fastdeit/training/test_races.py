@@ -15,7 +15,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, pixels_of
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from fastdeit.training.trainer import Trainer
+from runs import newest, train
 
 
 def installed():
@@ -51,11 +51,10 @@ def test_every_outcome_of_the_loaders_race_gives_the_same_bits(tiny, outcome, ev
     for name in names:
         outcome(name)
         recipe = tiny(data={"loader": "auto"}, run={"epochs": 1, "output": tmp_path / name})
-        with world("cpu") as joined:
-            scores[name] = [Trainer(recipe, joined).run()]
+        scores[name] = [train(recipe)]
         assert events(recipe.run.output, "start")[0]["loader"] == name
         losses[name] = [e["loss"] for e in events(recipe.run.output, "train")]
-        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        path = newest(recipe)
         weights[name] = checkpoint.load(path)["model"]
         first = checkpoint.found(tmp_path / "torch" / "checkpoints")[0]
         scores[name].append(evaluate_checkpoint(Options(checkpoint=first, val=recipe.data.val, device="cpu")))

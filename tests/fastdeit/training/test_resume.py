@@ -9,15 +9,10 @@ import torch
 from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import COMPAT_RUN
-from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
-from fastdeit.training.trainer import Trainer
+from runs import final_state, newest, train
 
 KILLS = 10
-
-
-def final_state(recipe):
-    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])
 
 
 def flat(value, prefix=""):
@@ -82,34 +77,32 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
 
 def test_another_recipe_is_refused(tiny, events):
     first = tiny(run={"epochs": 1})
-    with world("cpu") as joined:
-        Trainer(first, joined).run()
-        with pytest.raises(UserError, match=r"optim\.lr = 0\.002, this run has 0\.001"):
-            Trainer(tiny(run={"epochs": 1}, optim={"lr": 1e-3}), joined).run()
-        with pytest.raises(UserError, match="holds checkpoints"):
-            Trainer(tiny(run={"epochs": 1, "resume": "none"}), joined).run()
-        with pytest.raises(UserError, match="no such checkpoint"):
-            Trainer(tiny(run={"epochs": 1, "resume": "elsewhere.pt"}), joined).run()
-        # Asked for, a change is taken and told.
-        Trainer(tiny(run={"epochs": 2, "resume_changed": True}, optim={"lr": 1e-3}), joined).run()
-        change = events(first.run.output, "resume")[-1]["changed"]
-        assert change == ["run.epochs = 1, this run has 2", "optim.lr = 0.002, this run has 0.001"] or len(change) == 2
-        # What changes no pixel and no update may change.
-        again = tiny(run={"epochs": 2, "log_every": 3}, optim={"lr": 1e-3}, data={"threads": 1, "prefetch": 1})
-        scores = Trainer(again, joined).run()
-        assert scores["model"]["images"] == 44  # a finished run still tells its accuracy
+    train(first)
+    with pytest.raises(UserError, match=r"optim\.lr = 0\.002, this run has 0\.001"):
+        train(tiny(run={"epochs": 1}, optim={"lr": 1e-3}))
+    with pytest.raises(UserError, match="holds checkpoints"):
+        train(tiny(run={"epochs": 1, "resume": "none"}))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        train(tiny(run={"epochs": 1, "resume": "elsewhere.pt"}))
+    # Asked for, a change is taken and told.
+    train(tiny(run={"epochs": 2, "resume_changed": True}, optim={"lr": 1e-3}))
+    change = events(first.run.output, "resume")[-1]["changed"]
+    assert change == ["run.epochs = 1, this run has 2", "optim.lr = 0.002, this run has 0.001"] or len(change) == 2
+    # What changes no pixel and no update may change.
+    again = tiny(run={"epochs": 2, "log_every": 3}, optim={"lr": 1e-3}, data={"threads": 1, "prefetch": 1})
+    scores = train(again)
+    assert scores["model"]["images"] == 44  # a finished run still tells its accuracy
 
 
 def test_going_back_needs_the_later_checkpoints_gone(tiny):
     recipe = tiny(run={"epochs": 3})
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
-        later, earlier = checkpoint.found(recipe.run.output / "checkpoints")
-        back = tiny(run={"epochs": 3, "resume": str(earlier)})
-        with pytest.raises(UserError, match="later than"):
-            Trainer(back, joined).run()
-        later.unlink()
-        Trainer(back, joined).run()
+    train(recipe)
+    later, earlier = checkpoint.found(recipe.run.output / "checkpoints")
+    back = tiny(run={"epochs": 3, "resume": str(earlier)})
+    with pytest.raises(UserError, match="later than"):
+        train(back)
+    later.unlink()
+    train(back)
     assert later.exists()
 
 
@@ -117,12 +110,11 @@ def test_going_back_needs_the_later_checkpoints_gone(tiny):
 def test_what_auto_became_is_compared(tiny, data):
     pytest.importorskip("ffcv")
     first = tiny(run={"epochs": 1})
-    with world("cpu") as joined:
-        Trainer(first, joined).run()
-        with pytest.raises(UserError, match=r"another data\.loader \(pixels\) \(pillow, this run has ffcv\)"):
-            Trainer(tiny(run={"epochs": 1}, data={"loader": "ffcv"}), joined).run()
-        with pytest.raises(UserError, match=r"another run\.precision \(fp32, this run has bf16\)"):
-            Trainer(tiny(run={"epochs": 1, "precision": "bf16"}), joined).run()
+    train(first)
+    with pytest.raises(UserError, match=r"another data\.loader \(pixels\) \(pillow, this run has ffcv\)"):
+        train(tiny(run={"epochs": 1}, data={"loader": "ffcv"}))
+    with pytest.raises(UserError, match=r"another run\.precision \(fp32, this run has bf16\)"):
+        train(tiny(run={"epochs": 1, "precision": "bf16"}))
 
 
 def test_other_data_is_refused(tiny, images, tmp_path):
@@ -130,26 +122,24 @@ def test_other_data_is_refused(tiny, images, tmp_path):
 
     first = tiny(run={"epochs": 1})
     convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=5, progress=False)
-    with world("cpu") as joined:
-        Trainer(first, joined).run()
-        with pytest.raises(UserError, match=r"another data\.train"):
-            Trainer(tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}), joined).run()
+    train(first)
+    with pytest.raises(UserError, match=r"another data\.train"):
+        train(tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}))
 
 
 def test_a_checkpoint_with_an_older_versions_recipe_goes_on(tiny):
     """It holds three of the run's fields as departures, and does not say from where its steps are counted."""
     recipe = tiny(run={"epochs": 1})
-    with world("cpu") as joined:
-        Trainer(recipe, joined).run()
-        path = checkpoint.found(recipe.run.output / "checkpoints")[0]
-        state = checkpoint.load(path)
-        stored = state["recipe"]
-        for name in COMPAT_RUN["paper"]:
-            stored["departures"][name] = stored["run"].pop(name)
-        del state["counted_from"]
-        torch.save(state, path)
-        Trainer(recipe, joined).run()
-        with pytest.raises(UserError, match=r"run\.loss_sync = deferred, this run has every_step"):
-            Trainer(tiny(run={"epochs": 1, "loss_sync": "every_step"}), joined).run()
+    train(recipe)
+    path = newest(recipe)
+    state = checkpoint.load(path)
+    stored = state["recipe"]
+    for name in COMPAT_RUN["paper"]:
+        stored["departures"][name] = stored["run"].pop(name)
+    del state["counted_from"]
+    torch.save(state, path)
+    train(recipe)
+    with pytest.raises(UserError, match=r"run\.loss_sync = deferred, this run has every_step"):
+        train(tiny(run={"epochs": 1, "loss_sync": "every_step"}))
     scores = evaluate_checkpoint(Options(checkpoint=path, val=recipe.data.val, device="cpu", loader="torch"))
     assert scores["model"]["images"] == 44

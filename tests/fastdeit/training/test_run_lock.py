@@ -14,6 +14,7 @@ import pytest
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training import run_lock
 from fastdeit.training.run_lock import NAME, RunLock
+from system import refusing
 
 HOLD = """
 import sys, time, pathlib
@@ -73,10 +74,7 @@ def test_a_lock_that_only_another_machine_sees_counts_while_it_is_touched(tmp_pa
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refusing(errno.ENOLCK))
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.2)
     first = RunLock(tmp_path)
     assert "this file system has no locks" in first.notes[0]

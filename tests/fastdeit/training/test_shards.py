@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.data import open_dataset
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.training.trainer import Trainer
+from runs import final_state, train
+from tiny_datasets import add_all
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,7 @@ def shards(data, tmp_path_factory):
     for split in ("train", "val"):
         with open_dataset(data / f"{split}.beton", f"data.{split}") as beton:
             with ShardWriter(folder / split, len(beton), shard_size=50) as writer:
-                for i in range(len(beton)):
-                    writer.add(
-                        beton.read(i).tobytes(),
-                        height=int(beton.height[i]),
-                        width=int(beton.width[i]),
-                        label=int(beton.label[i]),
-                        mode=JPEG if beton.is_jpeg(i) else RAW,
-                    )
+                add_all(writer, beton)
                 sidecar = writer.finish(class_names=beton.class_names)
             assert sidecar["content_hash"] == beton.content_hash
     return folder
@@ -40,9 +33,8 @@ def test_the_weights_are_those_trained_on_the_beton(tiny, shards, events):
     )
     states, scores = [], []
     for recipe in (on_beton, on_shards):
-        with world("cpu") as joined:
-            scores.append(Trainer(recipe, joined).run())
-        states.append(checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0]))
+        scores.append(train(recipe))
+        states.append(final_state(recipe))
     beton, shard = states
     assert beton["model"].keys() == shard["model"].keys()
     assert all(torch.equal(beton["model"][key], shard["model"][key]) for key in beton["model"])
@@ -55,17 +47,15 @@ def test_the_weights_are_those_trained_on_the_beton(tiny, shards, events):
 @pytest.mark.slow
 def test_a_checkpoint_of_the_beton_is_taken_up_on_the_shards(tiny, shards):
     whole = tiny()
-    with world("cpu") as joined:
-        Trainer(whole, joined).run()
+    train(whole)
     half = tiny(run={"output": whole.run.output.with_name("half")})
     with world("cpu") as joined:
         trainer = Trainer(half, joined)
         trainer._save()
         trainer.close()
     rest = tiny(data={"train": shards / "train"}, run={"output": half.run.output})
-    with world("cpu") as joined:
-        Trainer(rest, joined).run()
-    a, b = (checkpoint.load(checkpoint.found(r.run.output / "checkpoints")[0])["model"] for r in (whole, rest))
+    train(rest)
+    a, b = (final_state(recipe)["model"] for recipe in (whole, rest))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 

@@ -7,18 +7,13 @@ import pytest
 import timm
 import torch
 
-from fastdeit import checkpoint
 from fastdeit.distributed import world
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.recipes import RECIPES, deit_tiny, deit_tiny_384
 from fastdeit.training import progress
 from fastdeit.training.startup import recipe_warnings
 from fastdeit.training.trainer import Trainer
-
-
-def train(recipe):
-    with world("cpu") as joined:
-        return Trainer(recipe, joined).run()
+from runs import newest, train
 
 
 def warned(events, recipe):
@@ -104,7 +99,7 @@ def test_a_teacher_that_knows_nothing_is_found_before_training(tiny, events, tmp
 def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_path):
     first = tiny(deit_tiny, run={"epochs": 1})
     train(first)
-    weights = checkpoint.found(first.run.output / "checkpoints")[0]
+    weights = newest(first)
     capsys.readouterr()
     for base, training, said in (
         (

@@ -16,15 +16,7 @@ from fastdeit.teacher import teacher
 from fastdeit.training import step
 from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.trainer import Trainer
-
-
-def train(recipe):
-    with world("cpu") as joined:
-        return Trainer(recipe, joined).run()
-
-
-def newest(recipe):
-    return checkpoint.load(checkpoint.found(recipe.run.output / "checkpoints")[0])
+from runs import final_state, train
 
 
 @pytest.mark.slow
@@ -89,7 +81,7 @@ def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoi
     assert not counters["graph_break"]
     # Student and teacher in training, loss, and the student once more where it is evaluated, with batches of two sizes.
     assert counters["stats"]["unique_graphs"] <= 5
-    a, b = (newest(r)["model"] for r in runs)
+    a, b = (final_state(r)["model"] for r in runs)
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(UserError, match=r"another run.compile"):
         train(dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, compile="off")))
@@ -100,7 +92,7 @@ def test_same_seed_same_weights_other_seed_others(tiny):
     runs = [tiny(run={"output": tiny().run.output / str(i), "seed": s}) for i, s in enumerate((0, 0, 1))]
     for recipe in runs:
         train(recipe)
-    a, b, c = (newest(r)["model"] for r in runs)
+    a, b, c = (final_state(r)["model"] for r in runs)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
@@ -129,7 +121,7 @@ def test_released_compat(tiny, events, capsys):
     recipe = dataclasses.replace(recipe, departures=dataclasses.replace(recipe.departures, epoch_multiple=32))
     scores = train(recipe)
     assert set(scores) == {"model"}  # its average is kept, never evaluated
-    assert newest(recipe)["ema"] is not None
+    assert final_state(recipe)["ema"] is not None
     rates = [e["lr"] for e in events(recipe.run.output, "train")]
     assert len(set(rates[:10])) == 1  # epochs 0 and 1
     assert rates[10] != rates[9]
@@ -140,7 +132,7 @@ def test_released_compat(tiny, events, capsys):
 def test_fine_tuning_at_another_resolution(tiny):
     first = tiny(deit_tiny)
     train(first)
-    weights = checkpoint.found(first.run.output / "checkpoints")[0]
+    weights = final_state(first)
     second = tiny(
         deit_tiny_384,
         model={"img_size": 48, "init": weights, "drop_path": 0.5},
@@ -151,7 +143,7 @@ def test_fine_tuning_at_another_resolution(tiny):
         assert any("pos_embed" in m or "position embedding" in m for m in trainer.messages)
         trainer.run()
         assert not trainer.train_step.student.training  # deit issue 177: fine-tune in eval mode
-    assert newest(second)["model"]["pos_embed"].shape[1] == 36 + 1
+    assert final_state(second)["model"]["pos_embed"].shape[1] == 36 + 1
 
 
 def test_the_convnet_recipe_makes_a_teacher(teacher_checkpoint):

@@ -20,19 +20,15 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.sources import SampleError, SourceError
-from pictures import encoded, picture
-from tiny_datasets import Items, files
+from pictures import encoded, jpeg, picture
+from tiny_datasets import Items, files, image_folder
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """40 JPEGs of several sizes in four classes."""
-    root = tmp_path_factory.mktemp("tree")
-    for i in range(40):
-        path = root / f"class{i % 4}" / f"{i:02d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        picture(i, (60 + i, 90 - i)).save(path, quality=92)
-    return root
+    images = [jpeg(picture(i, (60 + i, 90 - i))) for i in range(40)]
+    return image_folder(tmp_path_factory.mktemp("tree"), images, 4)
 
 
 DAMAGED = (0, 17, 39)  # of damaged_tree's files, in its order
@@ -229,14 +225,12 @@ def test_real_labels_of_what_is_stored(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_conversion_can_go_on(tree, tmp_path, number, status):
+def test_a_stopped_conversion_can_go_on(tree, out, tmp_path, number, status):
     """Ctrl-C reaches the whole process group of a terminal, a request to terminate the first process."""
     many = tmp_path / "many"
     for i in range(2000):
         (many / f"{i % 4}").mkdir(parents=True, exist_ok=True)
         os.link(tree / "class3" / "39.jpg", many / f"{i % 4}" / f"{i}.jpg")
-    out = tmp_path / "out"
-    out.mkdir()
     command = [sys.executable, "-m", "fastdeit.commands.convert", str(many), str(out / "x.beton"), "--mode", "jpeg"]
     process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60

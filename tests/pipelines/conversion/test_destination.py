@@ -17,7 +17,8 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import open_dataset
-from tiny_datasets import FORMATS
+from system import run_python
+from tiny_datasets import FORMATS, image_folder
 
 REFUSED = "move it away|name another|remove it|name a file"
 ERRORS = (ValueError, UserError, OSError)
@@ -33,11 +34,7 @@ def shard(path, first, count=3):
 @pytest.fixture
 def tree(tmp_path):
     """Two classes of two images; beside it nothing."""
-    for i in range(4):
-        path = tmp_path / "tree" / f"class{i % 2}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(i))
-    return tmp_path / "tree"
+    return image_folder(tmp_path / "tree", map(jpeg, range(4)), 2)
 
 
 def state(folder):
@@ -64,8 +61,7 @@ def test_a_glob_of_two_archives_overwrites_none(tmp_path):
     """As the shell hands it on: the second one is DEST."""
     shards = [shard(tmp_path / f"train-{i}.tar", 3 * i) for i in range(2)]
     before = state(tmp_path)
-    command = [sys.executable, "-m", "fastdeit.commands.convert", *map(str, shards)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python("-m", "fastdeit.commands.convert", *shards)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "train-1.tar: is an archive, which is never replaced. Put a pattern such as" in done.stderr
     assert state(tmp_path) == before
@@ -75,9 +71,7 @@ def test_a_glob_of_two_archives_overwrites_none(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["file", "empty", "link", "broken", "fifo", "socket", "device", "beton link", "folder"]
 )
-def test_what_is_no_data_set_is_not_replaced(tree, tmp_path, monkeypatch, kind, format):
-    out = tmp_path / "out"
-    out.mkdir()
+def test_what_is_no_data_set_is_not_replaced(tree, out, monkeypatch, kind, format):
     dest, other = out / "data", out / "other"
     other.write_text("somebody's")
     match kind:
@@ -115,11 +109,9 @@ def test_what_is_no_data_set_is_not_replaced(tree, tmp_path, monkeypatch, kind, 
 @pytest.mark.parametrize(
     "suffix", [".json", ".partial", ".json.partial", ".journal", ".rejects.jsonl", ".rejects.jsonl.partial"]
 )
-def test_files_of_others_beside_it_are_not_touched(tree, tmp_path, suffix, linked, format):
+def test_files_of_others_beside_it_are_not_touched(tree, out, suffix, linked, format):
     if format == "webdataset" and suffix == ".json":
         return  # shards have theirs in the folder
-    out = tmp_path / "out"
-    out.mkdir()
     other = out / f"data{suffix}"
     if linked:
         (out / "mine").write_text("a thesis")
@@ -144,10 +136,8 @@ def test_a_data_set_of_ours_is_replaced(tree, tmp_path, format):
 
 
 @pytest.mark.parametrize("damage", ["no sidecar", "another's sidecar", "cut short", "a copy among shards"])
-def test_a_data_set_without_its_own_sidecar_is_not_replaced(tree, tmp_path, damage):
+def test_a_data_set_without_its_own_sidecar_is_not_replaced(tree, out, damage):
     """As FFCV's own files are: it took hours to write, and nothing says that fastdeit-convert did."""
-    out = tmp_path / "out"
-    out.mkdir()
     convert(tree, out / "data", progress=False, limit=3)
     convert(tree, out / "shards", format="webdataset", progress=False, limit=3)
     match damage:
@@ -172,9 +162,7 @@ def test_a_data_set_without_its_own_sidecar_is_not_replaced(tree, tmp_path, dama
 
 @pytest.mark.parametrize("link", [None, "symbolic", "hard"])
 @pytest.mark.parametrize("form", ["{}", "webdataset:{}/shard-*.tar", "webdataset:{}/shard-{{000000..000001}}.tar"])
-def test_shards_are_not_converted_onto_themselves(tree, tmp_path, form, link):
-    out = tmp_path / "out"
-    out.mkdir()
+def test_shards_are_not_converted_onto_themselves(tree, out, form, link):
     shards, dest = out / "shards", out / "shards"
     convert(tree, shards, format="webdataset", shard_size=2, progress=False)
     if link == "symbolic":
@@ -189,9 +177,7 @@ def test_shards_are_not_converted_onto_themselves(tree, tmp_path, form, link):
     refused(form.format(shards), dest, "the source .*: name", format="webdataset")
 
 
-def test_an_archive_is_not_converted_onto_itself(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
+def test_an_archive_is_not_converted_onto_itself(out):
     path = shard(out / "a.tar", 0)
     os.link(path, out / "b.beton")
     (out / "c.beton").symlink_to("a.tar")
@@ -272,9 +258,7 @@ def test_a_folder_of_somebodys_at_the_old_ones_name_stays(tree, tmp_path):
 
 @pytest.mark.parametrize("replacing", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_crash_between_two_names_is_resumed(tree, tmp_path, monkeypatch, format, replacing):
-    out = tmp_path / "out"
-    out.mkdir()
+def test_a_crash_between_two_names_is_resumed(tree, out, tmp_path, monkeypatch, format, replacing):
     dest = out / "data"
     if replacing:
         convert(tree, dest, format=format, limit=2, progress=False)
@@ -308,8 +292,7 @@ def test_a_crash_between_two_names_is_resumed(tree, tmp_path, monkeypatch, forma
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("redirect", "reason"),
-    [(">/dev/full", "No space left on device"), ("| true", "Broken pipe"), (">&-", "")],
+    ("redirect", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe"), (">&-", "")]
 )
 def test_a_report_that_nobody_can_read(tree, tmp_path, redirect, reason):
     dest = tmp_path / "data"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -174,11 +175,7 @@ def resized_jpeg(width, height):
 @pytest.mark.parametrize("encoding", [AUTO, RAW])
 def test_decompression_bombs_are_refused_unread(bomb, encoding, monkeypatch):
     file = BOMBS[bomb]()
-
-    def decode(*_):
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", Mock(side_effect=AssertionError("decoded")))
     with pytest.raises(UserError, match=rf"\d+.* pixels.*at most {MAX_PIXELS}|at most {MAX_PIXELS} pixels"):
         encode(file, encoding)
 

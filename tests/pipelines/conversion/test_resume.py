@@ -27,6 +27,7 @@ from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from pictures import encoded, picture
+from system import refusing, run_python
 from tiny_datasets import FORMATS, Items, files
 
 BAD = (3, 40, 41, 77)
@@ -83,12 +84,10 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "workers"), [("beton", 1), ("webdataset", 1), ("beton", 2)])
-def test_killed_again_and_again(tree, tmp_path, format, workers):
+def test_killed_again_and_again(tree, out, tmp_path, format, workers):
     options = {"format": format, "shard_size": 13, "shuffle_seed": 1, "max_side": 35, "on_error": "skip"}
     (tmp_path / "whole").mkdir()
     convert(tree, tmp_path / "whole" / "data", progress=False, **options)
-    out = tmp_path / "out"
-    out.mkdir()
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tree), str(out / "data"), format, str(workers)]
@@ -111,7 +110,7 @@ def test_killed_again_and_again(tree, tmp_path, format, workers):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_whatever_a_crash_leaves_can_be_resumed(data, tmp_path, format, monkeypatch):
+def test_whatever_a_crash_leaves_can_be_resumed(data, out, tmp_path, format, monkeypatch):
     """After a power cut any of the files may end early, or in garbage; what was kept may even be damaged."""
     monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # the crash is made by hand
@@ -121,8 +120,6 @@ def test_whatever_a_crash_leaves_can_be_resumed(data, tmp_path, format, monkeypa
     (tmp_path / "whole").mkdir()
     convert(Items(data), tmp_path / "whole" / "data", **options)
     whole = files(tmp_path / "whole")
-    out = tmp_path / "out"
-    out.mkdir()
     rng = np.random.default_rng(0)
     resumed = []
     for _ in range(30):
@@ -249,17 +246,14 @@ def test_two_conversions_to_one_place(data, tmp_path):
 
 
 def test_a_file_system_without_locks(data, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refusing(errno.ENOLCK))
     report = convert(Items(data), tmp_path / "data", progress=False)
     assert "this file system has no locks" in report.notes[0]
 
 
 @pytest.mark.parametrize(("number", "step"), [(errno.ENOSPC, 1), (errno.EDQUOT, 9), (errno.EFBIG, 11)])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_full_disk_at_every_sync(data, tmp_path, monkeypatch, format, number, step):
+def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, number, step):
     """What cannot be written is noticed at the latest by fsync, which is called wherever something must be on disk."""
     monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
     sync = os.fsync
@@ -278,8 +272,6 @@ def test_a_full_disk_at_every_sync(data, tmp_path, monkeypatch, format, number, 
     convert(Items(items), tmp_path / "whole" / "data", **options)
     calls = next(remaining)
     assert calls > 15
-    out = tmp_path / "out"
-    out.mkdir()
     done = []
     for fails_at in range(0, calls, step):
         remaining = itertools.count()
@@ -329,15 +321,12 @@ for limit in range(base + 10_000, base + 200_000, 19_997):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_resuming_on_a_full_disk_loses_nothing(tree, tmp_path, format):
+def test_resuming_on_a_full_disk_loses_nothing(tree, out, tmp_path, format):
     """Judged by the kernel, which lets no file grow; each limit is met twice, and the next one is a little higher."""
     (tmp_path / "whole").mkdir()
     options = {"format": format, "on_error": "skip", "mode": "raw", "progress": False}
     convert(tree, tmp_path / "whole" / "data", **options)
-    out = tmp_path / "out"
-    out.mkdir()
-    command = [sys.executable, "-c", FILL, str(tree), str(out / "data"), format]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_python("-c", FILL, tree, out / "data", format, check=True)
     kept = [int(line) for line in done.stdout.split()]
     assert kept == sorted(kept)
     assert kept[::2] == kept[1::2]
@@ -352,13 +341,10 @@ def test_resuming_on_a_full_disk_loses_nothing(tree, tmp_path, format):
 
 
 def test_a_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
     monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
     interrupted(data, 9, tmp_path / "data")
     with monkeypatch.context() as broken:
-        broken.setattr(os, "fsync", refuse)
+        broken.setattr(os, "fsync", refusing(errno.EIO))
         with pytest.raises(ConvertError, match=r"data: cannot be written \(Input/output error\)"):
             convert(Items(data), tmp_path / "data", resume=True, progress=False)
     assert convert(Items(data), tmp_path / "data", resume=True, progress=False).done == 21

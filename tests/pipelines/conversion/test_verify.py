@@ -1,7 +1,5 @@
 """What is damaged is found and named, judged by damaging it."""
 
-import io
-import json
 import os
 import shutil
 import zlib
@@ -17,8 +15,8 @@ from fastdeit.pipelines.formats.beton_layout import JPEG
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.shards import ShardDataset
-from pictures import picture
-from tiny_datasets import FORMATS
+from pictures import jpeg, picture
+from tiny_datasets import FORMATS, Items, image_folder, reseal
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 
@@ -26,11 +24,8 @@ FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """30 JPEGs in three classes, one of them cut short."""
-    root = tmp_path_factory.mktemp("verify") / "tree"
-    for i in range(30):
-        path = root / f"class{i % 3}" / f"{i:02d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i).save(path)
+    images = [jpeg(picture(i), quality=75) for i in range(30)]
+    root = image_folder(tmp_path_factory.mktemp("verify") / "tree", images, 3)
     os.truncate(root / "class1" / "13.jpg", 300)
     return root
 
@@ -134,11 +129,8 @@ def test_what_plain_ffcv_wrote(tmp_path):
     path = tmp_path / "x.beton"
     with BetonWriter(path, 3) as writer:
         for i in range(3):
-            file = io.BytesIO()
-            picture(i).save(file, "JPEG")
-            data = file.getvalue()
             # The sides of sample 1 are not its own; sample 2 is no JPEG.
-            data = bytes(1000) if i == 2 else data
+            data = bytes(1000) if i == 2 else jpeg(picture(i))
             writer.add(data, height=40, width=48 + i % 2, label=i, mode=JPEG)
         writer.finish(class_names=["a", "b", "c"])
     (tmp_path / "x.beton.json").unlink()
@@ -152,31 +144,15 @@ def test_what_plain_ffcv_wrote(tmp_path):
         verify(path, Numbers(), progress=False)
 
 
-class Numbers:
-    """Small images in memory, of classes without names."""
-
-    class_names = None
-    in_memory = True
+class Numbers(Items):
+    """Small images in memory, of classes without names; `change` has other images and labels by index."""
 
     def __init__(self, change=None, count=12):
-        self.change, self.count = change or {}, count
-
-    def __len__(self):
-        return self.count
-
-    def inputs(self):
-        return []
-
-    def describe(self):
-        return {"kind": "numbers"}
-
-    def name(self, index):
-        return f"number {index}"
+        images = [(np.full((8, 8, 3), index, np.uint8), index % 4) for index in range(count)]
+        super().__init__([(change or {}).get(index, image) for index, image in enumerate(images)], class_names=None)
 
     def read(self, index):
-        if index in self.change:
-            return *self.change[index], self.name(index)
-        return np.full((8, 8, 3), index, np.uint8), index % 4, self.name(index)
+        return *self.items[index], self.name(index)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -190,12 +166,12 @@ def test_the_source_is_compared(tmp_path, format):
     found = findings(tmp_path / "x", against=Numbers(changed))
     where, of = f"{tmp_path / 'x'}, sample", "of the source"
     assert found == [
-        f"{where} 2 (class '2'): its bytes differ from those that the source gives; it is number 2, sample 2 {of}",
-        f"number 5, sample 5 {of}: was left out, but can be read now",
-        f"{where} 6 (class '3'): it is of class 3, but in the source of class 0; it is number 7, sample 7 {of}",
+        f"{where} 2 (class '2'): its bytes differ from those that the source gives; it is item 2, sample 2 {of}",
+        f"item 5, sample 5 {of}: was left out, but can be read now",
+        f"{where} 6 (class '3'): it is of class 3, but in the source of class 0; it is item 7, sample 7 {of}",
         f"{where} 8 (class '1'): it can no longer be read from the source (not an image that PIL knows); "
-        f"it is number 9, sample 9 {of}",
-        f"{where} 10 (class '3'): its bytes differ from those that the source gives; it is number 11, sample 11 {of}",
+        f"it is item 9, sample 9 {of}",
+        f"{where} 10 (class '3'): its bytes differ from those that the source gives; it is item 11, sample 11 {of}",
     ]
     for count in (11, 13):
         (found,) = findings(tmp_path / "x", against=Numbers(bad, count))
@@ -227,15 +203,8 @@ def test_another_pillow_is_said(tmp_path, monkeypatch):
 
 def test_checksums_that_agree_with_each_other_but_not_with_the_content(tmp_path):
     """A sidecar that was forged as a whole, but for the content hash."""
-    import hashlib
-
     convert(Numbers(), tmp_path / "x", mode="raw", progress=False)
-    path = tmp_path / "x.json"
-    sidecar = json.loads(path.read_text())
-    sidecar["content_hash"] = "sha256:" + "0" * 64
-    sidecar.pop("seal")
-    canonical = json.dumps(sidecar, sort_keys=True, separators=(",", ":")).encode()
-    path.write_text(json.dumps({**sidecar, "seal": hashlib.sha256(canonical).hexdigest()}))
+    reseal(tmp_path / "x.json", content_hash="sha256:" + "0" * 64)
     (found,) = findings(tmp_path / "x")
     assert "its content hash is sha256:" in found
 

@@ -25,12 +25,6 @@ def pool():
         yield executor
 
 
-@pytest.fixture
-def device():
-    """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def host_stage(pool, size, dtype=torch.float32):
     return HostStage(size, MEAN, STD, pool=pool, threads=1, dtype=dtype)
 
@@ -54,12 +48,8 @@ def _differing(ours, host):
 @pytest.mark.parametrize(
     ("size", "samples", "groups", "layers"), [(12, 36, 6, 2), (13, 24, 6, 3), (16, 16, 2, 2), (17, 12, 6, 4)]
 )
-def test_random_plans_equal_the_host_stage_to_the_bit(
-    size, samples, groups, layers, pool, device, make_decoded, make_plan
-):
-    rng = np.random.default_rng(size)
-    decoded = make_decoded(rng, SIZES, samples)
-    plan = make_plan(rng, decoded, size, groups=groups, layers=layers)
+def test_random_plans_equal_the_host_stage_to_the_bit(size, samples, groups, layers, pool, device, drawn):
+    decoded, plan = drawn(size, SIZES, samples, size, groups=groups, layers=layers)
     assert_equal(device_stage(device, size)(decoded, plan), host_stage(pool, size)(decoded, plan))
 
 
@@ -96,10 +86,8 @@ def test_random_plans_equal_the_host_stage_at_full_size(size, pool, device, make
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_dtypes_are_the_float32_batch_rounded(dtype, pool, device, make_decoded, make_plan):
-    rng = np.random.default_rng(1)
-    decoded = make_decoded(rng, SIZES, 8)
-    plan = make_plan(rng, decoded, 8, groups=2)
+def test_narrow_dtypes_are_the_float32_batch_rounded(dtype, pool, device, drawn):
+    decoded, plan = drawn(1, SIZES, 8, 8, groups=2)
     full = host_stage(pool, 8)(decoded, plan).images
     if dtype is torch.bfloat16 and device.type == "cpu":  # Triton's interpreter cuts off
         full = (full.view(torch.int32) & -65536).view(torch.float32)
@@ -107,10 +95,8 @@ def test_narrow_dtypes_are_the_float32_batch_rounded(dtype, pool, device, make_d
 
 
 @pytest.mark.slow
-def test_layouts_hold_the_same_values(pool, device, make_decoded, make_plan):
-    rng = np.random.default_rng(2)
-    decoded = make_decoded(rng, SIZES, 8)
-    plan = make_plan(rng, decoded, 8, groups=2)
+def test_layouts_hold_the_same_values(pool, device, drawn):
+    decoded, plan = drawn(2, SIZES, 8, 8, groups=2)
     images = host_stage(pool, 8)(decoded, plan).images
     nhwc = device_stage(device, 8, layout="nhwc")(decoded, plan).images.cpu()
     assert torch.equal(nhwc, images.permute(0, 2, 3, 1))
@@ -129,20 +115,16 @@ def test_evaluation_equals_the_host_stage_to_the_bit(size, crop, pool, device, m
 
 
 @pytest.mark.slow
-def test_targets_are_those_of_the_host_stage(pool, device, make_decoded, make_plan):
-    rng = np.random.default_rng(3)
-    decoded = make_decoded(rng, SIZES, 6)
-    plan = make_plan(rng, decoded, 4, groups=3, layers=0)
+def test_targets_are_those_of_the_host_stage(pool, device, drawn):
+    decoded, plan = drawn(3, SIZES, 6, 4, groups=3, layers=0)
     plan = dataclasses.replace(plan, mix=np.array([NO_MIX, MIXUP, CUTMIX], np.int8))
     ours, host = device_stage(device, 4)(decoded, plan), host_stage(pool, 4)(decoded, plan)
     assert torch.equal(ours.targets(10, 0.1).cpu(), host.targets(10, 0.1))
 
 
 @pytest.mark.slow
-def test_pixels_outside_the_decoded_region_change_nothing(pool, device, make_decoded, make_plan):
-    rng = np.random.default_rng(4)
-    decoded = make_decoded(rng, [(30, 40), (40, 30)], 4)
-    plan = make_plan(rng, decoded, 12, groups=2)
+def test_pixels_outside_the_decoded_region_change_nothing(pool, device, drawn):
+    decoded, plan = drawn(4, [(30, 40), (40, 30)], 4, 12, groups=2)
     crop = np.array([[5, 6, 14, 17]] * 2 + [[8, 3, 20, 12]] * 2, np.int32)
     source = np.array([0, 0, 1, 1], np.int32)
     decoded = dataclasses.replace(decoded, source=source, region=crop[::2])
@@ -171,10 +153,8 @@ def test_a_batch_is_not_overwritten_by_those_that_follow(pool, device, make_deco
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("samples", "groups"), [(1, 1), (9, 3), (6, 1)])
-def test_what_does_not_mix_need_not_be_paired(samples, groups, pool, device, make_decoded, make_plan):
-    rng = np.random.default_rng(samples)
-    decoded = make_decoded(rng, SIZES, samples)
-    plan = make_plan(rng, decoded, 7, groups=groups, layers=1)
+def test_what_does_not_mix_need_not_be_paired(samples, groups, pool, device, drawn):
+    decoded, plan = drawn(samples, SIZES, samples, 7, groups=groups, layers=1)
     plan = dataclasses.replace(plan, mix=np.full(groups, NO_MIX, np.int8), lam=np.ones(groups))
     assert_equal(device_stage(device, 7)(decoded, plan), host_stage(pool, 7)(decoded, plan))
 
@@ -205,10 +185,8 @@ def test_memory_grows_for_larger_batches_only(device, make_decoded, make_plan):
 
 
 @pytest.mark.slow
-def test_writes_where_it_is_told_to(pool, device, make_decoded, make_plan):
-    rng = np.random.default_rng(8)
-    decoded = make_decoded(rng, SIZES, 4)
-    plan = make_plan(rng, decoded, 6)
+def test_writes_where_it_is_told_to(pool, device, drawn):
+    decoded, plan = drawn(8, SIZES, 4, 6)
     out = torch.full((4, 3, 6, 6), float("nan"), device=device)
     assert device_stage(device, 6)(decoded, plan, out=out).images is out
     assert torch.equal(out.cpu(), host_stage(pool, 6)(decoded, plan).images)
@@ -216,20 +194,16 @@ def test_writes_where_it_is_told_to(pool, device, make_decoded, make_plan):
         device_stage(device, 6)(decoded, plan, out=out[:3])
 
 
-def test_a_plan_that_does_not_fit_is_refused_by_index(device, make_decoded, make_plan):
-    rng = np.random.default_rng(9)
-    decoded = make_decoded(rng, SIZES, 4)
-    plan = make_plan(rng, decoded, 6)
+def test_a_plan_that_does_not_fit_is_refused_by_index(device, drawn):
+    decoded, plan = drawn(9, SIZES, 4, 6)
     plan.crop[2] = 0, 0, 100, 1
     with pytest.raises(ValueError, match=f"dataset index {plan.index[2]} .* is cropped outside its image"):
         device_stage(device, 6)(decoded, plan)
 
 
-def test_a_crop_beyond_32_bits_is_refused_by_index(device, make_decoded, make_plan):
+def test_a_crop_beyond_32_bits_is_refused_by_index(device, drawn):
     """715 million pixels; none of them exists."""
-    rng = np.random.default_rng(13)
-    decoded = make_decoded(rng, [(20, 20)], 4)
-    plan = make_plan(rng, decoded, 6)
+    decoded, plan = drawn(13, [(20, 20)], 4, 6)
     height, width = 27000, 26600
     pixels = np.broadcast_to(np.uint8(7), height * width * 3)
     sizes = {"height": np.array([height], np.int32), "width": np.array([width], np.int32)}

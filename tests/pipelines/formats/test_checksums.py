@@ -5,16 +5,15 @@ import zlib
 import numpy as np
 import pytest
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import checksums
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, sidecar_path
 from fastdeit.pipelines.formats.checksums import Checksums, unchecked
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.choose import FAST, LOADERS, choose_loader, open_loader
+from fastdeit.pipelines.loaders.choose import LOADERS, choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered
+from ordered import Ordered, need_loader
 from pictures import decoded_or_none, picture
 from tiny_datasets import stored, write
 
@@ -55,11 +54,7 @@ BAD = {2: 3, RAW_AT: 8, 11: 13, 12: 13, COUNT - 1: 0}
 
 @pytest.fixture(params=LOADERS)
 def opened(request):
-    if request.param in FAST:
-        try:
-            FAST[request.param]()
-        except UserError as error:
-            pytest.skip(str(error))
+    need_loader(request.param)
     with make_pool(3) as pool:
         yield lambda dataset, order, **options: Ordered(
             open_loader(request.param, dataset, pool=pool, threads=3, **options), order

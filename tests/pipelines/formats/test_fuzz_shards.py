@@ -16,11 +16,10 @@ from damage import BLOCK, mutate, uniform
 from fastdeit.pipelines.formats import sidecar
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.shard_layout import SAMPLE, ShardError
-from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from pictures import picture
-from tiny_datasets import stored
+from tiny_datasets import reseal, stored, write
 
 FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 
@@ -28,11 +27,8 @@ FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "train"
-    with ShardWriter(path, 7, shard_size=3) as writer:
-        for i in range(7):
-            data, (width, height), mode = stored(picture(i, (9, 8 + i)), RAW if i % 2 else JPEG)
-            writer.add(data, height=height, width=width, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(7)])
+    images = [picture(i, (9, 8 + i)) for i in range(7)]
+    write(path, [stored(image, RAW if i % 2 else JPEG) for i, image in enumerate(images)], shard_size=3).close()
     return path
 
 
@@ -88,13 +84,9 @@ def test_a_damaged_file_is_found(own, original, name):
 
 
 def seal(folder):
-    """Make the sidecar fit the table again, as somebody with bad intentions would."""
-    path = folder / "dataset.json"
-    described = json.loads(path.read_text())
-    described["metadata_hash"] = hashlib.sha256((folder / "samples.npy").read_bytes()).hexdigest()
-    described.pop("seal")
-    canonical = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    path.write_text(json.dumps({**described, "seal": hashlib.sha256(canonical.encode()).hexdigest()}))
+    """Make the sidecar fit the table again."""
+    table = (folder / "samples.npy").read_bytes()
+    reseal(folder / "dataset.json", metadata_hash=hashlib.sha256(table).hexdigest())
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -155,9 +147,7 @@ def test_an_empty_table(own):
 
 @pytest.mark.parametrize("nodes", [10**18, -1, "2", None, [1], True, 2.0])
 def test_a_hostile_sidecar(own, nodes):
-    path = own / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "nodes": nodes}))
-    seal(own)
+    reseal(own / "dataset.json", nodes=nodes)
     with ShardDataset(own) as dataset:
         found = dataset.check()
     assert bool(found) == (nodes is not True)

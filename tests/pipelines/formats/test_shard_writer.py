@@ -3,8 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import zlib
 
@@ -18,6 +16,7 @@ from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.writer import Record
 from fastdeit.pipelines.machine import MachineError
+from system import run_python
 from tiny_datasets import CLASS_NAMES, files, make_samples, write_shards
 
 
@@ -218,6 +217,6 @@ except OSError as error:
     assert len(os.listdir("/proc/self/fd")) == before
     print(error.errno)
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "d"], capture_output=True, text=True, check=True)
+    done = run_python("-c", program, tmp_path / "d", check=True)
     assert int(done.stdout) == errno.EFBIG
     assert not list(tmp_path.iterdir())

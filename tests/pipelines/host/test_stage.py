@@ -33,46 +33,36 @@ def make_stage(pool, size, threads=2, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("size", "samples", "groups"), [(32, 384, 24), (33, 160, 10), (48, 160, 16), (64, 128, 2)])
-def test_random_plans_equal_pil_timm_and_torchvision(size, samples, groups, pool, make_decoded, make_plan):
-    rng = np.random.default_rng(size)
-    decoded = make_decoded(rng, SIZES, samples)
-    plan = make_plan(rng, decoded, size, groups=groups, layers=2 if size < 64 else 4, erase=0.0)
+def test_random_plans_equal_pil_timm_and_torchvision(size, samples, groups, pool, drawn):
+    decoded, plan = drawn(size, SIZES, samples, size, groups=groups, layers=2 if size < 64 else 4, erase=0.0)
     images = make_stage(pool, size)(decoded, plan).images
     # Levels are equal, normalisation is to the bit, mixing is the same float32 arithmetic.
     torch.testing.assert_close(images, replay_batch(decoded, plan, size, MEAN, STD), rtol=0, atol=1e-6)
 
 
-def test_a_full_size_batch_equals_pil_timm_and_torchvision(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(1)
-    decoded = make_decoded(rng, [(375, 500), (500, 333), (224, 224), (150, 400)], 24)
-    plan = make_plan(rng, decoded, 224, groups=6, erase=0.0)
+def test_a_full_size_batch_equals_pil_timm_and_torchvision(pool, drawn):
+    decoded, plan = drawn(1, [(375, 500), (500, 333), (224, 224), (150, 400)], 24, 224, groups=6, erase=0.0)
     images = make_stage(pool, 224)(decoded, plan).images
     torch.testing.assert_close(images, replay_batch(decoded, plan, 224, MEAN, STD), rtol=0, atol=1e-6)
 
 
-def test_erasing_comes_after_normalising_and_before_mixing(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(2)
-    decoded = make_decoded(rng, SIZES, 24)
-    plan = make_plan(rng, decoded, 24, groups=6, erase=1.0)
+def test_erasing_comes_after_normalising_and_before_mixing(pool, drawn):
+    decoded, plan = drawn(2, SIZES, 24, 24, groups=6, erase=1.0)
     plan = dataclasses.replace(plan, mix=np.array([0, 1, 2, 1, 2, 0], np.int8))
     images = make_stage(pool, 24)(decoded, plan).images
     torch.testing.assert_close(images, replay_batch(decoded, plan, 24, MEAN, STD), rtol=0, atol=1e-6)
 
 
-def test_threads_and_repetition_change_no_bit(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(3)
-    decoded = make_decoded(rng, SIZES, 48)
-    plan = make_plan(rng, decoded, 40, groups=3)
+def test_threads_and_repetition_change_no_bit(pool, drawn):
+    decoded, plan = drawn(3, SIZES, 48, 40, groups=3)
     one = make_stage(pool, 40, threads=1)(decoded, plan).images
     stage = make_stage(pool, 40, threads=4)
     for _ in range(3):
         assert torch.equal(stage(decoded, plan).images, one)
 
 
-def test_a_busy_pool_does_not_stop_the_caller(make_decoded, make_plan):
-    rng = np.random.default_rng(4)
-    decoded = make_decoded(rng, SIZES, 8)
-    plan = make_plan(rng, decoded, 24)
+def test_a_busy_pool_does_not_stop_the_caller(drawn):
+    decoded, plan = drawn(4, SIZES, 8, 24)
     with ThreadPoolExecutor(1) as busy:
         # The pool's only thread waits for the stage, which therefore has no thread but the caller's.
         images = busy.submit(lambda: make_stage(busy, 24, threads=4)(decoded, plan).images).result(timeout=120)
@@ -91,10 +81,8 @@ def test_a_batch_keeps_its_pixels_while_anything_refers_to_them(pool, make_decod
     assert torch.equal(part, before)
 
 
-def test_memory_of_a_batch_is_used_again(pool, make_decoded, make_plan, monkeypatch):
-    rng = np.random.default_rng(6)
-    decoded = make_decoded(rng, SIZES, 8)
-    plan = make_plan(rng, decoded, 24)
+def test_memory_of_a_batch_is_used_again(pool, drawn, monkeypatch):
+    decoded, plan = drawn(6, SIZES, 8, 24)
     stage = make_stage(pool, 24)
     made = []
     new = Arenas._new
@@ -113,20 +101,16 @@ def test_memory_of_a_batch_is_used_again(pool, make_decoded, make_plan, monkeypa
     assert len(made) == 1
 
 
-def test_bfloat16_is_the_float32_batch_rounded(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(7)
-    decoded = make_decoded(rng, SIZES, 16)
-    plan = make_plan(rng, decoded, 24, groups=2)
+def test_bfloat16_is_the_float32_batch_rounded(pool, drawn):
+    decoded, plan = drawn(7, SIZES, 16, 24, groups=2)
     full = make_stage(pool, 24)(decoded, plan).images
     half = make_stage(pool, 24, dtype=torch.bfloat16)(decoded, plan).images
     assert half.dtype == torch.bfloat16
     assert torch.equal(half.view(torch.int16), full.to(torch.bfloat16).view(torch.int16))
 
 
-def test_targets_equal_timm_group_by_group(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(8)
-    decoded = make_decoded(rng, SIZES, 36)
-    plan = make_plan(rng, decoded, 16, groups=6)
+def test_targets_equal_timm_group_by_group(pool, drawn):
+    decoded, plan = drawn(8, SIZES, 36, 16, groups=6)
     plan = dataclasses.replace(plan, mix=np.array([NO_MIX, MIXUP, CUTMIX] * 2, np.int8))
     plan = dataclasses.replace(plan, lam=np.where(plan.mix == NO_MIX, 1.0, plan.lam))
     batch = make_stage(pool, 16)(decoded, plan)
@@ -172,10 +156,8 @@ def test_evaluation_equals_timm_to_the_bit(size, crop, pool, make_decoded):
         ("interp", (0, 0), "interpolation"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused_by_index(field, value, words, pool, make_decoded, make_plan):
-    rng = np.random.default_rng(9)
-    decoded = make_decoded(rng, [(10, 10)], 6)
-    plan = make_plan(rng, decoded, 24)
+def test_a_plan_that_does_not_fit_is_refused_by_index(field, value, words, pool, drawn):
+    decoded, plan = drawn(9, [(10, 10)], 6, 24)
     if field == "interp":
         plan.op[2] = 4
     getattr(plan, field)[2] = value
@@ -183,10 +165,8 @@ def test_a_plan_that_does_not_fit_is_refused_by_index(field, value, words, pool,
         make_stage(pool, 24)(decoded, plan)
 
 
-def test_groups_that_cannot_be_paired_are_refused(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(10)
-    decoded = make_decoded(rng, [(10, 10)], 6)
-    plan = make_plan(rng, decoded, 24, groups=2)
+def test_groups_that_cannot_be_paired_are_refused(pool, drawn):
+    decoded, plan = drawn(10, [(10, 10)], 6, 24, groups=2)
     with pytest.raises(ValueError, match="cannot be paired"):
         make_stage(pool, 24)(decoded, dataclasses.replace(plan, mix=np.array([NO_MIX, MIXUP], np.int8)))
     with pytest.raises(ValueError, match="not 2 mixing groups"):
@@ -195,10 +175,8 @@ def test_groups_that_cannot_be_paired_are_refused(pool, make_decoded, make_plan)
     assert len(make_stage(pool, 24)(decoded, plan).images) == 6
 
 
-def test_a_plan_of_other_samples_is_refused(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(11)
-    decoded = make_decoded(rng, [(10, 10)], 6)
-    plan = make_plan(rng, decoded, 24)
+def test_a_plan_of_other_samples_is_refused(pool, drawn):
+    decoded, plan = drawn(11, [(10, 10)], 6, 24)
     with pytest.raises(ValueError, match="does not have the samples"):
         make_stage(pool, 24)(decoded, dataclasses.replace(plan, index=plan.index + 1))
 
@@ -208,10 +186,8 @@ def test_an_unknown_dtype_is_refused(pool):
         make_stage(pool, 24, dtype=torch.float16)
 
 
-def test_pixels_may_be_a_tensor_on_the_host_alone(pool, make_decoded, make_plan):
-    rng = np.random.default_rng(12)
-    decoded = make_decoded(rng, SIZES, 4)
-    plan = make_plan(rng, decoded, 8)
+def test_pixels_may_be_a_tensor_on_the_host_alone(pool, drawn):
+    decoded, plan = drawn(12, SIZES, 4, 8)
     stage, pixels = make_stage(pool, 8), torch.from_numpy(decoded.pixels)
     images = stage(dataclasses.replace(decoded, pixels=pixels), plan).images
     assert torch.equal(images, stage(decoded, plan).images)

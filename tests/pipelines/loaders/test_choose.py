@@ -15,7 +15,6 @@ from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from pictures import picture
 from tiny_datasets import stored
@@ -31,12 +30,6 @@ def write(path, modes):
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
     return write(tmp_path_factory.mktemp("jpegs") / "jpegs.beton", [JPEG] * COUNT)
-
-
-@pytest.fixture
-def pool():
-    with make_pool(2) as pool:
-        yield pool
 
 
 @pytest.fixture

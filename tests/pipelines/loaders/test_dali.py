@@ -6,29 +6,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
-from fastdeit.pipelines.formats.beton_writer import BetonWriter
-from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.loaders import dali
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.dali import DaliLoader, find_dali
+from fastdeit.pipelines.loaders.dali import DaliLoader
 from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_whole
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered
-from pictures import decoded_or_none, jpeg, picture
-from tiny_datasets import write
+from ordered import Ordered, assert_images, need_loader
+from pictures import KINDS, SAMPLINGS, decoded_or_none, exif, jpeg, picture
+from tiny_datasets import stored, write
 
-try:
-    find_dali()
-except UserError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
-KINDS = ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"optimize": True})
+need_loader("dali")
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +47,14 @@ def test_every_pixel_is_pillows(opened, tmp_path, sampled_jpeg, sampling):
     with opened(write(tmp_path / "k.beton", images)) as loader:
         batch = next(loader.batches(0))
     assert batch.fallbacks == []
-    for slot, (data, _) in enumerate(images):
-        np.testing.assert_array_equal(batch.image(slot), decoded_or_none(data))
+    assert_images(batch, [decoded_or_none(data) for data, _ in images])
 
 
 @pytest.mark.parametrize("kind", ["rotated", "cmyk", "keep_rgb", "mpo", "trailing"])
 def test_other_plain_files(opened, tmp_path, kind):
     image = picture(3, (61, 47))
-    rotated = Image.Exif()
-    rotated[0x112] = 6
     data = {
-        "rotated": lambda: jpeg(image, exif=rotated),  # as it is stored: the converter turns it
+        "rotated": lambda: jpeg(image, exif=exif(6)),  # as it is stored: the converter turns it
         "cmyk": lambda: jpeg(image.convert("CMYK")),
         "keep_rgb": lambda: jpeg(image, keep_rgb=True),
         "mpo": lambda: jpeg(image) + jpeg(picture(4, (61, 47))),
@@ -169,8 +157,7 @@ def test_a_failed_batch_is_halved_until_the_image_is_found(opened, tmp_path, fai
         for epoch in (0, 1):
             batch = next(loader.batches(epoch))
             assert batch.fallbacks == [7, 30]
-            for slot, data in enumerate(images):
-                np.testing.assert_array_equal(batch.image(slot), decoded_or_none(data))
+            assert_images(batch, map(decoded_or_none, images))
             if epoch == 0:
                 assert runs[:3] == [40, 20, 10]
                 assert sum(runs) < 40 + 4 * 40
@@ -206,24 +193,17 @@ def test_damage_among_good_images(opened, tmp_path):
             next(steps)
         after = next(loader.batches(0, 3))
     for first, batch in ((10, before), (30, after)):
-        for slot in range(10):
-            np.testing.assert_array_equal(batch.image(slot), decoded_or_none(images[first + slot][0]))
+        assert_images(batch, [decoded_or_none(data) for data, _ in images[first : first + 10]])
 
 
 def test_chunks_and_raw_images(opened, tmp_path, monkeypatch):
     """More images than DALI gets at once, and raw ones between them."""
     monkeypatch.setattr(dali, "_CPU_CHUNK", 6)
     pictures = [picture(i, (30 + i, 40)) for i in range(25)]
-    with BetonWriter(tmp_path / "c.beton", 25, page_size=MIN_PAGE) as writer:
-        for i, image in enumerate(pictures):
-            data, mode = (image.tobytes(), RAW) if i % 4 == 1 else (jpeg(image), JPEG)
-            writer.add(data, height=40, width=30 + i, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(25)], source={}, options={}, counts={})
-    with opened(open_dataset(tmp_path / "c.beton")) as loader:
+    samples = [stored(image, RAW if i % 4 == 1 else JPEG) for i, image in enumerate(pictures)]
+    with opened(write(tmp_path / "c.beton", samples)) as loader:
         batch = next(loader.batches(0))
-    for i, image in enumerate(pictures):
-        expected = np.asarray(image) if i % 4 == 1 else decoded_or_none(jpeg(image))
-        np.testing.assert_array_equal(batch.image(i), expected)
+    assert_images(batch, [image if i % 4 == 1 else decoded_or_none(jpeg(image)) for i, image in enumerate(pictures)])
 
 
 def test_closing_frees_the_pipeline(opened, tmp_path):
@@ -260,13 +240,8 @@ def on_device(request, opened):
 def test_pixels_stay_on_the_device(opened, on_device, tmp_path, monkeypatch):
     """Decoded there, or on the host where PIL must or nothing is to be decoded; and copied from the step before."""
     monkeypatch.setattr(dali, "_CPU_CHUNK", 6)
-    pictures = [picture(i, (30 + i, 40)) for i in range(21)]
-    with BetonWriter(tmp_path / "d.beton", 21, page_size=MIN_PAGE) as writer:
-        for i, image in enumerate(pictures):
-            data, mode = (image.tobytes(), RAW) if i % 4 == 1 else (jpeg(image), JPEG)
-            writer.add(data, height=40, width=30 + i, label=i, mode=mode)
-        writer.finish(class_names=[str(i) for i in range(21)], source={}, options={}, counts={})
-    dataset = open_dataset(tmp_path / "d.beton")
+    samples = [stored(picture(i, (30 + i, 40)), RAW if i % 4 == 1 else JPEG) for i in range(21)]
+    dataset = write(tmp_path / "d.beton", samples)
     order = EpochOrder(21, global_batch=7, seed=0, rank=0, world=1, repeats=3, group_size=7, cell_groups=1)
     with on_device(dataset, order=order) as loader, opened(dataset, order=order) as plain:
         loader._unfit.add(3)  # as if DALI had refused it

@@ -6,24 +6,20 @@ FASTDEIT_FUZZ multiplies how many there are.
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import damage
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.turbo import find_turbo
+from ordered import need_loader
+from pictures import KINDS, SAMPLINGS
+from system import run_python
 
-try:
-    find_turbo()
-except UserError as error:
-    pytest.skip(str(error), allow_module_level=True)
+need_loader("turbo")
 
 FUZZ = 400 * int(os.environ.get("FASTDEIT_FUZZ", "1"))
-SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
-KINDS = ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"optimize": True})
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +95,10 @@ print(*verdicts, compared)
 def fuzz(tmp_path, images, library, count, seed=0, **environment):
     for i, (data, _) in enumerate(images):
         (tmp_path / f"{i}.jpg").write_bytes(data)
-    arguments = [str(library), str(tmp_path), str(count), str(len(images)), str(seed)]
-    done = subprocess.run(
-        [sys.executable, "-c", FUZZER, *arguments],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(damage.__file__), **environment},
-        capture_output=True,
-        text=True,
+    path = os.path.dirname(damage.__file__)
+    done = run_python(
+        *("-c", FUZZER, library, tmp_path, count, len(images), seed),
+        env={**os.environ, "PYTHONPATH": path, **environment},
         timeout=30 + count // 10,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"

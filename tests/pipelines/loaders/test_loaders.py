@@ -9,13 +9,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import tiny_datasets
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
-from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
-from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered
+from ordered import assert_images
 from pictures import decoded, jpeg, picture
+from tiny_datasets import Hooked
 
 # What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
 # other loaders are exact.
@@ -34,59 +33,13 @@ def pil_pixels(dataset, index):
 
 
 @pytest.fixture(scope="module", params=["beton", "shards"])
-def many(request, tmp_path_factory):
-    """40 JPEGs of different sizes, in each format."""
-    sizes = [(33 + 7 * (i % 5), 40 + i) for i in range(40)]
-    samples = [(jpeg(picture(i, size)), size, JPEG) for i, size in enumerate(sizes)]
-    return write(tmp_path_factory.mktemp("many") / ("many.beton" if request.param == "beton" else "many"), samples)
+def many(request, many_jpegs, tmp_path_factory):
+    """The JPEGs in each format."""
+    return write(tmp_path_factory.mktemp("many") / ("many.beton" if request.param == "beton" else "many"), many_jpegs)
 
 
-@pytest.fixture
-def pool():
-    with make_pool(3) as pool:
-        yield pool
-
-
-@pytest.fixture(params=LOADERS)
-def opened(request, pool):
-    """Opens the loader under test on a data set and an order; by default evaluation in batches of 8."""
-    if request.param in FAST:
-        try:
-            FAST[request.param]()
-        except UserError as error:
-            pytest.skip(str(error))
-
-    def open_one(dataset, order=None, **options):
-        order = order or EvalOrder(len(dataset), batch=8)
-        return Ordered(open_loader(request.param, dataset, pool=pool, threads=3, **options), order)
-
-    open_one.name = request.param
-    return open_one
-
-
-class Reading:
-    """A data set that counts what is read of it."""
-
-    def __init__(self, dataset):
-        self.dataset, self.counts = dataset, Counter()
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getattr__(self, name):
-        return getattr(self.dataset, name)
-
-    def read(self, index):
-        self.counts[index] += 1
-        return self.dataset.read(index)
-
-
-def bound(name, quality=92):
-    return FAST_DCT[quality] if name == "ffcv" else (0, 0)
-
-
-def check_pixels(dataset, batch, name):
-    most, mean = bound(name)
+def check_pixels(dataset, batch, name, quality=92):
+    most, mean = FAST_DCT[quality] if name == "ffcv" else (0, 0)
     for slot in range(len(batch.offset)):
         index = batch.index[np.nonzero(batch.source == slot)[0][0]]
         difference = np.abs(batch.image(slot).astype(int) - pil_pixels(dataset, index))
@@ -123,13 +76,13 @@ def test_images_do_not_overlap_and_are_aligned(opened, many):
 
 def test_each_image_is_decoded_once_for_all_its_copies(opened, many):
     order = EpochOrder(len(many), global_batch=20, group_size=4, repeats=3)  # 20 is no multiple of 3
-    reading = Reading(many)
-    with opened(reading, order) as loader:
+    reads = Counter()
+    with opened(Hooked(many, lambda index: reads.update([index])), order) as loader:
         batches = list(loader.batches(2))
     images = {i for b in batches for i in b.index.tolist()}
     straddling = sum(len(set(a.index.tolist()) & set(b.index.tolist())) for a, b in itertools.pairwise(batches))
     assert straddling > 0
-    assert reading.counts == Counter(dict.fromkeys(images, 1))
+    assert reads == Counter(dict.fromkeys(images, 1))
     assert (loader.decoded, loader.reused) == (len(images), straddling)
     for batch in batches:
         check_pixels(many, batch, opened.name)
@@ -144,8 +97,7 @@ def test_a_step_is_the_same_from_any_start(opened, many):
             assert [b.step for b in rest] == list(range(first, order.steps))
             for batch, same in zip(rest, whole[first:], strict=True):
                 np.testing.assert_array_equal(batch.index, same.index)
-                for slot in range(len(batch.offset)):
-                    np.testing.assert_array_equal(batch.image(slot), same.image(slot))
+                assert_images(batch, map(same.image, range(len(batch.offset))))
 
 
 def test_last_step_of_an_evaluation_is_smaller(opened, many):
@@ -171,27 +123,22 @@ def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality,
     dataset = write(tmp_path / "p", [(d, i.size, JPEG) for d, i in zip(data, photographs, strict=True)])
     with opened(dataset) as loader:
         batch = next(iter(loader.batches(0)))
-    most, mean = bound(opened.name, quality)
-    for slot, stored in enumerate(data):
-        difference = np.abs(batch.image(slot).astype(int) - decoded(stored))
-        assert difference.max() <= most
-        assert difference.mean() <= mean
+    check_pixels(dataset, batch, opened.name, quality)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("mode", "options"),
     [
-        {"mode": "L"},
-        {"progressive": True},
-        {"subsampling": "4:2:2"},
-        {"exif": b"Exif\0\0" + bytes(300)},
-        {"dpi": (9, 9)},
+        ("L", {}),
+        ("RGB", {"progressive": True}),
+        ("RGB", {"subsampling": "4:2:2"}),
+        ("RGB", {"exif": b"Exif\0\0" + bytes(300)}),
+        ("RGB", {"dpi": (9, 9)}),
     ],
     ids=["gray", "progressive", "4:2:2", "exif", "dpi"],
 )
-def test_kinds_of_jpeg(opened, tmp_path, options):
-    options = dict(options)
-    image = picture(1, (61, 47)).convert(options.pop("mode", "RGB"))
+def test_kinds_of_jpeg(opened, tmp_path, mode, options):
+    image = picture(1, (61, 47)).convert(mode)
     dataset = write(tmp_path / "k.beton", [(jpeg(image, **options), image.size, JPEG)])
     with opened(dataset) as loader:
         batch = next(iter(loader.batches(0)))
@@ -204,8 +151,7 @@ def test_raw_pixels_are_copied(opened, tmp_path):
     dataset = write(tmp_path / "r.beton", [(i.tobytes(), i.size, RAW) for i in images])
     with opened(dataset) as loader:
         batch = next(iter(loader.batches(0)))
-    for slot, image in enumerate(images):
-        np.testing.assert_array_equal(batch.image(slot), np.asarray(image))
+    assert_images(batch, images)
 
 
 def test_what_the_decoder_refuses_is_read_by_pil_and_listed(opened, tmp_path):

@@ -19,9 +19,9 @@ from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered
+from ordered import Ordered, assert_images
 from pictures import jpeg, picture
-from tiny_datasets import stored
+from tiny_datasets import Hooked, stored
 
 COUNT = 24
 SIZES = [(40 + 3 * i, 60 - i) for i in range(COUNT)]
@@ -52,23 +52,17 @@ def damaged(tmp_path_factory):
     return write(tmp_path_factory.mktemp("damaged") / "damaged.beton", BAD)
 
 
-class Unreadable:
+class Unreadable(Hooked):
     """A data set some of whose samples can no longer be read; counts what is read."""
 
     def __init__(self, dataset, bad, error=OSError):
-        self.dataset, self.bad, self.error, self.counts = dataset, bad, error, Counter()
+        super().__init__(dataset, self.fail)
+        self.bad, self.error, self.counts = bad, error, Counter()
 
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getattr__(self, name):
-        return getattr(self.dataset, name)
-
-    def read(self, index):
+    def fail(self, index):
         self.counts[index] += 1
         if index in self.bad:
             raise self.error("Input/output error")
-        return self.dataset.read(index)
 
 
 @pytest.fixture(params=["torch", "ffcv", "turbo", "dali"])
@@ -140,8 +134,7 @@ def test_replaced_is_the_same_for_any_threads_and_from_any_step(opened, damaged)
         for one, other in zip(batches, others, strict=True):
             assert one.replaced == other.replaced
             np.testing.assert_array_equal(one.label, other.label)
-            for slot in range(len(one.offset)):
-                np.testing.assert_array_equal(one.image(slot), other.image(slot))
+            assert_images(one, map(other.image, range(len(one.offset))))
 
 
 def test_an_image_replaced_is_so_once_for_all_its_copies(opened, damaged):

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import prefetch
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool, usable_cores
+from system import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +179,7 @@ def test_pool_has_the_threads_asked_for():
 def test_usable_cores_heeds_affinity():
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
     code += "from fastdeit.pipelines.loaders.prefetch import usable_cores; print(usable_cores())"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    out = run_python("-c", code, check=True, timeout=60)
     assert out.stdout.strip() == "1"
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
@@ -230,11 +232,8 @@ def test_ctrl_c_ends_the_program(tail):
 
 
 def test_ctrl_c_before_the_thread_starts_leaves_nothing_to_join(monkeypatch):
-    def interrupted(thread):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", interrupted)
+        patched.setattr(threading.Thread, "start", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Prefetcher(iter([]), 1)
     prefetch._end_all()

@@ -1,6 +1,5 @@
 """Every loader in trouble: damage, early ends, exceptions, files that change; one suite for all."""
 
-import io
 import os
 import signal
 import subprocess
@@ -8,69 +7,23 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from PIL import EpsImagePlugin
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, BetonError
 from fastdeit.pipelines.formats.shard_layout import ShardError
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.choose import FAST, LOADERS, open_loader
-from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
+from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
-from ordered import Ordered
-from pictures import jpeg, picture
-from tiny_datasets import write
+from ordered import assert_images
+from pictures import encoded, jpeg, picture
+from tiny_datasets import Hooked, write
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """40 JPEGs of different sizes."""
-    sizes = [(33 + 7 * (i % 5), 40 + i) for i in range(40)]
-    samples = [(jpeg(picture(i, size)), size, JPEG) for i, size in enumerate(sizes)]
-    return write(tmp_path_factory.mktemp("many") / "many.beton", samples)
-
-
-@pytest.fixture
-def pool():
-    with make_pool(3) as pool:
-        yield pool
-
-
-@pytest.fixture(params=LOADERS)
-def opened(request, pool):
-    """Opens the loader under test on a data set and an order; by default evaluation in batches of 8."""
-    if request.param in FAST:
-        try:
-            FAST[request.param]()
-        except UserError as error:
-            pytest.skip(str(error))
-
-    def open_one(dataset, order=None, **options):
-        order = order or EvalOrder(len(dataset), batch=8)
-        return Ordered(open_loader(request.param, dataset, pool=pool, threads=3, **options), order)
-
-    open_one.name = request.param
-    return open_one
-
-
-class Hooked:
-    """A data set that calls `hook` with every index that is read."""
-
-    def __init__(self, dataset, hook=lambda index: None):
-        self.dataset, self.hook = dataset, hook
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getattr__(self, name):
-        return getattr(self.dataset, name)
-
-    def read(self, index):
-        self.hook(index)
-        return self.dataset.read(index)
+def many(many_jpegs, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("many") / "many.beton", many_jpegs)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "no_end", "header_only"])
@@ -94,9 +47,7 @@ def test_a_damaged_image_is_named_after_the_batches_before_it(opened, tmp_path, 
 @pytest.mark.parametrize("kind", ["EPS", "PNG"])
 def test_what_is_no_jpeg_is_not_read_as_anything_else(opened, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("an image started a program"))
-    file = io.BytesIO()
-    picture(0, (90, 70)).save(file, kind)
-    dataset = write(tmp_path / "other.beton", [(file.getvalue(), (90, 70), JPEG)])
+    dataset = write(tmp_path / "other.beton", [(encoded(picture(0, (90, 70)), kind), (90, 70), JPEG)])
     with opened(dataset) as loader, pytest.raises(DecodeError, match=r"other\.beton: image 0: PIL cannot read it"):
         next(loader.batches(0))
 
@@ -158,8 +109,7 @@ def test_the_loader_can_be_used_after_an_error(opened, many):
     with opened(many) as loader:
         before = next(iter(loader.batches(0)))
     assert (after.offset == before.offset).all()
-    for slot in range(len(after.offset)):
-        np.testing.assert_array_equal(after.image(slot), before.image(slot))
+    assert_images(after, map(before.image, range(len(before.offset))))
 
 
 def test_closing_stops_a_step_that_is_being_decoded(opened, many):

@@ -13,31 +13,19 @@ from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.base import DecodeError, bounding_boxes
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.loaders.turbo import TurboLoader, find_turbo
 from fastdeit.pipelines.memory import Arenas
 from fastdeit.pipelines.plan.draw import PlanDrawer
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.plan.plan import evaluation_plan
 from fastdeit.pipelines.plan.policy import Policy
-from ordered import Ordered
-from pictures import decoded, jpeg, picture
+from ordered import Ordered, need_loader
+from pictures import KINDS, SAMPLINGS, decoded, jpeg, picture
 from tiny_datasets import write
 
-try:
-    find_turbo()
-except UserError as error:
-    pytest.skip(str(error), allow_module_level=True)
+need_loader("turbo")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "gray")
-KINDS = ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}, {"optimize": True})
-
-
-@pytest.fixture
-def pool():
-    with make_pool(2) as pool:
-        yield pool
 
 
 @pytest.fixture

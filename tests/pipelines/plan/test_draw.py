@@ -238,12 +238,7 @@ def test_odd_group_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("m9", "does not start"),
-        ("rand-m9", "inc1"),
-        ("rand-x3-inc1", "section 'x3'"),
-        ("rand-n9-inc1", "n must"),
-    ],
+    [("m9", "does not start"), ("rand-m9", "inc1"), ("rand-x3-inc1", "section 'x3'"), ("rand-n9-inc1", "n must")],
 )
 def test_randaugment_notation(text, message):
     with pytest.raises(UserError, match=message):

@@ -83,20 +83,12 @@ def test_local_copies_share_a_cell_in_different_groups():
 def test_released_order_is_the_released_sampler():
     """Written from deit's samplers.py: randperm by epoch, each index three times, every world-th entry."""
     length, world, batch = 3000, 4, 32
+    released = {"group_size": 0, "placement": "spread", "order_seed": "epoch", "epoch_multiple": 256}
     for rank, epoch in itertools.product(range(world), (0, 7)):
         generator = torch.Generator().manual_seed(epoch)
         flat = torch.randperm(length, generator=generator).repeat_interleave(3)
         mine = flat[rank::world][: length // 256 * 256 // world]
-        order = EpochOrder(
-            length,
-            global_batch=batch * world,
-            rank=rank,
-            world=world,
-            group_size=0,
-            placement="spread",
-            order_seed="epoch",
-            epoch_multiple=256,
-        )
+        order = EpochOrder(length, global_batch=batch * world, rank=rank, world=world, **released)
         assert order.steps == len(mine) // batch
         for step in range(order.steps):
             expected = mine[step * batch : (step + 1) * batch].numpy()

@@ -6,8 +6,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 from archives import jpeg, pack
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source, read_class_names
 from fastdeit.pipelines.sources.imagenet import real_labels
+from system import run_python
 
 pyarrow = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -48,9 +47,7 @@ print(*said, sep="\\n")
 
 def read(text, max_page=0):
     """What reading the first samples of a source gives, in a process of its own, and the memory it took, in MB."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(text), str(max_page)], capture_output=True, text=True, check=True
-    )
+    done = run_python("-c", READ, text, max_page, check=True)
     memory, *said = done.stdout.splitlines()
     return said, int(memory) / 1024
 

@@ -1,18 +1,18 @@
 """What sources take of a folder and what they leave out: one rule, judged by torchvision, GNU tar and the OS."""
 
-import io
+import glob
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torchvision
 
-from archives import jpeg
+from archives import jpeg, pack
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.sources import SourceError, open_source
 from fastdeit.pipelines.sources.files import is_left_out
+from system import run_python
 
 JUNK = [
     *(".DS_Store", "._0.jpg", ".hidden.jpg", ".nfs000000001.jpg", ".ipynb_checkpoints", ".Trash-1000", ".snapshot"),
@@ -185,8 +185,7 @@ def test_what_cannot_be_listed_is_named(tmp_path):
     tmp_path.chmod(0o755)
     script = NOBODY if os.getuid() == 0 else NOBODY.replace("os.set", "0 and os.set")
     # Relative names, since nobody may look into the folders above.
-    command = [sys.executable, "-c", script, "good", *locked]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_python("-c", script, "good", *locked, cwd=tmp_path)
     for place in set(locked.values()):
         (tmp_path / place).chmod(0o755)
     assert done.returncode == 0, done.stderr
@@ -232,40 +231,14 @@ def test_images_beside_the_class_folders_are_counted(tree):
 
 
 def test_a_glob_finds_what_glob_does(tmp_path, monkeypatch):
-    import glob
-    import tarfile
-
-    for name in (
-        "a-0.tar",
-        "a-1.tar",
-        "x/a-2.tar",
-        "x/y/a-3.tar",
-        "x/y/b.tar",
-        "z/a-4.tar",
-        "a[1].tar",
-        ".h-5.tar",
-        ".h/y/b.tar",
-    ):
+    archives = "a-0.tar a-1.tar x/a-2.tar x/y/a-3.tar x/y/b.tar z/a-4.tar a[1].tar .h-5.tar .h/y/b.tar"
+    for name in archives.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(tmp_path / name, "w") as file:
-            for kind, data in (("jpg", jpeg()), ("cls", b"0")):
-                info = tarfile.TarInfo(f"0.{kind}")
-                info.size = len(data)
-                file.addfile(info, io.BytesIO(data))
+        pack(tmp_path / name, {"0.jpg": jpeg(), "0.cls": b"0"})
     (tmp_path / "x" / "loop").symlink_to("..")
     monkeypatch.chdir(tmp_path)
-    for pattern in (
-        "a-*.tar",
-        "a-?.tar",
-        "*/a-*.tar",
-        "x/*/a-3.tar",
-        "[xz]/*.tar",
-        "x/[!q]/a*.tar",
-        "./a-*.tar",
-        ".h-*.tar",
-        ".h*/y/*.tar",
-        "*/y/b.tar",
-    ):
+    patterns = "a-*.tar a-?.tar */a-*.tar x/*/a-3.tar [xz]/*.tar x/[!q]/a*.tar ./a-*.tar .h-*.tar .h*/y/*.tar */y/b.tar"
+    for pattern in patterns.split():
         for form in (pattern, str(tmp_path / pattern)):
             source = open_source(f"webdataset:{form}")
             found = [source.name(i).rpartition(":")[0] for i in range(len(source))]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
 
@@ -60,10 +61,8 @@ def test_members_are_tarfiles(tmp_path, format):
 
 def test_sizes_in_base_256_and_in_pax(tmp_path):
     """Both forms that sizes of 8 GiB and more have, here of small ones."""
-    plain = write(tmp_path / "a.tar", member("a.jpg", b"one"), format=tarfile.USTAR_FORMAT).read_bytes()
-    binary = bytearray(plain)
-    binary[124:136] = b"\x80" + (3).to_bytes(11, "big")
-    (tmp_path / "b.tar").write_bytes(checksummed(binary))
+    plain = write(tmp_path / "b.tar", member("a.jpg", b"one"), format=tarfile.USTAR_FORMAT)
+    patch(plain, 124, b"\x80" + (3).to_bytes(11, "big"))
     write(tmp_path / "c.tar", member("a.jpg", b"one", pax_headers={"size": "3"}), format=tarfile.PAX_FORMAT)
     for name in "bc":
         archive, members = index(tmp_path / f"{name}.tar")
@@ -124,24 +123,29 @@ def checksummed(archive):
     return bytes(archive)
 
 
+def patch(path, at, value):
+    """Overwrite bytes of the first header, and fit its checksum."""
+    content = bytearray(path.read_bytes())
+    content[at : at + len(value)] = value
+    path.write_bytes(checksummed(content))
+    return path
+
+
 @pytest.mark.parametrize(
     "size", [b"77777777777\0", b"\x80" + b"\xff" * 11, b"\x80" + b"\0" * 3 + b"\x7f" + b"\xff" * 7, b"00000002001\0"]
 )
 def test_declared_sizes_beyond_the_end(tmp_path, size):
-    content = bytearray(write(tmp_path / "a.tar", member("huge.jpg", b"x")).read_bytes()[:1536])
-    content[124:136] = size
-    (tmp_path / "a.tar").write_bytes(checksummed(content))
+    path = write(tmp_path / "a.tar", member("huge.jpg", b"x"))
+    os.truncate(path, 1536)
     with pytest.raises(SourceError, match=r"a.tar:huge.jpg: declares \d+ bytes, beyond the end"):
-        index(tmp_path / "a.tar")
+        index(patch(path, 124, size))
 
 
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"-0000000001\0", b"0000000000x\0", b"99999999999\0"])
 def test_numbers_that_are_none(tmp_path, size):
-    content = bytearray(write(tmp_path / "a.tar", member("a.jpg", b"x")).read_bytes())
-    content[124:136] = size
-    (tmp_path / "a.tar").write_bytes(checksummed(content))
+    path = patch(write(tmp_path / "a.tar", member("a.jpg", b"x")), 124, size)
     with pytest.raises(SourceError, match="not a number"):
-        index(tmp_path / "a.tar")
+        index(path)
 
 
 @pytest.mark.parametrize(
@@ -161,11 +165,9 @@ def test_damaged_pax_headers(tmp_path, record):
 def test_a_file_that_became_an_extended_header_is_not_left_out(tmp_path, kind):
     """One changed byte, and its checksum: GNU tar stops at most of them."""
     image = b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(256))
-    content = bytearray(write(tmp_path / "a.tar", member("a.jpg", image), member("b.jpg", image)).read_bytes())
-    content[156:157] = kind
-    (tmp_path / "a.tar").write_bytes(checksummed(content))
+    path = patch(write(tmp_path / "a.tar", member("a.jpg", image), member("b.jpg", image)), 156, kind)
     with pytest.raises(SourceError, match=r"a\.tar, byte 0: a damaged (pax header|long name)"):
-        index(tmp_path / "a.tar")
+        index(path)
 
 
 def test_truncation_anywhere_is_found(tmp_path):
@@ -185,8 +187,7 @@ def test_more_after_the_end(tmp_path):
     (tmp_path / "two.tar").write_bytes(one + one)
     with pytest.raises(SourceError, match="holds more after its end"):
         index(tmp_path / "two.tar")
-    with open(tmp_path / "a.tar", "ab") as file:
-        file.truncate(len(one) + (1 << 34))
+    os.truncate(tmp_path / "a.tar", len(one) + (1 << 34))
     with pytest.raises(SourceError, match="after its end"):
         index(tmp_path / "a.tar")
 
@@ -222,8 +223,7 @@ def test_an_archive_that_changes_is_noticed(tmp_path):
     archive, members = index(path)
     copy = pickle.loads(pickle.dumps(archive))
     assert copy.read(int(members.offset[0]), 3) == b"one"
-    with open(path, "r+b") as file:
-        file.truncate(600)
+    os.truncate(path, 600)
     with pytest.raises(SourceError, match="has changed since"):
         copy.member("a.jpg", int(members.offset[0]), 3)
 
