@@ -12,9 +12,7 @@ import torch
 
 from fastdeit.config import Recipe
 from fastdeit.distributed import World
-from fastdeit.inputs import check_class_names as check_class_names
 from fastdeit.inputs import epoch_order, repeats
-from fastdeit.inputs import open_dataset as open_dataset
 from fastdeit.pipelines.batch import Batch, DecodedBatch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset

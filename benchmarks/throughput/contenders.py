@@ -27,7 +27,7 @@ from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.model.kernel_choice import TORCH, Kernels, choose_kernels
 from fastdeit.model.networks import build_network
-from fastdeit.pipelines.host.stage import Batch
+from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import Precision
 from fastdeit.training.graphs import why_not
 from fastdeit.training.optim import parameter_groups

@@ -20,7 +20,7 @@ from fastdeit.model.deit import DeiT
 from fastdeit.model.drop_path import draw_drop_path
 from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent
-from fastdeit.pipelines.host.stage import Batch
+from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.graphs import CudaRecorder, Replayed, choose_graphs

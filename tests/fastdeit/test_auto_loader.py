@@ -8,8 +8,9 @@ import torch
 
 import fastdeit.data
 from fastdeit import checkpoint
-from fastdeit.data import EvaluationData, TrainingData, open_dataset
+from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World, world
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.choose import LOADERS
 from fastdeit.pipelines.loaders.pillow import TorchLoader

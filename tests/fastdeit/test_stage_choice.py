@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fastdeit import checkpoint, stage_choice
-from fastdeit.data import EvaluationData, TrainingData, open_dataset
+from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World, world
+from fastdeit.inputs import open_dataset
 from fastdeit.kernels.reference import as_patches
 from fastdeit.model.fused import fuse
 from fastdeit.model.networks import build_network

@@ -162,8 +162,10 @@ def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind
         assert "onvert" not in str(caught.value)
         with pytest.raises(MachineError):
             dataset.check()
+        samples = EvalOrder(4, batch=4).step(0, 0)
         with make_pool(1) as pool, pytest.raises(MachineError):  # nor is another loader taken for it
-            choose_loader(dataset, EvalOrder(4, batch=4).step(0, 0), pool=pool, threads=1)
+            name, _ = choose_loader(dataset, samples, pool=pool, threads=1)
+            open_loader(name, dataset, pool=pool, threads=1).decode(samples)
 
 
 def test_a_mount_that_vanishes(shards, tmp_path):

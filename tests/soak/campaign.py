@@ -38,8 +38,9 @@ from benchmarks.photos import prepare_photos
 from benchmarks.record import PACKAGES, PEERS, RESULTS, append, environment
 from fastdeit.cli import parse, run
 from fastdeit.config import Recipe
-from fastdeit.data import TrainBatch, TrainingData, open_dataset
+from fastdeit.data import TrainBatch, TrainingData
 from fastdeit.distributed import World
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.prefetch import usable_cores

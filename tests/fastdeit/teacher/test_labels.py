@@ -15,8 +15,9 @@ import torch
 import torch._dynamo
 
 from fastdeit import checkpoint
-from fastdeit.data import TrainingData, open_dataset
+from fastdeit.data import TrainingData
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
 from fastdeit.teacher import teacher

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastdeit.config import COMPAT, COMPAT_RUN, Departures
-from fastdeit.data import EvaluationData, TrainingData, open_dataset
+from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import resolve
 from fastdeit.recipes import deit_tiny

@@ -11,8 +11,8 @@ from fastdeit import checkpoint
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World, world
 from fastdeit.model.networks import build_network
+from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.host.stage import Batch
 from fastdeit.precision import Precision, resolve
 from fastdeit.recipes import convnet_teacher
 from fastdeit.training import graphs, step

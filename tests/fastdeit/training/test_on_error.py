@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from fastdeit.data import EvaluationData, TrainingData, open_dataset
+from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import sidecar_path

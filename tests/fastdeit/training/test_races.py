@@ -9,8 +9,9 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
-from fastdeit.data import EvaluationData, open_dataset
+from fastdeit.data import EvaluationData
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, pixels_of

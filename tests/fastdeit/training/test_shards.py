@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastdeit.commands.eval import Options, evaluate_checkpoint
-from fastdeit.data import open_dataset
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.training.trainer import Trainer
