@@ -26,7 +26,7 @@ from fastdeit.pipelines.formats.shard_layout import SAMPLE
 from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
-from fastdeit.pipelines.loaders.choose import choose_loader
+from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
@@ -151,6 +151,11 @@ def test_without_any_file_to_open_the_limit_is_named(shards):
         dataset.read(77)
 
 
+def choose_and_decode(dataset, samples, **options):
+    name, _ = choose_loader(dataset, samples, **options)
+    return open_loader(name, dataset, **options).decode(samples)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENOMEM])
 @pytest.mark.parametrize("kind", ["beton", "shards"])
 def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind):
@@ -162,10 +167,8 @@ def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind
         assert "onvert" not in str(caught.value)
         with pytest.raises(MachineError):
             dataset.check()
-        samples = EvalOrder(4, batch=4).step(0, 0)
         with make_pool(1) as pool, pytest.raises(MachineError):  # nor is another loader taken for it
-            name, _ = choose_loader(dataset, samples, pool=pool, threads=1)
-            open_loader(name, dataset, pool=pool, threads=1).decode(samples)
+            choose_and_decode(dataset, EvalOrder(4, batch=4).step(0, 0), pool=pool, threads=1)
 
 
 def test_a_mount_that_vanishes(shards, tmp_path):
