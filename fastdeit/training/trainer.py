@@ -189,19 +189,20 @@ class Trainer:
             batch = next(batches)
             fallbacks.update(batch.fallbacks)
             replaced.update(batch.replaced)
-            check = None if self.deferred else self._check_now(batch)
+            # On a GPU the loop launches a step, then reads the numbers of the step before.
+            check = None if self.deferred else self._loss_checker(batch)
             parts = self.train_step(batch, state.epoch, state.step, state.global_step, check)
-            _read(pending)
+            _read_all(pending)
             if self.deferred:
-                pending.append(self._check_later(parts, batch))
+                pending.append(self._pending_check(parts, batch))
             meter.add(parts)
             state.step += 1
             state.global_step += 1
             if state.global_step % run.log_every == 0 or state.step == steps:
-                pending.append(self._report_window(meter, batches.wait_seconds))
+                pending.append(self._pending_report(meter, batches.wait_seconds))
             saving = run.checkpoint_every and state.global_step % run.checkpoint_every == 0
             if not self.deferred or saving or state.step == steps:
-                _read(pending)
+                _read_all(pending)
             self.log.progress.advance()
             self._profile(batches.wait_seconds)
             if saving:
@@ -211,12 +212,12 @@ class Trainer:
         counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
         report_images(self.log, state.epoch, self.data.loader.name, counts, sorted(fallbacks), sorted(replaced))
 
-    def _check_now(self, batch: TrainBatch) -> Callable[[LossParts], None]:
-        """Checks the losses of the coming step before the weights move."""
+    def _loss_checker(self, batch: TrainBatch) -> Callable[[LossParts], None]:
+        """A function that checks the losses of the coming step before the weights move."""
         return lambda parts: self._check(float(parts.loss), batch, self.state.step, updated=False)
 
-    def _check_later(self, parts: LossParts, batch: TrainBatch) -> Callable[[], None]:
-        """Checks the losses of the step that the device has just been given."""
+    def _pending_check(self, parts: LossParts, batch: TrainBatch) -> Callable[[], None]:
+        """A function that checks the losses of the step that the device has just been given; it may wait for them."""
         loss, step = PendingNumbers(parts.loss[None]), self.state.step
         return lambda: self._check(loss.tolist()[0], batch, step, updated=True)
 
@@ -224,12 +225,13 @@ class Trainer:
         check_loss(loss, batch, step, updated=updated, state=self.state, training=self.train_step, log=self.log)
         self.log.progress.loss(loss)
 
-    def _report_window(self, meter: Meter, wait_seconds: float) -> Callable[[], None]:
-        """Logs the steps since the last such line."""
+    def _pending_report(self, meter: Meter, wait_seconds: float) -> Callable[[], None]:
+        """A function that logs the steps since the last such line; it may wait for their losses."""
         run, state = self.recipe.run, self.state
         window = meter.read(wait_seconds, run.global_batch)
         left = run.epochs * self.data.steps - state.global_step
         eta = left * run.global_batch / window.images_per_second
+        # The line names the step it follows; `state` already points at the next one.
         position, lr = {**state.position(), "step": state.step - 1}, self.train_step.lr
         return lambda: report_window(self.log, window, eta=eta, lr=lr, position=position)
 
@@ -276,7 +278,7 @@ class Trainer:
         self.world.barrier()
 
 
-def _read(pending: list[Callable[[], None]]) -> None:
+def _read_all(pending: list[Callable[[], None]]) -> None:
     for read in pending:
         read()
     pending.clear()
