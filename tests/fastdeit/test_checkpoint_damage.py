@@ -345,7 +345,7 @@ def own(tiny, tmp_path):
     [
         ("embed_dim", 30_000, "does not fit this network"),
         ("embed_dim", 10**17, "does not describe a network"),
-        ("depth", 10**9, "says model.depth 1000000000, its weights have 2 blocks"),
+        ("depth", 10**9, "says model.depth 1000000000, but its weights have 2 blocks"),
         ("img_size", 10**6, "does not fit this network"),
         ("img_size", 8 * 10**9, "does not describe a network"),
         ("patch_size", 0, "says model.patch_size 0"),

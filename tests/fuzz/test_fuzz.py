@@ -57,7 +57,7 @@ from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.loaders.pillow import TorchLoader
 from fastdeit.pipelines.sources.webdataset import WebDataset
 
-decode, to_rgb, write, read = TorchLoader.decode, encode._to_rgb, job._write_rejects, WebDataset.read
+decode, to_rgb, write, read = TorchLoader.decode_image, encode._to_rgb, job._write_rejects, WebDataset.read
 pristine = outputs_to_damage(Path("pristine"))
 images = image_batch, (range(95), ["torch"], 0)
 archive = damaged_source, ("webdataset shards", 0, ["torch"])

@@ -130,7 +130,7 @@ def test_a_transformer_teaches_at_another_resolution(tmp_path):
         ({"mean": [0.1, 0.2]}, {}, "field 'mean'"),
         ({"mean": [0.1, float("nan"), 0.2]}, {}, "field 'mean'"),
         ({"std": [0.0, 1.0, 1.0]}, {}, "field 'std'"),
-        ({"num_classes": 9}, {}, "tells 9 classes, the student 5"),
+        ({"num_classes": 9}, {}, "has 9 output classes, the student 5"),
     ],
 )
 def test_checkpoints_are_checked(checkpoint, fields, cfg, message):
@@ -139,7 +139,7 @@ def test_checkpoints_are_checked(checkpoint, fields, cfg, message):
 
 
 def test_other_classes_than_the_students_are_refused(checkpoint):
-    with pytest.raises(UserError, match="tells 5 classes, the student 10"):
+    with pytest.raises(UserError, match="has 5 output classes, the student 10"):
         Teacher(checkpoint(), IMAGENET_MEAN, IMAGENET_STD, 64, 10)
 
 
@@ -190,7 +190,7 @@ def test_the_package_that_ships_its_weights(tmp_path):
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(UserError, match="ships its weights"):
         Teacher(TeacherConfig(name=LITE0, checkpoint=tmp_path / "x.pt"), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
-    with pytest.raises(UserError, match="tells 1000 classes, the student 10"):
+    with pytest.raises(UserError, match="has 1000 output classes, the student 10"):
         Teacher(TeacherConfig(name=LITE0), IMAGENET_MEAN, IMAGENET_STD, 224, 10)
 
 

@@ -70,8 +70,8 @@ def test_epoch_multiple_and_order_seed(released):
 
 
 def test_cutmix_box(released):
-    assert training(released("cutmix_box")).drawer.policy.cutmix_box == "floor"
-    assert training(released("placement")).drawer.policy.cutmix_box == "full"
+    assert training(released("cutmix_box")).drawer.cutmix_box == "floor"
+    assert training(released("placement")).drawer.cutmix_box == "full"
 
 
 def test_eval_sharding(released):

@@ -39,7 +39,7 @@ def outcome(monkeypatch):
 
     def force(name):
         monkeypatch.setattr(loading, "FAST", {} if name == "torch" else fast)
-        monkeypatch.setattr(loading, "_rates", lambda loaders: {n: 1e9 if n == name else 1.0 for n in loaders})
+        monkeypatch.setattr(loading, "_rates", lambda loaders, *_: {n: 1e9 if n == name else 1.0 for n in loaders})
 
     return force
 

@@ -16,7 +16,7 @@ from fastdeit.teacher import teacher
 from fastdeit.training import step
 from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.trainer import Trainer
-from runs import final_state, train
+from runs import final_state, newest, train
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_released_compat(tiny, events, capsys):
 def test_fine_tuning_at_another_resolution(tiny):
     first = tiny(deit_tiny)
     train(first)
-    weights = final_state(first)
+    weights = newest(first)
     second = tiny(
         deit_tiny_384,
         model={"img_size": 48, "init": weights, "drop_path": 0.5},
