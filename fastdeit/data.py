@@ -72,9 +72,6 @@ class Pipeline(Generic[AnyOrder]):
         pixels: tuple[str, str] | None = None,
     ) -> None:
         self.order, self.draw, self._depth = order, draw, recipe.data.prefetch
-        first = order.step(0, 0) if order.steps else None
-        plan = draw(first) if first is not None else None
-        regions = plan.regions() if plan is not None else None
         threads = recipe.data.threads or max(1, usable_cores() // world.local_size)
         self._pool = make_pool(threads)
         on_gpu = world.device.type == "cuda" and (stage or (recipe.data.stage,))[0] != "host"
@@ -90,16 +87,26 @@ class Pipeline(Generic[AnyOrder]):
         name, reason = recipe.data.loader, "as requested"
         if name == "auto":
             if loader is None and world.main:
-                loader = choose_loader(dataset, first, regions, pixels=pixels, **options)
+                first = self._first_step()
+                samples, regions = (first[0], first[1].regions()) if first is not None else (None, None)
+                loader = choose_loader(dataset, samples, regions, pixels=pixels, **options)
             name, reason = _agree(world, loader)
         self.loader = open_loader(name, dataset, **options, reason=reason)
         choice = stage or settle_stage(recipe, world.device, decodes_on_device=self.loader.on_device)
         timed = None
-        if choice[0] == "auto" and first is not None and plan is not None:
-            timed = self.loader.decode(first, regions), plan
+        if choice[0] == "auto" and (first := self._first_step()) is not None:
+            samples, plan = first
+            timed = self.loader.decode(samples, plan.regions()), plan
         self.stage = ChosenStage(
             recipe, world.device, dtype, layout, choice=choice, first=timed, pool=self._pool, threads=threads
         )
+
+    def _first_step(self) -> tuple[StepSamples, Plan] | None:
+        """The samples and the plan on which `auto` times its choices; None for an empty share of the data."""
+        if not self.order.steps:
+            return None
+        samples = self.order.step(0, 0)
+        return samples, self.draw(samples)
 
     @property
     def steps(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdeit.kernels import augment_levels, augment_normalize, augment_resize
 from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.plan.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan, rotation_matrices
+from fastdeit.pipelines.plan.plan import BICUBIC, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan, rotation_matrices, tap_range
 
 _ALIGNMENT = 128  # bytes, of each array
 _MOST_BYTES = (1 << 31) - 1
@@ -162,7 +162,7 @@ def _fill_resize(work: Work, decoded: DecodedBatch, plan: Plan) -> tuple[int, in
     samples = np.arange(len(plan))
     place[:, augment_resize.HEIGHT], place[:, augment_resize.WIDTH] = crop[:, 2], crop[:, 3]
     place[:, augment_resize.OUT_HEIGHT : augment_resize.LEFT + 1] = window
-    first, end = _source_ranges(crop[samples, 2 + axis], window[samples, axis], window[samples, 2 + axis], size)
+    first, end = tap_range(crop[samples, 2 + axis], window[samples, axis], window[samples, 2 + axis], size)
     place[:, augment_resize.FIRST], place[:, augment_resize.COUNT] = first, end - first
     place[:, augment_resize.VERTICAL_FIRST] = vertical_first
     place[:, augment_resize.FLIP] = plan.flip
@@ -185,17 +185,6 @@ def _vertical_first(crop: np.ndarray, window: np.ndarray) -> np.ndarray:
     """(B,) bool: whether PIL 13 runs the vertical pass first, as it does if the height shrinks much more."""
     shrink = crop[:, 2] - window[:, 0]
     return (shrink > 0) & (shrink > 2 * (crop[:, 3] - window[:, 1]))
-
-
-def _source_ranges(
-    size_in: np.ndarray, size_out: np.ndarray, skip: np.ndarray, wanted: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) first and end of the inputs of outputs skip .. skip + wanted - 1 of an axis, computed as the kernel does."""
-    scale = size_in / size_out
-    support = 2.0 * np.maximum(scale, 1.0)
-    low, high = (skip + 0.5) * scale, (skip + wanted - 1 + 0.5) * scale
-    first = np.maximum(0, (low - support + 0.5).astype(np.int64))
-    return first, np.minimum(size_in, (high + support + 0.5).astype(np.int64))
 
 
 def _most_taps(size_in: np.ndarray, size_out: np.ndarray) -> np.ndarray:

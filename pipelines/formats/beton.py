@@ -6,17 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastdeit.pipelines.formats import sidecar
 from fastdeit.pipelines.formats.beton_layout import (
     ALLOCATION,
     FIELD,
     FIELDS,
     HEADER,
-    JPEG,
     KIND,
     MAX_CLASSES,
     MAX_PIXELS,
@@ -29,16 +26,16 @@ from fastdeit.pipelines.formats.beton_layout import (
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.formats.checksums import Checksums
 from fastdeit.pipelines.formats.files import misfetched
 from fastdeit.pipelines.formats.open_file import OpenFile
 from fastdeit.pipelines.formats.sidecar import SidecarError
+from fastdeit.pipelines.formats.stored import StoredImages
 from fastdeit.pipelines.machine import machine_error
 
 _PIECE = 24 << 18  # bytes read at once: whole records of a table, or the gaps between images
 
 
-class BetonDataset:
+class BetonDataset(StoredImages):
     """Random access to the images of a beton file: FFCV's own or one that `BetonWriter` wrote.
 
     path           the file
@@ -63,7 +60,7 @@ class BetonDataset:
             self._file: OpenFile | None = file
             self._identity = file.identity
             self._read_tables(file)
-            self._read_sidecar()
+            self._read_sidecar(sidecar_path(self.path), KIND, self._metadata_hash)
         except (FileNotFoundError, IsADirectoryError):
             raise
         except (OSError, MemoryError) as error:
@@ -158,38 +155,6 @@ class BetonDataset:
         pointer, size = np.empty(count, np.uint64), np.empty(count, np.uint64)
         pointer[sample], size[sample] = table["ptr"], table["size"]
         return pointer, size
-
-    def _read_sidecar(self) -> None:
-        self.class_names: list[str] | None = None
-        self.content_hash: str | None = None
-        self.sidecar: dict[str, Any] | None = None
-        self.checksums: Checksums | None = None
-        self.num_classes = int(self.label.max()) + 1
-        path = sidecar_path(self.path)
-        if not path.exists():
-            return
-        self.sidecar = sidecar.read(
-            path,
-            kind=KIND,
-            num_samples=len(self),
-            num_classes=self.num_classes,
-            metadata_hash=self._metadata_hash,
-        )
-        self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
-        self.checksums = Checksums(sidecar.crc32s(self.sidecar))
-        self.num_classes = len(self.sidecar["class_names"])
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def _check_index(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
-
-    def is_jpeg(self, index: int) -> bool:
-        """Whether sample `index` is stored as a JPEG file; if not, as raw RGB (height, width, 3)."""
-        self._check_index(index)
-        return bool(self._mode[index] == JPEG)
 
     def read(self, index: int) -> np.ndarray:
         """Stored bytes of sample `index`: (size,) uint8, read-only.

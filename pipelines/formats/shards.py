@@ -10,13 +10,10 @@ import threading
 from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_CLASSES, MAX_PIXELS, MAX_SIDE, RAW
-from fastdeit.pipelines.formats.checksums import Checksums
+from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES, MAX_PIXELS, MAX_SIDE, RAW
 from fastdeit.pipelines.formats.open_file import OpenFile, identity
 from fastdeit.pipelines.formats.shard_layout import (
     END,
@@ -38,6 +35,7 @@ from fastdeit.pipelines.formats.shard_layout import (
     shard_name,
 )
 from fastdeit.pipelines.formats.sidecar import SidecarError
+from fastdeit.pipelines.formats.stored import StoredImages
 from fastdeit.pipelines.machine import machine_error, open_file_limit
 
 _HEAD = 16 << 10  # bytes: more than numpy's header of a table takes
@@ -46,7 +44,7 @@ _OPEN_SHARDS = 256  # at once, and at most a quarter of the files that the proce
 _PIECE = SAMPLE.itemsize << 17  # bytes of the table that are read at once
 
 
-class ShardDataset:
+class ShardDataset(StoredImages):
     """Random access to the images in a folder of tar shards that `ShardWriter` wrote; a `Dataset`.
 
     path           the folder
@@ -75,7 +73,7 @@ class ShardDataset:
         try:
             self._read_table()
             self._identities = [self._stat(shard, int(size)) for shard, size in enumerate(self._shard_bytes)]
-            self._read_sidecar()
+            self._read_sidecar(self.path / SIDECAR, KIND, self._table_hash)
         except (OSError, MemoryError) as error:
             raise machine_error(error, f"{self.path}: cannot be opened") from error
 
@@ -161,34 +159,6 @@ class ShardDataset:
         if status.st_size != size:
             raise self._error(f"it has {status.st_size} bytes instead of {size}", file=name)
         return identity(status)
-
-    def _read_sidecar(self) -> None:
-        self.class_names: list[str] | None = None
-        self.content_hash: str | None = None
-        self.sidecar: dict[str, Any] | None = None
-        self.checksums: Checksums | None = None
-        self.num_classes = int(self.label.max()) + 1
-        path = self.path / SIDECAR
-        if not path.exists():
-            return
-        self.sidecar = sidecar.read(
-            path, kind=KIND, num_samples=len(self), num_classes=self.num_classes, metadata_hash=self._table_hash
-        )
-        self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
-        self.checksums = Checksums(sidecar.crc32s(self.sidecar))
-        self.num_classes = len(self.sidecar["class_names"])
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def _check_index(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
-
-    def is_jpeg(self, index: int) -> bool:
-        """Whether sample `index` is stored as a JPEG file; if not, as raw RGB (height, width, 3)."""
-        self._check_index(index)
-        return bool(self._mode[index] == JPEG)
 
     def read(self, index: int) -> np.ndarray:
         """Stored bytes of sample `index`: (size,) uint8, read-only.

@@ -110,14 +110,21 @@ class Plan:
 def _source_range(
     size_in: np.ndarray, size_out: np.ndarray, first: np.ndarray, wanted: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) first and end of the inputs that a bicubic resize reads for outputs first .. first + wanted - 1."""
+    """(B,) first and end of the inputs that PIL reads for outputs first .. first + wanted - 1."""
+    start, end = tap_range(size_in, size_out, first, wanted)
+    same = size_in == size_out  # PIL copies such an axis
+    return np.where(same, first, start), np.where(same, first + wanted, end)
+
+
+def tap_range(
+    size_in: np.ndarray, size_out: np.ndarray, first: np.ndarray, wanted: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) first and end of the inputs with a bicubic weight in outputs first .. first + wanted - 1 of an axis."""
     scale = size_in / size_out
     support = 2.0 * np.maximum(scale, 1.0)
     low, high = (first + 0.5) * scale, (first + wanted - 1 + 0.5) * scale
     start = np.maximum(0, (low - support + 0.5).astype(np.int64))
-    end = np.minimum(size_in, (high + support + 0.5).astype(np.int64))
-    same = size_in == size_out  # PIL copies such an axis
-    return np.where(same, first, start), np.where(same, first + wanted, end)
+    return start, np.minimum(size_in, (high + support + 0.5).astype(np.int64))
 
 
 def whole_windows(count: int, img_size: int) -> np.ndarray:
