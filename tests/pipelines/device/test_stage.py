@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeit.pipelines.device.packing import fill_table, table_sizes
+from fastdeit.pipelines.device.packing import fill_table
 from fastdeit.pipelines.device.stage import DeviceStage
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
@@ -272,19 +272,18 @@ def test_the_launches_can_be_a_cuda_graph(pool, device, make_decoded, make_plan)
     stage, host, size, count = device_stage(device, 64), host_stage(pool, 64), 64, 32
     decoded = make_decoded(rng, [(90, 120), (64, 70)], count)
     plans = [make_plan(rng, decoded, size, groups=2) for _ in range(3)]
-    window = np.tile(np.array([size, size, 0, 0], np.int32), (count, 1))
     for plan in plans:
         plan.op[plan.op == CODE["GaussianBlur"]] = 0
         stage(decoded, plan)
-    tables = [torch.empty(sum(table_sizes(count, 2)), dtype=torch.uint8) for _ in plans]
-    needs = [fill_table(table, decoded, plan, window, size) for table, plan in zip(tables, plans, strict=True)]
-    table, pixels = tables[0].to(device), torch.from_numpy(decoded.pixels).to(device)
-    out = torch.empty((count, 3, size, size), device=device)
-    stage._launch(table, pixels, count, 2, needs[0], out)
+    table, passes, images = stage._prepare(decoded, plans[0], None)
+    stage._uploads.end()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        stage._launch(table, pixels, count, 2, needs[0], out)
-    for plan, filled in zip(plans, tables, strict=True):
+        for launch in passes.values():
+            launch()
+    for plan in plans:
+        filled = torch.empty(len(table), dtype=torch.uint8)
+        fill_table(filled, decoded, plan)
         table.copy_(filled)
         graph.replay()
-        assert torch.equal(out.cpu(), host(decoded, plan).images)
+        assert torch.equal(images.cpu(), host(decoded, plan).images)

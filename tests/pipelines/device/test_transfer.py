@@ -112,4 +112,4 @@ def test_patches_are_those_of_a_convolution():
     weight = torch.randn(5, 3, 4, 4, dtype=torch.float64)
     ours = as_patches(images, 4) @ weight.flatten(1).T
     theirs = torch.nn.functional.conv2d(images, weight, stride=4).flatten(2).transpose(1, 2)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
