@@ -94,6 +94,7 @@ EFFECTS: dict[str, Effect] = {
     "model.drop_rate": _TRAIN_MODE,
     "model.drop_path": _TRAIN_MODE,
     "model.drop_path_mode": _DROP_PATH,
+    "model.residual_dtype": _DEIT,
     "model.kernels": ALWAYS,
     "model.num_classes": ALWAYS,
     "model.init": ALWAYS,

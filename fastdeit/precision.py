@@ -56,6 +56,13 @@ def resolve(recipe: Recipe, device: torch.device) -> Precision:
     return Precision(wanted, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted], device, note)
 
 
+def check_residual_dtype(recipe: Recipe, precision: Precision) -> None:
+    """Raise UserError if training asks for a residual stream in bf16, and its steps do not compute in bf16."""
+    if recipe.model.residual_dtype == "bfloat16" and precision.name != "bf16":
+        reason = precision.note or f"this run's precision is {precision.name}"
+        raise UserError(f"model.residual_dtype 'bfloat16' needs run.precision bf16, but {reason}")
+
+
 def compiles(recipe: Recipe, device: torch.device) -> bool:
     """Whether student, teacher and loss are compiled: `run.compile`; "auto" is on with a GPU."""
     return recipe.run.compile == "on" or (recipe.run.compile == "auto" and device.type == "cuda")

@@ -15,20 +15,79 @@ from fastdeit.kernels.attention_forward import (
     SIZES,
     STRIDES,
     attention_scale,
-    load_columns,
+    last_tile,
     load_rows,
     precision,
+    store_rows,
 )
+from fastdeit.kernels.column_sum import column_sum
 from fastdeit.kernels.launch import DTYPES, Launch, cdiv, chosen, next_power_of_two, pointer
 from fastdeit.kernels.variants import Variant
 
 
 @triton.jit
-def _store_rows(base, start, stride, num_rows, head_dim, value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows = start + tl.arange(0, ROWS)
+def _store_sum(to, tile, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    # Write the sum of a tile's rows. A product with ones is faster than a reduction across the warps.
     columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
-    tl.store(base + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=inside)
+    if tile.dtype == tl.float32:
+        tl.store(to + columns, tl.sum(tile, axis=0), mask=columns < HEAD_DIM)
+    else:
+        total = tl.dot(tl.full((16, ROWS), 1.0, tile.dtype), tile)
+        rows = tl.arange(0, 16)[:, None]
+        tl.store(to + 0 * rows + columns[None, :], total, mask=(rows == 0) & (columns < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _queries_tile(
+    q_base,
+    out,
+    lse,
+    grad,
+    delta,
+    grad_q_base,
+    partial,
+    start,
+    stride_n,
+    stride_3,
+    width,
+    num_queries,
+    num_tokens,
+    scale,
+    softmax_scale,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    k_base = q_base + stride_3
+    v_base = k_base + stride_3
+    rows = start + tl.arange(0, QUERIES)
+    inside = rows < num_queries
+    q = load_rows(q_base, start, stride_n, num_queries, QUERIES, HEAD_DIM, COLUMNS)
+    g = load_rows(grad, start, width, num_queries, QUERIES, HEAD_DIM, COLUMNS)
+    o = load_rows(out, start, width, num_queries, QUERIES, HEAD_DIM, COLUMNS)
+    own_delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
+    tl.store(delta + rows, own_delta, mask=inside)
+    own_lse = tl.load(lse + rows, mask=inside, other=0.0)
+    if BIAS:
+        columns = tl.arange(0, COLUMNS)
+        tl.store(partial + width + columns, tl.zeros((COLUMNS,), tl.float32), mask=columns < HEAD_DIM)
+        _store_sum(partial + 2 * width, g, QUERIES, HEAD_DIM, COLUMNS)
+    grad_q = tl.zeros((QUERIES, COLUMNS), tl.float32)
+    for first in range(0, num_tokens, KEYS):
+        k = load_rows(k_base, first, stride_n, num_tokens, KEYS, HEAD_DIM, COLUMNS)
+        v = load_rows(v_base, first, stride_n, num_tokens, KEYS, HEAD_DIM, COLUMNS)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - own_lse[:, None])
+        p = tl.where((first + tl.arange(0, KEYS) < num_tokens)[None, :], p, 0.0)
+        grad_p = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        grad_s = (p * (grad_p - own_delta[:, None])).to(q.dtype)
+        grad_q = tl.dot(grad_s, k, grad_q, input_precision=PRECISION)
+    grad_q *= softmax_scale
+    store_rows(grad_q_base, start, 3 * width, num_tokens, grad_q, QUERIES, HEAD_DIM, COLUMNS)
+    if BIAS:
+        _store_sum(partial, grad_q.to(q.dtype), QUERIES, HEAD_DIM, COLUMNS)
 
 
 @triton.jit
@@ -39,50 +98,154 @@ def _attention_backward_queries(
     grad,
     delta,
     grad_qkv,
+    partial,
     stride_b,
     stride_n,
     stride_3,
     stride_h,
     num_heads,
+    num_queries,
     num_tokens,
-    head_dim,
     scale,
     softmax_scale,
     QUERIES: tl.constexpr,
+    LAST_QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Gradient of a tile of queries. Also stores each query's delta, sum(output * gradient), for the other kernel.
+    # Gradient of a tile of queries; zeros for tokens that are no queries. Also stores each query's delta, sum(output *
+    # gradient), for the other kernel, and with BIAS its share of the bias's gradient: see `backward`.
     blocks = tl.cdiv(num_tokens, QUERIES)
-    start = tl.program_id(0) % blocks * QUERIES
+    block = tl.program_id(0) % blocks
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     sample = batch_head // num_heads
     head = batch_head % num_heads
-    width = num_heads * head_dim
+    width = num_heads * HEAD_DIM
+    start = block * QUERIES
     q_base = qkv + sample * stride_b + head * stride_h
-    k_base = q_base + stride_3
-    v_base = k_base + stride_3
-    own = sample * num_tokens * width + head * head_dim
+    own = sample * num_queries * width + head * HEAD_DIM
+    grad_q_base = grad_qkv + 3 * sample * num_tokens * width + head * HEAD_DIM
+    lse += batch_head * num_queries
+    delta += batch_head * num_queries
+    used = tl.cdiv(num_queries, QUERIES)
+    partial += (sample * used + block) * 3 * width + head * HEAD_DIM
+    written = start
+    if block < used:
+        if LAST_QUERIES % QUERIES == 0:  # noqa: SIM114, one condition is known to the compiler
+            _queries_tile(
+                q_base, out + own, lse, grad + own, delta, grad_q_base, partial, start, stride_n, stride_3, width,
+                num_queries, num_tokens, scale, softmax_scale, QUERIES, KEYS, BIAS, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+            written += QUERIES
+        elif block < used - 1:
+            _queries_tile(
+                q_base, out + own, lse, grad + own, delta, grad_q_base, partial, start, stride_n, stride_3, width,
+                num_queries, num_tokens, scale, softmax_scale, QUERIES, KEYS, BIAS, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+            written += QUERIES
+        else:
+            _queries_tile(
+                q_base, out + own, lse, grad + own, delta, grad_q_base, partial, start, stride_n, stride_3, width,
+                num_queries, num_tokens, scale, softmax_scale, LAST_QUERIES, KEYS, BIAS, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+            written += LAST_QUERIES
     rows = start + tl.arange(0, QUERIES)
-    inside = rows < num_tokens
-    q = load_rows(q_base, start, stride_n, num_tokens, head_dim, QUERIES, COLUMNS)
-    g = load_rows(grad + own, start, width, num_tokens, head_dim, QUERIES, COLUMNS)
-    o = load_rows(out + own, start, width, num_tokens, head_dim, QUERIES, COLUMNS)
-    own_delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
-    tl.store(delta + batch_head * num_tokens + rows, own_delta, mask=inside)
-    own_lse = tl.load(lse + batch_head * num_tokens + rows, mask=inside, other=0.0)
-    grad_q = tl.zeros((QUERIES, COLUMNS), tl.float32)
-    for first in range(0, num_tokens, KEYS):
-        k_t = load_columns(k_base, first, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
-        v_t = load_columns(v_base, first, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
-        p = tl.exp2(tl.dot(q, k_t, input_precision=PRECISION) * scale - own_lse[:, None])
-        p = tl.where((first + tl.arange(0, KEYS) < num_tokens)[None, :], p, 0.0)
-        grad_p = tl.dot(g, v_t, input_precision=PRECISION)
-        grad_s = (p * (grad_p - own_delta[:, None])).to(q.dtype)
-        grad_q = tl.dot(grad_s, tl.trans(k_t), grad_q, input_precision=PRECISION)
-    to = grad_qkv + 3 * sample * num_tokens * width + head * head_dim
-    _store_rows(to, start, 3 * width, num_tokens, head_dim, grad_q * softmax_scale, QUERIES, COLUMNS)
+    columns = tl.arange(0, COLUMNS)
+    rest = ((rows >= written) & (rows < num_tokens))[:, None] & (columns < HEAD_DIM)[None, :]
+    zeros = tl.zeros((QUERIES, COLUMNS), grad_qkv.dtype.element_ty)
+    tl.store(grad_q_base + rows[:, None] * (3 * width) + columns[None, :], zeros, mask=rest)
+
+
+@triton.jit
+def _add_queries(
+    k,
+    v,
+    grad_k,
+    grad_v,
+    q_base,
+    grad,
+    lse,
+    delta,
+    start,
+    stride_n,
+    width,
+    num_queries,
+    scale,
+    QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Add a tile of queries to the gradients of a tile of keys and values; `num_queries` None: the tile is full.
+    rows = start + tl.arange(0, QUERIES)
+    q = load_rows(q_base, start, stride_n, num_queries, QUERIES, HEAD_DIM, COLUMNS)
+    g = load_rows(grad, start, width, num_queries, QUERIES, HEAD_DIM, COLUMNS)
+    if num_queries is None:
+        own_lse = tl.load(lse + rows)
+        own_delta = tl.load(delta + rows)
+    else:
+        own_lse = tl.load(lse + rows, mask=rows < num_queries, other=0.0)
+        own_delta = tl.load(delta + rows, mask=rows < num_queries, other=0.0)
+    # What lies beyond the last query is zero and adds nothing; what lies beyond the last key is not stored.
+    p_t = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - own_lse[None, :])
+    grad_v = tl.dot(p_t.to(g.dtype), g, grad_v, input_precision=PRECISION)
+    grad_p_t = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+    grad_s_t = (p_t * (grad_p_t - own_delta[None, :])).to(k.dtype)
+    return tl.dot(grad_s_t, q, grad_k, input_precision=PRECISION), grad_v
+
+
+@triton.jit
+def _keys_tile(
+    q_base,
+    lse,
+    grad,
+    delta,
+    grad_q_base,
+    first,
+    stride_n,
+    stride_3,
+    width,
+    num_queries,
+    num_tokens,
+    scale,
+    softmax_scale,
+    QUERIES: tl.constexpr,
+    LAST_QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    k_base = q_base + stride_3
+    k = load_rows(k_base, first, stride_n, num_tokens, KEYS, HEAD_DIM, COLUMNS)
+    v = load_rows(k_base + stride_3, first, stride_n, num_tokens, KEYS, HEAD_DIM, COLUMNS)
+    grad_k = tl.zeros((KEYS, COLUMNS), tl.float32)
+    grad_v = tl.zeros((KEYS, COLUMNS), tl.float32)
+    if LAST_QUERIES == QUERIES:
+        for start in range(0, num_queries, QUERIES):
+            grad_k, grad_v = _add_queries(
+                k, v, grad_k, grad_v, q_base, grad, lse, delta, start, stride_n, width, num_queries, scale,
+                QUERIES, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+    else:
+        # Only the last queries need a mask, and they take a tile of their own size.
+        full = num_queries // QUERIES * QUERIES
+        for start in range(0, full, QUERIES):
+            grad_k, grad_v = _add_queries(
+                k, v, grad_k, grad_v, q_base, grad, lse, delta, start, stride_n, width, None, scale,
+                QUERIES, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+        if LAST_QUERIES > 0:
+            grad_k, grad_v = _add_queries(
+                k, v, grad_k, grad_v, q_base, grad, lse, delta, full, stride_n, width, num_queries, scale,
+                LAST_QUERIES, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+    grad_k_base = grad_q_base + width
+    store_rows(grad_k_base, first, 3 * width, num_tokens, grad_k * softmax_scale, KEYS, HEAD_DIM, COLUMNS)
+    store_rows(grad_k_base + width, first, 3 * width, num_tokens, grad_v, KEYS, HEAD_DIM, COLUMNS)
 
 
 @triton.jit
@@ -97,71 +260,87 @@ def _attention_backward_keys(
     stride_3,
     stride_h,
     num_heads,
+    num_queries,
     num_tokens,
-    head_dim,
     scale,
     softmax_scale,
     QUERIES: tl.constexpr,
+    LAST_QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    LAST_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Gradients of a tile of keys and values.
     blocks = tl.cdiv(num_tokens, KEYS)
-    first = tl.program_id(0) % blocks * KEYS
+    block = tl.program_id(0) % blocks
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
     sample = batch_head // num_heads
     head = batch_head % num_heads
-    width = num_heads * head_dim
+    width = num_heads * HEAD_DIM
     q_base = qkv + sample * stride_b + head * stride_h
-    k_base = q_base + stride_3
-    v_base = k_base + stride_3
-    grad += sample * num_tokens * width + head * head_dim
-    k = load_rows(k_base, first, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
-    v = load_rows(v_base, first, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
-    in_keys = (first + tl.arange(0, KEYS) < num_tokens)[:, None]
-    grad_k = tl.zeros((KEYS, COLUMNS), tl.float32)
-    grad_v = tl.zeros((KEYS, COLUMNS), tl.float32)
-    for start in range(0, num_tokens, QUERIES):
-        rows = start + tl.arange(0, QUERIES)
-        inside = rows < num_tokens
-        q_t = load_columns(q_base, start, stride_n, num_tokens, head_dim, QUERIES, COLUMNS)
-        g = load_rows(grad, start, width, num_tokens, head_dim, QUERIES, COLUMNS)
-        own_lse = tl.load(lse + batch_head * num_tokens + rows, mask=inside, other=0.0)
-        own_delta = tl.load(delta + batch_head * num_tokens + rows, mask=inside, other=0.0)
-        p_t = tl.exp2(tl.dot(k, q_t, input_precision=PRECISION) * scale - own_lse[None, :])
-        p_t = tl.where(in_keys, p_t, 0.0)
-        grad_v = tl.dot(p_t.to(g.dtype), g, grad_v, input_precision=PRECISION)
-        grad_p_t = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-        grad_s_t = (p_t * (grad_p_t - own_delta[None, :])).to(k.dtype)
-        grad_k = tl.dot(grad_s_t, tl.trans(q_t), grad_k, input_precision=PRECISION)
-    to = grad_qkv + 3 * sample * num_tokens * width + head * head_dim
-    _store_rows(to + width, first, 3 * width, num_tokens, head_dim, grad_k * softmax_scale, KEYS, COLUMNS)
-    _store_rows(to + 2 * width, first, 3 * width, num_tokens, head_dim, grad_v, KEYS, COLUMNS)
+    grad += sample * num_queries * width + head * HEAD_DIM
+    grad_q_base = grad_qkv + 3 * sample * num_tokens * width + head * HEAD_DIM
+    lse += batch_head * num_queries
+    delta += batch_head * num_queries
+    if LAST_KEYS % KEYS == 0:  # noqa: SIM114, as above
+        _keys_tile(
+            q_base, lse, grad, delta, grad_q_base, block * KEYS, stride_n, stride_3, width, num_queries, num_tokens,
+            scale, softmax_scale, QUERIES, LAST_QUERIES, KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
+    elif block < blocks - 1:
+        _keys_tile(
+            q_base, lse, grad, delta, grad_q_base, block * KEYS, stride_n, stride_3, width, num_queries, num_tokens,
+            scale, softmax_scale, QUERIES, LAST_QUERIES, KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
+    else:
+        _keys_tile(
+            q_base, lse, grad, delta, grad_q_base, block * KEYS, stride_n, stride_3, width, num_queries, num_tokens,
+            scale, softmax_scale, QUERIES, LAST_QUERIES, LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
 
 
-def _launches(head_dim: int, dtype: torch.dtype) -> tuple[Launch, Launch]:
-    """Launches of the query and the key kernel; tuned on an H100 for 16-bit dtypes and 64 channels."""
+def _launches(
+    num_queries: int, num_tokens: int, head_dim: int, dtype: torch.dtype, bias: bool
+) -> tuple[Launch, Launch]:
+    """Launches of the query and the key kernel; tuned on an H200 for 16-bit dtypes and 64 channels."""
     columns = max(16, next_power_of_two(head_dim))
-    common = (("COLUMNS", columns), ("PRECISION", precision(dtype)))
+    common = (("HEAD_DIM", head_dim), ("COLUMNS", columns), ("PRECISION", precision(dtype)))
     if dtype is torch.float32 or columns > 64:
-        own = 32 if dtype is torch.float32 else 64
-        return (
-            Launch(constants=(("QUERIES", own), ("KEYS", 32), *common), num_warps=8),
-            Launch(constants=(("QUERIES", 32), ("KEYS", own), *common), num_warps=8),
+        # A second tile size would need more registers than there are.
+        own, warps, stages = 32 if dtype is torch.float32 else 64, 8, 2
+        last_rows, last_queries, last_keys = own, 32, own
+    else:
+        own, warps, stages = 64, 4, 3
+        last_rows, last_queries, last_keys = (
+            last_tile(num_queries, own),
+            last_tile(num_queries, 32),
+            last_tile(num_tokens, own),
         )
+    for_queries = (("QUERIES", own), ("LAST_QUERIES", last_rows), ("KEYS", 32), ("BIAS", bias))
+    for_keys = (("QUERIES", 32), ("LAST_QUERIES", last_queries), ("KEYS", own), ("LAST_KEYS", last_keys))
     return (
-        Launch(constants=(("QUERIES", 64), ("KEYS", 32), *common), num_warps=4, num_stages=3),
-        Launch(constants=(("QUERIES", 32), ("KEYS", 64), *common), num_warps=4, num_stages=3),
+        Launch(constants=(*for_queries, *common), num_warps=warps, num_stages=stages),
+        Launch(constants=(*for_keys, *common), num_warps=warps, num_stages=stages),
     )
 
 
-def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """The packed gradient of qkv, contiguous; `grad` is the gradient of `out`, `out` and `lse` come from `forward`."""
+def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """The packed gradient of qkv, contiguous, and the gradient (3 H D,) float32 of a bias that it contains.
+
+    grad  gradient of `out`; `out` and `lse` come from `forward`
+    bias  whether to compute the second result; False: it is empty
+
+    The bias of the keys has no gradient: it adds the same to all scores of a query. That of the values is added to each
+    output, so its gradient is the sum of `grad`.
+    """
     batch, tokens, _, heads, head_dim = qkv.shape
+    rows, width = grad.shape[1:]
     grad_qkv = qkv.new_empty(qkv.shape)
+    sums = qkv.new_empty(3 * width if bias else 0, dtype=torch.float32)
     if not qkv.numel():
-        return grad_qkv
+        return grad_qkv, sums.zero_()
     grad = grad.contiguous()
     shape = (
         qkv.stride(0),
@@ -169,38 +348,40 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         qkv.stride(2),
         qkv.stride(3),
         heads,
+        rows,
         tokens,
-        head_dim,
         attention_scale(head_dim),
         head_dim**-0.5,
     )
     delta = torch.empty_like(lse)
-    for_queries, for_keys = _launches(head_dim, qkv.dtype)
+    for_queries, for_keys = _launches(rows, tokens, head_dim, qkv.dtype, bias)
     for_queries = chosen("attention_backward_queries", for_queries)
     for_keys = chosen("attention_backward_keys", for_keys)
-    blocks = cdiv(tokens, dict(for_queries.constants)["QUERIES"]), cdiv(tokens, dict(for_keys.constants)["KEYS"])
-    _attention_backward_queries[(blocks[0] * batch * heads,)](
-        qkv, out, lse, grad, delta, grad_qkv, *shape, **for_queries.options()
+    tiles = dict(for_queries.constants)["QUERIES"], dict(for_keys.constants)["KEYS"]
+    partial = qkv.new_empty((batch * cdiv(rows, tiles[0]) if bias else 0, len(sums)), dtype=torch.float32)
+    _attention_backward_queries[(cdiv(tokens, tiles[0]) * batch * heads,)](
+        qkv, out, lse, grad, delta, grad_qkv, partial, *shape, **for_queries.options()
     )
-    _attention_backward_keys[(blocks[1] * batch * heads,)](
+    _attention_backward_keys[(cdiv(tokens, tiles[1]) * batch * heads,)](
         qkv, lse, grad, delta, grad_qkv, *shape, **for_keys.options()
     )
-    return grad_qkv
+    if bias:
+        column_sum(partial, sums)
+    return grad_qkv, sums
 
 
 def variants() -> list[Variant]:
-    """The launches at `SHAPES`."""
+    """The launches at `SHAPES`, with a bias."""
     variants = []
     for tokens, head_dim, dtype in SHAPES:
         name = f"{DTYPES[dtype]} N{tokens} D{head_dim}"
         tensors = {"lse": "*fp32", "grad": pointer(dtype), "grad_qkv": pointer(dtype), "qkv": pointer(dtype)}
         sizes = {**SIZES, "softmax_scale": "fp32"}
-        multiples = (*STRIDES, "head_dim")
-        for_queries, for_keys = _launches(head_dim, dtype)
+        for_queries, for_keys = _launches(tokens, tokens, head_dim, dtype, True)
         keys = {**tensors, "delta": "*fp32", **sizes}
-        queries = {**keys, "out": pointer(dtype)}
+        queries = {**keys, "out": pointer(dtype), "partial": "*fp32"}
         variants.append(
-            for_queries.variant(f"attention_backward_queries {name}", _attention_backward_queries, queries, multiples)
+            for_queries.variant(f"attention_backward_queries {name}", _attention_backward_queries, queries, STRIDES)
         )
-        variants.append(for_keys.variant(f"attention_backward_keys {name}", _attention_backward_keys, keys, multiples))
+        variants.append(for_keys.variant(f"attention_backward_keys {name}", _attention_backward_keys, keys, STRIDES))
     return variants

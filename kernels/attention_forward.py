@@ -17,21 +17,108 @@ from fastdeit.kernels.variants import Variant
 
 
 @triton.jit
-def load_rows(base, start, stride, num_rows, head_dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tile (ROWS, COLUMNS) starting at row `start`; zeros beyond `num_rows` and `head_dim`."""
+def load_rows(base, start, stride, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile (ROWS, COLUMNS) starting at row `start`; zeros beyond `num_rows` (None: there are enough) and HEAD_DIM."""
     rows = start + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < head_dim)[None, :]
-    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    at = base + rows[:, None] * stride + columns[None, :]
+    if num_rows is None and HEAD_DIM == COLUMNS:
+        return tl.load(at)
+    elif num_rows is None:
+        return tl.load(at, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == COLUMNS:
+        return tl.load(at, mask=(rows < num_rows)[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=(rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def load_columns(base, start, stride, num_rows, head_dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The transpose of `load_rows`, (COLUMNS, ROWS)."""
+def store_rows(base, start, stride, num_rows, value, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write what lies within `num_rows` and HEAD_DIM of a tile (ROWS, COLUMNS) that starts at row `start`."""
     rows = start + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    inside = (columns < head_dim)[:, None] & (rows < num_rows)[None, :]
-    return tl.load(base + rows[None, :] * stride + columns[:, None], mask=inside, other=0.0)
+    inside = (rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(base + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend(
+    q,
+    k_base,
+    v_base,
+    stride_n,
+    start,
+    num_tokens,
+    scale,
+    row_max,
+    row_sum,
+    acc,
+    KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Add a tile of keys to the running softmax of a tile of queries; `num_tokens` None: the tile is full.
+    k = load_rows(k_base, start, stride_n, num_tokens, KEYS, HEAD_DIM, COLUMNS)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if num_tokens is not None:
+        s = tl.where((start + tl.arange(0, KEYS) < num_tokens)[None, :], s, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, axis=1)
+    v = load_rows(v_base, start, stride_n, num_tokens, KEYS, HEAD_DIM, COLUMNS)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def _forward_tile(
+    q_base,
+    out,
+    lse,
+    start,
+    stride_n,
+    stride_3,
+    width,
+    num_queries,
+    num_tokens,
+    scale,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    k_base = q_base + stride_3
+    v_base = k_base + stride_3
+    q = load_rows(q_base, start, stride_n, num_queries, QUERIES, HEAD_DIM, COLUMNS)
+    row_max = tl.full((QUERIES,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, COLUMNS), tl.float32)
+    if LAST_KEYS == KEYS:
+        for first in range(0, num_tokens, KEYS):
+            row_max, row_sum, acc = _attend(
+                q, k_base, v_base, stride_n, first, num_tokens, scale, row_max, row_sum, acc,
+                KEYS, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+    else:
+        # Only the last keys need a mask, and they take a tile of their own size.
+        full = num_tokens // KEYS * KEYS
+        for first in range(0, full, KEYS):
+            row_max, row_sum, acc = _attend(
+                q, k_base, v_base, stride_n, first, None, scale, row_max, row_sum, acc,
+                KEYS, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+        if LAST_KEYS > 0:
+            row_max, row_sum, acc = _attend(
+                q, k_base, v_base, stride_n, full, num_tokens, scale, row_max, row_sum, acc,
+                LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
+            )  # fmt: skip
+    store_rows(out, start, width, num_queries, acc / row_sum[:, None], QUERIES, HEAD_DIM, COLUMNS)
+    rows = start + tl.arange(0, QUERIES)
+    tl.store(lse + rows, row_max + tl.log2(row_sum), mask=rows < num_queries)
 
 
 @triton.jit
@@ -44,45 +131,42 @@ def _attention_forward(
     stride_3,
     stride_h,
     num_heads,
+    num_queries,
     num_tokens,
-    head_dim,
     scale,
     QUERIES: tl.constexpr,
+    LAST_QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    LAST_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Neighbouring programs share a head, so its keys and values come from the cache.
-    blocks = tl.cdiv(num_tokens, QUERIES)
+    blocks = tl.cdiv(num_queries, QUERIES)
     block = tl.program_id(0) % blocks
-    batch_head = tl.program_id(0) // blocks
-    sample = batch_head.to(tl.int64) // num_heads
+    batch_head = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = batch_head // num_heads
     head = batch_head % num_heads
+    width = num_heads * HEAD_DIM
     q_base = qkv + sample * stride_b + head * stride_h
-    k_base = q_base + stride_3
-    v_base = k_base + stride_3
-    q = load_rows(q_base, block * QUERIES, stride_n, num_tokens, head_dim, QUERIES, COLUMNS)
-    row_max = tl.full((QUERIES,), -float("inf"), tl.float32)
-    row_sum = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, COLUMNS), tl.float32)
-    for start in range(0, num_tokens, KEYS):
-        k_t = load_columns(k_base, start, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
-        s = tl.dot(q, k_t, input_precision=PRECISION)
-        s = tl.where((start + tl.arange(0, KEYS) < num_tokens)[None, :], s, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(s, axis=1) * scale)
-        p = tl.exp2(s * scale - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, axis=1)
-        v = load_rows(v_base, start, stride_n, num_tokens, head_dim, KEYS, COLUMNS)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-        row_max = new_max
-    rows = block * QUERIES + tl.arange(0, QUERIES)
-    columns = tl.arange(0, COLUMNS)
-    inside = rows < num_tokens
-    offsets = (sample * num_tokens + rows[:, None]) * (num_heads * head_dim) + head * head_dim + columns[None, :]
-    mask = inside[:, None] & (columns < head_dim)[None, :]
-    tl.store(out + offsets, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + batch_head.to(tl.int64) * num_tokens + rows, row_max + tl.log2(row_sum), mask=inside)
+    out += sample * num_queries * width + head * HEAD_DIM
+    lse += batch_head * num_queries
+    if LAST_QUERIES % QUERIES == 0:  # noqa: SIM114, this condition is known to the compiler
+        _forward_tile(
+            q_base, out, lse, block * QUERIES, stride_n, stride_3, width, num_queries, num_tokens, scale,
+            QUERIES, KEYS, LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
+    elif block < blocks - 1:
+        _forward_tile(
+            q_base, out, lse, block * QUERIES, stride_n, stride_3, width, num_queries, num_tokens, scale,
+            QUERIES, KEYS, LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
+    else:
+        _forward_tile(
+            q_base, out, lse, block * QUERIES, stride_n, stride_3, width, num_queries, num_tokens, scale,
+            LAST_QUERIES, KEYS, LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -90,8 +174,14 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype is torch.float32 else "tf32"
 
 
-def forward_launch(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Launch:
-    """The launch for these shapes; tuned on an H100 for 16-bit dtypes and 64 channels."""
+def last_tile(count: int, tile: int) -> int:
+    """Size of the tile for the rows that full tiles leave over: a power of two, at least 16; 0 if they leave none."""
+    rest = count % tile
+    return max(16, next_power_of_two(rest)) if rest else 0
+
+
+def forward_launch(num_queries: int, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Launch:
+    """The launch for these shapes; tuned on an H200 for 16-bit dtypes and 64 channels."""
     channels = max(16, next_power_of_two(head_dim))
     if dtype is torch.float32:
         queries, keys, warps, stages = 32, 32, 4, 2
@@ -103,8 +193,20 @@ def forward_launch(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Launch
         queries, keys, warps, stages = 128, 64, 8, 3
     else:
         queries, keys, warps, stages = 64, 32, 4, 3
-    tiles = (("QUERIES", queries), ("KEYS", keys), ("COLUMNS", channels), ("PRECISION", precision(dtype)))
-    return Launch(constants=tiles, num_warps=warps, num_stages=stages)
+    last_queries, last_keys = last_tile(num_queries, queries), last_tile(num_tokens, keys)
+    if dtype is torch.float32 or channels > 64:
+        # A second tile size would need more registers than there are.
+        last_queries, last_keys = queries, keys
+    constants = (
+        ("QUERIES", queries),
+        ("LAST_QUERIES", last_queries),
+        ("KEYS", keys),
+        ("LAST_KEYS", last_keys),
+        ("HEAD_DIM", head_dim),
+        ("COLUMNS", channels),
+        ("PRECISION", precision(dtype)),
+    )
+    return Launch(constants=constants, num_warps=warps, num_stages=stages)
 
 
 def attention_scale(head_dim: int) -> float:
@@ -112,15 +214,15 @@ def attention_scale(head_dim: int) -> float:
     return head_dim**-0.5 * math.log2(math.e)
 
 
-def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (B, N, H D), and for the backward pass log2(sum of 2 ** score) of each query, (B, H, N) float32."""
+def forward(qkv: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Output (B, rows, H D), and for the backward pass log2(sum of 2 ** score) of each query, (B, H, rows) float32."""
     batch, tokens, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty((batch, tokens, heads * head_dim))
-    lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
+    out = qkv.new_empty((batch, rows, heads * head_dim))
+    lse = qkv.new_empty((batch, heads, rows), dtype=torch.float32)
     if not qkv.numel():
         return out, lse
-    launch = chosen("attention_forward", forward_launch(tokens, head_dim, qkv.dtype))
-    _attention_forward[(cdiv(tokens, dict(launch.constants)["QUERIES"]) * batch * heads,)](
+    launch = chosen("attention_forward", forward_launch(rows, tokens, head_dim, qkv.dtype))
+    _attention_forward[(cdiv(rows, dict(launch.constants)["QUERIES"]) * batch * heads,)](
         qkv,
         out,
         lse,
@@ -129,8 +231,8 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
         qkv.stride(2),
         qkv.stride(3),
         heads,
+        rows,
         tokens,
-        head_dim,
         attention_scale(head_dim),
         **launch.options(),
     )
@@ -148,17 +250,17 @@ SHAPES = (
     (197, 64, torch.float32),
 )
 STRIDES = ("stride_b", "stride_n", "stride_3", "stride_h")
-SIZES = dict.fromkeys((*STRIDES, "num_heads", "num_tokens", "head_dim"), "i32") | {"scale": "fp32"}
+SIZES = dict.fromkeys((*STRIDES, "num_heads", "num_queries", "num_tokens"), "i32") | {"scale": "fp32"}
 
 
 def variants() -> list[Variant]:
     """The launches at `SHAPES`."""
     return [
-        forward_launch(tokens, head_dim, dtype).variant(
+        forward_launch(tokens, tokens, head_dim, dtype).variant(
             f"attention_forward {DTYPES[dtype]} N{tokens} D{head_dim}",
             _attention_forward,
             {"qkv": pointer(dtype), "out": pointer(dtype), "lse": "*fp32", **SIZES},
-            (*STRIDES, "head_dim"),
+            STRIDES,
         )
         for tokens, head_dim, dtype in SHAPES
     ]

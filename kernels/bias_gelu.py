@@ -50,7 +50,17 @@ def _bias_gelu_forward(x, bias, out, num_rows, width, ROWS: tl.constexpr, BLOCK_
 
 @triton.jit
 def _bias_gelu_backward(
-    x, bias, grad, grad_x, partial, num_rows, width, chunk, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    bias,
+    grad,
+    grad_x,
+    partial,
+    num_rows,
+    width,
+    chunk,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # Each program handles `chunk` rows of some channels and writes its own partial sums for the bias.
     first_row = tl.program_id(0).to(tl.int64) * chunk
@@ -58,7 +68,7 @@ def _bias_gelu_backward(
     in_width = columns < width
     bias_row = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for step in range(0, chunk, ROWS):
+    for step in tl.range(0, chunk, ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = first_row + step + tl.arange(0, ROWS)
         inside = ((rows < num_rows) & (rows < first_row + chunk))[:, None] & in_width[None, :]
         offsets = rows[:, None] * width + columns[None, :]
@@ -73,8 +83,9 @@ def _bias_gelu_backward(
 
 
 _ROWS_PER_PROGRAM = 256  # of the backward pass
-_FORWARD = Launch(constants=(("ROWS", 8), ("BLOCK_C", 256)), num_warps=4)
-_BACKWARD = Launch(constants=(("ROWS", 8), ("BLOCK_C", 256)), num_warps=4)
+# Tuned on an H200. A backward program loads its next two tiles while it computes one.
+_FORWARD = Launch(constants=(("ROWS", 16), ("BLOCK_C", 256)), num_warps=4)
+_BACKWARD = Launch(constants=(("ROWS", 16), ("BLOCK_C", 128), ("STAGES", 3)), num_warps=4)
 
 
 @operator("fastdeit::bias_gelu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -89,16 +87,18 @@ def _add_layer_norm_backward(
     chunk,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Each program handles `chunk` rows and writes its own partial sums for weight and bias.
+    # Each program handles `chunk` rows and writes its own partial sums for weight, bias and the branch's bias.
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
     scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    grad_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     first_row = tl.program_id(0).to(tl.int64) * chunk
     for step in tl.range(0, chunk, ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = first_row + step + tl.arange(0, ROWS)
@@ -123,29 +123,38 @@ def _add_layer_norm_backward(
                 factor = tl.load(mask + rows // rows_per_sample, mask=in_rows, other=0.0)
                 to_branch = grad_value * factor[:, None]
             tl.store(grad_branch + offsets, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
+            if BRANCH_BIAS:
+                grad_branch_bias += tl.where(inside, to_branch, 0.0)
         tl.store(grad_x + offsets, grad_value.to(grad_x.dtype.element_ty), mask=inside)
-    offset = tl.program_id(0).to(tl.int64) * 2 * width + columns
+    offset = tl.program_id(0).to(tl.int64) * (3 if BRANCH_BIAS else 2) * width + columns
     tl.store(partial + offset, tl.sum(grad_weight, axis=0), mask=in_width)
     tl.store(partial + offset + width, tl.sum(grad_bias, axis=0), mask=in_width)
+    if BRANCH_BIAS:
+        tl.store(partial + offset + 2 * width, tl.sum(grad_branch_bias, axis=0), mask=in_width)
 
 
 MAX_WIDTH = 4096  # channels that fit the registers of a program with 16 warps
 
-# Programs of the backward pass: enough to give every multiprocessor a few, few enough for a short second stage.
-_PROGRAMS = 512
-
 
 def _forward_launch(width: int, branch: bool, mask: bool) -> Launch:
+    """16 elements a thread, and at least four warps."""
     block = max(16, next_power_of_two(width))
-    rows = max(1, 1024 // block)
-    constants = (("BRANCH", branch), ("MASK", mask), ("ROWS", rows), ("BLOCK", block))
-    return Launch(constants=constants, num_warps=max(4, min(16, block // 256)))
+    constants = (("BRANCH", branch), ("MASK", mask), ("ROWS", max(1, 2048 // block)), ("BLOCK", block))
+    return Launch(constants=constants, num_warps=max(4, min(16, block // 512)))
 
 
-def _backward_launch(width: int, branch: bool, mask: bool) -> Launch:
-    launch = _forward_launch(width, branch, mask)
+def _backward_launch(width: int, branch: bool, mask: bool, branch_bias: bool) -> Launch:
+    """16 elements a thread, and at least two warps; tuned on an H200."""
+    block = max(16, next_power_of_two(width))
+    warps = max(2, min(16, block // 256))
+    constants = (("BRANCH", branch), ("MASK", mask), ("BRANCH_BIAS", branch_bias))
     # Few programs share a multiprocessor, so prefetch the next rows while one is computed.
-    return replace(launch, constants=(*launch.constants, ("STAGES", 3)))
+    constants += (("ROWS", max(1, 512 * warps // block)), ("BLOCK", block), ("STAGES", 3))
+    return Launch(constants=constants, num_warps=warps)
+
+
+# Programs of the backward pass: four a multiprocessor of an H200, to hide the memory's latency; few partial sums.
+_PROGRAMS = 528
 
 
 def _rows_per_sample(x: Tensor) -> int:
@@ -154,9 +163,16 @@ def _rows_per_sample(x: Tensor) -> int:
 
 @operator("fastdeit::add_layer_norm")
 def _op(
-    x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _fake(x, branch, mask, weight, bias, eps, dtype)
+    outputs = _fake(x, branch, branch_bias, mask, weight, bias, eps, dtype)
     if not x.numel():
         return outputs
     total, out, mean, rstd = outputs
@@ -185,7 +201,14 @@ def _op(
 
 @_op.register_fake
 def _fake(
-    x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Without a branch the sum is `x`, and an operator may not return its argument.
     kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
@@ -205,19 +228,21 @@ def _backward_op(
     rstd: Tensor,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
+    sum_branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _backward_fake(grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype)
+    outputs = _backward_fake(grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype, sum_branch)
     grad_x, grad_branch, sums = outputs
     if not total.numel():
         sums.zero_()
         return outputs
     width = total.shape[-1]
     rows = total.numel() // width
-    launch = chosen("add_layer_norm_backward", _backward_launch(width, branch_dtype is not None, mask is not None))
+    default = _backward_launch(width, branch_dtype is not None, mask is not None, sum_branch)
+    launch = chosen("add_layer_norm_backward", default)
     tile = dict(launch.constants)["ROWS"]
     chunk = cdiv(cdiv(rows, _PROGRAMS), tile) * tile
     programs = cdiv(rows, chunk)
-    partial = sums[None] if programs == 1 else total.new_empty((programs, 2, width), dtype=torch.float32)
+    partial = sums[None] if programs == 1 else total.new_empty((programs, *sums.shape), dtype=torch.float32)
     total = total.contiguous()
     _add_layer_norm_backward[(programs,)](
         grad_out.contiguous(),
@@ -252,29 +277,33 @@ def _backward_fake(
     rstd: Tensor,
     x_dtype: torch.dtype,
     branch_dtype: torch.dtype | None,
+    sum_branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = total.new_empty(total.shape, dtype=x_dtype)
     grad_branch = total.new_empty(total.shape if branch_dtype is not None else (0,), dtype=branch_dtype)
-    return grad_x, grad_branch, total.new_empty((2, total.shape[-1]), dtype=torch.float32)
+    sums = total.new_empty((3 if sum_branch else 2, total.shape[-1]), dtype=torch.float32)
+    return grad_x, grad_branch, sums
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, branch, mask, weight, bias, _, _ = inputs
+    x, branch, branch_bias, mask, weight, bias, _, _ = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(x if branch is None else total, mask, weight, mean, rstd)
-    ctx.dtypes = x.dtype, None if branch is None else branch.dtype, weight.dtype, bias.dtype
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, branch_bias, weight, bias)]
 
 
 def _autograd(ctx, grad_total, grad_out, *_):
     total, mask, weight, mean, rstd = ctx.saved_tensors
-    x_dtype, branch_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    x_dtype, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    sum_branch = branch_bias_dtype is not None
     if branch_dtype is None:
         grad_total = None
     grad_x, grad_branch, sums = _backward_op(
-        grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype
+        grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype, sum_branch
     )
     branch = None if branch_dtype is None else grad_branch
-    return grad_x, branch, None, sums[0].to(weight_dtype), sums[1].to(bias_dtype), None, None
+    branch_bias = sums[2].to(branch_bias_dtype) if sum_branch else None
+    return grad_x, branch, branch_bias, None, sums[0].to(weight_dtype), sums[1].to(bias_dtype), None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -294,8 +323,8 @@ def layer_norm(
     arXiv 1607.06450.
     """
     dtype = dtype or x.dtype
-    _check(x, None, None, weight, bias, dtype)
-    return _op(x, None, None, weight, bias, eps, dtype)[1]
+    _check(x, None, None, None, weight, bias, dtype)
+    return _op(x, None, None, None, weight, bias, eps, dtype)[1]
 
 
 def add_layer_norm(
@@ -306,6 +335,7 @@ def add_layer_norm(
     eps: float = 1e-6,
     *,
     mask: Tensor | None = None,
+    branch_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum, as after each half of a block.
@@ -313,6 +343,8 @@ def add_layer_norm(
     x       (B, ..., C) the residual stream
     branch  (B, ..., C) the output of attention or the MLP
     mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; or None
+    branch_bias  (C,) a bias that `branch` already contains, detached, or None. It changes no result: it only receives
+            its gradient, the sum of the branch's gradient over all rows, from the pass that computes the latter
     dtype   of the normalised result; None: the dtype of the sum
 
     Returns (x + mask * branch, its normalisation). The sum has the wider dtype of `x` and `branch`; the masked branch
@@ -320,20 +352,26 @@ def add_layer_norm(
     Other arguments and errors: see `layer_norm`.
     """
     dtype = dtype or torch.promote_types(x.dtype, branch.dtype)
-    _check(x, branch, mask, weight, bias, dtype)
-    total, out, _, _ = _op(x, branch, mask, weight, bias, eps, dtype)
+    _check(x, branch, branch_bias, mask, weight, bias, dtype)
+    total, out, _, _ = _op(x, branch, branch_bias, mask, weight, bias, eps, dtype)
     return total, out
 
 
 def _check(
-    x: Tensor, branch: Tensor | None, mask: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
 ) -> None:
     if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.float32):
         raise ValueError(
             f"add_layer_norm: mask is {tuple(mask.shape)} {mask.dtype}: "
             f"give a float32 factor for each of {len(x)} samples"
         )
-    check("layer_norm", x=x, branch=branch, mask=mask, weight=weight, bias=bias)
+    check("layer_norm", x=x, branch=branch, branch_bias=branch_bias, mask=mask, weight=weight, bias=bias)
     check_dtype("layer_norm", "dtype", dtype)
     if x.ndim < 2 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(
@@ -346,6 +384,8 @@ def _check(
         )
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, x is {tuple(x.shape)}")
+    if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
+        raise ValueError(f"add_layer_norm: branch_bias is {tuple(branch_bias.shape)}: give it ({x.shape[-1]},)")
 
 
 def variants() -> list[Variant]:
@@ -353,7 +393,8 @@ def variants() -> list[Variant]:
     variants = []
     for width in (192, 384, 768):
         for stream, branch in ((torch.float32, True), (torch.bfloat16, True), (torch.float32, False)):
-            forward_launch, backward_launch = (f(width, branch, branch) for f in (_forward_launch, _backward_launch))
+            forward_launch = _forward_launch(width, branch, branch)
+            backward_launch = _backward_launch(width, branch, branch, branch)
             wide, low = pointer(stream), pointer(torch.bfloat16)
             name = f"{DTYPES[stream]} C{width}"
             sizes = {"num_rows": "i32", "rows_per_sample": "i32", "width": "i32"}

@@ -100,6 +100,8 @@ def assemble_tokens(
     dist_token: Tensor | None,
     pos_embed: Tensor,
     bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Prepend the class token and the optional distillation token to the patches; add the positions.
 
@@ -113,7 +115,7 @@ def assemble_tokens(
             f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {len(tokens)} tokens: "
             f"give it {count + len(tokens)}"
         )
-    dtype = torch.promote_types(patches.dtype, pos_embed.dtype)
+    dtype = dtype or torch.promote_types(patches.dtype, pos_embed.dtype)
     if bias is not None:
         patches = _at_least_float32(patches) + bias
     prefix = [token.expand(batch, -1, -1) for token in tokens]

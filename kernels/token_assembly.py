@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels.column_sum import column_sum
-from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, chosen, operator, pointer
+from fastdeit.kernels.launch import DTYPES, Launch, cdiv, check, check_dtype, chosen, operator, pointer
 from fastdeit.kernels.variants import Variant
 
 
@@ -106,11 +106,16 @@ _SAMPLES_PER_SPLIT = 64
 
 @operator("fastdeit::assemble_tokens")
 def _op(
-    patches: Tensor, bias: Tensor | None, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor
+    patches: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    dist_token: Tensor | None,
+    pos_embed: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     batch, count, width = patches.shape
     prefix = 1 if dist_token is None else 2
-    out = _fake(patches, bias, cls_token, dist_token, pos_embed)
+    out = _fake(patches, bias, cls_token, dist_token, pos_embed, dtype)
     launch = chosen("assemble_tokens_forward", _forward_launch(width, prefix, bias is not None))
     blocks = dict(launch.constants)
     if out.numel():
@@ -133,10 +138,14 @@ def _op(
 
 @_op.register_fake
 def _fake(
-    patches: Tensor, bias: Tensor | None, cls_token: Tensor, dist_token: Tensor | None, pos_embed: Tensor
+    patches: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    dist_token: Tensor | None,
+    pos_embed: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     batch, _, width = patches.shape
-    dtype = torch.promote_types(patches.dtype, pos_embed.dtype)
     return patches.new_empty((batch, pos_embed.shape[1], width), dtype=dtype)
 
 
@@ -172,7 +181,7 @@ def _backward_fake(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tenso
 
 
 def _setup(ctx, inputs, output) -> None:
-    patches, bias, cls_token, dist_token, pos_embed = inputs
+    patches, bias, cls_token, dist_token, pos_embed, _ = inputs
     ctx.prefix = 1 if dist_token is None else 2
     ctx.dtypes = [None if t is None else t.dtype for t in (patches, bias, cls_token, dist_token, pos_embed)]
 
@@ -187,6 +196,7 @@ def _autograd(ctx, grad):
         total[None, :1].to(cls_dtype, copy=True),
         None if dist_dtype is None else total[None, 1:2].to(dist_dtype, copy=True),
         total[None].to(pos_dtype),
+        None,
     )
 
 
@@ -199,6 +209,8 @@ def assemble_tokens(
     dist_token: Tensor | None,
     pos_embed: Tensor,
     bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Prepend the class token and the optional distillation token to the patches; add the positions.
 
@@ -207,11 +219,11 @@ def assemble_tokens(
     dist_token  (1, 1, C) or None
     pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
     bias        (C,) of the patch projection, if `patches` lack it, or None
+    dtype       of the result; None: the wider one of `patches` and `pos_embed`
 
-    All are float32, float16 or bfloat16; the sums are float32. Returns (B, N, C), contiguous, in the wider dtype of
-    `patches` and `pos_embed`. The gradients of tokens, positions and bias are summed over the batch in float32 in a
-    fixed order. Raises ValueError for mismatched shapes, another dtype and without a GPU. Source: Touvron et al.,
-    arXiv 2012.12877, section 4, "distillation token".
+    All are float32, float16 or bfloat16; the sums are float32. Returns (B, N, C), contiguous. The gradients of tokens,
+    positions and bias are summed over the batch in float32 in a fixed order. Raises ValueError for mismatched shapes,
+    another dtype and without a GPU. Source: Touvron et al., arXiv 2012.12877, section 4, "distillation token".
     """
     check(
         "assemble_tokens",
@@ -233,7 +245,9 @@ def assemble_tokens(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, and patches of {tuple(patches.shape)} need {shape}")
-    return _op(patches, bias, cls_token, dist_token, pos_embed)
+    dtype = dtype or torch.promote_types(patches.dtype, pos_embed.dtype)
+    check_dtype("assemble_tokens", "dtype", dtype)
+    return _op(patches, bias, cls_token, dist_token, pos_embed, dtype)
 
 
 def embed_patches(
@@ -243,6 +257,8 @@ def embed_patches(
     cls_token: Tensor,
     dist_token: Tensor | None,
     pos_embed: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Embed images that are already laid out in patches: one GEMM and `assemble_tokens`.
 
@@ -257,7 +273,7 @@ def embed_patches(
             f"{weight[0].numel()}): lay images out with fastdeit.kernels.reference.as_patches"
         )
     patches = torch.nn.functional.linear(pixels, weight.flatten(1))
-    return assemble_tokens(patches, cls_token, dist_token, pos_embed, bias)
+    return assemble_tokens(patches, cls_token, dist_token, pos_embed, bias, dtype=dtype)
 
 
 def variants() -> list[Variant]:

@@ -57,10 +57,12 @@ class DeiT(nn.Module):
         distilled: bool = False,
         drop_rate: float = 0.0,
         drop_path_mode: Literal["mask", "skip"] = "mask",
+        residual_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """`drop_rate` applies to the tokens after the position embedding and to the outputs of both branches.
 
-        `drop_path_mode` "skip" leaves dropped samples out of the computation: see `set_drop_path`.
+        `drop_path_mode` "skip" leaves dropped samples out of the computation: see `set_drop_path`. `residual_dtype`
+        "bfloat16" keeps the sum of all branches in bf16 under autocast to bf16; otherwise it is float32.
         """
         super().__init__()
         self.num_classes, self.distilled = num_classes, distilled
@@ -70,7 +72,7 @@ class DeiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_prefix_tokens, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        self._skips = drop_path_mode == "skip"
+        self._skips, self._residual_dtype = drop_path_mode == "skip", getattr(torch, residual_dtype)
         block, path = (SkippingBlock, SkipPath) if self._skips else (Block, DropPath)
         self.blocks = nn.ModuleList(
             block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, proj_drop=drop_rate, norm_layer=norm)
@@ -125,13 +127,20 @@ class DeiT(nn.Module):
         for module, samples in zip(self._drop_paths, kept, strict=True):
             module.kept = samples
 
+    def _stream_dtype(self, pixels: Tensor) -> torch.dtype | None:
+        """The dtype of the residual stream, if it differs from the result of adding positions to patches."""
+        device = pixels.device.type
+        under = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self._residual_dtype if under is self._residual_dtype else None
+
     def _assemble(self, pixels: Tensor) -> Tensor:
         if pixels.ndim == 3:
             projection = self.patch_embed.proj
             patches = F.linear(pixels, projection.weight.flatten(1), projection.bias)
         else:
             patches = self.patch_embed(pixels)
-        return assemble_tokens(patches, self.cls_token, self.dist_token, self.pos_embed)
+        sequence = self.cls_token, self.dist_token, self.pos_embed
+        return assemble_tokens(patches, *sequence, dtype=self._stream_dtype(pixels))
 
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.pos_drop(self._assemble(pixels))
@@ -193,4 +202,5 @@ def build_model(cfg: ModelConfig, num_classes: int) -> DeiT:
         distilled=cfg.distilled,
         drop_rate=cfg.drop_rate,
         drop_path_mode=cfg.drop_path_mode,
+        residual_dtype=cfg.residual_dtype,
     )

@@ -21,7 +21,17 @@ from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 from fastdeit.model.deit import DeiT, SkippingBlock, StudentOutput
 from fastdeit.model.drop_path import DropPath as PlannedDropPath
 
-Branch = tuple[Tensor, Tensor | None]  # output not yet added to the residual stream, and its drop path factors
+
+class Branch(NamedTuple):
+    """The output of attention or an MLP, not yet added to the residual stream.
+
+    bias  of the layer that made it, if the addition must also compute the bias's gradient; None: the layer does
+    mask  factors (B,) of stochastic depth, or None
+    """
+
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
 
 
 class Swap(NamedTuple):
@@ -41,10 +51,31 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, module.eps, dtype=_autocast_dtype(x))
 
 
-def _add_norm(x: Tensor, branch: Tensor, mask: Tensor | None, module: Any) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, branch: Branch, module: Any) -> tuple[Tensor, Tensor]:
     return add_layer_norm(
-        x, branch, module.weight, module.bias, module.eps, mask=mask, dtype=_autocast_dtype(x) or branch.dtype
+        x,
+        branch.value,
+        module.weight,
+        module.bias,
+        module.eps,
+        mask=branch.mask,
+        branch_bias=branch.bias,
+        dtype=_autocast_dtype(x) or branch.value.dtype,
     )
+
+
+def _linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The result of a layer, and its bias if the caller must compute the bias's gradient; None if the layer does.
+
+    A separate pass would read the whole gradient once more. Adapters, parametrisations and hooks stay as they are.
+    """
+    if type(layer) is not nn.Linear or layer.bias is None or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x), None
+    return F.linear(x, layer.weight, layer.bias.detach()), layer.bias
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return not (isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and not dropout.p))
 
 
 def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -71,46 +102,66 @@ class _Attention(Attention):
 
     def first_rows(self, x: Tensor, rows: int) -> Tensor:
         """The first `rows` tokens of the result, (B, rows, C)."""
-        qkv = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
-        return self.proj_drop(self.proj(attention(qkv)[:, :rows]))
+        return self.proj_drop(self.proj(self._attend(x, rows)))
+
+    def branch(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+        """As `first_rows`, and the bias in it whose gradient is left to the caller, or None."""
+        if _drops(self.proj_drop):
+            return self.first_rows(x, rows), None
+        return _linear(self.proj, self._attend(x, rows))
+
+    def _attend(self, x: Tensor, rows: int) -> Tensor:
+        qkv, bias = _linear(self.qkv, x)
+        return attention(qkv.view(*x.shape[:2], 3, self.num_heads, self.head_dim), bias=bias, rows=rows)
 
 
 class _Mlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self._hidden(x)))
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result, and the bias in it whose gradient is left to the caller, or None."""
+        return (self(x), None) if _drops(self.drop2) else _linear(self.fc2, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
         if type(self.fc1) is not nn.Linear:  # replaced by an adapter after fusing
-            return super().forward(x)
+            return self.norm(self.drop1(self.act(self.fc1(x))))
         hidden = bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)  # pyright: ignore[reportArgumentType]
-        return self.drop2(self.fc2(self.norm(self.drop1(hidden))))
+        return self.norm(self.drop1(hidden))
 
 
 class _Block(Block):
     def begin(self, x: Tensor, pending: Branch | None) -> tuple[Tensor, Tensor]:
         """Add the previous block's branch; return the residual stream and its first normalisation."""
-        return (x, _norm(self.norm1, x)) if pending is None else _add_norm(x, *pending, self.norm1)
+        return (x, _norm(self.norm1, x)) if pending is None else _add_norm(x, pending, self.norm1)
 
-    def halves(self, x: Tensor, normalized: Tensor, rows: int | None = None) -> tuple[Tensor, Branch]:
-        """The stream after attention, and the MLP's branch, from the stream and its first normalisation.
+    def attend(self, x: Tensor, normalized: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """The stream after attention and its second normalisation, from the stream and its first.
 
         rows  compute only the first tokens of the result; None: all
         """
-        if rows is None:
-            branch = self.attn(normalized)
-        else:
-            x = x[:, :rows]
-            branch = (
-                self.attn.first_rows(normalized, rows)
-                if isinstance(self.attn, _Attention)
-                else self.attn(normalized)[:, :rows]
-            )
-        x, normalized = _add_norm(x, branch, _drop_path_mask(self.drop_path1, branch), self.norm2)
-        branch = self.mlp(normalized)
-        return x, (branch, _drop_path_mask(self.drop_path2, branch))
+        rows = x.shape[1] if rows is None else rows
+        value, bias = (
+            self.attn.branch(normalized, rows)
+            if isinstance(self.attn, _Attention)
+            else (self.attn(normalized)[:, :rows], None)
+        )
+        return _add_norm(x[:, :rows], Branch(value, bias, _drop_path_mask(self.drop_path1, value)), self.norm2)
+
+    def feed(self, normalized: Tensor) -> Branch:
+        """The MLP's branch, from the stream's second normalisation."""
+        value, bias = self.mlp.branch(normalized) if isinstance(self.mlp, _Mlp) else (self.mlp(normalized), None)
+        return Branch(value, bias, _drop_path_mask(self.drop_path2, value))
+
+    def end(self, x: Tensor, normalized: Tensor) -> Tensor:
+        """The stream after the MLP, without another normalisation."""
+        value = self.mlp(normalized)
+        return x + scale_branch(value, _drop_path_mask(self.drop_path2, value))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
-        x, branch = self.halves(x, _norm(self.norm1, x))
-        return x + scale_branch(*branch)
+        return self.end(*self.attend(x, _norm(self.norm1, x)))
 
 
 def _all_fused(blocks: Iterable[nn.Module]) -> bool:
@@ -124,11 +175,13 @@ class _Blocks(nn.Sequential):
         if not _all_fused(self):  # some were replaced or wrapped after fusing
             return super().forward(x)
         pending: Branch | None = None
-        for block in self:
+        for number, block in enumerate(self, 1):
             assert isinstance(block, _Block)
-            x, normalized = block.begin(x, pending)
-            x, pending = block.halves(x, normalized)
-        return x if pending is None else x + scale_branch(*pending)
+            x, normalized = block.attend(*block.begin(x, pending))
+            if number == len(self):
+                return block.end(x, normalized)
+            pending = block.feed(normalized)
+        return x
 
 
 class _SkippingBlock(SkippingBlock):
@@ -146,10 +199,11 @@ class _DeiT(DeiT):
         pending: Branch | None = None
         for number, block in enumerate(self.blocks, 1):
             assert isinstance(block, _Block)
-            x, normalized = block.begin(x, pending)
-            x, pending = block.halves(x, normalized, self.num_prefix_tokens if number == len(self.blocks) else None)
+            rows = self.num_prefix_tokens if number == len(self.blocks) else None
+            x, normalized = block.attend(*block.begin(x, pending), rows)
+            pending = block.feed(normalized)
         assert pending is not None
-        return _add_norm(x, *pending, self.norm)[1]
+        return _add_norm(x, pending, self.norm)[1]
 
     def _logits(self, prefix: Tensor) -> StudentOutput:
         if self.head_dist is None:
@@ -166,7 +220,8 @@ class _AssemblingDeiT(_DeiT):
             # Use the same arithmetic for images and patches: a run with a teacher gets images, others get patches.
             pixels = as_patches(pixels, projection.kernel_size[0])
         sequence = self.cls_token, self.dist_token, self.pos_embed
-        return embed_patches(pixels, projection.weight, projection.bias, *sequence)
+        dtype = self._stream_dtype(pixels)
+        return embed_patches(pixels, projection.weight, projection.bias, *sequence, dtype=dtype)
 
 
 class _Tokens:

@@ -38,6 +38,8 @@ class _Inputs:
     def __init__(self, cfg: ModelConfig, precision: Precision, num_classes: int) -> None:
         self.cfg, self.num_classes, self.device = cfg, num_classes, precision.device
         self.low = precision.dtype or torch.float32
+        bf16 = cfg.residual_dtype == "bfloat16" and self.low is torch.bfloat16
+        self.stream = torch.bfloat16 if bf16 else torch.float32  # the dtype of the residual stream
         self.patches = (cfg.img_size // cfg.patch_size) ** 2
         self.tokens = self.patches + 1 + cfg.distilled
         self._generator = torch.Generator(precision.device).manual_seed(0)
@@ -93,10 +95,12 @@ def _assemble_tokens(s: _Inputs) -> _Check:
     width = s.cfg.embed_dim
     inputs = [s.draw(BATCH, s.patches, width, dtype=s.low), s.draw(width), s.draw(1, s.tokens, width)]
     inputs += [s.draw(1, 1, width) for _ in range(1 + s.cfg.distilled)]
+    dtype = s.stream
 
     def with_tokens(assemble: Callable[..., Tensor]) -> Function:
         def call(patches: Tensor, bias: Tensor, pos_embed: Tensor, cls: Tensor, dist: Tensor | None = None):
-            return (assemble(patches, cls, dist, pos_embed, bias),)
+            wide = patches.dtype is torch.float64
+            return (assemble(patches, cls, dist, pos_embed, bias, dtype=patches.dtype if wide else dtype),)
 
         return call
 
@@ -105,19 +109,32 @@ def _assemble_tokens(s: _Inputs) -> _Check:
 
 def _attention(s: _Inputs) -> _Check:
     heads = s.cfg.num_heads
-    qkv = s.draw(BATCH, s.tokens, 3, heads, s.cfg.embed_dim // heads, dtype=s.low)
-    return _Check([qkv], lambda qkv: (attention(qkv),), lambda qkv: (reference.attention(qkv),))
+    inputs = [s.draw(BATCH, s.tokens, 3, heads, s.cfg.embed_dim // heads, dtype=s.low), s.draw(3 * s.cfg.embed_dim)]
+
+    # As in a model: all tokens, and in the last block those that the heads read.
+    def kernel(qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        qkv = (qkv + bias.detach().view(qkv.shape[2:])).to(qkv.dtype)
+        return attention(qkv, bias=bias), attention(qkv, bias=bias, rows=1 + s.cfg.distilled)
+
+    def judge(qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out = reference.attention((qkv + bias.view(qkv.shape[2:])).to(qkv.dtype))
+        return out, out[:, : 1 + s.cfg.distilled]
+
+    return _Check(inputs, kernel, judge)
 
 
 def _layer_norm(s: _Inputs) -> _Check:
     width = s.cfg.embed_dim
-    inputs = [s.draw(BATCH, s.tokens, width), s.draw(BATCH, s.tokens, width, dtype=s.low), s.draw(width), s.draw(width)]
+    inputs = [s.draw(BATCH, s.tokens, width, dtype=s.stream), s.draw(BATCH, s.tokens, width, dtype=s.low)]
+    inputs += [s.draw(width) for _ in range(3)]
     mask = torch.linspace(0, 2, BATCH, device=s.device)
 
-    def kernel(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return add_layer_norm(x, branch, weight, bias, mask=mask, dtype=branch.dtype)
+    def kernel(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
+        branch = (branch + of_branch.detach()).to(branch.dtype)
+        return add_layer_norm(x, branch, weight, bias, mask=mask, branch_bias=of_branch, dtype=branch.dtype)
 
-    def judge(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def judge(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
+        branch = (branch + of_branch).to(branch.dtype)
         total, out = reference.add_layer_norm(x, branch, weight, bias, mask=mask)
         return total, out.to(branch.dtype)
 

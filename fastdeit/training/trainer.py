@@ -19,6 +19,7 @@ from fastdeit.model.deit import DeiT
 from fastdeit.model.kernel_choice import choose_kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
+from fastdeit.precision import check_residual_dtype
 from fastdeit.setup import (
     build_student,
     open_evaluation_data,
@@ -85,6 +86,7 @@ class Trainer:
         stack.callback(self.log.close)
 
         precision = set_up(recipe, world)
+        check_residual_dtype(recipe, precision)
         self.sets = sets = sets or open_data_sets(recipe)
         # Only the main process chooses the loader, so only that one reads whose pixels it must decode.
         pixels = (checkpoint_pixels(recipe, folder) or labelled_pixels(recipe)) if world.main else None

@@ -80,6 +80,37 @@ def test_large_scores_neither_overflow_nor_vanish(device, equals_pytorch):
         assert torch.isfinite(half).all()
 
 
+def with_its_bias(rows):
+    """Ours and PyTorch's attention as functions of qkv without its bias, and of the bias."""
+
+    def ours(qkv, bias):
+        return attention(qkv + bias.detach().view(qkv.shape[2:]), bias=bias, rows=rows)
+
+    def theirs(qkv, bias):
+        return by_pytorch(qkv + bias.view(qkv.shape[2:]))[:, :rows]
+
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "rows", "head_dim"), [(21, None, 64), (75, None, 32), (130, 2, 64), (100, 70, 40)])
+def test_first_rows_and_the_gradient_of_the_bias(device, equals_pytorch, tokens, rows, head_dim, dtype):
+    qkv = packed(device, 2, tokens, 2, head_dim, dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, 6 * head_dim).to(device, dtype).requires_grad_()
+    _, _, gradient = equals_pytorch(*with_its_bias(rows), [qkv, bias], ("out", "gradient", "bias"))
+    # A bias of the keys adds the same to all scores of a query.
+    assert not gradient.view(3, -1)[1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "rows"), [(197, None), (198, 2), (577, 1), (578, 300)])
+def test_first_rows_and_the_gradient_of_the_bias_at_full_size(device, equals_pytorch, tokens, rows, dtype):
+    qkv = packed(device, 64, tokens, 12, 64, dtype).requires_grad_()
+    bias = torch.linspace(-1, 1, 3 * 768).to(device, dtype).requires_grad_()
+    equals_pytorch(*with_its_bias(rows), [qkv, bias], ("out", "gradient", "bias"))
+
+
 def test_an_empty_batch(device):
     qkv = packed(device, 0, 197, 3, 64, torch.float16).requires_grad_()
     out = attention(qkv)
@@ -102,7 +133,9 @@ def test_is_repeatable_to_the_bit(device, on_gpu, tokens, dtype):
 @pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     qkv = packed(device, 2, 9, 2, 16, torch.float32).requires_grad_()
-    torch.library.opcheck(module._op, (qkv,))
+    bias = torch.randn(96, device=device).requires_grad_()
+    torch.library.opcheck(module._op, (qkv, bias, 3))
+    torch.library.opcheck(module._op, (qkv, None, 9))
     whole = torch.compile(attention, fullgraph=True, backend="aot_eager")
     expected, out = attention(qkv), whole(qkv)
     assert torch.equal(out, expected)

@@ -66,6 +66,21 @@ def test_a_branch_of_half_precision_on_a_float32_stream(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_bias_of_the_branch_gets_its_gradient(device, equals_pytorch, dtype):
+    """It is already part of the branch, detached, as a GEMM adds it."""
+    x, branch, weight, bias, mask = inputs(device, (3, 50, 40), dtype)
+    own = torch.randn(40, generator=torch.Generator().manual_seed(1)).to(device, dtype).requires_grad_()
+
+    def fused(x, branch, weight, bias, own):
+        return add_layer_norm(x, branch + own.detach(), weight, bias, EPS, mask=mask, branch_bias=own)
+
+    def plain(x, branch, weight, bias, own):
+        return by_pytorch(x, branch + own, weight, bias, mask)
+
+    equals_pytorch(fused, plain, (x, branch, weight, bias, own), (*NAMES, "branch_bias"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_without_a_branch(device, equals_pytorch, dtype):
     x, _, weight, bias, _ = inputs(device, (2, 9, 48), dtype)
     equals_pytorch(
@@ -121,8 +136,8 @@ def test_is_repeatable_to_the_bit(device):
 
 def test_opcheck_and_compile_without_a_graph_break(device):
     x, branch, weight, bias, mask = arguments = inputs(device, (2, 3, 16), torch.float32)
-    torch.library.opcheck(module._op, (x, branch, mask, weight, bias, EPS, torch.float32))
-    torch.library.opcheck(module._op, (x, None, None, weight, bias, EPS, torch.float32))
+    torch.library.opcheck(module._op, (x, branch, bias, mask, weight, bias, EPS, torch.float32))
+    torch.library.opcheck(module._op, (x, None, None, None, weight, bias, EPS, torch.float32))
     weights = [torch.randn(2, 3, 16, device=device) for _ in range(2)]
     whole = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_same_bits(results(whole, arguments, weights), results(ours, arguments, weights))

@@ -107,8 +107,8 @@ def test_equals_timm_from_patches(device):
 
 def test_opcheck_and_compile_without_a_graph_break(device):
     patches, cls_token, dist_token, pos_embed, bias = arguments = inputs(device, 2, 3, 16, 2, True, torch.float32)
-    torch.library.opcheck(token_assembly._op, (patches, bias, cls_token, dist_token, pos_embed))
-    torch.library.opcheck(token_assembly._op, (patches, None, cls_token, None, pos_embed[:, 1:]))
+    torch.library.opcheck(token_assembly._op, (patches, bias, cls_token, dist_token, pos_embed, torch.float32))
+    torch.library.opcheck(token_assembly._op, (patches, None, cls_token, None, pos_embed[:, 1:], torch.float16))
     weights = torch.randn(1, 2, 5, 16, device=device)
     whole = torch.compile(assemble_tokens, fullgraph=True, backend="aot_eager")
     assert_same_bits(results(whole, arguments, weights), results(assemble_tokens, arguments, weights))
