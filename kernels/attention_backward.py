@@ -15,10 +15,10 @@ from fastdeit.kernels.attention_forward import (
     SIZES,
     STRIDES,
     attention_scale,
-    last_tile,
     load_rows,
     precision,
     store_rows,
+    with_last_tiles,
 )
 from fastdeit.kernels.column_sum import column_sum
 from fastdeit.kernels.launch import DTYPES, Launch, cdiv, chosen, next_power_of_two, pointer
@@ -301,28 +301,17 @@ def _attention_backward_keys(
         )  # fmt: skip
 
 
-def _launches(
-    num_queries: int, num_tokens: int, head_dim: int, dtype: torch.dtype, bias: bool
-) -> tuple[Launch, Launch]:
+def _launches(head_dim: int, dtype: torch.dtype, bias: bool) -> tuple[Launch, Launch]:
     """Launches of the query and the key kernel; tuned on an H200 for 16-bit dtypes and 64 channels."""
     columns = max(16, next_power_of_two(head_dim))
     common = (("HEAD_DIM", head_dim), ("COLUMNS", columns), ("PRECISION", precision(dtype)))
-    if dtype is torch.float32 or columns > 64:
-        # A second tile size would need more registers than there are.
-        own, warps, stages = 32 if dtype is torch.float32 else 64, 8, 2
-        last_rows, last_queries, last_keys = own, 32, own
-    else:
-        own, warps, stages = 64, 4, 3
-        last_rows, last_queries, last_keys = (
-            last_tile(num_queries, own),
-            last_tile(num_queries, 32),
-            last_tile(num_tokens, own),
-        )
-    for_queries = (("QUERIES", own), ("LAST_QUERIES", last_rows), ("KEYS", 32), ("BIAS", bias))
-    for_keys = (("QUERIES", 32), ("LAST_QUERIES", last_queries), ("KEYS", own), ("LAST_KEYS", last_keys))
+    warps, stages = (8, 2) if dtype is torch.float32 or columns > 64 else (4, 3)
+    own = 32 if dtype is torch.float32 else 64
+    for_queries = (("QUERIES", own), ("KEYS", 32), ("BIAS", bias), *common)
+    for_keys = (("QUERIES", 32), ("KEYS", own), *common)
     return (
-        Launch(constants=(*for_queries, *common), num_warps=warps, num_stages=stages),
-        Launch(constants=(*for_keys, *common), num_warps=warps, num_stages=stages),
+        Launch(constants=for_queries, num_warps=warps, num_stages=stages),
+        Launch(constants=for_keys, num_warps=warps, num_stages=stages),
     )
 
 
@@ -354,9 +343,9 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, bias: bool) ->
         head_dim**-0.5,
     )
     delta = torch.empty_like(lse)
-    for_queries, for_keys = _launches(rows, tokens, head_dim, qkv.dtype, bias)
-    for_queries = chosen("attention_backward_queries", for_queries)
-    for_keys = chosen("attention_backward_keys", for_keys)
+    for_queries, for_keys = _launches(head_dim, qkv.dtype, bias)
+    for_queries = with_last_tiles(chosen("attention_backward_queries", for_queries), QUERIES=rows)
+    for_keys = with_last_tiles(chosen("attention_backward_keys", for_keys), QUERIES=rows, KEYS=tokens)
     tiles = dict(for_queries.constants)["QUERIES"], dict(for_keys.constants)["KEYS"]
     partial = qkv.new_empty((batch * cdiv(rows, tiles[0]) if bias else 0, len(sums)), dtype=torch.float32)
     _attention_backward_queries[(cdiv(tokens, tiles[0]) * batch * heads,)](
@@ -377,7 +366,9 @@ def variants() -> list[Variant]:
         name = f"{DTYPES[dtype]} N{tokens} D{head_dim}"
         tensors = {"lse": "*fp32", "grad": pointer(dtype), "grad_qkv": pointer(dtype), "qkv": pointer(dtype)}
         sizes = {**SIZES, "softmax_scale": "fp32"}
-        for_queries, for_keys = _launches(tokens, tokens, head_dim, dtype, True)
+        for_queries, for_keys = _launches(head_dim, dtype, True)
+        for_queries = with_last_tiles(for_queries, QUERIES=tokens)
+        for_keys = with_last_tiles(for_keys, QUERIES=tokens, KEYS=tokens)
         keys = {**tensors, "delta": "*fp32", **sizes}
         queries = {**keys, "out": pointer(dtype), "partial": "*fp32"}
         variants.append(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -174,39 +175,37 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype is torch.float32 else "tf32"
 
 
-def last_tile(count: int, tile: int) -> int:
-    """Size of the tile for the rows that full tiles leave over: a power of two, at least 16; 0 if they leave none."""
-    rest = count % tile
-    return max(16, next_power_of_two(rest)) if rest else 0
+def with_last_tiles(launch: Launch, **counts: int) -> Launch:
+    """Give a launch the sizes of the tiles for the rows that full tiles leave over.
+
+    counts  number of rows that the tiles of a name cover: QUERIES=197 adds LAST_QUERIES, the smallest power of two that
+            holds the rest, at least 16, or 0 if there is none. In float32, and above 64 channels, a second tile size
+            would need more registers than there are: there it is the tile itself
+    """
+    constants = dict(launch.constants)
+    small = constants["COLUMNS"] <= 64 and constants["PRECISION"] != "ieee"
+    for name, count in counts.items():
+        rest = count % constants[name]
+        last = max(16, next_power_of_two(rest)) if rest else 0
+        constants[f"LAST_{name}"] = last if small else constants[name]
+    return replace(launch, constants=tuple(constants.items()))
 
 
-def forward_launch(num_queries: int, num_tokens: int, head_dim: int, dtype: torch.dtype) -> Launch:
+def _launch(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Launch:
     """The launch for these shapes; tuned on an H200 for 16-bit dtypes and 64 channels."""
-    channels = max(16, next_power_of_two(head_dim))
+    columns = max(16, next_power_of_two(head_dim))
     if dtype is torch.float32:
         queries, keys, warps, stages = 32, 32, 4, 2
-    elif channels > 64:
+    elif columns > 64:
         queries, keys, warps, stages = 128, 64, 8, 2
-    elif channels < 64:
+    elif columns < 64:
         queries, keys, warps, stages = 64, 64, 4, 2
     elif num_tokens > 256:
         queries, keys, warps, stages = 128, 64, 8, 3
     else:
         queries, keys, warps, stages = 64, 32, 4, 3
-    last_queries, last_keys = last_tile(num_queries, queries), last_tile(num_tokens, keys)
-    if dtype is torch.float32 or channels > 64:
-        # A second tile size would need more registers than there are.
-        last_queries, last_keys = queries, keys
-    constants = (
-        ("QUERIES", queries),
-        ("LAST_QUERIES", last_queries),
-        ("KEYS", keys),
-        ("LAST_KEYS", last_keys),
-        ("HEAD_DIM", head_dim),
-        ("COLUMNS", channels),
-        ("PRECISION", precision(dtype)),
-    )
-    return Launch(constants=constants, num_warps=warps, num_stages=stages)
+    tiles = (("QUERIES", queries), ("KEYS", keys), ("HEAD_DIM", head_dim), ("COLUMNS", columns))
+    return Launch(constants=(*tiles, ("PRECISION", precision(dtype))), num_warps=warps, num_stages=stages)
 
 
 def attention_scale(head_dim: int) -> float:
@@ -221,7 +220,8 @@ def forward(qkv: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     lse = qkv.new_empty((batch, heads, rows), dtype=torch.float32)
     if not qkv.numel():
         return out, lse
-    launch = chosen("attention_forward", forward_launch(rows, tokens, head_dim, qkv.dtype))
+    launch = chosen("attention_forward", _launch(tokens, head_dim, qkv.dtype))
+    launch = with_last_tiles(launch, QUERIES=rows, KEYS=tokens)
     _attention_forward[(cdiv(rows, dict(launch.constants)["QUERIES"]) * batch * heads,)](
         qkv,
         out,
@@ -256,7 +256,7 @@ SIZES = dict.fromkeys((*STRIDES, "num_heads", "num_queries", "num_tokens"), "i32
 def variants() -> list[Variant]:
     """The launches at `SHAPES`."""
     return [
-        forward_launch(tokens, tokens, head_dim, dtype).variant(
+        with_last_tiles(_launch(tokens, head_dim, dtype), QUERIES=tokens, KEYS=tokens).variant(
             f"attention_forward {DTYPES[dtype]} N{tokens} D{head_dim}",
             _attention_forward,
             {"qkv": pointer(dtype), "out": pointer(dtype), "lse": "*fp32", **SIZES},
