@@ -39,11 +39,11 @@ def profile_step(step: Callable[[], object], steps: int = 5) -> list[Kernel]:
     The first profiled step includes the start of tracing, so it is not counted. Kernels of a replayed CUDA graph are
     seen one by one.
     """
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]):
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities):
         step()
         torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+    with profile(activities=activities) as traced:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()

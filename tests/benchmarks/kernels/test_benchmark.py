@@ -131,6 +131,25 @@ def test_every_case_is_a_record(monkeypatch, tmp_path, device, clock, capsys):
     assert "augmentation, stage from the host" in printed
 
 
+def test_compiled_pytorch_is_timed_at_the_sizes_of_the_batch(monkeypatch, tmp_path, device, clock):
+    """After the check's few samples, torch.compile would otherwise make code for any number of them."""
+    compiled, compile_ = [], torch.compile
+
+    def look(graph, examples):
+        compiled.append([size for each in examples if isinstance(each, torch.Tensor) for size in each.shape])
+        assert not any(isinstance(each, torch.SymInt) for each in examples)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=look, **options))
+    options = Options(batch=6, results=tmp_path / "kernels.jsonl")
+    (record,) = benchmark.measure(
+        KernelCase("layer_norm", SMALL), options, {"bytes_per_second": 1e10, "flops_per_second": 1e11}, device, clock
+    )
+    assert "compiled" in record["sides"]
+    assert all(isinstance(size, int) for sizes in compiled for size in sizes)
+    assert [sorted({4, 6} & set(sizes)) for sizes in compiled[:1] + compiled[-1:]] == [[4], [6]]
+
+
 def test_what_a_budget_leaves_out_is_named(monkeypatch, tmp_path, device, clock, capsys):
     _, records = small_run(monkeypatch, tmp_path, device, clock, ops=("bias_gelu",), budget=1e-3)
     assert [r["model"] for r in records] == ["base"]
