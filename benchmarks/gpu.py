@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 # Modules of the peers, and their names in the summary.
 PEERS = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn 3", "flash_attn.cute": "flash-attn 4"}
 PEERS |= {"liger_kernel": "liger-kernel", "apex": "apex", "kornia": "kornia"}
-PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest: without it no test ran"}
+PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest (for the tests)", "tyro": "tyro (for the loaders)"}
 # The parts in order of worth, and the seconds that each may take.
 PARTS = {"throughput": 330.0, "tests": 480.0, "kernels": 510.0, "augmentation": 330.0, "tune": 510.0}
 FILES = ("throughput", "profiles", "kernels", "loaders", "tune")  # of results
@@ -208,8 +208,7 @@ def summary(steps: Sequence[Step], records: Sequence[dict[str, Any]], machine: d
     rows = [(step.name, step.status, f"{step.seconds:.0f}", step.message) for step in steps]
     table = Table(title="", columns=("step", "status", "s", ""), align="llrl", rows=rows)
     lines = [f"# GPU run, {name}, {machine['date'][:16].replace('T', ' ')} UTC", "", table.markdown()]
-    absent = [package for module, package in PEERS.items() if not _is_installed(module)]
-    lines += ["", f"Not installed: {', '.join(absent)}." if absent else "Every peer is installed.", ""]
+    lines += ["", not_installed(), ""]
     targets = [target for record in records for target in record.get("targets", [])]
     if targets:
         reached = sum(target["reached"] for target in targets)
@@ -218,6 +217,12 @@ def summary(steps: Sequence[Step], records: Sequence[dict[str, Any]], machine: d
     tabled = [record for record in records if record.get("benchmark") in tables.CONFIGURATION]
     lines += [*tuned, tables.markdown(tabled)] if tabled else tuned or ["Nothing was timed."]
     return "\n".join(lines) + "\n"
+
+
+def not_installed() -> str:
+    """A sentence that names the peers and tools that are missing."""
+    absent = [package for module, package in PEERS.items() if not _is_installed(module)]
+    return f"Not installed: {', '.join(absent)}." if absent else "Every peer is installed."
 
 
 def _is_installed(module: str) -> bool:
@@ -240,6 +245,7 @@ def run_parts(
     if device is None and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU: the kernels run under Triton's interpreter in `pytest` instead")
     begin, machine = time.perf_counter(), environment()
+    print(not_installed(), flush=True)
     results.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in PARTS if name in parts]
     complete = True

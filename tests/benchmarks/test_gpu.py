@@ -118,7 +118,7 @@ def test_the_summary_names_steps_peers_and_targets(monkeypatch):
     text = summary([Step("tests", "cut", 61.2, "9 passed in 60s")], records, WHERE)
     assert text.startswith("# GPU run, NVIDIA H200, 2026-01-01 10:20 UTC")
     assert "| tests | cut | 61 | 9 passed in 60s |" in text
-    missing = "flash-attn, flash-attn 3, flash-attn 4, liger-kernel, apex, nvidia-dali"
+    missing = "flash-attn, flash-attn 3, flash-attn 4, liger-kernel, apex, nvidia-dali, tyro (for the loaders)"
     assert f"Not installed: {missing}." in text
     assert "1 of 2 targets reached." in text
     assert text.endswith("### Kernels\n")
@@ -166,6 +166,7 @@ def test_parts_are_independent_and_each_takes_less_than_nine_minutes(tmp_path, p
     assert seconds["tests of the kernels"] <= seconds["other tests marked gpu"] <= 480
     assert max(seconds.values()) < 540
     printed = capsys.readouterr().out
+    assert printed.startswith(gpu.not_installed())
     texts = {name: (tmp_path / f"gpu-{name}.md").read_text() for name in gpu.PARTS}
     assert all(text in printed for text in texts.values())
     assert "1 records" in texts["throughput"]  # not the old one
