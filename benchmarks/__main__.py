@@ -16,7 +16,8 @@ COMMANDS = {  # module and one line of help
     "kernels": ("kernels.benchmark", "time of every kernel and its alternatives on a GPU, with the roof"),
     "tune": ("kernels.tune", "search for faster launches of the kernels on a GPU"),
     "convert": ("convert.benchmark", "images per second into both formats, ours and FFCV's and wds2idx's"),
-    "gpu": ("gpu", "every check and figure that needs a GPU, in eight minutes"),
+    "gpu": ("gpu", "every check and figure that needs a GPU, in five parts"),
+    "roof": ("roof.benchmark", "predicted time of a training step by part, beside what was measured; needs no GPU"),
     "tables": ("tables", "the results as Markdown"),
 }
 

@@ -1,23 +1,25 @@
-"""`python -m benchmarks gpu`: every check and figure that needs a GPU, in one command of eight minutes.
+"""`python -m benchmarks gpu`: every check and figure that needs a GPU, as one plan of independent parts.
 
-The order is: throughput of our model and timm's, the tests of the kernels (attention in bf16 first), the other tests
-marked `gpu`, the kernels and every alternative, and the whole loader. Each part has a share of the time and passes on
-the rest; `--part throughput` gives one part all of it. Every record is written at once. Nothing needs to be installed:
-a checkout, PyTorch, Triton, timm, torchvision and numba are enough. The tests also need pytest, and run in parallel
-with pytest-xdist; the loader also needs tyro, photographs (see `loaders`) and, for its GPU decoder, DALI.
+The parts, in order of worth: throughput of our model and timm's, with the kernels of our step; the tests of the kernels
+(attention in bf16 first) and the other tests marked `gpu`; the kernels and every alternative; the augmentation and the
+whole loader; the search for faster launches. Each part has a limit of less than nine minutes and its own results, which
+are written as they are taken: `--part kernels` runs one part alone. Nothing needs to be installed: a checkout, PyTorch,
+Triton, timm, torchvision and numba are enough. The tests also need pytest, and run in parallel with pytest-xdist; the
+loader also needs tyro, photographs (see `loaders`) and, for its GPU decoder, DALI.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
@@ -27,6 +29,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.kernels import benchmark as kernels
+from benchmarks.kernels import tune
 from benchmarks.record import RESULTS, environment
 from benchmarks.render import Table
 from benchmarks.throughput import benchmark as throughput
@@ -36,13 +39,16 @@ from fastdeit.pipelines.loaders.prefetch import usable_cores
 
 ROOT = Path(__file__).parents[1]
 # Modules of the peers, and their names in the summary.
-PEERS = {"flash_attn": "flash-attn", "liger_kernel": "liger-kernel", "apex": "apex", "kornia": "kornia"}
-PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest: without it no test ran"}
-# The parts in order, and their shares of the time.
-PARTS = {"throughput": 0.45, "tests": 0.2, "kernels": 0.2, "loaders": 0.15}
+PEERS = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn 3", "flash_attn.cute": "flash-attn 4"}
+PEERS |= {"liger_kernel": "liger-kernel", "apex": "apex", "kornia": "kornia"}
+PEERS |= {"nvidia.dali": "nvidia-dali", "pytest": "pytest (for the tests)", "tyro": "tyro (for the loaders)"}
+# The parts in order of worth, and the seconds that each may take.
+PARTS = {"throughput": 330.0, "tests": 480.0, "kernels": 510.0, "augmentation": 330.0, "tune": 510.0}
+FILES = ("throughput", "profiles", "kernels", "loaders", "tune")  # of results
 TESTED = ("kernels", "pipelines", "fastdeit")  # folders of tests; the benchmarks' own tests need no GPU
 WORKERS = 12  # test processes that share the GPU
-LATE = 0.06  # share of the time reserved for a case that began in time
+LATE = 25.0  # seconds reserved for a case that began in time
+LEAST = 30.0  # a part with fewer seconds left does not begin
 GRACE = 10.0  # seconds between interrupting and killing a process
 LOADERS = ("fastdeit-dali-x3-gpu", "fastdeit-turbo-x3-gpu", "fastdeit-torch-x3-gpu")
 
@@ -51,7 +57,8 @@ LOADERS = ("fastdeit-dali-x3-gpu", "fastdeit-turbo-x3-gpu", "fastdeit-torch-x3-g
 class Step:
     """The result of a part of the run.
 
-    status  "passed", "failed", "cut" if its time was over before anything failed, or "missing"
+    status  "passed", "failed", "cut" if its time was over before anything failed, "missing" if something is not
+            installed, or "left out" if no time was left
     """
 
     name: str
@@ -139,7 +146,7 @@ def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 def run_benchmark(name: str, results: Path, budget: float, seconds: float, root: Path = ROOT) -> Step:
-    """Time kernels or models in its own process, for at most `seconds`; show its output.
+    """Time kernels, models or launches in its own process, for at most `seconds`; show its output.
 
     A kernel that writes out of bounds makes the GPU unusable for its process, and one that does not end blocks it.
 
@@ -156,16 +163,43 @@ def run_benchmark(name: str, results: Path, budget: float, seconds: float, root:
 
 def benchmark(name: str, results: Path, budget: float) -> bool:
     """The process of `run_benchmark`; returns whether none of ours was refused or failed."""
-    if name == "kernels":
-        return kernels.run_benchmark(kernels.Options(results=results / "kernels.jsonl", budget=budget))
-    options = throughput.Options(
-        models=("base", "small", "tiny"),
-        mode=("train",),
-        quick=True,
-        results=results / "throughput.jsonl",
-        budget=budget,
-    )
-    return throughput.run_benchmark(options)
+    if name == "throughput":
+        options = throughput.Options(
+            models=("base", "small", "tiny"),
+            mode=("train",),
+            quick=True,
+            profile=True,
+            results=results / "throughput.jsonl",
+            budget=budget,
+        )
+        return throughput.run_benchmark(options)
+    if name == "tune":
+        return tune.tune_launches(tune.Options(results=results / "tune.jsonl", budget=budget))
+    complete, begin = True, time.perf_counter()
+    for options in _augmentation(results) if name == "augment" else _kernels(results):
+        left = budget - (time.perf_counter() - begin)
+        if left > 0:
+            complete &= kernels.run_benchmark(dataclasses.replace(options, budget=left))
+    return complete
+
+
+def _augmentation(results: Path) -> list[kernels.Options]:
+    return [kernels.Options(ops=("augment",), results=results / "kernels.jsonl")]
+
+
+def _kernels(results: Path) -> list[kernels.Options]:
+    """The kernels' cases in order of worth.
+
+    Attention differs between odd and even numbers of tokens, since backends pad; the other operations hardly do.
+    """
+    path = results / "kernels.jsonl"
+    rest = ("bias_gelu", "add_layer_norm", "layer_norm", "assemble_tokens", "distillation_loss")
+    return [
+        kernels.Options(ops=("attention",), models=("base",), tokens=(197, 198, 577, 578), results=path),
+        kernels.Options(ops=rest, models=("base",), tokens=(198, 578), results=path),
+        kernels.Options(ops=("attention",), models=("small", "tiny"), tokens=(197, 198, 577, 578), results=path),
+        kernels.Options(ops=rest[:-1], models=("small", "tiny"), tokens=(198, 578), results=path),
+    ]
 
 
 def summary(steps: Sequence[Step], records: Sequence[dict[str, Any]], machine: dict[str, Any]) -> str:
@@ -174,14 +208,21 @@ def summary(steps: Sequence[Step], records: Sequence[dict[str, Any]], machine: d
     rows = [(step.name, step.status, f"{step.seconds:.0f}", step.message) for step in steps]
     table = Table(title="", columns=("step", "status", "s", ""), align="llrl", rows=rows)
     lines = [f"# GPU run, {name}, {machine['date'][:16].replace('T', ' ')} UTC", "", table.markdown()]
-    absent = [package for module, package in PEERS.items() if not _is_installed(module)]
-    lines += ["", f"Not installed: {', '.join(absent)}." if absent else "Every peer is installed.", ""]
+    lines += ["", not_installed(), ""]
     targets = [target for record in records for target in record.get("targets", [])]
     if targets:
         reached = sum(target["reached"] for target in targets)
         lines += [f"{reached} of {len(targets)} targets reached.", ""]
-    lines.append(tables.markdown(records) if records else "Nothing was timed.")
+    tuned = [f"- {tune.report(record)}" for record in records if record.get("benchmark") == "tune"]
+    tabled = [record for record in records if record.get("benchmark") in tables.CONFIGURATION]
+    lines += [*tuned, tables.markdown(tabled)] if tabled else tuned or ["Nothing was timed."]
     return "\n".join(lines) + "\n"
+
+
+def not_installed() -> str:
+    """A sentence that names the peers and tools that are missing."""
+    absent = [package for module, package in PEERS.items() if not _is_installed(module)]
+    return f"Not installed: {', '.join(absent)}." if absent else "Every peer is installed."
 
 
 def _is_installed(module: str) -> bool:
@@ -191,59 +232,78 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def run_parts(minutes: float, results: Path, parts: Sequence[str] = tuple(PARTS), device: str | None = None) -> bool:
-    """Run some of `PARTS` and write `gpu.md` to the folder `results`; return whether none failed.
+def run_parts(
+    results: Path, parts: Sequence[str] = tuple(PARTS), minutes: float = 0.0, device: str | None = None
+) -> bool:
+    """Run some of `PARTS`, each within its limit; return whether none failed.
 
-    device  None: a GPU; raises UserError if there is none
+    Each part appends its records to the folder `results` and writes `gpu-PART.md` there.
+
+    minutes  for all of them together, the first ones first, and for a single one instead of its limit; 0: no such limit
+    device   None: a GPU; raises UserError if there is none
     """
     if device is None and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU: the kernels run under Triton's interpreter in `pytest` instead")
-    begin, machine, seconds = time.perf_counter(), environment(), 60 * minutes
-    files = {name: results / f"{name}.jsonl" for name in ("kernels", "loaders", "throughput")}
-    before = {name: len(tables.read(path)) for name, path in files.items()}
-    steps: list[Step] = []
-
-    def add(step: Step) -> None:
-        steps.append(step)
-        records = [record for name, path in files.items() for record in tables.read(path)[before[name] :]]
-        results.mkdir(parents=True, exist_ok=True)
-        (results / "gpu.md").write_text(summary(steps, records, machine))
-
+    begin, machine = time.perf_counter(), environment()
+    print(not_installed(), flush=True)
+    results.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in PARTS if name in parts]
+    complete = True
     for name in chosen:
-        # The chosen parts share the time of the others in proportion.
-        share = sum(PARTS[n] for n in chosen[: chosen.index(name) + 1]) / sum(PARTS[n] for n in chosen)
+        seconds = PARTS[name]
+        if minutes:
+            left = 60 * minutes - (time.perf_counter() - begin)
+            seconds = left if len(chosen) == 1 else min(seconds, left)
+        before = {file: len(tables.read(results / f"{file}.jsonl")) for file in FILES}
+        steps: list[Step] = []
+        for step in _run_part(name, results, seconds):
+            steps.append(step)
+            added = [record for file in FILES for record in tables.read(results / f"{file}.jsonl")[before[file] :]]
+            (results / f"gpu-{name}.md").write_text(summary(steps, added, machine))
+        print((results / f"gpu-{name}.md").read_text(), flush=True)
+        complete &= all(step.status != "failed" for step in steps)
+    return complete
 
-        def left(share: float = share) -> float:
-            return max(1.0, share * seconds - (time.perf_counter() - begin))
 
-        if name == "tests":
-            runs = test_runs(ROOT / "tests")
-            for i, (which, arguments) in enumerate(runs.items(), 1):
-                add(run_tests(which, arguments, left() * i / len(runs)))
-        elif name == "loaders":
-            add(run_loaders(files["loaders"], left()))
-        else:
-            budget = max(1.0, left() - LATE * seconds)
-            add(run_benchmark(name, results, budget, budget + LATE * seconds))
-    print((results / "gpu.md").read_text())
-    return all(step.status != "failed" for step in steps)
+def _run_part(name: str, results: Path, seconds: float) -> Iterator[Step]:
+    """Yield the results of a part that may take so many seconds."""
+    begin = time.perf_counter()
+
+    def left() -> float:
+        return seconds - (time.perf_counter() - begin)
+
+    def timed(benchmark: str, most: float) -> Step:
+        return run_benchmark(benchmark, results, max(1.0, most - LATE), most)
+
+    if seconds < LEAST:
+        yield Step(name, "left out", 0.0, "no time was left")
+    elif name == "tests":
+        runs = test_runs(ROOT / "tests")
+        for i, (which, arguments) in enumerate(runs.items()):
+            yield run_tests(which, arguments, left() / (len(runs) - i))
+    elif name == "augmentation":
+        yield timed("augment", left() / 3)
+        yield run_loaders(results / "loaders.jsonl", left())
+    else:
+        yield timed(name, left())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 if a test or a kernel failed."""
     # argparse, because tyro need not be installed.
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description="Every check that needs a GPU.")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything (8)")
-    help_text = "folder of kernels.jsonl, loaders.jsonl and throughput.jsonl, appended to, and gpu.md, rewritten"
-    parser.add_argument("--results", type=Path, default=RESULTS, help=help_text)
     parser.add_argument("--part", choices=tuple(PARTS), nargs="+", default=tuple(PARTS), help="only these (all)")
-    parser.add_argument("--in-process", choices=("kernels", "throughput"), help=argparse.SUPPRESS)
+    help_text = "for all parts, the first ones first; for a single part instead of its own limit (no limit)"
+    parser.add_argument("--minutes", type=float, default=0.0, help=help_text)
+    help_text = "folder of the records, appended to, and of gpu-PART.md, rewritten"
+    parser.add_argument("--results", type=Path, default=RESULTS, help=help_text)
+    names = ("throughput", "kernels", "augment", "tune")
+    parser.add_argument("--in-process", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.in_process is not None:
         complete = run(lambda: benchmark(options.in_process, options.results, options.budget))
     else:
-        complete = run(lambda: run_parts(options.minutes, options.results, options.part))
+        complete = run(lambda: run_parts(options.results, options.part, options.minutes))
     if not complete:
         sys.exit(1)

@@ -25,18 +25,20 @@ Function = Callable[..., Outputs]
 
 @dataclass(frozen=True)
 class Shape:
-    """A DeiT at a resolution: `tokens` with the distillation token."""
+    """A DeiT at a resolution: `tokens` with its `prefix`, 1 or, with the distillation token, 2."""
 
     model: str
     tokens: int
     embed_dim: int
     heads: int
+    prefix: int = 2
 
 
 SHAPES = tuple(
-    Shape(model, tokens, width, heads)
+    Shape(model, patches + prefix, width, heads, prefix)
     for model, width, heads in (("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12))
-    for tokens in (198, 578)
+    for patches in (196, 576)
+    for prefix in (1, 2)
 )
 
 
@@ -71,6 +73,16 @@ def _sdpa_with(backend: SDPBackend) -> Function:
     return attention
 
 
+def _unpacked(function: Callable[..., Any]) -> Function:
+    """Attention of packed queries, keys and values by a function of the three; it may also return the log-sum-exp."""
+
+    def attention(qkv: Tensor) -> Outputs:
+        out = function(*qkv.unbind(2))
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+    return attention
+
+
 def _attention(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Operation:
     n, h, d = shape.tokens, shape.heads, shape.embed_dim // shape.heads
     qkv = _draw((batch, n, 3, h, d), dtype, device)
@@ -83,6 +95,13 @@ def _attention(shape: Shape, batch: int, dtype: torch.dtype, device: torch.devic
     packed = _imported("flash-attn", "flash_attn", "flash_attn_qkvpacked_func", absent)
     if packed is not None:
         contenders["flash-attn"] = lambda qkv: packed(qkv).flatten(2)
+    for name, module in (
+        ("flash-attn 3 (hopper/ of its source)", "flash_attn_interface"),
+        ("flash-attn 4 (flash_attn/cute of its source)", "flash_attn.cute"),
+    ):
+        function = _imported(name, module, "flash_attn_func", absent)
+        if function is not None:
+            contenders[name.partition(" (")[0]] = _unpacked(function)
     size = qkv.numel() * qkv.element_size()
     product = 2.0 * batch * h * n * n * d  # FLOP of one matrix product: two forward, five more backward
     moved = size * 4 / 3, size * (4 / 3 + 8 / 3)
@@ -90,13 +109,19 @@ def _attention(shape: Shape, batch: int, dtype: torch.dtype, device: torch.devic
 
 
 def _tokens(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Operation:
-    c, n = shape.embed_dim, shape.tokens
-    tokens = [_draw((1, 1, c), torch.float32, device) for _ in range(2)]
-    arguments = [_draw((batch, n - 2, c), dtype, device), *tokens, _draw((1, n, c), torch.float32, device)]
+    c, n, prefix = shape.embed_dim, shape.tokens, shape.prefix
+    tokens = [_draw((1, 1, c), torch.float32, device) for _ in range(prefix)]
+    arguments = [_draw((batch, n - prefix, c), dtype, device), *tokens, _draw((1, n, c), torch.float32, device)]
     size = batch * n * c
     low = arguments[0].element_size()
     moved = size * (low + 4), 2 * size * (low + 4)
-    return Operation(arguments, reference.assemble_tokens, {"fastdeit": assemble_tokens}, moved)
+    if prefix == 2:
+        return Operation(arguments, reference.assemble_tokens, {"fastdeit": assemble_tokens}, moved)
+    ours, eager = (
+        lambda x, cls, pos, function=function: function(x, cls, None, pos)
+        for function in (assemble_tokens, reference.assemble_tokens)
+    )
+    return Operation(arguments, eager, {"fastdeit": ours}, moved)
 
 
 def _layer_norm(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Operation:

@@ -13,9 +13,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from benchmarks.profiles import profile_record, profile_step, profiles_path
 from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.render import target_lines
-from benchmarks.throughput.contenders import Form, Inputs, ModelCase, Step, disagreement, forms, make_step, our_model
+from benchmarks.throughput.contenders import Inputs, Step, disagreement, make_step, our_model
+from benchmarks.throughput.forms import Form, ModelCase, forms
 from benchmarks.throughput.report import ratio, record_table
 from fastdeit.cli import parse, run
 from fastdeit.distributed import World
@@ -48,18 +50,27 @@ class Options:
     compile: bool | None = None  # also both models under torch.compile; None: on a GPU
     peer: Literal["timm", "none"] = "timm"
     ema: bool = False  # average the weights in the training step
-    quick: bool = False  # only the fastest forms, in windows of at most half a second
+    quick: bool = False  # only the forms likely to be the fastest, in windows of at most half a second
+    profile: bool = False  # also the kernels of our fastest training step, into profiles.jsonl beside the results
     budget: float = 0.0  # seconds; cases that would end later, judged by the last one, are skipped and named
     results: Path = RESULTS / "throughput.jsonl"
 
 
 @dataclass
 class Contender:
-    """A step, and its measurements."""
+    """A step, and its measurements.
+
+    setup_seconds    to build, compile and record it
+    trial            images per second of a window before the timed ones
+    rates            images per second, one per window
+    peak_memory_mib  on a GPU, without the memory of the other contenders
+    """
 
     step: Step
-    rates: list[float] = field(default_factory=list)  # images per second, one per window
-    peak_memory_mib: float | None = None  # on a GPU, without the memory of the other contenders
+    setup_seconds: float = 0.0
+    trial: float = 0.0
+    rates: list[float] = field(default_factory=list)
+    peak_memory_mib: float | None = None
 
 
 def cases(options: Options) -> Iterator[ModelCase]:
@@ -90,11 +101,11 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     """The record of a case: rates of every form, in windows that alternate between the forms.
 
     If our model and timm's disagree nothing is timed and the record says why (`refused`). A form whose kernels
-    disagree, or that runs out of memory or is not available, is skipped and named (`failed`).
+    disagree, or that runs out of memory or is not available, is skipped and named (`failed`). If memory runs short, the
+    slowest form of a library so far is timed alone and makes room.
     """
     record: dict[str, Any] = {"benchmark": "throughput", **case.describe(), "environment": environment()}
     record["threads"] = torch.get_num_threads()
-    torch._dynamo.reset()  # a case must not inherit the recompilations of its predecessor
     ours = our_model(case, Form(library="fastdeit"))
     if options.peer == "timm" and (reason := disagreement(case, ours)):
         return {**record, "refused": f"fastdeit and timm disagree: {reason}"}
@@ -104,19 +115,24 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     compile_too = cuda if options.compile is None else options.compile
     seconds = min(0.5, options.window_seconds) if options.quick else options.window_seconds
     contenders: dict[str, Contender] = {}
+    done: dict[str, Contender] = {}
     failed: dict[str, str] = {}
     compared = forms(case, peer=options.peer == "timm", compiled=compile_too, quick=options.quick)
     kernels = any(form.kernels for form in compared)
     reason = disagreement(case, our_model(case, Form(library="fastdeit", kernels=True))) if kernels else None
+    torch._dynamo.reset()  # nothing timed inherits a compilation from the checks or from the previous case
     for form in compared:
         if form.kernels and reason is not None:
             failed[form.name] = f"its kernels disagree with timm: {reason}"
             continue
+        if cuda:
+            _make_room(contenders, done, options.windows, seconds)
         base = _reserved() if cuda else 0
         try:
+            begin = time.perf_counter()
             step = make_step(case, form, state, inputs)
             contender = Contender(one_ahead(step, torch.cuda.Event) if cuda else step)
-            _warm_up(contender, seconds, base, wait)
+            _warm_up(contender, seconds, base, wait, begin)
             contenders[form.name] = contender
         except torch.OutOfMemoryError:
             failed[form.name] = f"out of memory at batch {case.batch}"
@@ -128,8 +144,59 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
         # Every other round runs backwards, so no form always follows the same one.
         for contender in list(contenders.values())[:: -1 if window % 2 else 1]:
             contender.rates.append(timed_window(contender.step, seconds, wait))
-    record |= {"failed": failed, "sides": {name: _figures(contender) for name, contender in contenders.items()}}
+    timed = {**done, **contenders}
+    sides = {form.name: _figures(timed[form.name]) for form in compared if form.name in timed}
+    record |= {"failed": failed, "sides": sides}
+    if options.profile and cuda and case.mode == "train":
+        _profile(case, record, contenders, options.results)
     return {**record, "targets": targets(record)}
+
+
+def _make_room(contenders: dict[str, Contender], done: dict[str, Contender], windows: int, seconds: float) -> None:
+    """Move contenders to `done` until another one as large as the largest so far has room on the GPU.
+
+    The slowest form of each library goes first, timed alone; the fastest ones stay, to be timed in turns.
+    """
+    if not contenders:
+        return
+    _reserved()
+    need = max(contender.peak_memory_mib or 0.0 for contender in contenders.values()) * 2**20
+    while torch.cuda.mem_get_info()[0] < 1.1 * need:
+        name = slowest({name: contender.trial for name, contender in contenders.items()})
+        if name is None:
+            return
+        contender = contenders.pop(name)
+        contender.rates = [timed_window(contender.step, seconds, torch.cuda.synchronize) for _ in range(windows)]
+        contender.step = _gone
+        done[name] = contender
+        _reserved()
+
+
+def slowest(rates: dict[str, float]) -> str | None:
+    """The name with the lowest rate among those that are not the fastest of their library; None if there is none.
+
+    rates  by name of a form, which starts with its library
+    """
+    best: dict[str, str] = {}
+    for name in sorted(rates, key=lambda name: rates[name]):
+        best[name.partition(" ")[0]] = name
+    rest = [name for name in rates if name not in best.values()]
+    return min(rest, key=lambda name: rates[name], default=None)
+
+
+def _gone() -> int:
+    raise RuntimeError("this contender has made room for others")
+
+
+def _profile(case: ModelCase, record: dict[str, Any], contenders: dict[str, Contender], results: Path) -> None:
+    """Append the kernels of our fastest form to the profiles beside `results`."""
+    ours = {name: figures for name, figures in record["sides"].items() if name.startswith("fastdeit")}
+    name = max(ours, key=lambda name: ours[name]["images_per_second"], default=None)
+    if name not in contenders:
+        return
+    kernels = profile_step(contenders[name].step)
+    each = case.batch / ours[name]["images_per_second"]
+    append(profiles_path(results), profile_record(case.describe(), name, kernels, each, record["environment"]))
 
 
 class Event(Protocol):
@@ -160,14 +227,21 @@ def one_ahead(step: Step, event: Callable[[], Event]) -> Step:
     return bounded
 
 
-def _warm_up(contender: Contender, seconds: float, base: int, wait: Callable[[], object] | None) -> None:
+def _warm_up(contender: Contender, seconds: float, base: int, wait: Callable[[], object] | None, begin: float) -> None:
+    """Warm a contender up and take a trial window.
+
+    base   bytes that the GPU had reserved before the contender
+    begin  the time at which its construction began
+    """
     for _ in range(WARM_UP + 1):  # compilation, optimizer state and graph, which later steps do not repeat
         contender.step()
     if wait is not None:
         wait()
+    contender.setup_seconds = round(time.perf_counter() - begin, 1)
+    if wait is not None:
         _reserved()
         torch.cuda.reset_peak_memory_stats()
-    timed_window(contender.step, seconds, wait)
+    contender.trial = timed_window(contender.step, seconds, wait)
     if wait is not None:
         # Reserved, not allocated: PyTorch does not count a replayed graph's memory as allocated.
         contender.peak_memory_mib = round((torch.cuda.max_memory_reserved() - base) / 2**20, 1)
@@ -187,6 +261,7 @@ def _figures(contender: Contender) -> dict[str, Any]:
         "spread": timing.spread,
         "windows": contender.rates,
         "peak_memory_mib": contender.peak_memory_mib,
+        "setup_seconds": contender.setup_seconds,
     }
 
 
@@ -208,9 +283,15 @@ def targets(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_benchmark(options: Options) -> bool:
-    """Measure every case, print it and append it to the results; return whether all of them could be timed."""
+    """Measure every case, print it and append it to the results.
+
+    Returns whether each case could be timed, with all forms of ours and one of each library. Raises UserError for
+    `profile` without a GPU.
+    """
     complete, begin, last = True, time.perf_counter(), 0.0
     todo = list(cases(options))
+    if options.profile and not any(case.device.type == "cuda" for case in todo):
+        raise UserError("--profile needs a GPU: leave it out")
     for i, case in enumerate(todo):
         start = time.perf_counter()
         if options.budget and i and start - begin + last > options.budget:
@@ -221,8 +302,19 @@ def run_benchmark(options: Options) -> bool:
         last = time.perf_counter() - start
         append(options.results, record)
         print(record_table(record).text(), *target_lines(record.get("targets", [])), sep="\n", flush=True)
-        complete &= "refused" not in record and not record["failed"]
+        complete &= is_complete(record, peer=options.peer == "timm")
     return complete
+
+
+def is_complete(record: dict[str, Any], *, peer: bool) -> bool:
+    """Whether a case was timed with all forms of ours and, with a `peer`, one of its forms.
+
+    Some forms of a peer are trials: an attention backend may not take the shapes.
+    """
+    ours_failed = any(name.startswith("fastdeit") for name in record.get("failed", {}))
+    return not ours_failed and {name.partition(" ")[0] for name in record.get("sides", {})} == (
+        {"fastdeit", "timm"} if peer else {"fastdeit"}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,17 +3,17 @@
 Our training step is the trainer's own, `fastdeit.training.step`, in the forms that a recipe can choose. timm's does the
 same work: stochastic depth, forward pass, soft-target cross-entropy (and the hard distillation loss with a distillation
 token), backward pass, AdamW, and the average of the weights if requested. Both use the same parameter groups, and
-fused AdamW on a GPU.
+fused AdamW on a GPU. timm's model also gets what ours has (its whole step as one CUDA graph, recorded in the same way)
+and what could make it faster: each mode of torch.compile, and each fast backend of PyTorch's attention.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import timm
@@ -21,108 +21,21 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastdeit.config import Recipe
+from benchmarks.throughput.forms import Form, ModelCase
 from fastdeit.data import TrainBatch
-from fastdeit.distributed import World
 from fastdeit.model.kernel_choice import TORCH, Kernels, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import Precision
-from fastdeit.training.graphs import why_not
+from fastdeit.training.graphs import CudaRecorder, Recorder, Replayed
 from fastdeit.training.optim import parameter_groups
 from fastdeit.training.step import TrainingStep
 
 CLASSES = 1000
 Step = Callable[[], int]
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelCase:
-    """One comparison. `recipe` is resolved; it gives model, optimizer and objective."""
-
-    recipe: Recipe
-    mode: Literal["train", "infer"]
-    batch: int
-    ema: bool
-    precision: Precision
-
-    @property
-    def device(self) -> torch.device:
-        return self.precision.device
-
-    @property
-    def world(self) -> World:
-        return World(0, 1, 1, self.device)
-
-    def describe(self) -> dict[str, Any]:
-        """The fields that identify this case, for JSON."""
-        return {
-            "model": self.recipe.name.removesuffix("_384"),
-            "img_size": self.recipe.model.img_size,
-            "mode": self.mode,
-            "batch": self.batch,
-            "ema": self.ema,
-            "precision": self.precision.name,
-            "device": self.device.type,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """One way to do a case's step.
-
-    kernels  Triton kernels in place of PyTorch's operations
-    skip     leave samples that stochastic depth drops out of the computation
-    graph    replay our whole training step as one CUDA graph; otherwise torch.compile's own CUDA graphs
-    apex     AdamW by apex's FusedAdam
-    """
-
-    library: Literal["timm", "fastdeit"]
-    compiled: bool = False
-    kernels: bool = False
-    skip: bool = False
-    graph: bool = False
-    apex: bool = False
-
-    @property
-    def name(self) -> str:
-        options = [name for name in ("kernels", "skip", "graph", "apex") if getattr(self, name)]
-        return f"{self.library} {' + '.join(['compiled' if self.compiled else 'eager', *options])}"
-
-
-def forms(case: ModelCase, *, peer: bool, compiled: bool, quick: bool) -> list[Form]:
-    """The forms to compare, from plain to fully optimised.
-
-    If `quick`, only our last form, with and without apex, and timm's compiled forms.
-
-    peer      include timm's forms
-    compiled  include compiled forms
-    """
-    plain = [False, True] if compiled else [False]
-    theirs = [Form(library="timm", compiled=compiled) for compiled in plain] if peer else []
-    if theirs and compiled and case.device.type == "cuda":
-        theirs.append(Form(library="timm", compiled=True, graph=True))
-    ours = [Form(library="fastdeit", compiled=compiled) for compiled in plain]
-    replace = dataclasses.replace
-    if case.device.type == "cuda":
-        ours.append(replace(ours[-1], kernels=True))
-    if case.mode == "train" and case.recipe.model.drop_path > 0:
-        ours.insert(-1, replace(ours[-1], skip=True))
-    if case.mode == "train" and why_not(case.recipe, case.world, case.precision) is None:
-        ours += [replace(form, graph=True) for form in ours if form.compiled == compiled and not form.skip]
-        if importlib.util.find_spec("apex") is not None:
-            ours.append(replace(ours[-1], apex=True))
-    elif case.mode == "infer" and compiled and case.device.type == "cuda":
-        ours.append(replace(ours[-1], graph=True))
-    if not quick:
-        return [*theirs, *ours]
-    best = replace(ours[-1], apex=False)
-    return [
-        *(form for form in theirs if form.compiled == compiled),
-        *(form for form in ours if replace(form, apex=False) == best),
-    ]
 
 
 @dataclass(frozen=True)
@@ -201,12 +114,29 @@ def make_step(case: ModelCase, form: Form, state: State, inputs: Inputs) -> Step
     model.train(case.mode == "train")
     if form.library == "fastdeit" and case.mode == "train":
         return _our_train_step(model, case, form, inputs)
-    # "reduce-overhead" records PyTorch's own CUDA graphs, the fewest launches that timm's model can have.
-    graphs = "reduce-overhead" if form.graph else None
-    called: Any = torch.compile(model, dynamic=False, mode=graphs) if form.compiled else model
+    called: Any = _WithSdpa(model, form.sdpa) if form.sdpa else model
+    if form.compiled:
+        called = torch.compile(called, dynamic=False, mode=form.mode)
     if case.mode == "infer":
         return _infer_step(called, case, inputs)
-    return _timm_train_step(model, called, case, inputs)
+    return _timm_train_step(model, called, case, inputs, graph=form.graph)
+
+
+class _WithSdpa(nn.Module):
+    """A model whose attention uses one backend of `scaled_dot_product_attention`.
+
+    The choice is in the forward pass, so that torch.compile sees it: what it compiled for one backend does not serve
+    another. Where the backend cannot compute the shapes, the forward pass raises RuntimeError.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
+
+    def forward(self, images: Tensor) -> Any:
+        with sdpa_kernel(self.backend):
+            return self.model(images)
 
 
 def _infer_step(called: Any, case: ModelCase, inputs: Inputs) -> Step:
@@ -267,26 +197,41 @@ def _our_train_step(model: Any, case: ModelCase, form: Form, inputs: Inputs) -> 
     return step
 
 
-def _timm_train_step(model: nn.Module, called: Any, case: ModelCase, inputs: Inputs) -> Step:
-    cfg = case.recipe.optim
+def _timm_train_step(
+    model: nn.Module, called: Any, case: ModelCase, inputs: Inputs, *, graph: bool, recorder: Recorder | None = None
+) -> Step:
+    """`graph`: replay the step as one CUDA graph, recorded as ours is; `recorder` None: on the case's device."""
+    cfg, cuda = case.recipe.optim, case.device.type == "cuda"
     groups = parameter_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=case.device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=cuda, capturable=graph and cuda
+    )
     ema = ModelEmaV3(model, decay=case.recipe.ema.decay) if case.ema else None
     soft, hard = SoftTargetCrossEntropy(), nn.CrossEntropyLoss()
-    images, targets = inputs.data.images, inputs.targets()
 
-    def step() -> int:
+    def update(tensors: Sequence[Tensor | None]) -> Tensor:
+        images, targets, labels = tensors
+        assert images is not None
+        assert targets is not None
+        assert labels is not None
         optimizer.zero_grad(set_to_none=True)
         with case.precision.autocast():
             output = called(images)
             if case.recipe.model.distilled:
-                loss = (soft(output[0], targets) + hard(output[1], inputs.labels)) / 2
+                loss = (soft(output[0], targets) + hard(output[1], labels)) / 2
             else:
                 loss = soft(output, targets)
         loss.backward()
         optimizer.step()
         if ema is not None:
             ema.update(model)
+        return loss.detach()
+
+    tensors = inputs.data.images, inputs.targets(), inputs.labels
+    run = Replayed(update, recorder or CudaRecorder(case.device)) if graph else update
+
+    def step() -> int:
+        run(tensors)
         return case.batch
 
     return step

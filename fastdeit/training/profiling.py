@@ -22,19 +22,29 @@ WARM_UP = 6  # steps before the first profiled one, for compilation and the reco
 DISPATCH, REST = "Python and dispatch", "other"
 LABEL = "fastdeit."  # prefix of the ranges that `step` marks; the rest of the name is the group
 # A kernel in a CUDA graph has only its name, so on a GPU the name gives the group: the first match, in any case.
+# torch.compile names a kernel after the operators fused into it: `triton_poi_` for element-wise ones, `triton_red_` and
+# `triton_per_` for reductions.
 _BY_NAME: tuple[tuple[str, str], ...] = (
+    ("communication", r"nccl|^c10d::"),
+    ("augmentation", r"^(_normalize_erase_mix|_pass|_taps|_tables|_pixels|_box)$"),
+    ("casts", r"^triton_poi_fused__to_copy_((t|view|slice|unsqueeze)_)*\d+$"),
+    ("copies", r"^triton_poi_\w*clone"),
+    ("element-wise", r"^triton_poi_\w*(slice|select)_backward"),
+    ("sums", r"^_column_sum$|^triton_(red|per)_fused_(slice_)?sum_|sum_functor|::sum$"),
     ("attention", r"flash|fmha|attention|sdpa"),
-    ("augmentation", r"^(_finish|_pass|_tables|_pixels|_color|_sharpness|_box|affine|shift)$"),
     ("loss", r"softmax|nll_loss|cross_entropy|kl_div|distillation|evaluate_heads"),
     ("average", r"lerp"),
     ("optimizer", r"adam|sgd|multi_tensor_apply|_foreach_"),
+    ("LayerNorm", r"layer_?norm"),
+    ("GELU", r"gelu"),
+    ("tokens", r"assemble_tokens"),
     ("convolution", r"conv|fprop|dgrad|wgrad|cudnn|winograd"),
     ("GEMM", r"gemm|nvjet|cutlass|cublas|splitk|::(mm|addmm|bmm|baddbmm|matmul|linear)$"),
     ("copies", r"memcpy|memset|copy|clone|contiguous|::(fill_|zero_|to|cat)$"),
     (
-        "norm, element-wise",
-        r"norm|gelu|relu|elementwise|reduce|^triton_|cpp_fused|assemble_tokens|"
-        r"::(add|sub|rsub|mul|div|sum|mean|neg|exp|log|sqrt|square|pow|silu|sigmoid|max_pool\w*|where|scatter)_?(_out)?$",
+        "element-wise",
+        r"norm|relu|elementwise|reduce|^triton_|cpp_fused|"
+        r"::(add|sub|rsub|mul|div|mean|neg|exp|log|sqrt|square|pow|silu|sigmoid|max_pool\w*|where|scatter)_?(_out)?$",
     ),
 )
 

@@ -12,6 +12,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu import Step, pytest_status, run_benchmark, run_loaders, run_tests, summary
 from benchmarks.kernels import benchmark as kernels
+from benchmarks.kernels import tune
 from benchmarks.loaders import report as loader_report
 from benchmarks.throughput import benchmark as throughput
 from system import run_python
@@ -90,30 +91,46 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(kernels, "run_benchmark", lambda options: called.append(options) or True)
     monkeypatch.setattr(throughput, "run_benchmark", lambda options: called.append(options) or False)
-    gpu.main(["--in-process", "kernels", "--budget", "9", "--results", str(tmp_path)])
+    monkeypatch.setattr(tune, "tune_launches", lambda options: called.append(options) or True)
+    for name in ("kernels", "augment", "tune"):
+        gpu.main(["--in-process", name, "--budget", "9", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
     assert ended.value.code == 1
-    assert [(options.budget, options.results) for options in called] == [
-        (9.0, tmp_path / "kernels.jsonl"),
-        (8.0, tmp_path / "throughput.jsonl"),
-    ]
+    *_, augment, tuned, throughputs = called
+    assert all(0 < options.budget <= 9 for options in called)
+    assert [options.results.stem for options in called] == ["kernels"] * 5 + ["tune", "throughput"]
+    assert augment.ops == ("augment",)
+    assert tuned.budget == 9.0
+    assert throughputs.profile
+    # Every operation at every model, and attention with odd and even numbers of tokens.
+    cases = [case for options in called[:4] for case in kernels.cases(options)]
+    assert len(set(cases)) == len(cases) == 3 * (4 + 4 * 2) + 1
+    assert {case.shape.tokens for case in cases if case.op == "attention"} == {197, 198, 577, 578}
+    assert all(case.shape.model == "base" for case in cases[:4])
 
 
 def test_the_summary_names_steps_peers_and_targets(monkeypatch):
     monkeypatch.setattr(gpu, "_is_installed", lambda module: module in ("pytest", "kornia"))
     targets = [{"text": "1.3x of at least 1.2x", "reached": True}, {"text": "2x of at least 5x", "reached": False}]
     monkeypatch.setattr(gpu.tables, "markdown", lambda records: "### Kernels")
-    text = summary([Step("tests", "cut", 61.2, "9 passed in 60s")], [{"targets": targets}, {}], WHERE)
+    records = [{"benchmark": "kernels", "targets": targets}, {"benchmark": "profiles"}]
+    text = summary([Step("tests", "cut", 61.2, "9 passed in 60s")], records, WHERE)
     assert text.startswith("# GPU run, NVIDIA H200, 2026-01-01 10:20 UTC")
     assert "| tests | cut | 61 | 9 passed in 60s |" in text
-    assert "Not installed: flash-attn, liger-kernel, apex, nvidia-dali." in text
+    missing = "flash-attn, flash-attn 3, flash-attn 4, liger-kernel, apex, nvidia-dali, tyro (for the loaders)"
+    assert f"Not installed: {missing}." in text
     assert "1 of 2 targets reached." in text
     assert text.endswith("### Kernels\n")
     assert "Nothing was timed." in summary([], [], {**WHERE, "gpu": None})
+    launch = {"benchmark": "tune", "kernel": "bias_gelu_forward", "model": "base", "tokens": 198, "timed": "forward"}
+    launch |= {"tried": [{}] * 7, "default_ms": 0.2, "best_ms": 0.2, "best": ""}
+    assert "- bias_gelu_forward base N198, forward: 0.200 ms, the best of 7" in summary([], [launch], WHERE)
 
 
-def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def parts(monkeypatch):
+    """Stand-ins of everything that a part runs, and what they were given: name and seconds."""
     given = []
 
     def tests(name, arguments, seconds, root=ROOT):
@@ -121,9 +138,10 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
         return Step(name, "passed", 0.1, "3 passed")
 
     def timed(name, results, budget, seconds):
-        assert budget < seconds <= 60
-        given.append((name, budget))
-        (results / f"{name}.jsonl").open("a").write(json.dumps({"benchmark": name, "targets": []}) + "\n")
+        assert budget < seconds
+        given.append((name, seconds))
+        if name != "augment":
+            (results / f"{name}.jsonl").open("a").write(json.dumps({"benchmark": name, "targets": []}) + "\n")
         return Step(name, "passed", 0.1)
 
     def loaders(results, seconds):
@@ -134,17 +152,40 @@ def test_every_step_has_its_share_of_the_time_and_all_is_written(tmp_path, monke
     monkeypatch.setattr(gpu, "run_loaders", loaders)
     monkeypatch.setattr(gpu, "run_benchmark", timed)
     monkeypatch.setattr(gpu.tables, "markdown", lambda records: f"{len(records)} records")
+    monkeypatch.setattr(gpu.tune, "report", lambda record: "a launch")
+    return given
+
+
+def test_parts_are_independent_and_each_takes_less_than_nine_minutes(tmp_path, parts, capsys):
     (tmp_path / "throughput.jsonl").write_text('{"benchmark": "throughput", "old": true}\n')
-    assert gpu.run_parts(1.0, tmp_path, device="any")
-    names, seconds = zip(*given, strict=True)
-    assert names == ("throughput", "tests of the kernels", "other tests marked gpu", "kernels", "loaders")
-    assert seconds == pytest.approx((23, 20, 39, 47, 60), abs=2)
-    text = (tmp_path / "gpu.md").read_text()
-    assert "| kernels | passed |" in text
-    assert text in capsys.readouterr().out
-    given.clear()
-    assert gpu.run_parts(1.0, tmp_path, ["throughput"], device="any")
-    assert given == [("throughput", pytest.approx(56, abs=2))]
+    assert gpu.run_parts(tmp_path, device="any")
+    names = [name for name, _ in parts]
+    assert names[:5] == ["throughput", "tests of the kernels", "other tests marked gpu", "kernels", "augment"]
+    assert names[5:] == ["loaders", "tune"]
+    seconds = dict(parts)
+    assert seconds["tests of the kernels"] <= seconds["other tests marked gpu"] <= 480
+    assert max(seconds.values()) < 540
+    printed = capsys.readouterr().out
+    assert printed.startswith(gpu.not_installed())
+    texts = {name: (tmp_path / f"gpu-{name}.md").read_text() for name in gpu.PARTS}
+    assert all(text in printed for text in texts.values())
+    assert "1 records" in texts["throughput"]  # not the old one
+    assert "| kernels | passed |" in texts["kernels"]
+    assert "a launch" in texts["tune"]
+    assert "no photographs" in texts["augmentation"]
+
+
+def test_a_limit_for_all_goes_to_the_first_parts(tmp_path, parts):
+    assert gpu.run_parts(tmp_path, minutes=6.0, device="any")
+    assert parts[0] == ("throughput", pytest.approx(330, abs=1))
+    assert [name for name, _ in parts].count("kernels") == 1  # the stand-ins before it took no time
+    parts.clear()
+    assert gpu.run_parts(tmp_path, ["throughput"], minutes=8.0, device="any")
+    assert parts == [("throughput", pytest.approx(480, abs=1))]
+    parts.clear()
+    assert gpu.run_parts(tmp_path, ["tune"], minutes=0.4, device="any")
+    assert parts == []
+    assert "| tune | left out | 0 | no time was left |" in (tmp_path / "gpu-tune.md").read_text()
 
 
 @pytest.mark.slow

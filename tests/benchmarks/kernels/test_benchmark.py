@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -46,15 +47,32 @@ def test_ours_passes_and_a_wrong_one_is_refused(device, op):
     assert disagreement(operation, no_gradient, 2).startswith("gradient of argument 0")
 
 
+@pytest.mark.parametrize("shape", [Shape("tiny", 198, 192, 3), Shape("tiny", 197, 192, 3, prefix=1)])
 @pytest.mark.parametrize("op", sorted(set(OPS) - {"distillation_loss"}))  # whose targets are no arguments
-def test_the_byte_floor_is_what_goes_in_and_out(op):
-    operation = OPS[op](Shape("tiny", 198, 192, 3), 8, torch.bfloat16, torch.device("cpu"))
+def test_the_byte_floor_is_what_goes_in_and_out(op, shape):
+    operation = OPS[op](shape, 8, torch.bfloat16, torch.device("cpu"))
     given = [each.detach().requires_grad_() for each in operation.arguments]
     found = outputs(operation.eager, given)
     size = [sum(each.nbytes for each in some) for some in (given, found)]
     assert operation.bytes[0] == pytest.approx(sum(size), rel=0.1)
     # Backward at the very least: the outputs' gradients read, the arguments' written.
     assert operation.bytes[1] - operation.bytes[0] >= 0.9 * sum(size)
+
+
+def test_attention_of_a_peer_takes_queries_keys_and_values(monkeypatch):
+    """Whether it returns the output alone or, as flash-attn 4, with the log-sum-exp."""
+    qkv = torch.randn(2, 7, 3, 2, 16)
+
+    def attend(q, k, v):
+        heads = [each.transpose(1, 2) for each in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+    for function in (attend, lambda q, k, v: (attend(q, k, v), None)):
+        module = types.SimpleNamespace(flash_attn_func=function)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+        operation = OPS["attention"](SMALL, 2, torch.float32, torch.device("cpu"))
+        assert "flash-attn 4 (flash_attn/cute of its source)" in operation.absent
+        torch.testing.assert_close(operation.contenders["flash-attn 3"](qkv), operation.eager(qkv))
 
 
 def test_a_nan_is_refused(device):
@@ -111,6 +129,25 @@ def test_every_case_is_a_record(monkeypatch, tmp_path, device, clock, capsys):
     printed = capsys.readouterr().out
     assert "3 cases, about" in printed
     assert "augmentation, stage from the host" in printed
+
+
+def test_compiled_pytorch_is_timed_at_the_sizes_of_the_batch(monkeypatch, tmp_path, device, clock):
+    """After the check's few samples, torch.compile would otherwise make code for any number of them."""
+    compiled, compile_ = [], torch.compile
+
+    def look(graph, examples):
+        compiled.append([size for each in examples if isinstance(each, torch.Tensor) for size in each.shape])
+        assert not any(isinstance(each, torch.SymInt) for each in examples)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=look, **options))
+    options = Options(batch=6, results=tmp_path / "kernels.jsonl")
+    (record,) = benchmark.measure(
+        KernelCase("layer_norm", SMALL), options, {"bytes_per_second": 1e10, "flops_per_second": 1e11}, device, clock
+    )
+    assert "compiled" in record["sides"]
+    assert all(isinstance(size, int) for sizes in compiled for size in sizes)
+    assert [sorted({4, 6} & set(sizes)) for sizes in compiled[:1] + compiled[-1:]] == [[4], [6]]
 
 
 def test_what_a_budget_leaves_out_is_named(monkeypatch, tmp_path, device, clock, capsys):

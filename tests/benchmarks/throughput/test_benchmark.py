@@ -9,14 +9,16 @@ import pytest
 import timm
 import torch
 
-from benchmarks.throughput import benchmark, contenders
-from benchmarks.throughput.benchmark import Options, cases, main
+from benchmarks.profiles import by_group, kernels_of
+from benchmarks.throughput import benchmark, contenders, forms
+from benchmarks.throughput.benchmark import Options, cases, is_complete, main, slowest
+from benchmarks.throughput.forms import Form
 from benchmarks.throughput.report import ratio
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
-PLAIN = contenders.Form(library="fastdeit")
+PLAIN = Form(library="fastdeit")
 SMALL = Options(models=("tiny",), sizes=(32,), batch=4, device="cpu", windows=3, window_seconds=0.02)
 
 
@@ -96,7 +98,7 @@ def test_training_steps_move_both_models_alike(distilled, compiled, monkeypatch)
     case = one_case(distilled=distilled, drop_path=0.0, ema=True)
     inputs, state = contenders.Inputs.draw(case, case.batch), ours(case, PLAIN).state_dict()
     for library in ("fastdeit", "timm"):
-        form = contenders.Form(library=library, compiled=compiled and library == "fastdeit")
+        form = Form(library=library, compiled=compiled and library == "fastdeit")
         step = contenders.make_step(case, form, {k: v.clone() for k, v in state.items()}, inputs)
         assert [step() for _ in range(3)] == [case.batch] * 3
     moved = built["timm"].state_dict()
@@ -199,12 +201,11 @@ def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
     assert "left out, since the budget of 0 s is used up: deit_tiny infer" in capsys.readouterr().out
 
 
-def test_forms_go_from_plain_to_all_that_helps(monkeypatch):
-    def names(case, **options):
-        return [
-            form.name for form in contenders.forms(case, **{"peer": True, "compiled": True, "quick": False, **options})
-        ]
+def names(case, **options):
+    return [form.name for form in forms.forms(case, **{"peer": True, "compiled": True, "quick": False, **options})]
 
+
+def test_our_forms_go_from_plain_to_all_that_helps(monkeypatch):
     case = one_case()
     ours = ["fastdeit eager", "fastdeit compiled + skip", "fastdeit compiled"]
     assert names(case) == ["timm eager", "timm compiled", *ours]
@@ -212,17 +213,129 @@ def test_forms_go_from_plain_to_all_that_helps(monkeypatch):
     assert names(one_case(drop_path=0.0), compiled=False, peer=False) == ["fastdeit eager"]
     on_gpu = dataclasses.replace(case, precision=Precision("bf16", torch.bfloat16, torch.device("cuda", 0)))
     ours = ["fastdeit eager", "fastdeit compiled", "fastdeit compiled + kernels"]
-    assert names(dataclasses.replace(on_gpu, mode="infer"), peer=False) == [*ours, f"{ours[-1]} + graph"]
+    assert names(dataclasses.replace(on_gpu, mode="infer"), peer=False) == [*ours, f"{ours[-1]} + reduce-overhead"]
     ours.insert(2, "fastdeit compiled + kernels + skip")
     replayed = ["fastdeit compiled + graph", "fastdeit compiled + kernels + graph"]
     assert names(on_gpu, peer=False) == [*ours, *replayed]
-    peers = ["timm compiled", "timm compiled + graph"]
-    assert names(on_gpu)[:3] == ["timm eager", *peers]
-    assert names(on_gpu, quick=True) == [*peers, replayed[-1]]
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: object())
+    assert names(on_gpu, peer=False, quick=True) == [replayed[-1]]
+    monkeypatch.setattr(forms.importlib.util, "find_spec", lambda name: object())
     assert names(on_gpu)[-1] == "fastdeit compiled + kernels + graph + apex"
     # An apex that cannot be used must not be all that is tried.
-    assert names(on_gpu, quick=True) == [*peers, replayed[-1], f"{replayed[-1]} + apex"]
+    assert names(on_gpu, peer=False, quick=True) == [replayed[-1], f"{replayed[-1]} + apex"]
+
+
+def test_timm_gets_every_mode_the_whole_graph_and_both_attention_backends():
+    on_gpu = dataclasses.replace(one_case(), precision=Precision("bf16", torch.bfloat16, torch.device("cuda", 0)))
+    tuned = ["timm eager", "timm compiled", "timm compiled + reduce-overhead", "timm compiled + max-autotune"]
+    graphs = [f"timm compiled + {what}graph" for what in ("", "max-autotune + ", "cudnn + ", "flash + ")]
+    assert [name for name in names(on_gpu) if name.startswith("timm")] == [*tuned, *graphs]
+    assert [name for name in names(on_gpu, quick=True) if name.startswith("timm")] == [tuned[2], graphs[0]]
+    infer = dataclasses.replace(on_gpu, mode="infer")
+    backends = [f"timm compiled + reduce-overhead + {backend}" for backend in ("cudnn", "flash")]
+    assert [name for name in names(infer) if name.startswith("timm")] == [*tuned, *backends]
+    assert [name for name in names(infer, quick=True) if name.startswith("timm")] == [tuned[2]]
+    eager = [name for name in names(on_gpu, compiled=False) if name.startswith("timm")]
+    assert eager == ["timm eager", *(f"timm eager + {what}graph" for what in ("", "cudnn + ", "flash + "))]
+
+
+def test_torch_compile_gets_the_mode_that_records_no_graph_inside_ours():
+    assert Form(library="timm", compiled=True).mode is None
+    assert Form(library="timm", compiled=True, tuning="max-autotune").mode == "max-autotune"
+    assert Form(library="timm", compiled=True, tuning="max-autotune", graph=True).mode == "max-autotune-no-cudagraphs"
+    assert Form(library="timm", compiled=True, tuning="reduce-overhead").mode == "reduce-overhead"
+
+
+class AsIfRecorded:
+    """A recorder whose replays run the function on the same memory, as a CUDA graph would; counts them."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def run(self, function):
+        return function()
+
+    def record(self, function):
+        out = function().clone()  # recording does not run: the replay below makes up for it
+
+        def replay():
+            self.replays += 1
+            out.copy_(function())
+
+        return replay, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distilled", [False, True])
+def test_timms_replayed_step_is_its_step(distilled):
+    """Batch, targets and weights of a replayed step are those of the step called as it is."""
+    case = one_case(distilled=distilled, drop_path=0.0, ema=True)
+    inputs = contenders.Inputs.draw(case, case.batch)
+    state = contenders.our_model(case, PLAIN).state_dict()
+    moved = []
+    for graph, steps in ((False, 5), (True, 4)):
+        model = contenders.timm_model(case, both_heads=True, drop_path=0.0).train()
+        model.load_state_dict({name: value.clone() for name, value in state.items()})
+        recorder = AsIfRecorded()
+        step = contenders._timm_train_step(model, model, case, inputs, graph=graph, recorder=recorder)
+        assert [step() for _ in range(steps)] == [case.batch] * steps
+        assert recorder.replays == (1 if graph else 0)
+        moved.append(model.state_dict())
+    # The stand-in's recording is one more step.
+    for name, value in moved[0].items():
+        torch.testing.assert_close(moved[1][name], value)
+    assert not torch.equal(moved[0]["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+
+
+def test_what_was_compiled_for_one_attention_backend_does_not_serve_another():
+    """torch.compile would otherwise find the code of the first backend and time it twice."""
+    seen = []
+
+    class Attending(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def look(graph, example):
+        seen.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    backends = {"cudnn": torch.nn.attention.SDPBackend.MATH, "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION}
+    x = torch.randn(2, 3, 8, 16)
+    for name, backend in backends.items():
+        module = contenders._WithSdpa(Attending(), name)
+        module.backend = backend  # those that a CPU has
+        torch.compile(module, backend=look)(x)
+    assert len(seen) == 2
+    assert "MATH" in seen[0]
+    assert "FLASH" in seen[1]
+
+
+def test_the_slowest_form_makes_room_but_no_fastest():
+    rates = {"timm eager": 1.0, "timm compiled": 5.0, "fastdeit eager": 2.0, "fastdeit compiled": 9.0}
+    assert slowest(rates) == "timm eager"
+    del rates["timm eager"]
+    assert slowest(rates) == "fastdeit eager"
+    del rates["fastdeit eager"]
+    assert slowest(rates) is None
+    assert slowest({}) is None
+
+
+def test_a_form_of_a_peer_may_fail_but_none_of_ours():
+    def complete(sides, failed=(), peer=True):
+        return is_complete({"sides": dict.fromkeys(sides), "failed": dict.fromkeys(failed)}, peer=peer)
+
+    assert complete(["timm eager", "fastdeit eager"], ["timm compiled + flash + graph"])
+    assert not complete(["timm eager", "fastdeit eager"], ["fastdeit compiled"])
+    assert not complete(["fastdeit eager"], ["timm eager"])
+    assert complete(["fastdeit eager"], peer=False)
+    assert not is_complete({"refused": "they differ"}, peer=True)
+
+
+def test_a_profile_needs_a_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(f"--models tiny --sizes 32 --device cpu --profile --results {tmp_path / 'figures.jsonl'}".split())
+    assert ended.value.code == 2
+    assert "--profile needs a GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
@@ -268,10 +381,20 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
 def test_on_a_gpu_every_form_is_timed_with_its_memory(tmp_path):
     path = tmp_path / "figures.jsonl"
     options = Options(
-        models=("tiny",), sizes=(64,), batch=8, device="cuda", windows=2, window_seconds=0.1, results=path
+        models=("tiny",),
+        sizes=(64,),
+        batch=8,
+        device="cuda",
+        windows=2,
+        window_seconds=0.1,
+        quick=True,
+        profile=True,
+        results=path,
     )
     assert benchmark.run_benchmark(options)
     for record in map(json.loads, path.read_text().splitlines()):
         assert not record["failed"]
-        assert len(record["sides"]) >= (7 if record["mode"] == "train" else 5)
+        assert len(record["sides"]) >= (3 if record["mode"] == "train" else 2)
         assert all(figures["peak_memory_mib"] > 0 for figures in record["sides"].values())
+    (profile,) = map(json.loads, (tmp_path / "profiles.jsonl").read_text().splitlines())
+    assert {"attention", "GEMM", "optimizer"} <= set(by_group(kernels_of(profile)))

@@ -1,0 +1,453 @@
+"""A model of the training step's time: its GEMMs, its passes over memory, its launches.
+
+`predict` takes a recipe's model configuration and a card, and needs no GPU. It models the step that fastdeit runs on a
+GPU with its kernels and torch.compile: bf16 products, AdamW, stochastic depth by masks, the last block reduced to the
+prefix tokens. Every constant below has a source; none was fitted to the steps that the model is compared with.
+
+Not in the model: a teacher that runs beside the student, clipping, micro-batches, fp32 and fp16, samples left out by
+`drop_path_mode "skip"`, several GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.roof.cards import Card
+from fastdeit.config import ModelConfig
+from fastdeit.pipelines.errors import UserError
+
+Residual = Literal["fp32", "bf16"]
+Inputs = Literal["images", "patches"]
+Product = Literal["forward", "input gradient", "weight gradient"]
+
+# The parts of a step. `fastdeit.training.profiling.group_of` gives a kernel's part by its name.
+GEMM, ATTENTION, LAYER_NORM, GELU, TOKENS = "GEMM", "attention", "LayerNorm", "GELU", "tokens"
+SUMS, CASTS, ELEMENTWISE, LOSS = "sums", "casts", "element-wise", "loss"
+OPTIMIZER, AVERAGE, COPIES, GAPS = "optimizer", "average", "copies", "gaps"
+PARTS = (GEMM, ATTENTION, LAYER_NORM, GELU, TOKENS, SUMS, CASTS, ELEMENTWISE, LOSS, OPTIMIZER, AVERAGE, COPIES, GAPS)
+
+BF16, FP32 = 2, 4  # bytes
+
+# Share of the copy's bandwidth that a pass reaches: 0.85 (token assembly), 0.88 (residual and LayerNorm) and 0.90 (bias
+# and GELU) on the H100, each kernel alone (docs/kernels.md).
+PASS_SHARE = 0.88
+# Share of the datasheet's FLOP/s that attention reaches, forward and backward, of the two and five products that it
+# needs at least. On the H100 with DeiT-B's heads it takes 186 and 219 + 298 microseconds at 197 tokens, 995 and 1,015
+# + 1,633 at 577 (docs/kernels.md). It is bound by instructions, not by the power that limits a GEMM, so it scales with
+# the datasheet. Its tiles are larger above 256 tokens.
+ATTENTION_SHARE = {False: (0.166, 0.149), True: (0.266, 0.247)}  # by whether there are more than 256 tokens
+# Machine instructions per value, forward and backward: 511 and 730 for 16 values (docs/kernels.md, "Compiled form").
+GELU_INSTRUCTIONS = (32, 46)
+# Seconds in which a kernel moves nothing yet, or no longer: the shortest kernels of the profiles take 0.8 to 1.2
+# microseconds, the shortest GEMMs 2.7 to 5.
+KERNEL_START, GEMM_START = 1.0e-6, 3.0e-6
+# Seconds from one kernel of a CUDA graph to the next: 3.4 a kernel of 2.9 microseconds (NVIDIA technical blog, "Getting
+# Started with CUDA Graphs", on a V100).
+GAP = 0.5e-6
+# Without a graph: seconds of Python that one of our operators takes (74 to 134 microseconds, forward or backward), and
+# seconds of the host for any other launch (3.8 microseconds, the same blog).
+HOST_OPERATOR, HOST_LAUNCH = 104e-6, 3.8e-6
+# Rows and columns of cuBLAS's tile of the output on Hopper (`nvjet_sm90_tst_192x192`). Sums over at least `SPLIT_FROM`
+# rows are split among programs.
+TILE, SPLIT_FROM = 192, 4096
+# Bytes that AdamW moves a parameter: reads weight, gradient and both moments, writes three of them. The average reads
+# two and writes one.
+ADAMW_BYTES, AVERAGE_BYTES = 7 * FP32, 3 * FP32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemm:
+    """A product of (m, k) and (k, n) in bf16, `count` times a step.
+
+    The model's time is the larger of its operations and its reads, then its writes: cuBLAS's kernels here give each
+    multiprocessor one tile that fills its registers, so nothing is multiplied while a tile is written. A product split
+    along k also writes and reads float32 sums, one tile for each multiprocessor.
+    """
+
+    name: str
+    product: Product
+    count: int
+    m: int
+    n: int
+    k: int
+    part: str = GEMM
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+    @property
+    def read(self) -> float:
+        return BF16 * float(self.m * self.k + self.k * self.n)
+
+    @property
+    def written(self) -> float:
+        return BF16 * float(self.m * self.n)
+
+    @property
+    def split(self) -> bool:
+        return self.product == "weight gradient" and self.k >= SPLIT_FROM
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+    @property
+    def kernels(self) -> int:
+        return 2 if self.split else 1
+
+    def ideal(self, card: Card) -> float:
+        """Seconds at the roof, once."""
+        return max(self.flops / card.gemm, self.bytes / card.bandwidth)
+
+    def seconds(self, card: Card) -> float:
+        """Seconds by the model, once."""
+        sums = 2 * FP32 * card.multiprocessors * TILE**2 if self.split else 0
+        start = GEMM_START + (KERNEL_START if self.split else 0.0)
+        products = max(self.flops / card.gemm, self.read / card.bandwidth)
+        return products + (self.written + sums) / card.bandwidth + start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Kernels that are bound by memory or by instructions, `count` times a step.
+
+    bytes         read and written, once
+    flops         of matrix products, once; `share` of the datasheet's rate is reached
+    instructions  of single threads, once
+    kernels       launches, once
+    """
+
+    part: str
+    name: str
+    count: int
+    bytes: float = 0.0
+    flops: float = 0.0
+    share: float = 1.0
+    instructions: float = 0.0
+    kernels: int = 1
+
+    def ideal(self, card: Card) -> float:
+        """Seconds at the roof, once."""
+        return max(self.bytes / card.bandwidth, self.flops / card.gemm)
+
+    def seconds(self, card: Card) -> float:
+        """Seconds by the model, once."""
+        bounds = (
+            self.bytes / (PASS_SHARE * card.bandwidth),
+            self.flops / (self.share * card.peak),
+            self.instructions / card.issue,
+        )
+        return max(bounds) + self.kernels * KERNEL_START
+
+
+Work = Gemm | Pass
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of a model at a batch; `rows` are the batch's tokens, `few` its prefix tokens."""
+
+    model: ModelConfig
+    batch: int
+    classes: int
+
+    @property
+    def width(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.model.mlp_ratio)
+
+    @property
+    def heads(self) -> int:
+        """Classifiers."""
+        return 2 if self.model.distilled else 1
+
+    @property
+    def patches(self) -> int:
+        return (self.model.img_size // self.model.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        return 3 * self.model.patch_size**2
+
+    @property
+    def tokens(self) -> int:
+        return self.patches + self.heads
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def few(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def layers(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, inputs and outputs of a block's linear layers."""
+        width, hidden = self.width, self.hidden
+        return ("qkv", width, 3 * width), ("proj", width, width), ("fc1", width, hidden), ("fc2", hidden, width)
+
+    @property
+    def matrices(self) -> int:
+        """Values in weights of linear layers."""
+        blocks = self.model.depth * sum(inputs * outputs for _, inputs, outputs in self.layers)
+        return blocks + self.patch_values * self.width + self.heads * self.width * self.classes
+
+    @property
+    def parameters(self) -> int:
+        width = self.width
+        vectors = self.model.depth * (sum(outputs for _, _, outputs in self.layers) + 4 * width)
+        return self.matrices + vectors + (3 + self.heads + self.tokens) * width + self.heads * self.classes
+
+
+def parameters(model: ModelConfig, num_classes: int = 1000) -> int:
+    """The number of a DeiT's parameters."""
+    return _Shape(_checked(model), 1, num_classes).parameters
+
+
+def gemms(model: ModelConfig, batch: int, *, num_classes: int = 1000) -> list[Gemm]:
+    """The GEMMs of a step of a DeiT on `batch` images, forward and backward.
+
+    The last block computes only the prefix tokens after attention. Pixels need no gradient. Raises UserError for
+    another `arch`.
+    """
+    shape = _Shape(_checked(model), batch, num_classes)
+    depth = model.depth
+    # Name, times a step, rows, inputs, outputs.
+    forward = [("patch embedding", 1, batch * shape.patches, shape.patch_values, shape.width)]
+    for name, inputs, outputs in shape.layers:
+        if name == "qkv":
+            forward.append((name, depth, shape.rows, inputs, outputs))
+        else:
+            forward.append((name, depth - 1, shape.rows, inputs, outputs))
+            forward.append((f"{name}, last block", 1, shape.few, inputs, outputs))
+    forward.append(("head", shape.heads, batch, shape.width, num_classes))
+    out: list[Gemm] = []
+    for name, count, rows, inputs, outputs in forward:
+        out.append(Gemm(name=name, product="forward", count=count, m=rows, n=outputs, k=inputs))
+        if name != "patch embedding":
+            out.append(Gemm(name=name, product="input gradient", count=count, m=rows, n=inputs, k=outputs))
+        out.append(Gemm(name=name, product="weight gradient", count=count, m=outputs, n=inputs, k=rows))
+    return [gemm for gemm in out if gemm.count]
+
+
+def passes(
+    model: ModelConfig,
+    batch: int,
+    *,
+    num_classes: int = 1000,
+    residual: Residual = "fp32",
+    inputs: Inputs = "images",
+    ema: bool = False,
+) -> list[Pass]:
+    """Everything but the GEMMs: see `predict`. Raises UserError for another `arch`."""
+    shape = _Shape(_checked(model), batch, num_classes)
+    low = _gelu(shape) + _attention(shape) + _layer_norm(shape, FP32 if residual == "fp32" else BF16)
+    return [
+        work for work in low + _sums(shape) + _weights(shape, ema) + _borders(shape, residual, inputs) if work.count
+    ]
+
+
+def _attention(shape: _Shape) -> list[Pass]:
+    values, depth = shape.rows * shape.width, shape.model.depth
+    product = 2.0 * shape.rows * shape.tokens * shape.width  # FLOP of one of them, over all heads
+    forward, backward = ATTENTION_SHARE[shape.tokens > 256]
+    # Forward reads queries, keys and values and writes as much as one of them. Backward reads these four and the
+    # gradient, and writes three gradients.
+    return [
+        Pass(part=ATTENTION, name="forward", count=depth, bytes=4 * BF16 * values, flops=2 * product, share=forward),
+        Pass(
+            part=ATTENTION,
+            name="backward",
+            count=depth,
+            bytes=8 * BF16 * values,
+            flops=5 * product,
+            share=backward,
+            kernels=2,
+        ),
+    ]
+
+
+def _layer_norm(shape: _Shape, stream: int) -> list[Pass]:
+    """`stream`: bytes of a value of the residual stream."""
+    out = []
+    for rows, count, where in ((shape.rows, 2 * (shape.model.depth - 1), ""), (shape.few, 2, ", last block")):
+        values = rows * shape.width
+        # Forward reads the stream and a branch, writes the sum and its normalisation. Backward reads two gradients and
+        # the sum, and writes two gradients.
+        forward, backward = values * (2 * stream + 2 * BF16), values * (3 * stream + 2 * BF16)
+        out.append(Pass(part=LAYER_NORM, name=f"with residual, forward{where}", count=count, bytes=forward))
+        out.append(Pass(part=LAYER_NORM, name=f"with residual, backward{where}", count=count, bytes=backward))
+    values = shape.rows * shape.width
+    out.append(Pass(part=LAYER_NORM, name="first, forward", count=1, bytes=values * (stream + BF16)))
+    out.append(Pass(part=LAYER_NORM, name="first, backward", count=1, bytes=values * (2 * stream + BF16)))
+    return out
+
+
+def _gelu(shape: _Shape) -> list[Pass]:
+    out = []
+    for rows, count, where in ((shape.rows, shape.model.depth - 1, ""), (shape.few, 1, ", last block")):
+        values = rows * shape.hidden
+        for name, tensors, each in zip(("forward", "backward"), (2, 3), GELU_INSTRUCTIONS, strict=True):
+            moved, issued = tensors * BF16 * values, float(each * values)
+            out.append(Pass(part=GELU, name=f"{name}{where}", count=count, bytes=moved, instructions=issued))
+    return out
+
+
+def _sums(shape: _Shape) -> list[Pass]:
+    """Gradients of biases, and the second stage of sums that other kernels begin."""
+    depth, values = shape.model.depth, shape.rows * shape.width
+    out = [
+        Pass(part=SUMS, name="bias of qkv", count=depth, bytes=3 * BF16 * values, kernels=2),
+        Pass(part=SUMS, name="bias of proj and fc2", count=2 * (depth - 1), bytes=BF16 * values, kernels=2),
+        Pass(part=SUMS, name="bias, last block and head", count=2 + shape.heads, kernels=2),
+    ]
+    norm = 512 * 2 * FP32 * shape.width  # of at most 512 programs
+    gelu = -(-shape.rows // 256) * FP32 * shape.hidden  # of programs with 256 rows
+    tokens = -(-shape.batch // 64) * FP32 * shape.tokens * shape.width  # of programs with 64 samples
+    out.append(Pass(part=SUMS, name="of LayerNorm", count=2 * depth + 1, bytes=norm))
+    out.append(Pass(part=SUMS, name="of bias and GELU", count=depth - 1, bytes=gelu))
+    out.append(Pass(part=SUMS, name="of token assembly", count=1, bytes=tokens, kernels=3))
+    return out
+
+
+def _weights(shape: _Shape, ema: bool) -> list[Pass]:
+    """Passes over the parameters."""
+    depth, count = shape.model.depth, shape.parameters
+    matrices = 4 * depth + 1 + shape.heads
+    moved = shape.matrices * (FP32 + BF16)
+    # torch.compile casts each weight in a kernel of its own, and each bias that a GEMM adds.
+    out = [
+        Pass(part=CASTS, name="of weights", count=1, bytes=moved, kernels=matrices),
+        Pass(part=CASTS, name="of biases", count=1, kernels=3 * depth + shape.heads),
+        Pass(part=CASTS, name="of weight gradients", count=1, bytes=moved, kernels=matrices),
+        Pass(part=OPTIMIZER, name="AdamW", count=1, bytes=ADAMW_BYTES * count, kernels=8),
+    ]
+    return [*out, Pass(part=AVERAGE, name="EMA", count=1, bytes=AVERAGE_BYTES * count, kernels=4)] if ema else out
+
+
+def _borders(shape: _Shape, residual: Residual, inputs: Inputs) -> list[Pass]:
+    """Everything before the first block and after the last one."""
+    stream = FP32 if residual == "fp32" else BF16
+    values, pixels = shape.rows * shape.width, shape.batch * shape.patches * shape.patch_values
+    patches = shape.batch * shape.patches * shape.width
+    logits = shape.few * shape.classes
+    each = FP32 if inputs == "images" else BF16
+    images = 1 if inputs == "images" else 0
+    products = sum(gemm.count for gemm in gemms(shape.model, shape.batch) if max(gemm.m, gemm.k) >= SPLIT_FROM)
+    return [
+        Pass(part=TOKENS, name="forward", count=1, bytes=BF16 * patches + stream * values),
+        Pass(part=TOKENS, name="backward", count=1, bytes=BF16 * patches + stream * values),
+        # The first block's input has a gradient from the stream and one from its LayerNorm.
+        Pass(part=TOKENS, name="sum of both gradients", count=1, bytes=3 * stream * values),
+        # The last block continues with the prefix tokens; the gradients of all others are zeros.
+        Pass(part=ELEMENTWISE, name="zero gradients, stream", count=1, bytes=stream * values),
+        Pass(part=ELEMENTWISE, name="zero gradients, attention", count=1, bytes=BF16 * values),
+        Pass(part=ELEMENTWISE, name="others", count=1, kernels=12),
+        # Logits are read forward, read backward, and their gradients are written.
+        Pass(part=LOSS, name="loss", count=1, bytes=3 * BF16 * logits, kernels=4),
+        Pass(part=COPIES, name="batch into the graph's memory", count=1, bytes=2 * each * pixels, kernels=9),
+        Pass(part=COPIES, name="images to bf16 patches", count=images, bytes=(FP32 + BF16) * pixels),
+        # cuBLAS clears a counter before each backward GEMM over many rows.
+        Pass(part=COPIES, name="memset", count=1, kernels=products * 2 // 3),
+    ]
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Seconds of a part of a step: by the model, and at the roof; and its launches."""
+
+    seconds: float
+    ideal: float
+    launches: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The predicted time of a training step.
+
+    images  of the batch
+    parts   by the names of `PARTS`; together the device's time
+    host    seconds of the host if no graph is used; the step takes the longer of both
+    """
+
+    images: int
+    parts: dict[str, PartTime]
+    host: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.host, sum(part.seconds for part in self.parts.values()))
+
+    @property
+    def ideal(self) -> float:
+        """Seconds with every part at the roof, without gaps and host."""
+        return sum(part.ideal for part in self.parts.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def launches(self) -> int:
+        return sum(part.launches for part in self.parts.values())
+
+
+def predict(
+    model: ModelConfig,
+    card: Card,
+    *,
+    batch: int = 256,
+    num_classes: int = 1000,
+    residual: Residual = "fp32",
+    inputs: Inputs = "images",
+    ema: bool = False,
+    graph: bool = True,
+) -> StepTime:
+    """The time of a training step of a DeiT on one GPU, by part.
+
+    model     of a recipe; see the file's docstring for what the model of time leaves out
+    batch     images a step
+    residual  dtype of the residual stream
+    inputs    "images": (B, 3, S, S) float32, as in the throughput benchmark. "patches": bf16 in patches, as the device
+              augmentation writes them
+    ema       average the weights
+    graph     replay the step as one CUDA graph; otherwise the host launches every kernel
+
+    Raises UserError for another `arch` and for a batch below 1.
+    """
+    if batch < 1:
+        raise UserError(f"the batch is {batch}: it must be at least 1")
+    work: list[Work] = [
+        *gemms(model, batch, num_classes=num_classes),
+        *passes(model, batch, num_classes=num_classes, residual=residual, inputs=inputs, ema=ema),
+    ]
+    parts = {part: _total([each for each in work if each.part == part], card) for part in PARTS}
+    launches = sum(part.launches for part in parts.values())
+    parts[GAPS] = PartTime(GAP * launches, 0.0, 0)
+    operators = 2 * (4 * model.depth + 3)  # four a block, the first and last LayerNorm, tokens; forward and backward
+    host = 0.0 if graph else operators * HOST_OPERATOR + (launches - operators) * HOST_LAUNCH
+    return StepTime(batch, {name: part for name, part in parts.items() if part.seconds}, host)
+
+
+def _total(work: Sequence[Work], card: Card) -> PartTime:
+    def total(values: Iterable[float]) -> float:
+        return sum(each.count * value for each, value in zip(work, values, strict=True))
+
+    return PartTime(
+        total(each.seconds(card) for each in work),
+        total(each.ideal(card) for each in work),
+        sum(each.count * each.kernels for each in work),
+    )
+
+
+def _checked(model: ModelConfig) -> ModelConfig:
+    if model.arch != "deit":
+        raise UserError(f"the step-time model knows the arch 'deit', not '{model.arch}'")
+    return model
