@@ -258,20 +258,25 @@ def _attention(shape: _Shape) -> list[Pass]:
     values, depth = shape.rows * shape.width, shape.model.depth
     product = 2.0 * shape.rows * shape.tokens * shape.width  # FLOP of one of them, over all heads
     forward, backward = ATTENTION_SHARE[shape.tokens > 256]
-    # Forward reads queries, keys and values and writes as much as one of them. Backward reads these four and the
-    # gradient, and writes three gradients.
-    return [
-        Pass(part=ATTENTION, name="forward", count=depth, bytes=4 * BF16 * values, flops=2 * product, share=forward),
-        Pass(
-            part=ATTENTION,
-            name="backward",
-            count=depth,
-            bytes=8 * BF16 * values,
-            flops=5 * product,
-            share=backward,
-            kernels=2,
-        ),
-    ]
+    out = []
+    for rows, count, where in ((shape.rows, depth - 1, ""), (shape.few, 1, ", last block")):
+        # Forward reads queries, keys and values and writes the result. Backward reads these four and the result's
+        # gradient, and writes three gradients. In the last block only the prefix tokens have a result.
+        own, flops = rows * shape.width, product * rows / shape.rows
+        moved = BF16 * (3 * values + own), BF16 * (6 * values + 2 * own)
+        out += [
+            Pass(part=ATTENTION, name=f"forward{where}", count=count, bytes=moved[0], flops=2 * flops, share=forward),
+            Pass(
+                part=ATTENTION,
+                name=f"backward{where}",
+                count=count,
+                bytes=moved[1],
+                flops=5 * flops,
+                share=backward,
+                kernels=2,
+            ),
+        ]
+    return out
 
 
 def _layer_norm(shape: _Shape, stream: int) -> list[Pass]:
@@ -301,14 +306,14 @@ def _gelu(shape: _Shape) -> list[Pass]:
 
 
 def _sums(shape: _Shape) -> list[Pass]:
-    """Gradients of biases, and the second stage of sums that other kernels begin."""
-    depth, values = shape.model.depth, shape.rows * shape.width
+    """The second stage of sums that other kernels begin, such as the gradients of biases."""
+    depth = shape.model.depth
+    attention = shape.batch * -(-shape.tokens // 64) * 3 * FP32 * shape.width  # of programs with 64 queries
     out = [
-        Pass(part=SUMS, name="bias of qkv", count=depth, bytes=3 * BF16 * values, kernels=2),
-        Pass(part=SUMS, name="bias of proj and fc2", count=2 * (depth - 1), bytes=BF16 * values, kernels=2),
-        Pass(part=SUMS, name="bias, last block and head", count=2 + shape.heads, kernels=2),
+        Pass(part=SUMS, name="bias of the heads", count=shape.heads, kernels=2),
+        Pass(part=SUMS, name="of attention", count=depth, bytes=attention),
     ]
-    norm = 512 * 2 * FP32 * shape.width  # of at most 512 programs
+    norm = 528 * 3 * FP32 * shape.width  # of at most 528 programs; weight, bias and the branch's bias
     gelu = -(-shape.rows // 256) * FP32 * shape.hidden  # of programs with 256 rows
     tokens = -(-shape.batch // 64) * FP32 * shape.tokens * shape.width  # of programs with 64 samples
     out.append(Pass(part=SUMS, name="of LayerNorm", count=2 * depth + 1, bytes=norm))
@@ -348,7 +353,6 @@ def _borders(shape: _Shape, residual: Residual, inputs: Inputs) -> list[Pass]:
         Pass(part=TOKENS, name="sum of both gradients", count=1, bytes=3 * stream * values),
         # The last block continues with the prefix tokens; the gradients of all others are zeros.
         Pass(part=ELEMENTWISE, name="zero gradients, stream", count=1, bytes=stream * values),
-        Pass(part=ELEMENTWISE, name="zero gradients, attention", count=1, bytes=BF16 * values),
         Pass(part=ELEMENTWISE, name="others", count=1, kernels=12),
         # Logits are read forward, read backward, and their gradients are written.
         Pass(part=LOSS, name="loss", count=1, bytes=3 * BF16 * logits, kernels=4),

@@ -129,9 +129,10 @@ class DeiT(nn.Module):
 
     def _stream_dtype(self, pixels: Tensor) -> torch.dtype | None:
         """The dtype of the residual stream, if it differs from the result of adding positions to patches."""
-        device = pixels.device.type
-        under = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return self._residual_dtype if under is self._residual_dtype else None
+        device, wanted = pixels.device.type, self._residual_dtype
+        if wanted is torch.float32 or not torch.is_autocast_enabled(device):
+            return None
+        return wanted if torch.get_autocast_dtype(device) is wanted else None
 
     def _assemble(self, pixels: Tensor) -> Tensor:
         if pixels.ndim == 3:

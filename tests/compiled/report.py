@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import triton
 import triton.backends.nvidia
@@ -31,9 +32,29 @@ from fastdeit.cli import parse, run
 from fastdeit.kernels.variants import Variant
 from fastdeit.pipelines.errors import UserError
 
-ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-# Bytes of shared memory per program (CUDA programming guide, technical specifications by compute capability).
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+class Limits(NamedTuple):
+    """Of a multiprocessor (CUDA programming guide, technical specifications by compute capability).
+
+    shared  bytes of shared memory; a program takes 1,024 more than it asks for, and may not have the last 1,024
+    warps   that can be resident
+    """
+
+    shared: int
+    warps: int
+
+
+# A100; RTX 3090; RTX 4090, L4 and L40S; H100 and H200; B200; RTX 5090 and RTX PRO 6000.
+LIMITS = {
+    80: Limits(164 << 10, 64),
+    86: Limits(100 << 10, 48),
+    89: Limits(100 << 10, 48),
+    90: Limits(228 << 10, 64),
+    100: Limits(228 << 10, 64),
+    120: Limits(100 << 10, 48),
+}
+ARCHITECTURES = tuple(LIMITS)
+_REGISTERS = 65536  # of a multiprocessor; a warp takes them 256 at a time
 _TOOLS = Path(next(iter(triton.backends.nvidia.__path__))) / "bin"
 _MARKS = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
@@ -68,12 +89,22 @@ class Compiled:
         """Those of the matrix units: of a warp (HMMA), of a warp group (HGMMA) or of a multiprocessor (UTCHMMA)."""
         return sum(count for name, count in self.mnemonics.items() if name.endswith("MMA"))
 
+    @property
+    def programs(self) -> int:
+        """Programs that fit a multiprocessor at the same time."""
+        limits, registers = LIMITS[self.architecture], -(-self.registers * 32 // 256) * 256
+        return min(
+            limits.warps // self.warps,
+            _REGISTERS // (registers * self.warps),
+            limits.shared // (self.shared + 1024),
+        )
+
     def fault(self) -> str | None:
         """Why the kernel cannot be launched so, or should not be; None where all is well."""
         if self.stack:
             return f"{self.name} on sm_{self.architecture} spills registers: {self.stack} bytes of stack a thread"
-        if self.shared > SHARED_LIMIT[self.architecture]:
-            limit = SHARED_LIMIT[self.architecture]
+        limit = LIMITS[self.architecture].shared - 1024
+        if self.shared > limit:
             return f"{self.name} on sm_{self.architecture} needs {self.shared} bytes of shared memory of {limit}"
         return None
 
@@ -132,10 +163,10 @@ def first_of_each(variants: Iterable[Variant]) -> list[Variant]:
     return list(first.values())
 
 
-def compile_all(variants: Sequence[Variant], jobs: int) -> Iterator[Compiled]:
+def compile_all(variants: Sequence[Variant], architectures: Sequence[int], jobs: int) -> Iterator[Compiled]:
     """Compile every variant for every architecture, in this order, `jobs` at a time."""
     # Kernels do not pickle; forked processes have them already.
-    work = [(variant, architecture) for variant in variants for architecture in ARCHITECTURES]
+    work = [(variant, architecture) for variant in variants for architecture in architectures]
     if jobs == 1:
         yield from (compile_variant(*each) for each in work)
         return
@@ -164,20 +195,23 @@ def versions() -> str:
 
 def table(kernels: Iterable[Compiled]) -> list[str]:
     """Lines of a Markdown table: one row per variant, one column per architecture."""
-    rows: dict[str, list[Compiled]] = {}
+    rows: dict[str, dict[int, Compiled]] = {}
     for each in kernels:
-        rows.setdefault(each.name, []).append(each)
-    heads = " | ".join(f"sm_{a}" for a in ARCHITECTURES)
-    lines = [f"| kernel | warps | {heads} |", "|---|---:|" + "---:|" * len(ARCHITECTURES)]
+        rows.setdefault(each.name, {})[each.architecture] = each
+    shown = sorted({architecture for row in rows.values() for architecture in row})
+    lines = [f"| kernel | warps | {' | '.join(f'sm_{a}' for a in shown)} |", "|---|---:|" + "---:|" * len(shown)]
     for name, row in rows.items():
-        lines.append(f"| {name} | {row[0].warps} | {' | '.join(map(_cell, row))} |")
+        cells = (cell(row[architecture]) if architecture in row else "" for architecture in shown)
+        lines.append(f"| {name} | {next(iter(row.values())).warps} | {' | '.join(cells)} |")
     return lines
 
 
-def _cell(kernel: Compiled) -> str:
+def cell(kernel: Compiled) -> str:
+    """Registers / KiB of shared memory / programs a multiprocessor / instructions (matrix instructions)."""
     matrix = f" ({kernel.matrix_instructions})" if kernel.matrix_instructions else ""
     spilled = f" / {kernel.stack} B spilled" if kernel.stack else ""
-    return f"{kernel.registers} / {kernel.shared / 1024:.1f} / {kernel.instructions}{matrix}{spilled}"
+    figures = kernel.registers, f"{kernel.shared / 1024:.1f}", kernel.programs, kernel.instructions
+    return f"{' / '.join(map(str, figures))}{matrix}{spilled}"
 
 
 def updated(text: str, kernels: Iterable[Compiled]) -> str:
@@ -187,7 +221,7 @@ def updated(text: str, kernels: Iterable[Compiled]) -> str:
 
 
 def differences(text: str, kernels: Sequence[Compiled]) -> list[str] | None:
-    """Rows that are missing or different in the table between the marks of `text`.
+    """Figures that are missing or different in the table between the marks of `text`.
 
     None if other versions made that table. Raises UserError if there are no marks.
     """
@@ -195,7 +229,10 @@ def differences(text: str, kernels: Sequence[Compiled]) -> list[str] | None:
     lines = between.strip().splitlines()
     if not lines or lines[0] != f"{versions()}.":
         return None
-    return [row for row in table(kernels)[2:] if row not in lines]
+    heads, _, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines[2:]]
+    written = {(row[0], head): value for row in rows for head, value in zip(heads, row, strict=True)}
+    found = {(each.name, f"sm_{each.architecture}"): cell(each) for each in kernels}
+    return [f"{name}, {head}: {value}" for (name, head), value in found.items() if written.get((name, head)) != value]
 
 
 def _cut(text: str) -> tuple[str, str, str]:
@@ -208,13 +245,14 @@ def _cut(text: str) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Options:
-    """Compile the kernels for every architecture: registers per thread / KiB of shared memory / instructions.
+    """Compile the kernels: registers per thread / KiB of shared memory / programs a multiprocessor / instructions.
 
     Needs no GPU. The exit status is 1 if a kernel spills registers or needs too much shared memory.
     """
 
     match: str = ""  # only kernels whose name contains this
     first: bool = False  # only the first configuration of each kernel
+    architectures: tuple[int, ...] = ARCHITECTURES  # compute capabilities; 90 is 9.0
     update: Path | None = None  # write the table between the marks of this file, e.g. docs/kernels.md
     json: bool = False  # print one JSON object per kernel and architecture, with its instruction counts
     jobs: int = len(os.sched_getaffinity(0))  # compilers at a time
@@ -222,14 +260,18 @@ class Options:
 
 def compile_and_report(options: Options) -> bool:
     """Compile and print; return whether a kernel has a fault. Raises UserError for conflicting options."""
-    if options.update is not None and (options.match or options.first):
-        raise UserError("--update writes the whole table: leave --match and --first away")
+    if options.update is not None and (options.match or options.first or options.architectures != ARCHITECTURES):
+        raise UserError("--update writes the whole table: leave --match, --first and --architectures away")
+    if unknown := set(options.architectures) - set(ARCHITECTURES):
+        known = ", ".join(map(str, ARCHITECTURES))
+        raise UserError(f"--architectures {min(unknown)}: choose from {known}")
     variants = [variant for variant in all_variants() if options.match in variant.name]
     if not variants:
         raise UserError(f"--match {options.match}: no kernel has that in its name; without --match all are shown")
     variants = first_of_each(variants) if options.first else variants
-    total = len(variants) * len(ARCHITECTURES)
-    kernels = list(tqdm(compile_all(variants, options.jobs), desc="compile", total=total, disable=None))
+    total = len(variants) * len(options.architectures)
+    compiled = compile_all(variants, options.architectures, options.jobs)
+    kernels = list(tqdm(compiled, desc="compile", total=total, disable=None))
     if options.json:
         print(*(json.dumps(dataclasses.asdict(each)) for each in kernels), sep="\n")
     elif options.update is not None:
