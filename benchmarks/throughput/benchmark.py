@@ -22,6 +22,7 @@ from benchmarks.throughput.report import ratio, record_table
 from fastdeit.cli import parse, run
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
+from fastdeit.precision import check_residual_dtype
 from fastdeit.recipes import RECIPES
 from fastdeit.setup import set_up
 from fastdeit.training.graphs import WARM_UP
@@ -45,6 +46,7 @@ class Options:
     batch: int = 0  # 0: 256 on a GPU, 8 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    residual: Literal["float32", "bfloat16"] = "float32"  # of our training step's residual stream; timm's is float32
     windows: int = 5  # timed windows of each form
     window_seconds: float = 2.0
     compile: bool | None = None  # also both models under torch.compile; None: on a GPU
@@ -85,12 +87,13 @@ def cases(options: Options) -> Iterator[ModelCase]:
             recipe = RECIPES[f"deit_{model}{'_distilled' if options.distilled else ''}"]()
             recipe = dataclasses.replace(
                 recipe,
-                model=dataclasses.replace(recipe.model, img_size=size),
+                model=dataclasses.replace(recipe.model, img_size=size, residual_dtype=options.residual),
                 run=dataclasses.replace(recipe.run, precision=options.precision),
             ).resolved()
             precision = set_up(recipe, World(0, 1, 1, device))
             if precision.name == "fp16":
                 raise UserError("this GPU has no bf16: give --precision fp32")
+            check_residual_dtype(recipe, precision)
             for mode in options.mode:
                 yield ModelCase(
                     recipe=recipe, mode=mode, batch=batch, ema=options.ema and mode == "train", precision=precision

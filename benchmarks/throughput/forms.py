@@ -35,13 +35,14 @@ class ModelCase:
 
     def describe(self) -> dict[str, Any]:
         """The fields that identify this case, for JSON."""
+        residual = ", bf16 residual" if self.recipe.model.residual_dtype == "bfloat16" else ""
         return {
             "model": self.recipe.name.removesuffix("_384"),
             "img_size": self.recipe.model.img_size,
             "mode": self.mode,
             "batch": self.batch,
             "ema": self.ema,
-            "precision": self.precision.name,
+            "precision": self.precision.name + residual,
             "device": self.device.type,
         }
 
