@@ -305,13 +305,13 @@ def _launches(head_dim: int, dtype: torch.dtype, bias: bool) -> tuple[Launch, La
     """Launches of the query and the key kernel; tuned on an H200 for 16-bit dtypes and 64 channels."""
     columns = max(16, next_power_of_two(head_dim))
     common = (("HEAD_DIM", head_dim), ("COLUMNS", columns), ("PRECISION", precision(dtype)))
-    warps, stages = (8, 2) if dtype is torch.float32 or columns > 64 else (4, 3)
+    warps, stages, limits = (8, 2, (0, 0)) if dtype is torch.float32 or columns > 64 else (4, 3, (96, 128))
     own = 32 if dtype is torch.float32 else 64
     for_queries = (("QUERIES", own), ("KEYS", 32), ("BIAS", bias), *common)
     for_keys = (("QUERIES", 32), ("KEYS", own), *common)
     return (
-        Launch(constants=for_queries, num_warps=warps, num_stages=stages),
-        Launch(constants=for_keys, num_warps=warps, num_stages=stages),
+        Launch(constants=for_queries, num_warps=warps, num_stages=stages, registers=limits[0]),
+        Launch(constants=for_keys, num_warps=warps, num_stages=stages, registers=limits[1]),
     )
 
 

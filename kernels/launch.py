@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdeit.kernels.variants import Variant
 
+HOPPER = (9, 0)  # compute capability
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -23,21 +24,26 @@ class Launch:
     """A kernel's launch configuration, except for its grid; `variants()` compiles the same one.
 
     constants  values of the kernel's `tl.constexpr` arguments
+    registers  the most that a thread may have on Hopper, so that one more program fits a multiprocessor; 0: no limit.
+               No other GPU has the instructions that take a product's operands from shared memory
     fp_fusion  whether the compiler may fuse a multiplication and an addition into one operation
     """
 
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int = 2
+    registers: int = 0
     fp_fusion: bool = True
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch."""
+        """Keyword arguments of the launch, on the current device."""
+        limited = self.registers and torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
         return {
             **dict(self.constants),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
+            **({"maxnreg": self.registers} if limited else {}),
         }
 
     def variant(
@@ -52,6 +58,7 @@ class Launch:
             multiples=frozenset(multiples),
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            registers=self.registers,
             fp_fusion=self.fp_fusion,
         )
 

@@ -17,6 +17,7 @@ class Variant:
     signature   Triton's type of every non-constant argument, e.g. "*bf16", "i32", "fp32"
     constants   value of every `tl.constexpr` argument
     multiples   integers that are multiples of 16; all pointers are
+    registers   the most that a thread may have on sm_90; 0: no limit
     fp_fusion   whether the compiler may fuse a multiplication and an addition into one operation
     """
 
@@ -27,4 +28,5 @@ class Variant:
     multiples: frozenset[str] = frozenset()
     num_warps: int = 4
     num_stages: int = 2
+    registers: int = 0
     fp_fusion: bool = True

@@ -121,6 +121,8 @@ def compile_variant(variant: Variant, architecture: int) -> Compiled:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": variant.fp_fusion}
+    if variant.registers and architecture == 90:
+        options["maxnreg"] = variant.registers
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
