@@ -248,4 +248,4 @@ class TrainingStep:
                 self.optimizer.step()
         if self.ema is not None:
             with record_function(LABEL + "average"):
-                self.ema.update(self.model)
+                self.ema.update()
