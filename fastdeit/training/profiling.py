@@ -23,6 +23,7 @@ DISPATCH, REST = "Python and dispatch", "other"
 LABEL = "fastdeit."  # prefix of the ranges that `step` marks; the rest of the name is the group
 # A kernel in a CUDA graph has only its name, so on a GPU the name gives the group: the first match, in any case.
 _BY_NAME: tuple[tuple[str, str], ...] = (
+    ("sum over processes", r"nccl|gloo|allreduce"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("augmentation", r"^(_finish|_pass|_tables|_pixels|_color|_sharpness|_box|affine|shift)$"),
     ("loss", r"softmax|nll_loss|cross_entropy|kl_div|distillation|evaluate_heads"),

@@ -22,7 +22,7 @@ from fastdeit.training import step
 from fastdeit.training.gradients import SharedGradients
 from fastdeit.training.graphs import WARM_UP, RecordingError
 from fastdeit.training.step import TrainingStep
-from forked import Forked
+from forked import Forked, run_module_twice
 
 CLASSES = 4
 
@@ -123,6 +123,12 @@ def _work(function, rank, store, arguments):
         torch.save(function(World(rank, 2, 2, torch.device("cpu")), *arguments), f"{store}-{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def train_replaying(words):
+    """What `torchrun --nproc_per_node=2 -m fastdeit.train WORDS` does, its steps replayed."""
+    replay_with(lambda device: Tape(), setattr)
+    run_module_twice("fastdeit.train", words)
 
 
 def run_steps(joined, recipe, steps, recorders=None):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from steps import (
     in_two_processes,
     start_apart,

@@ -1,13 +1,13 @@
 """A step that is replayed is the step: chosen where it can be, the same bits, no waiting, no growing memory."""
 
 import dataclasses
+import json
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from steps import Tape, Torn, build, host_milliseconds, in_two_processes, replay_with, run_steps, synthetic
 
 from fastdeit import checkpoint
 from fastdeit.distributed import World, release_graphs, world
@@ -20,7 +20,19 @@ from fastdeit.training.graphs import WARM_UP, CudaRecorder, RecordingError, Repl
 from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
-from runs import rewind, train, trained
+from forked import Forked
+from runs import final_state, rewind, train, trained
+from steps import (
+    Tape,
+    Torn,
+    build,
+    host_milliseconds,
+    in_two_processes,
+    replay_with,
+    run_steps,
+    synthetic,
+    train_replaying,
+)
 
 
 def gpu(size=1):
@@ -189,6 +201,26 @@ def test_all_processes_do_without_a_graph_if_one_cannot_record(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_replaying_processes_train_evaluate_and_resume_with_the_same_bits(
+    tiny, teacher_checkpoint, tmp_path, events, launch
+):
+    """Whole runs, with a teacher, micro-batches, evaluation of both kinds of weights, and a stop inside an epoch."""
+    eager, graph = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
+    assert launch(eager, 2).returncode == 0
+    config = tmp_path / "graph.json"
+    config.write_text(json.dumps(graph.to_dict()))
+    for stopped in (False, True):
+        if stopped:
+            rewind(graph, 2)
+        process = Forked(train_replaying, [graph.name, "--config", str(config)])
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        same_bits(final_state(eager), final_state(graph))
+        scores = [[e["class"]["loss"] for e in events(recipe.run.output, "eval")][-2:] for recipe in (eager, graph)]
+        assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
 def test_a_run_that_cannot_record_goes_on_with_the_same_bits_and_says_so_once(tiny, tmp_path, events, monkeypatch):
     runs = [tiny(model={"drop_path": 0.3}, run={"output": tmp_path / name}) for name in ("eager", "torn")]
     first = trained(runs[0])
@@ -234,7 +266,7 @@ def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(monkeypatch, ins
     assert streams == ["the step's"]
 
 
-def tiny_224():
+def deit_tiny_on_small_images():
     """DeiT-Ti in all that a step's host sees; its images are small, since a GPU would copy them, not the host."""
     recipe = deit_tiny()
     return dataclasses.replace(
@@ -246,7 +278,7 @@ def tiny_224():
 
 def test_a_replayed_step_takes_little_of_the_host(tmp_path):
     """DeiT-Ti, 256 images on each of two processes: draws, learning rate, inputs; the launch itself is left out."""
-    times = in_two_processes(host_milliseconds, tmp_path, tiny_224(), "silent", 512)
+    times = in_two_processes(host_milliseconds, tmp_path, deit_tiny_on_small_images(), "silent", 512)
     assert min(times) < 1.5
 
 

@@ -95,6 +95,7 @@ def test_a_run_without_room_left_says_so(tiny, capsys):
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "GEMM"),
         ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_bias_TNT", "GEMM"),
         ("aten::addmm", "GEMM"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "sum over processes"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "attention"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("_attention_backward_queries", "attention"),
