@@ -21,6 +21,7 @@ from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.precision import Precision
 
 WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, the optimizer's state
+_FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch 2.11's allocator of pinned memory keeps pointers to them
 
 
 def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
@@ -102,6 +103,7 @@ class CudaRecorder:
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # PyTorch leaves the recording stream in place
             _end_recording(self._pool)
+            _FAILED.append(self._graph)
             # The error that ends a recording only says that there was one before.
             raise RecordingError(fact(error.__context__ or error)) from error
         release_before_leaving(self._graph)
@@ -117,7 +119,8 @@ class CudaRecorder:
         held = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self._pool)]
         if held and not any(segment["active_size"] for segment in held):
             # A recording that failed keeps its memory reserved up to PyTorch 2.13 (its pull request 190348).
-            torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+            with suppress(RuntimeError):
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
             torch.cuda.empty_cache()
 
 
