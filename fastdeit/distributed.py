@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,20 @@ import torch.distributed as dist
 
 from fastdeit import launch
 from fastdeit.pipelines.errors import UserError
+
+_GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+
+def release_before_leaving(graph: torch.cuda.CUDAGraph) -> None:
+    """Have `world` free `graph` before it leaves the processes: NCCL waits for every graph that holds its launches."""
+    _GRAPHS.add(graph)
+
+
+def release_graphs() -> None:
+    """Free the graphs of `release_before_leaving`; none of them can be replayed any more."""
+    for graph in list(_GRAPHS):
+        graph.reset()
+    _GRAPHS.clear()
 
 
 @dataclass(frozen=True)
@@ -36,14 +51,28 @@ class World:
 
     def same(self, value: float) -> bool:
         """Whether `value` is equal on every process."""
-        sums = self.sum(torch.tensor([value, value * value], dtype=torch.float64, device=self.device))
-        return bool(self.size * sums[1] == sums[0] ** 2)
+        if self.size == 1:
+            return True
+        ends = torch.tensor([value, -value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        return bool(ends[0] == -ends[1])
+
+    def first(self, text: str | None) -> str | None:
+        """The text of the first process that has one, with its rank, on every process; None if no process has one."""
+        if self.size == 1:
+            return text
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, text)
+        return next((f"process {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None)
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                dense = tensor.contiguous()
+                dist.broadcast(dense, 0)
+                if dense is not tensor:
+                    tensor.copy_(dense)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -78,4 +107,5 @@ def world(device: str = "auto") -> Iterator[World]:
         yield World(rank, size, local_size, target)
     finally:
         if size > 1:
+            release_graphs()
             dist.destroy_process_group()

@@ -53,8 +53,7 @@ def _draw(seed: np.uint64, step: int, positions: np.ndarray, rates: np.ndarray, 
 class DropPath(nn.Module):
     """Scale each sample's residual branch by a factor that the model sets before its forward pass.
 
-    `mask` is (B,) float32 or None. It is not a buffer, because DistributedDataParallel would overwrite the buffers of
-    every process with those of the first.
+    `mask` is (B,) float32 or None. It is not a buffer, since it belongs to one batch and no checkpoint should hold it.
     """
 
     def __init__(self) -> None:

@@ -57,11 +57,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all groups, without waiting for a device that holds it."""
+    held: dict[int, torch.Tensor] = {}
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
+            held[id(group["lr"])] = group["lr"]  # the groups may share one
         else:
             group["lr"] = lr
+    for tensor in held.values():
+        tensor.fill_(lr)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -119,22 +122,25 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -
 class Ema:
     """Exponential moving average of a model's parameters and floating-point buffers.
 
-    `shadow` is a full state dict, in the model's names; integer buffers are copied.
+    `shadow` is a full state dict, in the model's names; integer buffers are copied. The tensors of model and average
+    are collected once: load other weights into them in place.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        state = {name: value.detach() for name, value in model.state_dict().items()}
+        self.shadow = {name: value.clone() for name, value in state.items()}
+        averaged = [name for name, value in state.items() if value.is_floating_point()]
+        copied = [name for name in state if name not in set(averaged)]
+        self._averaged = [self.shadow[name] for name in averaged], [state[name] for name in averaged]
+        self._copied = [self.shadow[name] for name in copied], [state[name] for name in copied]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """shadow = decay * shadow + (1 - decay) * model."""
-        state = model.state_dict()
-        names = [n for n, v in self.shadow.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.shadow[n] for n in names], [state[n] for n in names], 1.0 - self.decay)
-        for name, value in self.shadow.items():
-            if not value.is_floating_point():
-                value.copy_(state[name])
+        torch._foreach_lerp_(*self._averaged, 1.0 - self.decay)
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         for name, value in self.shadow.items():

@@ -25,7 +25,7 @@ LABEL = "fastdeit."  # prefix of the ranges that `step` marks; the rest of the n
 # torch.compile names a kernel after the operators fused into it: `triton_poi_` for element-wise ones, `triton_red_` and
 # `triton_per_` for reductions.
 _BY_NAME: tuple[tuple[str, str], ...] = (
-    ("communication", r"nccl|^c10d::"),
+    ("sum over processes", r"nccl|gloo|allreduce|^c10d::"),
     ("augmentation", r"^(_normalize_erase_mix|_pass|_taps|_tables|_pixels|_box)$"),
     ("casts", r"^triton_poi_fused__to_copy_((t|view|slice|unsqueeze)_)*\d+$"),
     ("copies", r"^triton_poi_\w*clone"),

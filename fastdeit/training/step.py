@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,8 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.profiler import record_function
 
 from fastdeit.config import Recipe
@@ -21,9 +22,11 @@ from fastdeit.model.drop_path import draw_drop_path
 from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.batch import Batch
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
-from fastdeit.training.graphs import CudaRecorder, Replayed, choose_graphs
+from fastdeit.training.gradients import SharedGradients
+from fastdeit.training.graphs import CudaRecorder, RecordingError, Replayed, choose_graphs
 from fastdeit.training.objective import LossParts, build_objective
 from fastdeit.training.optim import (
     Ema,
@@ -79,6 +82,8 @@ class TrainingStep:
     labels     labels that a teacher made beforehand
     compiled   whether torch.compile made one graph each of student, teacher and loss
     graphs     whether steps are replayed as one CUDA graph, and why
+    shared     sums the gradients of several processes; None for one process, and before `distribute`
+    warn       takes a sentence for the user
     lr         the learning rate of the last step
 
     Raises UserError if the recipe asks for something that is not available here.
@@ -96,6 +101,7 @@ class TrainingStep:
         steps_per_epoch: int,
         teacher: Teacher | None = None,
         labels: StoredLabels | None = None,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.recipe, self.world, self.precision = recipe, world, precision
         self.model, self.kernels, self.teacher, self.labels = model, kernels, teacher, labels
@@ -106,8 +112,8 @@ class TrainingStep:
             kernels="distillation_loss" in kernels.ops,
         )
         self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
-        self.student: nn.Module = model
-        self.lr = 0.0
+        self.warn, self.lr = warn, 0.0
+        self.parameters = list(model.parameters())
         self.compiled = compiles(recipe, world.device)
         if self.compiled:
             self.model.compile(backend=COMPILER)
@@ -118,13 +124,22 @@ class TrainingStep:
         self.ema = Ema(model, recipe.ema.decay) if recipe.ema.enabled else None
         self.scaler = torch.amp.GradScaler(world.device.type) if precision.name == "fp16" else None
         self.graphs = choose_graphs(recipe, world, precision)
+        self.shared: SharedGradients | None = None
         self._replayed: Replayed | None = None
 
     def distribute(self) -> None:
-        """Let the processes of the run share their gradients from now on."""
-        if self.world.size > 1:
-            device_ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            self.student = DistributedDataParallel(self.model, device_ids=device_ids)
+        """Let the processes of the run share their gradients from now on, starting from the main process's weights.
+
+        Raises UserError if the processes hold different networks.
+        """
+        if self.world.size == 1:
+            return
+        state = self.model.state_dict()
+        form = [(name, tuple(value.shape), str(value.dtype)) for name, value in state.items()]
+        if not self.world.same(zlib.crc32(repr(form).encode())):
+            raise UserError("the processes hold different networks: give all of them the same recipe and fastdeit")
+        self.world.broadcast([*state.values(), *(self.ema.shadow.values() if self.ema is not None else ())])
+        self.shared = SharedGradients(self.model.named_parameters())
 
     def state(self) -> dict[str, Any]:
         """`model` and `ema` (in timm's names), `optimizer` and `scaler`; None for a part that the run lacks."""
@@ -159,18 +174,41 @@ class TrainingStep:
         does not call it.
         """
         # Dropout and a convnet's stochastic depth draw from PyTorch's generator, so it is seeded by the step too.
-        torch.manual_seed(((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63)
+        seed = ((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, and is slow without a GPU
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         self.lr = learning_rate(self.recipe, epoch, step, self.steps_per_epoch)
         set_lr(self.optimizer, self.lr)
         inputs = self._inputs(batch, epoch, step, global_step)
-        if self.graphs[0]:
-            self._replayed = self._replayed or Replayed(self._whole, CudaRecorder(self.world.device))
-            return LossParts(*self._replayed(inputs.tensors()))
+        replayed = self._replay(inputs) if self.graphs[0] else None
+        if replayed is not None:
+            return LossParts(*replayed)
         losses = self._gradients(inputs)
         if check is not None:
             check(LossParts(*losses))
         self._update()
         return LossParts(*losses)
+
+    def _replay(self, inputs: StepInputs) -> Tensor | None:
+        """The losses of a replayed step; None if it cannot be recorded, here or on another process: it has not run."""
+        if self._replayed is None:
+            self._replayed = Replayed(self._whole, CudaRecorder(self.world.device), self.world.first)
+        try:
+            return self._replayed(inputs.tensors())
+        except RecordingError as error:
+            if self.recipe.run.cuda_graphs == "on":
+                raise
+            reason = error.reason
+        self.optimizer.zero_grad()  # these gradients lie in the memory of the recording
+        self._replayed.discard()
+        self.graphs, self._replayed = (False, reason), None
+        self.warn(
+            f"a step cannot be recorded as a CUDA graph ({reason}). Training goes on without one, from the same "
+            f"weights; launching the kernels one by one costs the host several milliseconds a step. "
+            f"--run.cuda_graphs off skips the attempt"
+        )
+        return None
 
     def _whole(self, tensors: Sequence[Tensor | None]) -> Tensor:
         losses = self._gradients(StepInputs.of(tensors))
@@ -190,7 +228,7 @@ class TrainingStep:
 
     def _drop_path(self, positions: np.ndarray, global_step: int) -> Tensor | None:
         cfg = self.recipe.model
-        if cfg.arch != "deit" or cfg.drop_path == 0 or not self.student.training:
+        if cfg.arch != "deit" or cfg.drop_path == 0 or not self.model.training:
             return None
         masks = torch.from_numpy(draw_drop_path(self.recipe.run.seed, global_step, positions, cfg.depth, cfg.drop_path))
         return masks if cfg.drop_path_mode == "skip" else self._on_device(masks)
@@ -215,21 +253,22 @@ class TrainingStep:
         count = len(images)
         labels = inputs.data.labels(self.recipe.augment.label_smoothing)
         micro = self.recipe.run.micro_batch or count
-        joined = self.student if isinstance(self.student, DistributedDataParallel) else None
         total: list[Tensor] = []
         self.optimizer.zero_grad()
         for start in range(0, count, micro):
             part = slice(start, min(start + micro, count))
             share = (part.stop - part.start) / count
+            last = part.stop == count
             self.model.set_drop_path(None if inputs.masks is None else inputs.masks[..., part])
             stored = None if inputs.stored is None else inputs.stored[part]
-            with joined.no_sync() if joined is not None and part.stop < count else nullcontext():
-                with self.precision.autocast():
-                    teacher = self._teach(images[part], stored)
-                    student = self.student(images[part])
-                    with record_function(LABEL + "loss"):
-                        loss = self.objective(student, labels.part(part), teacher)
-                weighted = loss.loss * share
+            with self.precision.autocast():
+                teacher = self._teach(images[part], stored)
+                student = self.model(images[part])
+                with record_function(LABEL + "loss"):
+                    loss = self.objective(student, labels.part(part), teacher)
+            # The sum over the processes is then their mean.
+            weighted = loss.loss * (share / (self.shared.processes if self.shared is not None else 1))
+            with self.shared.summing() if self.shared is not None and last else nullcontext():
                 (self.scaler.scale(weighted) if self.scaler else weighted).backward()
             total.append(torch.stack([loss.loss, loss.base, loss.distill]).detach().float() * share)
         return torch.stack(total).sum(0)
@@ -240,12 +279,12 @@ class TrainingStep:
             if self.scaler is not None:
                 if limit is not None:
                     self.scaler.unscale_(self.optimizer)
-                    clip_gradients(self.model.parameters(), limit)
+                    clip_gradients(self.parameters, limit)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             else:
-                clip_gradients(self.model.parameters(), limit)
+                clip_gradients(self.parameters, limit)
                 self.optimizer.step()
         if self.ema is not None:
             with record_function(LABEL + "average"):
-                self.ema.update(self.model)
+                self.ema.update()

@@ -123,6 +123,7 @@ class Trainer:
             steps_per_epoch=self.data.steps,
             teacher=self.teaching.teacher,
             labels=self.teaching.labels,
+            warn=self.log.warn,
         )
         self.effective = effective(self.train_step, self.data, self.teaching.fingerprint)
         # On a GPU the host reads the losses of a step while the next step runs, so the GPU never waits for the host.
@@ -181,7 +182,7 @@ class Trainer:
 
     def _train_epoch(self, batches: Prefetcher[TrainBatch], meter: Meter) -> None:
         run, state, steps = self.recipe.run, self.state, self.data.steps
-        self.train_step.student.train(not frozen_mode(self.recipe))
+        self.train_step.model.train(not frozen_mode(self.recipe))
         meter.start(batches.wait_seconds)
         self.log.progress.start_epoch(state.epoch, run.epochs, steps, state.step)
         fallbacks: set[int] = set()

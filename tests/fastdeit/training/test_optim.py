@@ -93,7 +93,7 @@ def test_average_is_timms():
     for _ in range(3):
         model(torch.randn(4, 3, 32, 32)).square().mean().backward()
         optimizer.step()
-        ours.update(model)
+        ours.update()
         theirs.update(model)
     # timm averages integer buffers too; a count is copied here.
     for name, value in theirs.module.state_dict().items():

@@ -115,7 +115,7 @@ def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_
         with world("cpu") as joined:
             trainer = Trainer(recipe, joined)
             trainer.run()
-            assert trainer.train_step.student.training == training
+            assert trainer.train_step.model.training == training
         assert said in capsys.readouterr().out
     released = dataclasses.replace(deit_tiny(), compat="released").resolved()
     assert released.departures.finetune_mode == "eval"  # the released code's model.train(args.finetune == '')

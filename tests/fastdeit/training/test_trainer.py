@@ -142,7 +142,7 @@ def test_fine_tuning_at_another_resolution(tiny):
         trainer = Trainer(second, joined)
         assert any("pos_embed" in m or "position embedding" in m for m in trainer.messages)
         trainer.run()
-        assert not trainer.train_step.student.training  # deit issue 177: fine-tune in eval mode
+        assert not trainer.train_step.model.training  # deit issue 177: fine-tune in eval mode
     assert final_state(second)["model"]["pos_embed"].shape[1] == 36 + 1
 
 
