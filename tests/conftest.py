@@ -1,8 +1,11 @@
 """Settings of the whole test run."""
 
 import os
+import random
 import signal
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +57,25 @@ def whole_float32():
     yield
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def seed(name):
+    number = zlib.crc32(name.encode())
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002 - timm draws from the global generator
+    random.seed(number)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """A test draws the same random numbers alone, in any order and on any worker."""
+    seed(request.node.nodeid)
+
+
+def pytest_fixture_setup(fixturedef):
+    """So does a fixture that several tests share, whichever of them is the first."""
+    if fixturedef.scope != "function":
+        seed(fixturedef.argname)
 
 
 @pytest.fixture
