@@ -147,13 +147,14 @@ def test_backward_passes_add_up(op, device, passes):
     both(op, device, lambda function, arguments: backward(function, arguments, passes))
 
 
-def test_one_graph_backward_twice(op, device):
-    def use(function, arguments):
-        loss = loss_of(function(*arguments))
-        loss.backward(retain_graph=True)
-        loss.backward()
+def backward_twice(function, arguments):
+    loss = loss_of(function(*arguments))
+    loss.backward(retain_graph=True)
+    loss.backward()
 
-    both(op, device, use)
+
+def test_one_graph_backward_twice(op, device):
+    both(op, device, backward_twice)
 
 
 def test_clipping_after_two_passes(op, device):
@@ -199,7 +200,7 @@ def test_frozen_arguments(op, device):
         def use(function, arguments, frozen=frozen):
             for place in frozen:
                 arguments[place].requires_grad_(False)
-            backward(function, arguments)
+            backward_twice(function, arguments)
 
         both(op, device, use)
 
