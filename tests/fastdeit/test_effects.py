@@ -78,6 +78,7 @@ def test_the_same_value_with_an_effect_is_taken():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_tiny_distilled", "deit_base_384", "deit_base_transfer"])
 @pytest.mark.parametrize("compat", ["paper", "released"])
 def test_a_stored_recipe_starts_the_same_run(name, compat, tmp_path):

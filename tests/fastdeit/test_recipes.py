@@ -15,6 +15,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("deit_")])
 def test_shapes_are_those_of_timm(name):
     cfg = RECIPES[name]().model

@@ -95,6 +95,7 @@ def test_ffcv_loads_what_we_write(tmp_path):
         assert np.abs(crop.astype(int) - image.getpixel((0, 0))).max() <= 2
 
 
+@pytest.mark.slow
 def test_ffcv_reader_sees_the_same_tables(ffcv, small):
     from ffcv.reader import Reader
 
@@ -110,6 +111,7 @@ def test_ffcv_reader_sees_the_same_tables(ffcv, small):
     np.testing.assert_array_equal(reader.alloc_table["size"], ours.size)
 
 
+@pytest.mark.slow
 def test_we_read_what_ffcv_writes(ffcv, tmp_path):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import encode_jpeg
@@ -170,6 +172,7 @@ def test_threads_share_a_dataset(small):
     assert len(set(reads)) == 6
 
 
+@pytest.mark.slow
 def test_a_large_image_enlarges_the_pages(ffcv, tmp_path):
     from ffcv.reader import Reader
 
@@ -213,6 +216,7 @@ def test_writer_counts_samples(tmp_path):
         BetonWriter(tmp_path / "x.beton", 1, page_size=3 << 20)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_announced(ffcv, tmp_path):
     from ffcv.reader import Reader
 
