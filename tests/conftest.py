@@ -1,6 +1,7 @@
 """Settings of the whole test run."""
 
 import functools
+import gc
 import os
 import random
 import signal
@@ -133,6 +134,12 @@ def pytest_fixture_setup(fixturedef):
 def device():
     """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_finish():
+    """Garbage collection, which tests ask for too, need not look through all that was imported each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
