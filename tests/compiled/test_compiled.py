@@ -4,8 +4,6 @@ Every kernel is compiled here once, in one process, and nowhere else: its first 
 FASTDEIT_COMPILE_ALL=1.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ Autograd keeps what an operator returns as `.grad` and adds to it in place, so g
 after a second backward pass, or after clipping. `torch.autograd.grad` cannot see that.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple

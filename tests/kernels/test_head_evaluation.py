@@ -1,7 +1,5 @@
 """Hits, decisions and losses against PyTorch's topk and the evaluation's own plain code."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Token assembly against PyTorch's own cat and add."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from timm.layers import PatchEmbed

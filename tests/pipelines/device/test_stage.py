@@ -1,7 +1,5 @@
 """The device stage against the host stage, which is tested against PIL, timm and torchvision: to the bit."""
 
-from __future__ import annotations
-
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
