@@ -1,7 +1,5 @@
 """The student's loss: against the true label and against the teacher (paper, section 4 and Table 3)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
