@@ -1,7 +1,5 @@
 """`python -m benchmarks NAME [options]`: run a benchmark; `--help` after its name lists its options."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

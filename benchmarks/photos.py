@@ -7,8 +7,6 @@ Only detailed photographs of these packages are used (bookworm; 157 MB; CC-BY, C
 stored as a JPEG like ImageNet's. `photos.json` in the folder records the sources.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Measure and store a figure: timed windows, and a record with machine, versions, commit and command."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

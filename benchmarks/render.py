@@ -1,7 +1,5 @@
 """Result tables as Markdown and as aligned text for a terminal."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`python -m benchmarks tables`: the results as Markdown, latest record of a configuration on each machine."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints: written atomically, and read without running any code in them."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import pickle

@@ -5,8 +5,6 @@ these checksums, so this module compares them. It accepts only uncompressed reco
 the file takes on disk, and only pickles that name the parts of a state dict.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -1,7 +1,5 @@
 """Turn a command line and a file into a recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """The batches of a run: order -> plan -> decode -> augment, each one call, in `Pipeline.flow`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

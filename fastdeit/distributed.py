@@ -1,7 +1,5 @@
 """The processes of a run: several under torchrun, or one."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import weakref

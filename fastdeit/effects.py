@@ -3,8 +3,6 @@
 `EFFECTS` has every field, with its condition as code and as words.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """How the run was launched: by torchrun, or as one process."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping

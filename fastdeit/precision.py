@@ -1,7 +1,5 @@
 """The number format of a step, and whether it is compiled."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ with this code. "Step alone" is the time for 300 epochs at the measured rate of 
 random data (docs/kernels.md).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -6,8 +6,6 @@ Each function makes one part from the parts before it:
            -> build_student -> open_teaching
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Chooses where decoded images are augmented: on the host, on the run's device, or on the faster of the two."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Generator, Iterable

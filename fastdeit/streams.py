@@ -1,7 +1,5 @@
 """Standard streams that survive a closed or full stdout, which must not end a run of days."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys

@@ -1,7 +1,5 @@
 """The data and interfaces of the pipeline: a loader makes a DecodedBatch, a stage turns it into a Batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 

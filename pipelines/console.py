@@ -1,7 +1,5 @@
 """Messages and progress bars: a terminal or pipe that fails never ends the work."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

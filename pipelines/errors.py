@@ -1,7 +1,5 @@
 """The base of every error that a user can mend, and the remedy for each error of the operating system."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

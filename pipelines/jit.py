@@ -7,8 +7,6 @@ Numba refuses to compile if it finds no folder for its cache, as in a container 
 home folder. These wrappers then use the system's folder for temporary files, or compile without a cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import os

@@ -1,7 +1,5 @@
 """File locks between processes that write to the same path."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 from typing import IO, Any

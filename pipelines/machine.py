@@ -1,7 +1,5 @@
 """Errors that are the machine's fault and say nothing about the data."""
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

@@ -1,7 +1,5 @@
 """Reusable pixel memory: faulting in fresh pages costs almost as much as decoding into them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import mmap

@@ -5,8 +5,6 @@ from the host stage, which is bit-identical to the device stage. The command cou
 photograph is scikit-learn's `china.jpg` (CC BY).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The contact sheet, small: as many pictures as told, and a stage that differs from Pillow is seen."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -4,6 +4,7 @@ Imports inside functions and under TYPE_CHECKING count too.
 """
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -35,9 +36,15 @@ def modules():
     return found
 
 
+@cache
+def statements(path):
+    """The imports of a file, wherever in it."""
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported(path, known):
-    """The modules of the project that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The modules of the project that a file imports."""
+    for node in statements(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastdeit"):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name if name in known else node.module for name in names)
@@ -45,6 +52,7 @@ def imported(path, known):
             yield from (alias.name for alias in node.names if alias.name in known)
 
 
+@cache
 def graph():
     known = modules()
     return {name: set(imported(path, known)) - {name} for name, path in known.items()}
@@ -84,13 +92,9 @@ def test_the_stages_do_not_know_each_other():
 def test_optional_packages_are_imported_in_one_file_each():
     users = {}
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            tops = {
-                ast.Import: lambda node: [alias.name for alias in node.names],
-                ast.ImportFrom: lambda node: [node.module or ""],
-            }.get(type(node), lambda node: [])(node)
-            for top in tops:
-                package = top.split(".")[0]
+        for node in statements(path):
+            tops = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for package in (top.split(".")[0] for top in tops):
                 if package in ("nvidia", "ffcv", "apex", "pyarrow", "sklearn", "matplotlib", "scipy", "safetensors"):
                     users.setdefault(package, set()).add(name)
     assert {package: names for package, names in users.items() if len(names) > 1} == {}

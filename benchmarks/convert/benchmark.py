@@ -4,8 +4,6 @@ The others are FFCV's DatasetWriter, and the webdataset package's writer with DA
 photographs to a new folder and syncs them to disk; the converters alternate.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

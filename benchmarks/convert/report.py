@@ -1,7 +1,5 @@
 """The table of a conversion record."""
 
-from __future__ import annotations
-
 from benchmarks.render import Record, Table, fastest_first
 
 

@@ -1,7 +1,5 @@
 """`python -m benchmarks kernels`: every kernel and its alternatives, forward and backward, with the roof."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

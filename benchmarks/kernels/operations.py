@@ -1,7 +1,5 @@
 """The operations that `kernels` compares: our kernel, plain PyTorch, and every alternative that can be imported."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Records of the kernel benchmark as tables and as a picture, and their targets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ not fit the GPU, is skipped. The search changes no file: copy a winning launch i
 the record.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import sys

@@ -4,8 +4,6 @@ Our loaders and the peers' run together: each contender is its own process group
 contender is stopped between its windows, so it neither prefetches nor takes resources from the others.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

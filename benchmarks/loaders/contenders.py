@@ -4,8 +4,6 @@
 with one on standard output, see `serve`.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Move files into and out of the Linux page cache, without privileges."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

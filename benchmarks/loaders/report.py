@@ -1,7 +1,5 @@
 """Records of the loader benchmark as tables and as a picture, and their targets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`fastdeit-convert`: write labelled images in a format that training reads by index, or verify such a data set."""
 
-from __future__ import annotations
-
 import dataclasses
 import signal
 import sys

@@ -4,8 +4,6 @@ Digits written as JPEGs, converted, a small convnet trained as the teacher, a sm
 the distillation token; then the table of heads and three pictures. Run as `python -m fastdeit.commands.demo [FOLDER]`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import time

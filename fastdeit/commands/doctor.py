@@ -1,7 +1,5 @@
 """`fastdeit-doctor`: what this machine can use for training, and what to do about the rest."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

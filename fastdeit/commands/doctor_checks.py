@@ -4,8 +4,6 @@ They run where everything else is broken, so this file imports only Python's own
 package that it examines.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import importlib.metadata

@@ -1,7 +1,5 @@
 """`fastdeit-eval`: accuracy of a checkpoint on a data set."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

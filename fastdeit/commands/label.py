@@ -1,7 +1,5 @@
 """`fastdeit-label`: store the teacher's labels for every sample of a run."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -1,7 +1,5 @@
 """`fastdeit-train`: train a recipe."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Whether the teacher suits the data: warnings before a run spends hours on its labels."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

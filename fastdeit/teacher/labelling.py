@@ -1,7 +1,5 @@
 """Label the batches of a run with its teacher, ahead of training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """NVIDIA apex's AdamW, `apex.optimizers.FusedAdam`, and its state in PyTorch's form."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Accuracy of every head of a model on a data set."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -21,8 +21,6 @@ nonfinite   epoch, step, global_step, loss, reproduction, indices
 end         epoch, global_step, seconds
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

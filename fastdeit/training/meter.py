@@ -1,7 +1,5 @@
 """The figures of the log's training lines: mean losses, images per second, share of time waiting for data."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

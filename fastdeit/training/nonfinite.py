@@ -1,7 +1,5 @@
 """Stop a run whose loss or weights are no longer finite, and leave the evidence."""
 
-from __future__ import annotations
-
 import math
 
 import torch

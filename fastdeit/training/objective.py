@@ -1,7 +1,5 @@
 """The student's loss: against the true label and against the teacher (paper, section 4 and Table 3)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,20 +91,3 @@ def build_objective(
         reduction=departures.soft_reduction,
         kernels=kernels,
     )
-
-
-def fuse(output: StudentOutput, how: Literal["probabilities", "logits"] = "probabilities") -> Tensor:
-    """Scores (B, K) float32 of both heads together, for evaluation; the largest score decides.
-
-    how  "probabilities": the sum of the two softmaxes (paper, section 4, "joint classifiers"); "logits": the mean of
-         the logits (the released code, and timm's models in eval mode)
-
-    Without a distillation token, the scores are the class head's logits. Raises ValueError for another `how`.
-    """
-    if how not in ("probabilities", "logits"):
-        raise ValueError(f"late fusion '{how}' is neither 'probabilities' nor 'logits'")
-    cls = output.cls.float()
-    if output.dist is None:
-        return cls
-    dist = output.dist.float()
-    return cls.softmax(-1) + dist.softmax(-1) if how == "probabilities" else (cls + dist) / 2

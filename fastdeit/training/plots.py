@@ -1,7 +1,5 @@
 """Pictures of a run: its curves, the images it trains on, and how its two tokens differ."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

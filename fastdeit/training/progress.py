@@ -1,7 +1,5 @@
 """Progress of a run for people: a bar on a terminal; elsewhere a plain line every `SECONDS`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Lines that a run logs while it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

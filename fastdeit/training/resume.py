@@ -1,7 +1,5 @@
 """What a checkpoint holds, and how a run continues from one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

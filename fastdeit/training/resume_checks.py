@@ -3,8 +3,6 @@
 A file with correct checksums may still have been edited, or belong to another network.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One writer for each run folder: two runs in one folder would mix their logs and prune each other's checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What a run logs before its first step: its choices, and settings that are probably mistakes."""
 
-from __future__ import annotations
-
 import math
 
 import torch

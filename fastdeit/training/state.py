@@ -1,7 +1,5 @@
 """Where a run stands."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Converts a source of images into one of two formats, on all cores, in a fixed order, whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import time
 from dataclasses import dataclass

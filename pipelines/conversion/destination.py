@@ -1,7 +1,5 @@
 """The paths that a conversion writes to, and checks of what it may replace."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

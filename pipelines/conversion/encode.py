@@ -1,7 +1,5 @@
 """Encodes one image of a source for storage: its JPEG file unchanged, a new JPEG, or raw pixels."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

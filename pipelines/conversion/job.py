@@ -1,7 +1,5 @@
 """Runs one conversion: writes the samples, and keeps or removes them after an interrupt."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

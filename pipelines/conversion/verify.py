@@ -1,7 +1,5 @@
 """Checks a converted data set bit by bit against its checksums, and against its source."""
 
-from __future__ import annotations
-
 import binascii
 import io
 import os

@@ -1,7 +1,5 @@
 """Encodes the images of a source in several processes, in a fixed order."""
 
-from __future__ import annotations
-
 import binascii
 import multiprocessing
 import os

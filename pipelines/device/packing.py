@@ -1,7 +1,5 @@
 """Packs a batch's plan and labels into one block of memory, the table, which is copied to the device at once."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

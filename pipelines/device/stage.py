@@ -4,8 +4,6 @@ A batch takes one copy of its table, one copy of its pixels and a dozen launches
 host waits only for the copy of the batch before last.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager

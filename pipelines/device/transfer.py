@@ -1,7 +1,5 @@
 """Moves batches to the device, and from the CUDA stream that makes them to the stream that uses them."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Reusable memory of the device stage, and double-buffered uploads from the host to the device."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,8 +6,6 @@ of the file; gaps between images are zeros. The fields are an RGBImageField and 
 them. A sidecar `<name>.beton.json` lies beside the file, see `sidecar`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Writes beton files without FFCV; `beton_layout` describes them."""
 
-from __future__ import annotations
-
 import binascii
 import hashlib
 import os

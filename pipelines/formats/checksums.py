@@ -1,7 +1,5 @@
 """Compares stored images with their checksums when they are first read."""
 
-from __future__ import annotations
-
 import zlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The interface of a data set: stored images by index, in one of two formats."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Protocol
 

@@ -3,8 +3,6 @@
 Imports nothing but the standard library, so cheap commands may use it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Random access to a file by many threads, also one that shrinks while it is read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

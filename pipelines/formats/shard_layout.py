@@ -12,8 +12,6 @@ In a shard every sample is two members, `000000000.jpg` and `000000000.cls`: a J
 text. RGB pixels are a `.ppm` instead, whose bytes are a short header and the pixels as they are.
 """
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

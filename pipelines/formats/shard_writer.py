@@ -1,7 +1,5 @@
 """Writes tar shards that plain DALI and the webdataset package read; `shard_layout` describes them."""
 
-from __future__ import annotations
-
 import binascii
 import ctypes
 import hashlib

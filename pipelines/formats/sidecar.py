@@ -19,8 +19,6 @@ and the facts that the writer and the conversion add:
     page_size    of a beton file
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import hashlib

@@ -1,7 +1,5 @@
 """What data sets of both formats do alike once their tables are read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What both writers share: samples are appended under a temporary name until the data set is complete."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

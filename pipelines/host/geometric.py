@@ -8,8 +8,6 @@ Every level equals Pillow's, with one exception: if a shift is within rounding (
 not equal to it, a level may differ by one.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -5,8 +5,6 @@ polynomials in float64, accurate to 1e-11: calls into libm would keep LLVM from 
 result differs from libm's by at most one ulp.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ before mixing, as in timm with a loader that does not prefetch to a GPU. Two sam
 by row.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Applies the operations of a plan to one sample after another."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

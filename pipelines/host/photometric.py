@@ -5,8 +5,6 @@ are composed into a table of 256 entries per channel, (768,) uint8, which a late
 Equalize need no extra pass either: the table maps the histogram too.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

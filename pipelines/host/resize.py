@@ -8,8 +8,6 @@ Both passes run over 48 neighboring bytes that share one weight. For the horizon
 and 3 channels; a block transpose puts them side by side.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

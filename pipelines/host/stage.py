@@ -4,8 +4,6 @@ The unit of work is a pair of samples that mix. It stays in a core's cache from 
 take units in turn and share nothing, so their number changes no pixel.
 """
 
-from __future__ import annotations
-
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -3,8 +3,6 @@
 The code fits any processor: LLVM lowers the vectors to the machine's own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from llvmlite import ir

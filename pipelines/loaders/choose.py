@@ -1,7 +1,5 @@
 """Opens a loader by name, or benchmarks the ones with equal pixels and names the fastest."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack

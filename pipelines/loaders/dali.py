@@ -1,7 +1,5 @@
 """The DALI loader: NVIDIA DALI decodes, on the CPU or on a GPU."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import threading

@@ -1,7 +1,5 @@
 """Reads the markers of a JPEG file without decoding it (ITU T.81, annex B)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fastdeit.pipelines.jit import cached

@@ -1,7 +1,5 @@
 """The FFCV loader: decodes with libjpeg-turbo, through the C library that FFCV ships."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.util

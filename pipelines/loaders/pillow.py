@@ -1,7 +1,5 @@
 """The torch loader: PIL decodes, so it works wherever fastdeit is installed."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fastdeit.pipelines.loaders.base import Region, ThreadedLoader, read_with_pil

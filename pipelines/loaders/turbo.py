@@ -1,7 +1,5 @@
 """The turbo loader: decodes with libjpeg-turbo, bit-identical to Pillow, and only where the crops need it."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checks that a plan fits its images. The compiled code that follows checks nothing."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from fastdeit.pipelines.batch import DecodedBatch

@@ -10,8 +10,6 @@ image appears `repeats` times in a row (Hoffer et al., "Augment your batch"; pap
   decodes each of its images once.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Protocol
 

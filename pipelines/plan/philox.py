@@ -13,8 +13,6 @@ Counter words, by stream (the top 4 bits of the fourth word):
     DROP    (block, position in the global batch, global step, stream)   stochastic depth
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -5,8 +5,6 @@ group's row is a pure function of (seed, epoch, step, group). The pixels are a d
 bytes and the plan, and every stage makes the same pixels.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

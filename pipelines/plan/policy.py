@@ -1,7 +1,5 @@
 """The distributions of training augmentation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

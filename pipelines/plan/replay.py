@@ -4,8 +4,6 @@ It is slow and plain. Pillow crops, resizes and flips; timm's own functions do t
 mixing follows `timm.data.Mixup`. Only the numbers come from the plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The interface of a source of images, and its errors."""
 
-from __future__ import annotations
-
 import operator
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 in the archives that their authors distribute, pickled or binary."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path

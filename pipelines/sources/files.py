@@ -1,7 +1,5 @@
 """Lists and opens the files of a source; every source leaves out the same junk and refuses the same kinds."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A folder of class folders."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

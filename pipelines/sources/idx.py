@@ -1,7 +1,5 @@
 """The MNIST family's IDX files."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

@@ -1,7 +1,5 @@
 """ImageNet as it is distributed: ILSVRC2012's tar files, ImageNet-V2's archives, ImageNet-ReaL's labels."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Opens the source that a text names."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

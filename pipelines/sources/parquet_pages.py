@@ -5,8 +5,6 @@ PyArrow unpacks whatever a page's header announces. Headers are Thrift's compact
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The files of a data set that lies in several: a folder, a glob, or numbers in braces."""
 
-from __future__ import annotations
-
 import fnmatch
 import glob
 import os

@@ -1,7 +1,5 @@
 """Reads tar archives by index: it checks every header once, and then reads members in place."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import zlib

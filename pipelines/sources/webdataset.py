@@ -1,7 +1,5 @@
 """WebDataset: tar shards whose samples are adjacent members that share their name up to the first dot."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The one command for a machine with a GPU: what each part of it ends with, and what it writes."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

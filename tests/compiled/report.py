@@ -3,8 +3,6 @@
 Triton compiles a cubin for any architecture; the `cuobjdump` that comes with it shows the rest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json

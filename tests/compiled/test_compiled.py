@@ -4,8 +4,6 @@ Every kernel is compiled here once, in one process, and nowhere else: its first 
 FASTDEIT_COMPILE_ALL=1.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -50,10 +48,12 @@ def test_whatever_launches_kernels_has_variants():
             assert "def variants()" in text or "import variants" in text, path.name
 
 
+@pytest.mark.slow
 def test_nothing_spills_or_needs_more_shared_memory_than_there_is(found):
     assert [each.fault() for each in found if each.fault()] == []
 
 
+@pytest.mark.slow
 def test_matrix_products_run_on_the_matrix_units(found):
     attention = [each for each in found if each.name.startswith("attention") and " fp32 " not in each.name]
     assert len(attention) >= 9
@@ -62,6 +62,7 @@ def test_matrix_products_run_on_the_matrix_units(found):
         assert each.wgmma == (each.architecture == 90), (each.name, each.architecture)
 
 
+@pytest.mark.slow
 def test_the_document_has_these_figures(found):
     stale = differences((ROOT / "docs/kernels.md").read_text(), found)
     if stale is None:

@@ -15,6 +15,7 @@ from fastdeit.config import Recipe
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
 from forked import Forked, run_module, run_module_twice
+from runs import changed, newest, train
 
 CLASSES = 4
 
@@ -86,7 +87,7 @@ def tiny_in(data):
                 objective=replace(recipe.objective, distillation="none"),
             )
         else:
-            recipe = replace(recipe, model=replace(recipe.model, arch="resnet10t", img_size=32))
+            recipe = changed(recipe, "model", arch="resnet10t", img_size=32)
         for name, values in sections.items():
             recipe = replace(recipe, **{name: replace(getattr(recipe, name), **values)})
         return recipe.resolved()
@@ -103,8 +104,6 @@ def tiny(tiny_in, tmp_path):
 @pytest.fixture(scope="session")
 def teacher_checkpoint(data, tmp_path_factory):
     """A convnet teacher that the project trained on the small data set."""
-    from runs import newest, train
-
     replace = dataclasses.replace
     recipe = convnet_teacher()
     folder = tmp_path_factory.mktemp("teacher")

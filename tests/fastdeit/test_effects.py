@@ -1,7 +1,6 @@
 """What was given has an effect, or is refused by name; a file names the recipe that it starts from."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from fastdeit.effects import EFFECTS, fields, has_effect
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny
 from fastdeit.training.trainer import Trainer
-from runs import newest, trained
+from runs import changed, newest, parse_file, trained
 
 
 def test_every_field_is_declared():
@@ -59,10 +58,8 @@ def test_what_has_no_effect_is_refused_by_name(args, named, tmp_path):
         at = args.index(flag) + 1
         words = args[at : next((i for i in range(at, len(args)) if args[i].startswith("--")), len(args))]
         values.setdefault(section, {})[name] = words if len(words) > 1 else words[0]
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps(values))
     with pytest.raises(UserError, match=rf"run\.json.*{named}\S* .* has no effect in this run"):
-        parse_recipe(["--config", str(file)])
+        parse_file(tmp_path / "run.json", values)
 
 
 @pytest.mark.slow
@@ -78,6 +75,7 @@ def test_the_same_value_with_an_effect_is_taken():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_tiny_distilled", "deit_base_384", "deit_base_transfer"])
 @pytest.mark.parametrize("compat", ["paper", "released"])
 def test_a_stored_recipe_starts_the_same_run(name, compat, tmp_path):
@@ -86,30 +84,26 @@ def test_a_stored_recipe_starts_the_same_run(name, compat, tmp_path):
     )
     recipe = dataclasses.replace(RECIPES[name](), compat=compat, model=init)
     if compat == "released" and init.init is not None:
-        recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, distillation="none"))
+        recipe = changed(recipe, "objective", distillation="none")
     recipe = recipe.resolved()
-    file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(recipe.to_dict()))
-    assert parse_recipe(["--config", str(file)]) == recipe
+    assert parse_file(tmp_path / "recipe.json", recipe) == recipe
     # As versions stored it in which every run that starts from weights was in eval mode.
-    old = dataclasses.replace(recipe, departures=dataclasses.replace(recipe.departures, finetune_mode="eval"))
-    file.write_text(json.dumps(old.to_dict()))
-    assert parse_recipe(["--config", str(file)]) == old
+    old = changed(recipe, "departures", finetune_mode="eval")
+    assert parse_file(tmp_path / "recipe.json", old) == old
 
 
 def test_a_file_names_its_recipe_or_is_refused(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('name = "deit_base"\n[optim]\nlr = 1e-3\n')
-    assert parse_recipe(["--config", str(file)]).model.embed_dim == 768
+    text = 'name = "deit_base"\n[optim]\nlr = 1e-3\n'
+    assert parse_file(file, text).model.embed_dim == 768
     with pytest.raises(UserError, match=r"the command line names the recipe deit_tiny, .*run.toml names deit_base"):
-        parse_recipe(["deit_tiny", "--config", str(file)])
+        parse_file(file, text, "deit_tiny")
     for name in ('"my_deit_base"', '"deit_bse"', "3", "[1]"):
-        file.write_text(f"name = {name}\n[optim]\nlr = 1e-3\n")
         for first in ([], ["deit_base"]):
             with pytest.raises(
                 UserError, match=r"run\.toml: there is no recipe .* set name to one of deit_tiny, .*deit_base"
             ):
-                parse_recipe([*first, "--config", str(file)])
+                parse_file(file, f"name = {name}\n[optim]\nlr = 1e-3\n", *first)
 
 
 def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
@@ -198,10 +192,9 @@ def test_the_command_line_overrides_a_stored_recipe(tmp_path):
     words = "deit_small_distilled --data.train x --teacher.checkpoint t.pt --ema.decay 0.9"
     stored = parse_recipe(words.split()).resolved()
     path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(stored.to_dict()))
-    assert parse_recipe(["--config", str(path)]).resolved() == stored
-    assert not parse_recipe(["--config", str(path), "--ema.enabled", "False"]).ema.enabled
-    assert parse_recipe(["--config", str(path), "--objective.distillation", "none"]).teacher == stored.teacher
+    assert parse_file(path, stored).resolved() == stored
+    assert not parse_file(path, stored, "--ema.enabled", "False").ema.enabled
+    assert parse_file(path, stored, "--objective.distillation", "none").teacher == stored.teacher
 
 
 @pytest.mark.parametrize(

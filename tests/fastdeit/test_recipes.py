@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from fastdeit.cli import parse_recipe, recipe_from_dict
 from fastdeit.config import COMPAT, COMPAT_RUN, Departures, Recipe
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from runs import parse_file
 
 
 @pytest.mark.slow
@@ -22,7 +24,8 @@ def test_shapes_are_those_of_timm(name):
     distilled = "_distilled" in reference
     size = reference.removeprefix("deit_").removesuffix("_distilled")
     res = 384 if name.endswith("_384") else 224
-    model = timm.create_model(f"deit_{size}{'_distilled' if distilled else ''}_patch16_224", img_size=res)
+    with torch.device("meta"):  # shapes alone
+        model = timm.create_model(f"deit_{size}{'_distilled' if distilled else ''}_patch16_224", img_size=res)
     assert (cfg.embed_dim, cfg.depth, cfg.num_heads) == (
         model.embed_dim,
         len(model.blocks),
@@ -83,17 +86,13 @@ def test_impossible_recipes_are_refused(args, message):
 def test_a_stored_recipe_reads_back_equal(name, tmp_path):
     args = [name, "--data.train", "a b.beton", "--optim.clip_grad", "1.5", "--model.init", "weights.pt"]
     recipe = parse_recipe(args).resolved()
-    text = json.dumps(recipe.to_dict())
-    assert recipe_from_dict(json.loads(text)) == recipe
-    file = tmp_path / "recipe.json"
-    file.write_text(text)
-    assert parse_recipe(["--config", str(file)]) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert parse_file(tmp_path / "recipe.json", recipe) == recipe
 
 
 def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
-    file = tmp_path / "run.toml"
-    file.write_text("[optim]\nlr = 0.5\nmin_lr = 0.25\nbetas = [0.8, 0.9]\n[ema]\nenabled = false\n")
-    recipe = parse_recipe(["deit_tiny", "--config", str(file), "--optim.lr", "0.125"])
+    text = "[optim]\nlr = 0.5\nmin_lr = 0.25\nbetas = [0.8, 0.9]\n[ema]\nenabled = false\n"
+    recipe = parse_file(tmp_path / "run.toml", text, "deit_tiny", "--optim.lr", "0.125")
     assert (recipe.optim.lr, recipe.optim.min_lr, recipe.optim.betas) == (0.125, 0.25, (0.8, 0.9))
     assert recipe.ema.enabled is False
     assert recipe.optim.weight_decay == 0.05
@@ -102,15 +101,13 @@ def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
 def test_a_stored_run_of_another_name_starts_again(tmp_path):
     recipe = dataclasses.replace(RECIPES["deit_tiny"](), name="mine").resolved()
     file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(recipe.to_dict()))
-    assert parse_recipe(["--config", str(file)]) == recipe
-    assert parse_recipe(["--config", str(file), "--optim.lr", "0.25"]).optim.lr == 0.25
+    assert parse_file(file, recipe) == recipe
+    assert parse_file(file, recipe, "--optim.lr", "0.25").optim.lr == 0.25
 
 
 def test_the_compat_switch_wins_over_what_a_file_had_decided(tmp_path):
-    file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(RECIPES["deit_tiny"]().resolved().to_dict()))
-    recipe = parse_recipe(["--config", str(file), "--compat", "released"]).resolved()
+    stored = RECIPES["deit_tiny"]().resolved()
+    recipe = parse_file(tmp_path / "recipe.json", stored, "--compat", "released").resolved()
     assert recipe.departures == COMPAT["released"]
     assert (recipe.objective.alpha, recipe.objective.tau) == (0.5, 1.0)
     assert {name: getattr(recipe.run, name) for name in COMPAT_RUN["released"]} == COMPAT_RUN["released"]
@@ -137,12 +134,10 @@ def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
         assert {k: v for k, v in recipe.to_dict()["run"].items() if k not in moved} == stored["run"]
     stored["name"] = "mine"
     file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(stored))
-    assert parse_recipe(["--config", str(file)]) == dataclasses.replace(recipe, name="mine")
+    assert parse_file(file, stored) == dataclasses.replace(recipe, name="mine")
     # What a compat had decided follows another compat, as in a recipe of this version.
     stored["departures"] |= COMPAT_RUN["paper"]
-    file.write_text(json.dumps(stored))
-    released = parse_recipe(["--config", str(file), "--compat", "released"]).resolved()
+    released = parse_file(file, stored, "--compat", "released").resolved()
     assert {name: getattr(released.run, name) for name in moved} == COMPAT_RUN["released"]
 
 
@@ -153,23 +148,19 @@ def test_the_old_names_are_read_from_files_alone(capsys, tmp_path):
     # A file may still hold them: with others, alone, and beside a section of runs, whose own value wins.
     file = tmp_path / "run.toml"
     for text in ("", "mix_group = 32\n", "[run]\nepochs = 3\n", '[run]\nloss_sync = "every_step"\n'):
-        file.write_text(f'[departures]\nloss_sync = "deferred"\n{text}')
-        recipe = parse_recipe(["deit_tiny", "--config", str(file)])
+        recipe = parse_file(file, f'[departures]\nloss_sync = "deferred"\n{text}', "deit_tiny")
         assert recipe.run.loss_sync == ("every_step" if "every_step" in text else "deferred")
         assert recipe.departures.mix_group == (32 if "mix_group" in text else None)
 
 
 def test_a_file_without_a_recipe_is_named(tmp_path):
     file = tmp_path / "run.json"
-    file.write_text("[1, 2]")
     with pytest.raises(UserError, match=r"run\.json holds a list"):
-        parse_recipe(["deit_tiny", "--config", str(file)])
-    file.write_text("{}")
+        parse_file(file, "[1, 2]", "deit_tiny")
     with pytest.raises(UserError, match=r"run\.json holds no settings"):
-        parse_recipe(["deit_tiny", "--config", str(file)])
-    file.write_text('{"run": {"epochs": 3}}')
+        parse_file(file, "{}", "deit_tiny")
     with pytest.raises(UserError, match=r"run\.json does not name its recipe"):
-        parse_recipe(["--config", str(file)])
+        parse_file(file, '{"run": {"epochs": 3}}')
 
 
 @pytest.mark.parametrize(
@@ -183,9 +174,8 @@ def test_a_file_without_a_recipe_is_named(tmp_path):
 )
 def test_mistakes_in_a_file_are_named(tmp_path, text, message):
     file = tmp_path / "run.toml"
-    file.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        parse_recipe(["deit_tiny", "--config", str(file)])
+        parse_file(file, text, "deit_tiny")
     assert str(file) in str(caught.value)
 
 

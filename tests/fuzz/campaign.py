@@ -11,8 +11,6 @@ skip` into both formats, `--verify --against` its source, and an epoch of every 
 - no command crashes, hangs, prints a traceback or takes too much memory. Each runs in a process of its own.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """A case of the fuzz campaign: what is damaged, the commands it goes through, and the verdict."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Small containers of every kind that a conversion reads or writes, damage to them, and what else reads them."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

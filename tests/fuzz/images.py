@@ -1,7 +1,5 @@
 """Images of every kind that a data set may hold, and mutants of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

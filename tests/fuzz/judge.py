@@ -1,7 +1,5 @@
 """What is right: Pillow's pixels of the very file, and for FFCV's decoder libjpeg-turbo's own with the fast DCT."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import ctypes.util

@@ -1,7 +1,5 @@
 """A function in a process of its own, which may take so much time and memory and then ends."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

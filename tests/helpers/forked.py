@@ -3,8 +3,6 @@
 Each process starts from the same state, has run nothing before, and is killed like any other.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

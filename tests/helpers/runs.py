@@ -1,8 +1,25 @@
-"""Training runs in this process."""
+"""Recipes that differ in a few fields, and training runs in this process."""
+
+import json
+from dataclasses import replace
 
 from fastdeit import checkpoint
+from fastdeit.cli import parse_recipe
+from fastdeit.config import Recipe
 from fastdeit.distributed import world
 from fastdeit.training.trainer import Trainer
+
+
+def changed(recipe, section, **values):
+    """`recipe` with other values in a section."""
+    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+
+
+def parse_file(path, content, *words):
+    """The recipe of the command line `words` with `--config path`; the file holds this text, recipe or dict."""
+    values = content.to_dict() if isinstance(content, Recipe) else content
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return parse_recipe([*words, "--config", str(path)])
 
 
 def train(recipe):

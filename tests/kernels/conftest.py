@@ -1,7 +1,5 @@
 """What the tests of kernels share: where they run, poisoned memory, and the measure of an error."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Normalising, erasing, mixing and layouts against torchvision, PyTorch and timm."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every operation on the device against timm and Pillow, to the level."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

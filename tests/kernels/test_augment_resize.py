@@ -1,7 +1,5 @@
 """Crop, resize and flip against Pillow, to the bit."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

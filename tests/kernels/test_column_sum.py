@@ -1,7 +1,5 @@
 """The sum of partial sums against PyTorch's, in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

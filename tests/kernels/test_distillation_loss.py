@@ -1,7 +1,5 @@
 """The fused loss against PyTorch's cross_entropy and kl_div, and its targets against timm's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

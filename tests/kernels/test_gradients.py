@@ -4,8 +4,6 @@ Autograd keeps what an operator returns as `.grad` and adds to it in place, so g
 after a second backward pass, or after clipping. `torch.autograd.grad` cannot see that.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -147,13 +145,14 @@ def test_backward_passes_add_up(op, device, passes):
     both(op, device, lambda function, arguments: backward(function, arguments, passes))
 
 
-def test_one_graph_backward_twice(op, device):
-    def use(function, arguments):
-        loss = loss_of(function(*arguments))
-        loss.backward(retain_graph=True)
-        loss.backward()
+def backward_twice(function, arguments):
+    loss = loss_of(function(*arguments))
+    loss.backward(retain_graph=True)
+    loss.backward()
 
-    both(op, device, use)
+
+def test_one_graph_backward_twice(op, device):
+    both(op, device, backward_twice)
 
 
 def test_clipping_after_two_passes(op, device):
@@ -199,7 +198,7 @@ def test_frozen_arguments(op, device):
         def use(function, arguments, frozen=frozen):
             for place in frozen:
                 arguments[place].requires_grad_(False)
-            backward(function, arguments)
+            backward_twice(function, arguments)
 
         both(op, device, use)
 

@@ -1,7 +1,5 @@
 """Token assembly against PyTorch's own cat and add."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from timm.layers import PatchEmbed
@@ -105,6 +103,7 @@ def test_equals_timm_from_patches(device):
     torch.testing.assert_close(out, by_pytorch(embed(images), cls_token, dist_token, pos_embed, None))
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     patches, cls_token, dist_token, pos_embed, bias = arguments = inputs(device, 2, 3, 16, 2, True, torch.float32)
     torch.library.opcheck(token_assembly._op, (patches, bias, cls_token, dist_token, pos_embed, torch.float32))

@@ -1,7 +1,5 @@
 """Random plans, random pictures and JPEGs of every kind for the tests of loaders and stages."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from typing import Any

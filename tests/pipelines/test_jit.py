@@ -1,7 +1,5 @@
 """Compiled code on disk must not outlive any file that was compiled into it."""
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Plain DALI: its own reader, decoder and automatic augmentations; on the GPU if there is one."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

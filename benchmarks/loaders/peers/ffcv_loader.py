@@ -1,7 +1,5 @@
 """Plain FFCV: its own loader and decoder on the same beton file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from benchmarks.loaders.peers.stream import IMG_SIZE, Setting, Stream, endless, need

@@ -1,7 +1,5 @@
 """Ours, put together as the trainer does: order, plan, loader, stage and prefetcher."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

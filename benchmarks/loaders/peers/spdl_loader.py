@@ -1,7 +1,5 @@
 """SPDL: FFmpeg decodes, crops, scales and flips in a pipeline's threads; torchvision v2 does the rest there."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

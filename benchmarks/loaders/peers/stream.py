@@ -1,7 +1,5 @@
 """The settings of a contender of the loader benchmark, and the stream of batches that it returns."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

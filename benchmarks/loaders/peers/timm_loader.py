@@ -1,7 +1,5 @@
 """timm's `create_loader` with the recipe, as its train script calls it on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """torchvision: `decode_jpeg` and transforms v2 on tensors, in a DataLoader's worker processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The `webdataset` package: tar shards of the same JPEG files, timm's transforms, worker processes."""
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The benchmark of the device augmentation, small and without a GPU."""
 
-from __future__ import annotations
-
 import time
 from unittest.mock import Mock
 

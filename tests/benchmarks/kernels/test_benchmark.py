@@ -1,7 +1,5 @@
 """A kernel is checked before it is timed; what is wrong is refused; what is timed is recorded as it comes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -1,7 +1,5 @@
 """Made-up records of kernels as text, as Markdown and as a picture."""
 
-from __future__ import annotations
-
 import pytest
 from PIL import Image
 

@@ -1,7 +1,5 @@
 """The search for a faster launch: which are tried, that a wrong one is none, and that every kernel can be told."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -62,6 +62,7 @@ def test_the_command_agrees_with_the_environment(report):
     assert len(cards) == torch.cuda.device_count()
 
 
+@pytest.mark.slow
 def test_ffcv_is_told_as_it_is(report):
     by_name = {check["name"]: check for check in report[0]["checks"]}
     try:

@@ -1,6 +1,5 @@
 """The words of a command line: homes, empty values, what no path can hold, and batches that cannot be mixed."""
 
-import json
 import os
 import pwd
 import re
@@ -14,6 +13,7 @@ from fastdeit.commands import eval as evaluate
 from fastdeit.commands.label import parse as parse_label
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.sources import open_source
+from runs import parse_file
 
 OTHER = pwd.getpwuid(os.getuid()).pw_name
 
@@ -47,8 +47,8 @@ def test_homes_in_a_file(home, tmp_path, suffix):
     file = tmp_path / f"run{suffix}"
     values = {"name": "deit_tiny", "run": {"output": "~/out"}, "data": {"train": "~/train.beton"}}
     tables = '[run]\noutput = "~/out"\n[data]\ntrain = "~/train.beton"\n'
-    file.write_text(json.dumps(values) if suffix == ".json" else f'name = "deit_tiny"\n{tables}')
-    recipe = parse_recipe(["--config", str(file), "--model.init=~/w.pt", "--run.resume", "~/c.pt"])
+    content = values if suffix == ".json" else f'name = "deit_tiny"\n{tables}'
+    recipe = parse_file(file, content, "--model.init=~/w.pt", "--run.resume", "~/c.pt")
     assert recipe.run.output == Path("/home/me/out")
     assert recipe.data.train == Path("/home/me/train.beton")
     assert recipe.model.init == Path("/home/me/w.pt")
@@ -82,9 +82,8 @@ def test_what_is_no_value(args, said):
 
 @pytest.mark.parametrize("held", ["a\0b", "a\ud800", ""])
 def test_what_is_no_path_in_a_file(tmp_path, held):
-    (tmp_path / "run.json").write_text(json.dumps({"name": "deit_tiny", "data": {"train": held}}))
     with pytest.raises(UserError, match=r"--data\.train"):
-        parse_recipe(["--config", str(tmp_path / "run.json")])
+        parse_file(tmp_path / "run.json", {"name": "deit_tiny", "data": {"train": held}})
 
 
 @pytest.mark.parametrize("name", ["a#b", "#", "x#y,z"])

@@ -15,7 +15,6 @@ from fastdeit.model.deit import build_model
 from fastdeit.model.networks import build_network
 from fastdeit.model.weights import load_weights, read_checkpoint
 from fastdeit.pipelines.errors import UserError
-from fastdeit.training.objective import fuse
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -36,7 +35,8 @@ def released(distilled=False, classes=7, **fields):
 def assert_same_scores(ours, judge):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(fuse(ours(images), "logits"), judge(images))
+        cls, dist = ours(images)
+        torch.testing.assert_close(cls if dist is None else (cls + dist) / 2, judge(images))
 
 
 def adapt(judge, old):

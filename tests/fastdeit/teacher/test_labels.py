@@ -6,7 +6,6 @@ import pickle
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from fastdeit.teacher.label_cache import Described, LabelCache, LabelWriter, pix
 from fastdeit.teacher.labelling import label_run
 from fastdeit.teacher.teacher import Teacher
 from forked import Forked, run_module, run_module_twice
-from runs import trained
+from runs import changed, trained
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -61,10 +60,6 @@ def labelled(distilled, stored):
     recipe = distilled()
     shutil.copytree(stored, recipe.teacher.labels)
     return recipe
-
-
-def changed(recipe, section, **values):
-    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
 
 
 def weights(recipe):

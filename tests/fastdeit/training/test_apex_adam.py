@@ -1,7 +1,6 @@
 """apex's FusedAdam behind the recipe's switch, with PyTorch's AdamW as judge and a stand-in of apex's signature."""
 
 import copy
-import dataclasses
 import sys
 import types
 
@@ -12,6 +11,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 from fastdeit.training import apex_adam
 from fastdeit.training.optim import build_optimizer, load_optimizer, optimizer_state, set_lr
+from runs import changed
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -63,7 +63,7 @@ def apex(monkeypatch):
 
 def recipe(implementation):
     made = RECIPES["deit_tiny"]()
-    return dataclasses.replace(made, optim=dataclasses.replace(made.optim, implementation=implementation)).resolved()
+    return changed(made, "optim", implementation=implementation).resolved()
 
 
 def network():
@@ -143,7 +143,7 @@ def test_a_changed_weight_decay_is_taken_on_resuming():
     optimizer = build_optimizer(model, recipe("torch"))
     train(model, optimizer, range(2))
     made = recipe("torch")
-    other = dataclasses.replace(made, optim=dataclasses.replace(made.optim, weight_decay=0.3))
+    other = changed(made, "optim", weight_decay=0.3)
     again = build_optimizer(model, other)
     load_optimizer(again, optimizer_state(optimizer))
     assert [group["weight_decay"] for group in again.param_groups] == [0.3, 0.0]
@@ -176,4 +176,4 @@ def test_a_cpu_is_refused(apex, monkeypatch):
 def test_sgd_has_no_implementation_but_its_own():
     made = recipe("apex")
     with pytest.raises(UserError, match="leave it at 'torch'"):
-        dataclasses.replace(made, optim=dataclasses.replace(made.optim, name="sgd")).resolved()
+        changed(made, "optim", name="sgd").resolved()

@@ -14,6 +14,7 @@ from fastdeit.precision import resolve
 from fastdeit.recipes import deit_tiny
 from fastdeit.training.evaluation import headline
 from fastdeit.training.objective import build_objective
+from runs import changed
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 SECOND = World(1, 2, 2, torch.device("cpu"))
@@ -26,11 +27,9 @@ def released(tiny):
     def make(name, **sections):
         recipe = tiny(deit_tiny, **sections)
         if name in COMPAT_RUN["released"]:
-            return dataclasses.replace(
-                recipe, run=dataclasses.replace(recipe.run, **{name: COMPAT_RUN["released"][name]})
-            )
+            return changed(recipe, "run", **{name: COMPAT_RUN["released"][name]})
         value = getattr(COMPAT["released"], name)
-        return dataclasses.replace(recipe, departures=dataclasses.replace(recipe.departures, **{name: value}))
+        return changed(recipe, "departures", **{name: value})
 
     return make
 
@@ -78,7 +77,7 @@ def test_eval_sharding(released):
     recipe = released("eval_sharding")
     val = open_dataset(recipe.data.val, "data.val")
     counts = []
-    partition = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, eval_sharding=None)).resolved()
+    partition = changed(recipe, "run", eval_sharding=None).resolved()
     for r in (recipe, partition):
         data = EvaluationData(r, val, SECOND)
         counts.append(sum(len(data.order.step(0, s).index) for s in range(data.order.steps)))

@@ -18,7 +18,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
 from fastdeit.teacher.labelling import label_run
-from runs import final_state, newest, train, trained
+from runs import changed, final_state, newest, train, trained
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +64,7 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     convert(str(FASHION / "train-images-idx3-ubyte.gz"), fashion, limit=12, progress=False)
     recipes = [short(fashion, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
     if stored:
-        recipes = [replace(r, teacher=replace(r.teacher, labels=tmp_path / "labels")) for r in recipes]
+        recipes = [changed(r, "teacher", labels=tmp_path / "labels") for r in recipes]
         with world(DEVICE) as joined:
             label_run(recipes[0], joined, first_epoch=0, end_epoch=1, topk=4)
     for recipe in recipes:
@@ -100,12 +100,12 @@ def test_resuming_with_other_kernels_is_a_change(data, short, events):
     """Sums are in another order, so that the run would be another than either."""
     recipe = short(data / "train.beton", "run", "torch", depth=1)
     train(recipe)
-    more = replace(recipe, run=replace(recipe.run, epochs=2))
-    more = replace(more, model=replace(more.model, kernels="triton"))
-    changed = replace(more, run=replace(more.run, resume_changed=True, epochs=1))
+    more = changed(recipe, "run", epochs=2)
+    more = changed(more, "model", kernels="triton")
+    taken = changed(more, "run", resume_changed=True, epochs=1)
     with pytest.raises(UserError, match=r"another model\.kernels \(torch, this run has triton\)"):
-        train(replace(more, run=replace(more.run, epochs=1)))
-    train(changed)
+        train(changed(more, "run", epochs=1))
+    train(taken)
     assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
 
 

@@ -11,9 +11,10 @@ from timm.task.distillation import LogitDistillationTask
 from timm.task.token_distillation import TokenDistillationTask
 
 from fastdeit.config import Departures, ObjectiveConfig, Recipe
+from fastdeit.kernels.reference import head_log_probabilities
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
-from fastdeit.training.objective import build_objective, fuse
+from fastdeit.training.objective import build_objective
 
 ROWS, CLASSES = 6, 9
 
@@ -134,7 +135,6 @@ def test_mistakes_are_named():
         (lambda: objective("soft", True, alpha=1.5), "objective.alpha 1.5"),
         (lambda: objective("soft", True, tau=0.0), "objective.tau 0.0"),
         (lambda: build_objective(ObjectiveConfig(), True, Departures()), "resolved"),
-        (lambda: fuse(student, "product"), "neither"),
     ):
         with pytest.raises((UserError, ValueError), match=message):
             call()
@@ -150,11 +150,14 @@ def test_fused_logits_are_timms_evaluation():
         averaged = judge.eval()(images)
         judge.train().set_distilled_training(True)
         heads = StudentOutput(*judge(images))
-    torch.testing.assert_close(fuse(heads, "logits"), averaged)
+    *_, fused = head_log_probabilities(*heads)
+    torch.testing.assert_close(fused, averaged.log_softmax(-1))
 
 
 def test_fused_probabilities_are_the_sum_of_softmaxes():
     student, _, _ = batch(True)
     judge = torch.nn.Softmax(dim=1)
-    torch.testing.assert_close(fuse(student), judge(student.cls) + judge(student.dist))
-    assert torch.equal(fuse(student._replace(dist=None)), student.cls)
+    _, _, fused, _ = head_log_probabilities(*student)
+    torch.testing.assert_close(2 * fused.exp(), judge(student.cls) + judge(student.dist))
+    (alone,) = head_log_probabilities(student.cls, None)
+    torch.testing.assert_close(alone, judge(student.cls).log())

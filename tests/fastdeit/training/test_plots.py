@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics.pairwise import cosine_similarity
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training import plots
@@ -60,6 +59,8 @@ def test_contact_sheet_undoes_the_normalisation(tmp_path):
 
 
 def test_cosine_of_the_tokens(tmp_path):
+    from sklearn.metrics.pairwise import cosine_similarity  # here: it takes two seconds
+
     tokens = [torch.randn(5, 2, 16) for _ in range(4)]
     values = plots.token_cosine(tokens, tmp_path / "tokens.png")
     for value, layer in zip(values, tokens, strict=True):

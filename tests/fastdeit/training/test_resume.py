@@ -43,7 +43,7 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
         "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
         "model": {"drop_path": 0.3, "drop_rate": 0.1},
     }
-    run = {"epochs": 24, "checkpoint_every": 3, "eval_every": 24}
+    run = {"epochs": 18, "checkpoint_every": 3, "eval_every": 18}
     straight = tiny(**options, run={**run, "output": tmp_path / "straight"})
     process = launch(straight)
     assert process.returncode == 0, process.err

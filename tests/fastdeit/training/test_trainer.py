@@ -16,7 +16,7 @@ from fastdeit.teacher import teacher
 from fastdeit.training import step
 from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.trainer import Trainer
-from runs import final_state, newest, train
+from runs import changed, final_state, newest, train
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoi
     a, b = (final_state(r)["model"] for r in runs)
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(UserError, match=r"another run.compile"):
-        train(dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, compile="off")))
+        train(changed(runs[1], "run", compile="off"))
 
 
 @pytest.mark.slow
@@ -117,8 +117,8 @@ def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
 
 def test_released_compat(tiny, events, capsys):
     recipe = dataclasses.replace(tiny(deit_tiny), compat="released", departures=type(tiny().departures)()).resolved()
-    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, epochs=3))
-    recipe = dataclasses.replace(recipe, departures=dataclasses.replace(recipe.departures, epoch_multiple=32))
+    recipe = changed(recipe, "run", epochs=3)
+    recipe = changed(recipe, "departures", epoch_multiple=32)
     scores = train(recipe)
     assert set(scores) == {"model"}  # its average is kept, never evaluated
     assert final_state(recipe)["ema"] is not None

@@ -1,7 +1,5 @@
 """The device stage against the host stage, which is tested against PIL, timm and torchvision: to the bit."""
 
-from __future__ import annotations
-
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,7 +44,7 @@ def _differing(ours, host):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "samples", "groups", "layers"), [(12, 36, 6, 2), (13, 24, 6, 3), (16, 16, 2, 2), (17, 12, 6, 4)]
+    ("size", "samples", "groups", "layers"), [(12, 24, 6, 2), (13, 12, 6, 3), (16, 8, 2, 2), (17, 12, 6, 4)]
 )
 def test_random_plans_equal_the_host_stage_to_the_bit(size, samples, groups, layers, pool, device, drawn):
     decoded, plan = drawn(size, SIZES, samples, size, groups=groups, layers=layers)
@@ -87,7 +85,7 @@ def test_random_plans_equal_the_host_stage_at_full_size(size, pool, device, make
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_dtypes_are_the_float32_batch_rounded(dtype, pool, device, drawn):
-    decoded, plan = drawn(1, SIZES, 8, 8, groups=2)
+    decoded, plan = drawn(1, SIZES, 4, 8, groups=2)
     full = host_stage(pool, 8)(decoded, plan).images
     if dtype is torch.bfloat16 and device.type == "cpu":  # Triton's interpreter cuts off
         full = (full.view(torch.int32) & -65536).view(torch.float32)
@@ -96,7 +94,7 @@ def test_narrow_dtypes_are_the_float32_batch_rounded(dtype, pool, device, drawn)
 
 @pytest.mark.slow
 def test_layouts_hold_the_same_values(pool, device, drawn):
-    decoded, plan = drawn(2, SIZES, 8, 8, groups=2)
+    decoded, plan = drawn(2, SIZES, 4, 8, groups=2)
     images = host_stage(pool, 8)(decoded, plan).images
     nhwc = device_stage(device, 8, layout="nhwc")(decoded, plan).images.cpu()
     assert torch.equal(nhwc, images.permute(0, 2, 3, 1))
@@ -143,7 +141,7 @@ def test_a_batch_is_not_overwritten_by_those_that_follow(pool, device, make_deco
     rng = np.random.default_rng(5)
     stage, host = device_stage(device, 6), host_stage(pool, 6)
     batches = []
-    for count in (6, 2, 8, 4):
+    for count in (4, 2, 6, 4):
         decoded = make_decoded(rng, SIZES, count)
         plan = make_plan(rng, decoded, 6, groups=1, layers=1)
         batches.append((stage(decoded, plan), host(decoded, plan)))
@@ -170,7 +168,7 @@ def test_an_empty_batch(pool, device, make_decoded, make_plan):
 def test_memory_grows_for_larger_batches_only(device, make_decoded, make_plan):
     rng = np.random.default_rng(7)
     stage = device_stage(device, 6)
-    decoded = make_decoded(rng, [(20, 20)], 4)
+    decoded = make_decoded(rng, [(8, 8)], 2)
     plan = make_plan(rng, decoded, 6, layers=1)
     for _ in range(2):
         stage(decoded, plan)
@@ -179,7 +177,7 @@ def test_memory_grows_for_larger_batches_only(device, make_decoded, make_plan):
     for _ in range(2):
         stage(decoded, plan)
     assert stage.growths == settled
-    larger = make_decoded(rng, [(20, 20)], 8)
+    larger = make_decoded(rng, [(16, 16)], 4)
     stage(larger, make_plan(rng, larger, 6, layers=1))
     assert stage.growths > settled
 

@@ -4,8 +4,6 @@ The judge is the happens-before relation (Lamport, 1978): each stream, and the h
 come after the write before it, and a write after every read and write before it, whatever the machine's pace.
 """
 
-from __future__ import annotations
-
 import contextlib
 import types
 import weakref

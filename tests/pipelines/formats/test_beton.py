@@ -68,34 +68,34 @@ def ffcv():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [JPEG, RAW])
-def test_ffcv_loads_what_we_write(tmp_path, mode):
+def test_ffcv_loads_what_we_write(tmp_path):
+    """JPEGs, pixels, and crops of images of many sizes; in one process, since importing FFCV takes 8 seconds."""
     # Gray JPEGs are passed through by the conversion; libjpeg must make them RGB.
-    images = [picture(i, (320, 240), "L" if mode == JPEG and i % 4 == 3 else "RGB") for i in range(24)]
+    gray = [picture(i, (320, 240), "L" if i % 4 == 3 else "RGB") for i in range(24)]
+    colour = [picture(i, (320, 240)) for i in range(24)]
     labels = [int(v) for v in np.random.default_rng(1).integers(0, 1000, 24)]
-    path = write(tmp_path / "data.beton", images, labels, mode=mode)
-    if mode == RAW:  # 24 x 230,400 bytes do not fit two pages
-        assert len(set(BetonDataset(path).offset // MIN_PAGE)) == 3
-    jobs = [(path, tmp_path / f"{os_cache}.npz", os_cache, "SimpleRGBImageDecoder", []) for os_cache in (True, False)]
-    for seen, seen_labels in plain_ffcv(*jobs):
+    jpegs, raw = (write(tmp_path / f"{m}.beton", i, labels, mode=m) for i, m in ((gray, JPEG), (colour, RAW)))
+    assert len(set(BetonDataset(raw).offset // MIN_PAGE)) == 3  # 24 x 230,400 bytes do not fit two pages
+    plain = [Image.new("RGB", (60 + 7 * i, 90 - 5 * i), (20 * i, 255 - 20 * i, 100)) for i in range(8)]
+    sizes = write(tmp_path / "sizes.beton", plain, list(range(8)))
+    found = plain_ffcv(
+        *((path, f"{path}-{os_cache}.npz", os_cache, "SimpleRGBImageDecoder", [])
+          for path in (jpegs, raw) for os_cache in (True, False)),
+        (sizes, f"{sizes}.npz", True, "CenterCropRGBImageDecoder", [[32, 32], 0.875]),
+    )  # fmt: skip
+    for images, (seen, seen_labels) in zip((gray, gray, colour, colour), found[:4], strict=True):
         assert seen_labels == labels
         for image, pixels in zip(images, seen, strict=True):
-            expected = np.asarray(image if mode == RAW else Image.open(io.BytesIO(jpeg(image))).convert("RGB"))
-            difference = np.abs(pixels.astype(int) - expected)
+            stored = image if images is colour else Image.open(io.BytesIO(jpeg(image))).convert("RGB")
+            difference = np.abs(pixels.astype(int) - np.asarray(stored))
             # FFCV asks libjpeg for its fast DCT, PIL for the exact one: measured 4 levels at most, 1.0 on average.
-            assert difference.max() <= (0 if mode == RAW else 5)
+            assert difference.max() <= (0 if images is colour else 5)
             assert difference.mean() <= 1.5
-
-
-@pytest.mark.slow
-def test_ffcv_crops_images_of_many_sizes(tmp_path):
-    images = [Image.new("RGB", (60 + 7 * i, 90 - 5 * i), (20 * i, 255 - 20 * i, 100)) for i in range(8)]
-    path = write(tmp_path / "data.beton", images, list(range(8)))
-    [(crops, _)] = plain_ffcv((path, tmp_path / "crops.npz", True, "CenterCropRGBImageDecoder", [[32, 32], 0.875]))
-    for image, crop in zip(images, crops, strict=True):
+    for image, crop in zip(plain, found[4][0], strict=True):
         assert np.abs(crop.astype(int) - image.getpixel((0, 0))).max() <= 2
 
 
+@pytest.mark.slow
 def test_ffcv_reader_sees_the_same_tables(ffcv, small):
     from ffcv.reader import Reader
 
@@ -111,6 +111,7 @@ def test_ffcv_reader_sees_the_same_tables(ffcv, small):
     np.testing.assert_array_equal(reader.alloc_table["size"], ours.size)
 
 
+@pytest.mark.slow
 def test_we_read_what_ffcv_writes(ffcv, tmp_path):
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import encode_jpeg
@@ -171,6 +172,7 @@ def test_threads_share_a_dataset(small):
     assert len(set(reads)) == 6
 
 
+@pytest.mark.slow
 def test_a_large_image_enlarges_the_pages(ffcv, tmp_path):
     from ffcv.reader import Reader
 
@@ -214,6 +216,7 @@ def test_writer_counts_samples(tmp_path):
         BetonWriter(tmp_path / "x.beton", 1, page_size=3 << 20)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_announced(ffcv, tmp_path):
     from ffcv.reader import Reader
 

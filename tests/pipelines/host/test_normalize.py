@@ -1,7 +1,5 @@
 """Normalising, erasing noise and bfloat16 against torchvision and PyTorch."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Operations on levels against timm and PIL, to the level."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

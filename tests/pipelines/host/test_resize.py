@@ -1,7 +1,5 @@
 """The host stage's resize against PIL, to the bit."""
 
-from __future__ import annotations
-
 import numpy as np
 import PIL
 import pytest

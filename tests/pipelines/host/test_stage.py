@@ -1,7 +1,5 @@
 """The host stage as a whole against `replay` (PIL, timm, torchvision), and its threads, checks and evaluation."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 import tiny_datasets
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
@@ -118,6 +117,8 @@ def test_a_batch_stays_as_it_is_while_later_ones_are_decoded(opened, many):
 @pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4"])
 @pytest.mark.parametrize("quality", FAST_DCT)
 def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality, subsampling):
+    from sklearn.datasets import load_sample_images  # here: it takes two seconds
+
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     data = [jpeg(image, quality=quality, subsampling=subsampling) for image in photographs]
     dataset = write(tmp_path / "p", [(d, i.size, JPEG) for d, i in zip(data, photographs, strict=True)])
