@@ -198,8 +198,6 @@ def _launch(num_tokens: int, head_dim: int, dtype: torch.dtype) -> Launch:
         queries, keys, warps, stages, registers = 32, 32, 4, 2, 0
     elif columns > 64:
         queries, keys, warps, stages, registers = 128, 64, 8, 2, 0
-    elif columns < 64:
-        queries, keys, warps, stages, registers = 64, 64, 4, 2, 0
     elif num_tokens > 256:
         queries, keys, warps, stages, registers = 128, 64, 8, 3, 0
     else:

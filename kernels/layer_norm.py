@@ -99,17 +99,27 @@ def _add_layer_norm_backward(
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    # 64-bit numbers only where a program begins: within it they would cost registers.
     first_row = tl.program_id(0).to(tl.int64) * chunk
+    total += first_row * width
+    grad_out += first_row * width
+    grad_total += first_row * width
+    grad_x += first_row * width
+    grad_branch += first_row * width
+    mean += first_row
+    rstd += first_row
+    own_rows = tl.minimum(chunk, num_rows - first_row).to(tl.int32)
     for step in tl.range(0, chunk, ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        rows = first_row + step + tl.arange(0, ROWS)
-        in_rows = (rows < num_rows) & (rows < first_row + chunk)
+        rows = step + tl.arange(0, ROWS)
+        in_rows = rows < own_rows
         inside = in_rows[:, None] & in_width[None, :]
         offsets = rows[:, None] * width + columns[None, :]
         value = tl.load(total + offsets, mask=inside, other=0.0).to(tl.float32)
         row_mean = tl.load(mean + rows, mask=in_rows, other=0.0)
         row_rstd = tl.load(rstd + rows, mask=in_rows, other=0.0)
         grad = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
-        normalized = tl.where(inside, (value - row_mean[:, None]) * row_rstd[:, None], 0.0)
+        # Beyond the last row all numbers are 0, and beyond the last column `grad` and `scale` are: no sum sees them.
+        normalized = (value - row_mean[:, None]) * row_rstd[:, None]
         grad_weight += grad * normalized
         grad_bias += grad
         scaled = grad * scale[None, :]
@@ -120,11 +130,11 @@ def _add_layer_norm_backward(
             grad_value += tl.load(grad_total + offsets, mask=inside, other=0.0).to(tl.float32)
             to_branch = grad_value
             if MASK:
-                factor = tl.load(mask + rows // rows_per_sample, mask=in_rows, other=0.0)
+                factor = tl.load(mask + (first_row + rows) // rows_per_sample, mask=in_rows, other=0.0)
                 to_branch = grad_value * factor[:, None]
             tl.store(grad_branch + offsets, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
             if BRANCH_BIAS:
-                grad_branch_bias += tl.where(inside, to_branch, 0.0)
+                grad_branch_bias += to_branch
         tl.store(grad_x + offsets, grad_value.to(grad_x.dtype.element_ty), mask=inside)
     offset = tl.program_id(0).to(tl.int64) * (3 if BRANCH_BIAS else 2) * width + columns
     tl.store(partial + offset, tl.sum(grad_weight, axis=0), mask=in_width)

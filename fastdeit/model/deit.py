@@ -166,7 +166,7 @@ class DeiT(nn.Module):
     def forward(self, pixels: Tensor) -> StudentOutput:
         """Logits of images (B, 3, S, S), or of images in patches (B, S^2 / P^2, 3 * P * P), channel by channel.
 
-        It never averages the heads' outputs: see `objective.fuse`.
+        It never averages the heads' outputs; evaluation does: see `kernels.reference.head_log_probabilities`.
         """
         return self._logits(self._prefix(self._embed(pixels)))
 

@@ -8,7 +8,9 @@ import torch
 from fastdeit import setup
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.distributed import world
+from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, allow_tf32
+from fastdeit.recipes import deit_tiny
 from fastdeit.teacher.labelling import label_run
 from fastdeit.training.trainer import Trainer
 
@@ -19,6 +21,17 @@ def test_float32_that_was_asked_for_is_never_cut_to_tf32(dtype):
     torch.backends.cudnn.allow_tf32 = True
     allow_tf32(Precision("any", dtype, torch.device("cuda", 0)))
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (dtype is not None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_residual_stream_in_bf16_needs_bf16(precision, tiny):
+    recipe = tiny(deit_tiny, model={"residual_dtype": "bfloat16"}, run={"precision": precision})
+    with world("cpu") as joined:
+        if precision == "bf16":
+            Trainer(recipe, joined).close()
+            return
+        with pytest.raises(UserError, match=r"needs run\.precision bf16, but this run's precision is fp32"):
+            Trainer(recipe, joined)
 
 
 @pytest.mark.slow

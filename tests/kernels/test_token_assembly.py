@@ -62,6 +62,19 @@ def test_mixed_dtypes_give_the_wider(device):
     assert cls_token.grad.dtype is torch.float32
 
 
+def test_a_narrower_dtype_rounds_once(device):
+    arguments = inputs(device, 2, 3, 16, 2, True, torch.float32)
+    exact = assemble_tokens(*arguments)
+    out = assemble_tokens(*arguments, dtype=torch.float16)
+    assert torch.equal(out, exact.half())
+    gradients = [torch.autograd.grad(each.float().square().sum(), arguments) for each in (out, exact)]
+    for mine, judge in zip(*gradients, strict=True):
+        assert mine.dtype is torch.float32
+        torch.testing.assert_close(mine, judge, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
+        assemble_tokens(*arguments, dtype=torch.float64)
+
+
 def test_reads_a_convolution_output_where_it_lies(device, equals_pytorch):
     storage = torch.full((2, 24, 3, 8), float("nan"), device=device)
     storage[..., :3] = torch.randn(2, 24, 3, 3, device=device)

@@ -124,15 +124,13 @@ def test_the_parameters_are_those_of_the_real_model(name):
     assert parameters(config(name)) == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["small", "base"])
 def test_the_prediction_is_near_the_measured_step(size):
-    measured = newest(
-        [r for r in read(PROFILES) if r["environment"]["commit"].startswith("49fc454")], model=f"deit_{size}"
-    )
+    records = [record for record in read(PROFILES) if record["environment"]["commit"].startswith("b3a4987")]
+    measured = newest(records, model=f"deit_{size}", precision="bf16")
     assert measured is not None
     step = predict(config(f"deit_{size}"), CARDS["H200"], batch=measured["batch"])
     assert 1e3 * step.seconds == pytest.approx(measured["ms_per_step"], rel=0.1)
-    # cuBLAS clears counters only for DeiT-B and S: 57 launches of 686.
     assert step.launches == pytest.approx(sum(kernel[1] for kernel in measured["kernels"]), rel=0.1)
 
 

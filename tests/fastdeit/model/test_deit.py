@@ -159,6 +159,23 @@ def test_bf16_autocast_stays_near_float32():
 
 
 @pytest.mark.slow
+def test_the_residual_stream_is_bf16_under_autocast_to_bf16_alone():
+    plain, low = tiny(distilled=True), tiny(distilled=True, residual_dtype="bfloat16")
+    images = torch.randn(2, 3, 32, 32)
+    exact = plain(images)
+    seen = []
+    for model in (plain, low):
+        for block in model.blocks:
+            block.register_forward_hook(lambda module, arguments, out: seen.append(out.dtype))
+        for dtype in (torch.bfloat16, None):
+            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                outputs = model(images)
+            for mine, judge in zip(outputs, exact, strict=True):
+                error = 1e-6 if dtype is None else 0.05
+                torch.testing.assert_close(mine.float(), judge, rtol=error, atol=error)
+    assert seen == [torch.float32] * 6 + [torch.bfloat16] * 3 + [torch.float32] * 3
+
+
 def test_one_graph_serves_every_step():
     """Masks of another step need no second compilation and no break in the graph."""
     torch._dynamo.reset()

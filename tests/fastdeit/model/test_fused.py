@@ -120,6 +120,60 @@ def test_our_own_model_with_planned_stochastic_depth(device):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_biases_get_their_gradients_with_dropout_adapters_and_frozen_weights(device, frozen):
+    """The kernels compute the gradients of biases that other layers have added."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    model = build_model(cfg, 5).to(device)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.3)
+        parameter.requires_grad_(not frozen or name.endswith("bias"))
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    for m in (model, fused):
+        m.blocks[0].mlp.fc2.register_forward_hook(lambda module, arguments, out: 2 * out)
+        m.blocks[1].attn.proj = nn.Sequential(m.blocks[1].attn.proj, nn.Linear(32, 32, device=device))
+        m.blocks[2].attn.proj_drop = m.blocks[2].mlp.drop2 = Scale(0.5)  # as a dropout, but the same each time
+    fused.blocks[1].attn.proj[1].load_state_dict(model.blocks[1].attn.proj[1].state_dict())
+    images = torch.randn(3, 3, 16, 16, device=device)
+    for m in (model, fused):
+        torch.manual_seed(1)
+        m(images).cls.square().sum().backward()
+    for (name, mine), theirs in zip(fused.named_parameters(), model.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies bfloat16 wrongly")
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+def test_in_bfloat16_as_exact_as_pytorch(device, residual):
+    torch.manual_seed(0)
+    cfg = ModelConfig(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=3, residual_dtype=residual)
+    model = build_model(cfg, 10).to(device)
+    images = torch.randn(8, 3, 64, 64, device=device)
+    exact = model.double()(images.double()).cls
+    model.float()
+    errors = []
+    for m in (model, copy.deepcopy(model)):
+        if errors:
+            fuse(m)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            errors.append((m(images).cls.double() - exact).square().mean().sqrt())
+    assert errors[1] <= 2 * errors[0]
+
+
 @pytest.mark.slow
 def test_under_torch_compile_without_a_graph_break(device):
     _, fused, _ = pair(device=device)
