@@ -88,13 +88,13 @@ def by_group(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
 
 
 def newest(records: Iterable[Record], **wanted: Any) -> Record | None:
-    """The latest record with these fields, whose card's name contains `card` if that is one of them."""
+    """The latest record with these fields, whose card's name has the words `card`."""
     card = wanted.pop("card", "")
     matching = [
         record
         for record in records
         if record["environment"]["gpu"] is not None
-        and card in record["environment"]["gpu"]["name"]
+        and re.search(rf"\b{re.escape(card)}\b", record["environment"]["gpu"]["name"])
         and all(record.get(name) == value for name, value in wanted.items())
     ]
     return max(matching, key=lambda record: record["environment"]["date"], default=None)

@@ -32,7 +32,7 @@ def _store_sum(to, tile, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl
     if tile.dtype == tl.float32:
         tl.store(to + columns, tl.sum(tile, axis=0), mask=columns < HEAD_DIM)
     else:
-        total = tl.dot(tl.full((16, ROWS), 1.0, tile.dtype), tile)
+        total = tl.dot(tl.full((16, ROWS), 1.0, tl.float32).to(tile.dtype), tile)
         rows = tl.arange(0, 16)[:, None]
         tl.store(to + 0 * rows + columns[None, :], total, mask=(rows == 0) & (columns < HEAD_DIM)[None, :])
 

@@ -118,7 +118,7 @@ def _add_layer_norm_backward(
         row_mean = tl.load(mean + rows, mask=in_rows, other=0.0)
         row_rstd = tl.load(rstd + rows, mask=in_rows, other=0.0)
         grad = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
-        # Beyond the last row all numbers are 0, and beyond the last column `grad` and `scale` are: no sum sees them.
+        # Beyond the last row all numbers are 0, and beyond the last column `grad` and `scale` are: they add nothing.
         normalized = (value - row_mean[:, None]) * row_rstd[:, None]
         grad_weight += grad * normalized
         grad_bias += grad

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.profiles import newest
 from benchmarks.record import RESULTS
 from benchmarks.roof.cards import find_card
 from benchmarks.roof.report import Forecast, gemm_table, part_table, summary_table
-from benchmarks.roof.step import Inputs, Residual, gemms, predict
+from benchmarks.roof.step import Inputs, gemms, predict
 from benchmarks.tables import read
 from fastdeit.cli import parse, run
 from fastdeit.config import ModelConfig
@@ -28,7 +28,7 @@ class Options:
     batch: int = 256
     img_size: int = 224  # side of the square input, pixels
     distilled: bool = False  # with the distillation token
-    residual: Residual = "fp32"  # dtype of the residual stream
+    residual: Literal["float32", "bfloat16"] = "float32"  # dtype of the residual stream
     inputs: Inputs = "images"  # float32 images, as in `throughput`; patches: as the device augmentation writes them
     ema: bool = False  # average the weights
     graph: bool = True  # the step as one CUDA graph; otherwise the host launches every kernel
@@ -39,7 +39,8 @@ class Options:
 def forecasts(options: Options) -> list[Forecast]:
     """A forecast for every model and card. Raises UserError for an unknown card or a batch below 1."""
     profiles, throughput = (read(options.results / f"{name}.jsonl") for name in ("profiles", "throughput"))
-    comparable = options.residual == "fp32" and options.inputs == "images" and options.graph
+    comparable = options.inputs == "images" and options.graph
+    precision = "bf16" if options.residual == "float32" else "bf16, bf16 residual"
     made = []
     for card in map(find_card, options.card):
         for model in options.models:
@@ -48,13 +49,12 @@ def forecasts(options: Options) -> list[Forecast]:
                 _config(options, model),
                 card,
                 batch=options.batch,
-                residual=options.residual,
                 inputs=options.inputs,
                 ema=options.ema,
                 graph=options.graph,
             )
             case = {"model": name, "img_size": options.img_size, "batch": options.batch, "ema": options.ema}
-            case |= {"mode": "train", "precision": "bf16", "card": card.name}
+            case |= {"mode": "train", "precision": precision, "card": card.name}
             profile, rate = None, None
             if comparable:
                 profile, timed = newest(profiles, **case), newest(throughput, **case)
@@ -73,7 +73,8 @@ def _recipe(options: Options, model: str) -> str:
 def _config(options: Options, model: str) -> ModelConfig:
     """Raises UserError for an image size that the recipe does not allow."""
     recipe = RECIPES[_recipe(options, model)]()
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, img_size=options.img_size))
+    changed: dict[str, Any] = {"img_size": options.img_size, "residual_dtype": options.residual}
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changed))
     return recipe.resolved().model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fastdeit.pipelines.errors import UserError
@@ -112,8 +113,8 @@ def find_card(name: str) -> Card:
     It does not tell the PCIe form of a card from its SXM form, whose figures the table has. Raises UserError for an
     unknown card.
     """
-    plain = name.lower().replace(" ", "")
     for key, card in CARDS.items():
-        if key.lower().replace(" ", "") in plain:
+        # "RTX 4090" is also "rtx4090"; a GH200 is no H200.
+        if re.search(rf"(?<![a-z0-9]){key.lower().replace(' ', ' ?')}(?![0-9])", name.lower()):
             return card
     raise UserError(f"there is no card '{name}' in the table: choose one of {', '.join(CARDS)}")

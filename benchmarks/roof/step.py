@@ -2,7 +2,8 @@
 
 `predict` takes a recipe's model configuration and a card, and needs no GPU. It models the step that fastdeit runs on a
 GPU with its kernels and torch.compile: bf16 products, AdamW, stochastic depth by masks, the last block reduced to the
-prefix tokens. Every constant below has a source; none was fitted to the steps that the model is compared with.
+prefix tokens. Every rate below has a source, and none was fitted to the steps that the model is compared with. The
+starts of kernels and the numbers of launches come from those steps' profiles.
 
 Not in the model: a teacher that runs beside the student, clipping, micro-batches, fp32 and fp16, samples left out by
 `drop_path_mode "skip"`, several GPUs.
@@ -18,7 +19,6 @@ from benchmarks.roof.cards import Card
 from fastdeit.config import ModelConfig
 from fastdeit.pipelines.errors import UserError
 
-Residual = Literal["fp32", "bf16"]
 Inputs = Literal["images", "patches"]
 Product = Literal["forward", "input gradient", "weight gradient"]
 
@@ -38,8 +38,9 @@ PASS_SHARE = 0.88
 # + 1,633 at 577 (docs/kernels.md). It is bound by instructions, not by the power that limits a GEMM, so it scales with
 # the datasheet. Its tiles are larger above 256 tokens.
 ATTENTION_SHARE = {False: (0.166, 0.149), True: (0.266, 0.247)}  # by whether there are more than 256 tokens
-# Machine instructions per value, forward and backward: 511 and 730 for 16 values (docs/kernels.md, "Compiled form").
-GELU_INSTRUCTIONS = (32, 46)
+# Machine instructions per value, forward and backward: 972 for 32 values and 856 for 16 (docs/kernels.md, "Compiled
+# form"); the latter include the start of its loop.
+GELU_INSTRUCTIONS = (30, 53)
 # Seconds in which a kernel moves nothing yet, or no longer: the shortest kernels of the profiles take 0.8 to 1.2
 # microseconds, the shortest GEMMs 2.7 to 5.
 KERNEL_START, GEMM_START = 1.0e-6, 3.0e-6
@@ -242,16 +243,14 @@ def passes(
     batch: int,
     *,
     num_classes: int = 1000,
-    residual: Residual = "fp32",
     inputs: Inputs = "images",
     ema: bool = False,
 ) -> list[Pass]:
     """Everything but the GEMMs: see `predict`. Raises UserError for another `arch`."""
     shape = _Shape(_checked(model), batch, num_classes)
-    low = _gelu(shape) + _attention(shape) + _layer_norm(shape, FP32 if residual == "fp32" else BF16)
-    return [
-        work for work in low + _sums(shape) + _weights(shape, ema) + _borders(shape, residual, inputs) if work.count
-    ]
+    stream = BF16 if model.residual_dtype == "bfloat16" else FP32
+    work = _gelu(shape) + _attention(shape) + _layer_norm(shape, stream) + _sums(shape) + _weights(shape, ema)
+    return [each for each in work + _borders(shape, stream, inputs) if each.count]
 
 
 def _attention(shape: _Shape) -> list[Pass]:
@@ -317,7 +316,7 @@ def _sums(shape: _Shape) -> list[Pass]:
     gelu = -(-shape.rows // 256) * FP32 * shape.hidden  # of programs with 256 rows
     tokens = -(-shape.batch // 64) * FP32 * shape.tokens * shape.width  # of programs with 64 samples
     out.append(Pass(part=SUMS, name="of LayerNorm", count=2 * depth + 1, bytes=norm))
-    out.append(Pass(part=SUMS, name="of bias and GELU", count=depth - 1, bytes=gelu))
+    out.append(Pass(part=SUMS, name="of bias and GELU", count=depth - (shape.few <= 256), bytes=gelu))
     out.append(Pass(part=SUMS, name="of token assembly", count=1, bytes=tokens, kernels=3))
     return out
 
@@ -337,9 +336,8 @@ def _weights(shape: _Shape, ema: bool) -> list[Pass]:
     return [*out, Pass(part=AVERAGE, name="EMA", count=1, bytes=AVERAGE_BYTES * count, kernels=4)] if ema else out
 
 
-def _borders(shape: _Shape, residual: Residual, inputs: Inputs) -> list[Pass]:
-    """Everything before the first block and after the last one."""
-    stream = FP32 if residual == "fp32" else BF16
+def _borders(shape: _Shape, stream: int, inputs: Inputs) -> list[Pass]:
+    """Everything before the first block and after the last one; `stream` as in `_layer_norm`."""
     values, pixels = shape.rows * shape.width, shape.batch * shape.patches * shape.patch_values
     patches = shape.batch * shape.patches * shape.width
     logits = shape.few * shape.classes
@@ -409,7 +407,6 @@ def predict(
     *,
     batch: int = 256,
     num_classes: int = 1000,
-    residual: Residual = "fp32",
     inputs: Inputs = "images",
     ema: bool = False,
     graph: bool = True,
@@ -418,7 +415,6 @@ def predict(
 
     model     of a recipe; see the file's docstring for what the model of time leaves out
     batch     images a step
-    residual  dtype of the residual stream
     inputs    "images": (B, 3, S, S) float32, as in the throughput benchmark. "patches": bf16 in patches, as the device
               augmentation writes them
     ema       average the weights
@@ -430,7 +426,7 @@ def predict(
         raise UserError(f"the batch is {batch}: it must be at least 1")
     work: list[Work] = [
         *gemms(model, batch, num_classes=num_classes),
-        *passes(model, batch, num_classes=num_classes, residual=residual, inputs=inputs, ema=ema),
+        *passes(model, batch, num_classes=num_classes, inputs=inputs, ema=ema),
     ]
     parts = {part: _total([each for each in work if each.part == part], card) for part in PARTS}
     launches = sum(part.launches for part in parts.values())

@@ -46,7 +46,7 @@ class Options:
     batch: int = 0  # 0: 256 on a GPU, 8 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
-    residual: Literal["float32", "bfloat16"] = "float32"  # of our training step's residual stream; timm's is float32
+    residual: Literal["float32", "bfloat16"] = "float32"  # of our model's residual stream; timm's is float32
     windows: int = 5  # timed windows of each form
     window_seconds: float = 2.0
     compile: bool | None = None  # also both models under torch.compile; None: on a GPU
@@ -196,6 +196,7 @@ def _profile(case: ModelCase, record: dict[str, Any], contenders: dict[str, Cont
     ours = {name: figures for name, figures in record["sides"].items() if name.startswith("fastdeit")}
     name = max(ours, key=lambda name: ours[name]["images_per_second"], default=None)
     if name not in contenders:
+        print(f"no profile of {case.recipe.name}: its fastest form has made room for others")
         return
     kernels = profile_step(contenders[name].step)
     each = case.batch / ours[name]["images_per_second"]

@@ -64,18 +64,24 @@ def _add_norm(x: Tensor, branch: Branch, module: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module runs only its class's `forward`: it has no hooks, and no method was replaced."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in vars(module)
+
+
 def _linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The result of a layer, and its bias if the caller must compute the bias's gradient; None if the layer does.
 
     A separate pass would read the whole gradient once more. Adapters, parametrisations and hooks stay as they are.
     """
-    if type(layer) is not nn.Linear or layer.bias is None or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or layer.bias is None or not layer.bias.requires_grad or not _is_plain(layer):
         return layer(x), None
     return F.linear(x, layer.weight, layer.bias.detach()), layer.bias
 
 
-def _drops(dropout: nn.Module) -> bool:
-    return not (isinstance(dropout, nn.Identity) or (type(dropout) is nn.Dropout and not dropout.p))
+def _does_nothing(dropout: nn.Module) -> bool:
+    return _is_plain(dropout) and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.p))
 
 
 def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -106,9 +112,9 @@ class _Attention(Attention):
 
     def branch(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
         """As `first_rows`, and the bias in it whose gradient is left to the caller, or None."""
-        if _drops(self.proj_drop):
-            return self.first_rows(x, rows), None
-        return _linear(self.proj, self._attend(x, rows))
+        if _does_nothing(self.proj_drop):
+            return _linear(self.proj, self._attend(x, rows))
+        return self.first_rows(x, rows), None
 
     def _attend(self, x: Tensor, rows: int) -> Tensor:
         qkv, bias = _linear(self.qkv, x)
@@ -121,7 +127,7 @@ class _Mlp(Mlp):
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The result, and the bias in it whose gradient is left to the caller, or None."""
-        return (self(x), None) if _drops(self.drop2) else _linear(self.fc2, self._hidden(x))
+        return _linear(self.fc2, self._hidden(x)) if _does_nothing(self.drop2) else (self(x), None)
 
     def _hidden(self, x: Tensor) -> Tensor:
         if type(self.fc1) is not nn.Linear:  # replaced by an adapter after fusing
@@ -143,14 +149,15 @@ class _Block(Block):
         rows = x.shape[1] if rows is None else rows
         value, bias = (
             self.attn.branch(normalized, rows)
-            if isinstance(self.attn, _Attention)
+            if isinstance(self.attn, _Attention) and _is_plain(self.attn)
             else (self.attn(normalized)[:, :rows], None)
         )
         return _add_norm(x[:, :rows], Branch(value, bias, _drop_path_mask(self.drop_path1, value)), self.norm2)
 
     def feed(self, normalized: Tensor) -> Branch:
         """The MLP's branch, from the stream's second normalisation."""
-        value, bias = self.mlp.branch(normalized) if isinstance(self.mlp, _Mlp) else (self.mlp(normalized), None)
+        fast = isinstance(self.mlp, _Mlp) and _is_plain(self.mlp)
+        value, bias = self.mlp.branch(normalized) if fast else (self.mlp(normalized), None)
         return Branch(value, bias, _drop_path_mask(self.drop_path2, value))
 
     def end(self, x: Tensor, normalized: Tensor) -> Tensor:
@@ -307,7 +314,7 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
 
     model    changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
              module names and state dict stay. Forward hooks of blocks, of their norms and stochastic depth, and of
-             an MLP's fc1 and act no longer run
+             an MLP's fc1 and act no longer run; hooks of other modules do
     without  operations to leave to PyTorch, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
 
     Returns the replaced modules, and the others with the reason, including subclasses of the replaceable types. A fused

@@ -135,8 +135,9 @@ def _layer_norm(s: _Inputs) -> _Check:
 
     def judge(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
         branch = (branch + of_branch).to(branch.dtype)
-        total, out = reference.add_layer_norm(x, branch, weight, bias, mask=mask)
-        return total, out.to(branch.dtype)
+        total = x + reference.scale_branch(branch, mask)
+        # As under autocast: on a GPU, PyTorch's LayerNorm takes one dtype.
+        return total, reference.layer_norm(total.to(weight.dtype), weight, bias).to(branch.dtype)
 
     return _Check(inputs, kernel, judge)
 

@@ -49,6 +49,8 @@ def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[b
         raise UserError(f"run.cuda_graphs 'on' is not available here: {reason}. Set it to 'auto'")
     if how != "auto":
         return how == "on", "as requested"
+    if reason is None and world.size > 1:
+        reason = "a graph of several processes has not run on several GPUs yet: --run.cuda_graphs on tries it"
     return reason is None, reason or "nothing in a step waits for the host"
 
 
@@ -90,8 +92,8 @@ class CudaRecorder:
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """A call that replays `function` on the current stream, and the tensor that each replay writes.
 
-        Recording does not run `function`. Raises RecordingError if CUDA refuses, or runs out of memory; call `discard`
-        then.
+        Recording does not run `function`. Raises RecordingError if CUDA refuses, runs out of memory, or `function`
+        raises; call `discard` then.
         """
         current = torch.cuda.current_stream()
         self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -100,7 +102,7 @@ class CudaRecorder:
         try:
             with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
                 out = function()
-        except RuntimeError as error:
+        except Exception as error:  # a compiler's too: all processes must agree to go on without the graph
             torch.cuda.set_stream(current)  # PyTorch leaves the recording stream in place
             _end_recording(self._pool)
             _FAILED.append(self._graph)

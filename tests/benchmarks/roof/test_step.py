@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def run_on_meta(cfg, monkeypatch, residual="fp32"):
+def run_on_meta(cfg, monkeypatch):
     """A forward and backward pass of the fused model without data: FLOPs as PyTorch counts them, and a `Recorder`.
 
     The meta device has no autocast, so weights and biases get the dtypes that it would cast them to.
@@ -66,7 +66,7 @@ def run_on_meta(cfg, monkeypatch, residual="fp32"):
             module.weight.data = module.weight.data.to(LOW)
             if not name.endswith("fc1"):  # its bias goes to our kernel, uncast
                 module.bias.data = module.bias.data.to(LOW)
-    if residual == "bf16":
+    if cfg.residual_dtype == "bfloat16":
         for token in (model.cls_token, model.dist_token, model.pos_embed):
             if token is not None:
                 token.data = token.data.to(LOW)
@@ -102,12 +102,12 @@ def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
     assert found == expected
 
 
-@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled"])
 def test_the_passes_move_the_tensors_of_the_operators(name, residual, monkeypatch):
-    cfg = config(name)
-    _, recorder = run_on_meta(cfg, monkeypatch, residual)
-    work = passes(cfg, BATCH, residual=residual)
+    cfg = config(name, residual_dtype=residual)
+    _, recorder = run_on_meta(cfg, monkeypatch)
+    work = passes(cfg, BATCH)
     for op, part in OPS.items():
         chosen = [each for each in work if each.part == part and each.name != "sum of both gradients"]
         for direction, name in (("forward", op), ("backward", f"{op}_backward")):
@@ -145,7 +145,7 @@ def test_no_part_is_faster_than_its_roof(size, card):
 def test_what_saves_bytes_or_launches_saves_time():
     card, cfg = CARDS["H200"], config("deit_tiny")
     plain = predict(cfg, card)
-    assert predict(cfg, card, residual="bf16").seconds < plain.seconds
+    assert predict(config("deit_tiny", residual_dtype="bfloat16"), card).seconds < plain.seconds
     assert predict(cfg, card, inputs="patches").seconds < plain.seconds
     assert predict(cfg, card, ema=True).seconds > plain.seconds
     launched = predict(cfg, card, graph=False)
@@ -159,6 +159,8 @@ def test_what_cannot_be_predicted_is_named():
         predict(config("deit_tiny"), CARDS["H200"], batch=0)
     with pytest.raises(UserError, match="no card 'V100' in the table: choose one of H200, H100"):
         find_card("V100")
+    with pytest.raises(UserError, match="no card 'NVIDIA GH200 480GB'"):
+        find_card("NVIDIA GH200 480GB")
 
 
 def test_a_card_is_found_by_pytorchs_name():

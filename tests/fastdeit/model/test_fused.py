@@ -155,6 +155,28 @@ def test_biases_get_their_gradients_with_dropout_adapters_and_frozen_weights(dev
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("place", ["attn", "mlp", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp.fc2", "mlp.drop2"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_hooks_and_replaced_methods_go_on(device, place, number):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2), 5).to(device)
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    seen, images = {"plain": [], "fused": []}, torch.randn(2, 3, 16, 16, device=device)
+    outputs = []
+    for name, m in (("plain", model), ("fused", fused)):
+        module = m.blocks[number].get_submodule(place)
+        forward = module.forward
+        module.forward = lambda *given, forward=forward, **named: 2 * forward(*given, **named)
+        outputs.append(m(images).cls)
+        del module.forward
+        module.register_full_backward_hook(lambda module, into, out, name=name: seen[name].append("backward"))
+        module.register_forward_hook(lambda module, arguments, out, name=name: seen[name].append("forward"))
+        m(images).cls.sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    assert seen["fused"] == seen["plain"] == ["forward", "backward"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies bfloat16 wrongly")
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])

@@ -44,7 +44,6 @@ def gpu(size=1):
     [
         ({}, "bf16", 1, None),
         ({"run": {"micro_batch": 8}, "optim": {"clip_grad": 1.0}}, "fp32", 1, None),
-        ({}, "bf16", 2, None),
         ({}, "fp16", 1, "loss scale"),
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
@@ -68,6 +67,14 @@ def test_auto_is_on_where_nothing_needs_the_host(tiny, sections, precision, proc
     else:
         with pytest.raises(UserError, match=f"{reason}.*'auto'"):
             choose_graphs(asked["on"], gpu(processes), found)
+
+
+def test_several_processes_are_replayed_on_request(tiny):
+    found = Precision("bf16", torch.bfloat16, gpu().device)
+    chosen, why = choose_graphs(tiny(), gpu(2), found)
+    assert not chosen
+    assert "--run.cuda_graphs on tries it" in why
+    assert choose_graphs(tiny(run={"cuda_graphs": "on"}), gpu(2), found) == (True, "as requested")
 
 
 def test_a_convnet_and_a_cpu_are_not_replayed(tiny):

@@ -164,7 +164,9 @@ def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeyp
     def broken(*_, **__):
         raise RuntimeError("out of resource: shared memory\nmore lines")
 
-    monkeypatch.setattr(fastdeit.model.kernel_checks, "attention", lambda qkv: attention(qkv) * 1.01)
+    monkeypatch.setattr(
+        fastdeit.model.kernel_checks, "attention", lambda *arguments, **options: attention(*arguments, **options) * 1.01
+    )
     monkeypatch.setattr(fastdeit.model.kernel_checks, "bias_gelu", broken)
     monkeypatch.setitem(fastdeit.model.kernel_choice.SLOWER, "layer_norm", "0.9 x PyTorch on a test")
     monkeypatch.setattr(fastdeit.model.kernel_choice, "_on_gpu", lambda device: True)
