@@ -178,9 +178,14 @@ def _parse(args: list[str]) -> Recipe:
     )
 
 
+# Fields that recipes of older versions lack; their defaults are what those versions did.
+LATER = {"model.residual_dtype"}
+
+
 def _missing(values: dict[str, Any]) -> list[str]:
-    """Fields of a recipe that a file's `values` lack; none in a stored recipe."""
+    """Fields of a recipe that a file's `values` lack; none in a stored recipe, whichever version wrote it."""
     held = {f"{section}.{name}" for section, given in values.items() if isinstance(given, dict) for name in given}
+    held |= LATER
     return [name for name in fields(Recipe(name="")) if name not in held and name not in values]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import threading
 import zipfile
 
@@ -299,6 +300,14 @@ def test_a_run_whose_epochs_changed_their_length_goes_on(tmp_path):
         check_position(counted, tmp_path, epochs=3, steps_per_epoch=50)
 
 
+def _middle_of_the_largest_part(path):
+    """The middle of the file may be padding between two tensors, where a flipped bit does no harm."""
+    with zipfile.ZipFile(path) as archive:
+        part = max(archive.infolist(), key=lambda part: part.file_size)
+    names = struct.unpack("<HH", path.read_bytes()[part.header_offset + 26 : part.header_offset + 30])
+    return part.header_offset + 30 + sum(names) + part.file_size // 2
+
+
 def test_a_damaged_newest_checkpoint_is_named_with_the_whole_one(tiny):
     recipe = tiny(run={"epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 9})
     with world("cpu") as joined:
@@ -314,7 +323,7 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_whole_one(tiny):
         found = checkpoint.found(recipe.run.output / "checkpoints")
         for path in found[:2]:
             data = bytearray(path.read_bytes())
-            data[len(data) // 2] ^= 1
+            data[_middle_of_the_largest_part(path)] ^= 1
             path.write_bytes(data)
         with pytest.raises(UserError) as caught:
             resume()

@@ -151,6 +151,7 @@ def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
         state = checkpoint.load(path)
         state["recipe"]["departures"]["finetune_mode"] = "eval"
         state["recipe"]["teacher"]["name"] = "resnet18"
+        del state["recipe"]["model"]["residual_dtype"]
         torch.save(state, path)
         Trainer(recipe, joined).run()
         fine = tiny(deit_tiny, model={"init": path}, run={"epochs": 1, "output": tmp_path / "fine"})

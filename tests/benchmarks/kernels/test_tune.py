@@ -60,8 +60,8 @@ def test_launches_are_tried_and_recorded(tmp_path, monkeypatch, capsys):
     assert tune.tune_launches(options, DEVICE, clock)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [r["kernel"] for r in records] == ["bias_gelu_forward", "bias_gelu_backward"]
-    assert records[0]["best"] == "ROWS 8 -> 4"
-    assert [t["launch"] for t in records[0]["tried"]] == ["", "num_warps 4 -> 2", "num_warps 4 -> 8", "ROWS 8 -> 4"]
+    assert records[0]["best"] == "ROWS 16 -> 8"
+    assert [t["launch"] for t in records[0]["tried"]] == ["", "num_warps 4 -> 2", "num_warps 4 -> 8", "ROWS 16 -> 8"]
     assert "bias_gelu_forward tiny N7, forward: 1000.000 ms" in capsys.readouterr().out
 
 

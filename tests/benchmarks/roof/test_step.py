@@ -57,7 +57,7 @@ def run_on_meta(cfg, monkeypatch):
     """
     monkeypatch.setattr(fused, "_autocast_dtype", lambda x: LOW)
     with torch.device("meta"):
-        model = build_model(cfg, 1000)
+        model = build_model(dataclasses.replace(cfg, residual_dtype="float32"), 1000)
         fused.fuse(model)
         model.set_drop_path(torch.ones(cfg.depth, 2, BATCH))
         images = torch.empty(BATCH, 3, cfg.img_size, cfg.img_size, dtype=LOW)

@@ -194,7 +194,7 @@ class _AddToken(torch.autograd.Function):
 def test_gradients_that_share_memory_fail_the_check(monkeypatch):
     """A single backward pass would not show them."""
 
-    def shared(patches, cls_token, dist_token, pos_embed, bias):
+    def shared(patches, cls_token, dist_token, pos_embed, bias, dtype):
         zeros = torch.zeros_like(cls_token)
         tokens = torch.cat([t.expand(len(patches), -1, -1) for t in (zeros, dist_token)], 1)
         return torch.cat([tokens, patches + bias], 1) + _AddToken.apply(cls_token, pos_embed)
