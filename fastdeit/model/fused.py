@@ -156,8 +156,11 @@ class _Block(Block):
 
     def feed(self, normalized: Tensor) -> Branch:
         """The MLP's branch, from the stream's second normalisation."""
-        fast = isinstance(self.mlp, _Mlp) and _is_plain(self.mlp)
-        value, bias = self.mlp.branch(normalized) if fast else (self.mlp(normalized), None)
+        mlp = self.mlp
+        if isinstance(mlp, _Mlp) and _is_plain(mlp):
+            value, bias = mlp.branch(normalized)
+        else:
+            value, bias = mlp(normalized), None
         return Branch(value, bias, _drop_path_mask(self.drop_path2, value))
 
     def end(self, x: Tensor, normalized: Tensor) -> Tensor:
