@@ -35,7 +35,7 @@ style: env
 types: env
 	$(BIN)/pyright
 
-gpu: env  ## GPU tests and benchmarks, in five parts of 6 to 9 minutes
+gpu: env  ## GPU tests and benchmarks: five parts of at most 9 minutes, 36 in all
 	$(BIN)/python -m benchmarks gpu
 
 env: .venv/.stamp

@@ -41,7 +41,7 @@ class ModelConfig:
     drop_rate: float = 0.0
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
     drop_path_mode: Literal["mask", "skip"] = "mask"  # skip: the branch does not compute dropped samples
-    residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the sum of all branches; bfloat16 needs bf16
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the residual stream; bfloat16 needs precision bf16
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU if its checks pass; logged
     num_classes: int | None = None  # None: the number in the training set
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)

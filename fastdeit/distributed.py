@@ -16,7 +16,7 @@ _GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def release_before_leaving(graph: torch.cuda.CUDAGraph) -> None:
-    """Have `world` free `graph` before it leaves the processes: NCCL waits for every graph that holds its launches."""
+    """Make `world` free `graph` before it destroys the process group: NCCL waits for graphs with its launches."""
     _GRAPHS.add(graph)
 
 

@@ -54,7 +54,7 @@ def attention(qkv: Tensor, *, bias: Tensor | None = None, rows: int | None = Non
     bias  (3 H D,) the bias that `qkv` already contains, detached, or None. It changes no result: it only receives its
           gradient, from the same pass. The part of the keys gets exactly 0, since it adds the same to all scores of a
           query
-    rows  attend with the first tokens only, such as the tokens that the heads read; None: with all N
+    rows  compute the output of the first tokens only, which attend to all N: those that the heads read. None: all
 
     Returns (B, rows, H D), contiguous, in the dtype of `qkv`: what timm's `proj` layer takes. Sums are float32; float32
     products do not use TF32. The gradient is packed like `qkv` and bit-reproducible: no atomic additions. Raises

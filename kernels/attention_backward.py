@@ -116,8 +116,8 @@ def _attention_backward_queries(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Gradient of a tile of queries; zeros for tokens that are no queries. Also stores each query's delta, sum(output *
-    # gradient), for the other kernel, and with BIAS its share of the bias's gradient: see `backward`.
+    # Gradient of a tile of queries; zeros for the tokens beyond `num_queries`. Also stores each query's delta,
+    # sum(output * gradient), for the other kernel, and with BIAS its share of the bias's gradient: see `backward`.
     blocks = tl.cdiv(num_tokens, QUERIES)
     block = tl.program_id(0) % blocks
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)

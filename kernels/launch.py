@@ -25,7 +25,7 @@ class Launch:
 
     constants  values of the kernel's `tl.constexpr` arguments
     registers  the most that a thread may have on Hopper, so that one more program fits a multiprocessor; 0: no limit.
-               No other GPU has the instructions that take a product's operands from shared memory
+               There a product reads its operands from shared memory, which leaves registers to spare
     fp_fusion  whether the compiler may fuse a multiplication and an addition into one operation
     """
 

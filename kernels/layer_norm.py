@@ -99,7 +99,7 @@ def _add_layer_norm_backward(
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    # 64-bit numbers only where a program begins: within it they would cost registers.
+    # 64-bit offsets only for the program's first row: within the loop they would cost registers.
     first_row = tl.program_id(0).to(tl.int64) * chunk
     total += first_row * width
     grad_out += first_row * width
@@ -163,7 +163,7 @@ def _backward_launch(width: int, branch: bool, mask: bool, branch_bias: bool) ->
     return Launch(constants=constants, num_warps=warps)
 
 
-# Programs of the backward pass: four a multiprocessor of an H200, to hide the memory's latency; few partial sums.
+# Programs of the backward pass: four for each multiprocessor of an H200. More would make more partial sums.
 _PROGRAMS = 528
 
 

@@ -322,7 +322,7 @@ def is_complete(record: dict[str, Any], *, peer: bool) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; exit status 1 if a case or a form could not be timed."""
+    """The command; exit status 1 if a case, a form of ours, or every form of timm could not be timed."""
 
     if not run(lambda: run_benchmark(parse(Options, "python -m benchmarks throughput", argv))):
         sys.exit(1)

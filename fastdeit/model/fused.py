@@ -73,7 +73,7 @@ def _is_plain(module: nn.Module) -> bool:
 def _linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The result of a layer, and its bias if the caller must compute the bias's gradient; None if the layer does.
 
-    A separate pass would read the whole gradient once more. Adapters, parametrisations and hooks stay as they are.
+    Leaving it to the caller saves a pass over the gradient. Adapters, parametrisations and hooks stay as they are.
     """
     if type(layer) is not nn.Linear or layer.bias is None or not layer.bias.requires_grad or not _is_plain(layer):
         return layer(x), None

@@ -233,12 +233,15 @@ def test_a_stopped_conversion_can_go_on(tree, out, tmp_path, number, status):
         os.link(tree / "class3" / "39.jpg", many / f"{i % 4}" / f"{i}.jpg")
     command = [sys.executable, "-m", "fastdeit.commands.convert", str(many), str(out / "x.beton"), "--mode", "jpeg"]
     process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     # Images start at 8 MiB; after another MiB of them, the writer has flushed and more are pending.
-    while not any(path.stat().st_size > 9 << 20 for path in out.glob("*.partial")) and time.monotonic() < deadline:
+    while not (written := any(path.stat().st_size > 9 << 20 for path in out.glob("*.partial"))):
+        if time.monotonic() > deadline or process.poll() is not None:
+            break
         time.sleep(0.01)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=30)
+    assert written, f"nothing was written before the signal: {err}"
     assert process.returncode == status, err
     assert sorted(path.name for path in out.iterdir()) == ["x.beton.journal", "x.beton.partial"]
     kept = int(re.search(r"x\.beton: (\d+) of 2000 images are kept; continue with --resume", err)[1])
