@@ -225,24 +225,20 @@ def _keys_tile(
     grad_k = tl.zeros((KEYS, COLUMNS), tl.float32)
     grad_v = tl.zeros((KEYS, COLUMNS), tl.float32)
     if LAST_QUERIES == QUERIES:
-        for start in range(0, num_queries, QUERIES):
-            grad_k, grad_v = _add_queries(
-                k, v, grad_k, grad_v, q_base, grad, lse, delta, start, stride_n, width, num_queries, scale,
-                QUERIES, HEAD_DIM, COLUMNS, PRECISION,
-            )  # fmt: skip
+        end, bound = num_queries, num_queries
     else:
         # Only the last queries need a mask, and they take a tile of their own size.
-        full = num_queries // QUERIES * QUERIES
-        for start in range(0, full, QUERIES):
-            grad_k, grad_v = _add_queries(
-                k, v, grad_k, grad_v, q_base, grad, lse, delta, start, stride_n, width, None, scale,
-                QUERIES, HEAD_DIM, COLUMNS, PRECISION,
-            )  # fmt: skip
-        if LAST_QUERIES > 0:
-            grad_k, grad_v = _add_queries(
-                k, v, grad_k, grad_v, q_base, grad, lse, delta, full, stride_n, width, num_queries, scale,
-                LAST_QUERIES, HEAD_DIM, COLUMNS, PRECISION,
-            )  # fmt: skip
+        end, bound = num_queries // QUERIES * QUERIES, None
+    for start in range(0, end, QUERIES):
+        grad_k, grad_v = _add_queries(
+            k, v, grad_k, grad_v, q_base, grad, lse, delta, start, stride_n, width, bound, scale,
+            QUERIES, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
+    if LAST_QUERIES % QUERIES != 0:
+        grad_k, grad_v = _add_queries(
+            k, v, grad_k, grad_v, q_base, grad, lse, delta, end, stride_n, width, num_queries, scale,
+            LAST_QUERIES, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
     grad_k_base = grad_q_base + width
     store_rows(grad_k_base, first, 3 * width, num_tokens, grad_k * softmax_scale, KEYS, HEAD_DIM, COLUMNS)
     store_rows(grad_k_base + width, first, 3 * width, num_tokens, grad_v, KEYS, HEAD_DIM, COLUMNS)

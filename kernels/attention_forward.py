@@ -99,24 +99,20 @@ def _forward_tile(
     row_sum = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, COLUMNS), tl.float32)
     if LAST_KEYS == KEYS:
-        for first in range(0, num_tokens, KEYS):
-            row_max, row_sum, acc = _attend(
-                q, k_base, v_base, stride_n, first, num_tokens, scale, row_max, row_sum, acc,
-                KEYS, HEAD_DIM, COLUMNS, PRECISION,
-            )  # fmt: skip
+        end, bound = num_tokens, num_tokens
     else:
         # Only the last keys need a mask, and they take a tile of their own size.
-        full = num_tokens // KEYS * KEYS
-        for first in range(0, full, KEYS):
-            row_max, row_sum, acc = _attend(
-                q, k_base, v_base, stride_n, first, None, scale, row_max, row_sum, acc,
-                KEYS, HEAD_DIM, COLUMNS, PRECISION,
-            )  # fmt: skip
-        if LAST_KEYS > 0:
-            row_max, row_sum, acc = _attend(
-                q, k_base, v_base, stride_n, full, num_tokens, scale, row_max, row_sum, acc,
-                LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
-            )  # fmt: skip
+        end, bound = num_tokens // KEYS * KEYS, None
+    for first in range(0, end, KEYS):
+        row_max, row_sum, acc = _attend(
+            q, k_base, v_base, stride_n, first, bound, scale, row_max, row_sum, acc,
+            KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
+    if LAST_KEYS % KEYS != 0:
+        row_max, row_sum, acc = _attend(
+            q, k_base, v_base, stride_n, end, num_tokens, scale, row_max, row_sum, acc,
+            LAST_KEYS, HEAD_DIM, COLUMNS, PRECISION,
+        )  # fmt: skip
     store_rows(out, start, width, num_queries, acc / row_sum[:, None], QUERIES, HEAD_DIM, COLUMNS)
     rows = start + tl.arange(0, QUERIES)
     tl.store(lse + rows, row_max + tl.log2(row_sum), mask=rows < num_queries)
