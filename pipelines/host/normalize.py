@@ -9,8 +9,6 @@ by row.
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from fastdeit.pipelines.host.noise import NOISE_ROWS, NoiseScratch, noise_rows, noise_scratch
 from fastdeit.pipelines.host.vector import copy_run
@@ -42,24 +40,32 @@ def normalize_scratch(size: int) -> NormalizeScratch:
     )
 
 
-def _write(out, line):
+class Output(NamedTuple):
+    """Where `normalize_erase_mix` writes: one of the two, the other one empty.
+
+    One type for both keeps the code from being compiled twice.
+    """
+
+    float32: np.ndarray  # (samples, 3 * size * size) float32
+    bfloat16: np.ndarray  # (samples, 3 * size * size) uint16, the bits of bfloat16
+
+
+def output(rows: np.ndarray) -> Output:
+    """The output into `rows`, (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16."""
+    none = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
+    return Output(rows, none[1]) if rows.dtype == np.float32 else Output(none[0], rows)
+
+
+@compiled
+def _write(out, sample, at, line):
     """Write a float32 line to a row of the output, unchanged or as bfloat16 bits rounded to nearest even."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(_write)
-def _write_for(out, line):
-    def as_float32(out, line):
-        for x in range(len(out)):
-            out[x] = line[x]
-
-    def as_bfloat16(out, line):
-        bits = line.view(np.uint32)
-        for x in range(len(out)):
-            odd = (bits[x] >> np.uint32(16)) & np.uint32(1)
-            out[x] = np.uint16((bits[x] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-    return as_bfloat16 if out.dtype == types.uint16 else as_float32
+    if len(out.float32):
+        copy_run(out.float32[sample], at, line, 0, len(line))
+        return
+    to, bits = out.bfloat16[sample, at : at + len(line)], line.view(np.uint32)
+    for x in range(len(to)):
+        odd = (bits[x] >> np.uint32(16)) & np.uint32(1)
+        to[x] = np.uint16((bits[x] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
 
 
 @compiled
@@ -87,7 +93,7 @@ def normalize_erase_mix(first, second, seed, epoch, plan, planes, tables, levels
     plan    arrays of the plan, see `_Work` in `stage.py`
     planes  (2, 3 * size * size) uint8 images; tables (2, 768) uint8 the mapping still to be applied to their levels
     levels  (3, 256) float32 of `normalized_levels`
-    out     (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16
+    out     of `output`
     """
     group = plan.group[first]
     mix, box = plan.mix[group], plan.box[group]
@@ -111,19 +117,18 @@ def normalize_erase_mix(first, second, seed, epoch, plan, planes, tables, levels
                 if erase[3] and erase[0] <= row < erase[0] + erase[2]:
                     index, repeat = plan.index[sample], plan.repeat[sample]
                     _erase_row(seed, epoch, index, repeat, erase, row, at, line, noise[member], scratch.draw)
-            to_first, to_second = out[first, at : at + size], out[max(second, 0), at : at + size]
             if mix == MIXUP and members == 2:
                 for x in range(size):
                     mixed[x] = a[x] * own + b[x] * other
-                _write(to_first, mixed)
+                _write(out, first, at, mixed)
                 for x in range(size):
                     mixed[x] = b[x] * own + a[x] * other
-                _write(to_second, mixed)
+                _write(out, second, at, mixed)
                 continue
             if top <= row < bottom:
                 copy_run(mixed, 0, a, left, right - left)
                 copy_run(a, left, b, left, right - left)
                 copy_run(b, left, mixed, 0, right - left)
-            _write(to_first, a)
+            _write(out, first, at, a)
             if members == 2:
-                _write(to_second, b)
+                _write(out, second, at, b)

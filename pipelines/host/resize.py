@@ -112,18 +112,18 @@ def resize(
         room = _find_taps(taps, start, count, scratch.weight, height, out_height, top, size, cubic)
         first_row = start[0]
         row_count = start[size - 1] + count[size - 1] - first_row
+    done = height == out_height
     if width == out_width:
         from_row = offset + first_row * pitch + 3 * left
         _split_channels(pixels, from_row, pitch, row_count, size, flip, stride, scratch.rows)
-    elif vertical_first(height, width, out_height, out_width):
-        _shorten(pixels, offset, pitch, height, width, size, room, scratch)
-        _narrow(scratch.short, 0, 3 * width, size, width, out_width, left, size, flip, cubic, stride, scratch)
-        _write_planes(scratch.rows, stride, size, planes)
-        return
     else:
-        from_row = offset + first_row * pitch
-        _narrow(pixels, from_row, pitch, row_count, width, out_width, left, size, flip, cubic, stride, scratch)
-    if height == out_height:
+        source, from_row, from_pitch = pixels, offset + first_row * pitch, pitch
+        if vertical_first(height, width, out_height, out_width):
+            _shorten(pixels, offset, pitch, height, width, size, room, scratch)
+            source, from_row, from_pitch, row_count = scratch.short, 0, 3 * width, size
+            done = True
+        _narrow(source, from_row, from_pitch, row_count, width, out_width, left, size, flip, cubic, stride, scratch)
+    if done:
         _write_planes(scratch.rows, stride, size, planes)
         return
     for out in range(size):

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from fastdeit.pipelines.batch import Batch, DecodedBatch, normalized_levels
-from fastdeit.pipelines.host.normalize import NormalizeScratch, normalize_erase_mix, normalize_scratch
+from fastdeit.pipelines.host.normalize import (
+    NormalizeScratch,
+    normalize_erase_mix,
+    normalize_scratch,
+    output,
+)
 from fastdeit.pipelines.host.operations import OperationScratch, apply_operations, operation_scratch
 from fastdeit.pipelines.host.resize import ResizeScratch, resize, resize_scratch
 from fastdeit.pipelines.jit import compiled, is_compiled
@@ -23,12 +28,13 @@ from fastdeit.pipelines.plan.checks import check_plan
 from fastdeit.pipelines.plan.plan import BICUBIC, Plan, rotation_matrices
 
 _CHUNK = 2  # units per turn of a thread
+_BICUBIC = np.int64(BICUBIC)  # numba compiles `resize` again for a Python constant
 
 
 class _Work(NamedTuple):
     """A batch for the compiled code: `DecodedBatch` and `Plan`.
 
-    unit   (U, 2) int32  samples to finish together; second -1: one alone
+    unit   (U, 2) int64  samples to finish together; second -1: one alone
     """
 
     pixels: np.ndarray
@@ -101,7 +107,7 @@ class HostStage:
         count = len(plan)
         partner, mixed = plan.partner, plan.mixed
         first = np.nonzero(~mixed | (partner > np.arange(count)))[0]
-        unit = np.stack([first, np.where(mixed, partner, -1)[first]], axis=1).astype(np.int32)
+        unit = np.stack([first, np.where(mixed, partner, -1)[first]], axis=1)
         images = self._run(decoded, plan, unit)
         label = torch.from_numpy(decoded.label)
         return Batch(
@@ -118,27 +124,27 @@ class HostStage:
             pixels=_plain(decoded.host_pixels(), np.uint8),
             offset=_plain(decoded.offset, np.int64),
             pitch=_plain(decoded.width, np.int64) * 3,
-            source=_plain(decoded.source, np.int32),
+            source=_plain(decoded.source, np.int64),
             index=_plain(plan.index, np.int64),
-            repeat=_plain(plan.repeat, np.int32),
-            crop=_plain(plan.crop, np.int32),
-            window=_plain(plan.window, np.int32),
+            repeat=_plain(plan.repeat, np.int64),
+            crop=_plain(plan.crop, np.int64),
+            window=_plain(plan.window, np.int64),
             flip=_plain(plan.flip, np.bool_),
             op=_plain(plan.op, np.int8),
             arg=_plain(plan.arg, np.float64),
             matrix=rotation_matrices(plan.op, plan.arg, size),
             interp=_plain(plan.interp, np.int8),
-            erase=_plain(plan.erase, np.int32),
-            group=_plain(plan.group, np.int32),
+            erase=_plain(plan.erase, np.int64),
+            group=_plain(plan.group, np.int64),
             mix=_plain(plan.mix, np.int8),
             lam=_plain(plan.lam, np.float64),
-            box=_plain(plan.box, np.int32),
+            box=_plain(plan.box, np.int64),
             unit=unit,
         )
         images, out = self._buffers.take((len(plan), 3, size, size), self.dtype)
         side = int(plan.crop[:, 2:].max(initial=1))
         turns = itertools.count(0, _CHUNK)
-        batch = [(work, out.reshape(len(plan), 3 * size * size))]
+        batch = [(work, output(out.reshape(len(plan), 3 * size * size)))]
 
         def take_turns() -> None:
             work, out = batch[0]
@@ -177,8 +183,8 @@ class HostStage:
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
-    """C order and the dtype that the compiled code expects; copies only if needed."""
-    return np.ascontiguousarray(array, dtype)
+    """In C order, writable and of this dtype, so that one compiled form takes all; copies only if needed."""
+    return np.require(array, dtype, ["C", "W"])
 
 
 @compiled
@@ -195,7 +201,7 @@ def _run_units(first, last, work, seed, epoch, levels, fill, size, out, scratch)
             offset = work.offset[slot] + top * pitch + 3 * left
             resize(
                 work.pixels, offset, pitch, height, width, out_height, out_width, from_row, from_column,
-                size, work.flip[sample], BICUBIC, scratch.planes[member], scratch.resize,
+                size, work.flip[sample], _BICUBIC, scratch.planes[member], scratch.resize,
             )  # fmt: skip
             apply_operations(
                 scratch.planes[member], scratch.tables[member], work.op[sample], work.arg[sample],
