@@ -90,8 +90,9 @@ class Teacher(nn.Module):
         """Move to `device` and prepare for autocast to `dtype` (None: float32).
 
         Convolutions and linear layers keep their weights in `dtype`, since autocast caches only the casts of trained
-        weights. On a GPU, a convnet uses channels-last memory, and cuDNN benchmarks its algorithms. A `compiled`
-        network rounds as torch.compile makes it.
+        weights. On a GPU, a convnet uses channels-last memory, and cuDNN benchmarks its algorithms. `compiled` makes one
+        graph of preparation and network, so that one pass normalises, casts and reorders the images; it rounds as
+        torch.compile makes it.
         """
         _ = self.fingerprint  # computed from the weights before they are cast
         self.to(device)
@@ -104,7 +105,7 @@ class Teacher(nn.Module):
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             torch.backends.cudnn.benchmark = True
         if compiled:
-            self.network.compile(backend=COMPILER)
+            self._forward = torch.compile(self._forward, backend=COMPILER)
         return self
 
     def train(self, mode: bool = True) -> Teacher:
@@ -144,12 +145,15 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, K), for soft distillation."""
-        return self.network(self.prepare(images))
+        return self._forward(images)
 
     @torch.no_grad()
     def labels(self, images: Tensor) -> Tensor:
         """The teacher's decisions (B,) int64, for hard distillation."""
         return self.logits(images).argmax(-1)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        return self.network(self.prepare(images))
 
 
 def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:

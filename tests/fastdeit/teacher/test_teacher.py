@@ -201,6 +201,24 @@ def test_the_packages_absence_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 96])
+def test_one_graph_takes_the_students_batch_as_it_is(size, checkpoint, monkeypatch):
+    taken = []
+
+    def compiler(graph, inputs):
+        taken.append([t.dtype for t in inputs if t.ndim == 4 and t.shape[2:] == (64, 64)])
+        return graph.forward
+
+    monkeypatch.setattr("fastdeit.teacher.teacher.COMPILER", compiler)
+    cfg = checkpoint(cfg={"img_size": size, "mean": OTHER_MEAN, "std": OTHER_STD})
+    plain, compiled = (Teacher(cfg, IMAGENET_MEAN, IMAGENET_STD, 64, 5) for _ in range(2))
+    compiled.settle(torch.device("cpu"), None, compiled=True)
+    images = pixels().to(torch.bfloat16)
+    torch.testing.assert_close(compiled.logits(images), plain.logits(images))
+    assert taken == [[torch.bfloat16]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet10t", "tf_efficientnet_lite0", "vit_tiny_patch16_224"])
 def test_weights_kept_as_autocast_casts_them_say_the_same(arch, tmp_path):
     network = timm.create_model(arch, num_classes=5)
