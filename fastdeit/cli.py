@@ -30,7 +30,8 @@ def run(main: Callable[[], T]) -> T:
 
     These are UserError, and OSError about a path or about a full, read-only or failing disk. Any other exception is a
     bug and passes through: a traceback, and exit status 1. Ctrl-C prints "interrupted" and gives status 130, even if a
-    library turns the KeyboardInterrupt into another exception.
+    library turns the KeyboardInterrupt into another exception. SIGTERM gives status 143, as the first process of a
+    container too, where the system's default would ignore it.
     """
     came: list[int] = []
 
@@ -42,6 +43,9 @@ def run(main: Callable[[], T]) -> T:
     noting = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if noting:
         signal.signal(signal.SIGINT, note)
+    terminable = main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if terminable:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sentence: str | None = None
     try:
         return main()
@@ -56,6 +60,8 @@ def run(main: Callable[[], T]) -> T:
     finally:
         if noting:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if terminable:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if came or sentence is None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,6 @@
 """`fastdeit-convert`: write labelled images in a format that training reads by index, or verify such a data set."""
 
 import dataclasses
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -136,8 +135,6 @@ def class_names(path: Path | None) -> list[str] | None:
 
 
 def main() -> None:
-    # A batch system's request to stop is as good as Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         status = run(lambda: convert_options(parse(Options, "fastdeit-convert")))
     finally:

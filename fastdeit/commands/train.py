@@ -6,6 +6,7 @@ from pathlib import Path
 from fastdeit import launch
 from fastdeit.cli import parse_recipe, run
 from fastdeit.inputs import check_inputs
+from fastdeit.signals import StopSignals
 from fastdeit.streams import keep_streams
 from fastdeit.training.run_lock import RunLock
 
@@ -15,6 +16,7 @@ def train() -> None:
     recipe = parse_recipe().resolved()
     launch.prepare()
     with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
         lock = sets = None
         if launch.rank() == 0:
             sets = check_inputs(recipe, world=launch.size())
@@ -25,7 +27,7 @@ def train() -> None:
         from fastdeit.training.trainer import Trainer
 
         joined = stack.enter_context(world(recipe.run.device))
-        Trainer(recipe, joined, lock, sets).run()
+        Trainer(recipe, joined, lock, sets, signals).run()
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ replaced    epoch, count (over all processes), images (pairs of dataset indices 
 checkpoint  path, epoch, step, global_step
 profile     global_step, steps, milliseconds (a step, by part)
 nonfinite   epoch, step, global_step, loss, reproduction, indices
+stopped     signal, epoch, step, global_step
 end         epoch, global_step, seconds
 """
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -26,6 +27,7 @@ from fastdeit.setup import (
     set_up,
     teacher_in_loop,
 )
+from fastdeit.signals import StopSignals
 from fastdeit.teacher.checks import teacher_warnings
 from fastdeit.teacher.label_cache import labelled_pixels
 from fastdeit.training.evaluation import Scores, evaluate, swapped_weights
@@ -48,6 +50,7 @@ from fastdeit.training.run_lock import RunLock
 from fastdeit.training.startup import announce, recipe_warnings
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
+from fastdeit.training.stop import Stop
 
 
 class Trainer:
@@ -57,9 +60,20 @@ class Trainer:
     the optimizer's moments and the number of the next step.
     """
 
-    def __init__(self, recipe: Recipe, world: World, lock: RunLock | None = None, sets: DataSets | None = None) -> None:
-        """`lock` (the run folder's) and `sets` are opened here unless the caller has opened them already."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        lock: RunLock | None = None,
+        sets: DataSets | None = None,
+        signals: StopSignals | None = None,
+    ) -> None:
+        """`lock` (the run folder's) and `sets` are opened here unless the caller has opened them already.
+
+        With `signals`, a signal ends the program after the step, with a checkpoint.
+        """
         self.recipe, self.world = recipe, world
+        self.stop = Stop(world, signals)
         self.state = RunState(Path(recipe.run.output))
         self.last_scores: dict[str, Scores] = {}
         with ExitStack() as stack:
@@ -145,6 +159,9 @@ class Trainer:
                     self._train_epoch(batches, meter)
                     state.epoch, state.step = state.epoch + 1, 0
                     self._save()
+                    if self.stop.at_once():
+                        self._leave()
+                    self.stop.stepping(False)
                     self._evaluate_if_due()
             if self.profiler is not None:
                 self.log.say(
@@ -208,6 +225,12 @@ class Trainer:
             self._profile(batches.wait_seconds)
             if saving:
                 self._save()
+            self.stop.stepping(True)
+            if self.stop.now(state.global_step) and state.step < steps:
+                _read_all(pending)
+                if not saving:
+                    self._save()
+                self._leave()
         meter.stop(batches.wait_seconds)
         self.log.progress.end_epoch()
         counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
@@ -277,6 +300,16 @@ class Trainer:
             checkpoint.prune(path.parent, self.recipe.run.keep_checkpoints)
             self.log.event("checkpoint", path=str(path), **self.state.position())
         self.world.barrier()
+
+    def _leave(self) -> NoReturn:
+        """End the program, since a signal asked for it and the checkpoint is written."""
+        state = self.state
+        self.log.event("stopped", signal=self.stop.reason, **state.position())
+        self.log.say(
+            f"stopped by {self.stop.reason} at epoch {state.epoch + 1}, step {state.step}; no step is lost: the same "
+            f"command goes on"
+        )
+        self.stop.leave()
 
 
 def _read_all(pending: list[Callable[[], None]]) -> None:

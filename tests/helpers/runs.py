@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import torch
+
 from fastdeit import checkpoint
 from fastdeit.cli import parse_recipe
 from fastdeit.config import Recipe
@@ -49,3 +51,25 @@ def trained(recipe):
     """The state at the end of a whole run."""
     train(recipe)
     return final_state(recipe)
+
+
+def _flat(value, prefix=""):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}/{i}")
+    else:
+        yield prefix, value
+
+
+def assert_same_state(a, b):
+    """Two checkpoints hold the same, but for the folder of their run."""
+    first, second = dict(_flat(a)), dict(_flat(b))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[key]), key
+        elif not key.startswith("/recipe/run/output"):
+            assert value == second[key], key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import uuid
 from contextlib import nullcontext
@@ -18,10 +19,12 @@ from fastdeit.distributed import World
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import resolve
+from fastdeit.signals import StopSignals
 from fastdeit.training import step
 from fastdeit.training.gradients import SharedGradients
 from fastdeit.training.graphs import WARM_UP, RecordingError
 from fastdeit.training.step import TrainingStep
+from fastdeit.training.stop import Stop
 from forked import Forked, run_module_twice
 
 CLASSES = 4
@@ -257,3 +260,15 @@ def worlds_agree(joined):
         "same": [joined.same(1e300), joined.same(joined.rank), joined.same(-1.5 * joined.rank)],
         "first": [joined.first(text[joined.rank]) for text in texts],
     }
+
+
+def stop_when_one_is_asked(joined, asked_at):
+    """The step after which this process stops, where the second one is asked to during step `asked_at`."""
+    signals = StopSignals()
+    deciding = Stop(joined, signals)
+    for number in range(1, 50):
+        if joined.rank == 1 and number == asked_at:
+            signals.asked = signal.SIGTERM
+        if deciding.now(number):
+            return number
+    return None

@@ -10,30 +10,9 @@ from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import COMPAT_RUN
 from fastdeit.pipelines.errors import UserError
-from runs import final_state, newest, train
+from runs import assert_same_state, final_state, newest, train
 
 KILLS = 10
-
-
-def flat(value, prefix=""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from flat(inner, f"{prefix}/{key}")
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from flat(inner, f"{prefix}/{i}")
-    else:
-        yield prefix, value
-
-
-def assert_same_bits(a, b):
-    first, second = dict(flat(a)), dict(flat(b))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, second[key]), key
-        elif not key.startswith("/recipe/run/output"):
-            assert value == second[key], key
 
 
 @pytest.mark.slow
@@ -72,7 +51,7 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
     resumes = events(killed.run.output, "resume")
     assert len(resumes) >= KILLS // 2
     assert any(e["step"] for e in resumes)  # in the middle of an epoch
-    assert_same_bits(final_state(straight), final_state(killed))
+    assert_same_state(final_state(straight), final_state(killed))
 
 
 def test_another_recipe_is_refused(tiny, events):

@@ -1,0 +1,66 @@
+"""Signals that ask a training run to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+REQUEUE = 75  # exit status of a run that was told to stop, and goes on if it is started again (EX_TEMPFAIL)
+AGAIN = 1.0  # seconds after which another signal is a second request; torchrun passes a terminal's Ctrl-C on
+
+
+class StopSignals:
+    """Listens for SIGTERM and SIGUSR1, which schedulers send before they kill, and for Ctrl-C.
+
+    While steps run (`stepping`), the first signal asks for a stop after the step: `asked`. A second one, and any signal
+    at another time, ends the program at once: nothing is lost then, since training has not begun, or a checkpoint is
+    written. The exit status is `REQUEUE`, or 130 for Ctrl-C.
+
+    Enter it in the main thread. A signal that the parent process ignores (`nohup`) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        self.stepping = False
+        self._since = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that stops now."""
+        return 130 if self.asked is signal.SIGINT else REQUEUE
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._since = signal.Signals(number), now
+            if self.stepping:
+                _print(f"{self.asked.name}: stopping after this step, with a checkpoint; once more stops at once")
+                return
+        elif self.stepping and now - self._since < AGAIN:
+            return
+        self.asked = signal.Signals(number)
+        if self.asked is signal.SIGINT:
+            raise KeyboardInterrupt
+        _print(f"{self.asked.name}: stopped; the same command goes on from the last checkpoint, if there is one")
+        sys.exit(REQUEUE)
+
+
+def _print(text: str) -> None:
+    # A signal may arrive inside another write to sys.stderr.
+    os.write(2, f"{text}\n".encode())

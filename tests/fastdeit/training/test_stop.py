@@ -1,0 +1,166 @@
+"""A signal ends a run after the step, with a checkpoint; started again, it ends with the bits of an undisturbed run."""
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+import steps
+from fastdeit import checkpoint
+from fastdeit.distributed import World
+from fastdeit.signals import REQUEUE, StopSignals
+from fastdeit.training import stop
+from fastdeit.training.stop import Stop
+from runs import assert_same_state, final_state
+
+ALONE = World(0, 1, 1, torch.device("cpu"))
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def log_of(recipe):
+    path = recipe.run.output / "log.jsonl"
+    return path.read_text() if path.exists() else ""
+
+
+def steps_logged(recipe, events):
+    return [event["global_step"] for event in events(recipe.run.output, "train")]
+
+
+@pytest.fixture
+def straight(tiny, tmp_path, launch):
+    """Function: the final state of an undisturbed run, and its recipe with another folder."""
+
+    def run(processes=1, **sections):
+        options = {"epochs": 6, "eval_every": 6, **sections}
+        recipe = tiny(model={"drop_path": 0.3, "drop_rate": 0.1}, run={**options, "output": tmp_path / "straight"})
+        process = launch(recipe, processes)
+        assert process.returncode == 0, process.err
+        again = {**options, "output": tmp_path / "stopped"}
+        return final_state(recipe), tiny(model={"drop_path": 0.3, "drop_rate": 0.1}, run=again)
+
+    return run
+
+
+@pytest.mark.slow
+def test_no_step_is_lost_or_done_twice(straight, launch, events):
+    expected, recipe = straight()
+    rng, kinds = random.Random(1), (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for number in kinds:
+        target = log_of(recipe).count('"event": "train"') + rng.randint(2, 5)
+        process = launch(recipe, wait=False)
+        wait_for(lambda target=target: log_of(recipe).count('"event": "train"') >= target, process)
+        os.kill(process.pid, number)
+        assert process.wait(60) == (130 if number == signal.SIGINT else REQUEUE)
+        out, err = process.communicate()
+        assert f"{number.name}: stopping after this step" in err
+        assert f"stopped by {number.name} at epoch" in out
+        assert "Traceback" not in err
+        newest = checkpoint.found(recipe.run.output / "checkpoints")[0]
+        assert checkpoint.load(newest)["global_step"] == steps_logged(recipe, events)[-1]
+    process = launch(recipe)
+    assert process.returncode == 0, process.err
+    assert [event["signal"] for event in events(recipe.run.output, "stopped")] == [number.name for number in kinds]
+    assert steps_logged(recipe, events) == sorted(set(steps_logged(recipe, events)))
+    assert_same_state(expected, final_state(recipe))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both(straight, launch, events):
+    expected, recipe = straight(processes=2)
+    process = launch(recipe, 2, wait=False)
+    wait_for(lambda: log_of(recipe).count('"event": "train"') >= 4, process)
+    worker = psutil.Process(process.pid).children()[-1]
+    worker.send_signal(signal.SIGUSR1)
+    assert process.wait(120) != 0
+    (stopped,) = events(recipe.run.output, "stopped")
+    newest = checkpoint.found(recipe.run.output / "checkpoints")[0]
+    assert checkpoint.load(newest)["global_step"] == stopped["global_step"]
+    process = launch(recipe, 2)
+    assert process.returncode == 0, process.err
+    assert steps_logged(recipe, events) == sorted(set(steps_logged(recipe, events)))
+    assert_same_state(expected, final_state(recipe))
+
+
+def test_two_processes_stop_after_the_same_step(tmp_path):
+    for asked_at in (1, 5, 8):
+        results = steps.in_two_processes(steps.stop_when_one_is_asked, tmp_path, asked_at)
+        assert results[0] == results[1]
+        assert asked_at <= results[0] <= asked_at + stop.VOTE_EVERY + 1
+
+
+@pytest.fixture
+def signals():
+    with StopSignals() as listening:
+        yield listening
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_the_first_step_a_signal_ends_the_program_at_once(signals, number, capfd):
+    with pytest.raises(SystemExit, match=str(REQUEUE)):
+        signal.raise_signal(number)
+    assert f"{number.name}: stopped" in capfd.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step_is_that_of_any_program(signals):
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_signal_does_not_wait_for_the_step(signals, monkeypatch):
+    clock = itertools.count(100.0, 0.6)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    deciding = Stop(ALONE, signals)
+    deciding.stepping(True)
+    assert not deciding.now(1)
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)  # 0.6 s later: torchrun passed it on as well
+    assert deciding.now(2)
+    assert deciding.reason == "SIGTERM"
+    with pytest.raises(SystemExit, match=str(REQUEUE)):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_handlers_are_given_back_and_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGUSR1)
+            assert signals.asked is None
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+CODE = """
+import sys, time
+from fastdeit.cli import run
+run(lambda: print("begun", flush=True) or time.sleep(60))
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare from util-linux")
+def test_the_first_process_of_a_container_hears_sigterm(tmp_path):
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this user may not make a PID namespace")
+    process = subprocess.Popen([*unshare, sys.executable, "-c", CODE], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    (first,) = psutil.Process(process.pid).children()
+    first.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
