@@ -100,6 +100,7 @@ def test_paths_exist(document):
     assert missing == []
 
 
+@pytest.mark.slow
 def test_the_readmes_python_does_what_it_says(capsys):
     (code,) = PYTHON.findall((ROOT / "README.md").read_text())
     exec(code.replace(".cuda()", ""), {})

@@ -93,7 +93,8 @@ def timm_model(case: ModelCase, *, both_heads: bool, drop_path: float) -> nn.Mod
     """timm's model of the same shape. In training mode with `both_heads` it returns both heads' logits."""
     cfg = case.recipe.model
     name = f"{case.recipe.name.removesuffix('_384')}_patch16_224"  # the 384 forms differ in img_size alone
-    model: Any = timm.create_model(name, num_classes=CLASSES, img_size=cfg.img_size, drop_path_rate=drop_path)
+    shape = {"img_size": cfg.img_size, "depth": cfg.depth}
+    model: Any = timm.create_model(name, num_classes=CLASSES, drop_path_rate=drop_path, **shape)
     if cfg.distilled and both_heads:
         model.set_distilled_training(True)
     return model.to(case.device)

@@ -38,6 +38,7 @@ def fastest(monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_choose_again_among_equal_pixels(tiny, fastest, events, capsys):
     asked = fastest("one")
     first = tiny(data={"loader": "auto"}, run={"epochs": 1})

@@ -308,6 +308,7 @@ def _middle_of_the_largest_part(path):
     return part.header_offset + 30 + sum(names) + part.file_size // 2
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_with_the_whole_one(tiny):
     recipe = tiny(run={"epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 9})
     with world("cpu") as joined:

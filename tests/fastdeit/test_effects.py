@@ -106,6 +106,7 @@ def test_a_file_names_its_recipe_or_is_refused(tmp_path):
                 parse_file(file, f"name = {name}\n[optim]\nlr = 1e-3\n", *first)
 
 
+@pytest.mark.slow
 def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
     plain = {
         "augment": {"policy": "plain", "erase_prob": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0},

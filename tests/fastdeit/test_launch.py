@@ -94,6 +94,7 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_slurm_tasks_end_with_the_remedy(data):
     environ = {**os.environ, "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
     done = run_python(

@@ -82,6 +82,7 @@ def test_impossible_recipes_are_refused(args, message):
         parse_recipe(["deit_tiny_distilled", *args]).resolved()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stored_recipe_reads_back_equal(name, tmp_path):
     args = [name, "--data.train", "a b.beton", "--optim.clip_grad", "1.5", "--model.init", "weights.pt"]
@@ -124,6 +125,7 @@ def test_compat_decides_the_engineering_fields_of_run():
     assert (recipe.run.amp_dtype, recipe.run.loss_sync) == ("bf16", "every_step")
 
 
+@pytest.mark.slow
 def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
     stored = json.loads(OLD.read_text())
     moved = {"eval_sharding": "replicate", "loss_sync": "every_step", "amp_dtype": "fp16"}
@@ -141,6 +143,7 @@ def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
     assert {name: getattr(released.run, name) for name in moved} == COMPAT_RUN["released"]
 
 
+@pytest.mark.slow
 def test_the_old_names_are_read_from_files_alone(capsys, tmp_path):
     with pytest.raises(SystemExit):
         parse_recipe(["deit_tiny", "--departures.loss_sync", "deferred"])

@@ -111,6 +111,7 @@ def test_a_batch_is_not_kept_while_the_next_is_made(opened, kind):
     items.close()
 
 
+@pytest.mark.slow
 def test_patches_are_the_same_from_both_stages(opened):
     stages = [taken(opened(TrainingData, stage=stage, layout="patches"), count=1) for stage in ("device", "host")]
     images = taken(opened(TrainingData, stage="host"), count=1)[0].data.images.cpu()

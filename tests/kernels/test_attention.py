@@ -45,6 +45,7 @@ def test_equals_pytorch_where_another_launch_begins(device, equals_pytorch, toke
     compare(equals_pytorch, packed(device, 1, tokens, 1, 32, torch.float16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 32), (3, 64), (2, 96), (1, 128), (16, 16), (1, 40)])
 def test_equals_pytorch_at_heads(device, equals_pytorch, heads, head_dim, dtype):
@@ -69,6 +70,7 @@ def test_reads_strided_views_and_nothing_beside_them(device, equals_pytorch):
     compare(equals_pytorch, packed(device, 2, tokens, heads, head_dim, torch.float16).mT.contiguous().mT)
 
 
+@pytest.mark.slow
 def test_large_scores_neither_overflow_nor_vanish(device, equals_pytorch):
     for sign in (1.0, -1.0):
         qkv = packed(device, 1, 37, 1, 64, torch.float32, scale=5.0)
@@ -92,6 +94,7 @@ def with_its_bias(rows):
     return ours, theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "rows", "head_dim"), [(21, None, 64), (75, None, 32), (130, 2, 64), (100, 70, 40)])
 def test_first_rows_and_the_gradient_of_the_bias(device, equals_pytorch, tokens, rows, head_dim, dtype):
@@ -119,6 +122,7 @@ def test_an_empty_batch(device):
     assert qkv.grad.shape == qkv.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "dtype"), [(40, torch.float16), (70, torch.float32)])
 def test_is_repeatable_to_the_bit(device, on_gpu, tokens, dtype):
     qkv = packed(device, 64 if on_gpu else 1, tokens, 2, 64, dtype).requires_grad_()

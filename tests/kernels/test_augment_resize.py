@@ -88,6 +88,7 @@ def test_crops_of_one_pixel_of_the_output_size_and_at_every_edge(device):
     compare(device, images, [(0, crop, (8, 8, 0, 0), first, True) for crop in crops for first in (False, True)], 8)
 
 
+@pytest.mark.slow
 def test_a_window_of_a_larger_result(device):
     rng = np.random.default_rng(2)
     images = noise(rng, (20, 31))

@@ -163,6 +163,7 @@ def test_clipping_after_two_passes(op, device):
     both(op, device, use)
 
 
+@pytest.mark.slow
 def test_unscaling(op, device):
     def use(function, arguments):
         scaler = torch.amp.GradScaler(device.type, init_scale=256.0)

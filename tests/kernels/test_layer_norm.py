@@ -134,6 +134,7 @@ def test_is_repeatable_to_the_bit(device):
     assert_same_bits(*(results(ours, arguments, weights) for _ in range(2)))
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     x, branch, weight, bias, mask = arguments = inputs(device, (2, 3, 16), torch.float32)
     torch.library.opcheck(module._op, (x, branch, bias, mask, weight, bias, EPS, torch.float32))

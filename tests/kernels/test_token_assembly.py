@@ -37,6 +37,7 @@ def compare(equals_pytorch, arguments):
     equals_pytorch(assemble_tokens, by_pytorch, arguments, ["out", *names])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("prefix", "bias"), [(1, False), (2, True)])
 @pytest.mark.parametrize(("batch", "patches", "width"), [(3, 4, 64), (2, 5, 200), (1, 1, 1), (70, 2, 32)])

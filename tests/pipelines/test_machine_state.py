@@ -283,6 +283,7 @@ def test_a_sidecar_that_is_deep_or_long(beton, text):
         BetonDataset(beton)
 
 
+@pytest.mark.slow
 def test_as_many_class_names_as_labels_may_be(beton):
     described = sidecar.read(sidecar_path(beton), kind="fastdeit-beton", num_samples=4, num_classes=4,
                              metadata_hash=BetonDataset(beton)._metadata_hash)  # fmt: skip

@@ -40,6 +40,7 @@ def test_every_pass_is_timed_beside_its_peers(job, device):
     assert records["normalize_erase_mix"]["floor_ms"] == pytest.approx(4 * 768 * 5 / 1e6)
 
 
+@pytest.mark.slow
 def test_our_passes_are_held_against_the_floor_without_their_launches(job, device):
     captured = []
 
@@ -70,6 +71,7 @@ def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, dev
     assert all("fastdeit" in record["sides"] for record in records.values())
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_not_timed(job, device, monkeypatch):
     monkeypatch.setattr("fastdeit.pipelines.device.stage.normalized_levels", lambda *_: torch.zeros(3, 256).numpy())
     (record,) = measure(job, device, by_the_clock, no_graph, 1e9)

@@ -129,6 +129,7 @@ def test_every_case_is_a_record(monkeypatch, tmp_path, device, clock, capsys):
     assert "augmentation, stage from the host" in printed
 
 
+@pytest.mark.slow
 def test_compiled_pytorch_is_timed_at_the_sizes_of_the_batch(monkeypatch, tmp_path, device, clock):
     """After the check's few samples, torch.compile would otherwise make code for any number of them."""
     compiled, compile_ = [], torch.compile

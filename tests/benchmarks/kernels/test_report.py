@@ -112,6 +112,7 @@ def test_the_newest_record_of_a_shape_is_shown():
         assert "0.700" not in text
 
 
+@pytest.mark.slow
 def test_the_plot_has_a_panel_an_operation(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "kernels.png"

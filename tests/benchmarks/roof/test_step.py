@@ -76,6 +76,7 @@ def run_on_meta(cfg, monkeypatch):
     return flops.get_total_flops(), recorder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -102,6 +103,7 @@ def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled"])
 def test_the_passes_move_the_tensors_of_the_operators(name, residual, monkeypatch):

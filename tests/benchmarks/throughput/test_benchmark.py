@@ -32,11 +32,12 @@ def one_thread():
 
 
 def one_case(mode="train", *, distilled=False, drop_path=None, ema=False):
+    """A case of two blocks instead of twelve."""
     (case,) = cases(dataclasses.replace(SMALL, mode=(mode,), distilled=distilled, ema=ema))
+    model = dataclasses.replace(case.recipe.model, depth=2)
     if drop_path is not None:
-        model = dataclasses.replace(case.recipe.model, drop_path=drop_path)
-        case = dataclasses.replace(case, recipe=dataclasses.replace(case.recipe, model=model))
-    return case
+        model = dataclasses.replace(model, drop_path=drop_path)
+    return dataclasses.replace(case, recipe=dataclasses.replace(case.recipe, model=model))
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -71,8 +72,8 @@ def test_other_logits_are_refused():
 def test_other_gradients_are_refused():
     case = one_case()
     ours = contenders.our_model(case, PLAIN)
-    ours.blocks[3].mlp.fc1.weight.register_hook(lambda gradient: gradient * 1.01)
-    assert "gradients of blocks.3.mlp.fc1.weight" in contenders.disagreement(case, ours)
+    ours.blocks[1].mlp.fc1.weight.register_hook(lambda gradient: gradient * 1.01)
+    assert "gradients of blocks.1.mlp.fc1.weight" in contenders.disagreement(case, ours)
 
 
 @pytest.mark.slow
@@ -107,6 +108,7 @@ def test_training_steps_move_both_models_alike(distilled, compiled, monkeypatch)
     assert not torch.equal(moved["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "small", "base"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_the_student_has_the_shapes_of_timms_model(model, distilled):
@@ -149,6 +151,7 @@ def test_what_disagrees_is_not_timed(tmp_path, monkeypatch, capsys):
     assert "not timed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "other", "error", "reason"),
     [
@@ -193,6 +196,7 @@ def test_the_host_is_one_step_ahead_of_the_device():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_budget_leaves_out_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "make_step", lambda case, form, state, inputs: lambda: case.batch)
     path = tmp_path / "figures.jsonl"
@@ -360,6 +364,7 @@ def test_quick_times_one_form_of_each_side(tmp_path):
     assert set(record["sides"]) == {"timm eager", "fastdeit eager"}
 
 
+@pytest.mark.slow
 def test_windows_alternate(monkeypatch):
     order = []
     monkeypatch.setattr(benchmark, "timed_window", lambda step, seconds, wait: order.append(step()) or 1.0)

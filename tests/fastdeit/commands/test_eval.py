@@ -117,6 +117,7 @@ def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
     assert set(found["model"]) == {"images", "class"}
 
 
+@pytest.mark.slow
 def test_a_head_of_other_classes_is_refused(data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=7).state_dict()}, released)

@@ -189,6 +189,7 @@ def judge(command, kind, path, status, said, printed):
     return [f"{command}, {kind}: {what}: {text!r}" for what in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train --run.output", "label --teacher.labels"])
 def test_outputs_on_a_full_disk(command, commands, tmp_path, capsys, monkeypatch):
     """A limit on the size of files stands in for it, since it makes writing fail in the same place."""

@@ -41,6 +41,7 @@ class Scale(torch.nn.Module):
         return x * self.factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("distilled", "size"), [(False, "tiny"), (True, "tiny"), (False, "small"), (True, "base")])
 def test_names_and_shapes_are_timms(distilled, size):
     width, heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
@@ -176,6 +177,7 @@ def test_the_residual_stream_is_bf16_under_autocast_to_bf16_alone():
     assert seen == [torch.float32] * 6 + [torch.bfloat16] * 3 + [torch.float32] * 3
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_step():
     """Masks of another step need no second compilation and no break in the graph."""
     torch._dynamo.reset()

@@ -129,6 +129,7 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_biases_get_their_gradients_with_dropout_adapters_and_frozen_weights(device, frozen):
     """The kernels compute the gradients of biases that other layers have added."""
@@ -155,6 +156,7 @@ def test_biases_get_their_gradients_with_dropout_adapters_and_frozen_weights(dev
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["attn", "mlp", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp.fc2", "mlp.drop2"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_hooks_and_replaced_methods_go_on(device, place, number):

@@ -113,6 +113,7 @@ def test_round_trip_on_fashion_mnist(distilled, teacher_checkpoint, tmp_path):
     assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
 
 
+@pytest.mark.slow
 def test_labels_are_what_the_teacher_says_of_each_sample(labelled):
     recipe = labelled
     cache = LabelCache(recipe.teacher.labels)

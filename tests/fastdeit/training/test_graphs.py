@@ -175,6 +175,7 @@ def test_loading_a_state_records_anew(tiny, taped):
     assert [(tape.ran, tape.recorded) for tape in taped] == [(WARM_UP, 1), (1, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [0, 12])
 def test_two_processes_replay_the_step_of_one(tiny, tmp_path, micro_batch):
     """Within the bounds of `test_distributed.py`, and to the bit what two processes without a graph do."""

@@ -32,6 +32,7 @@ def damaged(data, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_fails_by_default_and_goes_on_with_replace(tiny, events, damaged):
     data = {"train": damaged, "val": None, "repeats": 1}
     with pytest.raises(DecodeError, match=rf"damaged\.beton: image {BAD}: "):
@@ -76,6 +77,7 @@ def test_nothing_is_replaced_in_an_evaluation(tiny, damaged):
         data.close()
 
 
+@pytest.mark.slow
 def test_the_loader_that_crops_trains_the_same_run(tiny, events):
     need_loader("turbo")
     losses = []

@@ -85,6 +85,7 @@ def test_ends_of_the_schedule():
     assert learning_rate(recipe, 299, 1250, 1251) == pytest.approx(1e-5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_average_is_timms():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=3)

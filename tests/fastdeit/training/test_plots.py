@@ -36,6 +36,7 @@ def test_steps_done_twice_are_drawn_once():
     assert [e["loss"] for e in plots._without_repeats(events, "train")] == [3.0, 1.0]
 
 
+@pytest.mark.slow
 def test_curves(tmp_path):
     head = {"top1": 50.0, "top5": 90.0, "loss": 1.0}
     events = [train_event(s) for s in range(1, 20)]
@@ -49,6 +50,7 @@ def test_curves(tmp_path):
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5
 
 
+@pytest.mark.slow
 def test_contact_sheet_undoes_the_normalisation(tmp_path):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 8, 8)
@@ -58,6 +60,7 @@ def test_contact_sheet_undoes_the_normalisation(tmp_path):
     assert (pixels == (255, 0, 0)).all(1).mean() > 0.2
 
 
+@pytest.mark.slow
 def test_cosine_of_the_tokens(tmp_path):
     from sklearn.metrics.pairwise import cosine_similarity  # here: it takes two seconds
 

@@ -54,6 +54,7 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
     assert_same_state(final_state(straight), final_state(killed))
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused(tiny, events):
     first = tiny(run={"epochs": 1})
     train(first)
@@ -73,6 +74,7 @@ def test_another_recipe_is_refused(tiny, events):
     assert scores["model"]["images"] == 44  # a finished run still tells its accuracy
 
 
+@pytest.mark.slow
 def test_going_back_needs_the_later_checkpoints_gone(tiny):
     recipe = tiny(run={"epochs": 3})
     train(recipe)
@@ -106,6 +108,7 @@ def test_other_data_is_refused(tiny, images, tmp_path):
         train(tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_an_older_versions_recipe_goes_on(tiny):
     """It holds three of the run's fields as departures, and does not say from where its steps are counted."""
     recipe = tiny(run={"epochs": 1})

@@ -26,6 +26,7 @@ def shards(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_trained_on_the_beton(tiny, shards, events):
     on_beton = tiny()
     on_shards = tiny(
@@ -59,6 +60,7 @@ def test_a_checkpoint_of_the_beton_is_taken_up_on_the_shards(tiny, shards):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_evaluation_reads_a_folder(teacher_checkpoint, data, shards):
     options = {"checkpoint": teacher_checkpoint, "loader": "torch", "device": "cpu", "threads": 2}
     on_beton, on_shards = (

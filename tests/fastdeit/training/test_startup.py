@@ -20,6 +20,7 @@ def warned(events, recipe):
     return [e["text"] for e in events(recipe.run.output, "warning")]
 
 
+@pytest.mark.slow
 def test_probable_mistakes_are_said_in_the_opening_lines_and_in_the_log(tiny, events, capsys, data):
     recipe = tiny(
         data={"val": data / "train.beton"},
@@ -51,6 +52,7 @@ def test_probable_mistakes_are_said_in_the_opening_lines_and_in_the_log(tiny, ev
     assert f"climbs, to {last:.3g} instead of 0.0005" in warm_up
 
 
+@pytest.mark.slow
 def test_the_same_images_in_another_file_are_found(tiny, images, tmp_path, events):
     from fastdeit.pipelines.conversion.convert import convert
 
@@ -121,6 +123,7 @@ def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_
     assert released.departures.finetune_mode == "eval"  # the released code's model.train(args.finetune == '')
 
 
+@pytest.mark.slow
 def test_a_run_off_a_terminal_shows_loss_rate_and_time_left(tiny, events, capsys, monkeypatch):
     """With fewer steps an epoch than `log_every`, and a plain line after every step."""
     monkeypatch.setattr(progress, "SECONDS", 0.0)
@@ -137,6 +140,7 @@ def test_a_run_off_a_terminal_shows_loss_rate_and_time_left(tiny, events, capsys
     assert lines[-1][4] == "0m 00s"
 
 
+@pytest.mark.slow
 def test_an_epoch_ends_with_a_line_even_when_it_is_short(tiny, capsys):
     train(tiny(run={"epochs": 2}))
     out = capsys.readouterr().out

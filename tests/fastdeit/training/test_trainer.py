@@ -115,6 +115,7 @@ def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
     assert not checkpoint.found(recipe.run.output / "checkpoints")
 
 
+@pytest.mark.slow
 def test_released_compat(tiny, events, capsys):
     recipe = dataclasses.replace(tiny(deit_tiny), compat="released", departures=type(tiny().departures)()).resolved()
     recipe = changed(recipe, "run", epochs=3)

@@ -73,6 +73,7 @@ def test_sidecar_says_what_was_done(tree, tmp_path):
     assert counts["reencoded"] == counts["resized"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"mode": "jpeg", "max_side": 70, "shuffle_seed": 1}])
 def test_workers_change_no_byte(damaged_tree, tmp_path, options):
     for workers in (1, 2):
@@ -145,6 +146,7 @@ def test_nothing_is_kept_of_nothing(tmp_path, format):
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_bad_image_in_order_is_named(damaged_tree, tmp_path, workers):
     with pytest.raises(ConvertError, match=r"00\.jpg, sample 0: cannot be converted.*--on-error skip --resume"):

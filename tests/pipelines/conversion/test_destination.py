@@ -57,6 +57,7 @@ def refused(source, dest, match=REFUSED, **options):
         assert state(dest.parent) == before
 
 
+@pytest.mark.slow
 def test_a_glob_of_two_archives_overwrites_none(tmp_path):
     """As the shell hands it on: the second one is DEST."""
     shards = [shard(tmp_path / f"train-{i}.tar", 3 * i) for i in range(2)]

@@ -185,6 +185,7 @@ def test_bomb_of_a_decoded_array():
         encode(np.broadcast_to(np.uint8(0), (10_000, 10_000)), AUTO)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", ["iCCP", "zTXt", "iTXt"])
 def test_png_metadata_bombs(chunk):
     info = PngImagePlugin.PngInfo()

@@ -109,6 +109,7 @@ def test_killed_again_and_again(tree, out, tmp_path, format, workers):
     assert files(out) == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_whatever_a_crash_leaves_can_be_resumed(data, out, tmp_path, format, monkeypatch):
     """After a power cut any of the files may end early, or in garbage; what was kept may even be damaged."""
@@ -251,6 +252,7 @@ def test_a_file_system_without_locks(data, tmp_path, monkeypatch):
     assert "this file system has no locks" in report.notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "step"), [(errno.ENOSPC, 1), (errno.EDQUOT, 9), (errno.EFBIG, 11)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, number, step):
@@ -320,6 +322,7 @@ for limit in range(base + 10_000, base + 200_000, 19_997):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_resuming_on_a_full_disk_loses_nothing(tree, out, tmp_path, format):
     """Judged by the kernel, which lets no file grow; each limit is met twice, and the next one is a little higher."""

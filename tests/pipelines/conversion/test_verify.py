@@ -49,6 +49,7 @@ def findings(path, **options):
     return verify(path, progress=False, **options).findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_nothing_is_found_where_nothing_is_wrong(made, tree, format, capsys):
     found = verify(made / format, tree, workers=2)

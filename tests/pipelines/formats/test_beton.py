@@ -342,6 +342,7 @@ def test_an_image_that_announces_more_than_a_decoder_may_take_is_named(small):
         BetonDataset(small)
 
 
+@pytest.mark.slow
 def test_no_damaged_byte_of_the_tables_reads_outside(small):
     """Random damage either is refused or leaves every sample within the file."""
     good = small.read_bytes()

@@ -61,6 +61,7 @@ def opened(request):
         )
 
 
+@pytest.mark.slow
 def test_no_rotten_image_trains(opened, rotten):
     with open_dataset(rotten) as dataset:
         for bad in BAD:

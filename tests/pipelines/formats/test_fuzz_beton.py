@@ -85,6 +85,7 @@ def telling(rng, size):
     return int(rng.integers(*(region if 0 <= region[0] < region[1] <= size else (0, size))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("described", [True, False])
 def test_damage_is_named_or_harmless(made, pixels, tmp_path, described):
     path = tmp_path / "x.beton"
@@ -134,6 +135,7 @@ def seal(path):
     reseal(sidecar_path(path), metadata_hash=hashlib.sha256(records).hexdigest())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sealed", [True, False])
 def test_tables_that_agree_with_each_other_lead_nowhere_else(made, tmp_path, sealed):
     """Record and allocation are changed together, so that only what the file can hold stops them."""

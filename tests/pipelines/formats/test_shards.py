@@ -49,6 +49,7 @@ def test_webdataset_reads_them(made_shards, samples):
         assert np.array_equal(np.asarray(image), decoded(data, described))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("indexed", [True, False])
 def test_dali_reads_them(made_shards, samples, indexed):
     dali = pytest.importorskip("nvidia.dali")

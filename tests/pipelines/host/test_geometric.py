@@ -35,6 +35,7 @@ def timms(image: np.ndarray, name: str, arg: float, interp: int) -> np.ndarray:
     return np.asarray(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interp", [BILINEAR, BICUBIC])
 @pytest.mark.parametrize("name", TIMM)
 def test_every_operation_equals_timm_to_the_level(name, interp, make_image, draw_arg):

@@ -30,6 +30,7 @@ def make_stage(pool, size, threads=2, dtype=torch.float32):
     return HostStage(size, MEAN, STD, pool=pool, threads=threads, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "samples", "groups"), [(32, 384, 24), (33, 160, 10), (48, 160, 16), (64, 128, 2)])
 def test_random_plans_equal_pil_timm_and_torchvision(size, samples, groups, pool, drawn):
     decoded, plan = drawn(size, SIZES, samples, size, groups=groups, layers=2 if size < 64 else 4, erase=0.0)

@@ -106,6 +106,7 @@ def fuzz(tmp_path, images, library, count, seed=0, **environment):
     return decoded, refused, compared
 
 
+@pytest.mark.slow
 def test_mutated_files_are_refused_or_decoded_as_pillow_does(tmp_path, images):
     decoded, refused, compared = fuzz(tmp_path, images, find_turbo(), FUZZ)
     assert refused > FUZZ // 4
@@ -113,6 +114,7 @@ def test_mutated_files_are_refused_or_decoded_as_pillow_does(tmp_path, images):
     assert compared <= decoded
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 def test_mutated_files_under_sanitizers(tmp_path, images):
     found = [

@@ -40,6 +40,7 @@ def plan():
     return big_plan()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["timm", "torchvision"])
 @pytest.mark.parametrize("size", [(375, 500), (40, 700), (900, 90)])
 def test_crop_boxes(source, size):

@@ -52,6 +52,7 @@ def read(text, max_page=0):
     return said, int(memory) / 1024
 
 
+@pytest.mark.slow
 def test_a_value_stored_once_a_thousand_times(tmp_path):
     """20 GB in a file of a kilobyte."""
     path = tmp_path / "a.parquet"
@@ -64,6 +65,7 @@ def test_a_value_stored_once_a_thousand_times(tmp_path):
     assert memory < 300
 
 
+@pytest.mark.slow
 def test_values_stored_as_what_differs_from_the_last(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"image": [bytes(8_000_000)] * 30, "label": [0] * 30})
@@ -75,6 +77,7 @@ def test_values_stored_as_what_differs_from_the_last(tmp_path):
     assert memory < 160
 
 
+@pytest.mark.slow
 def test_pages_larger_than_they_may_be(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"image": [bytes(40_000_000)] * 4, "label": [0] * 4})
@@ -232,6 +235,7 @@ def test_a_gzipped_array_of_gigabytes(tmp_path):
         open_source(tmp_path / "train-images-idx3-ubyte.gz")
 
 
+@pytest.mark.slow
 def test_a_matlab_file_that_unpacks_to_more(tmp_path):
     """As SciPy writes it, with one element more: a zlib stream of zeros in the place of a variable."""
     scipy_io = pytest.importorskip("scipy.io")

@@ -178,6 +178,7 @@ def test_damaged_idx_files_are_named(tmp_path, zipped, what):
         Idx(images)
 
 
+@pytest.mark.slow
 def test_idx_files_that_unpack_to_more_than_they_announce(tmp_path):
     write_mnist(tmp_path, zipped=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
