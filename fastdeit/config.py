@@ -40,7 +40,9 @@ class ModelConfig:
     distilled: bool = False  # distillation token and its head
     drop_rate: float = 0.0
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
-    drop_path_mode: Literal["mask", "skip"] = "mask"  # skip: the branch does not compute dropped samples
+    # skip: a branch does not compute dropped samples, the same number in each mixing group; mask: it multiplies by 0,
+    # and each sample is drawn on its own
+    drop_path_mode: Literal["mask", "skip"] = "mask"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the residual stream; bfloat16 needs precision bf16
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU if its checks pass; logged
     num_classes: int | None = None  # None: the number in the training set
@@ -267,6 +269,10 @@ class Recipe:
             run=dataclasses.replace(self.run, **run),
         )
 
+    def mixing_group(self, processes: int) -> int:
+        """Samples of a mixing group of a resolved recipe."""
+        return min(self.departures.mix_group or self.run.global_batch // processes, self.run.global_batch)
+
     def _check(self) -> None:
         run, model, optim = self.run, self.model, self.optim
         for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
@@ -347,7 +353,14 @@ class Recipe:
                 f"run.global_batch is {batch}, not a multiple of departures.mix_group, {group}: "
                 f"set --run.global_batch {low} or {low + group}, or another --departures.mix_group"
             )
-        shared = min(group, batch) or batch
+        shared = self.mixing_group(1)
+        micro, skips = self.run.micro_batch, self.model.drop_path_mode == "skip" and self.model.drop_path > 0
+        if skips and micro % shared:
+            raise UserError(
+                f"run.micro_batch is {micro}, not a multiple of a mixing group's {shared} samples, of which "
+                f"model.drop_path_mode 'skip' drops a fixed number: set a multiple of {shared}, another "
+                f"departures.mix_group, or model.drop_path_mode 'mask'"
+            )
         if shared % 2 and augment.mix_prob > 0 and (augment.mixup_alpha > 0 or augment.cutmix_alpha > 0):
             name = "run.global_batch" if shared == batch else "departures.mix_group"
             raise UserError(

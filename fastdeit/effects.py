@@ -196,6 +196,11 @@ def frozen_mode(recipe: Recipe) -> bool:
     return recipe.model.init is not None and recipe.departures.finetune_mode == "eval"
 
 
+def skips_samples(recipe: Recipe) -> bool:
+    """Whether the branches of a resolved recipe leave out the samples that stochastic depth drops."""
+    return recipe.model.drop_path_mode == "skip" and has_effect(recipe, "model.drop_path_mode")
+
+
 def fields(recipe: Recipe) -> dict[str, Any]:
     """Every field of a recipe, by its command-line name."""
     out: dict[str, Any] = {}

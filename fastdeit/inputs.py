@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeit.config import LITE0, Recipe, TeacherConfig
+from fastdeit.effects import skips_samples
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats import dataset as datasets
 from fastdeit.pipelines.formats.dataset import Dataset
@@ -49,6 +50,10 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
             check_teacher(teacher)
         _check_given(teacher.checkpoint, "teacher.checkpoint")
     epoch_order(recipe, len(sets.train), world=world)
+    if skips_samples(recipe):
+        from fastdeit.pipelines.plan.drop_path import dropped_samples  # imported here: it imports numba
+
+        dropped_samples(recipe.model.depth, recipe.model.drop_path, recipe.mixing_group(world))
     return sets
 
 

@@ -19,14 +19,24 @@ from fastdeit.kernels.launch import (
     operator,
     pointer,
 )
+from fastdeit.kernels.reference import Kept
 from fastdeit.kernels.variants import Variant
 
 
 @triton.jit
+def _find(slots, sample, in_rows, samples, rows_per_sample, width):
+    """For each row of a batch: whether its sample is kept, and how far its values move if only those are stored."""
+    slot = tl.load(slots + sample, mask=in_rows, other=-1)
+    return (slot >= 0) & (slot < samples), (slot - sample).to(tl.int64) * (rows_per_sample * width)
+
+
+@triton.jit(do_not_specialize=["branch_samples", "out_samples"])
 def _add_layer_norm_forward(
     x,
     branch,
     mask,
+    slots,
+    only,
     weight,
     bias,
     total,
@@ -35,10 +45,14 @@ def _add_layer_norm_forward(
     rstd,
     num_rows,
     rows_per_sample,
+    branch_samples,
+    out_samples,
     width,
     eps,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ONLY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -50,7 +64,12 @@ def _add_layer_norm_forward(
     offsets = rows[:, None] * width + columns[None, :]
     value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
-        branch_value = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+        if SLOTS:
+            kept, shift = _find(slots, rows // rows_per_sample, in_rows, branch_samples, rows_per_sample, width)
+            moved = (branch + shift)[:, None] + offsets
+            branch_value = tl.load(moved, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+        else:
+            branch_value = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
         if MASK:
             factor = tl.load(mask + rows // rows_per_sample, mask=in_rows, other=0.0)
             branch_value = branch_value * factor[:, None]
@@ -64,17 +83,24 @@ def _add_layer_norm_forward(
     scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
     shift = tl.load(bias + columns, mask=in_width, other=0.0).to(tl.float32)
     normalized = centered * row_rstd[:, None] * scale[None, :] + shift[None, :]
-    tl.store(out + offsets, normalized.to(out.dtype.element_ty), mask=inside)
+    if ONLY:
+        kept, shift = _find(only, rows // rows_per_sample, in_rows, out_samples, rows_per_sample, width)
+        moved = (out + shift)[:, None] + offsets
+        tl.store(moved, normalized.to(out.dtype.element_ty), mask=inside & kept[:, None])
+    else:
+        tl.store(out + offsets, normalized.to(out.dtype.element_ty), mask=inside)
     tl.store(mean + rows, row_mean, mask=in_rows)
     tl.store(rstd + rows, row_rstd, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["branch_samples", "out_samples"])
 def _add_layer_norm_backward(
     grad_out,
     grad_total,
     total,
     mask,
+    slots,
+    only,
     weight,
     mean,
     rstd,
@@ -83,10 +109,14 @@ def _add_layer_norm_backward(
     partial,
     num_rows,
     rows_per_sample,
+    branch_samples,
+    out_samples,
     width,
     chunk,
     BRANCH: tl.constexpr,
     MASK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ONLY: tl.constexpr,
     BRANCH_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,15 +139,23 @@ def _add_layer_norm_backward(
     mean += first_row
     rstd += first_row
     own_rows = tl.minimum(chunk, num_rows - first_row).to(tl.int32)
+    first_sample = (first_row // rows_per_sample).to(tl.int32)
+    before = (first_row % rows_per_sample).to(tl.int32)
     for step in tl.range(0, chunk, ROWS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         rows = step + tl.arange(0, ROWS)
         in_rows = rows < own_rows
         inside = in_rows[:, None] & in_width[None, :]
         offsets = rows[:, None] * width + columns[None, :]
+        sample = first_sample + (before + rows) // rows_per_sample
         value = tl.load(total + offsets, mask=inside, other=0.0).to(tl.float32)
         row_mean = tl.load(mean + rows, mask=in_rows, other=0.0)
         row_rstd = tl.load(rstd + rows, mask=in_rows, other=0.0)
-        grad = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
+        if ONLY:
+            kept, shift = _find(only, sample, in_rows, out_samples, rows_per_sample, width)
+            moved = (grad_out + shift)[:, None] + offsets
+            grad = tl.load(moved, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+        else:
+            grad = tl.load(grad_out + offsets, mask=inside, other=0.0).to(tl.float32)
         # Beyond the last row all numbers are 0, and beyond the last column `grad` and `scale` are: they add nothing.
         normalized = (value - row_mean[:, None]) * row_rstd[:, None]
         grad_weight += grad * normalized
@@ -130,9 +168,14 @@ def _add_layer_norm_backward(
             grad_value += tl.load(grad_total + offsets, mask=inside, other=0.0).to(tl.float32)
             to_branch = grad_value
             if MASK:
-                factor = tl.load(mask + (first_row + rows) // rows_per_sample, mask=in_rows, other=0.0)
+                factor = tl.load(mask + sample, mask=in_rows, other=0.0)
                 to_branch = grad_value * factor[:, None]
-            tl.store(grad_branch + offsets, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
+            if SLOTS:
+                kept, shift = _find(slots, sample, in_rows, branch_samples, rows_per_sample, width)
+                moved = (grad_branch + shift)[:, None] + offsets
+                tl.store(moved, to_branch.to(grad_branch.dtype.element_ty), mask=inside & kept[:, None])
+            else:
+                tl.store(grad_branch + offsets, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
             if BRANCH_BIAS:
                 grad_branch_bias += to_branch
         tl.store(grad_x + offsets, grad_value.to(grad_x.dtype.element_ty), mask=inside)
@@ -146,18 +189,19 @@ def _add_layer_norm_backward(
 MAX_WIDTH = 4096  # channels that fit the registers of a program with 16 warps
 
 
-def _forward_launch(width: int, branch: bool, mask: bool) -> Launch:
+def _forward_launch(width: int, branch: bool, mask: bool, slots: bool, only: bool) -> Launch:
     """16 elements a thread, and at least four warps."""
     block = max(16, next_power_of_two(width))
-    constants = (("BRANCH", branch), ("MASK", mask), ("ROWS", max(1, 2048 // block)), ("BLOCK", block))
+    constants = (("BRANCH", branch), ("MASK", mask), ("SLOTS", slots), ("ONLY", only))
+    constants += (("ROWS", max(1, 2048 // block)), ("BLOCK", block))
     return Launch(constants=constants, num_warps=max(4, min(16, block // 512)))
 
 
-def _backward_launch(width: int, branch: bool, mask: bool, branch_bias: bool) -> Launch:
+def _backward_launch(width: int, branch: bool, mask: bool, slots: bool, only: bool, branch_bias: bool) -> Launch:
     """8 or 16 elements a thread; tuned on an H200."""
     block = max(16, next_power_of_two(width))
     warps = 2 if block <= 512 else min(16, block // 256)
-    constants = (("BRANCH", branch), ("MASK", mask), ("BRANCH_BIAS", branch_bias))
+    constants = (("BRANCH", branch), ("MASK", mask), ("SLOTS", slots), ("ONLY", only), ("BRANCH_BIAS", branch_bias))
     # Few programs share a multiprocessor, so prefetch the next rows while one is computed.
     constants += (("ROWS", max(1, 1024 // block)), ("BLOCK", block), ("STAGES", 3))
     return Launch(constants=constants, num_warps=warps)
@@ -177,23 +221,30 @@ def _op(
     branch: Tensor | None,
     branch_bias: Tensor | None,
     mask: Tensor | None,
+    slots: Tensor | None,
+    only: Tensor | None,
+    out_samples: int,
     weight: Tensor,
     bias: Tensor,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _fake(x, branch, branch_bias, mask, weight, bias, eps, dtype)
+    outputs = _fake(x, branch, branch_bias, mask, slots, only, out_samples, weight, bias, eps, dtype)
     if not x.numel():
         return outputs
     total, out, mean, rstd = outputs
     width = x.shape[-1]
     rows = x.numel() // width
-    launch = chosen("add_layer_norm_forward", _forward_launch(width, branch is not None, mask is not None))
+    mode = mask is not None, slots is not None, only is not None
+    default = _forward_launch(width, branch is not None, *mode)
+    launch = chosen("add_layer_norm_forward", default)
     x = x.contiguous()
     _add_layer_norm_forward[(cdiv(rows, dict(launch.constants)["ROWS"]),)](
         x,
         x if branch is None else branch.contiguous(),
         x if mask is None else mask.contiguous(),
+        x if slots is None else slots.contiguous(),
+        x if only is None else only.contiguous(),
         weight.contiguous(),
         bias.contiguous(),
         total,
@@ -202,6 +253,8 @@ def _op(
         rstd,
         rows,
         _rows_per_sample(x),
+        0 if branch is None else len(branch),
+        len(out),
         width,
         eps,
         **launch.options(),
@@ -215,6 +268,9 @@ def _fake(
     branch: Tensor | None,
     branch_bias: Tensor | None,
     mask: Tensor | None,
+    slots: Tensor | None,
+    only: Tensor | None,
+    out_samples: int,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -224,7 +280,7 @@ def _fake(
     kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total = x.new_empty(x.shape if branch is not None else (0,), dtype=kind)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return total, x.new_empty(x.shape, dtype=dtype), mean, rstd
+    return total, x.new_empty((out_samples, *x.shape[1:]), dtype=dtype), mean, rstd
 
 
 @operator("fastdeit::add_layer_norm_backward")
@@ -233,6 +289,9 @@ def _backward_op(
     grad_total: Tensor | None,
     total: Tensor,
     mask: Tensor | None,
+    slots: Tensor | None,
+    only: Tensor | None,
+    branch_samples: int,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -240,14 +299,18 @@ def _backward_op(
     branch_dtype: torch.dtype | None,
     sum_branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _backward_fake(grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype, sum_branch)
+    dtypes = x_dtype, branch_dtype, sum_branch
+    outputs = _backward_fake(
+        grad_out, grad_total, total, mask, slots, only, branch_samples, weight, mean, rstd, *dtypes
+    )
     grad_x, grad_branch, sums = outputs
     if not total.numel():
         sums.zero_()
         return outputs
     width = total.shape[-1]
     rows = total.numel() // width
-    default = _backward_launch(width, branch_dtype is not None, mask is not None, sum_branch)
+    mode = mask is not None, slots is not None, only is not None
+    default = _backward_launch(width, branch_dtype is not None, *mode, sum_branch)
     launch = chosen("add_layer_norm_backward", default)
     tile = dict(launch.constants)["ROWS"]
     chunk = cdiv(cdiv(rows, _PROGRAMS), tile) * tile
@@ -259,6 +322,8 @@ def _backward_op(
         total if grad_total is None else grad_total.contiguous(),
         total,
         mean if mask is None else mask.contiguous(),
+        mean if slots is None else slots.contiguous(),
+        mean if only is None else only.contiguous(),
         weight.contiguous(),
         mean,
         rstd,
@@ -267,6 +332,8 @@ def _backward_op(
         partial,
         rows,
         _rows_per_sample(total),
+        branch_samples,
+        len(grad_out),
         width,
         chunk,
         **launch.options(),
@@ -282,6 +349,9 @@ def _backward_fake(
     grad_total: Tensor | None,
     total: Tensor,
     mask: Tensor | None,
+    slots: Tensor | None,
+    only: Tensor | None,
+    branch_samples: int,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -290,51 +360,60 @@ def _backward_fake(
     sum_branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = total.new_empty(total.shape, dtype=x_dtype)
-    grad_branch = total.new_empty(total.shape if branch_dtype is not None else (0,), dtype=branch_dtype)
+    shape = (branch_samples, *total.shape[1:]) if branch_dtype is not None else (0,)
+    grad_branch = total.new_empty(shape, dtype=branch_dtype)
     sums = total.new_empty((3 if sum_branch else 2, total.shape[-1]), dtype=torch.float32)
     return grad_x, grad_branch, sums
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, branch, branch_bias, mask, weight, bias, _, _ = inputs
+    x, branch, branch_bias, mask, slots, only, _, weight, bias, _, _ = inputs
     total, _, mean, rstd = output
-    ctx.save_for_backward(x if branch is None else total, mask, weight, mean, rstd)
+    ctx.save_for_backward(x if branch is None else total, mask, slots, only, weight, mean, rstd)
     ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, branch_bias, weight, bias)]
+    ctx.branch_samples = 0 if branch is None else len(branch)
 
 
 def _autograd(ctx, grad_total, grad_out, *_):
-    total, mask, weight, mean, rstd = ctx.saved_tensors
+    total, mask, slots, only, weight, mean, rstd = ctx.saved_tensors
     x_dtype, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
     sum_branch = branch_bias_dtype is not None
     if branch_dtype is None:
         grad_total = None
+    kept = slots, only, ctx.branch_samples
     grad_x, grad_branch, sums = _backward_op(
-        grad_out, grad_total, total, mask, weight, mean, rstd, x_dtype, branch_dtype, sum_branch
+        grad_out, grad_total, total, mask, *kept, weight, mean, rstd, x_dtype, branch_dtype, sum_branch
     )
     branch = None if branch_dtype is None else grad_branch
     branch_bias = sums[2].to(branch_bias_dtype) if sum_branch else None
-    return grad_x, branch, branch_bias, None, sums[0].to(weight_dtype), sums[1].to(bias_dtype), None, None
+    weight, bias = sums[0].to(weight_dtype), sums[1].to(bias_dtype)
+    return grad_x, branch, branch_bias, None, None, None, None, weight, bias, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    only: Kept | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Layer normalisation over the last dimension.
 
     x             (B, ..., C), C at most `MAX_WIDTH`
     weight, bias  (C,)
+    only          normalise only these samples: the result is (count, ..., C); None: all
     dtype         of the result, e.g. the dtype of the GEMM that reads it; None: the dtype of `x`
 
     All are float32, float16 or bfloat16; the arithmetic is float32. The gradients of weight and bias are summed in
     float32 in a fixed order. Raises ValueError for mismatched shapes and without a GPU. Source: Ba et al.,
     arXiv 1607.06450.
     """
-    dtype = dtype or x.dtype
-    _check(x, None, None, None, weight, bias, dtype)
-    return _op(x, None, None, None, weight, bias, eps, dtype)[1]
+    return _call(x, None, None, None, only, weight, bias, eps, dtype or x.dtype)[1]
 
 
 def add_layer_norm(
@@ -344,15 +423,18 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Kept | None = None,
+    only: Kept | None = None,
     branch_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and normalise the sum, as after each half of a block.
 
     x       (B, ..., C) the residual stream
-    branch  (B, ..., C) the output of attention or the MLP
-    mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; or None
+    branch  (B, ..., C) the output of attention or the MLP; (count, ..., C) if `mask` is a `Kept`
+    mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; or None. A `Kept`, if
+            `branch` has only the samples that are kept
+    only    normalise only these samples, which the next branch computes: the result is (count, ..., C); None: all
     branch_bias  (C,) a bias that `branch` already contains, detached, or None. It changes no result: it only receives
             its gradient, the sum of the branch's gradient over all rows, from the pass that computes the latter
     dtype   of the normalised result; None: the dtype of the sum
@@ -362,25 +444,35 @@ def add_layer_norm(
     Other arguments and errors: see `layer_norm`.
     """
     dtype = dtype or torch.promote_types(x.dtype, branch.dtype)
-    _check(x, branch, branch_bias, mask, weight, bias, dtype)
-    total, out, _, _ = _op(x, branch, branch_bias, mask, weight, bias, eps, dtype)
-    return total, out
+    return _call(x, branch, branch_bias, mask, only, weight, bias, eps, dtype)
 
 
-def _check(
+def _call(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
-    mask: Tensor | None,
+    mask: Tensor | Kept | None,
+    only: Kept | None,
     weight: Tensor,
     bias: Tensor,
+    eps: float,
     dtype: torch.dtype,
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    slots = None
+    shape = x.shape
+    if isinstance(mask, Kept):
+        shape, slots, mask = (mask.count, *x.shape[1:]), mask.slots, mask.mask
     if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.float32):
         raise ValueError(
             f"add_layer_norm: mask is {tuple(mask.shape)} {mask.dtype}: "
             f"give a float32 factor for each of {len(x)} samples"
         )
+    for own in (slots, None if only is None else only.slots):
+        if own is not None and (own.shape != x.shape[:1] or own.dtype != torch.int32 or own.device != x.device):
+            raise ValueError(
+                f"layer_norm: slots are {tuple(own.shape)} {own.dtype} on {own.device}: "
+                f"give an int32 for each of {len(x)} samples on {x.device}"
+            )
     check("layer_norm", x=x, branch=branch, branch_bias=branch_bias, mask=mask, weight=weight, bias=bias)
     check_dtype("layer_norm", "dtype", dtype)
     if x.ndim < 2 or x.shape[-1] > MAX_WIDTH:
@@ -392,27 +484,39 @@ def _check(
             f"layer_norm: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not match x {tuple(x.shape)}: "
             f"give both ({x.shape[-1]},)"
         )
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, x is {tuple(x.shape)}")
+    if branch is not None and branch.shape != shape:
+        raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, not {tuple(shape)} as x and mask say")
     if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
         raise ValueError(f"add_layer_norm: branch_bias is {tuple(branch_bias.shape)}: give it ({x.shape[-1]},)")
+    places, samples = (None, len(x)) if only is None else (only.slots, only.count)
+    total, out, _, _ = _op(x, branch, branch_bias, mask, slots, places, samples, weight, bias, eps, dtype)
+    return total, out
 
 
 def variants() -> list[Variant]:
-    """The launches for DeiT-Ti, S and B: with and without a branch; bf16 branch, float32 or bf16 stream."""
+    """The launches for DeiT-Ti, S and B; bf16 branch, float32 or bf16 stream.
+
+    With and without a branch, and with branches of only the samples that stochastic depth keeps ("kept").
+    """
     variants = []
+    forms = (("layer_norm", False, False), ("add_layer_norm", True, False), ("add_layer_norm_kept", True, True))
     for width in (192, 384, 768):
-        for stream, branch in ((torch.float32, True), (torch.bfloat16, True), (torch.float32, False)):
-            forward_launch = _forward_launch(width, branch, branch)
-            backward_launch = _backward_launch(width, branch, branch, branch)
+        for stream, (kind, branch, kept) in (
+            (torch.float32, forms[1]),
+            (torch.bfloat16, forms[1]),
+            (torch.float32, forms[0]),
+            (torch.float32, forms[2]),
+        ):
+            forward_launch = _forward_launch(width, branch, branch, kept, kept)
+            backward_launch = _backward_launch(width, branch, branch, kept, kept, branch)
             wide, low = pointer(stream), pointer(torch.bfloat16)
             name = f"{DTYPES[stream]} C{width}"
-            sizes = {"num_rows": "i32", "rows_per_sample": "i32", "width": "i32"}
-            common = {"mask": "*fp32", "weight": "*fp32", "mean": "*fp32", "rstd": "*fp32", "total": wide} | sizes
+            sizes = dict.fromkeys(("num_rows", "rows_per_sample", "branch_samples", "out_samples", "width"), "i32")
+            common = {"mask": "*fp32", "slots": "*i32", "only": "*i32", "weight": "*fp32", "mean": "*fp32"}
+            common |= {"rstd": "*fp32", "total": wide} | sizes
             forward = {"x": wide, "branch": low, "bias": "*fp32", "out": low, "eps": "fp32"} | common
             backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low} | common
             backward |= {"partial": "*fp32", "chunk": "i32"}
-            kind = "add_layer_norm" if branch else "layer_norm"
             both = ("num_rows", "width")
             variants.append(forward_launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, both))
             variants.append(

@@ -44,6 +44,24 @@ class MixedLabels(NamedTuple):
         return a * lam + b * (1.0 - lam)
 
 
+class Kept(NamedTuple):
+    """The samples of a batch whose residual branch is computed; stochastic depth drops the others.
+
+    mask   (B,) float32 factors of the branch: 0 for a dropped sample, otherwise 1 / the share that is kept
+    slots  (B,) int32: each sample's place among those kept, in order; -1 for a dropped sample
+    count  number of samples that are kept
+    """
+
+    mask: Tensor
+    slots: Tensor
+    count: int
+
+    @property
+    def index(self) -> Tensor:
+        """(count,) int64: the samples that are kept, ascending."""
+        return (self.slots < 0).argsort(stable=True)[: self.count]
+
+
 class LossParts(NamedTuple):
     """float32 scalars: the loss to minimise, and its unweighted parts for the true label and for the teacher."""
 
@@ -86,12 +104,32 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def select_kept(x: Tensor, kept: Kept | None) -> Tensor:
+    """The samples of `x` (B, ...) that are kept, (count, ...); None: all."""
+    return x if kept is None else x.index_select(0, kept.index)
+
+
+def add_branch(x: Tensor, branch: Tensor, mask: Tensor | Kept | None) -> Tensor:
+    """x + mask * branch; x (B, ..., C). With a `Kept`, `branch` has only the samples that are kept, (count, ..., C)."""
+    if not isinstance(mask, Kept):
+        return x + scale_branch(branch, mask)
+    index = mask.index
+    return x.index_add(0, index, scale_branch(branch, mask.mask.index_select(0, index)).to(x.dtype))
+
+
 def add_layer_norm(
-    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, mask: Tensor | None = None
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-6,
+    *,
+    mask: Tensor | Kept | None = None,
+    only: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + mask * branch, and its layer normalisation; x and branch (B, ..., C), mask (B,) or None."""
-    total = x + scale_branch(branch, mask)
-    return total, layer_norm(total, weight, bias, eps)
+    """`add_branch`, and the layer normalisation of the sum, or of the samples that `only` keeps."""
+    total = add_branch(x, branch, mask)
+    return total, layer_norm(select_kept(total, only), weight, bias, eps)
 
 
 def assemble_tokens(

@@ -14,6 +14,7 @@ from benchmarks.roof.cards import find_card
 from benchmarks.roof.report import Forecast, gemm_table, part_table, summary_table
 from benchmarks.roof.step import Inputs, gemms, predict
 from benchmarks.tables import read
+from benchmarks.throughput.report import is_ours
 from fastdeit.cli import parse, run
 from fastdeit.config import ModelConfig
 from fastdeit.recipes import RECIPES
@@ -29,6 +30,7 @@ class Options:
     img_size: int = 224  # side of the square input, pixels
     distilled: bool = False  # with the distillation token
     residual: Literal["float32", "bfloat16"] = "float32"  # dtype of the residual stream
+    skip: bool = False  # leave out the samples that stochastic depth drops (model.drop_path_mode "skip")
     inputs: Inputs = "images"  # float32 images, as in `throughput`; patches: as the device augmentation writes them
     ema: bool = False  # average the weights
     graph: bool = True  # the step as one CUDA graph; otherwise the host launches every kernel
@@ -39,7 +41,7 @@ class Options:
 def forecasts(options: Options) -> list[Forecast]:
     """A forecast for every model and card. Raises UserError for an unknown card or a batch below 1."""
     profiles, throughput = (read(options.results / f"{name}.jsonl") for name in ("profiles", "throughput"))
-    comparable = options.inputs == "images" and options.graph
+    comparable = options.inputs == "images" and options.graph and not options.skip
     precision = "bf16" if options.residual == "float32" else "bf16, bf16 residual"
     made = []
     for card in map(find_card, options.card):
@@ -59,7 +61,7 @@ def forecasts(options: Options) -> list[Forecast]:
             if comparable:
                 profile, timed = newest(profiles, **case), newest(throughput, **case)
                 sides = {} if timed is None else timed.get("sides", {})
-                rates = [side["images_per_second"] for form, side in sides.items() if form.startswith("fastdeit")]
+                rates = [side["images_per_second"] for form, side in sides.items() if is_ours(form)]
                 if timed is not None and rates:
                     rate = max(rates), str(timed["environment"]["commit"])[:7]
             made.append(Forecast(name, card, step, profile, rate))
@@ -74,6 +76,7 @@ def _config(options: Options, model: str) -> ModelConfig:
     """Raises UserError for an image size that the recipe does not allow."""
     recipe = RECIPES[_recipe(options, model)]()
     changed: dict[str, Any] = {"img_size": options.img_size, "residual_dtype": options.residual}
+    changed["drop_path_mode"] = "skip" if options.skip else "mask"
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changed))
     return recipe.resolved().model
 

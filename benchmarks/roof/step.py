@@ -1,16 +1,16 @@
 """A model of the training step's time: its GEMMs, its passes over memory, its launches.
 
 `predict` takes a recipe's model configuration and a card, and needs no GPU. It models the step that fastdeit runs on a
-GPU with its kernels and torch.compile: bf16 products, AdamW, stochastic depth by masks, the last block reduced to the
-prefix tokens. Every rate below has a source, and none was fitted to the steps that the model is compared with. The
+GPU with its kernels and torch.compile: bf16 products, AdamW, stochastic depth in either mode, the last block reduced to
+the prefix tokens. Every rate below has a source, and none was fitted to the steps that the model is compared with. The
 starts of kernels and the numbers of launches come from those steps' profiles.
 
-Not in the model: a teacher that runs beside the student, clipping, micro-batches, fp32 and fp16, samples left out by
-`drop_path_mode "skip"`, several GPUs.
+Not in the model: a teacher that runs beside the student, clipping, micro-batches, fp32 and fp16, several GPUs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +18,7 @@ from typing import Literal
 from benchmarks.roof.cards import Card
 from fastdeit.config import ModelConfig
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.plan.drop_path import dropped_samples
 
 Inputs = Literal["images", "patches"]
 Product = Literal["forward", "input gradient", "weight gradient"]
@@ -189,6 +190,11 @@ class _Shape:
         return self.batch * self.heads
 
     @property
+    def kept(self) -> list[int]:
+        """Samples that the branches of each block compute."""
+        return kept_samples(self.model, self.batch)
+
+    @property
     def layers(self) -> tuple[tuple[str, int, int], ...]:
         """Name, inputs and outputs of a block's linear layers."""
         width, hidden = self.width, self.hidden
@@ -207,6 +213,14 @@ class _Shape:
         return self.matrices + vectors + (3 + self.heads + self.tokens) * width + self.heads * self.classes
 
 
+def kept_samples(model: ModelConfig, batch: int) -> list[int]:
+    """How many samples of a batch the branches of each block compute, with mixing groups of 64."""
+    if model.drop_path_mode == "mask":
+        return [batch] * model.depth
+    group = min(64, batch)
+    return (batch - batch // group * dropped_samples(model.depth, model.drop_path, group)).tolist()
+
+
 def parameters(model: ModelConfig, num_classes: int = 1000) -> int:
     """The number of a DeiT's parameters."""
     return _Shape(_checked(model), 1, num_classes).parameters
@@ -219,15 +233,13 @@ def gemms(model: ModelConfig, batch: int, *, num_classes: int = 1000) -> list[Ge
     another `arch`.
     """
     shape = _Shape(_checked(model), batch, num_classes)
-    depth = model.depth
     # Name, times a step, rows, inputs, outputs.
     forward = [("patch embedding", 1, batch * shape.patches, shape.patch_values, shape.width)]
     for name, inputs, outputs in shape.layers:
-        if name == "qkv":
-            forward.append((name, depth, shape.rows, inputs, outputs))
-        else:
-            forward.append((name, depth - 1, shape.rows, inputs, outputs))
-            forward.append((f"{name}, last block", 1, shape.few, inputs, outputs))
+        whole = shape.kept if name == "qkv" else shape.kept[:-1]
+        forward += [(name, count, kept * shape.tokens, inputs, outputs) for kept, count in Counter(whole).items()]
+        if name != "qkv":
+            forward.append((f"{name}, last block", 1, shape.kept[-1] * shape.heads, inputs, outputs))
     forward.append(("head", shape.heads, batch, shape.width, num_classes))
     out: list[Gemm] = []
     for name, count, rows, inputs, outputs in forward:
@@ -253,15 +265,20 @@ def passes(
     return [each for each in work + _borders(shape, stream, inputs) if each.count]
 
 
+def _blocks(shape: _Shape) -> list[tuple[int, int, int, str]]:
+    """Samples, tokens of the results, number and name of blocks that are alike."""
+    others = [(kept, shape.tokens, count, "") for kept, count in Counter(shape.kept[:-1]).items()]
+    return [*others, (shape.kept[-1], shape.heads, 1, ", last block")]
+
+
 def _attention(shape: _Shape) -> list[Pass]:
-    values, depth = shape.rows * shape.width, shape.model.depth
-    product = 2.0 * shape.rows * shape.tokens * shape.width  # FLOP of one of them, over all heads
     forward, backward = ATTENTION_SHARE[shape.tokens > 256]
     out = []
-    for rows, count, where in ((shape.rows, depth - 1, ""), (shape.few, 1, ", last block")):
+    for kept, tokens, count, where in _blocks(shape):
         # Forward reads queries, keys and values and writes the result. Backward reads these four and the result's
         # gradient, and writes three gradients. In the last block only the prefix tokens have a result.
-        own, flops = rows * shape.width, product * rows / shape.rows
+        values, own = kept * shape.tokens * shape.width, kept * tokens * shape.width
+        flops = 2.0 * own * shape.tokens  # of a product, over all heads
         moved = BF16 * (3 * values + own), BF16 * (6 * values + 2 * own)
         out += [
             Pass(part=ATTENTION, name=f"forward{where}", count=count, bytes=moved[0], flops=2 * flops, share=forward),
@@ -280,12 +297,17 @@ def _attention(shape: _Shape) -> list[Pass]:
 
 def _layer_norm(shape: _Shape, stream: int) -> list[Pass]:
     """`stream`: bytes of a value of the residual stream."""
-    out = []
-    for rows, count, where in ((shape.rows, 2 * (shape.model.depth - 1), ""), (shape.few, 2, ", last block")):
-        values = rows * shape.width
+    out, kept = [], [*shape.kept, shape.batch]
+    # After attention, the MLP takes the normalised samples; after the MLP, the next block's attention or the head.
+    pairs = Counter(pair for i in range(len(kept) - 2) for pair in ((kept[i], kept[i]), (kept[i], kept[i + 1])))
+    sites = [(pair, shape.rows, shape.tokens, count, "") for pair, count in pairs.items()]
+    last = Counter(((kept[-2], kept[-2]), (kept[-2], kept[-1])))
+    sites += [(pair, shape.few, shape.heads, count, ", last block") for pair, count in last.items()]
+    for (branch, following), rows, tokens, count, where in sites:
         # Forward reads the stream and a branch, writes the sum and its normalisation. Backward reads two gradients and
         # the sum, and writes two gradients.
-        forward, backward = values * (2 * stream + 2 * BF16), values * (3 * stream + 2 * BF16)
+        both = BF16 * (branch + following) * tokens * shape.width
+        forward, backward = (n * stream * rows * shape.width + both for n in (2, 3))
         out.append(Pass(part=LAYER_NORM, name=f"with residual, forward{where}", count=count, bytes=forward))
         out.append(Pass(part=LAYER_NORM, name=f"with residual, backward{where}", count=count, bytes=backward))
     values = shape.rows * shape.width
@@ -296,8 +318,8 @@ def _layer_norm(shape: _Shape, stream: int) -> list[Pass]:
 
 def _gelu(shape: _Shape) -> list[Pass]:
     out = []
-    for rows, count, where in ((shape.rows, shape.model.depth - 1, ""), (shape.few, 1, ", last block")):
-        values = rows * shape.hidden
+    for kept, tokens, count, where in _blocks(shape):
+        values = kept * tokens * shape.hidden
         for name, tensors, each in zip(("forward", "backward"), (2, 3), GELU_INSTRUCTIONS, strict=True):
             moved, issued = tensors * BF16 * values, float(each * values)
             out.append(Pass(part=GELU, name=f"{name}{where}", count=count, bytes=moved, instructions=issued))
@@ -351,7 +373,8 @@ def _borders(shape: _Shape, stream: int, inputs: Inputs) -> list[Pass]:
         Pass(part=TOKENS, name="sum of both gradients", count=1, bytes=3 * stream * values),
         # The last block continues with the prefix tokens; the gradients of all others are zeros.
         Pass(part=ELEMENTWISE, name="zero gradients, stream", count=1, bytes=stream * values),
-        Pass(part=ELEMENTWISE, name="others", count=1, kernels=12),
+        # `skip` numbers the samples that are kept.
+        Pass(part=ELEMENTWISE, name="others", count=1, kernels=16 if shape.model.drop_path_mode == "skip" else 12),
         # Logits are read forward, read backward, and their gradients are written.
         Pass(part=LOSS, name="loss", count=1, bytes=3 * BF16 * logits, kernels=4),
         Pass(part=COPIES, name="batch into the graph's memory", count=1, bytes=2 * each * pixels, kernels=9),

@@ -18,7 +18,7 @@ from benchmarks.record import RESULTS, Timing, append, environment, first_line, 
 from benchmarks.render import target_lines
 from benchmarks.throughput.contenders import Inputs, Step, disagreement, make_step, our_model
 from benchmarks.throughput.forms import Form, ModelCase, forms
-from benchmarks.throughput.report import ratio, record_table
+from benchmarks.throughput.report import is_ours, ratio, record_table
 from fastdeit.cli import parse, run
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
@@ -193,7 +193,7 @@ def _gone() -> int:
 
 def _profile(case: ModelCase, record: dict[str, Any], contenders: dict[str, Contender], results: Path) -> None:
     """Append the kernels of our fastest form to the profiles beside `results`."""
-    ours = {name: figures for name, figures in record["sides"].items() if name.startswith("fastdeit")}
+    ours = {name: figures for name, figures in record["sides"].items() if is_ours(name)}
     name = max(ours, key=lambda name: ours[name]["images_per_second"], default=None)
     if name not in contenders:
         print(f"no profile of {case.recipe.name}: its fastest form has made room for others")
@@ -274,7 +274,7 @@ def targets(record: dict[str, Any]) -> list[dict[str, Any]]:
     gpu, times_timm, model = record["environment"]["gpu"], ratio(record), record["model"]
     if record["mode"] != "train" or record["img_size"] != 224 or gpu is None or model not in TIMES_TIMM:
         return []
-    rates = [f["images_per_second"] for name, f in record["sides"].items() if name.startswith("fastdeit")]
+    rates = [f["images_per_second"] for name, f in record["sides"].items() if is_ours(name)]
     minimum = next((by_model[model] for card, by_model in TARGETS.items() if card in gpu["name"]), None)
     if minimum is None or not rates:
         return []

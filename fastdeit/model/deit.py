@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -29,11 +30,8 @@ class SkippingBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("a block that skips samples has no attention mask: set model.drop_path_mode 'mask'")
-        x = self.drop_path1(x, lambda kept: self.attn(self._apply_norm(self.norm1, kept)))
-        return self.drop_path2(x, lambda kept: self.mlp(self._apply_norm(self.norm2, kept)))
-
-    def _apply_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(x)
+        x = self.drop_path1(x, lambda kept: self.attn(self.norm1(kept)))
+        return self.drop_path2(x, lambda kept: self.mlp(self.norm2(kept)))
 
 
 class DeiT(nn.Module):
@@ -101,31 +99,30 @@ class DeiT(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def set_drop_path(self, masks: Tensor | None) -> None:
+    def set_drop_path(self, masks: Tensor | None, kept: Sequence[int] | None = None) -> None:
         """Set stochastic depth for the next forward passes in training mode; None: no samples are dropped.
 
-        masks  (depth, 2, B) float32 from `draw_drop_path`, kept by reference, on the model's device; on the CPU for a
-               model that skips, because they determine the sizes of its tensors
+        masks  (depth, 2, B) float32 on the model's device, kept by reference: see `pipelines.plan.drop_path`
+        kept   only for a model that skips: (depth,) how many samples both branches of a block keep, which determines
+               the sizes of its tensors
 
-        Raises ValueError for another shape, and for a model that skips if the masks are not on the CPU.
+        Raises ValueError for another shape, for a model that skips without `kept`, and if `masks` are on the CPU and
+        keep other numbers of samples.
         """
-        if masks is not None and (masks.ndim != 3 or masks.shape[:2] != (len(self.blocks), 2)):
+        blocks = len(self.blocks)
+        if masks is not None and (masks.ndim != 3 or masks.shape[:2] != (blocks, 2)):
             raise ValueError(
-                f"drop path masks of shape {tuple(masks.shape)}: {len(self.blocks)} blocks need "
-                f"({len(self.blocks)}, 2, batch)"
+                f"drop path masks of shape {tuple(masks.shape)}: {blocks} blocks need ({blocks}, 2, batch)"
             )
-        none = [None] * len(self._drop_paths)
-        if not self._skips:
-            for module, mask in zip(self._drop_paths, none if masks is None else masks.flatten(0, 1), strict=True):
-                module.mask = mask
-            return
-        if masks is not None and masks.device.type != "cpu":
-            raise ValueError(
-                f"the drop path masks are on {masks.device}: a model that skips samples needs them on the CPU"
-            )
-        kept = none if masks is None else kept_samples(masks, self.pos_embed.device)
-        for module, samples in zip(self._drop_paths, kept, strict=True):
-            module.kept = samples
+        branches: Sequence[Any] = [None] * 2 * blocks if masks is None else masks.flatten(0, 1).unbind()
+        if masks is not None and self._skips:
+            if kept is None or len(kept) != blocks:
+                raise ValueError(
+                    f"kept is {kept}: a model that skips needs how many samples each of its {blocks} blocks keeps"
+                )
+            branches = kept_samples(masks.flatten(0, 1), [count for count in kept for _ in range(2)])
+        for module, mask in zip(self._drop_paths, branches, strict=True):
+            module.mask = mask
 
     def _stream_dtype(self, pixels: Tensor) -> torch.dtype | None:
         """The dtype of the residual stream, if it differs from the result of adding positions to patches."""
@@ -190,7 +187,7 @@ class DeiT(nn.Module):
 def build_model(cfg: ModelConfig, num_classes: int) -> DeiT:
     """A freshly initialised DeiT; weights come from PyTorch's global generator.
 
-    The model does not draw stochastic depth itself: see `drop_path.draw_drop_path` and `DeiT.set_drop_path`.
+    The model does not draw stochastic depth itself: see `pipelines.plan.drop_path` and `DeiT.set_drop_path`.
     """
     return DeiT(
         img_size=cfg.img_size,

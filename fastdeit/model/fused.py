@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
-from fastdeit.kernels.reference import as_patches, scale_branch
+from fastdeit.kernels.reference import Kept, add_branch, as_patches
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 from fastdeit.model.deit import DeiT, SkippingBlock, StudentOutput
 from fastdeit.model.drop_path import DropPath as PlannedDropPath
+from fastdeit.model.drop_path import SkipPath, check_batch
 
 
 class Branch(NamedTuple):
     """The output of attention or an MLP, not yet added to the residual stream.
 
     bias  of the layer that made it, if the addition must also compute the bias's gradient; None: the layer does
-    mask  factors (B,) of stochastic depth, or None
+    mask  factors (B,) of stochastic depth; a `Kept` if `value` has only the samples that are kept; or None
     """
 
     value: Tensor
     bias: Tensor | None
-    mask: Tensor | None
+    mask: Tensor | Kept | None
 
 
 class Swap(NamedTuple):
@@ -47,11 +48,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _norm(module: Any, x: Tensor) -> Tensor:
-    return layer_norm(x, module.weight, module.bias, module.eps, dtype=_autocast_dtype(x))
+def _norm(module: Any, x: Tensor, only: Kept | None) -> Tensor:
+    return layer_norm(x, module.weight, module.bias, module.eps, only=only, dtype=_autocast_dtype(x))
 
 
-def _add_norm(x: Tensor, branch: Branch, module: Any) -> tuple[Tensor, Tensor]:
+def _add_norm(x: Tensor, branch: Branch, module: Any, only: Kept | None = None) -> tuple[Tensor, Tensor]:
     return add_layer_norm(
         x,
         branch.value,
@@ -59,6 +60,7 @@ def _add_norm(x: Tensor, branch: Branch, module: Any) -> tuple[Tensor, Tensor]:
         module.bias,
         module.eps,
         mask=branch.mask,
+        only=only,
         branch_bias=branch.bias,
         dtype=_autocast_dtype(x) or branch.value.dtype,
     )
@@ -84,19 +86,26 @@ def _does_nothing(dropout: nn.Module) -> bool:
     return _is_plain(dropout) and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.p))
 
 
-def _drop_path_mask(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Factors (B,) float32 of stochastic depth, from the same random numbers as the module's own forward pass."""
+def _kept(drop_path: nn.Module, x: Tensor) -> Kept | None:
+    """The samples of the stream `x` that the branch before `drop_path` computes; None: all."""
+    return drop_path.of(x) if isinstance(drop_path, SkipPath) else None
+
+
+def _drop_path_mask(module: nn.Module, value: Tensor) -> Tensor | Kept | None:
+    """The `mask` of a branch's `value`, from the same random numbers as the module's own forward pass."""
     if isinstance(module, nn.Identity) or not module.training:
         return None
+    if isinstance(module, SkipPath):  # `_kept` has checked the batch
+        return module.mask
     if isinstance(module, PlannedDropPath):
-        if module.mask is not None and len(module.mask) != len(x):
-            raise ValueError(f"the drop path masks are for {len(module.mask)} samples, but the batch has {len(x)}")
+        if module.mask is not None:
+            check_batch(module.mask, value)
         return module.mask
     assert isinstance(module, DropPath)
     keep = 1.0 - module.drop_prob
     if keep == 1.0:
         return None
-    mask = x.new_empty((len(x), 1, 1)).bernoulli_(keep).view(-1).float()
+    mask = value.new_empty((len(value), 1, 1)).bernoulli_(keep).view(-1).float()
     return mask / keep if keep > 0.0 and module.scale_by_keep else mask
 
 
@@ -137,9 +146,15 @@ class _Mlp(Mlp):
 
 
 class _Block(Block):
+    """A block in pieces, so that each addition runs with the next normalisation, which may lie in the next block.
+
+    The first and the second normalisation hold only the samples that attention and the MLP compute.
+    """
+
     def begin(self, x: Tensor, pending: Branch | None) -> tuple[Tensor, Tensor]:
         """Add the previous block's branch; return the residual stream and its first normalisation."""
-        return (x, _norm(self.norm1, x)) if pending is None else _add_norm(x, pending, self.norm1)
+        only = _kept(self.drop_path1, x)
+        return (x, _norm(self.norm1, x, only)) if pending is None else _add_norm(x, pending, self.norm1, only)
 
     def attend(self, x: Tensor, normalized: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """The stream after attention and its second normalisation, from the stream and its first.
@@ -152,7 +167,8 @@ class _Block(Block):
             if isinstance(self.attn, _Attention) and _is_plain(self.attn)
             else (self.attn(normalized)[:, :rows], None)
         )
-        return _add_norm(x[:, :rows], Branch(value, bias, _drop_path_mask(self.drop_path1, value)), self.norm2)
+        branch = Branch(value, bias, _drop_path_mask(self.drop_path1, value))
+        return _add_norm(x[:, :rows], branch, self.norm2, _kept(self.drop_path2, x))
 
     def feed(self, normalized: Tensor) -> Branch:
         """The MLP's branch, from the stream's second normalisation."""
@@ -166,12 +182,12 @@ class _Block(Block):
     def end(self, x: Tensor, normalized: Tensor) -> Tensor:
         """The stream after the MLP, without another normalisation."""
         value = self.mlp(normalized)
-        return x + scale_branch(value, _drop_path_mask(self.drop_path2, value))
+        return add_branch(x, value, _drop_path_mask(self.drop_path2, value))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
-        return self.end(*self.attend(x, _norm(self.norm1, x)))
+        return self.end(*self.attend(*self.begin(x, None)))
 
 
 def _all_fused(blocks: Iterable[nn.Module]) -> bool:
@@ -192,11 +208,6 @@ class _Blocks(nn.Sequential):
                 return block.end(x, normalized)
             pending = block.feed(normalized)
         return x
-
-
-class _SkippingBlock(SkippingBlock):
-    def _apply_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return _norm(norm, x)
 
 
 class _DeiT(DeiT):
@@ -281,7 +292,7 @@ def _why_not_block(module: Block) -> str | None:
         if len(norm.weight) > MAX_WIDTH:
             return f"has more than {MAX_WIDTH} channels"
     for name in ("drop_path1", "drop_path2"):
-        if type(getattr(module, name)) not in (nn.Identity, DropPath, PlannedDropPath):
+        if type(getattr(module, name)) not in (nn.Identity, DropPath, PlannedDropPath, SkipPath):
             return f"{name} is unknown"
     return None
 
@@ -303,7 +314,7 @@ _SWAPS: tuple[tuple[str, type[nn.Module], type[nn.Module], Callable[[Any], str |
     ("attention", Attention, _Attention, _why_not_attention),
     ("bias_gelu", Mlp, _Mlp, _why_not_mlp),
     ("layer_norm", Block, _Block, _why_not_block),
-    ("layer_norm", SkippingBlock, _SkippingBlock, _suits),
+    ("layer_norm", SkippingBlock, _Block, _why_not_block),
     ("assemble_tokens", VisionTransformer, _VisionTransformer, _why_not_tokens),
     ("assemble_tokens", VisionTransformerDistilled, _VisionTransformerDistilled, _why_not_tokens),
     ("assemble_tokens", DeiT, _AssemblingDeiT, _suits),

@@ -17,6 +17,7 @@ from fastdeit.kernels.head_evaluation import evaluate_heads
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.reference import MixedLabels
 from fastdeit.kernels.token_assembly import assemble_tokens
+from fastdeit.model.drop_path import kept_samples
 from fastdeit.pipelines.errors import fact
 from fastdeit.precision import Precision
 
@@ -125,19 +126,24 @@ def _attention(s: _Inputs) -> _Check:
 
 def _layer_norm(s: _Inputs) -> _Check:
     width = s.cfg.embed_dim
-    inputs = [s.draw(BATCH, s.tokens, width, dtype=s.stream), s.draw(BATCH, s.tokens, width, dtype=s.low)]
+    factors = torch.linspace(0, 2, BATCH, device=s.device)
+    mask, only, samples = factors, None, BATCH
+    if s.cfg.drop_path_mode == "skip":
+        samples = BATCH - 1
+        mask, only = kept_samples(torch.stack([factors, factors.flip(0)]), [samples] * 2)
+    inputs = [s.draw(BATCH, s.tokens, width, dtype=s.stream), s.draw(samples, s.tokens, width, dtype=s.low)]
     inputs += [s.draw(width) for _ in range(3)]
-    mask = torch.linspace(0, 2, BATCH, device=s.device)
 
     def kernel(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
         branch = (branch + of_branch.detach()).to(branch.dtype)
-        return add_layer_norm(x, branch, weight, bias, mask=mask, branch_bias=of_branch, dtype=branch.dtype)
+        return add_layer_norm(x, branch, weight, bias, mask=mask, only=only, branch_bias=of_branch, dtype=branch.dtype)
 
     def judge(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
         branch = (branch + of_branch).to(branch.dtype)
-        total = x + reference.scale_branch(branch, mask)
+        total = reference.add_branch(x, branch, mask)
         # As under autocast: on a GPU, PyTorch's LayerNorm takes one dtype.
-        return total, reference.layer_norm(total.to(weight.dtype), weight, bias).to(branch.dtype)
+        rows = reference.select_kept(total, only).to(weight.dtype)
+        return total, reference.layer_norm(rows, weight, bias).to(branch.dtype)
 
     return _Check(inputs, kernel, judge)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -25,7 +26,7 @@ class ConvnetStudent(nn.Module):
         """Logits (B, K) of images (B, 3, S, S)."""
         return StudentOutput(self.network(images), None)
 
-    def set_drop_path(self, masks: torch.Tensor | None) -> None:
+    def set_drop_path(self, masks: torch.Tensor | None, kept: Sequence[int] | None = None) -> None:
         """Do nothing: a timm model draws its own stochastic depth from PyTorch's generator."""
 
     def state_dict(self, *args, **kwargs):  # type: ignore[override]

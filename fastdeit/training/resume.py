@@ -47,6 +47,8 @@ def effective(training: TrainingStep, data: TrainingData, teacher: str | None) -
         "mixing group size": data.order.group_size,
         "steps per epoch": data.steps,
         **({"data.hw_decoder_load": recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
+        # Earlier versions drew each sample on its own in this mode too, and stored nothing here.
+        **({"draw of stochastic depth": "a fixed number in each mixing group"} if training.dropped is not None else {}),
     }
 
 

@@ -104,9 +104,8 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
     if unknown:
         raise UserError(f"{path}: its field 'optimizer.state' has an unknown {min(map(str, unknown))}; {NOT_OURS}")
     moments = _moments(training)
-    # A timm model may have unused parameters, and a branch that every sample skips has no gradients.
-    model = training.recipe.model
-    gaps = bool(states) and (model.arch != "deit" or model.drop_path_mode == "skip")
+    # A timm model may have unused parameters.
+    gaps = bool(states) and training.recipe.model.arch != "deit"
     for index, parameter in enumerate(parameters):
         field = f"optimizer.state[{index}] ({names[id(parameter)]})"
         held = states.get(index)

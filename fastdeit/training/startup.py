@@ -65,6 +65,7 @@ def announce(
         model,
         lr_sentence(recipe),
         mode_sentence(recipe),
+        skip_sentence(training),
         f"CUDA graphs {'on' if replayed else 'off'}: {why}" if world.device.type == "cuda" else None,
         kernels.sentence(),
         *data_sentences(data),
@@ -101,6 +102,21 @@ def mode_sentence(recipe: Recipe) -> str | None:
     if frozen_mode(recipe):
         return f"fine-tuning {model.init} in eval mode: {noise} are off (departures.finetune_mode '{mode}')"
     return f"fine-tuning {model.init} in training mode, with {noise} (departures.finetune_mode '{mode}')"
+
+
+def skip_sentence(training: TrainingStep) -> str | None:
+    """How many samples stochastic depth leaves out of each block; None if each sample is drawn on its own."""
+    dropped, group = training.dropped, training.group
+    if dropped is None:
+        return None
+    model = training.recipe.model
+    numbers = ", ".join(map(str, dropped))
+    return (
+        f"stochastic depth: of each {group} samples, both branches of the blocks drop exactly {numbers}, "
+        f"{dropped.mean() / group:.2%} on average and {dropped[-1] / group:.2%} in the last block; model.drop_path "
+        f"{model.drop_path:g} asks for {model.drop_path / 2:.2%} and {model.drop_path:.2%}. The paper draws each "
+        f"sample on its own (model.drop_path_mode 'mask')"
+    )
 
 
 def recipe_warnings(recipe: Recipe, train: Dataset, val: Dataset | None, *, steps: int, repeats: int) -> list[str]:

@@ -17,12 +17,13 @@ from torch.profiler import record_function
 from fastdeit.config import Recipe
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
+from fastdeit.effects import skips_samples
 from fastdeit.model.deit import DeiT
-from fastdeit.model.drop_path import draw_drop_path
 from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, dropped_samples
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.gradients import SharedGradients
@@ -53,7 +54,7 @@ class StepInputs:
     """The inputs of a step, on its device.
 
     data    images and labels
-    masks   (depth, 2, B) float32 factors of stochastic depth, on the CPU for drop_path_mode "skip"; None: none
+    masks   (depth, 2, B) float32 factors of stochastic depth; None: none
     stored  the teacher's stored labels (B,) int64 or logits (B, K) float32; None without them
     """
 
@@ -81,6 +82,8 @@ class TrainingStep:
     teacher    labels the batches for the student; None without distillation, or with stored `labels`
     labels     labels that a teacher made beforehand
     compiled   whether torch.compile made one graph each of student, teacher and loss
+    group      samples of a mixing group
+    dropped    (depth,) how many samples of a group each branch of a block leaves out; None: it computes all
     graphs     whether steps are replayed as one CUDA graph, and why
     shared     sums the gradients of several processes; None for one process, and before `distribute`
     warn       takes a sentence for the user
@@ -123,6 +126,8 @@ class TrainingStep:
         self.optimizer = build_optimizer(model, recipe, scaled=precision.name == "fp16")
         self.ema = Ema(model, recipe.ema.decay) if recipe.ema.enabled else None
         self.scaler = torch.amp.GradScaler(world.device.type) if precision.name == "fp16" else None
+        self.group, cfg = recipe.mixing_group(world.size), recipe.model
+        self.dropped = dropped_samples(cfg.depth, cfg.drop_path, self.group) if skips_samples(recipe) else None
         self.graphs = choose_graphs(recipe, world, precision)
         self.shared: SharedGradients | None = None
         self._replayed: Replayed | None = None
@@ -230,8 +235,19 @@ class TrainingStep:
         cfg = self.recipe.model
         if cfg.arch != "deit" or cfg.drop_path == 0 or not self.model.training:
             return None
-        masks = torch.from_numpy(draw_drop_path(self.recipe.run.seed, global_step, positions, cfg.depth, cfg.drop_path))
-        return masks if cfg.drop_path_mode == "skip" else self._on_device(masks)
+        drawn = self.recipe.run.seed, global_step, positions
+        if self.dropped is None:
+            masks = draw_drop_path(*drawn, cfg.depth, cfg.drop_path)
+        else:
+            masks = draw_fixed_drop_path(*drawn, self.dropped, self.group)
+        return self._on_device(torch.from_numpy(masks))
+
+    def _set_drop_path(self, masks: Tensor | None) -> None:
+        """Set the factors (depth, 2, b) of the next b samples, which are whole mixing groups if the model skips."""
+        kept = None
+        if masks is not None and self.dropped is not None:
+            kept = (masks.shape[-1] // self.group * (self.group - self.dropped)).tolist()
+        self.model.set_drop_path(masks, kept)
 
     def _stored(self, epoch: int, entries: np.ndarray) -> Tensor | None:
         if self.labels is None:
@@ -259,7 +275,7 @@ class TrainingStep:
             part = slice(start, min(start + micro, count))
             share = (part.stop - part.start) / count
             last = part.stop == count
-            self.model.set_drop_path(None if inputs.masks is None else inputs.masks[..., part])
+            self._set_drop_path(None if inputs.masks is None else inputs.masks[..., part])
             stored = None if inputs.stored is None else inputs.stored[part]
             with self.precision.autocast():
                 teacher = self._teach(images[part], stored)

@@ -10,7 +10,8 @@ Counter words, by stream (the top 4 bits of the fourth word):
                                                             of the (3, height, width) output, C order
     MIX     (block | group << 8, step, epoch, stream)       Mixup and CutMix of a mixing group
     ORDER   (image index, 0, epoch, stream)                 the permutation of an epoch
-    DROP    (block, position in the global batch, global step, stream)   stochastic depth
+    DROP    (block, position in the global batch, global step, stream)   stochastic depth, each sample on its own
+    DROP_GROUP  (block | branch << 20, mixing group, global step, stream)    stochastic depth, a fixed number a group
 """
 
 import math
@@ -22,7 +23,7 @@ from fastdeit.pipelines.jit import cached
 
 Word = int | np.unsignedinteger  # a counter, a key or a drawn word in compiled code
 
-SAMPLE, NOISE, MIX, ORDER, DROP = (np.uint32(stream << 28) for stream in range(5))
+SAMPLE, NOISE, MIX, ORDER, DROP, DROP_GROUP = (np.uint32(stream << 28) for stream in range(6))
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)

@@ -8,12 +8,14 @@ import torch
 from fastdeit import checkpoint
 from fastdeit.cli import parse_recipe
 from fastdeit.config import Recipe
-from fastdeit.distributed import world
+from fastdeit.distributed import world as world_of
 from fastdeit.effects import EFFECTS, fields, has_effect
+from fastdeit.inputs import check_inputs
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny
 from fastdeit.training.trainer import Trainer
 from runs import changed, newest, parse_file, trained
+from steps import build
 
 
 def test_every_field_is_declared():
@@ -146,7 +148,7 @@ def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
 def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
     """As of versions in which every run that starts from weights was in eval mode."""
     recipe = tiny(deit_tiny, run={"epochs": 1})
-    with world("cpu") as joined:
+    with world_of("cpu") as joined:
         Trainer(recipe, joined).run()
         path = newest(recipe)
         state = checkpoint.load(path)
@@ -197,6 +199,35 @@ def test_the_command_line_overrides_a_stored_recipe(tmp_path):
     assert parse_file(path, stored).resolved() == stored
     assert not parse_file(path, stored, "--ema.enabled", "False").ema.enabled
     assert parse_file(path, stored, "--objective.distillation", "none").teacher == stored.teacher
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"run": {"micro_batch": 12}}, "run.micro_batch is 12, not a multiple of a mixing group's 8 samples"),
+        ({"run": {"micro_batch": 8}, "departures": {"mix_group": 0}}, "run.micro_batch is 8, .* group's 32 samples"),
+        ({"run": {"micro_batch": 24}}, None),
+        ({"run": {"micro_batch": 12}, "model": {"drop_path": 0.0}}, None),
+    ],
+)
+def test_micro_batches_that_cut_a_group_of_skipped_samples_are_refused(tiny, sections, message):
+    sections = {**sections, "model": {"drop_path_mode": "skip", **sections.get("model", {})}}
+    if message is None:
+        tiny(**sections)
+    else:
+        with pytest.raises(UserError, match=message):
+            tiny(**sections)
+
+
+@pytest.mark.parametrize(("group", "world", "rate"), [(8, 1, 0.05), (0, 4, 0.05), (8, 2, 0.95)])
+def test_a_rate_that_skips_no_sample_or_all_is_refused_before_training(tiny, group, world, rate):
+    recipe = tiny(model={"drop_path_mode": "skip", "drop_path": rate}, departures={"mix_group": group})
+    with pytest.raises(UserError, match=f"model.drop_path {rate} drops (none|all) of a group's 8 samples"):
+        check_inputs(recipe, world=world)
+    if world == 1:
+        with world_of("cpu") as joined, pytest.raises(UserError, match="drops none of"):
+            build(recipe, joined)
+    check_inputs(changed(recipe, "model", drop_path_mode="mask"), world=world)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
+from fastdeit.model.kernel_choice import TORCH, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import resolve
@@ -100,11 +101,13 @@ def synthetic(recipe, device, count=32, world=None):
 
 
 def build(recipe, joined, seed=0):
-    """A step of the recipe with a fresh network, the same in every process."""
+    """A step of the recipe with a fresh network, the same in every process; with kernels if the recipe names them."""
     torch.manual_seed(seed)
     precision = resolve(recipe, joined.device)
-    model = build_network(recipe.model, CLASSES).to(joined.device).train()
-    return TrainingStep(recipe, joined, precision, model, num_classes=CLASSES, steps_per_epoch=100)
+    named = recipe.model.kernels == "triton"
+    kernels = choose_kernels(recipe.model, precision, CLASSES, joined) if named else TORCH
+    model = build_network(recipe.model, CLASSES, kernels).to(joined.device).train()
+    return TrainingStep(recipe, joined, precision, model, kernels, num_classes=CLASSES, steps_per_epoch=100)
 
 
 def in_two_processes(function, folder: Path, *arguments) -> list:

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdeit.kernels import reference
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.distillation_loss import distillation_loss
 from fastdeit.kernels.layer_norm import add_layer_norm, layer_norm
+from fastdeit.kernels.reference import Kept
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -43,6 +45,10 @@ def _by_cat(patches: Tensor, pos_embed: Tensor, bias: Tensor, *tokens: Tensor) -
 
 def _factors(x: Tensor) -> Tensor:
     return torch.tensor([0.0, 1.25, 2.0], device=x.device)
+
+
+def _kept(x: Tensor) -> Kept:
+    return Kept(_factors(x), torch.tensor([-1, 0, 1], dtype=torch.int32, device=x.device), 2)
 
 
 def _by_add(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -92,6 +98,11 @@ OPS = {
     ),
     "add_layer_norm": Op(
         lambda x, y, w, b: add_layer_norm(x, y, w, b, mask=_factors(x)), _by_add, ((B, N, C), (B, N, C), (C,), (C,))
+    ),
+    "add_layer_norm of kept samples": Op(
+        lambda x, y, w, b: add_layer_norm(x, y, w, b, mask=_kept(x), only=_kept(x)),
+        lambda x, y, w, b: reference.add_layer_norm(x, y, w, b, mask=_kept(x), only=_kept(x)),
+        ((B, N, C), (2, N, C), (C,), (C,)),
     ),
     "bias_gelu": Op(lambda x, b: (bias_gelu(x, b),), lambda x, b: (F.gelu(x + b),), ((B, N, C), (C,))),
     "distillation_loss": Op(_loss, _by_cross_entropy, ((B, 11), (B, 11))),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fastdeit.kernels import layer_norm as module
 from fastdeit.kernels.layer_norm import add_layer_norm, layer_norm
+from fastdeit.kernels.reference import Kept
 from operators import assert_same_bits, results
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -99,6 +100,100 @@ def test_only_the_token_rows(device):
     assert not x.grad[:, 2:].any()
 
 
+def keeping(device, *samples, batch):
+    """`samples` of a batch, each with a factor of its own."""
+    slots = torch.full((batch,), -1, dtype=torch.int32)
+    slots[list(samples)] = torch.arange(len(samples), dtype=torch.int32)
+    return Kept(((slots >= 0) * torch.linspace(1, 2, batch)).to(device), slots.to(device), len(samples))
+
+
+def kept_by_pytorch(x, branch, weight, bias, kept, only):
+    """The branch of each kept sample, multiplied and added one by one."""
+    total = list(x.unbind() if kept is not None else (x + branch).unbind())
+    if kept is not None:
+        for sample, slot in enumerate(kept.slots.tolist()):
+            if slot >= 0:
+                total[sample] = total[sample] + branch[slot] * kept.mask[sample].to(branch.dtype)
+    chosen = range(len(x)) if only is None else [i for i, slot in enumerate(only.slots.tolist()) if slot >= 0]
+    return torch.stack(total), F.layer_norm(
+        torch.stack([total[i] for i in chosen]), total[0].shape[-1:], weight, bias, EPS
+    )
+
+
+KEPT = {"all": None, "some": (0, 2, 3), "another": (1, 4), "one": (3,)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("own", KEPT)
+@pytest.mark.parametrize("following", KEPT)
+@pytest.mark.parametrize("shape", [(5, 7, 40), (5, 3, 1100)])
+def test_branches_of_the_kept_samples_alone(device, equals_pytorch, shape, own, following, dtype):
+    kept, only = (None if KEPT[name] is None else keeping(device, *KEPT[name], batch=5) for name in (own, following))
+    x, branch, weight, bias, _ = inputs(device, shape, dtype)
+    branch = branch.detach()[: len(x) if kept is None else kept.count].requires_grad_()
+    equals_pytorch(
+        lambda *leaves: add_layer_norm(*leaves[:4], EPS, mask=kept, only=only),
+        lambda *leaves: kept_by_pytorch(*leaves[:4], kept, only),
+        (x, branch, weight, bias),
+        NAMES,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [192, 384, 768])
+def test_branches_of_the_kept_samples_at_full_size(device, equals_pytorch, width):
+    kept = keeping(device, *(i for i in range(256) if i % 11), batch=256)
+    only = keeping(device, *(i for i in range(256) if i % 7), batch=256)
+    x, branch, weight, bias, _ = inputs(device, (256, 197, width), torch.bfloat16)
+    branch = branch.detach()[: kept.count].requires_grad_()
+    equals_pytorch(
+        lambda *leaves: add_layer_norm(*leaves, EPS, mask=kept, only=only),
+        lambda *leaves: kept_by_pytorch(*leaves, kept, only),
+        (x, branch, weight, bias),
+        NAMES,
+    )
+
+
+def test_the_stream_alone_is_normalised_for_the_kept_samples(device, equals_pytorch):
+    only = keeping(device, 1, 2, batch=4)
+    x, _, weight, bias, _ = inputs(device, (4, 6, 40), torch.float32)
+    equals_pytorch(
+        lambda *leaves: layer_norm(*leaves, EPS, only=only),
+        lambda x, *affine: F.layer_norm(x[1:3], x.shape[-1:], *affine, EPS),
+        (x, weight, bias),
+        ("out", "x", "weight", "bias"),
+    )
+
+
+def test_kept_samples_have_the_bits_that_masks_give(device):
+    """Sum, rows and gradients; the bias of the branch too, whose dropped rows add zeros."""
+    kept, only = keeping(device, 0, 3, batch=5), keeping(device, 0, 1, 4, batch=5)
+    x, branch, weight, bias, _ = inputs(device, (5, 60, 24), torch.float16)
+    own = bias.detach().clone().requires_grad_()
+
+    def skipped(x, branch, weight, bias, own):
+        part = branch[kept.index]
+        return add_layer_norm(x, part, weight, bias, EPS, mask=kept, only=only, branch_bias=own)
+
+    def masked(x, branch, weight, bias, own):
+        total, out = add_layer_norm(x, branch, weight, bias, EPS, mask=kept.mask, branch_bias=own)
+        return total, out[only.index]
+
+    arguments = x, branch, weight, bias, own
+    weights = [torch.randn(shape, device=device) for shape in (x.shape, (3, 60, 24))]
+    assert_same_bits(results(skipped, arguments, weights), results(masked, arguments, weights))
+
+
+def test_slots_beyond_the_branch_touch_no_other_memory(device):
+    """What a caller miscounted is treated as dropped."""
+    kept = keeping(device, 0, 1, 2, batch=3)._replace(count=2)
+    x, branch, weight, bias, _ = inputs(device, (3, 4, 32), torch.float32)
+    total, out = add_layer_norm(x, branch[:2], weight, bias, EPS, mask=kept, only=kept)
+    assert torch.equal(total[2], x[2])
+    assert out.shape == (2, 4, 32)
+    assert not out.isnan().any()
+
+
 def test_a_row_far_from_zero_keeps_its_variance(device, equals_pytorch):
     x, branch, weight, bias, mask = inputs(device, (2, 4, 64), torch.float32)
     far = (x.detach() + 1000).requires_grad_()
@@ -137,8 +232,11 @@ def test_is_repeatable_to_the_bit(device):
 @pytest.mark.slow
 def test_opcheck_and_compile_without_a_graph_break(device):
     x, branch, weight, bias, mask = arguments = inputs(device, (2, 3, 16), torch.float32)
-    torch.library.opcheck(module._op, (x, branch, bias, mask, weight, bias, EPS, torch.float32))
-    torch.library.opcheck(module._op, (x, None, None, None, weight, bias, EPS, torch.float32))
+    slots = torch.tensor([-1, 0], dtype=torch.int32, device=device)
+    rest = weight, bias, EPS, torch.float32
+    torch.library.opcheck(module._op, (x, branch, bias, mask, None, None, 2, *rest))
+    torch.library.opcheck(module._op, (x, None, None, None, None, None, 2, *rest))
+    torch.library.opcheck(module._op, (x, branch[:1].detach(), bias, mask, slots, slots, 1, *rest))
     weights = [torch.randn(2, 3, 16, device=device) for _ in range(2)]
     whole = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_same_bits(results(whole, arguments, weights), results(ours, arguments, weights))
@@ -146,11 +244,15 @@ def test_opcheck_and_compile_without_a_graph_break(device):
 
 def test_what_does_not_fit_is_refused(device):
     x, branch, weight, bias, mask = inputs(device, (2, 3, 16), torch.float32)
+    kept = keeping(device, 1, batch=2)
     for message, call in (
         (r"give both \(16,\)", lambda: layer_norm(x, weight[:8], bias)),
         ("branch is", lambda: add_layer_norm(x, branch[:1], weight, bias)),
         ("each of 2 samples", lambda: add_layer_norm(x, branch, weight, bias, mask=mask[:1])),
         ("each of 2 samples", lambda: add_layer_norm(x, branch, weight, bias, mask=mask > 0)),
+        (r"branch is \(2, 3, 16\), not \(1, 3, 16\)", lambda: add_layer_norm(x, branch, weight, bias, mask=kept)),
+        ("an int32 for each of 2", lambda: layer_norm(x, weight, bias, only=kept._replace(slots=kept.slots[:1]))),
+        ("an int32 for each of 2", lambda: layer_norm(x, weight, bias, only=kept._replace(slots=kept.slots.long()))),
         (r"x is \(16,\)", lambda: layer_norm(x[0, 0], weight, bias)),
         ("at most 4096 channels", lambda: layer_norm(x.new_zeros(1, 4097), *x.new_zeros(2, 4097))),
         (r"dtype is torch\.float64", lambda: layer_norm(x, weight, bias, dtype=torch.float64)),

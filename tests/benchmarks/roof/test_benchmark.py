@@ -48,7 +48,7 @@ def test_the_newest_measurement_of_the_same_step_is_beside_it(results):
 
 @pytest.mark.parametrize("changes", [{"batch": 128}, {"img_size": 384}, {"card": ("H100",)}, {"ema": True},
                                      {"distilled": True}, {"inputs": "patches"},
-                                     {"graph": False}])  # fmt: skip
+                                     {"graph": False}, {"skip": True}])  # fmt: skip
 def test_another_step_is_not_compared(results, changes):
     for forecast in forecasts(Options(results=results, **changes)):
         assert forecast.profile is None

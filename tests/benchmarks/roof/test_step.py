@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.profiles import PROFILES, newest
 from benchmarks.roof.cards import CARDS, find_card
-from benchmarks.roof.step import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, parameters, passes, predict
+from benchmarks.roof.step import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, kept_samples, parameters, passes, predict
 from benchmarks.tables import read
 from fastdeit.model import fused
 from fastdeit.model.deit import build_model
@@ -18,6 +18,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
 BATCH, LOW = 256, torch.bfloat16
+SKIPS = {"drop_path_mode": "skip"}
 OPS = {
     "attention": ATTENTION,
     "add_layer_norm": LAYER_NORM,
@@ -59,7 +60,7 @@ def run_on_meta(cfg, monkeypatch):
     with torch.device("meta"):
         model = build_model(dataclasses.replace(cfg, residual_dtype="float32"), 1000)
         fused.fuse(model)
-        model.set_drop_path(torch.ones(cfg.depth, 2, BATCH))
+        model.set_drop_path(torch.ones(cfg.depth, 2, BATCH), kept_samples(cfg, BATCH))
         images = torch.empty(BATCH, 3, cfg.img_size, cfg.img_size, dtype=LOW)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -85,6 +86,8 @@ def run_on_meta(cfg, monkeypatch):
         ("deit_base", {}),
         ("deit_base_distilled", {"img_size": 384}),
         ("deit_tiny", {"depth": 3, "mlp_ratio": 3.0, "patch_size": 32}),
+        ("deit_base", SKIPS),
+        ("deit_small_distilled", {**SKIPS, "drop_path": 0.5}),
     ],
 )
 def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
@@ -104,10 +107,10 @@ def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"residual_dtype": "bfloat16"}, SKIPS, {**SKIPS, "drop_path": 0.5}])
 @pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled"])
-def test_the_passes_move_the_tensors_of_the_operators(name, residual, monkeypatch):
-    cfg = config(name, residual_dtype=residual)
+def test_the_passes_move_the_tensors_of_the_operators(name, changes, monkeypatch):
+    cfg = config(name, **changes)
     _, recorder = run_on_meta(cfg, monkeypatch)
     work = passes(cfg, BATCH)
     for op, part in OPS.items():
@@ -148,6 +151,7 @@ def test_what_saves_bytes_or_launches_saves_time():
     card, cfg = CARDS["H200"], config("deit_tiny")
     plain = predict(cfg, card)
     assert predict(config("deit_tiny", residual_dtype="bfloat16"), card).seconds < plain.seconds
+    assert predict(config("deit_tiny", **SKIPS), card).seconds < plain.seconds
     assert predict(cfg, card, inputs="patches").seconds < plain.seconds
     assert predict(cfg, card, ema=True).seconds > plain.seconds
     launched = predict(cfg, card, graph=False)

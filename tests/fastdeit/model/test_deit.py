@@ -1,16 +1,14 @@
-"""The model against timm's own DeiT, and stochastic depth against timm's rates."""
+"""The model against timm's own DeiT."""
 
 import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import calculate_drop_path_rates
 from torch._dynamo.testing import CompileCounter
 
 from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
-from fastdeit.model.drop_path import draw_drop_path
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -178,15 +176,22 @@ def test_the_residual_stream_is_bf16_under_autocast_to_bf16_alone():
 
 
 @pytest.mark.slow
-def test_one_graph_serves_every_step():
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_one_graph_serves_every_step(mode):
     """Masks of another step need no second compilation and no break in the graph."""
     torch._dynamo.reset()
-    ours = tiny(True).train()
+    ours = tiny(True, drop_path_mode=mode).train()
     counter = CompileCounter()
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
     images = torch.randn(4, 3, 32, 32)
+    dropped = np.array([0, 1, 2])
     for step in range(3):
-        ours.set_drop_path(torch.from_numpy(draw_drop_path(0, step, np.arange(4), 3, 0.5)))
+        if mode == "mask":
+            ours.set_drop_path(torch.from_numpy(draw_drop_path(0, step, np.arange(4), 3, 0.5)))
+        else:
+            ours.set_drop_path(
+                torch.from_numpy(draw_fixed_drop_path(0, step, np.arange(4), dropped, 4)), (4 - dropped).tolist()
+            )
         torch.testing.assert_close(compiled(images).cls, ours(images).cls)
     assert counter.frame_count == 1
 
@@ -207,46 +212,3 @@ def test_tokens_by_layer_are_timms_hidden_states():
         torch.testing.assert_close(mine, state[:, :2])
     with pytest.raises(ValueError, match="no distillation token"):
         tiny().tokens_by_layer(images)
-
-
-def test_drop_path_follows_timms_rates():
-    count, depth, rate = 20_000, 6, 0.4
-    masks = draw_drop_path(7, 3, np.arange(count), depth, rate)
-    assert masks.shape == (depth, 2, count)
-    assert masks.dtype == np.float32
-    for layer, expected in enumerate(calculate_drop_path_rates(rate, depth)):
-        for branch in range(2):
-            dropped = masks[layer, branch] == 0
-            assert abs(dropped.mean() - expected) < 4 * (expected * (1 - expected) / count) ** 0.5 + 1e-9
-            np.testing.assert_allclose(masks[layer, branch][~dropped], 1 / (1 - expected), rtol=1e-6)
-    # No block, branch, step or seed repeats another's draws.
-    kept = masks[1:].reshape(-1, count) > 0
-    correlation = np.corrcoef(kept)
-    assert np.abs(correlation - np.eye(len(kept))).max() < 0.04
-    for seed, step in ((7, 4), (8, 3)):
-        other = draw_drop_path(seed, step, np.arange(count), depth, rate)
-        assert abs(np.corrcoef(masks[-1, 0], other[-1, 0])[0, 1]) < 0.04
-
-
-def test_drop_path_knows_neither_process_nor_batch():
-    whole = draw_drop_path(1, 10, np.arange(64), 4, 0.3)
-    order = np.random.default_rng(0).permutation(64)
-    np.testing.assert_array_equal(draw_drop_path(1, 10, order, 4, 0.3), whole[..., order])
-    np.testing.assert_array_equal(draw_drop_path(1, 10, np.arange(32, 64), 4, 0.3), whole[..., 32:])
-    assert draw_drop_path(1, 10, np.array([], dtype=np.int64), 4, 0.3).shape == (4, 2, 0)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_rate": 1.0}, "outside"),
-        ({"max_rate": -0.1}, "outside"),
-        ({"step": -1}, "step -1"),
-        ({"positions": np.array([2**32])}, "position"),
-        ({"seed": -1}, "seed -1"),
-    ],
-)
-def test_drop_path_refuses_what_its_counter_cannot_hold(values, message):
-    good = {"seed": 0, "step": 0, "positions": np.arange(2), "depth": 3, "max_rate": 0.1}
-    with pytest.raises((UserError, ValueError), match=message):
-        draw_drop_path(**{**good, **values})

@@ -47,7 +47,7 @@ def gpu(size=1):
         ({}, "fp16", 1, "loss scale"),
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
-        ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, "tensor sizes"),
+        ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, None),
         ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
     ],
 )
@@ -128,20 +128,22 @@ def same_bits(a, b):
         assert all(torch.equal(value, b["optimizer"]["state"][name][key]) for key, value in state.items())
 
 
-def variants(tiny, teacher_checkpoint, tmp_path, **run):
+def variants(tiny, teacher_checkpoint, tmp_path, mode="mask", **run):
     """Recipes with all that a step has, straight and stopped in the middle of an epoch."""
     options = {
-        "model": {"drop_path": 0.3},
+        "model": {"drop_path": 0.3, "drop_path_mode": mode},
         "objective": {"distillation": "hard"},
         "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
         "optim": {"clip_grad": 1.0},
     }
-    return [tiny(**options, run={"micro_batch": 12, "output": tmp_path / name, **run}) for name in ("eager", "graph")]
+    run = {"micro_batch": 24 if mode == "skip" else 12, **run}
+    return [tiny(**options, run={"output": tmp_path / name, **run}) for name in ("eager", "graph")]
 
 
 @pytest.mark.slow
-def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, events, request):
-    eager, graph = variants(tiny, teacher_checkpoint, tmp_path)
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, events, request, mode):
+    eager, graph = variants(tiny, teacher_checkpoint, tmp_path, mode)
     first = trained(eager)
     tapes = request.getfixturevalue("taped")
     second = trained(graph)
@@ -153,8 +155,9 @@ def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, ev
 
 
 @pytest.mark.slow
-def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_checkpoint, tmp_path, taped):
-    straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_checkpoint, tmp_path, taped, mode):
+    straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, mode, checkpoint_every=2, keep_checkpoints=9)
     first = trained(straight)
     train(stopped)
     rewind(stopped, 4)
@@ -176,10 +179,11 @@ def test_loading_a_state_records_anew(tiny, taped):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [0, 12])
-def test_two_processes_replay_the_step_of_one(tiny, tmp_path, micro_batch):
+@pytest.mark.parametrize(("mode", "micro_batch"), [("mask", 0), ("mask", 12), ("skip", 0), ("skip", 8)])
+def test_two_processes_replay_the_step_of_one(tiny, tmp_path, mode, micro_batch):
     """Within the bounds of `test_distributed.py`, and to the bit what two processes without a graph do."""
-    recipe = tiny(model={"drop_path": 0.2}, optim={"clip_grad": 1.0}, run={"micro_batch": micro_batch})
+    model = {"drop_path": 0.2, "drop_path_mode": mode}
+    recipe = tiny(model=model, optim={"clip_grad": 1.0}, run={"micro_batch": micro_batch})
     steps = WARM_UP + 3
     with world("cpu") as joined:
         one = run_steps(joined, recipe, steps)
@@ -308,13 +312,17 @@ def on_gpu(tiny, **sections):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["off", "on"])
-@pytest.mark.parametrize("micro_batch", [0, 12])
-def test_on_a_gpu_replayed_steps_are_the_eager_ones(tiny, deterministic, compile, micro_batch):
+@pytest.mark.parametrize(
+    ("mode", "kernels", "micro_batch"),
+    [("mask", "torch", 0), ("mask", "torch", 12), ("skip", "torch", 0), ("skip", "triton", 0), ("skip", "triton", 24)],
+)
+def test_on_a_gpu_replayed_steps_are_the_eager_ones(tiny, deterministic, compile, mode, kernels, micro_batch):
     """To the bit, with kernels that repeat themselves: the graph holds the very launches of the steps before it."""
     losses, weights = [], []
     for how in ("off", "on"):
         torch._dynamo.reset()
-        recipe = on_gpu(tiny, run={"cuda_graphs": how, "compile": compile, "micro_batch": micro_batch})
+        model = {"drop_path": 0.3, "drop_path_mode": mode, "kernels": kernels}
+        recipe = on_gpu(tiny, model=model, run={"cuda_graphs": how, "compile": compile, "micro_batch": micro_batch})
         with world("cuda") as joined:
             training = build(recipe, joined)
             make = synthetic(recipe, joined.device)

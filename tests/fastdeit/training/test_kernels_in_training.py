@@ -149,9 +149,10 @@ def test_what_has_no_place_in_a_model_is_said():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-@pytest.mark.parametrize("distilled", [False, True])
-def test_every_kernel_passes_its_check(dtype, distilled):
-    cfg, precision = ModelConfig(**{**SMALL, "distilled": distilled}), Precision("test", dtype, torch.device(DEVICE))
+@pytest.mark.parametrize(("distilled", "mode"), [(False, "mask"), (True, "mask"), (False, "skip")])
+def test_every_kernel_passes_its_check(dtype, distilled, mode):
+    cfg = ModelConfig(**{**SMALL, "distilled": distilled, "drop_path_mode": mode})
+    precision = Precision("test", dtype, torch.device(DEVICE))
     assert {op: failure(op, cfg, precision, 10) for op in OPS} == dict.fromkeys(OPS)
 
 

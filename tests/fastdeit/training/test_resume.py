@@ -10,7 +10,7 @@ from fastdeit import checkpoint
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import COMPAT_RUN
 from fastdeit.pipelines.errors import UserError
-from runs import assert_same_state, final_state, newest, train
+from runs import assert_same_state, final_state, newest, train, trained
 
 KILLS = 10
 
@@ -96,6 +96,18 @@ def test_what_auto_became_is_compared(tiny, data):
         train(tiny(run={"epochs": 1}, data={"loader": "ffcv"}))
     with pytest.raises(UserError, match=r"another run\.precision \(fp32, this run has bf16\)"):
         train(tiny(run={"epochs": 1, "precision": "bf16"}))
+
+
+def test_a_run_that_drew_each_skipped_sample_on_its_own_is_refused(tiny):
+    """Checkpoints of earlier versions name the same mode, but no draw."""
+    skips = tiny(run={"epochs": 1}, model={"drop_path_mode": "skip"})
+    state = trained(skips)
+    train(skips)  # its own checkpoint goes on
+    del state["effective"]["draw of stochastic depth"]
+    torch.save(state, newest(skips))
+    with pytest.raises(UserError, match=r"another draw of stochastic depth \(None, this run has a fixed number"):
+        train(skips)
+    train(tiny(run={"epochs": 1, "resume_changed": True}, model={"drop_path_mode": "skip"}))
 
 
 def test_other_data_is_refused(tiny, images, tmp_path):

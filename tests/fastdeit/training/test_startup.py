@@ -52,6 +52,14 @@ def test_probable_mistakes_are_said_in_the_opening_lines_and_in_the_log(tiny, ev
     assert f"climbs, to {last:.3g} instead of 0.0005" in warm_up
 
 
+def test_the_opening_lines_give_the_numbers_of_skipped_samples(tiny, capsys):
+    recipe = tiny(model={"drop_path_mode": "skip", "drop_path": 0.3, "depth": 3}, run={"epochs": 1})
+    train(recipe)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "stochastic depth" in line]
+    assert "of each 8 samples, both branches of the blocks drop exactly 0, 1, 2, 12.50% on average" in line
+    assert "and 25.00% in the last block; model.drop_path 0.3 asks for 15.00% and 30.00%" in line
+
+
 @pytest.mark.slow
 def test_the_same_images_in_another_file_are_found(tiny, images, tmp_path, events):
     from fastdeit.pipelines.conversion.convert import convert
