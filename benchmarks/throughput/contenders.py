@@ -21,10 +21,11 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from benchmarks.throughput.forms import Form, ModelCase
 from fastdeit.data import TrainBatch
+from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.kernel_choice import TORCH, Kernels, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
@@ -132,7 +133,7 @@ class _WithSdpa(nn.Module):
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
         self.model = model
-        self.backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
+        self.backend = BACKENDS[name]
 
     def forward(self, images: Tensor) -> Any:
         with sdpa_kernel(self.backend):
