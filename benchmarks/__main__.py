@@ -12,7 +12,10 @@ COMMANDS = {  # module and one line of help
     ),
     "loaders": ("loaders.benchmark", "training batches per second from JPEG files, ours and the peers'"),
     "kernels": ("kernels.benchmark", "time of every kernel and its alternatives on a GPU, with the roof"),
-    "tune": ("kernels.tune", "search for faster launches of the kernels on a GPU"),
+    "tune": (
+        "kernels.tune",
+        "search for faster launches of the kernels on a GPU; --choose: what PyTorch does faster",
+    ),
     "convert": ("convert.benchmark", "images per second into both formats, ours and FFCV's and wds2idx's"),
     "gpu": ("gpu", "every check and figure that needs a GPU, in five parts"),
     "roof": ("roof.benchmark", "predicted time of a training step by part, beside what was measured; needs no GPU"),

@@ -2,10 +2,11 @@
 
 The parts, in order of worth: throughput of our model and timm's, with the kernels of our step; the tests of the kernels
 (attention in bf16 first) and the other tests marked `gpu`; the kernels and every alternative; the augmentation and the
-whole loader; the search for faster launches. Each part has a limit of less than nine minutes and its own results, which
-are written as they are taken: `--part kernels` runs one part alone. Nothing needs to be installed: a checkout, PyTorch,
-Triton, timm, torchvision and numba are enough. The tests also need pytest, and run in parallel with pytest-xdist; the
-loader also needs tyro, photographs (see `loaders`) and, for its GPU decoder, DALI.
+whole loader; what PyTorch does faster, for `model.kernels auto`, and the search for faster launches. Each part has a
+limit of less than nine minutes and its own results, which are written as they are taken: `--part kernels` runs one part
+alone. Nothing needs to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba are enough. The tests
+also need pytest, and run in parallel with pytest-xdist; the loader also needs tyro, photographs (see `loaders`) and,
+for its GPU decoder, DALI.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ import torch
 
 from benchmarks import tables
 from benchmarks.kernels import benchmark as kernels
-from benchmarks.kernels import tune
+from benchmarks.kernels import choose, tune
 from benchmarks.record import RESULTS, environment
 from benchmarks.render import Table
 from benchmarks.throughput import benchmark as throughput
 from fastdeit.cli import run
+from fastdeit.model import kernel_table
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 
@@ -174,7 +176,11 @@ def benchmark(name: str, results: Path, budget: float) -> bool:
         )
         return throughput.run_benchmark(options)
     if name == "tune":
-        return tune.tune_launches(tune.Options(results=results / "tune.jsonl", budget=budget))
+        begin, path = time.perf_counter(), results / "tune.jsonl"
+        table = kernel_table.PATH if results == RESULTS else results / kernel_table.PATH.name
+        complete = choose.choose(choose.Options(table=table, results=path, budget=budget / 2))
+        left = max(1.0, budget - (time.perf_counter() - begin))
+        return tune.tune_launches(tune.Options(results=path, budget=left)) and complete
     complete, begin = True, time.perf_counter()
     for options in _augmentation(results) if name == "augment" else _kernels(results):
         left = budget - (time.perf_counter() - begin)
@@ -214,6 +220,8 @@ def summary(steps: Sequence[Step], records: Sequence[dict[str, Any]], machine: d
         reached = sum(target["reached"] for target in targets)
         lines += [f"{reached} of {len(targets)} targets reached.", ""]
     tuned = [f"- {tune.report(record)}" for record in records if record.get("benchmark") == "tune"]
+    chosen = [record for record in records if record.get("benchmark") == "choose"]
+    tuned = [*([choose.report(chosen).markdown(), ""] if chosen else []), *tuned]
     tabled = [record for record in records if record.get("benchmark") in tables.CONFIGURATION]
     lines += [*tuned, tables.markdown(tabled)] if tabled else tuned or ["Nothing was timed."]
     return "\n".join(lines) + "\n"

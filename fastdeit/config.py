@@ -44,7 +44,7 @@ class ModelConfig:
     # and each sample is drawn on its own
     drop_path_mode: Literal["mask", "skip"] = "mask"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the residual stream; bfloat16 needs precision bf16
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton on a GPU if its checks pass; logged
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: what is faster on this GPU; logged
     num_classes: int | None = None  # None: the number in the training set
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
     finetune: bool = False  # the recipe starts from trained weights: `init` is required

@@ -5,12 +5,15 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fastdeit import launch
 from fastdeit.pipelines.errors import UserError
+
+T = TypeVar("T")
 
 _GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -62,6 +65,13 @@ class World:
         texts: list[str | None] = [None] * self.size
         dist.all_gather_object(texts, text)
         return next((f"process {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None)
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value`, which can be pickled, on every process."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0, device=self.device)
+        return values[0]
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""

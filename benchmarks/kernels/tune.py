@@ -4,6 +4,8 @@ Starting from a kernel's own launch, the search moves to its fastest neighbour u
 has twice or half the warps or a tile's size, or one stage more or less. A launch with wrong results, or one that does
 not fit the GPU, is skipped. The search changes no file: copy a winning launch into its kernel's file by hand, and keep
 the record.
+
+`--choose` is another measurement: see `benchmarks/kernels/choose.py`.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from tqdm import tqdm
 
+from benchmarks.kernels import choose
 from benchmarks.kernels.benchmark import CHECKED, Clock, gpu_clock
 from benchmarks.kernels.operations import OPS, SHAPES, Operation, Shape, disagreement, outputs
 from benchmarks.record import RESULTS, append, environment, first_line
@@ -33,7 +36,10 @@ BETTER = 0.98  # a neighbour must take less than this share of the best time so 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Search for faster launches of the kernels, on random data in bf16; needs a GPU."""
+    """Search for faster launches of the kernels, on random data in bf16; needs a GPU.
+
+    With --choose: measure for `model.kernels auto` what PyTorch does faster; --choose --help lists its options.
+    """
 
     ops: tuple[Op, ...] = get_args(Op)
     models: tuple[Literal["tiny", "small", "base"], ...] = ("base", "small", "tiny")
@@ -196,6 +202,9 @@ def tune_launches(options: Options, device: torch.device | None = None, clock: C
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; exit status 1 if a kernel's own launch was wrong or could not run."""
-
-    if not run(lambda: tune_launches(parse(Options, "python -m benchmarks tune", argv))):
+    words = sys.argv[1:] if argv is None else [*argv]
+    if "--choose" in words:
+        words.remove("--choose")
+        return choose.main(words)
+    if not run(lambda: tune_launches(parse(Options, "python -m benchmarks tune", words))):
         sys.exit(1)

@@ -21,10 +21,11 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from benchmarks.throughput.forms import Form, ModelCase
 from fastdeit.data import TrainBatch
+from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.kernel_choice import TORCH, Kernels, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
@@ -93,7 +94,7 @@ def timm_model(case: ModelCase, *, both_heads: bool, drop_path: float) -> nn.Mod
     """timm's model of the same shape. In training mode with `both_heads` it returns both heads' logits."""
     cfg = case.recipe.model
     name = f"{case.recipe.name.removesuffix('_384')}_patch16_224"  # the 384 forms differ in img_size alone
-    shape = {"img_size": cfg.img_size, "depth": cfg.depth}
+    shape: Any = {"img_size": cfg.img_size, "depth": cfg.depth}
     model: Any = timm.create_model(name, num_classes=CLASSES, drop_path_rate=drop_path, **shape)
     if cfg.distilled and both_heads:
         model.set_distilled_training(True)
@@ -133,7 +134,7 @@ class _WithSdpa(nn.Module):
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
         self.model = model
-        self.backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name]
+        self.backend = BACKENDS[name]
 
     def forward(self, images: Tensor) -> Any:
         with sdpa_kernel(self.backend):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from fastdeit.config import ModelConfig
 from fastdeit.kernels import reference
@@ -17,6 +19,7 @@ from fastdeit.kernels.head_evaluation import evaluate_heads
 from fastdeit.kernels.layer_norm import add_layer_norm
 from fastdeit.kernels.reference import MixedLabels
 from fastdeit.kernels.token_assembly import assemble_tokens
+from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.drop_path import kept_samples
 from fastdeit.pipelines.errors import fact
 from fastdeit.precision import Precision
@@ -25,7 +28,7 @@ BATCH = 3
 Function = Callable[..., tuple[Tensor, ...]]
 
 
-class _Check(NamedTuple):
+class Check(NamedTuple):
     """An operation's kernel and its reference, and floating inputs; the reference also takes float64 inputs."""
 
     inputs: list[Tensor]
@@ -33,11 +36,11 @@ class _Check(NamedTuple):
     reference: Function
 
 
-class _Inputs:
+class Inputs:
     """Random tensors of a run's shapes, the same each time."""
 
-    def __init__(self, cfg: ModelConfig, precision: Precision, num_classes: int) -> None:
-        self.cfg, self.num_classes, self.device = cfg, num_classes, precision.device
+    def __init__(self, cfg: ModelConfig, precision: Precision, num_classes: int, batch: int = BATCH) -> None:
+        self.cfg, self.num_classes, self.batch, self.device = cfg, num_classes, batch, precision.device
         self.low = precision.dtype or torch.float32
         bf16 = cfg.residual_dtype == "bfloat16" and self.low is torch.bfloat16
         self.stream = torch.bfloat16 if bf16 else torch.float32  # the dtype of the residual stream
@@ -49,16 +52,59 @@ class _Inputs:
         return torch.randn(*shape, generator=self._generator, device=self.device).to(dtype)
 
     def classes(self) -> Tensor:
-        return torch.randint(self.num_classes, (BATCH,), generator=self._generator, device=self.device)
+        return torch.randint(self.num_classes, (self.batch,), generator=self._generator, device=self.device)
 
 
-def failure(op: str, cfg: ModelConfig, precision: Precision, num_classes: int) -> str | None:
+class _AddedBias(torch.autograd.Function):
+    """`x`, to which a GEMM has added `bias` (C,) already: only the gradient of the bias takes another pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, grad.flatten(2).sum((0, 1), dtype=ctx.dtype)
+
+
+def _with_added_bias(x: Tensor, bias: Tensor) -> Tensor:
+    return _AddedBias.apply(x, bias)  # pyright: ignore[reportReturnType]
+
+
+def training_check(op: str, cfg: ModelConfig, precision: Precision, num_classes: int, batch: int) -> Check:
+    """An operation of `kernel_choice.OPS` at a run's shapes and dtypes, as most of a training step uses it."""
+    return _CHECKS[op][0](Inputs(cfg, precision, num_classes, batch))
+
+
+def with_backend(function: Function, backend: str) -> Function:
+    """`function`, with PyTorch's attention in it by a backend of `BACKENDS`."""
+
+    def call(*arguments: Tensor) -> tuple[Tensor, ...]:
+        with sdpa_kernel(BACKENDS[backend]):
+            return function(*arguments)
+
+    return call
+
+
+def failure(
+    op: str, cfg: ModelConfig, precision: Precision, num_classes: int, backend: str | None = None
+) -> str | None:
     """Why the run must not use the kernel `op` of `kernel_choice.OPS`; None if its results match PyTorch's.
+
+    backend  check PyTorch's attention by this backend instead of our kernel
 
     The error of results and gradients against float64 may be four times PyTorch's own error in the run's precision.
     Compared are the largest and the root mean square error, relative to the largest element; two roundings pass.
     """
-    check = _CHECKS[op](_Inputs(cfg, precision, num_classes))
+    inputs = Inputs(cfg, precision, num_classes)
+    checks = [make(inputs) for make in _CHECKS[op]]
+    if backend is not None:
+        checks = [check._replace(kernel=with_backend(check.reference, backend)) for check in checks]
+    return next(filter(None, map(_mismatch, checks)), None)
+
+
+def _mismatch(check: Check) -> str | None:
     try:
         results = _outcome(check.kernel, check.inputs)
     except Exception as error:  # a kernel that does not compile here must not end a run that PyTorch can do
@@ -92,9 +138,9 @@ def _outcome(function: Function, inputs: list[Tensor]) -> list[Tensor]:
     return [*(result.detach() for result in results), *gradients]
 
 
-def _assemble_tokens(s: _Inputs) -> _Check:
+def _assemble_tokens(s: Inputs) -> Check:
     width = s.cfg.embed_dim
-    inputs = [s.draw(BATCH, s.patches, width, dtype=s.low), s.draw(width), s.draw(1, s.tokens, width)]
+    inputs = [s.draw(s.batch, s.patches, width, dtype=s.low), s.draw(width), s.draw(1, s.tokens, width)]
     inputs += [s.draw(1, 1, width) for _ in range(1 + s.cfg.distilled)]
     dtype = s.stream
 
@@ -105,72 +151,61 @@ def _assemble_tokens(s: _Inputs) -> _Check:
 
         return call
 
-    return _Check(inputs, with_tokens(assemble_tokens), with_tokens(reference.assemble_tokens))
+    return Check(inputs, with_tokens(assemble_tokens), with_tokens(reference.assemble_tokens))
 
 
-def _attention(s: _Inputs) -> _Check:
-    heads = s.cfg.num_heads
-    inputs = [s.draw(BATCH, s.tokens, 3, heads, s.cfg.embed_dim // heads, dtype=s.low), s.draw(3 * s.cfg.embed_dim)]
-
-    # As in a model: all tokens, and in the last block those that the heads read.
-    def kernel(qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        qkv = (qkv + bias.detach().view(qkv.shape[2:])).to(qkv.dtype)
-        return attention(qkv, bias=bias), attention(qkv, bias=bias, rows=1 + s.cfg.distilled)
-
-    def judge(qkv: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        out = reference.attention((qkv + bias.view(qkv.shape[2:])).to(qkv.dtype))
-        return out, out[:, : 1 + s.cfg.distilled]
-
-    return _Check(inputs, kernel, judge)
+def _attention(s: Inputs, first_rows: bool = False) -> Check:
+    heads, rows = s.cfg.num_heads, 1 + s.cfg.distilled if first_rows else s.tokens
+    inputs = [s.draw(s.batch, s.tokens, 3, heads, s.cfg.embed_dim // heads, dtype=s.low), s.draw(3 * s.cfg.embed_dim)]
+    return Check(
+        inputs,
+        lambda qkv, bias: (attention(qkv, bias=bias, rows=rows),),
+        lambda qkv, bias: (reference.attention(_with_added_bias(qkv, bias))[:, :rows],),
+    )
 
 
-def _layer_norm(s: _Inputs) -> _Check:
+def _layer_norm(s: Inputs) -> Check:
     width = s.cfg.embed_dim
-    factors = torch.linspace(0, 2, BATCH, device=s.device)
-    mask, only, samples = factors, None, BATCH
+    factors = torch.linspace(0, 2, s.batch, device=s.device)
+    mask, only, samples = factors, None, s.batch
     if s.cfg.drop_path_mode == "skip":
-        samples = BATCH - 1
+        samples = s.batch - 1
         mask, only = kept_samples(torch.stack([factors, factors.flip(0)]), [samples] * 2)
-    inputs = [s.draw(BATCH, s.tokens, width, dtype=s.stream), s.draw(samples, s.tokens, width, dtype=s.low)]
+    inputs = [s.draw(s.batch, s.tokens, width, dtype=s.stream), s.draw(samples, s.tokens, width, dtype=s.low)]
     inputs += [s.draw(width) for _ in range(3)]
 
     def kernel(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
-        branch = (branch + of_branch.detach()).to(branch.dtype)
         return add_layer_norm(x, branch, weight, bias, mask=mask, only=only, branch_bias=of_branch, dtype=branch.dtype)
 
     def judge(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
-        branch = (branch + of_branch).to(branch.dtype)
-        total = reference.add_branch(x, branch, mask)
+        total = reference.add_branch(x, _with_added_bias(branch, of_branch), mask)
         # As under autocast: on a GPU, PyTorch's LayerNorm takes one dtype.
         rows = reference.select_kept(total, only).to(weight.dtype)
         return total, reference.layer_norm(rows, weight, bias).to(branch.dtype)
 
-    return _Check(inputs, kernel, judge)
+    return Check(inputs, kernel, judge)
 
 
-def _bias_gelu(s: _Inputs) -> _Check:
+def _bias_gelu(s: Inputs) -> Check:
     width = int(s.cfg.embed_dim * s.cfg.mlp_ratio)
-    inputs = [s.draw(BATCH, s.tokens, width, dtype=s.low), s.draw(width)]
-    return _Check(inputs, lambda x, b: (bias_gelu(x, b),), lambda x, b: (reference.bias_gelu(x, b),))
+    inputs = [s.draw(s.batch, s.tokens, width, dtype=s.low), s.draw(width)]
+    return Check(inputs, lambda x, b: (bias_gelu(x, b),), lambda x, b: (reference.bias_gelu(x, b),))
 
 
-def _distillation_loss(s: _Inputs) -> _Check:
-    inputs = [s.draw(BATCH, s.num_classes, dtype=s.low) for _ in range(1 + s.cfg.distilled)]
-    labels = MixedLabels(s.classes(), s.classes(), torch.linspace(0, 1, BATCH, device=s.device), 0.1)
-    teachers = s.classes(), s.draw(BATCH, s.num_classes)
+def _distillation_loss(s: Inputs, soft: bool = False) -> Check:
+    inputs = [s.draw(s.batch, s.num_classes, dtype=s.low) for _ in range(1 + s.cfg.distilled)]
+    labels = MixedLabels(s.classes(), s.classes(), torch.linspace(0, 1, s.batch, device=s.device), 0.1)
+    teacher = s.draw(s.batch, s.num_classes) if soft else s.classes()
 
-    def with_each_teacher(loss: Callable[..., reference.LossParts]) -> Function:
-        def call(cls: Tensor, dist: Tensor | None = None) -> tuple[Tensor, ...]:
-            return tuple(loss(cls, dist, labels, teacher).loss for teacher in teachers)
+    def with_teacher(loss: Callable[..., reference.LossParts]) -> Function:
+        return lambda cls, dist=None: (loss(cls, dist, labels, teacher).loss,)
 
-        return call
-
-    return _Check(inputs, with_each_teacher(distillation_loss), with_each_teacher(reference.distillation_loss))
+    return Check(inputs, with_teacher(distillation_loss), with_teacher(reference.distillation_loss))
 
 
-def _evaluate_heads(s: _Inputs) -> _Check:
+def _evaluate_heads(s: Inputs) -> Check:
     # In float32, where no two scores are equal.
-    inputs = [s.draw(BATCH, s.num_classes) for _ in range(1 + s.cfg.distilled)]
+    inputs = [s.draw(s.batch, s.num_classes) for _ in range(1 + s.cfg.distilled)]
     labels = s.classes()
 
     def as_floats(evaluate: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Function:
@@ -181,14 +216,15 @@ def _evaluate_heads(s: _Inputs) -> _Check:
 
         return call
 
-    return _Check(inputs, as_floats(evaluate_heads), as_floats(reference.evaluate_heads))
+    return Check(inputs, as_floats(evaluate_heads), as_floats(reference.evaluate_heads))
 
 
-_CHECKS: dict[str, Callable[[_Inputs], _Check]] = {
-    "assemble_tokens": _assemble_tokens,
-    "attention": _attention,
-    "layer_norm": _layer_norm,
-    "bias_gelu": _bias_gelu,
-    "distillation_loss": _distillation_loss,
-    "evaluate_heads": _evaluate_heads,
+# First each operation as most of a training step uses it, then its other uses.
+_CHECKS: dict[str, tuple[Callable[[Inputs], Check], ...]] = {
+    "assemble_tokens": (_assemble_tokens,),
+    "attention": (_attention, partial(_attention, first_rows=True)),  # of the tokens that the heads read
+    "layer_norm": (_layer_norm,),
+    "bias_gelu": (_bias_gelu,),
+    "distillation_loss": (_distillation_loss, partial(_distillation_loss, soft=True)),
+    "evaluate_heads": (_evaluate_heads,),
 }

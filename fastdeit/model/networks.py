@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastdeit.config import ModelConfig
+from fastdeit.model.attention_backend import use_backend
 from fastdeit.model.deit import DeiT, StudentOutput, build_model
 from fastdeit.model.kernel_choice import MODEL_OPS, TORCH, Kernels
 from fastdeit.pipelines.errors import UserError
@@ -40,10 +41,12 @@ def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) 
     """A freshly initialised network; a DeiT uses `kernels`. Raises UserError for an arch unknown to timm."""
     if cfg.arch == "deit":
         model = build_model(cfg, num_classes)
-        if kernels.ops:
+        if kernels.ops & MODEL_OPS.keys():
             from fastdeit.model.fused import fuse  # here, since it needs Triton
 
             fuse(model, {op: why for op, why in kernels.left.items() if op in MODEL_OPS})
+        if kernels.attention is not None:
+            use_backend(model, kernels.attention)
         return model
     if not timm.is_model(cfg.arch):
         close = timm.list_models(f"*{cfg.arch[:6]}*")[:5]

@@ -1,6 +1,7 @@
 """What a checkpoint holds, and how a run continues from one."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from fastdeit.checkpoint_file import DamagedError, ForeignError
 from fastdeit.config import Recipe, upgraded
 from fastdeit.data import TrainingData
 from fastdeit.effects import has_effect
+from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.machine import machine_error
-from fastdeit.training.resume_checks import check_position, check_state, damage_remedy
+from fastdeit.training.resume_checks import check_position, check_state, damage_remedy, stored_kernels
 from fastdeit.training.state import START, RunState
 from fastdeit.training.step import TrainingStep
 
@@ -58,8 +60,8 @@ def snapshot(
     """What a checkpoint holds: everything that the next step depends on.
 
     `model` and `ema` are state dicts in timm's names; `epoch`, `step` and `counted_from` are those of `RunState`.
-    `class_names`, `arch`, `num_classes`, `img_size`, `mean` and `std` describe the network to a run that takes it as
-    its teacher.
+    `kernels` is the choice of kernels, with the version of the table that made it. `class_names`, `arch`,
+    `num_classes`, `img_size`, `mean` and `std` describe the network to a run that takes it as its teacher.
     """
     recipe = training.recipe
     return {
@@ -69,6 +71,7 @@ def snapshot(
         **state.position(),
         "counted_from": state.counted_from,
         "effective": effective,
+        "kernels": training.kernels.event(),
         "class_names": class_names,
         "arch": recipe.model.arch,
         "num_classes": training.num_classes,
@@ -78,21 +81,35 @@ def snapshot(
     }
 
 
-def checkpoint_pixels(recipe: Recipe, folder: Path) -> tuple[str, str] | None:
-    """The pixels of the checkpoint that a run continues from, and a name for it; None for a fresh start.
+@dataclass(frozen=True)
+class Kept:
+    """What "auto" keeps of the checkpoint that a run continues from, so that the bits stay the same.
 
-    A run whose loader is "auto" may continue with another loader, but not with other pixels.
+    pixels   those that the loader must decode, and a name for the checkpoint; None: the loader is not "auto"
+    kernels  None: they are not "auto", or the checkpoint, of an older version, does not hold the choice
     """
+
+    pixels: tuple[str, str] | None = None
+    kernels: Kernels | None = None
+
+
+def checkpoint_choices(recipe: Recipe, folder: Path) -> Kept:
+    """The choices of the checkpoint that a run continues from; none for a fresh start."""
     path = _path(recipe, folder / "checkpoints")
-    if path is None or recipe.data.loader != "auto":
-        return None
-    pixels = _read(path)["effective"].get(_PIXELS)
-    if pixels is None:
+    if path is None or "auto" not in (recipe.data.loader, recipe.model.kernels):
+        return Kept()
+    stored, whose = _read(path), f"the checkpoint {path}"
+    pixels = stored["effective"].get(_PIXELS)
+    if pixels is None and recipe.data.loader == "auto":
         raise UserError(
             f"{path} does not say whose pixels it was trained with: give --data.loader, or start from its weights with "
             f"--model.init"
         )
-    return str(pixels), f"the checkpoint {path}"
+    kernels = stored_kernels(stored, path)
+    return Kept(
+        (str(pixels), whose) if recipe.data.loader == "auto" else None,
+        kernels and replace(kernels, reason=f"as in {whose}", note="") if recipe.model.kernels == "auto" else None,
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

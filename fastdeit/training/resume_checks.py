@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from fastdeit.checkpoint import MOST_STEPS, NOT_OURS
+from fastdeit.model.attention_backend import BACKENDS
+from fastdeit.model.kernel_choice import OPS, Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training.state import START
 from fastdeit.training.step import TrainingStep
@@ -62,6 +64,7 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     for name in ("ema", "scaler"):
         if name not in state:
             raise UserError(f"{path}: its field '{name}' is missing; {NOT_OURS}")
+    stored_kernels(state, path)
     recipe = state["recipe"].get("ema")
     averaged = isinstance(recipe, dict) and recipe.get("enabled") is True
     if state["ema"] is not None or (averaged and training.ema is not None):
@@ -149,6 +152,21 @@ def _check_scaler(path: Path, stored: Any) -> None:
     fine = fine and all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in stored.values())
     if not fine or not stored["scale"]:
         raise UserError(f"{path}: its field 'scaler' is not the state of a loss scale; {NOT_OURS}")
+
+
+def stored_kernels(state: dict[str, Any], path: Path) -> Kernels | None:
+    """The choice of kernels in a checkpoint; None if its version did not store one. Raises UserError for another."""
+    stored = state.get("kernels")
+    if stored is None:
+        return None
+    try:
+        kernels = Kernels(**{**stored, "ops": frozenset(stored["ops"])})
+        known = kernels.ops | kernels.left.keys() <= OPS.keys() and kernels.attention in (None, *BACKENDS)
+        if known and all(isinstance(why, str) for why in kernels.left.values()):
+            return kernels
+    except (TypeError, KeyError, AttributeError):
+        pass
+    raise UserError(f"{path}: its field 'kernels' is not a choice that this version knows; {NOT_OURS}")
 
 
 def damage_remedy(path: Path, older: list[Path], whole: Path | None) -> str:

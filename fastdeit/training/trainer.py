@@ -45,7 +45,7 @@ from fastdeit.training.reports import (
     report_top1,
     report_window,
 )
-from fastdeit.training.resume import checkpoint_pixels, effective, restore, snapshot, write_recipe
+from fastdeit.training.resume import Kept, checkpoint_choices, effective, restore, snapshot, write_recipe
 from fastdeit.training.run_lock import RunLock
 from fastdeit.training.startup import announce, recipe_warnings
 from fastdeit.training.state import RunState
@@ -100,9 +100,10 @@ class Trainer:
         precision = set_up(recipe, world)
         check_residual_dtype(recipe, precision)
         self.sets = sets = sets or open_data_sets(recipe)
-        # Only the main process chooses the loader, so only that one reads whose pixels it must decode.
-        pixels = (checkpoint_pixels(recipe, folder) or labelled_pixels(recipe)) if world.main else None
-        kernels = choose_kernels(recipe.model, precision, sets.num_classes, world)
+        # Only the main process chooses loader and kernels, so only that one reads what they must equal.
+        kept = checkpoint_choices(recipe, folder) if world.main else Kept()
+        pixels = (kept.pixels or labelled_pixels(recipe)) if world.main else None
+        kernels = choose_kernels(recipe.model, precision, sets.num_classes, world, kept.kernels)
         self.data = open_training_data(
             recipe,
             sets.train,

@@ -10,7 +10,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu import Step, pytest_status, run_benchmark, run_loaders, run_tests, summary
 from benchmarks.kernels import benchmark as kernels
-from benchmarks.kernels import tune
+from benchmarks.kernels import choose, tune
 from benchmarks.loaders import report as loader_report
 from benchmarks.throughput import benchmark as throughput
 from system import run_python
@@ -89,17 +89,19 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(kernels, "run_benchmark", lambda options: called.append(options) or True)
     monkeypatch.setattr(throughput, "run_benchmark", lambda options: called.append(options) or False)
+    monkeypatch.setattr(choose, "choose", lambda options: called.append(options) or True)
     monkeypatch.setattr(tune, "tune_launches", lambda options: called.append(options) or True)
     for name in ("kernels", "augment", "tune"):
         gpu.main(["--in-process", name, "--budget", "9", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
     assert ended.value.code == 1
-    *_, augment, tuned, throughputs = called
+    *_, augment, chosen, tuned, throughputs = called
     assert all(0 < options.budget <= 9 for options in called)
-    assert [options.results.stem for options in called] == ["kernels"] * 5 + ["tune", "throughput"]
+    assert [options.results.stem for options in called] == ["kernels"] * 5 + ["tune", "tune", "throughput"]
     assert augment.ops == ("augment",)
-    assert tuned.budget == 9.0
+    assert (chosen.budget, chosen.table) == (4.5, tmp_path / "kernel_table.json")
+    assert tuned.budget == pytest.approx(9.0, abs=0.5)  # nothing took time
     assert throughputs.profile
     # Every operation at every model, and attention with odd and even numbers of tokens.
     cases = [case for options in called[:4] for case in kernels.cases(options)]

@@ -254,6 +254,9 @@ EDITS = [
     (("optimizer", "param_groups"), lambda groups: groups[:1], "param_groups' lists other parameters"),
     (("optimizer", "param_groups"), None, "'optimizer' is not the state of an optimizer"),
     (("scaler",), None, "'scaler' is missing"),
+    (("kernels", "ops"), ["a"], "'kernels' is not a choice that this version knows"),
+    (("kernels", "attention"), "quick", "'kernels' is not a choice that this version knows"),
+    (("kernels",), [], "'kernels' is not a choice that this version knows"),
     (("scaler",), {"scale": -1.0}, "'scaler' is not the state of a loss scale"),
 ]
 

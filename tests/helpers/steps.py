@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdeit.config import ModelConfig
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
+from fastdeit.model import kernel_checks, kernel_choice, kernel_table
 from fastdeit.model.kernel_choice import TORCH, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
-from fastdeit.precision import resolve
+from fastdeit.precision import Precision, resolve
 from fastdeit.signals import StopSignals
 from fastdeit.training import step
 from fastdeit.training.gradients import SharedGradients
@@ -256,11 +258,34 @@ def start_apart(joined, recipes):
     return states
 
 
+def kernels_on_two_cards(joined):
+    """The choice of kernels of a process whose card differs from the other's; one check fails on process 1."""
+    cfg, card = ModelConfig(img_size=16, patch_size=8, embed_dim=32, num_heads=2), f"card {joined.rank}"
+    precision = Precision("fp32", None, joined.device)
+    windows = {"ours": [2.0], "flash" if joined.main else "efficient": [1.0]}
+    where = kernel_table.key(card, "attention", cfg, precision, CLASSES)
+    row = kernel_table.Row(
+        **dict(zip(("card", "op", "shape", "dtype"), where, strict=True)), choice=kernel_table.decide(windows),
+        windows=windows, batch=1, date="", commit=None, torch="", triton="",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_choice, "_on_gpu", lambda device: True)
+        patch.setattr(kernel_choice, "_card", lambda device: card)
+        patch.setattr(kernel_table, "read", lambda: kernel_table.Table(1, {where: row}))
+        fails = ("bias_gelu", 1)
+        patch.setattr(
+            kernel_checks, "failure", lambda op, *_: f"wrong on {card}" if (op, joined.rank) == fails else None
+        )
+        chosen = kernel_choice.choose_kernels(cfg, precision, CLASSES, joined)
+    return {"name": chosen.name, **chosen.event()}
+
+
 def worlds_agree(joined):
     """What `World.same` and `World.first` return for equal and different values."""
     texts = [(None, None), (None, "one"), ("zero", "one")]
     return {
         "same": [joined.same(1e300), joined.same(joined.rank), joined.same(-1.5 * joined.rank)],
+        "from_main": joined.from_main(("main", joined.rank)),
         "first": [joined.first(text[joined.rank]) for text in texts],
     }
 

@@ -46,4 +46,8 @@ def test_processes_start_from_the_same_weights(tiny, tmp_path):
 
 def test_processes_agree_on_a_number_and_a_reason(tmp_path):
     for result in in_two_processes(worlds_agree, tmp_path):
-        assert result == {"same": [True, False, False], "first": [None, "process 1: one", "process 0: zero"]}
+        assert result == {
+            "same": [True, False, False],
+            "from_main": ("main", 0),
+            "first": [None, "process 1: one", "process 0: zero"],
+        }

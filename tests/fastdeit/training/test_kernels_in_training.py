@@ -13,6 +13,7 @@ from fastdeit.config import ModelConfig
 from fastdeit.distributed import World, world
 from fastdeit.model.kernel_checks import failure
 from fastdeit.model.kernel_choice import OPS, choose_kernels
+from fastdeit.model.kernel_table import Row, Table, decide, key
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
@@ -77,7 +78,7 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     assert list(weights[0]) == list(weights[1])
     start = events(recipes[1].run.output, "start")[0]["kernels"]
     how = "as requested" + ("" if DEVICE == "cuda" else ", under Triton's interpreter, which is slow")
-    assert start == {"ops": list(OPS), "left": {}, "reason": how}
+    assert start == {"ops": list(OPS), "left": {}, "reason": how, "attention": None, "table": None, "note": ""}
     assert events(recipes[0].run.output, "start")[0]["kernels"]["ops"] == []
 
 
@@ -107,6 +108,50 @@ def test_resuming_with_other_kernels_is_a_change(data, short, events):
         train(changed(more, "run", epochs=1))
     train(taken)
     assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
+
+
+def table(version, cfg, **windows):
+    """A table that has measured each operation on the card "Card", in float32."""
+    precision, rows = Precision("fp32", None, torch.device(DEVICE)), []
+    for op in OPS:
+        times = windows.get(op, {"ours": [2.0], "torch": [1.0]})
+        where = dict(zip(("card", "op", "shape", "dtype"), key("Card", op, cfg, precision, 10), strict=True))
+        origin = {"batch": 1, "date": "", "commit": None, "torch": "", "triton": ""}
+        rows.append(Row(**where, choice=decide(times), windows=times, **origin))
+    return Table(version - 1, {}).updated(rows)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_choice_of_another_table(images, short, events, monkeypatch, capsys, tmp_path):
+    """To the bit, and a fresh run takes the new table's."""
+    convert(str(images / "train"), tmp_path / "few.beton", limit=8, progress=False)
+    straight, recipe, fresh = (
+        changed(short(tmp_path / "few.beton", name, "auto", depth=1), "run", epochs=2)
+        for name in ("straight", "run", "fresh")
+    )
+    flash = {"ours": [2.0], "flash": [1.0]}
+    old = table(5, recipe.model, attention=flash, distillation_loss={"ours": [1.0], "torch": [2.0]})
+    new = table(6, recipe.model, attention=flash)
+    monkeypatch.setattr(fastdeit.model.kernel_choice, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(fastdeit.model.kernel_choice, "_card", lambda device: "Card")
+    monkeypatch.setattr(fastdeit.model.kernel_table, "read", lambda: old)
+    expected = trained(straight)
+    train(recipe)
+    newest(recipe).unlink()  # the first epoch's is left
+    stored = final_state(recipe)["kernels"]
+    assert (stored["table"], stored["attention"], stored["ops"]) == (5, "flash", ["distillation_loss"])
+    assert stored["left"]["attention"] == "PyTorch's flash takes 1.000 ms, ours 2.000"
+    path = newest(recipe)
+    monkeypatch.setattr(fastdeit.model.kernel_table, "read", lambda: new)
+    with pytest.raises(UserError, match=r"without assemble_tokens, attention \(flash\), .*, this run has torch\)"):
+        train(changed(recipe, "model", kernels="torch"))
+    found = trained(recipe)
+    out = capsys.readouterr().out
+    assert f"kernels triton, as in the checkpoint {path}: the loss; not token assembly: PyTorch takes 1.000 ms" in out
+    assert found["kernels"]["table"] == 5
+    assert all(torch.equal(found["model"][name], expected["model"][name]) for name in expected["model"])
+    assert trained(fresh)["kernels"]["table"] == 6
+    assert events(fresh.run.output, "start")[0]["kernels"]["ops"] == []
 
 
 @pytest.mark.slow
@@ -157,7 +202,7 @@ def test_every_kernel_passes_its_check(dtype, distilled, mode):
 
 
 @pytest.mark.slow
-def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeypatch):
+def test_auto_leaves_a_kernel_that_is_wrong_or_fails(monkeypatch):
     """The decision of a GPU, with the checks under the interpreter where there is none."""
     cfg, here = ModelConfig(**SMALL), torch.device(DEVICE)
     attention = fastdeit.model.kernel_checks.attention
@@ -169,14 +214,13 @@ def test_auto_leaves_a_kernel_that_is_wrong_fails_or_is_known_to_be_slow(monkeyp
         fastdeit.model.kernel_checks, "attention", lambda *arguments, **options: attention(*arguments, **options) * 1.01
     )
     monkeypatch.setattr(fastdeit.model.kernel_checks, "bias_gelu", broken)
-    monkeypatch.setitem(fastdeit.model.kernel_choice.SLOWER, "layer_norm", "0.9 x PyTorch on a test")
     monkeypatch.setattr(fastdeit.model.kernel_choice, "_on_gpu", lambda device: True)
+    monkeypatch.setattr(fastdeit.model.kernel_choice, "_card", lambda device: "a card without rows")
     kernels = choose_kernels(cfg, Precision("test", None, here), 10, World(0, 1, 1, here))
-    assert kernels.ops == OPS.keys() - {"attention", "bias_gelu", "layer_norm"}
+    assert kernels.ops == OPS.keys() - {"attention", "bias_gelu"}
     assert "its error on a small batch is" in kernels.left["attention"]
     assert kernels.left["bias_gelu"] == "it fails here: RuntimeError: out of resource: shared memory"
-    assert kernels.left["layer_norm"] == "0.9 x PyTorch on a test"
-    assert kernels.name == "triton without attention, bias_gelu, layer_norm"
+    assert kernels.name == "triton without attention, bias_gelu"
 
 
 class _AddToken(torch.autograd.Function):
