@@ -1,11 +1,14 @@
 """Settings of the whole test run."""
 
+import fcntl
 import functools
 import gc
 import os
 import random
 import signal
+import tempfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +137,20 @@ def pytest_fixture_setup(fixturedef):
 def device():
     """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_sessionstart(session):
+    """Let one of several workers compile the host stage; otherwise each would, at the same time."""
+    if not hasattr(session.config, "workerinput"):
+        return
+    from fastdeit.pipelines.host.stage import compile_sentence
+    from tests.contact_sheet import pairs, plan_of
+
+    with open(Path(tempfile.gettempdir(), f"fastdeit-tests-{os.getuid()}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if compile_sentence() is not None:
+            photo = np.zeros((8, 8, 3), np.uint8)
+            pairs(photo, plan_of(photo, ["Rotate"], 8), 8)
 
 
 def pytest_collection_finish():

@@ -74,6 +74,7 @@ def test_a_wrong_kernel_gets_no_row(small, monkeypatch, capsys):
     assert "ours was not timed: its error on a small batch is 1.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_rounds_differently_each_time_is_not_timed(small, monkeypatch, capsys):
     """As backends of attention do that sum by atomic additions, whatever their speed."""
 

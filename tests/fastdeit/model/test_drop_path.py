@@ -57,6 +57,7 @@ def test_skipping_equals_multiplying_by_zero_in_float64(distilled):
         assert_near(outcome(skips, images), outcome(judge, images.double()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("without", [(), ("layer_norm",), ("attention", "bias_gelu", "assemble_tokens")])
 def test_the_kernels_skip_as_pytorch_does(device, distilled, without):

@@ -210,6 +210,7 @@ def _attention_operators(model, images):
     return found, out
 
 
+@pytest.mark.slow
 def test_a_model_runs_the_backend_of_the_choice(monkeypatch):
     """Compiled as one graph, with the state dict of any other model."""
     monkeypatch.setitem(kernel_table.BACKENDS, "math", torch.nn.attention.SDPBackend.MATH)

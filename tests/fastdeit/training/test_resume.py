@@ -98,6 +98,7 @@ def test_what_auto_became_is_compared(tiny, data):
         train(tiny(run={"epochs": 1, "precision": "bf16"}))
 
 
+@pytest.mark.slow
 def test_a_run_that_drew_each_skipped_sample_on_its_own_is_refused(tiny):
     """Checkpoints of earlier versions name the same mode, but no draw."""
     skips = tiny(run={"epochs": 1}, model={"drop_path_mode": "skip"})

@@ -147,6 +147,7 @@ def test_fine_tuning_at_another_resolution(tiny):
     assert final_state(second)["model"]["pos_embed"].shape[1] == 36 + 1
 
 
+@pytest.mark.slow
 def test_the_convnet_recipe_makes_a_teacher(teacher_checkpoint):
     state = checkpoint.load(teacher_checkpoint)
     assert state["arch"] == "resnet10t"
