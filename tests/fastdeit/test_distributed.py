@@ -48,6 +48,7 @@ def test_a_convnet_is_scored_with_the_statistics_it_is_saved_with(tiny, launch, 
     assert logged["class"]["loss"] == pytest.approx(found["class"]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_command_line_mistake_has_no_traceback(tiny, launch, tmp_path):
     process = launch(tiny(data={"train": tmp_path / "none.beton"}))
     assert process.returncode == 2

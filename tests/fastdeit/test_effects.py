@@ -145,6 +145,7 @@ def test_fields_that_are_said_to_have_no_effect_change_no_bit(tiny, tmp_path):
     assert all(torch.equal(plain[name], idle[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
     """As of versions in which every run that starts from weights was in eval mode."""
     recipe = tiny(deit_tiny, run={"epochs": 1})

@@ -21,6 +21,7 @@ def call(*arguments):
     return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
+@pytest.mark.slow
 def test_converts_and_reports(images, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("class3\nclass2\nclass1\nclass0\n")
@@ -33,6 +34,7 @@ def test_converts_and_reports(images, tmp_path):
         assert dataset.label[0] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -54,6 +56,7 @@ def test_mistakes_are_one_sentence(images, tmp_path, arguments, reason):
     assert reason in done.stderr
 
 
+@pytest.mark.slow
 def test_no_arguments_and_help():
     done = call()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -64,6 +67,7 @@ def test_no_arguments_and_help():
         assert word in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["beton", "webdataset"])
 def test_statuses_rejects_and_verification(images, tmp_path, format):
     tree = shutil.copytree(images / "val", tmp_path / "tree")
@@ -96,6 +100,7 @@ def test_statuses_rejects_and_verification(images, tmp_path, format):
     assert call("--verify", tmp_path / "none").returncode == 2
 
 
+@pytest.mark.slow
 def test_class_names_of_a_converted_data_set(images, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("class3\nclass1\nclass0\nclass2\n")

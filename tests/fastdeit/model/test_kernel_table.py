@@ -185,6 +185,7 @@ def test_a_checkpoints_choice_wins_over_the_table(choose):
     assert choose(table_of(version=9), kept=kept, failing={("attention", "flash")}).name == "triton without attention"
 
 
+@pytest.mark.slow
 def test_processes_on_different_cards_take_the_main_processs_choice(tmp_path):
     """And a check that fails on one of them leaves the operation out everywhere."""
     first, second = in_two_processes(kernels_on_two_cards, tmp_path)

@@ -169,6 +169,7 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
     assert "already holds 2 of these epochs" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "values", "named"),
     [
@@ -194,12 +195,14 @@ def test_what_reaches_no_pixel_may_differ(distilled):
     weights(changed(changed(recipe, "augment", label_smoothing=0.0), "optim", lr=1e-4))
 
 
+@pytest.mark.slow
 def test_data_of_other_content_are_refused(labelled, images, tmp_path):
     convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=1, progress=False)
     with pytest.raises(UserError, match=r"data.train \(content\) is"):
         weights(changed(labelled, "data", train=tmp_path / "other.beton"))
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused(labelled, teacher_checkpoint, tmp_path):
     state = checkpoint.load(teacher_checkpoint)
     state["model"]["fc.bias"] += 1
@@ -256,6 +259,7 @@ def test_a_writer_of_other_pixels_is_refused_however_late(described, tmp_path):
         writers[1].write(1, np.zeros(5))
 
 
+@pytest.mark.slow
 def test_what_goes_to_the_hardware_decoder_is_named_where_it_reaches_pixels(distilled):
     recipe, key = distilled(), {}
     with world("cpu") as joined:
@@ -270,6 +274,7 @@ def test_what_goes_to_the_hardware_decoder_is_named_where_it_reaches_pixels(dist
     assert differing == ["data.hw_decoder_load"]
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_recipe(distilled, tiny):
     with pytest.raises(UserError, match="does not distil"):
         label(tiny())
@@ -286,6 +291,7 @@ class Evil:
         return print, ("never",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "pickle", "classes", "short", "gone", "index", "entry", "key"])
 def test_damaged_labels_are_named(labelled, damage, capsys):
     folder = labelled.teacher.labels
@@ -335,6 +341,7 @@ def test_soft_labels_that_unpack_to_much_more_are_refused(tmp_path):
     assert peak < 4 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "gone"])
 def test_labels_are_made_again_as_the_error_says(labelled, damage):
     recipe = labelled

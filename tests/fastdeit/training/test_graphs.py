@@ -199,6 +199,7 @@ def test_two_processes_replay_the_step_of_one(tiny, tmp_path, mode, micro_batch)
         torch.testing.assert_close(value, replayed[0]["state"]["model"][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_processes_do_without_a_graph_if_one_cannot_record(tiny, tmp_path):
     recipe, steps = tiny(model={"drop_path": 0.2}), WARM_UP + 3
     eager = in_two_processes(run_steps, tmp_path, recipe, steps)
@@ -288,6 +289,7 @@ def deit_tiny_on_small_images():
     ).resolved()
 
 
+@pytest.mark.slow
 def test_a_replayed_step_takes_little_of_the_host(tmp_path):
     """DeiT-Ti, 256 images on each of two processes: draws, learning rate, inputs; the launch itself is left out."""
     times = in_two_processes(host_milliseconds, tmp_path, deit_tiny_on_small_images(), "silent", 512)

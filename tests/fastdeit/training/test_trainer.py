@@ -190,6 +190,7 @@ def test_classes_must_agree(tiny, images, tmp_path):
         train(tiny(data={"val": tmp_path / "other.beton"}))
 
 
+@pytest.mark.slow
 def test_a_seed_of_64_bits(tiny):
     train(tiny(run={"seed": 2**64 - 1, "epochs": 1}))
 
