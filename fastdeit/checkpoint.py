@@ -119,6 +119,18 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def damage(path: Path) -> str | None:
+    """Why a checkpoint is damaged; None if its checksums match, or if the machine cannot read it."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            check_file(file, path)
+    except (DamagedError, ForeignError, ValueError) as error:  # a flipped bit may make any name foreign
+        return str(error)
+    except (OSError, UserError):
+        return None
+    return None
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state that `save` wrote. Raises UserError naming the file, and the field, if it is anything else."""
     state = read_checkpoint(path)
@@ -138,6 +150,13 @@ def load(path: Path) -> dict[str, Any]:
 def step_path(folder: Path, global_step: int) -> Path:
     """File of the checkpoint taken after `global_step` steps."""
     return folder / f"checkpoint-{global_step:09d}.pt"
+
+
+def steps_of(path: Path) -> int:
+    """The steps in the name of a file from `found`."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def found(folder: Path) -> list[Path]:

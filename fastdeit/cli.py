@@ -185,7 +185,7 @@ def _parse(args: list[str]) -> Recipe:
 
 
 # Fields that recipes of older versions lack; their defaults are what those versions did.
-LATER = {"model.residual_dtype"}
+LATER = {"model.residual_dtype", "run.checkpoint_minutes", "run.checkpoint_patience"}
 
 
 def _missing(values: dict[str, Any]) -> list[str]:

@@ -144,7 +144,11 @@ class RunConfig:
     profile: int = 0  # steps to profile once warm; writes a trace and a table
     eval_every: int = 1  # epochs
     eval_batch: int = 256
-    checkpoint_every: int = 0  # steps; 0: at the end of each epoch only
+    checkpoint_every: int = 0  # steps; 0: at the end of each epoch and by the clock
+    checkpoint_minutes: float = 30.0  # at the next step once the last checkpoint is older than this; 0: never
+    checkpoint_patience: float = (
+        120.0  # minutes that training goes on if no checkpoint can be written, as on a full disk
+    )
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
@@ -316,6 +320,8 @@ class Recipe:
         for name, value in (
             ("run.micro_batch", run.micro_batch),
             ("run.checkpoint_every", run.checkpoint_every),
+            ("run.checkpoint_minutes", run.checkpoint_minutes),
+            ("run.checkpoint_patience", run.checkpoint_patience),
             ("run.profile", run.profile),
         ):
             if value < 0:

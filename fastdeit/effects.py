@@ -164,6 +164,8 @@ EFFECTS: dict[str, Effect] = {
     "run.eval_every": _VAL,
     "run.eval_batch": _VAL,
     "run.checkpoint_every": ALWAYS,
+    "run.checkpoint_minutes": ALWAYS,
+    "run.checkpoint_patience": ALWAYS,
     "run.keep_checkpoints": ALWAYS,
     "run.log_every": ALWAYS,
     "run.tensorboard": ALWAYS,

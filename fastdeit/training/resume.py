@@ -23,7 +23,8 @@ from fastdeit.training.step import TrainingStep
 FREE = {
     "run": {
         "output", "resume", "resume_changed", "device", "precision", "compile", "cuda_graphs", "profile", "eval_every",
-        "eval_batch", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "progress",
+        "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints", "log_every",
+        "tensorboard", "progress",
     },
     "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init", "kernels"},
@@ -121,6 +122,35 @@ def _read(path: Path) -> dict[str, Any]:
         older = [other for other in beside if other.name < path.name] if path in beside else beside
         whole = next((other for other in older if checkpoint.is_whole(other)), None)
         raise UserError(f"{error}. {damage_remedy(path, older, whole)}") from error
+
+
+def set_damaged_aside(recipe: Recipe, folder: Path) -> list[str]:
+    """Rename the damaged checkpoints that are newer than the newest whole one, which "auto" then takes.
+
+    Returns a sentence for each. Renames nothing if none is whole: resuming raises the error then. Call it on the main
+    process before any process looks for checkpoints. Raises MachineError if a file cannot be renamed.
+    """
+    if recipe.run.resume != "auto":
+        return []
+    damaged: dict[Path, str] = {}
+    for path in checkpoint.found(folder / "checkpoints"):
+        fault = checkpoint.damage(path)
+        if fault is None:
+            return [_set_aside(each, why, path) for each, why in damaged.items()]
+        damaged[path] = fault
+    return []
+
+
+def _set_aside(path: Path, fault: str, older: Path) -> str:
+    aside = path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}.damaged")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise machine_error(error, f"{path} is damaged, and cannot be renamed to {aside.name}") from error
+    lost = checkpoint.steps_of(path) - checkpoint.steps_of(older)
+    return f"{fault}. It is now {aside.name}, and the run goes on from {older.name}, {lost} steps earlier"
 
 
 def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> tuple[Path, list[str]] | None:

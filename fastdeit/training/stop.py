@@ -1,9 +1,10 @@
-"""A stop of several processes after the same step, with a checkpoint."""
+"""What is due after a step, the same on all processes: a stop that a signal asked for, or a checkpoint by the clock."""
 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+import time
+from typing import Literal, NoReturn
 
 import torch
 
@@ -15,36 +16,43 @@ VOTE_EVERY = 4  # steps between two votes of several processes
 
 
 class Stop:
-    """Whether the processes of a run stop now: all after the same step, if one of them was asked to.
+    """Whether the processes of a run stop or save now: all after the same step, if one of them must.
 
-    Call `now` on each process after each step. Several processes vote every `VOTE_EVERY` steps, and read the result a
+    Call `due` on each process after each step. Several processes vote every `VOTE_EVERY` steps, and read the result a
     step later, so that the host does not wait for a GPU.
+
+    minutes  between two checkpoints, counted from `saved`; 0: the clock asks for none
     """
 
-    def __init__(self, world: World, signals: StopSignals | None) -> None:
-        self._world, self._signals = world, signals
+    def __init__(self, world: World, signals: StopSignals | None, minutes: float = 0.0) -> None:
+        self._world, self._signals, self._minutes = world, signals, minutes
         self._vote: PendingNumbers | None = None
+        self._saved = time.monotonic()
 
-    def now(self, global_step: int) -> bool:
+    def due(self, global_step: int) -> Literal["stop", "save"] | None:
         """After `global_step` steps."""
         if self._world.size == 1:
-            return self._asked()
+            return _first(self._asked(), self._is_old())
         if self._vote is not None:
-            (votes,), self._vote = self._vote.tolist(), None
-            if votes:
-                return True
+            votes, self._vote = self._vote.tolist(), None
+            if any(votes):
+                return _first(*votes)
         if global_step % VOTE_EVERY == 0:
             self._vote = self._count()
-        return False
+        return None
 
     def at_once(self) -> bool:
-        """The same between two epochs, where waiting costs nothing."""
+        """Whether all stop, between two epochs, where waiting costs nothing."""
         self._vote = None
         return self._asked() if self._world.size == 1 else bool(self._count().tolist()[0])
 
+    def saved(self) -> None:
+        """Count the minutes from now on."""
+        self._saved = time.monotonic()
+
     def leave(self) -> NoReturn:
         """End the program; call it after the checkpoint."""
-        sys.exit(self._signals.status if self._asked() and self._signals is not None else REQUEUE)
+        sys.exit(self._signals.status if self._signals is not None and self._asked() else REQUEUE)
 
     @property
     def reason(self) -> str:
@@ -61,5 +69,15 @@ class Stop:
     def _asked(self) -> bool:
         return self._signals is not None and self._signals.asked is not None
 
+    def _is_old(self) -> bool:
+        return 0 < self._minutes <= (time.monotonic() - self._saved) / 60
+
     def _count(self) -> PendingNumbers:
-        return PendingNumbers(self._world.sum(torch.full((1,), float(self._asked()), device=self._world.device)))
+        votes = torch.zeros(2, device=self._world.device)
+        for i, vote in enumerate((self._asked(), self._is_old())):
+            votes[i].fill_(float(vote))
+        return PendingNumbers(self._world.sum(votes))
+
+
+def _first(stop: float, save: float) -> Literal["stop", "save"] | None:
+    return "stop" if stop else "save" if save else None

@@ -18,6 +18,7 @@ from fastdeit.model.deit import DeiT
 from fastdeit.model.kernel_choice import choose_kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.precision import check_residual_dtype
 from fastdeit.setup import (
     build_student,
@@ -45,7 +46,15 @@ from fastdeit.training.reports import (
     report_top1,
     report_window,
 )
-from fastdeit.training.resume import Kept, checkpoint_choices, effective, restore, snapshot, write_recipe
+from fastdeit.training.resume import (
+    Kept,
+    checkpoint_choices,
+    effective,
+    restore,
+    set_damaged_aside,
+    snapshot,
+    write_recipe,
+)
 from fastdeit.training.run_lock import RunLock
 from fastdeit.training.startup import announce, recipe_warnings
 from fastdeit.training.state import RunState
@@ -73,7 +82,8 @@ class Trainer:
         With `signals`, a signal ends the program after the step, with a checkpoint.
         """
         self.recipe, self.world = recipe, world
-        self.stop = Stop(world, signals)
+        self.stop = Stop(world, signals, recipe.run.checkpoint_minutes)
+        self._written = time.monotonic()  # when the last checkpoint was, or the start
         self.state = RunState(Path(recipe.run.output))
         self.last_scores: dict[str, Scores] = {}
         with ExitStack() as stack:
@@ -100,6 +110,8 @@ class Trainer:
         precision = set_up(recipe, world)
         check_residual_dtype(recipe, precision)
         self.sets = sets = sets or open_data_sets(recipe)
+        damaged = set_damaged_aside(recipe, folder) if world.main else []
+        world.barrier()
         # Only the main process chooses loader and kernels, so only that one reads what they must equal.
         kept = checkpoint_choices(recipe, folder) if world.main else Kept()
         pixels = (kept.pixels or labelled_pixels(recipe)) if world.main else None
@@ -123,7 +135,8 @@ class Trainer:
         model, messages = build_student(recipe, sets.num_classes, kernels, world)
         self.messages += messages
         self.teaching = open_teaching(recipe, sets, self.data, world)
-        self.warnings = recipe_warnings(recipe, sets.train, sets.val, steps=self.data.steps, repeats=self.data.repeats)
+        steps, repeats = self.data.steps, self.data.repeats
+        self.warnings = damaged + recipe_warnings(recipe, sets.train, sets.val, steps=steps, repeats=repeats)
         if self.teaching.teacher is not None:
             self.warnings += teacher_warnings(recipe, self.teaching.teacher, sets.val or sets.train, world, precision)
         self.train_step = TrainingStep(
@@ -159,10 +172,11 @@ class Trainer:
                 while state.epoch < run.epochs:
                     self._train_epoch(batches, meter)
                     state.epoch, state.step = state.epoch + 1, 0
-                    self._save()
-                    if self.stop.at_once():
-                        self._leave()
+                    self._save(must=state.epoch == run.epochs)
                     self.stop.stepping(False)
+                    if self.stop.at_once():
+                        self._save(must=True)
+                        self._leave()
                     self._evaluate_if_due()
             if self.profiler is not None:
                 self.log.say(
@@ -227,11 +241,12 @@ class Trainer:
             if saving:
                 self._save()
             self.stop.stepping(True)
-            if self.stop.now(state.global_step) and state.step < steps:
+            due = self.stop.due(state.global_step)
+            if due is not None and state.step < steps:
                 _read_all(pending)
-                if not saving:
-                    self._save()
-                self._leave()
+                self._save(must=due == "stop")
+                if due == "stop":
+                    self._leave()
         meter.stop(batches.wait_seconds)
         self.log.progress.end_epoch()
         counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
@@ -292,15 +307,33 @@ class Trainer:
             report_scores(self.log, self.state, kind, scores)
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
 
-    def _save(self) -> None:
+    def _save(self, *, must: bool = False) -> None:
+        """Write a checkpoint. Unless it `must` be written, a full disk does not end the run before its patience ends.
+
+        Raises MachineError then.
+        """
         check_weights(self.state, self.train_step)
         if self.world.main:
-            path = checkpoint.step_path(self.state.checkpoints, self.state.global_step)
-            stored = snapshot(self.state, self.train_step, self.effective, self.sets.train.class_names)
-            checkpoint.save(path, stored)
-            checkpoint.prune(path.parent, self.recipe.run.keep_checkpoints)
-            self.log.event("checkpoint", path=str(path), **self.state.position())
+            try:
+                self._write()
+            except (MachineError, OSError) as error:
+                minutes, patience = (time.monotonic() - self._written) / 60, self.recipe.run.checkpoint_patience
+                if must or minutes >= patience:
+                    raise
+                self.log.warn(
+                    f"{error}. Training goes on without a checkpoint for {minutes:.0f} minutes now, and tries again at "
+                    f"the next; it ends after {patience:g} minutes (run.checkpoint_patience)"
+                )
+        self.stop.saved()
         self.world.barrier()
+
+    def _write(self) -> None:
+        path = checkpoint.step_path(self.state.checkpoints, self.state.global_step)
+        stored = snapshot(self.state, self.train_step, self.effective, self.sets.train.class_names)
+        checkpoint.save(path, stored)
+        checkpoint.prune(path.parent, self.recipe.run.keep_checkpoints)
+        self._written = time.monotonic()
+        self.log.event("checkpoint", path=str(path), **self.state.position())
 
     def _leave(self) -> NoReturn:
         """End the program, since a signal asked for it and the checkpoint is written."""

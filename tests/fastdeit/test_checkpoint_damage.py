@@ -28,7 +28,7 @@ from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.resume import restore
 from fastdeit.training.resume_checks import check_position
 from fastdeit.training.trainer import Trainer
-from runs import newest
+from runs import assert_same_state, changed, newest, train
 from system import refusing, run_python
 
 
@@ -312,35 +312,62 @@ def _middle_of_the_largest_part(path):
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_named_with_the_whole_one(tiny):
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[_middle_of_the_largest_part(path)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def finished(tiny):
+    """A run with many checkpoints, and their paths."""
     recipe = tiny(run={"epochs": 1, "checkpoint_every": 2, "keep_checkpoints": 9})
-    with world("cpu") as joined:
+    train(recipe)
+    return recipe, checkpoint.found(recipe.run.output / "checkpoints")
 
-        def resume():
-            trainer = Trainer(recipe, joined)
-            try:
-                restore(trainer.state, trainer.train_step, trainer.effective)
-            finally:
-                trainer.close()
 
-        Trainer(recipe, joined).run()
-        found = checkpoint.found(recipe.run.output / "checkpoints")
-        for path in found[:2]:
-            data = bytearray(path.read_bytes())
-            data[_middle_of_the_largest_part(path)] ^= 1
-            path.write_bytes(data)
-        with pytest.raises(UserError) as caught:
-            resume()
-        text = str(caught.value)
-        assert text.startswith(f"{found[0]} is damaged (Bad CRC-32 for file")
-        assert f"{found[2]} is whole: move {found[0].name} to another folder, and the run resumes from there" in text
-        for path in found[2:]:
-            path.unlink()
-        with pytest.raises(UserError, match="None of the 1 older checkpoints is whole either: start afresh"):
-            resume()
-        found[1].unlink()
-        with pytest.raises(UserError, match="There is no older checkpoint: start afresh"):
-            resume()
+@pytest.mark.slow
+def test_damaged_checkpoints_are_set_aside_and_the_run_ends_with_the_same_bits(finished, events):
+    recipe, found = finished
+    expected, bytes_before = checkpoint.load(found[0]), []
+    for path in found[:2]:
+        flip_a_bit(path)
+        bytes_before.append(path.read_bytes())
+    found[0].with_name(f"{found[0].name}.damaged").write_text("an earlier one")
+    train(recipe)
+    assert_same_state(expected, checkpoint.load(found[0]))
+    warned = [event["text"] for event in events(recipe.run.output, "warning")]
+    lost = [checkpoint.steps_of(path) - checkpoint.steps_of(found[2]) for path in found[:2]]
+    for path, steps in zip(found[:2], lost, strict=True):
+        (text,) = [text for text in warned if text.startswith(f"{path} is damaged (Bad CRC-32 for file")]
+        assert text.endswith(f".damaged, and the run goes on from {found[2].name}, {steps} steps earlier")
+    names = [f"{found[0].name}.damaged.damaged", f"{found[1].name}.damaged"]
+    assert [found[0].with_name(name).read_bytes() for name in names] == bytes_before
+    assert found[0].with_name(f"{found[0].name}.damaged").read_text() == "an earlier one"
+
+
+@pytest.mark.slow
+def test_without_a_whole_checkpoint_nothing_is_renamed(finished):
+    recipe, found = finished
+    for path in found:
+        flip_a_bit(path)
+    with pytest.raises(UserError, match=f"None of the {len(found) - 1} older checkpoints is whole either"):
+        train(recipe)
+    for path in found[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match="There is no older checkpoint: start afresh"):
+        train(recipe)
+    assert checkpoint.found(found[0].parent) == found[:1]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_that_was_asked_for_is_named_with_a_whole_one(finished):
+    recipe, found = finished
+    flip_a_bit(found[0])
+    with pytest.raises(UserError) as caught:
+        train(changed(recipe, "run", resume=str(found[0])))
+    assert str(caught.value).startswith(f"{found[0]} is damaged (Bad CRC-32 for file")
+    assert f"{found[1]} is whole: move {found[0].name} to another folder" in str(caught.value)
 
 
 @pytest.fixture

@@ -297,6 +297,6 @@ def stop_when_one_is_asked(joined, asked_at):
     for number in range(1, 50):
         if joined.rank == 1 and number == asked_at:
             signals.asked = signal.SIGTERM
-        if deciding.now(number):
+        if deciding.due(number) == "stop":
             return number
     return None

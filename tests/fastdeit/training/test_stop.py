@@ -16,10 +16,11 @@ import torch
 import steps
 from fastdeit import checkpoint
 from fastdeit.distributed import World
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.signals import REQUEUE, StopSignals
 from fastdeit.training import stop
 from fastdeit.training.stop import Stop
-from runs import assert_same_state, final_state
+from runs import assert_same_state, final_state, trained
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -81,7 +82,7 @@ def test_no_step_is_lost_or_done_twice(straight, launch, events):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(straight, launch, events):
-    expected, recipe = straight(processes=2)
+    expected, recipe = straight(processes=2, checkpoint_every=1)
     process = launch(recipe, 2, wait=False)
     wait_for(lambda: log_of(recipe).count('"event": "train"') >= 4, process)
     worker = psutil.Process(process.pid).children()[-1]
@@ -127,13 +128,63 @@ def test_a_second_signal_does_not_wait_for_the_step(signals, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     deciding = Stop(ALONE, signals)
     deciding.stepping(True)
-    assert not deciding.now(1)
+    assert deciding.due(1) is None
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)  # 0.6 s later: torchrun passed it on as well
-    assert deciding.now(2)
+    assert deciding.due(2) == "stop"
     assert deciding.reason == "SIGTERM"
     with pytest.raises(SystemExit, match=str(REQUEUE)):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_clock_asks_for_a_checkpoint(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    deciding = Stop(ALONE, None, minutes=2)
+    assert deciding.due(1) is None
+    now += 120
+    assert deciding.due(2) == "save"
+    deciding.saved()
+    assert deciding.due(3) is None
+    assert Stop(ALONE, None).due(1) is None  # 0 minutes: never
+
+
+def full_disk(monkeypatch, times):
+    """Let the next `times` checkpoints fail."""
+    save, failed = checkpoint.save, []
+
+    def save_or_fail(path, state):
+        if len(failed) < times:
+            failed.append(path)
+            raise MachineError(f"{path}: cannot be written: No space left on device")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_or_fail)
+    return failed
+
+
+@pytest.mark.slow
+def test_a_full_disk_does_not_end_the_run_if_it_is_mended(tiny, tmp_path, events, monkeypatch):
+    run = {"epochs": 3, "checkpoint_every": 2, "keep_checkpoints": 9}
+    expected = trained(tiny(run={**run, "output": tmp_path / "straight"}))
+    failed = full_disk(monkeypatch, times=3)
+    recipe = tiny(run={**run, "output": tmp_path / "full"})
+    assert_same_state(expected, trained(recipe))
+    assert len(failed) == 3
+    warned = [event["text"] for event in events(recipe.run.output, "warning")]
+    assert sum("Training goes on without a checkpoint" in text for text in warned) == 3
+    assert not any(path.exists() for path in failed)
+
+
+@pytest.mark.slow
+def test_the_run_ends_when_its_patience_does_and_if_the_last_checkpoint_fails(tiny, tmp_path, monkeypatch):
+    failed = full_disk(monkeypatch, times=99)
+    with pytest.raises(MachineError, match="No space left"):
+        trained(tiny(run={"epochs": 2, "output": tmp_path / "last"}))
+    assert len(failed) == 2
+    with pytest.raises(MachineError, match="No space left"):
+        trained(tiny(run={"epochs": 9, "checkpoint_patience": 0, "output": tmp_path / "impatient"}))
+    assert len(failed) == 3
 
 
 def test_handlers_are_given_back_and_an_ignored_signal_stays_ignored():
