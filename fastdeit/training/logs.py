@@ -1,7 +1,8 @@
 """The run's log: JSON lines, TensorBoard, and sentences for the terminal.
 
 Each line of `log.jsonl` is one object with `event` and `time` (seconds since 1970, UTC). Losses are means over all
-processes and all steps since the last such line. Events and their fields:
+processes and all steps since the last such line. A resumed run moves the figures of the steps that it does again to
+`log-redone.jsonl`. Events and their fields:
 
 start       recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs, optimizer, loader,
             steps_per_epoch, parameters, peak_lr (after scaling with the batch)
@@ -31,7 +32,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fastdeit.pipelines.formats.files import check_regular
+from fastdeit.pipelines.formats.files import atomic_write, check_regular
 from fastdeit.streams import new_faults
 from fastdeit.training.progress import Progress
 
@@ -48,6 +49,7 @@ class RunLog:
         self._tensorboard = tensorboard
         self.progress = Progress(self.say if active else _nothing, bar=progress and active, global_batch=global_batch)
         self._lost = 0  # events that the file lacks
+        self._first_step: int | None = None
 
     def event(self, event: str, **fields: Any) -> None:
         """One line of the log; numbers of train and eval events go to TensorBoard as well."""
@@ -65,6 +67,43 @@ class RunLog:
         for fault in new_faults():
             self._write("warning", {"text": fault})
 
+    def go_back(self, epoch: int, global_step: int, *, evaluates: bool) -> None:
+        """Before the first event, move the figures that the run makes again to `log-redone.jsonl`.
+
+        A run that was killed has logged steps after its last checkpoint; each step then stands once. TensorBoard hides
+        its own.
+
+        epoch, global_step  where the run starts
+        evaluates           whether it evaluates that checkpoint again
+        """
+        self._first_step = global_step + 1
+        if not self._active or not self._path.exists():
+            return
+
+        def again(line: bytes) -> bool:
+            try:
+                event = json.loads(line)
+                kind, step = event["event"], event.get("global_step", -1)
+                if kind in ("fallbacks", "replaced"):
+                    return event["epoch"] >= epoch
+                return (kind in ("train", "profile") and step > global_step) or (
+                    kind == "eval" and step >= global_step + (not evaluates)
+                )
+            except (ValueError, KeyError, TypeError):  # not ours
+                return False
+
+        try:
+            check_regular(self._path)
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            redone = [line for line in lines if again(line)]
+            if redone:
+                with self._path.with_name("log-redone.jsonl").open("ab") as file:
+                    file.writelines(redone)
+                with atomic_write(self._path) as file:
+                    file.writelines(line for line in lines if not again(line))
+        except OSError as error:
+            self.say(f"warning: {self._path} cannot be rewritten ({error}): it holds some steps twice")
+
     def warn(self, text: str) -> None:
         """A sentence that the user should act on, on the terminal and in the file."""
         self.event("warning", text=text)
@@ -77,7 +116,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            self._board = SummaryWriter(str(self._path.parent / "tensorboard"))
+            # Hides the points of steps that a killed run has logged and this one does again.
+            self._board = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=self._first_step)
         except OSError as error:
             self._drop_board(error)
 

@@ -192,7 +192,8 @@ class Trainer:
 
     def _start(self) -> None:
         """Continue from a checkpoint if there is one, and log how the run starts."""
-        resumed = restore(self.state, self.train_step, self.effective)
+        resumed, state = restore(self.state, self.train_step, self.effective), self.state
+        self.log.go_back(state.epoch, state.global_step, evaluates=state.step == 0)
         if self.teaching.labels is not None:
             self.teaching.labels.check_epochs(self.state.epoch, self.recipe.run.epochs)
         if self.world.main:

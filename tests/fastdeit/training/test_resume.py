@@ -51,6 +51,10 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
     resumes = events(killed.run.output, "resume")
     assert len(resumes) >= KILLS // 2
     assert any(e["step"] for e in resumes)  # in the middle of an epoch
+    steps = [e["global_step"] for e in events(killed.run.output, "train")]
+    assert steps == [e["global_step"] for e in events(straight.run.output, "train")]
+    losses = [[e["loss"] for e in events(run.run.output, "train")] for run in (straight, killed)]
+    assert losses[0] == losses[1]
     assert_same_state(final_state(straight), final_state(killed))
 
 
