@@ -10,16 +10,16 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-REQUEUE = 75  # exit status of a run that was told to stop, and goes on if it is started again (EX_TEMPFAIL)
-AGAIN = 1.0  # seconds after which another signal is a second request; torchrun passes a terminal's Ctrl-C on
+REQUEUE = 75  # exit status of a run that was told to stop and resumes if started again (EX_TEMPFAIL)
+AGAIN = 1.0  # seconds after which another signal counts as a second one; torchrun repeats a terminal's Ctrl-C
 
 
 class StopSignals:
-    """Listens for SIGTERM and SIGUSR1, which schedulers send before they kill, and for Ctrl-C.
+    """Listen for Ctrl-C, and for SIGTERM and SIGUSR1, which schedulers send before they kill a job.
 
-    While steps run (`stepping`), the first signal asks for a stop after the step: `asked`. A second one, and any signal
-    at another time, ends the program at once: nothing is lost then, since training has not begun, or a checkpoint is
-    written. The exit status is `REQUEUE`, or 130 for Ctrl-C.
+    While steps run (`stepping`), the first signal asks for a stop after the step and is stored in `asked`; a second one
+    ends the program at once. At any other time, the first signal ends the program at once. Nothing is lost then, since
+    training has not begun or a checkpoint has been written. The exit status is `REQUEUE`, or 130 for Ctrl-C.
 
     Enter it in the main thread. A signal that the parent process ignores (`nohup`) stays ignored.
     """
@@ -50,14 +50,14 @@ class StopSignals:
         if self.asked is None:
             self.asked, self._since = signal.Signals(number), now
             if self.stepping:
-                _print(f"{self.asked.name}: stopping after this step, with a checkpoint; once more stops at once")
+                _print(f"{self.asked.name}: stopping after this step, with a checkpoint; a second signal stops at once")
                 return
         elif self.stepping and now - self._since < AGAIN:
             return
         self.asked = signal.Signals(number)
         if self.asked is signal.SIGINT:
             raise KeyboardInterrupt
-        _print(f"{self.asked.name}: stopped; the same command goes on from the last checkpoint, if there is one")
+        _print(f"{self.asked.name}: stopped; the same command resumes from the last checkpoint, if there is one")
         sys.exit(REQUEUE)
 
 

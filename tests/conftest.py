@@ -140,7 +140,7 @@ def device():
 
 
 def pytest_sessionstart(session):
-    """Let one of several workers compile the host stage; otherwise each would, at the same time."""
+    """Let one of several workers compile the host stage; otherwise all would compile it at the same time."""
     if not hasattr(session.config, "workerinput"):
         return
     from fastdeit.pipelines.host.stage import compile_sentence

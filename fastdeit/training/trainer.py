@@ -79,11 +79,11 @@ class Trainer:
     ) -> None:
         """`lock` (the run folder's) and `sets` are opened here unless the caller has opened them already.
 
-        With `signals`, a signal ends the program after the step, with a checkpoint.
+        signals  a signal ends the program after the step, with a checkpoint; None: signals are not handled here
         """
         self.recipe, self.world = recipe, world
         self.stop = Stop(world, signals, recipe.run.checkpoint_minutes)
-        self._written = time.monotonic()  # when the last checkpoint was, or the start
+        self._written = time.monotonic()  # time of the last checkpoint, or of the start
         self.state = RunState(Path(recipe.run.output))
         self.last_scores: dict[str, Scores] = {}
         with ExitStack() as stack:
@@ -112,7 +112,7 @@ class Trainer:
         self.sets = sets = sets or open_data_sets(recipe)
         damaged = set_damaged_aside(recipe, folder) if world.main else []
         world.barrier()
-        # Only the main process chooses loader and kernels, so only that one reads what they must equal.
+        # Only the main process chooses the loader and the kernels, so only it reads the checkpoint's choices.
         kept = checkpoint_choices(recipe, folder) if world.main else Kept()
         pixels = (kept.pixels or labelled_pixels(recipe)) if world.main else None
         kernels = choose_kernels(recipe.model, precision, sets.num_classes, world, kept.kernels)
@@ -308,9 +308,10 @@ class Trainer:
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
 
     def _save(self, *, must: bool = False) -> None:
-        """Write a checkpoint. Unless it `must` be written, a full disk does not end the run before its patience ends.
+        """Write a checkpoint, or warn if the disk is full or fails.
 
-        Raises MachineError then.
+        Raises the disk's error instead of warning if the checkpoint `must` be written, or if
+        `run.checkpoint_patience` minutes have passed since the last one.
         """
         check_weights(self.state, self.train_step)
         if self.world.main:
@@ -321,8 +322,8 @@ class Trainer:
                 if must or minutes >= patience:
                     raise
                 self.log.warn(
-                    f"{error}. Training goes on without a checkpoint for {minutes:.0f} minutes now, and tries again at "
-                    f"the next; it ends after {patience:g} minutes (run.checkpoint_patience)"
+                    f"{error}. Training goes on without a checkpoint, for {minutes:.0f} minutes so far. It tries again "
+                    f"at the next one, and ends after {patience:g} minutes (run.checkpoint_patience)"
                 )
         self.stop.saved()
         self.world.barrier()
@@ -336,12 +337,12 @@ class Trainer:
         self.log.event("checkpoint", path=str(path), **self.state.position())
 
     def _leave(self) -> NoReturn:
-        """End the program, since a signal asked for it and the checkpoint is written."""
+        """End the program because of a signal; the checkpoint is already written."""
         state = self.state
         self.log.event("stopped", signal=self.stop.reason, **state.position())
         self.log.say(
-            f"stopped by {self.stop.reason} at epoch {state.epoch + 1}, step {state.step}; no step is lost: the same "
-            f"command goes on"
+            f"stopped by {self.stop.reason} at epoch {state.epoch + 1}, step {state.step}; no step is lost, and "
+            f"the same command resumes the run"
         )
         self.stop.leave()
 

@@ -100,10 +100,10 @@ def test_what_auto_became_is_compared(tiny, data):
 
 @pytest.mark.slow
 def test_a_run_that_drew_each_skipped_sample_on_its_own_is_refused(tiny):
-    """Checkpoints of earlier versions name the same mode, but no draw."""
+    """Earlier versions' checkpoints name the same mode, but not the kind of draw."""
     skips = tiny(run={"epochs": 1}, model={"drop_path_mode": "skip"})
     state = trained(skips)
-    train(skips)  # its own checkpoint goes on
+    train(skips)  # its own checkpoint resumes
     del state["effective"]["draw of stochastic depth"]
     torch.save(state, newest(skips))
     with pytest.raises(UserError, match=r"another draw of stochastic depth \(None, this run has a fixed number"):

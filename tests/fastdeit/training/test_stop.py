@@ -1,4 +1,4 @@
-"""A signal ends a run after the step, with a checkpoint; started again, it ends with the bits of an undisturbed run."""
+"""A signal ends a run after the step, with a checkpoint; the resumed run has the bits of an uninterrupted one."""
 
 import itertools
 import os
@@ -44,7 +44,7 @@ def steps_logged(recipe, events):
 
 @pytest.fixture
 def straight(tiny, tmp_path, launch):
-    """Function: the final state of an undisturbed run, and its recipe with another folder."""
+    """Function: the final state of an uninterrupted run, and its recipe with another folder."""
 
     def run(processes=1, **sections):
         options = {"epochs": 6, "eval_every": 6, **sections}
@@ -150,7 +150,7 @@ def test_the_clock_asks_for_a_checkpoint(monkeypatch):
 
 
 def full_disk(monkeypatch, times):
-    """Let the next `times` checkpoints fail."""
+    """Make writing the next `times` checkpoints fail."""
     save, failed = checkpoint.save, []
 
     def save_or_fail(path, state):
