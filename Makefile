@@ -17,10 +17,10 @@ BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
 
-test: env dataset style  ## lint, types, tests: 15 minutes on two cores
+test: env dataset style  ## lint, types, tests: 12 minutes on two cores
 	@$(MAKE) --no-print-directory -j2 types pytest
 
-fast: env  ## the tests that are not marked slow: 4 minutes on two cores
+fast: env  ## the tests that are not marked slow: 2 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 pytest: env

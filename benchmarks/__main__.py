@@ -14,7 +14,7 @@ COMMANDS = {  # module and one line of help
     "kernels": ("kernels.benchmark", "time of every kernel and its alternatives on a GPU, with the roof"),
     "tune": (
         "kernels.tune",
-        "search for faster launches of the kernels on a GPU; --choose: what PyTorch does faster",
+        "search for faster launches of the kernels on a GPU; --choose: find what PyTorch runs faster",
     ),
     "convert": ("convert.benchmark", "images per second into both formats, ours and FFCV's and wds2idx's"),
     "gpu": ("gpu", "every check and figure that needs a GPU, in five parts"),

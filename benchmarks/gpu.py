@@ -1,12 +1,12 @@
 """`python -m benchmarks gpu`: every check and figure that needs a GPU, as one plan of independent parts.
 
-The parts, in order of worth: throughput of our model and timm's, with the kernels of our step; the tests of the kernels
-(attention in bf16 first) and the other tests marked `gpu`; the kernels and every alternative; the augmentation and the
-whole loader; what PyTorch does faster, for `model.kernels auto`, and the search for faster launches. Each part has a
-limit of less than nine minutes and its own results, which are written as they are taken: `--part kernels` runs one part
-alone. Nothing needs to be installed: a checkout, PyTorch, Triton, timm, torchvision and numba are enough. The tests
-also need pytest, and run in parallel with pytest-xdist; the loader also needs tyro, photographs (see `loaders`) and,
-for its GPU decoder, DALI.
+The parts, most important first: throughput of our model and timm's, with the kernels of our step; the tests of the
+kernels (attention in bf16 first) and the other tests marked `gpu`; the kernels and every alternative; the augmentation
+and the whole loader; the operations that PyTorch runs faster, for `model.kernels auto`, and the search for faster
+launches. Each part has a limit of less than nine minutes and its own results, which are written as they are taken.
+`--part kernels` runs one part alone. Nothing needs to be installed: a checkout, PyTorch, Triton, timm, torchvision and
+numba are enough. The tests also need pytest, and run in parallel with pytest-xdist; the loader also needs tyro,
+photographs (see `loaders`) and, for its GPU decoder, DALI.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`python -m benchmarks residual`: what a residual stream in bf16 costs in accuracy, on Fashion-MNIST.
+"""`python -m benchmarks residual`: how much accuracy a bf16 residual stream costs, on Fashion-MNIST.
 
-A small DeiT with the depth of the real ones is trained with each residual dtype and several seeds. A CPU computes in
-float32 and rounds to bf16 wherever a GPU under autocast does, which is much faster than a CPU's own bf16.
+It trains a small DeiT, as deep as the real ones, with each residual dtype and several seeds. The CPU computes in
+float32 and rounds to bf16 wherever a GPU under autocast does; this is much faster than the CPU's own bf16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Residual = Literal["float32", "bfloat16"]
 class Options:
     """Train with both residual dtypes, and compare the accuracies of the class token."""
 
-    train: Path  # Fashion-MNIST's training images, converted; a part of them will do
+    train: Path  # Fashion-MNIST's training images, converted; some of them are enough
     val: Path  # its test images, converted
     seeds: int = 3
     epochs: int = 10
@@ -42,7 +42,7 @@ class Options:
 
 
 class _Round(torch.autograd.Function):
-    """Round to bf16, and the gradient too, as a tensor stored in bf16 does."""
+    """Round a tensor and its gradient to bf16, as storing both in bf16 would."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ def _round_stream(block: Any) -> None:
 
 
 def emulate_bf16(model: DeiT, residual: Residual) -> None:
-    """Make a model in float32 round as under autocast to bf16, its residual stream too if `residual` says so.
+    """Make a float32 model round as under autocast to bf16, and also its residual stream if `residual` is "bfloat16".
 
-    Rounded are inputs, weights and results of every product, and their gradients. Normalisation, softmax and the sums
-    inside a product stay in float32, as in the kernels.
+    Inputs, weights and results of every product are rounded, and so are their gradients. Normalisation, softmax and the
+    sums inside a product stay in float32, as in the kernels.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

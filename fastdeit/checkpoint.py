@@ -120,14 +120,18 @@ def is_whole(path: Path) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """Why a checkpoint is damaged; None if its checksums match, or if the machine cannot read it."""
+    """How a checkpoint is damaged; None if its checksums match, or if it has none.
+
+    A file that holds what no checkpoint needs is not damaged. Raises OSError or UserError if the machine cannot read
+    the file.
+    """
     try:
         with open(open_regular(path), "rb") as file:
             check_file(file, path)
-    except (DamagedError, ForeignError, ValueError) as error:  # a flipped bit may make any name foreign
-        return str(error)
-    except (OSError, UserError):
+    except ForeignError:
         return None
+    except (DamagedError, ValueError) as error:
+        return str(error)
     return None
 
 
@@ -153,7 +157,7 @@ def step_path(folder: Path, global_step: int) -> Path:
 
 
 def steps_of(path: Path) -> int:
-    """The steps in the name of a file from `found`."""
+    """The number of steps in the name of a checkpoint from `found`."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])

@@ -30,8 +30,8 @@ def run(main: Callable[[], T]) -> T:
 
     These are UserError, and OSError about a path or about a full, read-only or failing disk. Any other exception is a
     bug and passes through: a traceback, and exit status 1. Ctrl-C prints "interrupted" and gives status 130, even if a
-    library turns the KeyboardInterrupt into another exception. SIGTERM gives status 143, as the first process of a
-    container too, where the system's default would ignore it.
+    library turns the KeyboardInterrupt into another exception. SIGTERM gives status 143, even in the first
+    process of a container, which would ignore it by default.
     """
     came: list[int] = []
 

@@ -40,11 +40,11 @@ class ModelConfig:
     distilled: bool = False  # distillation token and its head
     drop_rate: float = 0.0
     drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
-    # skip: a branch does not compute dropped samples, the same number in each mixing group; mask: it multiplies by 0,
-    # and each sample is drawn on its own
+    # mask: each sample is drawn on its own, and dropped ones are multiplied by 0; skip: a fixed number in each mixing
+    # group is dropped and not computed
     drop_path_mode: Literal["mask", "skip"] = "mask"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the residual stream; bfloat16 needs precision bf16
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: what is faster on this GPU; logged
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: the faster one for each operation on this GPU; logged
     num_classes: int | None = None  # None: the number in the training set
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
     finetune: bool = False  # the recipe starts from trained weights: `init` is required
@@ -145,10 +145,8 @@ class RunConfig:
     eval_every: int = 1  # epochs
     eval_batch: int = 256
     checkpoint_every: int = 0  # steps; 0: at the end of each epoch and by the clock
-    checkpoint_minutes: float = 30.0  # at the next step once the last checkpoint is older than this; 0: never
-    checkpoint_patience: float = (
-        120.0  # minutes that training goes on if no checkpoint can be written, as on a full disk
-    )
+    checkpoint_minutes: float = 30.0  # save at the next step once the last checkpoint is this old; 0: never
+    checkpoint_patience: float = 120.0  # minutes from a failed checkpoint, as on a full disk, to the end of the run
     keep_checkpoints: int = 2
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
@@ -274,7 +272,7 @@ class Recipe:
         )
 
     def mixing_group(self, processes: int) -> int:
-        """Samples of a mixing group of a resolved recipe."""
+        """The number of samples in a mixing group; for a resolved recipe."""
         return min(self.departures.mix_group or self.run.global_batch // processes, self.run.global_batch)
 
     def _check(self) -> None:

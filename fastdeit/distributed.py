@@ -67,7 +67,7 @@ class World:
         return next((f"process {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None)
 
     def from_main(self, value: T) -> T:
-        """The main process's `value`, which can be pickled, on every process."""
+        """The main process's `value`, on every process; it must be picklable."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, 0, device=self.device)

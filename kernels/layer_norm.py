@@ -25,7 +25,7 @@ from fastdeit.kernels.variants import Variant
 
 @triton.jit
 def _find(slots, sample, in_rows, samples, rows_per_sample, width):
-    """For each row of a batch: whether its sample is kept, and how far its values move if only those are stored."""
+    """For each row: whether its sample is kept, and how far its values move if only kept samples are stored."""
     slot = tl.load(slots + sample, mask=in_rows, other=-1)
     return (slot >= 0) & (slot < samples), (slot - sample).to(tl.int64) * (rows_per_sample * width)
 
@@ -406,7 +406,7 @@ def layer_norm(
 
     x             (B, ..., C), C at most `MAX_WIDTH`
     weight, bias  (C,)
-    only          normalise only these samples: the result is (count, ..., C); None: all
+    only          normalise only these samples, so that the result is (count, ..., C); None: all
     dtype         of the result, e.g. the dtype of the GEMM that reads it; None: the dtype of `x`
 
     All are float32, float16 or bfloat16; the arithmetic is float32. The gradients of weight and bias are summed in
@@ -432,9 +432,9 @@ def add_layer_norm(
 
     x       (B, ..., C) the residual stream
     branch  (B, ..., C) the output of attention or the MLP; (count, ..., C) if `mask` is a `Kept`
-    mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; or None. A `Kept`, if
-            `branch` has only the samples that are kept
-    only    normalise only these samples, which the next branch computes: the result is (count, ..., C); None: all
+    mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; a `Kept` if `branch`
+            holds only the kept samples; or None
+    only    normalise only these samples, those of the next branch, so that the result is (count, ..., C); None: all
     branch_bias  (C,) a bias that `branch` already contains, detached, or None. It changes no result: it only receives
             its gradient, the sum of the branch's gradient over all rows, from the pass that computes the latter
     dtype   of the normalised result; None: the dtype of the sum
@@ -485,7 +485,7 @@ def _call(
             f"give both ({x.shape[-1]},)"
         )
     if branch is not None and branch.shape != shape:
-        raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, not {tuple(shape)} as x and mask say")
+        raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, not {tuple(shape)} as x and mask require")
     if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
         raise ValueError(f"add_layer_norm: branch_bias is {tuple(branch_bias.shape)}: give it ({x.shape[-1]},)")
     places, samples = (None, len(x)) if only is None else (only.slots, only.count)
@@ -496,7 +496,7 @@ def _call(
 def variants() -> list[Variant]:
     """The launches for DeiT-Ti, S and B; bf16 branch, float32 or bf16 stream.
 
-    With and without a branch, and with branches of only the samples that stochastic depth keeps ("kept").
+    They are without a branch, with one, and with one that holds only the samples that stochastic depth keeps ("kept").
     """
     variants = []
     forms = (("layer_norm", False, False), ("add_layer_norm", True, False), ("add_layer_norm_kept", True, True))

@@ -47,9 +47,9 @@ class MixedLabels(NamedTuple):
 class Kept(NamedTuple):
     """The samples of a batch whose residual branch is computed; stochastic depth drops the others.
 
-    mask   (B,) float32 factors of the branch: 0 for a dropped sample, otherwise 1 / the share that is kept
-    slots  (B,) int32: each sample's place among those kept, in order; -1 for a dropped sample
-    count  number of samples that are kept
+    mask   (B,) float32 factors of the branch: 0 for a dropped sample, otherwise 1 / the fraction kept
+    slots  (B,) int32: each kept sample's place among the kept ones, in order; -1 for a dropped sample
+    count  number of kept samples
     """
 
     mask: Tensor
@@ -58,7 +58,7 @@ class Kept(NamedTuple):
 
     @property
     def index(self) -> Tensor:
-        """(count,) int64: the samples that are kept, ascending."""
+        """(count,) int64: the kept samples, ascending."""
         return (self.slots < 0).argsort(stable=True)[: self.count]
 
 
@@ -105,12 +105,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
 
 
 def select_kept(x: Tensor, kept: Kept | None) -> Tensor:
-    """The samples of `x` (B, ...) that are kept, (count, ...); None: all."""
+    """The kept samples of `x` (B, ...), as (count, ...); None: all."""
     return x if kept is None else x.index_select(0, kept.index)
 
 
 def add_branch(x: Tensor, branch: Tensor, mask: Tensor | Kept | None) -> Tensor:
-    """x + mask * branch; x (B, ..., C). With a `Kept`, `branch` has only the samples that are kept, (count, ..., C)."""
+    """x + mask * branch; x (B, ..., C). With a `Kept`, `branch` holds only the kept samples, (count, ..., C)."""
     if not isinstance(mask, Kept):
         return x + scale_branch(branch, mask)
     index = mask.index
@@ -127,7 +127,7 @@ def add_layer_norm(
     mask: Tensor | Kept | None = None,
     only: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_branch`, and the layer normalisation of the sum, or of the samples that `only` keeps."""
+    """The sum of `add_branch`, and its layer normalisation, only for the samples that `only` keeps."""
     total = add_branch(x, branch, mask)
     return total, layer_norm(select_kept(total, only), weight, bias, eps)
 

@@ -1,9 +1,9 @@
-"""`python -m benchmarks tune --choose`: measure which operations PyTorch does faster, for `model.kernels` "auto".
+"""`python -m benchmarks tune --choose`: find the operations that PyTorch runs faster, for `model.kernels` "auto".
 
 Each operation runs forward and backward at a recipe's shapes and dtypes, in a CUDA graph: our kernel, PyTorch's form
-under torch.compile, and for attention each backend of `scaled_dot_product_attention`. Windows of the candidates take
-turns. A candidate is not timed if its results are too far from those in float64, or if its gradients have other bits in
-another call, as those of sums by atomic additions do. The rows go into the table that training reads,
+under torch.compile, and for attention each backend of `scaled_dot_product_attention`. The candidates' windows
+alternate. A candidate is not timed if its results are too far from those in float64, or if the bits of its gradients
+differ from call to call, as they do with atomic additions. The rows go into the table that training reads,
 fastdeit/model/kernel_table.json: commit it.
 """
 
@@ -33,23 +33,23 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, allow_tf32, resolve
 from fastdeit.recipes import RECIPES
 
-CALLS = 10  # whose gradients must have the same bits
+CALLS = 10  # calls of a candidate whose gradients must have the same bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure for `model.kernels auto` which operations PyTorch does faster on this GPU, on random data."""
+    """Find the operations that PyTorch runs faster on this GPU, for `model.kernels auto`; uses random data."""
 
-    # Names, or files such as a run's recipe.json; those of one shape and dtype share their rows.
+    # Names, or files such as a run's recipe.json; recipes with the same shapes and dtypes share rows.
     recipe: tuple[str, ...] = tuple(
         f"deit_{size}{kind}" for size in ("base", "small", "tiny") for kind in ("", "_distilled")
     )
-    classes: int = 1000  # of recipes that leave it to the data set
+    classes: int = 1000  # for recipes that leave it to the data set
     batch: int = 256
     repeats: int = 20  # calls per window
     windows: int = 7
     budget: float = 0.0  # seconds after which no further operation is measured; 0: no limit
-    table: Path = kernel_table.PATH  # a new file begins with the rows of fastdeit's own table
+    table: Path = kernel_table.PATH  # a new file starts as a copy of fastdeit's own table
     results: Path = RESULTS / "tune.jsonl"
 
 
@@ -57,7 +57,7 @@ Run = tuple[ModelConfig, Precision, int]  # the last is the number of classes
 
 
 def cases(options: Options, card: str, device: torch.device) -> dict[Key, Run]:
-    """The keys of all recipes' operations, each with a model that has it."""
+    """The keys of all recipes' operations, each with a model that has that key."""
     found: dict[Key, Run] = {}
     for name in options.recipe:
         if name in RECIPES:
@@ -78,7 +78,7 @@ def cases(options: Options, card: str, device: torch.device) -> dict[Key, Run]:
 def training_call(
     function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of `function` forward and, if its results have gradients, backward; it returns these."""
+    """A call of `function`: forward and, if its results have gradients, backward; the call returns the gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     weights = [torch.randn_like(out) for out in function(*leaves) if out.requires_grad]
 
@@ -90,13 +90,13 @@ def training_call(
 
 
 def _repeats(call: Callable[[], tuple[Tensor, ...]]) -> bool:
-    """Whether every call returns the same bits. A few samples often do where a whole batch does not."""
+    """Whether every call returns the same bits. Use a whole batch: with few samples, the bits often repeat anyway."""
     first = call()
     return all(all(map(torch.equal, first, call())) for _ in range(CALLS - 1))
 
 
 def measure(op: str, case: Run, options: Options, clock: Clock) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds in the windows of each candidate, and why others were not timed."""
+    """Each candidate's windows in milliseconds, and why the other candidates were not timed."""
     allow_tf32(case[1])
     torch._dynamo.reset()  # a case must not inherit the recompilations of its predecessor
     check = training_check(op, *case, options.batch)
@@ -113,7 +113,7 @@ def measure(op: str, case: Run, options: Options, clock: Clock) -> tuple[dict[st
             if reason is None:
                 call = calls[name] = training_call(function, check.inputs)
                 if not _repeats(call):
-                    reason = "its gradients have other bits in another call"
+                    reason = "the bits of its gradients differ from call to call"
                 elif not clock.graphed(call):
                     reason = "it does not run in a CUDA graph"
         except Exception as error:  # a backend that rejects the shape, a kernel that does not fit: any exception
@@ -124,7 +124,7 @@ def measure(op: str, case: Run, options: Options, clock: Clock) -> tuple[dict[st
     for _ in range(options.windows):
         for name, times in windows.items():
             times += [round(ms, 5) for ms in clock.graphed(calls[name]) or []]
-    return windows, refused
+    return {name: times for name, times in windows.items() if times}, refused
 
 
 def report(records: Sequence[dict[str, Any]]) -> Table:
@@ -149,10 +149,11 @@ def report(records: Sequence[dict[str, Any]]) -> Table:
 def choose(options: Options, device: torch.device | None = None, clock: Clock | None = None) -> bool:
     """Measure, print, and write the rows; return whether all of our kernels were right and could run.
 
-    device, clock  None: the GPU, and its events. Raises UserError if there is none
+    device  None: the GPU; raises UserError if there is none
+    clock   None: the GPU's events
     """
     if device is None and not torch.cuda.is_available():
-        raise UserError("a card is measured on a GPU, and PyTorch sees none: fastdeit-doctor tells why")
+        raise UserError("measuring a card needs a GPU, and PyTorch sees none: fastdeit-doctor tells why")
     device = device or torch.device("cuda")
     clock = clock or gpu_clock(options.repeats, 1, seconds=0.5)
     begin, machine = time.perf_counter(), environment()

@@ -5,7 +5,7 @@ has twice or half the warps or a tile's size, or one stage more or less. A launc
 not fit the GPU, is skipped. The search changes no file: copy a winning launch into its kernel's file by hand, and keep
 the record.
 
-`--choose` is another measurement: see `benchmarks/kernels/choose.py`.
+`--choose` runs another measurement: see `benchmarks/kernels/choose.py`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ BETTER = 0.98  # a neighbour must take less than this share of the best time so 
 class Options:
     """Search for faster launches of the kernels, on random data in bf16; needs a GPU.
 
-    With --choose: measure for `model.kernels auto` what PyTorch does faster; --choose --help lists its options.
+    With --choose: find what PyTorch runs faster, for `model.kernels auto`; --choose --help lists its options.
     """
 
     ops: tuple[Op, ...] = get_args(Op)

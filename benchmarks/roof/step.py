@@ -191,7 +191,7 @@ class _Shape:
 
     @property
     def kept(self) -> list[int]:
-        """Samples that the branches of each block compute."""
+        """How many samples each block's branches compute."""
         return kept_samples(self.model, self.batch)
 
     @property
@@ -214,7 +214,7 @@ class _Shape:
 
 
 def kept_samples(model: ModelConfig, batch: int) -> list[int]:
-    """How many samples of a batch the branches of each block compute, with mixing groups of 64."""
+    """How many samples of a batch each block's branches compute, with mixing groups of 64."""
     if model.drop_path_mode == "mask":
         return [batch] * model.depth
     group = min(64, batch)
@@ -266,7 +266,7 @@ def passes(
 
 
 def _blocks(shape: _Shape) -> list[tuple[int, int, int, str]]:
-    """Samples, tokens of the results, number and name of blocks that are alike."""
+    """Groups of equal blocks: samples, tokens of the results, number of blocks, and a suffix for names."""
     others = [(kept, shape.tokens, count, "") for kept, count in Counter(shape.kept[:-1]).items()]
     return [*others, (shape.kept[-1], shape.heads, 1, ", last block")]
 
@@ -278,7 +278,7 @@ def _attention(shape: _Shape) -> list[Pass]:
         # Forward reads queries, keys and values and writes the result. Backward reads these four and the result's
         # gradient, and writes three gradients. In the last block only the prefix tokens have a result.
         values, own = kept * shape.tokens * shape.width, kept * tokens * shape.width
-        flops = 2.0 * own * shape.tokens  # of a product, over all heads
+        flops = 2.0 * own * shape.tokens  # of one product, over all heads
         moved = BF16 * (3 * values + own), BF16 * (6 * values + 2 * own)
         out += [
             Pass(part=ATTENTION, name=f"forward{where}", count=count, bytes=moved[0], flops=2 * flops, share=forward),
@@ -298,7 +298,7 @@ def _attention(shape: _Shape) -> list[Pass]:
 def _layer_norm(shape: _Shape, stream: int) -> list[Pass]:
     """`stream`: bytes of a value of the residual stream."""
     out, kept = [], [*shape.kept, shape.batch]
-    # After attention, the MLP takes the normalised samples; after the MLP, the next block's attention or the head.
+    # The MLP reads the normalisation after attention; the next block's attention or the head reads that after the MLP.
     pairs = Counter(pair for i in range(len(kept) - 2) for pair in ((kept[i], kept[i]), (kept[i], kept[i + 1])))
     sites = [(pair, shape.rows, shape.tokens, count, "") for pair, count in pairs.items()]
     last = Counter(((kept[-2], kept[-2]), (kept[-2], kept[-1])))
@@ -373,7 +373,7 @@ def _borders(shape: _Shape, stream: int, inputs: Inputs) -> list[Pass]:
         Pass(part=TOKENS, name="sum of both gradients", count=1, bytes=3 * stream * values),
         # The last block continues with the prefix tokens; the gradients of all others are zeros.
         Pass(part=ELEMENTWISE, name="zero gradients, stream", count=1, bytes=stream * values),
-        # `skip` numbers the samples that are kept.
+        # Mode `skip` needs more kernels, to number the kept samples.
         Pass(part=ELEMENTWISE, name="others", count=1, kernels=16 if shape.model.drop_path_mode == "skip" else 12),
         # Logits are read forward, read backward, and their gradients are written.
         Pass(part=LOSS, name="loss", count=1, bytes=3 * BF16 * logits, kernels=4),

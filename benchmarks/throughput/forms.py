@@ -52,7 +52,7 @@ class Form:
     """One way to do a case's step.
 
     kernels  Triton kernels in place of PyTorch's operations
-    skip     drop a fixed number of samples of each 64, and leave them out of the computation
+    skip     drop a fixed number of every 64 samples, and do not compute them
     tuning   mode of torch.compile; "": its default. Both modes record PyTorch's own CUDA graphs, which end at a
              network's border, unless `graph` is set too
     sdpa     the backend of PyTorch's attention; "": PyTorch chooses
@@ -112,7 +112,7 @@ def forms(case: ModelCase, *, peer: bool, compiled: bool, quick: bool) -> list[F
         ours.insert(-1, replace(ours[-1], skip=True))
     if train and why_not(case.recipe, case.world, case.precision) is None:
         ours += [replace(form, graph=True) for form in ours if form.compiled == compiled]
-        ours.sort(key=lambda form: form.graph and not form.skip)  # the last form is timed as timm's step is
+        ours.sort(key=lambda form: form.graph and not form.skip)  # the last form must draw as timm's does
         if importlib.util.find_spec("apex") is not None:
             ours.append(replace(ours[-1], apex=True))
     elif not train and compiled and cuda:

@@ -9,7 +9,7 @@ from benchmarks.render import Record, Table
 
 
 def is_ours(name: str) -> bool:
-    """Whether a form is ours and draws stochastic depth as timm does; "skip" drops fixed numbers of samples."""
+    """Whether a form is ours and draws stochastic depth as timm does; "skip" drops a fixed number instead."""
     return name.startswith("fastdeit") and "skip" not in name
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's attention by a named backend, so that PyTorch's version and the shape do not choose another."""
+"""PyTorch's attention with a fixed backend; otherwise PyTorch picks one by its version and the shape."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class _Attention(Attention):
     backend: SDPBackend
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        # In the forward pass, so that torch.compile sees it. The backward pass follows the forward pass.
+        # Set in the forward pass, where torch.compile sees it. The backward pass uses the same backend.
         with sdpa_kernel(self.backend):
             return super().forward(x, attn_mask, is_causal)
 
 
 def use_backend(model: nn.Module, name: str) -> None:
-    """Let all plain timm attention in `model` run by the backend `name` of `BACKENDS`; in place.
+    """Make all plain timm attention in `model` use the backend `name` from `BACKENDS`, in place.
 
     A shape that the backend does not support raises RuntimeError in the forward pass.
     """

@@ -103,11 +103,11 @@ class DeiT(nn.Module):
         """Set stochastic depth for the next forward passes in training mode; None: no samples are dropped.
 
         masks  (depth, 2, B) float32 on the model's device, kept by reference: see `pipelines.plan.drop_path`
-        kept   only for a model that skips: (depth,) how many samples both branches of a block keep, which determines
-               the sizes of its tensors
+        kept   only for a model that skips: (depth,) number of samples that each branch of a block keeps; it determines
+               the sizes of the block's tensors
 
-        Raises ValueError for another shape, for a model that skips without `kept`, and if `masks` are on the CPU and
-        keep other numbers of samples.
+        Raises ValueError for masks of another shape, if a model that skips gets no `kept`, and if `masks` are on the
+        CPU and do not keep as many samples as `kept` says.
         """
         blocks = len(self.blocks)
         if masks is not None and (masks.ndim != 3 or masks.shape[:2] != (blocks, 2)):
@@ -118,7 +118,7 @@ class DeiT(nn.Module):
         if masks is not None and self._skips:
             if kept is None or len(kept) != blocks:
                 raise ValueError(
-                    f"kept is {kept}: a model that skips needs how many samples each of its {blocks} blocks keeps"
+                    f"kept is {kept}: a model that skips needs the number of samples that each of {blocks} blocks keeps"
                 )
             branches = kept_samples(masks.flatten(0, 1), [count for count in kept for _ in range(2)])
         for module, mask in zip(self._drop_paths, branches, strict=True):

@@ -1,4 +1,4 @@
-"""Stochastic depth in a model: its branches are multiplied by factors, or dropped samples are left out of them."""
+"""Stochastic depth in a model: branches are multiplied by factors, or computed without the dropped samples."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def kept_samples(masks: Tensor, kept: Sequence[int]) -> list[Kept | None]:
     """The samples that each branch computes; None for a branch that computes all.
 
     masks  (branches, B) float32, on any device
-    kept   (branches,) how many factors of each branch are not 0. The sizes of tensors must be known on the host, which
-           does not wait for a GPU to count
+    kept   (branches,) how many factors of each branch are not 0. The host needs these numbers for tensor sizes; to
+           count the factors, it would have to wait for the GPU
 
-    Raises ValueError if `masks` are on the CPU and keep other numbers.
+    Raises ValueError if `masks` are on the CPU and do not keep these numbers.
     """
     keep = masks != 0
     if masks.device.type == "cpu" and keep.sum(1).tolist() != list(kept):
@@ -71,7 +71,7 @@ class SkipPath(nn.Module):
     def of(self, x: Tensor) -> Kept | None:
         """The samples of `x` (B, N, C) that the branch computes; None for all, as in eval mode.
 
-        Raises ValueError if `mask` has another batch size.
+        Raises ValueError if `mask` is for another batch size.
         """
         if self.mask is None or not self.training:
             return None

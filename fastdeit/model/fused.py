@@ -27,7 +27,7 @@ class Branch(NamedTuple):
     """The output of attention or an MLP, not yet added to the residual stream.
 
     bias  of the layer that made it, if the addition must also compute the bias's gradient; None: the layer does
-    mask  factors (B,) of stochastic depth; a `Kept` if `value` has only the samples that are kept; or None
+    mask  factors (B,) of stochastic depth; a `Kept` if `value` holds only the kept samples; or None
     """
 
     value: Tensor
@@ -87,12 +87,12 @@ def _does_nothing(dropout: nn.Module) -> bool:
 
 
 def _kept(drop_path: nn.Module, x: Tensor) -> Kept | None:
-    """The samples of the stream `x` that the branch before `drop_path` computes; None: all."""
+    """The samples of the stream `x` that the branch of `drop_path` computes; None: all."""
     return drop_path.of(x) if isinstance(drop_path, SkipPath) else None
 
 
 def _drop_path_mask(module: nn.Module, value: Tensor) -> Tensor | Kept | None:
-    """The `mask` of a branch's `value`, from the same random numbers as the module's own forward pass."""
+    """The `mask` for a branch's `value`, from the same random numbers as the module's own forward pass."""
     if isinstance(module, nn.Identity) or not module.training:
         return None
     if isinstance(module, SkipPath):  # `_kept` has checked the batch
@@ -146,9 +146,9 @@ class _Mlp(Mlp):
 
 
 class _Block(Block):
-    """A block in pieces, so that each addition runs with the next normalisation, which may lie in the next block.
+    """A block in pieces, so that each addition is fused with the next normalisation, even if that is in the next block.
 
-    The first and the second normalisation hold only the samples that attention and the MLP compute.
+    The first normalisation holds only the samples that attention computes; the second, those that the MLP computes.
     """
 
     def begin(self, x: Tensor, pending: Branch | None) -> tuple[Tensor, Tensor]:

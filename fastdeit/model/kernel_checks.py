@@ -56,7 +56,7 @@ class Inputs:
 
 
 class _AddedBias(torch.autograd.Function):
-    """`x`, to which a GEMM has added `bias` (C,) already: only the gradient of the bias takes another pass."""
+    """Return `x`, to which a GEMM has already added `bias` (C,); only the bias's gradient takes another pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ def _with_added_bias(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def training_check(op: str, cfg: ModelConfig, precision: Precision, num_classes: int, batch: int) -> Check:
-    """An operation of `kernel_choice.OPS` at a run's shapes and dtypes, as most of a training step uses it."""
+    """An operation of `kernel_choice.OPS` at a run's shapes and dtypes, in its main use in a training step."""
     return _CHECKS[op][0](Inputs(cfg, precision, num_classes, batch))
 
 
 def with_backend(function: Function, backend: str) -> Function:
-    """`function`, with PyTorch's attention in it by a backend of `BACKENDS`."""
+    """`function`, with PyTorch's attention in it running on `backend`, a name in `BACKENDS`."""
 
     def call(*arguments: Tensor) -> tuple[Tensor, ...]:
         with sdpa_kernel(BACKENDS[backend]):
@@ -92,7 +92,7 @@ def failure(
 ) -> str | None:
     """Why the run must not use the kernel `op` of `kernel_choice.OPS`; None if its results match PyTorch's.
 
-    backend  check PyTorch's attention by this backend instead of our kernel
+    backend  check PyTorch's attention with this backend instead of our kernel
 
     The error of results and gradients against float64 may be four times PyTorch's own error in the run's precision.
     Compared are the largest and the root mean square error, relative to the largest element; two roundings pass.
@@ -219,10 +219,10 @@ def _evaluate_heads(s: Inputs) -> Check:
     return Check(inputs, as_floats(evaluate_heads), as_floats(reference.evaluate_heads))
 
 
-# First each operation as most of a training step uses it, then its other uses.
+# For each operation, its main use in a training step comes first, then its other uses.
 _CHECKS: dict[str, tuple[Callable[[Inputs], Check], ...]] = {
     "assemble_tokens": (_assemble_tokens,),
-    "attention": (_attention, partial(_attention, first_rows=True)),  # of the tokens that the heads read
+    "attention": (_attention, partial(_attention, first_rows=True)),  # the second: only the tokens that the heads read
     "layer_norm": (_layer_norm,),
     "bias_gelu": (_bias_gelu,),
     "distillation_loss": (_distillation_loss, partial(_distillation_loss, soft=True)),

@@ -45,7 +45,7 @@ class Kernels:
 
     @property
     def name(self) -> str:
-        """Who runs which operation, such as "triton without attention (cudnn)"; equal names round alike."""
+        """What runs which operation, such as "triton without attention (cudnn)"; equal names round alike."""
         backend = {"attention": f"attention ({self.attention})"} if self.attention else {}
         if not self.ops:
             return " with ".join(["torch", *backend.values()])
@@ -73,11 +73,11 @@ def choose_kernels(
 ) -> Kernels:
     """Resolve `model.kernels` for a model on a device.
 
-    "triton" is every kernel that the model can use. "auto" on a GPU is `kept`, the choice of the checkpoint that the
-    run continues from, or what the table says of the card, and every kernel that it does not mention. In both cases
-    a kernel or backend is left out whose results or gradients on a small batch differ from PyTorch's on any process.
-    All processes take the main process's choice, also on different cards. Raises UserError for "triton" if no kernel
-    can run, and for a damaged table.
+    "triton" is every kernel that the model can use. On a GPU, "auto" is `kept`, the choice of the checkpoint that the
+    run continues from. Without `kept`, it is the table's choice for the card, and our kernel for each operation that
+    the table lacks. In both cases, a kernel or backend is left out if its results or gradients on a small batch differ
+    from PyTorch's on any process. All processes use the main process's choice, even on different cards. Raises
+    UserError for "triton" if no kernel can run, and for a damaged table.
     """
     if cfg.kernels == "torch":
         return TORCH
@@ -106,7 +106,7 @@ def choose_kernels(
 def _from_table(
     cfg: ModelConfig, precision: Precision, num_classes: int, left: dict[str, str], world: World
 ) -> Kernels:
-    """The faster form of each operation on this card; ours where nobody has measured."""
+    """The faster form of each operation on this card; ours if the table has no measurement."""
     table, card = kernel_table.read(), _card(precision.device)
     keys = {op: kernel_table.key(card, op, cfg, precision, num_classes) for op in OPS if op not in left}
     rows = {op: table.rows[key] for op, key in keys.items() if key in table.rows}

@@ -1,6 +1,6 @@
-"""The measurements by which `model.kernels` "auto" chooses between our kernels and PyTorch's operations.
+"""Measurements from which `model.kernels` "auto" chooses between our kernels and PyTorch's operations.
 
-Kernels and PyTorch round differently, so a run measures nothing itself: the same table gives the same bits.
+Our kernels and PyTorch's round differently, so a run measures nothing itself: the same table gives the same bits.
 `python -m benchmarks tune --choose` writes the rows of a card; nobody edits them by hand.
 """
 
@@ -25,7 +25,7 @@ from fastdeit.precision import Precision
 PATH = Path(__file__).with_name("kernel_table.json")
 COMMAND = "python -m benchmarks tune --choose"
 OURS = "ours"
-MARGIN = 0.03  # PyTorch must take this share less time than ours
+MARGIN = 0.03  # PyTorch wins only if it takes at least 3% less time than ours
 
 Key = tuple[str, str, str, str]
 
@@ -46,7 +46,7 @@ def _heads(cfg: ModelConfig, classes: int) -> str:
     return f"{1 + cfg.distilled} x {classes} classes"
 
 
-# What decides an operation's speed, apart from the batch.
+# The shape that an operation's speed depends on, without the batch.
 _SHAPES: dict[str, Callable[[ModelConfig, int], str]] = {
     "assemble_tokens": _rows,
     "attention": lambda cfg, _: f"{_tokens(cfg)} tokens, {cfg.num_heads} heads of {cfg.embed_dim // cfg.num_heads}",
@@ -58,7 +58,7 @@ _SHAPES: dict[str, Callable[[ModelConfig, int], str]] = {
 
 
 def key(card: str, op: str, cfg: ModelConfig, precision: Precision, num_classes: int) -> Key:
-    """Card, operation, shape class and dtype of a row, for a model of `num_classes` classes on a card."""
+    """Card, operation, shape class and dtype: the key of the row for a model of `num_classes` classes."""
     dtype = str(precision.dtype or torch.float32).removeprefix("torch.")
     if op in ("assemble_tokens", "layer_norm") and cfg.residual_dtype == "bfloat16":
         dtype += ", bfloat16 residual"
@@ -71,9 +71,10 @@ def candidates(op: str) -> tuple[str, ...]:
 
 
 def decide(windows: Mapping[str, Sequence[float]]) -> str:
-    """The candidate to use, from the milliseconds of each one's windows.
+    """The candidate to use, given each candidate's windows in milliseconds.
 
-    Ours, unless one of PyTorch's has a median lower by `MARGIN`, and its slowest window is faster than our fastest.
+    Ours wins, unless the median of PyTorch's best is lower by `MARGIN` and its slowest window is faster than our
+    fastest.
     """
     best = min(windows, key=lambda name: median(windows[name]))
     clear = median(windows[best]) <= (1 - MARGIN) * median(windows[OURS]) and max(windows[best]) < min(windows[OURS])
@@ -84,10 +85,10 @@ def decide(windows: Mapping[str, Sequence[float]]) -> str:
 class Row:
     """The choice for one operation on one card, with the measurement that decided it.
 
-    card     in the words of `torch.cuda.get_device_name`
+    card     its name from `torch.cuda.get_device_name`
     op, shape, dtype  from `key`
-    choice   "ours" or one of `candidates(op)`: what `decide` makes of the windows
-    windows  milliseconds forward and backward of each candidate, in each timed window
+    choice   "ours" or one of `candidates(op)`: the result of `decide(windows)`
+    windows  for each candidate, the milliseconds of forward and backward in each timed window
     batch, date, commit, torch, triton  of the measurement
     """
 
@@ -115,18 +116,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows by their keys; the version grows whenever somebody measures."""
+    """All rows by their keys; each new measurement raises the version."""
 
     version: int
     rows: Mapping[Key, Row]
 
     def updated(self, rows: Sequence[Row]) -> Table:
-        """The next version, in which `rows` replace older ones with their keys."""
+        """The next version, in which `rows` replace older rows with the same keys."""
         return replace(self, version=self.version + 1, rows={**self.rows, **{row.key: row for row in rows}})
 
 
 def read(path: Path = PATH) -> Table:
-    """The table at `path`. Raises UserError, naming the row, if it does not hold what `write` writes."""
+    """The table at `path`. Raises UserError, naming the row, if `write` cannot have written it."""
     remedy = "restore the file from the repository"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +149,7 @@ def read(path: Path = PATH) -> Table:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    """Raises ValueError, or whatever values of a wrong type raise, for a row that nobody can have measured."""
+    """The row, checked. Raises ValueError if no measurement gives it; values of a wrong type raise other errors."""
     row = Row(**values)
     if row.op not in _SHAPES:
         raise ValueError(f"its op is not one of {', '.join(_SHAPES)}")
@@ -163,7 +164,7 @@ def _row(values: dict[str, Any]) -> Row:
 
 
 def write(table: Table, path: Path = PATH) -> None:
-    """Write `table` to `path`, one row a line."""
+    """Write `table` to `path`, one row per line."""
     rows = ",\n".join(json.dumps(asdict(table.rows[key])) for key in sorted(table.rows))
     with atomic_write(path) as file:
         file.write(f'{{"version": {table.version}, "rows": [\n{rows}\n]}}\n'.encode())

@@ -90,9 +90,9 @@ class Teacher(nn.Module):
         """Move to `device` and prepare for autocast to `dtype` (None: float32).
 
         Convolutions and linear layers keep their weights in `dtype`, since autocast caches only the casts of trained
-        weights. On a GPU, a convnet uses channels-last memory, and cuDNN benchmarks its algorithms. `compiled` makes
-        preparation and network one graph, in which one pass normalises, casts and reorders the images; it rounds as
-        torch.compile makes it.
+        weights. On a GPU, a convnet uses channels-last memory, and cuDNN benchmarks its algorithms. `compiled` puts
+        preparation and network into one graph, where a single pass normalises, casts and reorders the images. Its
+        rounding is then torch.compile's.
         """
         _ = self.fingerprint  # computed from the weights before they are cast
         self.to(device)

@@ -77,6 +77,7 @@ class RunLog:
         evaluates           whether it evaluates that checkpoint again
         """
         self._first_step = global_step + 1
+        self._close_file()
         if not self._active or not self._path.exists():
             return
 

@@ -50,7 +50,7 @@ def effective(training: TrainingStep, data: TrainingData, teacher: str | None) -
         "mixing group size": data.order.group_size,
         "steps per epoch": data.steps,
         **({"data.hw_decoder_load": recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
-        # Earlier versions drew each sample on its own in this mode too, and stored nothing here.
+        # Earlier versions drew each sample on its own, even when skipping, and stored nothing here.
         **({"draw of stochastic depth": "a fixed number in each mixing group"} if training.dropped is not None else {}),
     }
 
@@ -84,10 +84,10 @@ def snapshot(
 
 @dataclass(frozen=True)
 class Kept:
-    """What "auto" keeps of the checkpoint that a run continues from, so that the bits stay the same.
+    """What "auto" takes from the checkpoint that a run continues from, so that the bits stay the same.
 
-    pixels   those that the loader must decode, and a name for the checkpoint; None: the loader is not "auto"
-    kernels  None: they are not "auto", or the checkpoint, of an older version, does not hold the choice
+    pixels   whose pixels the loader must decode, and a name for the checkpoint; None: the loader is not "auto"
+    kernels  the choice of kernels; None: they are not "auto", or the checkpoint is too old to hold the choice
     """
 
     pixels: tuple[str, str] | None = None
@@ -125,16 +125,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def set_damaged_aside(recipe: Recipe, folder: Path) -> list[str]:
-    """Rename the damaged checkpoints that are newer than the newest whole one, which "auto" then takes.
+    """Rename damaged checkpoints that are newer than the newest whole one, so that "auto" resumes from that one.
 
-    Returns a sentence for each. Renames nothing if none is whole: resuming raises the error then. Call it on the main
-    process before any process looks for checkpoints. Raises MachineError if a file cannot be renamed.
+    Returns a sentence for each. If none is whole, nothing is renamed, and resuming raises the error later. Call it on
+    the main process before any process looks for checkpoints. Raises MachineError if a file cannot be renamed.
     """
     if recipe.run.resume != "auto":
         return []
     damaged: dict[Path, str] = {}
     for path in checkpoint.found(folder / "checkpoints"):
-        fault = checkpoint.damage(path)
+        try:
+            fault = checkpoint.damage(path)
+        except (OSError, UserError):  # nobody knows whether it is damaged: reading it raises the error
+            return []
         if fault is None:
             return [_set_aside(each, why, path) for each, why in damaged.items()]
         damaged[path] = fault
@@ -150,7 +153,7 @@ def _set_aside(path: Path, fault: str, older: Path) -> str:
     except OSError as error:
         raise machine_error(error, f"{path} is damaged, and cannot be renamed to {aside.name}") from error
     lost = checkpoint.steps_of(path) - checkpoint.steps_of(older)
-    return f"{fault}. It is now {aside.name}, and the run goes on from {older.name}, {lost} steps earlier"
+    return f"{fault}. It was renamed {aside.name}, and the run goes on from {older.name}, {lost} steps earlier"
 
 
 def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> tuple[Path, list[str]] | None:

@@ -155,7 +155,7 @@ def _check_scaler(path: Path, stored: Any) -> None:
 
 
 def stored_kernels(state: dict[str, Any], path: Path) -> Kernels | None:
-    """The choice of kernels in a checkpoint; None if its version did not store one. Raises UserError for another."""
+    """The choice of kernels in a checkpoint; None if it stores none. Raises UserError if it is not a valid choice."""
     stored = state.get("kernels")
     if stored is None:
         return None

@@ -82,8 +82,8 @@ class TrainingStep:
     teacher    labels the batches for the student; None without distillation, or with stored `labels`
     labels     labels that a teacher made beforehand
     compiled   whether torch.compile made one graph each of student, teacher and loss
-    group      samples of a mixing group
-    dropped    (depth,) how many samples of a group each branch of a block leaves out; None: it computes all
+    group      number of samples in a mixing group
+    dropped    (depth,) how many samples of a group each branch of a block skips; None: it computes all
     graphs     whether steps are replayed as one CUDA graph, and why
     shared     sums the gradients of several processes; None for one process, and before `distribute`
     warn       takes a sentence for the user
@@ -243,7 +243,7 @@ class TrainingStep:
         return self._on_device(torch.from_numpy(masks))
 
     def _set_drop_path(self, masks: Tensor | None) -> None:
-        """Set the factors (depth, 2, b) of the next b samples, which are whole mixing groups if the model skips."""
+        """Set the factors (depth, 2, b) for the next b samples; a model that skips needs whole mixing groups."""
         kept = None
         if masks is not None and self.dropped is not None:
             kept = (masks.shape[-1] // self.group * (self.group - self.dropped)).tolist()

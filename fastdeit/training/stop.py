@@ -1,4 +1,4 @@
-"""What is due after a step, the same on all processes: a stop that a signal asked for, or a checkpoint by the clock."""
+"""Decides for all processes whether to stop (on a signal) or to save (by the clock) after a step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ VOTE_EVERY = 4  # steps between two votes of several processes
 
 
 class Stop:
-    """Whether the processes of a run stop or save now: all after the same step, if one of them must.
+    """Whether a run stops or saves now: if one process must, all do so after the same step.
 
-    Call `due` on each process after each step. Several processes vote every `VOTE_EVERY` steps, and read the result a
+    Call `due` on each process after each step. Several processes vote every `VOTE_EVERY` steps and read the result one
     step later, so that the host does not wait for a GPU.
 
-    minutes  between two checkpoints, counted from `saved`; 0: the clock asks for none
+    minutes  between two checkpoints, counted from the last call of `saved`; 0: never save by the clock
     """
 
     def __init__(self, world: World, signals: StopSignals | None, minutes: float = 0.0) -> None:
@@ -30,7 +30,7 @@ class Stop:
         self._saved = time.monotonic()
 
     def due(self, global_step: int) -> Literal["stop", "save"] | None:
-        """After `global_step` steps."""
+        """What is due after `global_step` steps; None: nothing."""
         if self._world.size == 1:
             return _first(self._asked(), self._is_old())
         if self._vote is not None:
@@ -42,16 +42,21 @@ class Stop:
         return None
 
     def at_once(self) -> bool:
-        """Whether all stop, between two epochs, where waiting costs nothing."""
+        """Whether all processes stop now. It waits for votes: call it between epochs, where that costs nothing."""
         self._vote = None
         return self._asked() if self._world.size == 1 else bool(self._count().tolist()[0])
 
     def saved(self) -> None:
-        """Count the minutes from now on."""
+        """Count the minutes to the next checkpoint from now."""
         self._saved = time.monotonic()
 
+    def leaving(self) -> None:
+        """Ignore signals from now on: torchrun sends one to each process once the first has ended."""
+        if self._signals is not None:
+            self._signals.leaving = True
+
     def leave(self) -> NoReturn:
-        """End the program; call it after the checkpoint."""
+        """End the program; call it once the checkpoint is written."""
         sys.exit(self._signals.status if self._signals is not None and self._asked() else REQUEUE)
 
     @property
@@ -62,7 +67,7 @@ class Stop:
         return "a signal to another process"
 
     def stepping(self, value: bool) -> None:
-        """Whether a signal must wait for the end of a step."""
+        """Set whether a signal waits for the end of the step."""
         if self._signals is not None:
             self._signals.stepping = value
 

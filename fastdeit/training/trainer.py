@@ -79,11 +79,12 @@ class Trainer:
     ) -> None:
         """`lock` (the run folder's) and `sets` are opened here unless the caller has opened them already.
 
-        With `signals`, a signal ends the program after the step, with a checkpoint.
+        signals  a signal ends the program after the step, with a checkpoint; None: signals are not handled here
         """
         self.recipe, self.world = recipe, world
         self.stop = Stop(world, signals, recipe.run.checkpoint_minutes)
-        self._written = time.monotonic()  # when the last checkpoint was, or the start
+        self._written: dict[str, int] | None = None  # the position of the last checkpoint
+        self._failing_since: float | None = None  # no checkpoint could be written since then
         self.state = RunState(Path(recipe.run.output))
         self.last_scores: dict[str, Scores] = {}
         with ExitStack() as stack:
@@ -112,7 +113,7 @@ class Trainer:
         self.sets = sets = sets or open_data_sets(recipe)
         damaged = set_damaged_aside(recipe, folder) if world.main else []
         world.barrier()
-        # Only the main process chooses loader and kernels, so only that one reads what they must equal.
+        # Only the main process chooses the loader and the kernels, so only it reads the checkpoint's choices.
         kept = checkpoint_choices(recipe, folder) if world.main else Kept()
         pixels = (kept.pixels or labelled_pixels(recipe)) if world.main else None
         kernels = choose_kernels(recipe.model, precision, sets.num_classes, world, kept.kernels)
@@ -172,8 +173,8 @@ class Trainer:
                 while state.epoch < run.epochs:
                     self._train_epoch(batches, meter)
                     state.epoch, state.step = state.epoch + 1, 0
-                    self._save(must=state.epoch == run.epochs)
-                    self.stop.stepping(False)
+                    # A signal waits for the next step if the checkpoint is not written.
+                    self.stop.stepping(not self._save(must=state.epoch == run.epochs))
                     if self.stop.at_once():
                         self._save(must=True)
                         self._leave()
@@ -193,9 +194,9 @@ class Trainer:
     def _start(self) -> None:
         """Continue from a checkpoint if there is one, and log how the run starts."""
         resumed, state = restore(self.state, self.train_step, self.effective), self.state
-        self.log.go_back(state.epoch, state.global_step, evaluates=state.step == 0)
         if self.teaching.labels is not None:
-            self.teaching.labels.check_epochs(self.state.epoch, self.recipe.run.epochs)
+            self.teaching.labels.check_epochs(state.epoch, self.recipe.run.epochs)
+        self.log.go_back(state.epoch, state.global_step, evaluates=state.step == 0 and self._is_evaluation_due())
         if self.world.main:
             write_recipe(self.state.folder, self.recipe)
         announce(
@@ -284,9 +285,13 @@ class Trainer:
             self.profiler = None
             report_profile(self.log, self.state, profile)
 
+    def _is_evaluation_due(self) -> bool:
+        run, epoch = self.recipe.run, self.state.epoch
+        return self.val is not None and (epoch % run.eval_every == 0 or epoch == run.epochs)
+
     def _evaluate_if_due(self) -> None:
-        run, departures, epoch = self.recipe.run, self.recipe.departures, self.state.epoch
-        if self.val is None or (epoch % run.eval_every and epoch != run.epochs):
+        run, departures = self.recipe.run, self.recipe.departures
+        if self.val is None or not self._is_evaluation_due():
             return
         kinds: dict[str, dict[str, torch.Tensor] | None] = {"model": None}
         ema = self.train_step.ema
@@ -308,41 +313,49 @@ class Trainer:
             report_scores(self.log, self.state, kind, scores)
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
 
-    def _save(self, *, must: bool = False) -> None:
-        """Write a checkpoint. Unless it `must` be written, a full disk does not end the run before its patience ends.
+    def _save(self, *, must: bool = False) -> bool:
+        """Write a checkpoint, or warn if the disk is full or fails. Returns whether the checkpoint is written.
 
-        Raises MachineError then.
+        Raises the disk's error instead of warning if the checkpoint `must` be written, or if it still fails
+        `run.checkpoint_patience` minutes after the first failure.
         """
         check_weights(self.state, self.train_step)
-        if self.world.main:
-            try:
-                self._write()
-            except (MachineError, OSError) as error:
-                minutes, patience = (time.monotonic() - self._written) / 60, self.recipe.run.checkpoint_patience
-                if must or minutes >= patience:
-                    raise
-                self.log.warn(
-                    f"{error}. Training goes on without a checkpoint for {minutes:.0f} minutes now, and tries again at "
-                    f"the next; it ends after {patience:g} minutes (run.checkpoint_patience)"
-                )
+        written = self.world.main and (self._written == self.state.position() or self._write(must))
         self.stop.saved()
-        self.world.barrier()
+        # All processes wait here for the main one.
+        return bool(self.world.sum(torch.full((1,), float(written), device=self.world.device)).item())
 
-    def _write(self) -> None:
-        path = checkpoint.step_path(self.state.checkpoints, self.state.global_step)
-        stored = snapshot(self.state, self.train_step, self.effective, self.sets.train.class_names)
-        checkpoint.save(path, stored)
-        checkpoint.prune(path.parent, self.recipe.run.keep_checkpoints)
-        self._written = time.monotonic()
+    def _write(self, must: bool) -> bool:
+        run, path = self.recipe.run, checkpoint.step_path(self.state.checkpoints, self.state.global_step)
+        try:
+            stored = snapshot(self.state, self.train_step, self.effective, self.sets.train.class_names)
+            checkpoint.save(path, stored)
+        except (MachineError, OSError) as error:
+            self._failing_since = self._failing_since or time.monotonic()
+            minutes = (time.monotonic() - self._failing_since) / 60
+            if must or minutes >= run.checkpoint_patience:
+                raise
+            self.log.warn(
+                f"{error}. Training goes on without a checkpoint, for {minutes:.0f} minutes so far. It tries again "
+                f"at the next one, and ends after {run.checkpoint_patience:g} minutes (run.checkpoint_patience)"
+            )
+            return False
+        self._written, self._failing_since = self.state.position(), None
         self.log.event("checkpoint", path=str(path), **self.state.position())
+        try:
+            checkpoint.prune(path.parent, run.keep_checkpoints)
+        except OSError as error:
+            self.log.warn(f"old checkpoints cannot be deleted ({error}): they take up space in {path.parent}")
+        return True
 
     def _leave(self) -> NoReturn:
-        """End the program, since a signal asked for it and the checkpoint is written."""
+        """End the program because of a signal; the checkpoint is already written."""
         state = self.state
+        self.stop.leaving()
         self.log.event("stopped", signal=self.stop.reason, **state.position())
         self.log.say(
-            f"stopped by {self.stop.reason} at epoch {state.epoch + 1}, step {state.step}; no step is lost: the same "
-            f"command goes on"
+            f"stopped by {self.stop.reason} at epoch {state.epoch + 1}, step {state.step}; no step is lost, and "
+            f"the same command resumes the run"
         )
         self.stop.leave()
 

@@ -41,9 +41,9 @@ def normalize_scratch(size: int) -> NormalizeScratch:
 
 
 class Output(NamedTuple):
-    """Where `normalize_erase_mix` writes: one of the two, the other one empty.
+    """Where `normalize_erase_mix` writes: one of the two arrays; the other is empty.
 
-    One type for both keeps the code from being compiled twice.
+    With one type for both, the code is compiled only once.
     """
 
     float32: np.ndarray  # (samples, 3 * size * size) float32
@@ -51,7 +51,7 @@ class Output(NamedTuple):
 
 
 def output(rows: np.ndarray) -> Output:
-    """The output into `rows`, (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16."""
+    """An `Output` that writes to `rows`, (samples, 3 * size * size) float32, or uint16 for the bits of bfloat16."""
     none = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
     return Output(rows, none[1]) if rows.dtype == np.float32 else Output(none[0], rows)
 
@@ -93,7 +93,7 @@ def normalize_erase_mix(first, second, seed, epoch, plan, planes, tables, levels
     plan    arrays of the plan, see `_Work` in `stage.py`
     planes  (2, 3 * size * size) uint8 images; tables (2, 768) uint8 the mapping still to be applied to their levels
     levels  (3, 256) float32 of `normalized_levels`
-    out     of `output`
+    out     an `Output`
     """
     group = plan.group[first]
     mix, box = plan.mix[group], plan.box[group]

@@ -28,7 +28,7 @@ from fastdeit.pipelines.plan.checks import check_plan
 from fastdeit.pipelines.plan.plan import BICUBIC, Plan, rotation_matrices
 
 _CHUNK = 2  # units per turn of a thread
-_BICUBIC = np.int64(BICUBIC)  # numba compiles `resize` again for a Python constant
+_BICUBIC = np.int64(BICUBIC)  # for a plain Python constant, numba would compile `resize` again
 
 
 class _Work(NamedTuple):
@@ -183,7 +183,7 @@ class HostStage:
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
-    """In C order, writable and of this dtype, so that one compiled form takes all; copies only if needed."""
+    """The array in C order, writable and of this dtype, so that one compiled form suffices; copies only if needed."""
     return np.require(array, dtype, ["C", "W"])
 
 

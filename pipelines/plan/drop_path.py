@@ -1,7 +1,7 @@
 """Draws stochastic depth (Huang et al., arXiv 1603.09382; paper, Table 9), without generator state.
 
-Each draw is a table of factors, (depth, 2, B) float32: 0 where a sample's branch is dropped, otherwise 1 / the share of
-samples that are kept. The branches of a block are attention and MLP, in this order.
+Each draw is a table of factors, (depth, 2, B) float32: 0 where a sample's branch is dropped, otherwise 1 / the fraction
+of samples kept. The branches of a block are attention and MLP, in this order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_
     """Factors of the residual branches, each sample drawn on its own.
 
     step       global step of the run
-    positions  (B,) integers: positions of the samples in the global batch, so any number of processes agrees
+    positions  (B,) integers: positions in the global batch, so the draw is the same on any number of processes
     max_rate   drop rate of the last block; the rate grows linearly from 0 over the blocks
 
     Raises UserError for a rate outside [0, 1), ValueError for a step or position of more than 32 bits.
@@ -29,7 +29,7 @@ def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_
 
 
 def dropped_samples(depth: int, max_rate: float, group: int) -> np.ndarray:
-    """(depth,) int64: how many of `group` samples each branch of a block drops, its rate times `group`, rounded.
+    """(depth,) int64: how many of `group` samples each branch of a block drops: its rate times `group`, rounded.
 
     Raises UserError for a rate outside [0, 1), and if no block drops a sample, or one drops all.
     """
@@ -50,20 +50,21 @@ def dropped_samples(depth: int, max_rate: float, group: int) -> np.ndarray:
 
 
 def draw_fixed_drop_path(seed: int, step: int, positions: np.ndarray, dropped: np.ndarray, group: int) -> np.ndarray:
-    """Factors of the residual branches; of every `group` samples, a branch drops the same number.
+    """Factors of the residual branches, where a branch drops the same number of every `group` samples.
 
     positions  (B,) integers: positions of whole groups in the global batch
     dropped    (depth,) integers: how many samples of a group each branch of a block drops, from `dropped_samples`
 
-    Each set of that many samples is equally likely. Raises ValueError if `positions` are not whole groups, and as
-    `draw_drop_path`. Source: Oquab et al., arXiv 2304.07193, section 5, which drops a fixed number of a whole batch.
+    Each set of that many samples is equally likely. Raises ValueError if `positions` are not whole groups, or if
+    `draw_drop_path` would. Source: Oquab et al., arXiv 2304.07193, section 5, where a fixed number of a whole batch is
+    dropped.
     """
     step, wide = _counters(step, positions)
     groups = wide[::group] // group
     if not np.array_equal(wide, (groups[:, None] * group + np.arange(group)).ravel()):
         raise ValueError(f"the {len(wide)} positions are not those of whole groups of {group} samples")
     if not (len(dropped) <= 2**11 and group <= 2**20):
-        raise ValueError(f"a depth of {len(dropped)} or a group of {group} is more than the counter holds")
+        raise ValueError(f"a depth of {len(dropped)} or a group of {group} does not fit the random counter")
     out = np.empty((len(dropped), 2, len(groups), group), dtype=np.float32)
     _draw_fixed(np.uint64(check_seed(seed)), step, groups, np.asarray(dropped), out)
     return out.reshape(len(dropped), 2, len(wide))
@@ -98,7 +99,7 @@ def _draw(seed: np.uint64, step: int, positions: np.ndarray, rates: np.ndarray, 
 
 @compiled
 def _draw_fixed(seed: np.uint64, step: int, groups: np.ndarray, dropped: np.ndarray, out: np.ndarray) -> None:
-    """Floyd's choice of `count` out of `size` samples (Bentley and Floyd, CACM 30(9), 1987)."""
+    """Choose `count` out of `size` samples by Floyd's algorithm (Bentley and Floyd, CACM 30(9), 1987)."""
     size = out.shape[3]
     for layer in range(len(dropped)):
         count = dropped[layer]

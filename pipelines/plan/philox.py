@@ -11,7 +11,7 @@ Counter words, by stream (the top 4 bits of the fourth word):
     MIX     (block | group << 8, step, epoch, stream)       Mixup and CutMix of a mixing group
     ORDER   (image index, 0, epoch, stream)                 the permutation of an epoch
     DROP    (block, position in the global batch, global step, stream)   stochastic depth, each sample on its own
-    DROP_GROUP  (block | branch << 20, mixing group, global step, stream)    stochastic depth, a fixed number a group
+    DROP_GROUP  (block | branch << 20, mixing group, global step, stream)    stochastic depth, a fixed number per group
 """
 
 import math

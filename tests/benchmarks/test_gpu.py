@@ -101,7 +101,7 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     assert [options.results.stem for options in called] == ["kernels"] * 5 + ["tune", "tune", "throughput"]
     assert augment.ops == ("augment",)
     assert (chosen.budget, chosen.table) == (4.5, tmp_path / "kernel_table.json")
-    assert tuned.budget == pytest.approx(9.0, abs=0.5)  # nothing took time
+    assert tuned.budget == pytest.approx(9.0, abs=0.5)  # the part before it took no time
     assert throughputs.profile
     # Every operation at every model, and attention with odd and even numbers of tokens.
     cases = [case for options in called[:4] for case in kernels.cases(options)]

@@ -1,4 +1,4 @@
-"""The study of the residual stream: its rounding against PyTorch's own bf16, and a run of one epoch."""
+"""The benchmark of the residual stream: its rounding, compared with PyTorch's bf16, and a run of one epoch."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def test_rounds_like_autocast(stream):
     for theirs, ours, exactly in zip(autocast, emulated, truth, strict=True):
         error = difference(theirs, exactly)
         assert difference(ours, exactly) == pytest.approx(error, rel=0.2)
-        assert difference(ours, theirs) < 1.2 * error  # independent errors: about 1.4
+        assert difference(ours, theirs) < 1.2 * error  # independent errors would give about 1.4
 
 
 def test_rounds_the_stream_only_if_asked():

@@ -1,7 +1,7 @@
 """Kernels compile for every architecture without spills, and their figures match docs/kernels.md.
 
-Kernels are compiled here and nowhere else: the first configuration of each for sm_90, attention's also for sm_86 and
-sm_100; with FASTDEIT_COMPILE_ALL=1 all of them for all architectures.
+No other test compiles kernels. Here the first configuration of each is compiled for sm_90, and attention's also for
+sm_86 and sm_100. With FASTDEIT_COMPILE_ALL=1, all configurations are compiled for all architectures.
 """
 
 import json
@@ -19,7 +19,7 @@ from tests.compiled.report import ARCHITECTURES, LIMITS, Compiled, differences, 
 ROOT = Path(__file__).parents[2]
 MATRIX = {90: "HGMMA", 100: "UTCHMMA"}  # elsewhere HMMA
 ALL = bool(os.environ.get("FASTDEIT_COMPILE_ALL"))
-# Attention differs most: warp-group products on 90; the least shared memory on 86; a multiprocessor's products on 100.
+# Attention differs most: 90 has warp-group products, 86 the least shared memory, 100 products of a multiprocessor.
 TESTED = {"": ARCHITECTURES} if ALL else {"": (90,), "attention": (86, 100)}
 
 

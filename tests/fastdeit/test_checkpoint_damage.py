@@ -25,7 +25,7 @@ from fastdeit.model.weights import load_weights
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.teacher.teacher import Teacher
-from fastdeit.training.resume import restore
+from fastdeit.training.resume import restore, set_damaged_aside
 from fastdeit.training.resume_checks import check_position
 from fastdeit.training.trainer import Trainer
 from runs import assert_same_state, changed, newest, train
@@ -358,6 +358,26 @@ def test_without_a_whole_checkpoint_nothing_is_renamed(finished):
     with pytest.raises(UserError, match="There is no older checkpoint: start afresh"):
         train(recipe)
     assert checkpoint.found(found[0].parent) == found[:1]
+
+
+@pytest.mark.slow
+def test_only_damaged_files_are_renamed(finished, monkeypatch):
+    """Neither one that holds what this version does not know, nor one beside an older one that cannot be read."""
+    recipe, found = finished
+    state = torch.load(found[0], weights_only=True)
+    torch.save({**state, "more": torch.zeros(2, dtype=torch.uint16)}, found[0])
+    assert set_damaged_aside(recipe, recipe.run.output) == []
+    flip_a_bit(found[0])
+    damage = checkpoint.damage
+
+    def unreadable(path):
+        if path == found[1]:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return damage(path)
+
+    monkeypatch.setattr(checkpoint, "damage", unreadable)
+    assert set_damaged_aside(recipe, recipe.run.output) == []
+    assert checkpoint.found(found[0].parent) == found
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def _flat(value, prefix=""):
 
 
 def assert_same_state(a, b):
-    """Two checkpoints hold the same, but for the folder of their run."""
+    """Assert that two checkpoints are equal, except for the folder of the run."""
     first, second = dict(_flat(a)), dict(_flat(b))
     assert first.keys() == second.keys()
     for key, value in first.items():

@@ -259,7 +259,7 @@ def start_apart(joined, recipes):
 
 
 def kernels_on_two_cards(joined):
-    """The choice of kernels of a process whose card differs from the other's; one check fails on process 1."""
+    """The choice of kernels on two processes with different cards; one check fails on process 1."""
     cfg, card = ModelConfig(img_size=16, patch_size=8, embed_dim=32, num_heads=2), f"card {joined.rank}"
     precision = Precision("fp32", None, joined.device)
     windows = {"ours": [2.0], "flash" if joined.main else "efficient": [1.0]}
@@ -291,7 +291,7 @@ def worlds_agree(joined):
 
 
 def stop_when_one_is_asked(joined, asked_at):
-    """The step after which this process stops, where the second one is asked to during step `asked_at`."""
+    """The step after which this process stops, if the second process gets a signal during step `asked_at`."""
     signals = StopSignals()
     deciding = Stop(joined, signals)
     for number in range(1, 50):

@@ -101,14 +101,14 @@ def test_only_the_token_rows(device):
 
 
 def keeping(device, *samples, batch):
-    """`samples` of a batch, each with a factor of its own."""
+    """A `Kept` of `samples` of a batch, each with a factor of its own."""
     slots = torch.full((batch,), -1, dtype=torch.int32)
     slots[list(samples)] = torch.arange(len(samples), dtype=torch.int32)
     return Kept(((slots >= 0) * torch.linspace(1, 2, batch)).to(device), slots.to(device), len(samples))
 
 
 def kept_by_pytorch(x, branch, weight, bias, kept, only):
-    """The branch of each kept sample, multiplied and added one by one."""
+    """PyTorch's result, with each kept sample's branch multiplied and added one by one."""
     total = list(x.unbind() if kept is not None else (x + branch).unbind())
     if kept is not None:
         for sample, slot in enumerate(kept.slots.tolist()):
@@ -166,7 +166,7 @@ def test_the_stream_alone_is_normalised_for_the_kept_samples(device, equals_pyto
 
 
 def test_kept_samples_have_the_bits_that_masks_give(device):
-    """Sum, rows and gradients; the bias of the branch too, whose dropped rows add zeros."""
+    """Sum, normalised rows and gradients, also that of the branch's bias, to which dropped rows add zeros."""
     kept, only = keeping(device, 0, 3, batch=5), keeping(device, 0, 1, 4, batch=5)
     x, branch, weight, bias, _ = inputs(device, (5, 60, 24), torch.float16)
     own = bias.detach().clone().requires_grad_()
@@ -185,7 +185,7 @@ def test_kept_samples_have_the_bits_that_masks_give(device):
 
 
 def test_slots_beyond_the_branch_touch_no_other_memory(device):
-    """What a caller miscounted is treated as dropped."""
+    """Samples that a wrong `count` leaves out are treated as dropped."""
     kept = keeping(device, 0, 1, 2, batch=3)._replace(count=2)
     x, branch, weight, bias, _ = inputs(device, (3, 4, 32), torch.float32)
     total, out = add_layer_norm(x, branch[:2], weight, bias, EPS, mask=kept, only=kept)

@@ -1,4 +1,4 @@
-"""Which operations PyTorch does faster: what is timed, in which order, and which rows come of it."""
+"""The search for operations that PyTorch runs faster: what is timed, in which order, and which rows result."""
 
 import json
 
@@ -18,7 +18,7 @@ CFG = ModelConfig(img_size=16, patch_size=8, embed_dim=32, num_heads=2, distille
 
 
 class FakeClock:
-    """Every call takes its candidate's milliseconds; ours is the first of a case, unless it is refused."""
+    """Each call takes the milliseconds given for its candidate; ours is number 0 of a case, unless it is refused."""
 
     def __init__(self, milliseconds):
         self.milliseconds, self.calls, self.order = milliseconds, [], []
@@ -37,7 +37,7 @@ class FakeClock:
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Function: options for a tiny recipe. Nothing is compiled, and kernels are right."""
+    """Function: options for a tiny recipe. Nothing is compiled, and every kernel passes its check."""
     monkeypatch.setitem(choose.RECIPES, "small", lambda: Recipe(name="small", model=CFG))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(choose, "failure", lambda *_: None)
@@ -50,7 +50,7 @@ def test_windows_take_turns_and_rows_name_what_is_faster(small, monkeypatch, cap
     monkeypatch.setattr(choose, "OPS", {"attention": "attention", "bias_gelu": "bias + GELU"})
     fake = FakeClock(lambda number: {0: 2.0, 1: 1.0, 2: 1.0, 3: 1.5}[number])
     assert choose.choose(small(), CPU, fake.clock())
-    # Attention has no backend here but flash; each candidate is recorded once before its two windows.
+    # On a CPU, attention has only the flash backend. Each candidate is recorded once before its two windows.
     assert fake.order == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3]
     table = kernel_table.read(small().table)
     assert table.version == kernel_table.read().version + 1
@@ -76,7 +76,7 @@ def test_a_wrong_kernel_gets_no_row(small, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_what_rounds_differently_each_time_is_not_timed(small, monkeypatch, capsys):
-    """As backends of attention do that sum by atomic additions, whatever their speed."""
+    """As with attention backends that sum by atomic additions: they are rejected, whatever their speed."""
 
     def noisy(function, backend):
         return lambda *arguments: tuple(out * (1 + 1e-6 * torch.rand(())) for out in function(*arguments))
@@ -86,7 +86,7 @@ def test_what_rounds_differently_each_time_is_not_timed(small, monkeypatch, caps
     assert choose.choose(small(), CPU, FakeClock(lambda number: 2.0 - number).clock())
     (row,) = (row for row in kernel_table.read(small().table).rows.values() if row.batch == 3)
     assert (row.choice, row.windows) == ("ours", {"ours": [2.0, 2.0]})
-    assert "flash was not timed: its gradients have other bits in another call" in capsys.readouterr().out
+    assert "flash was not timed: the bits of its gradients differ from call to call" in capsys.readouterr().out
 
 
 def test_a_time_limit_names_what_is_left_out(small, capsys):
@@ -96,7 +96,7 @@ def test_a_time_limit_names_what_is_left_out(small, capsys):
 
 def test_a_shape_is_measured_once_whatever_its_recipes(small, tmp_path):
     found = cases(Options(), "Card", CPU)
-    assert len(found) == 3 * 2 * 4 + 2 * 2  # four operations of each width with either number of tokens; the heads
+    assert len(found) == 3 * 2 * 4 + 2 * 2  # four operations for each width and number of tokens; two for the heads
     assert next(iter(found)) == ("Card", "assemble_tokens", "197 tokens, 768 channels", "float32")
     assert len(cases(small(recipe=("small", "small")), "Card", CPU)) == len(OPS)
     stored = tmp_path / "recipe.json"
@@ -121,4 +121,4 @@ def test_without_a_gpu_one_sentence_says_so(capsys):
     with pytest.raises(SystemExit) as ended:
         tune.main(["--choose", "--recipe", "deit_tiny"])
     assert ended.value.code == 2
-    assert "a card is measured on a GPU, and PyTorch sees none: fastdeit-doctor tells why" in capsys.readouterr().err
+    assert "measuring a card needs a GPU, and PyTorch sees none: fastdeit-doctor tells why" in capsys.readouterr().err

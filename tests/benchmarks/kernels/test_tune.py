@@ -42,7 +42,7 @@ def test_the_search_ends_where_no_neighbour_is_better():
 @pytest.mark.parametrize("op", tune.get_args(tune.Op))
 def test_every_kernel_of_an_operation_asks_how_to_be_launched(op):
     names = set(defaults(OPS[op](SMALL, 2, torch.float32, DEVICE)))
-    # The form that skips samples is launched as the other.
+    # The form that skips samples has the same launches.
     compiled = {variant.name.partition(" ")[0].replace("_kept", "") for variant in all_variants()}
     prefix = "add_layer_norm" if op == "layer_norm" else op
     assert names == {name for name in compiled if name.startswith(f"{prefix}_")}

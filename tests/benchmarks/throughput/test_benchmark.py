@@ -134,7 +134,7 @@ def test_a_run_records_what_it_prints(tmp_path, capsys):
             assert len(figures["windows"]) == 3
             medians[name] = statistics.median(figures["windows"])
             assert figures["images_per_second"] == medians[name] > 0
-        ours = medians["fastdeit eager"]  # skipping is no step of timm's
+        ours = medians["fastdeit eager"]  # the ratio leaves out skipping, which timm does not do
         assert f"{ours / medians['timm eager']:.3f}" in printed
         assert record["environment"]["versions"]["timm"] == timm.__version__
 

@@ -1,4 +1,4 @@
-"""The model against timm's own DeiT."""
+"""The model, compared with timm's own DeiT."""
 
 import numpy as np
 import pytest

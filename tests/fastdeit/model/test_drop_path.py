@@ -1,4 +1,4 @@
-"""A model that skips dropped samples against PyTorch's own operations in float64, which multiply them by 0."""
+"""A model that skips dropped samples, compared with PyTorch's operations in float64, which multiply them by 0."""
 
 import copy
 
@@ -14,12 +14,12 @@ from fastdeit.pipelines.plan.drop_path import draw_fixed_drop_path
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 GROUP, BATCH = 4, 8
-DROPPED = np.array([0, 1, 2])  # block 0 is whole, so a whole branch is followed by one that skips
+DROPPED = np.array([0, 1, 2])  # block 0 drops none, so a complete branch is followed by one that skips
 KEPT = (BATCH // GROUP * (GROUP - DROPPED)).tolist()
 
 
 def models(distilled=False, device="cpu", **fields):
-    """A model that skips, and the same weights in float64 in one that multiplies by masks."""
+    """A model that skips, and a float64 model with the same weights that multiplies by masks."""
     torch.manual_seed(0)
     cfg = {**SMALL, "distilled": distilled, **fields}
     skips = build_model(ModelConfig(**cfg, drop_path_mode="skip"), 5).to(device).train()
@@ -114,9 +114,9 @@ def test_another_batch_size_is_refused(device, kernels):
 
 def test_numbers_that_do_not_fit_the_masks_are_refused():
     skips, _ = models()
-    with pytest.raises(ValueError, match="needs how many samples each of its 3 blocks keeps"):
+    with pytest.raises(ValueError, match="needs the number of samples that each of 3 blocks keeps"):
         skips.set_drop_path(draw())
-    with pytest.raises(ValueError, match="needs how many samples"):
+    with pytest.raises(ValueError, match="needs the number of samples"):
         skips.set_drop_path(draw(), KEPT[:2])
     with pytest.raises(ValueError, match=r"keep \[8, 8, 6, 6, 4, 4\] samples .*, not \[8, 8, 6, 6, 5, 5\]"):
         skips.set_drop_path(draw(), [8, 6, 5])

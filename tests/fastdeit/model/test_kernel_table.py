@@ -1,4 +1,4 @@
-"""The table of measurements: what it holds, what it decides, and what a run makes of it."""
+"""The table of measurements: its contents, its choices, and how a run uses them."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def table_of(*rows, version=3):
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Function: the choice of a GPU named "Card" by a table, where only the named checks fail."""
+    """Function: the kernels that a table chooses for a GPU named "Card"; only the checks in `failing` fail."""
 
     def run(table, precision=BF16, kept=None, failing=(), cfg=CFG):
         monkeypatch.setattr(kernel_choice, "_on_gpu", lambda device: True)
@@ -187,7 +187,7 @@ def test_a_checkpoints_choice_wins_over_the_table(choose):
 
 @pytest.mark.slow
 def test_processes_on_different_cards_take_the_main_processs_choice(tmp_path):
-    """And a check that fails on one of them leaves the operation out everywhere."""
+    """If a check fails on one process, the operation is left to PyTorch on all."""
     first, second = in_two_processes(kernels_on_two_cards, tmp_path)
     assert first["name"] == second["name"] == "triton without attention (flash), bias_gelu"
     assert first["left"]["bias_gelu"] == "its check failed on another process"
@@ -213,7 +213,7 @@ def _attention_operators(model, images):
 
 @pytest.mark.slow
 def test_a_model_runs_the_backend_of_the_choice(monkeypatch):
-    """Compiled as one graph, with the state dict of any other model."""
+    """It compiles as one graph and has the same state dict as any other model."""
     monkeypatch.setitem(kernel_table.BACKENDS, "math", torch.nn.attention.SDPBackend.MATH)
     images, models = torch.randn(2, 3, 16, 16), {}
     for name in (None, "flash", "math"):

@@ -111,7 +111,7 @@ def test_resuming_with_other_kernels_is_a_change(data, short, events):
 
 
 def table(version, cfg, **windows):
-    """A table that has measured each operation on the card "Card", in float32."""
+    """A table with a row for each operation on the card "Card", in float32."""
     precision, rows = Precision("fp32", None, torch.device(DEVICE)), []
     for op in OPS:
         times = windows.get(op, {"ours": [2.0], "torch": [1.0]})
@@ -123,7 +123,7 @@ def table(version, cfg, **windows):
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_choice_of_another_table(images, short, events, monkeypatch, capsys, tmp_path):
-    """To the bit, and a fresh run takes the new table's."""
+    """The result is the same to the bit; a fresh run takes the new table's choice."""
     convert(str(images / "train"), tmp_path / "few.beton", limit=8, progress=False)
     straight, recipe, fresh = (
         changed(short(tmp_path / "few.beton", name, "auto", depth=1), "run", epochs=2)
@@ -137,7 +137,7 @@ def test_a_resumed_run_keeps_the_choice_of_another_table(images, short, events, 
     monkeypatch.setattr(fastdeit.model.kernel_table, "read", lambda: old)
     expected = trained(straight)
     train(recipe)
-    newest(recipe).unlink()  # the first epoch's is left
+    newest(recipe).unlink()  # the first epoch's checkpoint is left
     stored = final_state(recipe)["kernels"]
     assert (stored["table"], stored["attention"], stored["ops"]) == (5, "flash", ["distillation_loss"])
     assert stored["left"]["attention"] == "PyTorch's flash takes 1.000 ms, ours 2.000"

@@ -22,7 +22,7 @@ def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events
         "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
         "model": {"drop_path": 0.3, "drop_rate": 0.1},
     }
-    run = {"epochs": 18, "checkpoint_every": 3, "eval_every": 18}
+    run = {"epochs": 14, "checkpoint_every": 3, "eval_every": 14}
     straight = tiny(**options, run={**run, "output": tmp_path / "straight"})
     process = launch(straight)
     assert process.returncode == 0, process.err
@@ -104,10 +104,10 @@ def test_what_auto_became_is_compared(tiny, data):
 
 @pytest.mark.slow
 def test_a_run_that_drew_each_skipped_sample_on_its_own_is_refused(tiny):
-    """Checkpoints of earlier versions name the same mode, but no draw."""
+    """Earlier versions' checkpoints name the same mode, but not the kind of draw."""
     skips = tiny(run={"epochs": 1}, model={"drop_path_mode": "skip"})
     state = trained(skips)
-    train(skips)  # its own checkpoint goes on
+    train(skips)  # its own checkpoint resumes
     del state["effective"]["draw of stochastic depth"]
     torch.save(state, newest(skips))
     with pytest.raises(UserError, match=r"another draw of stochastic depth \(None, this run has a fixed number"):

@@ -1,4 +1,4 @@
-"""A signal ends a run after the step, with a checkpoint; started again, it ends with the bits of an undisturbed run."""
+"""A signal ends a run after the step, with a checkpoint; the resumed run has the bits of an uninterrupted one."""
 
 import itertools
 import os
@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 import torch
 
 import steps
-from fastdeit import checkpoint
+from fastdeit import checkpoint, cli
 from fastdeit.distributed import World
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.signals import REQUEUE, StopSignals
@@ -44,7 +45,7 @@ def steps_logged(recipe, events):
 
 @pytest.fixture
 def straight(tiny, tmp_path, launch):
-    """Function: the final state of an undisturbed run, and its recipe with another folder."""
+    """Function: the final state of an uninterrupted run, and its recipe with another folder."""
 
     def run(processes=1, **sections):
         options = {"epochs": 6, "eval_every": 6, **sections}
@@ -150,7 +151,7 @@ def test_the_clock_asks_for_a_checkpoint(monkeypatch):
 
 
 def full_disk(monkeypatch, times):
-    """Let the next `times` checkpoints fail."""
+    """Make writing the next `times` checkpoints fail."""
     save, failed = checkpoint.save, []
 
     def save_or_fail(path, state):
@@ -185,6 +186,47 @@ def test_the_run_ends_when_its_patience_does_and_if_the_last_checkpoint_fails(ti
     with pytest.raises(MachineError, match="No space left"):
         trained(tiny(run={"epochs": 9, "checkpoint_patience": 0, "output": tmp_path / "impatient"}))
     assert len(failed) == 3
+
+
+def test_a_reader_of_stderr_that_is_gone_does_not_end_the_step(signals):
+    """As `2>&1 | tee log`, where Ctrl-C ends tee first."""
+    signals.stepping = True
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writer)
+    assert signals.asked is signal.SIGTERM
+
+
+def test_ctrl_c_that_a_library_swallows_is_still_one(capsys):
+    def main():
+        with StopSignals():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                raise RuntimeError("a callback failed") from error
+
+    with pytest.raises(SystemExit, match="130"):
+        cli.run(main)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: StopSignals().__enter__()._before).result() == {}
+
+
+def test_a_signal_after_the_checkpoint_changes_nothing(signals):
+    deciding = Stop(ALONE, signals)
+    deciding.leaving()
+    signal.raise_signal(signal.SIGTERM)
+    assert deciding.due(1) is None
 
 
 def test_handlers_are_given_back_and_an_ignored_signal_stays_ignored():

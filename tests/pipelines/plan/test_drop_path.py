@@ -1,4 +1,4 @@
-"""Draws of stochastic depth: rates, uniform choice, and independence of processes and batches."""
+"""Draws of stochastic depth: rates, uniform choice, and the same result for any processes and batches."""
 
 import itertools
 from collections import Counter
@@ -92,7 +92,7 @@ def test_every_group_drops_exactly_its_number_and_the_expectation_is_one():
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5])
 def test_every_set_of_samples_is_equally_likely(count):
-    """Chi-square over all sets of `count` out of 6 samples."""
+    """A chi-square test over all sets of `count` out of 6 samples."""
     groups = 20_000
     masks = draw_fixed_drop_path(1, 2, np.arange(6 * groups), np.array([count]), 6)
     for branch in masks[0]:
