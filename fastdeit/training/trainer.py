@@ -179,6 +179,7 @@ class Trainer:
                         self._save(must=True)
                         self._leave()
                     self._evaluate_if_due()
+                    self.stop.stepping(True)
             if self.profiler is not None:
                 self.log.say(
                     f"no profile: the run ended before {run.profile} more steps of one epoch, once it was warm"
@@ -227,6 +228,7 @@ class Trainer:
             # On a GPU the loop launches a step, then reads the numbers of the step before.
             check = None if self.deferred else self._loss_checker(batch)
             parts = self.train_step(batch, state.epoch, state.step, state.global_step, check)
+            self.stop.stepping(True)  # from the first step on there is something to lose
             _read_all(pending)
             if self.deferred:
                 pending.append(self._pending_check(parts, batch))
@@ -235,14 +237,14 @@ class Trainer:
             state.global_step += 1
             if state.global_step % run.log_every == 0 or state.step == steps:
                 pending.append(self._pending_report(meter, batches.wait_seconds))
-            saving = run.checkpoint_every and state.global_step % run.checkpoint_every == 0
+            # After the last step, the epoch's own checkpoint follows.
+            saving = run.checkpoint_every and state.global_step % run.checkpoint_every == 0 and state.step < steps
             if not self.deferred or saving or state.step == steps:
                 _read_all(pending)
             self.log.progress.advance()
             self._profile(batches.wait_seconds)
             if saving:
                 self._save()
-            self.stop.stepping(True)
             due = self.stop.due(state.global_step)
             if due is not None and state.step < steps:
                 _read_all(pending)
