@@ -49,11 +49,11 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
         else:
             check_teacher(teacher)
         _check_given(teacher.checkpoint, "teacher.checkpoint")
-    epoch_order(recipe, len(sets.train), world=world)
+    order = epoch_order(recipe, len(sets.train), world=world)
     if skips_samples(recipe):
         from fastdeit.pipelines.plan.drop_path import dropped_samples  # imported here: it imports numba
 
-        dropped_samples(recipe.model.depth, recipe.model.drop_path, recipe.mixing_group(world))
+        dropped_samples(recipe.model.depth, recipe.model.drop_path, order.group_size)
     return sets
 
 

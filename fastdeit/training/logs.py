@@ -96,12 +96,15 @@ class RunLog:
         try:
             check_regular(self._path)
             lines = self._path.read_bytes().splitlines(keepends=True)
-            redone = [line for line in lines if again(line)]
+            redone: list[bytes] = []
+            kept: list[bytes] = []
+            for line in lines:
+                (redone if again(line) else kept).append(line)
             if redone:
                 with self._path.with_name("log-redone.jsonl").open("ab") as file:
                     file.writelines(redone)
                 with atomic_write(self._path) as file:
-                    file.writelines(line for line in lines if not again(line))
+                    file.writelines(kept)
         except OSError as error:
             self.say(f"warning: {self._path} cannot be rewritten ({error}): it holds some steps twice")
 

@@ -44,7 +44,7 @@ class Stop:
     def at_once(self) -> bool:
         """Whether all processes stop now. It waits for votes: call it between epochs, where that costs nothing."""
         self._vote = None
-        return self._asked() if self._world.size == 1 else bool(self._count().tolist()[0])
+        return bool(self._count().tolist()[0])
 
     def saved(self) -> None:
         """Count the minutes to the next checkpoint from now."""
