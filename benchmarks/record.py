@@ -7,7 +7,6 @@ import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ import torch
 
 from fastdeit.pipelines.errors import naming
 from fastdeit.pipelines.loaders.prefetch import usable_cores
+from fastdeit.training.run_record import source_commit
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton", "ffcv")
@@ -79,7 +79,7 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
-        "commit": _commit(),
+        "commit": source_commit(Path(__file__)),
         "cpu": _first_match(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.processor() or None,
         "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -95,19 +95,6 @@ def append(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, sort_keys=True) + "\n")
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with "-dirty" if a tracked file differs from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("-dirty" if changed.strip() else "")
 
 
 def _gpu() -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import contextlib
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -173,9 +173,10 @@ def found(folder: Path) -> list[Path]:
         raise machine_error(error, f"{folder}: cannot be read") from error
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and the temporary files of interrupted writes."""
+def prune(folder: Path, keep: int, kept_names: Collection[str] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints and `kept_names`, and the temporary files of interrupted writes."""
     for path in found(folder)[max(keep, 1) :]:
-        path.unlink()
+        if path.name not in kept_names:
+            path.unlink()
     for leftover in folder.glob("checkpoint-*.pt.tmp"):
         leftover.unlink()

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from fastdeit.config import COMPAT, COMPAT_RUN, SOFT_DEFAULTS, Recipe, upgraded
+from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular
@@ -184,10 +184,6 @@ def _parse(args: list[str]) -> Recipe:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         use_underscores=True,
     )
-
-
-# Fields that recipes of older versions lack; their defaults are what those versions did.
-LATER = {"model.residual_dtype", "run.checkpoint_minutes", "run.checkpoint_patience"}
 
 
 def _missing(values: dict[str, Any]) -> list[str]:

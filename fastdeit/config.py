@@ -147,7 +147,10 @@ class RunConfig:
     checkpoint_every: int = 0  # steps; 0: at the end of each epoch and by the clock
     checkpoint_minutes: float = 30.0  # save at the next step once the last checkpoint is this old; 0: never
     checkpoint_patience: float = 120.0  # minutes from a failed checkpoint, as on a full disk, to the end of the run
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones, and beside them the best
+    best_metric: Literal["top1", "top5", "loss", "none"] = "top1"  # what the best checkpoint is best in; none: no best
+    on_divergence: Literal["stop", "rewind"] = "stop"  # rewind: to a checkpoint, and leave out the steps at fault
+    divergence_band: float = 0.0  # standard deviations above the recent losses that are divergence; 0: none
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
     progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
@@ -219,6 +222,16 @@ COMPAT: dict[str, Departures] = {
 COMPAT_RUN: dict[str, dict[str, str]] = {
     "paper": {"eval_sharding": "partition", "loss_sync": "deferred", "amp_dtype": "bf16"},
     "released": {"eval_sharding": "replicate", "loss_sync": "every_step", "amp_dtype": "fp16"},
+}
+
+# Fields that recipes of older versions lack; their defaults make the same steps.
+LATER = {
+    "model.residual_dtype",
+    "run.checkpoint_minutes",
+    "run.checkpoint_patience",
+    "run.best_metric",
+    "run.on_divergence",
+    "run.divergence_band",
 }
 
 SOFT_DEFAULTS = {"paper": (0.1, 3.0), "released": (0.5, 1.0)}  # alpha, tau
@@ -320,6 +333,7 @@ class Recipe:
             ("run.checkpoint_every", run.checkpoint_every),
             ("run.checkpoint_minutes", run.checkpoint_minutes),
             ("run.checkpoint_patience", run.checkpoint_patience),
+            ("run.divergence_band", run.divergence_band),
             ("run.profile", run.profile),
         ):
             if value < 0:

@@ -62,9 +62,15 @@ class World:
         """The text of the first process that has one, with its rank, on every process; None if no process has one."""
         if self.size == 1:
             return text
-        texts: list[str | None] = [None] * self.size
-        dist.all_gather_object(texts, text)
-        return next((f"process {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None)
+        texts = enumerate(self.gathered(text))
+        return next((f"process {rank}: {found}" for rank, found in texts if found is not None), None)
+
+    def gathered(self, value: T) -> list[T]:
+        """The `value` of every process, by rank, on every process; it must be picklable."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: T) -> T:
         """The main process's `value`, on every process; it must be picklable."""

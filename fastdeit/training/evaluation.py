@@ -143,7 +143,12 @@ def _real_hits(decision: Tensor, real: Tensor) -> Tensor:
     return torch.stack([any_label.sum(), hit.sum()]).double()
 
 
-def headline(scores: Scores, late_fusion: str | None) -> float:
-    """The top-1 that a run is known by: of the late fusion where there are two heads, else of the class head."""
+def headline_head(scores: Scores, late_fusion: str | None) -> str:
+    """The head whose scores a run is known by: the late fusion where there are two heads, else the class head."""
     fused = f"fused_{late_fusion or 'probabilities'}"
-    return scores.get(fused, scores["class"])["top1"]
+    return fused if fused in scores else "class"
+
+
+def headline(scores: Scores, late_fusion: str | None) -> float:
+    """The top-1 of `headline_head`."""
+    return scores[headline_head(scores, late_fusion)]["top1"]

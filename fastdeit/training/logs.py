@@ -4,21 +4,22 @@ Each line of `log.jsonl` is one object with `event` and `time` (seconds since 19
 processes and all steps since the last such line. A resumed run moves the figures of the steps that it does again to
 `log-redone.jsonl`. Events and their fields:
 
-start       recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs, optimizer, loader,
-            steps_per_epoch, parameters, peak_lr (after scaling with the batch)
+start       run (the id in `run.json`), recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs,
+            kernels, optimizer, loader, stage, steps_per_epoch, parameters, peak_lr (after scaling with the batch)
 warning     text
 resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text)
 train       (every `run.log_every` steps, and at the end of each epoch) epoch, step, global_step, loss, loss_base,
             loss_distill, lr, images_per_second, data_wait (share of the time spent waiting for data), eta_seconds
 eval        epoch, global_step, weights ("model" or "ema"), images, and for each of class, distillation,
             fused_probabilities, fused_logits that the model has: top1, top5 (percent), loss
-fallbacks   epoch, count (over all processes), images (dataset indices of the main process that the loader's decoder
-            refused and PIL read)
-replaced    epoch, count (over all processes), images (pairs of dataset indices of the main process: one that does not
-            decode, and the one that was in its place)
-checkpoint  path, epoch, step, global_step
+fallbacks   epoch, count, images (dataset indices that the loader's decoder refused and PIL read)
+replaced    epoch, count, images (pairs of dataset indices: one that does not decode, and the one in its place)
+checkpoint  path, epoch, step, global_step, seconds (to write it), stall_seconds (of these, training waited)
+best        checkpoint (the best so far), metric, weights, head, score, global_step
 profile     global_step, steps, milliseconds (a step, by part)
 nonfinite   epoch, step, global_step, loss, reproduction, indices
+rewind      path (the checkpoint that the run goes back to), diverged (the step whose loss was bad), skipped (the steps
+            that are left out; both as `global_step` of a train line), epoch, step, global_step
 stopped     signal, epoch, step, global_step
 end         epoch, global_step, seconds
 """
@@ -68,16 +69,19 @@ class RunLog:
             self._write("warning", {"text": fault})
 
     def go_back(self, epoch: int, global_step: int, *, evaluates: bool) -> None:
-        """Before the first event, move the figures that the run makes again to `log-redone.jsonl`.
+        """Move the figures that the run makes again to `log-redone.jsonl`.
 
-        A run that was killed has logged steps after its last checkpoint; each step then stands once. TensorBoard hides
-        its own.
+        A run that was killed, or goes back, has logged steps after the checkpoint that it continues from; each step
+        then stands once. TensorBoard hides its own.
 
-        epoch, global_step  where the run starts
+        epoch, global_step  where the run continues
         evaluates           whether it evaluates that checkpoint again
         """
         self._first_step = global_step + 1
         self._close_file()
+        if self._board is not None:
+            self._close_board()
+            self._board, self._tensorboard = None, True
         if not self._active or not self._path.exists():
             return
 
@@ -136,11 +140,7 @@ class RunLog:
 
     def close(self) -> None:
         self.progress.close()
-        if self._board is not None:
-            try:
-                self._board.close()
-            except OSError as error:
-                self._drop_board(error)
+        self._close_board()
         for fault in new_faults() if self._active and self._file is not None else ():
             self._write("warning", {"text": fault})
         if self._file is not None:
@@ -173,6 +173,13 @@ class RunLog:
             if self._file is not None:
                 self._file.close()
         self._file = None
+
+    def _close_board(self) -> None:
+        try:
+            if self._board is not None:
+                self._board.close()
+        except OSError as error:
+            self._drop_board(error)
 
     def _drop_board(self, error: OSError) -> None:
         board, self._board = self._board, None

@@ -1,10 +1,12 @@
-"""The figures of the log's training lines: mean losses, images per second, share of time waiting for data."""
+"""What the log's lines sum up: losses, images per second, share of time waiting for data, images left to PIL."""
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.training.objective import LossParts
 
@@ -37,12 +39,17 @@ class Window:
 
 
 class Meter:
-    """Sums the losses on the device and times the steps, from one reading to the next."""
+    """Sums the losses on the device and times the steps, from one reading to the next.
+
+    `state` and `load` carry the sums over a resume, so that its first line has the losses of the undisturbed run.
+
+    steps  since the last reading
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
+        self.steps, self._timed, self._elapsed, self._waited = 0, 0, 0.0, 0.0
         self._since, self._wait_since = 0.0, 0.0
 
     def start(self, wait_seconds: float) -> None:
@@ -58,14 +65,63 @@ class Meter:
 
     def add(self, parts: LossParts) -> None:
         self._sums += torch.stack(list(parts)).double()
-        self._steps += 1
+        self.steps += 1
+        self._timed += 1
 
     def read(self, wait_seconds: float, global_batch: int) -> Window:
         """Means over all processes and all steps since the last reading; starts the next window."""
         self.stop(wait_seconds)
-        mean = self._world.sum(self._sums.clone()) / (self._steps * self._world.size)
+        mean = self._world.sum(self._sums.clone()) / (self.steps * self._world.size)
         elapsed = max(self._elapsed, 1e-9)
-        rate, waited = self._steps * global_batch / elapsed, min(1.0, self._waited / elapsed)
+        rate, waited = self._timed * global_batch / elapsed, min(1.0, self._waited / elapsed)
         self._sums.zero_()
-        self._steps, self._elapsed, self._waited = 0, 0.0, 0.0
+        self.steps, self._timed, self._elapsed, self._waited = 0, 0, 0.0, 0.0
         return Window(PendingNumbers(mean), rate, waited)
+
+    def state(self) -> dict[str, Any]:
+        """The window so far: `steps`, and the `sums` of each process. Call it on all processes."""
+        return {"steps": self.steps, "sums": self._world.gathered(self._sums.tolist())}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue the window of `state`, which another number of processes may have begun."""
+        sums, size = state["sums"], self._world.size
+        if len(sums) != size:
+            mean = [sum(each) / len(sums) for each in zip(*sums, strict=True)]
+            sums = [mean] * size
+        self.steps = state["steps"]
+        self._sums.copy_(torch.tensor(sums[self._world.rank], dtype=torch.float64))
+
+
+class EpochImages:
+    """The images of an epoch that its loader's decoder left to PIL, and those that did not decode.
+
+    `state` and `load` carry them over a resume.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._fallbacks: set[int] = set()
+        self._replaced: set[tuple[int, int]] = set()
+
+    def add(self, batch: TrainBatch) -> None:
+        self._fallbacks.update(batch.fallbacks)
+        self._replaced.update(batch.replaced)
+
+    def clear(self) -> None:
+        """Begin the next epoch."""
+        self._fallbacks.clear()
+        self._replaced.clear()
+
+    def state(self) -> dict[str, Any]:
+        """`fallbacks` and `replaced` of all processes, as in `TrainBatch`, in order. Call it on all processes."""
+        some = torch.tensor(float(bool(self._fallbacks or self._replaced)), device=self._world.device)
+        if not self._world.sum(some):  # as a rule
+            return {"fallbacks": [], "replaced": []}
+        each = self._world.gathered((self._fallbacks, self._replaced))
+        fallbacks, replaced = (set[Any]().union(*sets) for sets in zip(*each, strict=True))
+        return {"fallbacks": sorted(fallbacks), "replaced": [list(pair) for pair in sorted(replaced)]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue the epoch of `state`."""
+        self._fallbacks = set(state["fallbacks"])
+        self._replaced = {(bad, used) for bad, used in state["replaced"]}

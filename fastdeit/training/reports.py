@@ -1,21 +1,22 @@
 """Lines that a run logs while it trains."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
+from fastdeit.training.divergence import DivergedError
 from fastdeit.training.evaluation import Scores, headline
 from fastdeit.training.logs import RunLog
 from fastdeit.training.meter import Window
 from fastdeit.training.profiling import Profile
 from fastdeit.training.progress import duration
+from fastdeit.training.resume import Resumed
 from fastdeit.training.state import RunState
 
 
-def report_resume(log: RunLog, state: RunState, path: Path, changed: list[str]) -> None:
-    """Log that the run continues from the checkpoint `path`, and what changed since."""
-    log.event("resume", path=str(path), changed=changed, **state.position())
-    log.say(f"resumed from {path}: epoch {state.epoch + 1}, step {state.step}")
-    for phrase in changed:
+def report_resume(log: RunLog, state: RunState, resumed: Resumed) -> None:
+    """Log the checkpoint that the run continues from, and what changed since."""
+    log.event("resume", path=str(resumed.path), changed=resumed.changed, **state.position())
+    log.say(f"resumed from {resumed.path}: epoch {state.epoch + 1}, step {state.step}")
+    for phrase in resumed.changed:
         log.say(f"changed on resuming: {phrase}")
 
 
@@ -43,26 +44,16 @@ def report_window(log: RunLog, window: Window, *, eta: float, lr: float, positio
     )
 
 
-def report_images(
-    log: RunLog,
-    epoch: int,
-    loader: str,
-    counts: Sequence[int],
-    fallbacks: list[int],
-    replaced: list[tuple[int, int]],
-) -> None:
-    """Log the images of an epoch that `loader` left to PIL, and those that do not decode.
-
-    counts               of both, over all processes
-    fallbacks, replaced  dataset indices of this process, as in `TrainBatch`
-    """
-    if counts[0]:
-        log.event("fallbacks", epoch=epoch, count=counts[0], images=fallbacks)
-        log.say(f"{counts[0]} images were read by PIL, since {loader} refused them: {fallbacks[:8]}")
-    if counts[1]:
-        log.event("replaced", epoch=epoch, count=counts[1], images=replaced)
+def report_images(log: RunLog, epoch: int, loader: str, images: dict[str, list[Any]]) -> None:
+    """Log the images of an epoch that `loader` left to PIL, and those that do not decode: see `EpochImages.state`."""
+    fallbacks, replaced = images["fallbacks"], images["replaced"]
+    if fallbacks:
+        log.event("fallbacks", epoch=epoch, count=len(fallbacks), images=fallbacks)
+        log.say(f"{len(fallbacks)} images were read by PIL, since {loader} refused them: {fallbacks[:8]}")
+    if replaced:
+        log.event("replaced", epoch=epoch, count=len(replaced), images=replaced)
         some = ", ".join(f"{bad} by {used}" for bad, used in replaced[:8])
-        log.say(f"{counts[1]} images do not decode and were replaced, with their labels: {some}")
+        log.say(f"{len(replaced)} images do not decode and were replaced, with their labels: {some}")
 
 
 def report_scores(log: RunLog, state: RunState, kind: str, scores: Scores) -> None:
@@ -76,6 +67,12 @@ def report_top1(log: RunLog, state: RunState, scores: dict[str, Scores], late_fu
     log.say(f"epoch {state.epoch}: top-1 {shown}")
 
 
+def report_best(log: RunLog, best: dict[str, Any] | None) -> None:
+    """Log the best checkpoint so far, if there is a new one: see `note_best`."""
+    if best is not None:
+        log.event("best", **best)
+
+
 def report_profile(log: RunLog, state: RunState, profile: Profile) -> None:
     """Log the time of each part of the profiled steps."""
     groups = profile.groups()
@@ -85,7 +82,20 @@ def report_profile(log: RunLog, state: RunState, profile: Profile) -> None:
     log.say(f"profile of {profile.steps} steps in {state.folder}/profile.md and profile.json.gz: {shown}")
 
 
+def report_rewind(log: RunLog, state: RunState, why: DivergedError, resumed: Resumed, skipped: range) -> None:
+    """Log that the run has diverged, gone back to a checkpoint, and will leave out the steps `skipped`."""
+    steps = list(skipped)
+    log.event("rewind", path=str(resumed.path), diverged=why.global_step, skipped=steps, **state.position())
+    log.warn(
+        f"{why}. The run goes back to {resumed.path.name} and leaves out steps {steps[0]} to {steps[-1]} from there"
+    )
+
+
 def report_end(log: RunLog, state: RunState, seconds: float) -> None:
     """Log the end of a run, `seconds` after its start."""
+    if state.skipped:
+        some = ", ".join(map(str, sorted(state.skipped)[:8]))
+        more = ", ..." if len(state.skipped) > 8 else ""
+        log.say(f"{len(state.skipped)} steps were left out after a divergence: {some}{more}")
     log.event("end", epoch=state.epoch, global_step=state.global_step, seconds=round(seconds, 3))
     log.say(f"done: {state.epoch} epochs in {duration(seconds)}; {state.folder}")

@@ -14,7 +14,7 @@ from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.machine import machine_error
-from fastdeit.training.resume_checks import check_position, check_state, damage_remedy, stored_kernels
+from fastdeit.training.resume_checks import check_log, check_position, check_state, damage_remedy, stored_kernels
 from fastdeit.training.state import START, RunState
 from fastdeit.training.step import TrainingStep
 
@@ -23,8 +23,8 @@ from fastdeit.training.step import TrainingStep
 FREE = {
     "run": {
         "output", "resume", "resume_changed", "device", "precision", "compile", "cuda_graphs", "profile", "eval_every",
-        "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints", "log_every",
-        "tensorboard", "progress",
+        "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints",
+        "best_metric", "on_divergence", "divergence_band", "log_every", "tensorboard", "progress",
     },
     "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init", "kernels"},
@@ -56,11 +56,16 @@ def effective(training: TrainingStep, data: TrainingData, teacher: str | None) -
 
 
 def snapshot(
-    state: RunState, training: TrainingStep, effective: dict[str, Any], class_names: list[str] | None
+    state: RunState,
+    training: TrainingStep,
+    effective: dict[str, Any],
+    class_names: list[str] | None,
+    log: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a checkpoint holds: everything that the next step depends on.
+    """What a checkpoint holds: everything that the next step depends on, and what the `log` has summed up so far.
 
-    `model` and `ema` are state dicts in timm's names; `epoch`, `step` and `counted_from` are those of `RunState`.
+    `model` and `ema` are state dicts in timm's names; `epoch`, `step`, `counted_from` and `skipped` are those of
+    `RunState`.
     `kernels` is the choice of kernels, with the version of the table that made it. `class_names`, `arch`,
     `num_classes`, `img_size`, `mean` and `std` describe the network to a run that takes it as its teacher.
     """
@@ -71,8 +76,10 @@ def snapshot(
         "recipe": recipe.to_dict(),
         **state.position(),
         "counted_from": state.counted_from,
+        "skipped": sorted(state.skipped),
         "effective": effective,
         "kernels": training.kernels.event(),
+        "log": log,
         "class_names": class_names,
         "arch": recipe.model.arch,
         "num_classes": training.num_classes,
@@ -156,8 +163,17 @@ def _set_aside(path: Path, fault: str, older: Path) -> str:
     return f"{fault}. It was renamed {aside.name}, and the run goes on from {older.name}, {lost} steps earlier"
 
 
-def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> tuple[Path, list[str]] | None:
-    """Load the checkpoint that the run continues from: its path and what changed since, or None for a fresh start.
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that a run continues from: its path, what changed since, and what its log had summed up."""
+
+    path: Path
+    changed: list[str]
+    log: dict[str, Any] | None
+
+
+def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> Resumed | None:
+    """Load the checkpoint that the run continues from; returns None for a fresh start.
 
     `run.resume` "auto" takes the newest checkpoint of the run's own folder, if any; "none" starts afresh and refuses
     a folder that holds checkpoints; anything else is a path. Raises UserError if the checkpoint belongs to another
@@ -181,7 +197,7 @@ def _path(recipe: Recipe, folder: Path) -> Path | None:
     return (checkpoints[0] if checkpoints else None) if how == "auto" else Path(how)
 
 
-def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> tuple[Path, list[str]] | None:
+def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> Resumed | None:
     run, folder = training.recipe.run, state.checkpoints
     checkpoints = checkpoint.found(folder)
     if run.resume == "none" and checkpoints:
@@ -205,12 +221,37 @@ def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any])
     steps = training.steps_per_epoch
     check_position(stored, path, epochs=run.epochs, steps_per_epoch=steps, changed=run.resume_changed)
     check_state(stored, path, training)
+    log = check_log(stored, path)
+    _load(stored, state, training)
+    if stored["effective"]["steps per epoch"] != steps:
+        state.counted_from = [state.epoch, state.step, state.global_step]
+    return Resumed(path, changed, log)
+
+
+def _load(stored: dict[str, Any], state: RunState, training: TrainingStep) -> None:
     training.load(stored)
     state.epoch, state.step, state.global_step = (stored[name] for name in ("epoch", "step", "global_step"))
     state.counted_from = stored.get("counted_from", list(START))
-    if stored["effective"]["steps per epoch"] != steps:
-        state.counted_from = [state.epoch, state.step, state.global_step]
-    return path, changed
+    state.skipped.update(stored.get("skipped", []))
+
+
+def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
+    """Load the newest of the run's own checkpoints that is older than step `before` (global, from 1).
+
+    Steps that the run has left out stay left out. Raises UserError if no checkpoint is old enough. Call it on all
+    processes.
+    """
+    old = [path for path in checkpoint.found(state.checkpoints) if checkpoint.steps_of(path) < before]
+    path = training.world.from_main(old[0] if old else None)
+    if path is None:
+        raise UserError(
+            f"no checkpoint in {state.checkpoints} is older than step {before}: keep more (run.keep_checkpoints)"
+        )
+    stored = _read(path)
+    check_state(stored, path, training)
+    log = check_log(stored, path)
+    _load(stored, state, training)
+    return Resumed(path, [], log)
 
 
 def _differences(stored: dict[str, Any], recipe: Recipe, effective: dict[str, Any]) -> list[str]:

@@ -65,6 +65,9 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
         if name not in state:
             raise UserError(f"{path}: its field '{name}' is missing; {NOT_OURS}")
     stored_kernels(state, path)
+    skipped = state.get("skipped", [])
+    if not isinstance(skipped, list) or not all(type(step) is int for step in skipped):
+        raise UserError(f"{path}: its field 'skipped' is not a list of steps; {NOT_OURS}")
     recipe = state["recipe"].get("ema")
     averaged = isinstance(recipe, dict) and recipe.get("enabled") is True
     if state["ema"] is not None or (averaged and training.ema is not None):
@@ -72,6 +75,33 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     _check_optimizer(path, state["optimizer"], training, state["global_step"])
     if state["scaler"] is not None:
         _check_scaler(path, state["scaler"])
+
+
+def check_log(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """What the log had summed up; None if an older version wrote the checkpoint. Raises UserError if it is not that."""
+    if "log" not in state:
+        return None
+
+    def numbers(values: Any, kind: type, count: int | None = None) -> bool:
+        fits = isinstance(values, list) and (count is None or len(values) == count)
+        return fits and all(type(value) is kind for value in values)
+
+    log = state["log"]
+    try:
+        fine = (
+            type(log["steps"]) is int
+            and 0 <= log["steps"] <= MOST_STEPS
+            and all(isinstance(log[name], list) and log[name] for name in ("sums", "bands"))
+            and all(numbers(each, float, 3) for name in ("sums", "bands") for each in log[name])
+            and numbers(log["fallbacks"], int)
+            and isinstance(log["replaced"], list)
+            and all(numbers(pair, int, 2) for pair in log["replaced"])
+        )
+    except (KeyError, TypeError):
+        fine = False
+    if not fine:
+        raise UserError(f"{path}: its field 'log' does not hold sums of losses and names of images; {NOT_OURS}")
+    return log
 
 
 def _check_tensors(path: Path, field: str, stored: Any, own: Mapping[str, Tensor]) -> None:

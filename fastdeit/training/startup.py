@@ -27,6 +27,7 @@ def announce(
     data: TrainingData,
     sets: DataSets,
     *,
+    run_id: str | None,
     labels: LabelCache | None,
     messages: list[str],
     warnings: list[str],
@@ -36,6 +37,7 @@ def announce(
     parameters = sum(p.numel() for p in training.model.parameters())
     log.event(
         "start",
+        run=run_id,
         recipe=recipe.to_dict(),
         fastdeit=__version__,
         torch=torch.__version__,

@@ -13,6 +13,7 @@ class RunState:
     epoch, step   counted from 0; `step` is within the epoch
     global_step   steps done since the start
     counted_from  epoch, step and global step since which epochs have had their present number of steps
+    skipped       steps that are left out after a divergence, as `global_step` counts them once they are done
     """
 
     folder: Path
@@ -20,6 +21,7 @@ class RunState:
     step: int = 0
     global_step: int = 0
     counted_from: list[int] = field(default_factory=lambda: list(START))
+    skipped: set[int] = field(default_factory=set[int])
 
     @property
     def checkpoints(self) -> Path:

@@ -163,7 +163,10 @@ class TrainingStep:
         load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self._replayed = None  # a graph recorded before would move other tensors
+        if self._replayed is not None:  # a graph recorded before would move other tensors
+            self.optimizer.zero_grad()  # these gradients lie in its memory
+            self._replayed.discard()
+            self._replayed = None
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""Decides for all processes whether to stop (on a signal) or to save (by the clock) after a step."""
+"""Decides for all processes whether to go back, to stop (on a signal) or to save (by the clock) after a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOTE_EVERY = 4  # steps between two votes of several processes
 
 
 class Stop:
-    """Whether a run stops or saves now: if one process must, all do so after the same step.
+    """Whether a run goes back, stops or saves now: if one process must, all do so after the same step.
 
     Call `due` on each process after each step. Several processes vote every `VOTE_EVERY` steps and read the result one
     step later, so that the host does not wait for a GPU.
@@ -29,22 +29,26 @@ class Stop:
         self._vote: PendingNumbers | None = None
         self._saved = time.monotonic()
 
-    def due(self, global_step: int) -> Literal["stop", "save"] | None:
-        """What is due after `global_step` steps; None: nothing."""
+    def due(self, global_step: int, *, diverged: bool = False) -> Literal["rewind", "stop", "save"] | None:
+        """What is due after `global_step` steps; None: nothing. `diverged`: this process must go back."""
         if self._world.size == 1:
-            return _first(self._asked(), self._is_old())
+            return _first(diverged, self._asked(), self._is_old())
         if self._vote is not None:
             votes, self._vote = self._vote.tolist(), None
             if any(votes):
                 return _first(*votes)
         if global_step % VOTE_EVERY == 0:
-            self._vote = self._count()
+            self._vote = self._count(diverged)
         return None
 
     def at_once(self) -> bool:
         """Whether all processes stop now. It waits for votes: call it between epochs, where that costs nothing."""
         self._vote = None
-        return bool(self._count().tolist()[0])
+        return bool(self._count().tolist()[1])
+
+    def forget(self) -> None:
+        """Drop the vote that is under way; all processes call it after the same step."""
+        self._vote = None
 
     def saved(self) -> None:
         """Count the minutes to the next checkpoint from now."""
@@ -77,12 +81,12 @@ class Stop:
     def _is_old(self) -> bool:
         return 0 < self._minutes <= (time.monotonic() - self._saved) / 60
 
-    def _count(self) -> PendingNumbers:
-        votes = torch.zeros(2, device=self._world.device)
-        for i, vote in enumerate((self._asked(), self._is_old())):
+    def _count(self, diverged: bool = False) -> PendingNumbers:
+        votes = torch.zeros(3, device=self._world.device)
+        for i, vote in enumerate((diverged, self._asked(), self._is_old())):
             votes[i].fill_(float(vote))
         return PendingNumbers(self._world.sum(votes))
 
 
-def _first(stop: float, save: float) -> Literal["stop", "save"] | None:
-    return "stop" if stop else "save" if save else None
+def _first(rewind: float, stop: float, save: float) -> Literal["rewind", "stop", "save"] | None:
+    return "rewind" if rewind else "stop" if stop else "save" if save else None

@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from fastdeit import checkpoint
 from fastdeit.config import Recipe
 from fastdeit.data import EvaluationData, TrainBatch
 from fastdeit.distributed import World
@@ -18,7 +17,6 @@ from fastdeit.model.deit import DeiT
 from fastdeit.model.kernel_choice import choose_kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
-from fastdeit.pipelines.machine import MachineError
 from fastdeit.precision import check_residual_dtype
 from fastdeit.setup import (
     build_student,
@@ -31,17 +29,20 @@ from fastdeit.setup import (
 from fastdeit.signals import StopSignals
 from fastdeit.teacher.checks import teacher_warnings
 from fastdeit.teacher.label_cache import labelled_pixels
+from fastdeit.training.best import note_best
+from fastdeit.training.checkpoint_writer import CheckpointWriter
+from fastdeit.training.divergence import DivergedError, DivergenceGuard
 from fastdeit.training.evaluation import Scores, evaluate, swapped_weights
 from fastdeit.training.logs import RunLog
-from fastdeit.training.meter import Meter, PendingNumbers
-from fastdeit.training.nonfinite import check_loss, check_weights
-from fastdeit.training.objective import LossParts
+from fastdeit.training.meter import EpochImages, Meter, PendingNumbers
 from fastdeit.training.profiling import open_profiler
 from fastdeit.training.reports import (
+    report_best,
     report_end,
     report_images,
     report_profile,
     report_resume,
+    report_rewind,
     report_scores,
     report_top1,
     report_window,
@@ -50,12 +51,14 @@ from fastdeit.training.resume import (
     Kept,
     checkpoint_choices,
     effective,
+    go_back,
     restore,
     set_damaged_aside,
     snapshot,
     write_recipe,
 )
 from fastdeit.training.run_lock import RunLock
+from fastdeit.training.run_record import describe_processes, record_start
 from fastdeit.training.startup import announce, recipe_warnings
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
@@ -83,9 +86,9 @@ class Trainer:
         """
         self.recipe, self.world = recipe, world
         self.stop = Stop(world, signals, recipe.run.checkpoint_minutes)
-        self._written: dict[str, int] | None = None  # the position of the last checkpoint
-        self._failing_since: float | None = None  # no checkpoint could be written since then
         self.state = RunState(Path(recipe.run.output))
+        self.meter, self.images = Meter(world), EpochImages(world)
+        self.guard = DivergenceGuard(recipe.run, world)
         self.last_scores: dict[str, Scores] = {}
         with ExitStack() as stack:
             self._open(stack, lock, sets)
@@ -107,6 +110,9 @@ class Trainer:
             global_batch=run.global_batch,
         )
         stack.callback(self.log.close)
+        self.writer = CheckpointWriter(self.state.checkpoints, run, self.log) if world.main else None
+        if self.writer is not None:
+            stack.callback(self.writer.close)
 
         precision = set_up(recipe, world)
         check_residual_dtype(recipe, precision)
@@ -168,18 +174,15 @@ class Trainer:
             self._start()
             if state.epoch and state.step == 0:
                 self._evaluate_if_due()  # a kill may have come between the checkpoint and its evaluation
-            meter = Meter(self.world)
-            with self.data.batches(state.epoch, state.step) as batches:
-                while state.epoch < run.epochs:
-                    self._train_epoch(batches, meter)
-                    state.epoch, state.step = state.epoch + 1, 0
-                    # A signal waits for the next step if the checkpoint is not written.
-                    self.stop.stepping(not self._save(must=state.epoch == run.epochs))
-                    if self.stop.at_once():
-                        self._save(must=True)
-                        self._leave()
-                    self._evaluate_if_due()
-                    self.stop.stepping(True)
+            elif run.on_divergence == "rewind" and state.global_step == 0:
+                self._save(must=True)
+            while state.epoch < run.epochs:
+                try:
+                    self._train_epochs()
+                except DivergedError as error:
+                    if run.on_divergence == "stop":
+                        raise
+                    self._go_back(error)
             if self.profiler is not None:
                 self.log.say(
                     f"no profile: the run ended before {run.profile} more steps of one epoch, once it was warm"
@@ -195,57 +198,98 @@ class Trainer:
     def _start(self) -> None:
         """Continue from a checkpoint if there is one, and log how the run starts."""
         resumed, state = restore(self.state, self.train_step, self.effective), self.state
+        if resumed is not None:
+            self._restart(resumed.log)
         if self.teaching.labels is not None:
             self.teaching.labels.check_epochs(state.epoch, self.recipe.run.epochs)
         self.log.go_back(state.epoch, state.global_step, evaluates=state.step == 0 and self._is_evaluation_due())
+        processes, run_id = describe_processes(self.world), None
         if self.world.main:
             write_recipe(self.state.folder, self.recipe)
+            try:
+                run_id = record_start(self.state.folder, processes, resumed and resumed.path)
+            except (OSError, ValueError) as error:
+                self.warnings.append(f"this start is not recorded: {error}")
         announce(
             self.log,
             self.train_step,
             self.data,
             self.sets,
+            run_id=run_id,
             labels=self.teaching.labels,
             messages=self.messages,
             warnings=self.warnings,
         )
         if resumed is not None:
-            report_resume(self.log, self.state, *resumed)
+            report_resume(self.log, self.state, resumed)
         self.train_step.distribute()
 
-    def _train_epoch(self, batches: Prefetcher[TrainBatch], meter: Meter) -> None:
-        run, state, steps = self.recipe.run, self.state, self.data.steps
+    def _train_epochs(self) -> None:
+        run, state = self.recipe.run, self.state
+        with self.data.batches(state.epoch, state.step) as batches:
+            while state.epoch < run.epochs:
+                self._train_epoch(batches)
+                state.epoch, state.step = state.epoch + 1, 0
+                self._save(must=state.epoch == run.epochs)
+                self.stop.stepping(False)
+                if self.stop.at_once():
+                    self._save(must=True)
+                    self._leave()
+                self._evaluate_if_due()
+                self.stop.stepping(True)
+
+    def _go_back(self, error: DivergedError) -> None:
+        """Load a checkpoint from before the divergence, and mark the steps that led there to be left out."""
+        state, skipped = self.state, self.guard.steps_to_skip(error)
+        if self.writer is not None:
+            self.writer.wait()
+        resumed = go_back(state, self.train_step, skipped[0])
+        state.skipped.update(skipped)
+        self._restart(resumed.log)
+        self.log.go_back(state.epoch, state.global_step, evaluates=False)
+        report_rewind(self.log, state, error, resumed, skipped)
+
+    def _restart(self, log: dict[str, Any] | None) -> None:
+        """Continue what the log had summed up at a checkpoint."""
+        self.meter, self.images = Meter(self.world), EpochImages(self.world)
+        self.guard.forget()
+        self.stop.forget()
+        if log is not None:
+            self.meter.load(log)
+            self.images.load(log)
+            self.guard.load(log["bands"])
+
+    def _train_epoch(self, batches: Prefetcher[TrainBatch]) -> None:
+        run, state, steps, meter = self.recipe.run, self.state, self.data.steps, self.meter
         self.train_step.model.train(not frozen_mode(self.recipe))
         meter.start(batches.wait_seconds)
         self.log.progress.start_epoch(state.epoch, run.epochs, steps, state.step)
-        fallbacks: set[int] = set()
-        replaced: set[tuple[int, int]] = set()
         pending: list[Callable[[], None]] = []  # each reads numbers of the device, and may wait for them
         while state.step < steps:
             batch = next(batches)
-            fallbacks.update(batch.fallbacks)
-            replaced.update(batch.replaced)
-            # On a GPU the loop launches a step, then reads the numbers of the step before.
-            check = None if self.deferred else self._loss_checker(batch)
-            parts = self.train_step(batch, state.epoch, state.step, state.global_step, check)
+            self.images.add(batch)
+            if state.global_step + 1 in state.skipped:
+                _read_all(pending)
+            else:
+                self._train_step(batch, pending)
             self.stop.stepping(True)  # from the first step on there is something to lose
-            _read_all(pending)
-            if self.deferred:
-                pending.append(self._pending_check(parts, batch))
-            meter.add(parts)
             state.step += 1
             state.global_step += 1
             if state.global_step % run.log_every == 0 or state.step == steps:
-                pending.append(self._pending_report(meter, batches.wait_seconds))
+                pending += self._pending_report(batches.wait_seconds)
             # After the last step, the epoch's own checkpoint follows.
             saving = run.checkpoint_every and state.global_step % run.checkpoint_every == 0 and state.step < steps
             if not self.deferred or saving or state.step == steps:
                 _read_all(pending)
             self.log.progress.advance()
             self._profile(batches.wait_seconds)
+            if self.writer is not None:
+                self.writer.poll()
             if saving:
                 self._save()
-            due = self.stop.due(state.global_step)
+            due = self.stop.due(state.global_step, diverged=self.guard.found)
+            if due == "rewind":
+                self.guard.raise_together()
             if due is not None and state.step < steps:
                 _read_all(pending)
                 self._save(must=due == "stop")
@@ -253,31 +297,53 @@ class Trainer:
                     self._leave()
         meter.stop(batches.wait_seconds)
         self.log.progress.end_epoch()
-        counts = self.world.sum(torch.tensor([len(fallbacks), len(replaced)], device=self.world.device)).tolist()
-        report_images(self.log, state.epoch, self.data.loader.name, counts, sorted(fallbacks), sorted(replaced))
+        report_images(self.log, state.epoch, self.data.loader.name, self.images.state())
+        self.images.clear()
 
-    def _loss_checker(self, batch: TrainBatch) -> Callable[[LossParts], None]:
-        """A function that checks the losses of the coming step before the weights move."""
-        return lambda parts: self._check(float(parts.loss), batch, self.state.step, updated=False)
+    def _train_step(self, batch: TrainBatch, pending: list[Callable[[], None]]) -> None:
+        """Update the weights once, read the `pending` numbers of the step before, and note those of this one."""
+        state, done = self.state, self.state.global_step + 1
+        position = {"epoch": state.epoch, "step": state.step, "global_step": done}
+        check = None if self.deferred else self._loss_check(batch, position, updated=False)
+        parts = self.train_step(
+            batch,
+            state.epoch,
+            state.step,
+            state.global_step,
+            None if check is None else lambda parts: check(float(parts.loss)),
+        )
+        # On a GPU the loop launches a step, then reads the numbers of the step before.
+        _read_all(pending)
+        if self.deferred:
+            loss, check_later = PendingNumbers(parts.loss[None]), self._loss_check(batch, position, updated=True)
+            pending.append(lambda: check_later(loss.tolist()[0]))
+        self.meter.add(parts)
 
-    def _pending_check(self, parts: LossParts, batch: TrainBatch) -> Callable[[], None]:
-        """A function that checks the losses of the step that the device has just been given; it may wait for them."""
-        loss, step = PendingNumbers(parts.loss[None]), self.state.step
-        return lambda: self._check(loss.tolist()[0], batch, step, updated=True)
+    def _loss_check(self, batch: TrainBatch, position: dict[str, int], *, updated: bool) -> Callable[[float], None]:
+        """A function that checks the loss of a step, before or after the weights move."""
 
-    def _check(self, loss: float, batch: TrainBatch, step: int, *, updated: bool) -> None:
-        check_loss(loss, batch, step, updated=updated, state=self.state, training=self.train_step, log=self.log)
-        self.log.progress.loss(loss)
+        def check(loss: float) -> None:
+            self.guard.check(
+                loss, batch, position, updated=updated, state=self.state, training=self.train_step, log=self.log
+            )
+            self.log.progress.loss(loss)
 
-    def _pending_report(self, meter: Meter, wait_seconds: float) -> Callable[[], None]:
-        """A function that logs the steps since the last such line; it may wait for their losses."""
+        return check
+
+    def _pending_report(self, wait_seconds: float) -> list[Callable[[], None]]:
+        """A function that logs the steps since the last such line; it may wait for their losses.
+
+        None if all of them were left out.
+        """
         run, state = self.recipe.run, self.state
-        window = meter.read(wait_seconds, run.global_batch)
+        if not self.meter.steps:
+            return []
+        window = self.meter.read(wait_seconds, run.global_batch)
         left = run.epochs * self.data.steps - state.global_step
         eta = left * run.global_batch / window.images_per_second
         # The line names the step it follows; `state` already points at the next one.
         position, lr = {**state.position(), "step": state.step - 1}, self.train_step.lr
-        return lambda: report_window(self.log, window, eta=eta, lr=lr, position=position)
+        return [lambda: report_window(self.log, window, eta=eta, lr=lr, position=position)]
 
     def _profile(self, wait_seconds: float) -> None:
         if self.profiler is None:
@@ -314,41 +380,28 @@ class Trainer:
             self.last_scores[kind] = scores
             report_scores(self.log, self.state, kind, scores)
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
+        if self.writer is not None and run.best_metric != "none":
+            path = self.writer.latest(self.state.position())
+            if path is not None:
+                report_best(self.log, note_best(path, self.last_scores, run.best_metric, departures.late_fusion))
 
-    def _save(self, *, must: bool = False) -> bool:
-        """Write a checkpoint, or warn if the disk is full or fails. Returns whether the checkpoint is written.
+    def _save(self, *, must: bool = False) -> None:
+        """Begin to write a checkpoint; if it `must` be written, wait until it is.
 
-        Raises the disk's error instead of warning if the checkpoint `must` be written, or if it still fails
-        `run.checkpoint_patience` minutes after the first failure.
+        Raises the disk's error if the checkpoint must be written and cannot be: see `CheckpointWriter`.
         """
-        check_weights(self.state, self.train_step)
-        written = self.world.main and (self._written == self.state.position() or self._write(must))
-        self.stop.saved()
-        # All processes wait here for the main one.
-        return bool(self.world.sum(torch.full((1,), float(written), device=self.world.device)).item())
-
-    def _write(self, must: bool) -> bool:
-        run, path = self.recipe.run, checkpoint.step_path(self.state.checkpoints, self.state.global_step)
-        try:
-            stored = snapshot(self.state, self.train_step, self.effective, self.sets.train.class_names)
-            checkpoint.save(path, stored)
-        except (MachineError, OSError) as error:
-            self._failing_since = self._failing_since or time.monotonic()
-            minutes = (time.monotonic() - self._failing_since) / 60
-            if must or minutes >= run.checkpoint_patience:
-                raise
-            self.log.warn(
-                f"{error}. Training goes on without a checkpoint, for {minutes:.0f} minutes so far. It tries again "
-                f"at the next one, and ends after {run.checkpoint_patience:g} minutes (run.checkpoint_patience)"
+        self.guard.check_weights(self.state, self.train_step)
+        log = {**self.meter.state(), **self.images.state(), "bands": self.guard.state()}
+        if self.writer is not None:
+            self.writer.save(
+                self.state.position(),
+                lambda: snapshot(self.state, self.train_step, self.effective, self.sets.train.class_names, log),
             )
-            return False
-        self._written, self._failing_since = self.state.position(), None
-        self.log.event("checkpoint", path=str(path), **self.state.position())
-        try:
-            checkpoint.prune(path.parent, run.keep_checkpoints)
-        except OSError as error:
-            self.log.warn(f"old checkpoints cannot be deleted ({error}): they take up space in {path.parent}")
-        return True
+            if must:
+                self.writer.wait(must=True)
+        self.stop.saved()
+        if must:
+            self.world.barrier()  # a process that ends makes torchrun end the main one
 
     def _leave(self) -> NoReturn:
         """End the program because of a signal; the checkpoint is already written."""

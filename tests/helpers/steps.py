@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeit.config import ModelConfig
+from fastdeit.config import ModelConfig, RunConfig
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.model import kernel_checks, kernel_choice, kernel_table
@@ -24,6 +24,7 @@ from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import Precision, resolve
 from fastdeit.signals import StopSignals
 from fastdeit.training import step
+from fastdeit.training.divergence import DivergedError, DivergenceGuard
 from fastdeit.training.gradients import SharedGradients
 from fastdeit.training.graphs import WARM_UP, RecordingError
 from fastdeit.training.step import TrainingStep
@@ -288,6 +289,20 @@ def worlds_agree(joined):
         "from_main": joined.from_main(("main", joined.rank)),
         "first": [joined.first(text[joined.rank]) for text in texts],
     }
+
+
+def rewind_when_one_diverges(joined):
+    """What `DivergenceGuard` raises if process 1 has a bad loss in step 6, and what `Stop` says after each step."""
+    guard, deciding = DivergenceGuard(RunConfig(on_divergence="rewind"), joined), Stop(joined, None)
+    for number in range(1, 50):
+        if joined.rank == 1 and number == 6:
+            guard._bad = DivergedError("step 6 of process 1", 6)
+        if deciding.due(number, diverged=guard.found) == "rewind":
+            try:
+                guard.raise_together()
+            except DivergedError as error:
+                return number, str(error), error.global_step
+    return None
 
 
 def stop_when_one_is_asked(joined, asked_at):

@@ -15,9 +15,9 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher, deit_tiny
 from fastdeit.training import graphs
+from fastdeit.training.divergence import DivergedError
 from fastdeit.training.gradients import SharedGradients
 from fastdeit.training.graphs import WARM_UP, CudaRecorder, RecordingError, Replayed, choose_graphs, why_not
-from fastdeit.training.nonfinite import NonFiniteLoss
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
 from forked import Forked
@@ -510,9 +510,9 @@ def test_late_looks_log_the_same_lines(tiny, events, tmp_path):
         trainer.run()
     kept = ("event", "epoch", "step", "global_step", "loss", "loss_base", "lr")
     lines = [[{k: e[k] for k in kept if k in e} for e in events(r.run.output)] for r in runs]
-    assert [line for line in lines[0] if line["event"] in ("train", "checkpoint")] == [
-        line for line in lines[1] if line["event"] in ("train", "checkpoint")
-    ]
+    for kind in ("train", "checkpoint"):  # a thread writes checkpoints: when it is done, nobody knows
+        now, late = ([line for line in each if line["event"] == kind] for each in lines)
+        assert now == late
 
 
 def test_a_late_look_at_a_loss_that_is_not_finite_names_its_step(tiny, events):
@@ -520,7 +520,7 @@ def test_a_late_look_at_a_loss_that_is_not_finite_names_its_step(tiny, events):
     with world("cpu") as joined:
         trainer = Trainer(recipe, joined)
         trainer.deferred = True
-        with pytest.raises(NonFiniteLoss, match=r"epoch 1, step 1, .*; the batch are in"):
+        with pytest.raises(DivergedError, match=r"epoch 1, step 1, .*; the batch are in"):
             trainer.run()
     (record,) = events(recipe.run.output, "nonfinite")
     saved = checkpoint.read_checkpoint(recipe.run.output / "nonfinite-rank0.pt")

@@ -14,7 +14,8 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.teacher import teacher
 from fastdeit.training import step
-from fastdeit.training.nonfinite import NonFiniteLoss
+from fastdeit.training.best import best_names
+from fastdeit.training.divergence import DivergedError
 from fastdeit.training.trainer import Trainer
 from runs import changed, final_state, newest, train
 
@@ -46,7 +47,11 @@ def test_a_run_learns_and_says_what_it_did(tiny, events, teacher_checkpoint):
     assert [e["weights"] for e in events(folder, "eval")] == ["model", "ema"] * 6
     assert events(folder, "end")[0]["global_step"] == 30
     assert list((folder / "tensorboard").iterdir())
-    assert len(checkpoint.found(folder / "checkpoints")) == recipe.run.keep_checkpoints
+    newest = checkpoint.found(folder / "checkpoints")[: recipe.run.keep_checkpoints]
+    best = {
+        path for path in checkpoint.found(folder / "checkpoints") if path.name in best_names(folder / "checkpoints")
+    }
+    assert set(checkpoint.found(folder / "checkpoints")) == {*newest, *best}
 
 
 @pytest.mark.slow
@@ -99,7 +104,7 @@ def test_same_seed_same_weights_other_seed_others(tiny):
 
 def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
     recipe = tiny(optim={"lr": 1e30, "warmup_epochs": 0})
-    with pytest.raises(NonFiniteLoss, match="epoch 1, step") as caught:
+    with pytest.raises(DivergedError, match="epoch 1, step") as caught:
         train(recipe)
     record = events(recipe.run.output, "nonfinite")[0]
     assert record["reproduction"] in str(caught.value)
@@ -201,7 +206,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
         trainer = Trainer(recipe, joined)
         with torch.no_grad():
             trainer.model.head.bias[0] = float("nan")
-        with pytest.raises(NonFiniteLoss, match="no checkpoint was written"):
+        with pytest.raises(DivergedError, match="no checkpoint was written"):
             trainer._save()
         trainer.close()
     assert not checkpoint.found(recipe.run.output / "checkpoints")

@@ -1,0 +1,67 @@
+"""Which checkpoint of a run has the best score: `best.json` beside it, and the link `best.pt`."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from fastdeit import checkpoint
+from fastdeit.pipelines.formats.files import atomic_write, read_text
+from fastdeit.training.evaluation import Scores, headline_head
+
+Metric = Literal["top1", "top5", "loss"]
+_FILE, _LINK = "best.json", "best.pt"
+_MOST = 1 << 16  # bytes of best.json
+
+
+def best_names(folder: Path) -> set[str]:
+    """The names in a folder of checkpoints that stay, however old, because they are the best."""
+    stored = _read(folder)
+    return {str(stored["checkpoint"])} if stored is not None else set()
+
+
+def note_best(path: Path, scores: dict[str, Scores], metric: Metric, late_fusion: str | None) -> dict[str, Any] | None:
+    """Make the checkpoint at `path` the best of its folder if its score is better than that of the best so far.
+
+    The score is that of the average of the weights if it was evaluated, else of the weights themselves, and of the head
+    that a run is known by. Returns what `best.json` then holds: checkpoint, metric, weights, head, score, global_step;
+    None if another one stays the best. Raises OSError if the file cannot be written.
+    """
+    weights = "ema" if "ema" in scores else "model"
+    head = headline_head(scores[weights], late_fusion)
+    named = {"metric": metric, "weights": weights, "head": head}
+    score, before = float(scores[weights][head][metric]), _read(path.parent)
+    if not math.isfinite(score):
+        return None
+    if before is not None and all(before.get(name) == value for name, value in named.items()):
+        better = score < before["score"] if metric == "loss" else score > before["score"]
+        if not better:
+            return None
+    best = {"checkpoint": path.name, **named, "score": score, "global_step": checkpoint.steps_of(path)}
+    with atomic_write(path.parent / _FILE) as file:
+        file.write((json.dumps(best, indent=2) + "\n").encode())
+    _link(path)
+    return best
+
+
+def _link(path: Path) -> None:
+    """Let `best.pt` point to `path`; some file systems have no links, and `best.json` says the same."""
+    link = path.with_name(_LINK)
+    temporary = path.with_name(f"{_LINK}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.name)
+        os.replace(temporary, link)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What `best.json` holds; None if it is missing, names no checkpoint that is there, or is not ours."""
+    try:
+        stored = json.loads(read_text(folder / _FILE, _MOST))
+        named = folder / str(stored["checkpoint"])
+        whole = named in checkpoint.found(folder) and type(stored["score"]) is float
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return stored if whole else None
