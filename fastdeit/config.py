@@ -56,6 +56,7 @@ class DataConfig:
 
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
+    cache_dir: Path | None = None  # folder on this machine's disk that the data sets are copied to once, and checked
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels
     stage: Literal["auto", "device", "host"] = "auto"  # augment on the GPU or the CPU; auto: the faster; logged
     hw_decoder_load: float = 0.65  # dali on a GPU: share of the hardware decoder; 0: pixels independent of threads
@@ -226,6 +227,7 @@ COMPAT_RUN: dict[str, dict[str, str]] = {
 
 # Fields that recipes of older versions lack; their defaults make the same steps.
 LATER = {
+    "data.cache_dir",
     "model.residual_dtype",
     "run.checkpoint_minutes",
     "run.checkpoint_patience",

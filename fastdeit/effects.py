@@ -99,6 +99,7 @@ EFFECTS: dict[str, Effect] = {
     "model.finetune": ALWAYS,
     "data.train": ALWAYS,
     "data.val": ALWAYS,
+    "data.cache_dir": ALWAYS,
     "data.loader": ALWAYS,
     "data.stage": ALWAYS,
     "data.hw_decoder_load": _DALI,

@@ -2,13 +2,16 @@
 
 Each function makes one part from the parts before it:
 
-    set_up -> inputs.open_data_sets -> choose_kernels -> open_training_data, open_evaluation_data
+    set_up -> inputs.open_data_sets -> copied_here -> choose_kernels -> open_training_data, open_evaluation_data
            -> build_student -> open_teaching
 """
 
 import os
+import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from fastdeit.model.networks import ConvnetStudent, build_network
 from fastdeit.model.weights import load_weights
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.pipelines.formats.local_copy import local_copy
 from fastdeit.pipelines.host.stage import compile_sentence
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.precision import Precision, allow_tf32, resolve
@@ -46,6 +50,24 @@ def set_up(recipe: Recipe, world: World) -> Precision:
     precision = resolve(recipe, world.device)
     allow_tf32(precision)
     return precision
+
+
+def copied_here(recipe: Recipe, sets: DataSets, world: World, say: Say) -> DataSets:
+    """The machine's own copies of the data sets if `data.cache_dir` asks for them, else `sets`; see `local_copy`.
+
+    One process of each machine copies; the others wait for it. On machines without the main process, the first process
+    says so itself.
+    """
+    cache, first = recipe.data.cache_dir, world.rank % world.local_size == 0
+    if cache is None:
+        return sets
+    speak = say if world.main else partial(print, f"{socket.gethostname()}:", file=sys.stderr) if first else silent
+    train, val = (
+        one and local_copy(one, cache, speak, progress=recipe.run.progress and first) for one in (sets.train, sets.val)
+    )
+    assert train is not None
+    world.barrier()
+    return DataSets(train, val, sets.num_classes)
 
 
 def set_compute_threads(world: World) -> None:

@@ -13,7 +13,7 @@ from fastdeit.distributed import World
 from fastdeit.inputs import DataSets, open_data_sets
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, compiles
-from fastdeit.setup import data_sentences, open_teacher, open_training_data, set_up, silent
+from fastdeit.setup import copied_here, data_sentences, open_teacher, open_training_data, set_up, silent
 from fastdeit.teacher.checks import teacher_warnings
 from fastdeit.teacher.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
 from fastdeit.teacher.teacher import Teacher
@@ -38,6 +38,7 @@ def label_run(
     say: Callable[[str], None] = print if world.main else silent
     precision = set_up(recipe, world)
     sets = sets or open_data_sets(recipe, val=False)
+    sets = copied_here(recipe, DataSets(sets.train, None, sets.num_classes), world, say)
     if kind == "soft" and not 1 <= topk <= sets.num_classes:
         raise UserError(f"--topk {topk}: the data set has {sets.num_classes} classes")
     teacher = open_teacher(recipe, sets, world)

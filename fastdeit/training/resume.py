@@ -26,7 +26,7 @@ FREE = {
         "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints",
         "best_metric", "on_divergence", "divergence_band", "log_every", "tensorboard", "progress",
     },
-    "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
+    "data": {"train", "val", "cache_dir", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init", "kernels"},
     # Its fingerprint is compared instead.
     "teacher": {"checkpoint", "labels", "name", "img_size", "mean", "std"},

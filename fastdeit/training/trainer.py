@@ -20,6 +20,7 @@ from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.precision import check_residual_dtype
 from fastdeit.setup import (
     build_student,
+    copied_here,
     open_evaluation_data,
     open_teaching,
     open_training_data,
@@ -116,7 +117,8 @@ class Trainer:
 
         precision = set_up(recipe, world)
         check_residual_dtype(recipe, precision)
-        self.sets = sets = sets or open_data_sets(recipe)
+        sets = sets or open_data_sets(recipe)
+        self.sets = sets = copied_here(recipe, sets, world, self.log.say)
         damaged = set_damaged_aside(recipe, folder) if world.main else []
         world.barrier()
         # Only the main process chooses the loader and the kernels, so only it reads the checkpoint's choices.

@@ -17,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdeit.config import ModelConfig, RunConfig
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
+from fastdeit.inputs import open_data_sets
 from fastdeit.model import kernel_checks, kernel_choice, kernel_table
 from fastdeit.model.kernel_choice import TORCH, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import Precision, resolve
+from fastdeit.setup import copied_here
 from fastdeit.signals import StopSignals
 from fastdeit.training import step
 from fastdeit.training.divergence import DivergedError, DivergenceGuard
@@ -289,6 +291,13 @@ def worlds_agree(joined):
         "from_main": joined.from_main(("main", joined.rank)),
         "first": [joined.first(text[joined.rank]) for text in texts],
     }
+
+
+def copy_here(joined, recipe):
+    """The paths that `copied_here` gives, and what it says."""
+    said = []
+    sets = copied_here(recipe, open_data_sets(recipe), joined, said.append)
+    return {"paths": [str(sets.train.path), str(sets.val.path)], "said": said}
 
 
 def rewind_when_one_diverges(joined):

@@ -49,6 +49,7 @@ def commands(data, images, student, teacher_checkpoint, tmp_path):
         "--config": [*words, *output, "--config", "PATH"],
         "--data.train": [*words, *output, "--data.train", "PATH"],
         "--data.val": [*words, *output, "--data.val", "PATH"],
+        "--data.cache_dir": [*words, *output, "--data.cache_dir", "PATH"],
         "--model.init": [*words, *output, "--model.init", "PATH"],
         "--teacher.checkpoint": [*words, *output, *taught, "PATH"],
         "--teacher.labels": [*words, *output, *taught, str(teacher_checkpoint), "--teacher.labels", "PATH"],
@@ -79,6 +80,7 @@ def commands(data, images, student, teacher_checkpoint, tmp_path):
 NOWHERE = {"below a file", "below /proc", "no such user", "no path", "long"}
 # Kinds that are a mistake in what is written. What may stand in the way of a conversion is for its own tests.
 OUTPUTS = {
+    "train --data.cache_dir": NOWHERE | {"file", "empty", "fifo", "loop", "dangling", "/dev/null"},
     "train --run.output": NOWHERE | {"file", "empty", "fifo", "loop", "dangling", "/dev/null"},
     "label --teacher.labels": NOWHERE | {"file", "empty", "fifo", "loop", "dangling", "/dev/null"},
     "convert DEST": NOWHERE | {"missing", "newline"},

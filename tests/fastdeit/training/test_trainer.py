@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 
+import steps
 from fastdeit import checkpoint
 from fastdeit.distributed import world
 from fastdeit.model.networks import build_network
@@ -193,6 +194,33 @@ def test_classes_must_agree(tiny, images, tmp_path):
     )
     with pytest.raises(UserError, match="class 2 is 'class2' in one and 'class3' in the other"):
         train(tiny(data={"val": tmp_path / "other.beton"}))
+
+
+@pytest.mark.slow
+def test_a_run_trains_from_its_machines_copy_and_resumes_without_it(tiny, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    whole = tiny(run={"output": tmp_path / "whole"})
+    train(whole)
+    capsys.readouterr()
+    half = {"run": {"output": tmp_path / "half", "epochs": 1, "resume_changed": True}}
+    train(tiny(**half, data={"cache_dir": cache}))
+    assert capsys.readouterr().out.count("copying ") == 2
+    assert {path.name.rpartition("-")[0] for path in cache.iterdir() if path.is_dir()} == {"train", "val"}
+    half["run"]["epochs"] = 2
+    train(tiny(**half))
+    assert "copying" not in capsys.readouterr().out
+    copied = tiny(run={"output": tmp_path / "copied"}, data={"cache_dir": cache})
+    train(copied)
+    a, b = (final_state(recipe)["model"] for recipe in (whole, copied))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_one_of_two_processes_copies(tiny, tmp_path):
+    recipe = tiny(data={"cache_dir": tmp_path / "cache"})
+    found = steps.in_two_processes(steps.copy_here, tmp_path, recipe)
+    assert [len(each["said"]) for each in found] == [2, 0]
+    assert found[0]["paths"] == found[1]["paths"]
+    assert all(path.startswith(str(tmp_path / "cache")) for path in found[0]["paths"])
 
 
 @pytest.mark.slow

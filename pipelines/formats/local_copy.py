@@ -1,0 +1,158 @@
+"""A machine's own copy of a data set, made once by whichever of its processes comes first, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
+from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
+from fastdeit.pipelines.formats.files import open_regular, sync_folder
+from fastdeit.pipelines.formats.shard_layout import KNOWN, KNOWN_NODES, NODES
+from fastdeit.pipelines.locks import lock
+from fastdeit.pipelines.machine import MachineError, machine_error
+
+_PIECE = 8 << 20  # bytes copied at once
+_THREADS, _CHUNK = 8, 1024  # that check the copy, and images that one of them checks at a time
+_PARTIAL = ".partial-"
+
+
+def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], None], *, progress: bool = False) -> Dataset:
+    """The copy of `dataset` in the folder `cache`, made now if it is not there yet.
+
+    A copy has its own folder, named after the data set and its content hash, so a data set that is converted again is
+    copied again. Processes that want the same copy at the same time wait for the first. A copy appears under its name
+    only when it is whole and the checksum of each image is right.
+
+    say       takes a sentence when copying begins, and when this process waits for another
+    progress  whether to show a bar
+
+    Raises UserError for a data set without checksums, or one that changed while it was copied; MachineError if the disk
+    is too small or fails; OSError if `cache` cannot be made.
+    """
+    if dataset.content_hash is None or dataset.checksums is None:
+        raise UserError(
+            f"{dataset.path} has no checksums, so a copy of it could not be checked: convert it with fastdeit-convert, "
+            f"or leave out --data.cache_dir"
+        )
+    path = dataset.path.resolve()
+    folder = cache / f"{path.stem}-{dataset.content_hash[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with _one_at_a_time(folder, say):
+            if not folder.exists():
+                _make(dataset, folder, say, progress)
+    except OSError as error:
+        raise machine_error(error, f"{dataset.path}: cannot be copied to {folder}") from error
+    return _open(folder / path.name, dataset)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a copy. The lock's file stays: another process may be waiting for it."""
+    with open(folder.with_name(f"{folder.name}.lock"), "ab") as file:
+        try:
+            lock(file)
+        except BlockingIOError:
+            say(f"waiting for another process, which copies to {folder}")
+            lock(file, wait=True)
+        yield
+
+
+def _make(dataset: Dataset, folder: Path, say: Callable[[str], None], progress: bool) -> None:
+    files = _files(dataset)
+    size = sum(path.stat().st_size for path in files.values())
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        raise MachineError(
+            f"{dataset.path} has {size / 1e9:.1f} GB, but {folder.parent} has only {free / 1e9:.1f} GB free: free "
+            f"space there, or name another --data.cache_dir"
+        )
+    # A file system without locks may let two processes come here: each has its own folder, and the first one counts.
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}")
+    for other in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
+        if _was_left(other):
+            shutil.rmtree(other, ignore_errors=True)
+    say(f"copying {dataset.path} ({size / 1e9:.1f} GB) to {folder}")
+    try:
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc="copy", leave=False, disable=None if progress else True)
+        with bar:
+            for name, source in files.items():
+                _copy(source, partial / name, bar)
+        copy = _open(partial / dataset.path.resolve().name, dataset)
+        _check(copy, dataset)
+        copy.close()
+        sync_folder(partial)
+        with contextlib.suppress(FileExistsError):
+            partial.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _files(dataset: Dataset) -> dict[Path, Path]:
+    """The files of a data set, and where each lies in the folder of a copy."""
+    path = dataset.path.resolve()
+    if not path.is_dir():
+        sidecar = sidecar_path(path)
+        return {Path(path.name): path, Path(sidecar.name): sidecar}
+    files = [each for each in path.iterdir() if KNOWN.fullmatch(each.name)]
+    if (path / NODES).is_dir():
+        files += [each for each in (path / NODES).iterdir() if KNOWN_NODES.fullmatch(each.name)]
+    return {each.relative_to(path.parent): each for each in sorted(files)}
+
+
+def _copy(source: Path, target: Path, bar: tqdm) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(open_regular(source), "rb", buffering=0) as old, naming(target), open(target, "wb", buffering=0) as new:
+        while piece := old.read(_PIECE):
+            view = memoryview(piece)
+            while view:
+                view = view[new.write(view) :]
+            bar.update(len(piece))
+        os.fsync(new.fileno())
+
+
+def _open(copy: Path, original: Dataset) -> Dataset:
+    """Open a copy. Raises UserError unless it holds what the original does."""
+    try:
+        dataset = open_dataset(copy)
+    except FileNotFoundError as error:
+        raise UserError(f"{copy} is missing: delete the folder {copy.parent}, and it is copied again") from error
+    if dataset.content_hash != original.content_hash:
+        raise UserError(
+            f"{copy} is not a copy of {original.path}, which may have changed while it was copied: delete the folder "
+            f"{copy.parent}, and run the same command again"
+        )
+    return dataset
+
+
+def _check(copy: Dataset, original: Dataset) -> None:
+    """Raise UserError naming an image of a copy whose checksum is wrong."""
+
+    def wrong(start: int) -> int | None:
+        assert copy.checksums is not None
+        indices = range(start, min(start + _CHUNK, len(copy)))
+        return next((index for index in indices if not copy.checksums.fits(index, copy.read(index))), None)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        bad = [index for index in pool.map(wrong, range(0, len(copy), _CHUNK)) if index is not None]
+    if bad:
+        raise UserError(
+            f"{copy.path}: image {bad[0]} does not have its checksum after copying: check {original.path} with "
+            f"fastdeit-convert --verify, and the disk of {copy.path.parent}"
+        )
+
+
+def _was_left(partial: Path) -> bool:
+    """Whether the process of this machine that made `partial` has ended."""
+    host, _, pid = partial.name.rpartition(_PARTIAL)[2].rpartition("-")
+    return host == socket.gethostname() and pid.isdecimal() and not Path(f"/proc/{pid}").exists()

@@ -1,0 +1,139 @@
+"""A machine's own copy of a data set: made once, whole and checked, or not at all."""
+
+import os
+import shutil
+import socket
+import threading
+from collections import namedtuple
+
+import pytest
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats import local_copy as module
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.local_copy import local_copy
+from fastdeit.pipelines.machine import MachineError
+from pictures import picture
+from tiny_datasets import stored, write
+
+
+def make(path, seed=0):
+    path.parent.mkdir(exist_ok=True)
+    return write(path, [stored(picture(seed + i, (30, 20))) for i in range(5)])
+
+
+@pytest.fixture(params=["train.beton", "train"])
+def original(request, tmp_path):
+    """A data set of a few images."""
+    return make(tmp_path / "source" / request.param)
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fill(cache, dataset):
+    said = []
+    return local_copy(dataset, cache, said.append), said
+
+
+def test_a_copy_is_made_once(original, tmp_path):
+    cache = tmp_path / "cache"
+    copy, said = fill(cache, original)
+    assert said == [f"copying {original.path} (0.0 GB) to {copy.path.parent}"]
+    assert copy.path.parent.parent == cache
+    assert [bytes(copy.read(i)) for i in range(len(copy))] == [bytes(original.read(i)) for i in range(len(original))]
+    assert copy.check() == []
+    source = original.path if original.path.is_dir() else original.path.parent
+    assert tree(copy.path.parent if copy.path.is_file() else copy.path).items() <= tree(source).items()
+    before = tree(cache)
+    again, said = fill(cache, original)
+    assert (again.path, said) == (copy.path, [])
+    assert tree(cache) == before
+    assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+
+
+def test_processes_wait_for_the_first(original, tmp_path, monkeypatch):
+    begun, go, said = threading.Event(), threading.Event(), []
+    copy = module._copy
+
+    def slow(*arguments):
+        begun.set()
+        assert go.wait(60)
+        copy(*arguments)
+
+    monkeypatch.setattr(module, "_copy", slow)
+    threads = [threading.Thread(target=local_copy, args=(original, tmp_path / "cache", said.append)) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    while len(said) < 2:
+        assert threads[1].is_alive()
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert [text.split()[0] for text in said] == ["copying", "waiting"]
+
+
+def test_a_damaged_image_is_named_and_leaves_no_copy(tmp_path):
+    original = make(tmp_path / "train.beton")
+    with open(original.path, "r+b") as file:
+        file.seek(int(original.offset[1]) + 5)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UserError, match="image 1 does not have its checksum after copying"):
+        fill(tmp_path / "cache", open_dataset(original.path))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(original, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    with pytest.raises(MachineError, match=r"has only 0\.0 GB free: .* another --data\.cache_dir"):
+        fill(tmp_path / "cache", original)
+
+
+def test_a_full_disk_is_the_machines_fault(original, tmp_path, monkeypatch):
+    def full(source, target, bar):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(module, "_copy", full)
+    with pytest.raises(MachineError, match=r"cannot be copied to .*: No space left"):
+        fill(tmp_path / "cache", original)
+
+
+def test_what_a_killed_process_left_is_removed(original, tmp_path):
+    cache = tmp_path / "cache"
+    folder = fill(cache, original)[0].path.parent
+    shutil.rmtree(folder)
+    left, other = (cache / f"{folder.name}.partial-{host}-4194305" for host in (socket.gethostname(), "another"))
+    for each in (left, other):
+        each.mkdir()
+        (each / "half").write_bytes(b"x")
+    fill(cache, original)
+    assert (left.exists(), other.exists()) == (False, True)  # the other machine may still write there
+
+
+def test_another_data_set_of_the_same_name_has_its_own_copy(tmp_path):
+    first = make(tmp_path / "a" / "train.beton")
+    other = make(tmp_path / "b" / "train.beton", seed=9)
+    assert fill(tmp_path, first)[0].path != fill(tmp_path, other)[0].path
+
+
+def test_without_checksums_there_is_no_copy(tmp_path):
+    original = make(tmp_path / "train.beton")
+    sidecar_path(original.path).unlink()
+    with pytest.raises(UserError, match=r"has no checksums, so a copy .* --data\.cache_dir"):
+        fill(tmp_path / "cache", open_dataset(original.path))
+
+
+def test_a_copy_that_somebody_changed_is_refused(original, tmp_path):
+    copy, _ = fill(tmp_path / "cache", original)
+    if copy.path.is_dir():
+        shutil.rmtree(copy.path)
+    else:
+        copy.path.unlink()
+    with pytest.raises(UserError, match=r"delete the folder .*, and it is copied again"):
+        fill(tmp_path / "cache", original)
