@@ -139,6 +139,10 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="signals in each test of a run that is stopped and resumed")
+
+
 def pytest_sessionstart(session):
     """Let one of several workers compile the host stage; otherwise all would compile it at the same time."""
     if not hasattr(session.config, "workerinput"):

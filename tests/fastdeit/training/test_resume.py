@@ -1,8 +1,12 @@
 """Resume: killed at random moments, the run ends with the same bits; mismatches are refused."""
 
+import contextlib
+import itertools
 import random
+import signal
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -12,50 +16,77 @@ from fastdeit.config import COMPAT_RUN
 from fastdeit.pipelines.errors import UserError
 from runs import assert_same_state, final_state, newest, train, trained
 
-KILLS = 10
-
 
 @pytest.mark.slow
-def test_killed_ten_times_and_resumed(tiny, teacher_checkpoint, tmp_path, events, launch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopped_at_random_moments_and_resumed(
+    tiny, teacher_checkpoint, tmp_path, events, launch, pytestconfig, processes
+):
+    """SIGKILL and SIGTERM in turn; `--kills 50` makes a campaign of 50 of each."""
+    kills = pytestconfig.getoption("--kills")
     options = {
         "objective": {"distillation": "hard"},
         "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
         "model": {"drop_path": 0.3, "drop_rate": 0.1},
     }
-    run = {"epochs": 14, "checkpoint_every": 3, "eval_every": 14}
+    epochs = 4 + kills
+    run = {"epochs": epochs, "checkpoint_every": 3, "eval_every": epochs, "log_every": 2}
     straight = tiny(**options, run={**run, "output": tmp_path / "straight"})
-    process = launch(straight)
+    process = launch(straight, processes)
     assert process.returncode == 0, process.err
 
-    killed = tiny(**options, run={**run, "output": tmp_path / "killed"})
-    rng = random.Random(3)
-    log = killed.run.output / "log.jsonl"
+    stopped = tiny(**options, run={**run, "output": tmp_path / "stopped"})
+    rng = random.Random(processes)
+    log = stopped.run.output / "log.jsonl"
 
-    def trained():
-        return log.read_text().count('"event": "train"') if log.exists() else 0
+    def done():
+        steps = [event["global_step"] for event in events(stopped.run.output, "train")] if log.exists() else []
+        return steps[-1] if steps else 0
 
-    for _ in range(KILLS):
+    lost = {signal.SIGKILL: [], signal.SIGTERM: []}
+    for _, number in zip(range(kills), itertools.cycle(lost), strict=False):
         # Once the run trains again, it gets a random number of steps and a random moment more.
-        target = trained() + rng.randint(1, 8)
-        process = launch(killed, wait=False)
-        deadline = time.monotonic() + 120
-        while trained() < target:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        target = done() + rng.randint(1, 6)
+        process = launch(stopped, processes, wait=False)
+        wait_for(lambda target=target: done() >= target, process)
         time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        process.wait()
-    process = launch(killed)
+        stop(process.pid, number, rng)
+        process.wait(120)
+        if process.returncode == 0:  # the end came first
+            break
+        written = checkpoint.found(stopped.run.output / "checkpoints")
+        lost[number].append(done() - (checkpoint.steps_of(written[0]) if written else 0))
+    process = launch(stopped, processes)
     assert process.returncode == 0, process.err
-    resumes = events(killed.run.output, "resume")
-    assert len(resumes) >= KILLS // 2
-    assert any(e["step"] for e in resumes)  # in the middle of an epoch
-    steps = [e["global_step"] for e in events(killed.run.output, "train")]
-    assert steps == [e["global_step"] for e in events(straight.run.output, "train")]
-    losses = [[e["loss"] for e in events(run.run.output, "train")] for run in (straight, killed)]
-    assert losses[0] == losses[1]
-    assert_same_state(final_state(straight), final_state(killed))
+    for number, each in lost.items():
+        print(f"{number.name}, {processes} processes, {len(each)} stops, steps lost: {each}")
+    assert max(lost[signal.SIGTERM]) <= 0
+    assert max(lost[signal.SIGKILL]) <= 2 * run["checkpoint_every"]
+    lines, expected = (events(recipe.run.output, "train") for recipe in (stopped, straight))
+    assert [line["global_step"] for line in lines] == [line["global_step"] for line in expected]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in expected]
+    assert_same_state(final_state(straight), final_state(stopped))
+
+
+def wait_for(condition, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def stop(pid, number, rng):
+    """Send a signal to a run: SIGTERM to its first process, SIGKILL to all or, under torchrun, to a worker."""
+    first = psutil.Process(pid)
+    workers = first.children()
+    if number == signal.SIGTERM:
+        targets = [first]
+    else:
+        targets = [rng.choice(workers)] if workers and rng.random() < 0.5 else [first, *workers]
+    for target in targets:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            target.send_signal(number)
 
 
 @pytest.mark.slow
