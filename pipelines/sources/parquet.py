@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import fact
+from fastdeit.pipelines.parsing import parse_json
 from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, check_stamp, class_number, stamp
 from fastdeit.pipelines.sources.files import open_regular
 from fastdeit.pipelines.sources.parquet_pages import largest_page
@@ -273,8 +273,8 @@ def _choose(path: Path, schema: Any, what: str, found: list[str], possible: list
 def _feature(schema: Any, column: str) -> dict[str, Any]:
     """Hugging Face's metadata of a column; empty if there is none."""
     try:
-        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
-    except (TypeError, KeyError, ValueError, RecursionError):
+        feature = parse_json(schema.metadata[b"huggingface"])["info"]["features"][column]
+    except (TypeError, KeyError, ValueError):
         return {}
     return feature if isinstance(feature, dict) else {}
 

@@ -8,6 +8,8 @@ https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thr
 import os
 from typing import Any
 
+from fastdeit.pipelines.formats.bounds import most_unpacked
+
 MAX_HEADER = 16 << 20  # bytes, as in PyArrow; a header may hold the smallest and the largest value
 _FIRST = 1 << 10  # bytes read of a header at first
 _MAX_DEPTH = 8  # of structures within structures; PageHeader has three
@@ -26,7 +28,7 @@ def largest_page(file: int, start: int, size: int, values: int) -> int:
     start, size  offset and size of the chunk in the file, bytes
     values       number of values in the chunk; later pages are not read
 
-    Raises PageError for damaged headers.
+    Raises PageError for damaged headers, and for a page that unpacks to more than `most_unpacked`.
     """
     largest, at = 0, start
     while values > 0 and at < start + size:
@@ -34,6 +36,8 @@ def largest_page(file: int, start: int, size: int, values: int) -> int:
         unpacked, stored = header.get(_UNPACKED), header.get(_STORED)
         if type(unpacked) is not int or type(stored) is not int or unpacked < 0 or stored < 0:
             raise PageError(f"the page at byte {at} has no sizes")
+        if unpacked > most_unpacked(stored):
+            raise PageError(f"a page of {stored} bytes announces {unpacked}, more than images and labels unpack to")
         largest = max(largest, unpacked)
         data = header.get(_DATA) or header.get(_DATA_V2)
         if isinstance(data, dict):

@@ -199,7 +199,7 @@ def test_fifos_within_and_beside_sources(tmp_path):
         (tmp_path / "list").unlink()
         with open(tmp_path / "list", "wb") as file:
             file.truncate(1 << 40)
-        with pytest.raises(SourceError, match="list: more than 67108864 bytes, too many for a list"):
+        with pytest.raises(SourceError, match="list: more than 8388608 bytes, too many for a list"):
             read_file(tmp_path / "list")
         (tmp_path / "list").unlink()
 
@@ -211,12 +211,18 @@ def test_json_without_a_floor(tmp_path):
     for i, data in enumerate((DEEP, b'{"a":' * 100_000, label, numbers, b'{"label": NaN}', b'{"label": true}')):
         files |= {f"{i}.jpg": jpeg(), f"{i}.json": data}
     source = open_source(pack(tmp_path / "a.tar", files))
-    for i in range(len(source)):
-        if i != 3:  # an integer, which is beyond any list of names
-            with pytest.raises(
-                SampleError, match=rf"a\.tar:{i}\.jpg: (its \.json holds no 'label'|'label' of its \.json is )"
-            ):
-                source.read(i)
+    for i, reason in enumerate(
+        (
+            r"its \.json cannot be read \(about 400000 values",
+            r"its \.json cannot be read \(nested more than 64 deep\)",
+            r"its \.json cannot be read \(nested more than 64 deep\)",
+            r"its \.json cannot be read \(an integer of 4001 digits",
+            r"'label' of its \.json is nan",
+            r"'label' of its \.json is True",
+        )
+    ):
+        with pytest.raises(SampleError, match=rf"a\.tar:{i}\.jpg: {reason}.* Mend the label"):
+            source.read(i)
     (tmp_path / "real.json").write_bytes(DEEP)
     with pytest.raises(SourceError, match=r"real\.json: not JSON"):
         real_labels(tmp_path / "real.json", [])
@@ -230,7 +236,7 @@ def test_a_gzipped_array_of_gigabytes(tmp_path):
         with gzip.open(tmp_path / name, "wb") as file:
             file.write(bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape))
     with pytest.raises(
-        SourceError, match="announces 2000000000 bytes, and up to 1073741824 are read, or more once it is gunz"
+        SourceError, match=r"announces 2000000000 bytes, and up to 671\d{5} are read, or more once it is gunz"
     ):
         open_source(tmp_path / "train-images-idx3-ubyte.gz")
 
