@@ -78,7 +78,7 @@ def read_npz(file: BinaryIO, names: Sequence[str]) -> dict[str, np.ndarray]:
         for name in names:
             record = archive.getinfo(f"{name}.npy")
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise ValueError(f"its {name} is compressed: write it with np.savez")
+                raise ValueError(f"its {name} is compressed")
             with archive.open(record) as member:
                 pieces = iter(lambda member=member: member.read(_MOST_DIRECTORY), b"")
                 arrays[name] = read_array(io.BytesIO(b"".join(pieces)), record.file_size)
