@@ -1,18 +1,20 @@
 """Encodes one image of a source for storage: its JPEG file unchanged, a new JPEG, or raw pixels."""
 
 import io
+import math
 import re
 import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_PIXELS, MAX_SCANS, MAX_SIDE, RAW
 
 Mode = Literal["auto", "jpeg", "raw"]
+MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, if the image has fewer
 SMALL_SIDE = 64  # mode "auto" stores decoded images up to this side raw
 JPEG_SIDE = 65500  # the longest that libjpeg writes
 CHANGES = (
@@ -117,6 +119,13 @@ def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{width} x {height} pixels, but at most {MAX_PIXELS} are decoded: reduce it first")
+    # Tiles are unpacked whole, even beyond the edges of the image.
+    tile = [getattr(image, "tag_v2", {}).get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
+    if all(isinstance(side, int) for side in tile) and math.prod(tile) > max(width * height, MAX_TILE):
+        raise UserError(
+            f"{width} x {height} pixels in tiles of {tile[0]} x {tile[1]}, but a tile beyond its image has at most "
+            f"{MAX_TILE} pixels: save it without tiles"
+        )
 
 
 # Any marker that cannot occur within a scan.
