@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,8 +38,16 @@ class Escaping:
         return hash(self._stream)
 
 
+_format_warning = warnings.formatwarning
+
+
+def _format_on_one_line(message: Warning | str, *more: Any, **options: Any) -> str:
+    return _format_warning(printable(str(message)), *more, **options)
+
+
 def escape_streams() -> None:
     """Make this process's stdout and stderr escape unprintable characters, also those of tracebacks and warnings."""
+    warnings.formatwarning = _format_on_one_line
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Escaping):
