@@ -1,7 +1,6 @@
 """Encodes one image of a source for storage: its JPEG file unchanged, a new JPEG, or raw pixels."""
 
 import io
-import math
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -120,10 +119,11 @@ def _check_size(image: Image.Image) -> None:
     if width * height > MAX_PIXELS:
         raise UserError(f"{width} x {height} pixels, but at most {MAX_PIXELS} are decoded: reduce it first")
     # Tiles are unpacked whole, even beyond the edges of the image.
-    tile = [getattr(image, "tag_v2", {}).get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
-    if all(isinstance(side, int) for side in tile) and math.prod(tile) > max(width * height, MAX_TILE):
+    tags = getattr(image, "tag_v2", {})
+    across, down = tags.get(TiffImagePlugin.TILEWIDTH), tags.get(TiffImagePlugin.TILELENGTH)
+    if isinstance(across, int) and isinstance(down, int) and across * down > max(width * height, MAX_TILE):
         raise UserError(
-            f"{width} x {height} pixels in tiles of {tile[0]} x {tile[1]}, but a tile beyond its image has at most "
+            f"{width} x {height} pixels in tiles of {across} x {down}, but a tile beyond its image has at most "
             f"{MAX_TILE} pixels: save it without tiles"
         )
 
