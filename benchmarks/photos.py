@@ -18,6 +18,7 @@ import PIL
 from PIL import Image
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.parsing import read_json
 
 PACKAGES = {
     "lomiri-wallpapers-16.04": (
@@ -82,8 +83,11 @@ def make_photos(
     }
     record = folder / "photos.json"
     if record.exists():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        if {name: made.get(name) for name in wanted} == wanted:
+        try:
+            made = read_json(record)
+        except ValueError as error:
+            raise UserError(f"{record} is not JSON ({error}): remove {folder} or name another folder") from error
+        if isinstance(made, dict) and {name: made.get(name) for name in wanted} == wanted:
             return folder
         raise UserError(f"{folder} holds other photographs (see {record}): remove it or name another folder")
     for label in range(_CLASSES):

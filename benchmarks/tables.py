@@ -1,6 +1,5 @@
 """`python -m benchmarks tables`: the results as Markdown, latest record of a configuration on each machine."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from benchmarks.record import RESULTS
 from benchmarks.render import Record, Table, require_matplotlib
 from benchmarks.throughput import report as throughput_report
 from fastdeit.cli import parse, run
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, printable
+from fastdeit.pipelines.parsing import parse_json
 
 CONFIGURATION = {
     "throughput": ("model", "img_size", "mode", "precision", "batch", "ema", "device"),
@@ -44,13 +44,24 @@ def read(path: Path) -> list[Record]:
         return records
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = _printable(parse_json(line))
+        except ValueError as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}): remove it") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} is not a record: remove it")
         if record.get("pass") == "finish":  # the name in older records
             record["pass"] = "normalize_erase_mix"
         records.append(record)
     return records
+
+
+def _printable(value: Any) -> Any:
+    """`value` with its texts as a terminal, Markdown and a plot can show them, each on one line."""
+    if isinstance(value, dict):
+        return {printable(name): _printable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def machine(record: Record) -> str:

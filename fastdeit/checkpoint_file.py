@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.bounds import BoundedReads
 
 _PIECE = 1 << 20  # bytes compared at once
 _MOST_READ = 16 << 20  # bytes of the archive's directory or its pickle: 60,000 tensors, or a million class names
@@ -50,28 +51,6 @@ class ForeignError(UserError):
     """A whole file that is refused because it holds something that no checkpoint needs."""
 
 
-class _Bounded(io.RawIOBase):
-    """Wraps a file and refuses a read larger than any checkpoint's directory."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(_MOST_READ + 1 if size < 0 else min(size, _MOST_READ + 1))
-        if len(data) > _MOST_READ:
-            raise zipfile.BadZipFile("its directory is longer than a checkpoint's")
-        return data
-
-
 def check_file(file: BinaryIO, path: object) -> str | None:
     """Check every byte of an open file that torch.save wrote. Returns a warning if it has no checksums, else None.
 
@@ -98,7 +77,7 @@ def check_file(file: BinaryIO, path: object) -> str | None:
             "unnoticed: load it and save it again with torch.save"
         )
     try:
-        with zipfile.ZipFile(_Bounded(file)) as archive:
+        with zipfile.ZipFile(BoundedReads(file, _MOST_READ)) as archive:
             return _check_archive(archive, size, path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError) as error:
         raise DamagedError(f"{path} is damaged ({error}): fetch it again, or use another") from error

@@ -1,13 +1,12 @@
 """Turn a command line and a file into a recipe."""
 
+import contextlib
 import dataclasses
-import json
 import os
 import re
 import signal
 import sys
 import threading
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
-from fastdeit.pipelines.formats.files import check_regular
+from fastdeit.pipelines.formats.files import check_regular, read_text
+from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
+from fastdeit.pipelines.terminal import colours, escape_streams
 from fastdeit.recipes import RECIPES
 
 T = TypeVar("T")
@@ -31,8 +32,10 @@ def run(main: Callable[[], T]) -> T:
     These are UserError, and OSError about a path or about a full, read-only or failing disk. Any other exception is a
     bug and passes through: a traceback, and exit status 1. Ctrl-C prints "interrupted" and gives status 130, even if a
     library turns the KeyboardInterrupt into another exception. SIGTERM gives status 143, even in the first
-    process of a container, which would ignore it by default.
+    process of a container, which would ignore it by default. From now on, stdout and stderr escape what a terminal
+    would act on.
     """
+    escape_streams()
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -73,7 +76,14 @@ def parse(options: type[T], prog: str, args: Sequence[str] | None = None) -> T:
     """Parse the command line into the dataclass `options`, after `words`."""
     import tyro
 
-    return tyro.cli(options, prog=prog, args=words(sys.argv[1:] if args is None else args))
+    args = words(sys.argv[1:] if args is None else args)
+    with _coloured(args):
+        return tyro.cli(options, prog=prog, args=args)
+
+
+def _coloured(args: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Lets tyro colour its messages, which repeat `args`, unless these hold escape sequences themselves."""
+    return colours() if all(map(str.isprintable, args)) else contextlib.nullcontext()
 
 
 def words(args: Sequence[str]) -> list[str]:
@@ -173,17 +183,18 @@ def _parse(args: list[str]) -> Recipe:
 
     # Without the other recipes, tyro takes half the time, and suggests none of their options.
     chosen = {args[0]: RECIPES[args[0]]} if args and args[0] in RECIPES else RECIPES
-    return tyro.cli(
-        tyro.extras.subcommand_type_from_defaults(
-            {name: make() for name, make in chosen.items()},
-            {name: (make.__doc__ or "").partition("\n")[0] for name, make in chosen.items()},
-        ),
-        args=args,
-        prog="fastdeit-train",
-        description="Train a DeiT, or a convnet teacher. --config FILE reads a recipe from TOML or JSON.",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        use_underscores=True,
-    )
+    with _coloured(args):
+        return tyro.cli(
+            tyro.extras.subcommand_type_from_defaults(
+                {name: make() for name, make in chosen.items()},
+                {name: (make.__doc__ or "").partition("\n")[0] for name, make in chosen.items()},
+            ),
+            args=args,
+            prog="fastdeit-train",
+            description="Train a DeiT, or a convnet teacher. --config FILE reads a recipe from TOML or JSON.",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            use_underscores=True,
+        )
 
 
 def _missing(values: dict[str, Any]) -> list[str]:
@@ -232,14 +243,13 @@ def _take_config(args: list[str]) -> tuple[list[str], Path | None]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         check_regular(path)
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = read_text(path, MAX_TOML)
+        values = parse_json(text) if path.suffix == ".json" else parse_toml(text)
     except OSError as error:
         raise UserError(os_sentence(error)) from error
-    except (ValueError, RecursionError) as error:  # also raised for a file that is not UTF-8, or too deeply nested
+    except ValueError as error:  # also raised for a file that is not UTF-8
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UserError(f"{path} is not valid {kind} ({error}): correct it, or give another file") from error
-
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not a recipe's sections")
     if not values:

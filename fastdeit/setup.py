@@ -34,7 +34,7 @@ from fastdeit.stage_choice import image_dtype, image_layout
 from fastdeit.teacher.label_cache import LabelCache, pixel_key
 from fastdeit.teacher.teacher import Teacher
 
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 
 def silent(text: str) -> None:

@@ -8,25 +8,29 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from fastdeit.pipelines.errors import printable
+from fastdeit.pipelines.terminal import Escaping
 
-def say(text: str, name: Literal["stdout", "stderr"] = "stdout") -> str | None:
-    """Print `text`. Returns the reason if that fails, else None."""
+
+def say(sentence: str, name: Literal["stdout", "stderr"] = "stdout") -> str | None:
+    """Print a sentence on one line, its unprintable characters escaped. Returns the reason if that fails, else None."""
+    return _print(printable(sentence), name)
+
+
+def _print(text: str, name: Literal["stdout", "stderr"]) -> str | None:
     stream = getattr(sys, name)
     if stream is None:
         return "it is closed"
     try:
-        try:
-            print(text, file=stream, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+        print(text, file=Escaping(stream), flush=True)
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
 
 
 def report(text: str, what: str) -> None:
-    """Print `text` to standard output; if that fails, say on standard error that `what` is done all the same."""
-    if failure := say(text):
+    """Print the lines of `text`; if that fails, say on standard error that `what` is done all the same."""
+    if failure := _print(text, "stdout"):
         say(f"note: standard output cannot be written ({failure}): {what}", "stderr")
 
 
@@ -39,8 +43,8 @@ def progress_bar(notes: list[str], shown: bool = True, **options: Any) -> tqdm:
     return tqdm(file=stream, disable=None if shown else True, **options)
 
 
-class Steady:
-    """A text stream whose failed writes are noted, not raised; it forwards everything else to the stream.
+class Steady(Escaping):
+    """A text stream whose failed writes are noted, not raised, and that escapes unprintable characters.
 
     lost    the sentence to note, once, with {error} for the reason
     faults  where it is noted
@@ -48,10 +52,11 @@ class Steady:
     """
 
     def __init__(self, stream: Any, lost: str, faults: list[str]) -> None:
-        self._stream, self._lost, self._faults, self.failed = stream, lost, faults, False
+        super().__init__(stream)
+        self._lost, self._faults, self.failed = lost, faults, False
 
     def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
+        self._try(lambda: super(Steady, self).write(text))
         return len(text)
 
     def flush(self) -> None:
@@ -66,16 +71,6 @@ class Steady:
                 self._faults.append(self._lost.format(error=getattr(error, "strerror", None) or error))
             if isinstance(error, BrokenPipeError):
                 discard(self._stream)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def __eq__(self, other: object) -> bool:
-        # tqdm takes its width from the terminal only for a file that equals a standard stream.
-        return self is other or self._stream == other
-
-    def __hash__(self) -> int:
-        return hash(self._stream)
 
 
 def settle() -> None:

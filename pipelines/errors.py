@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 
 
@@ -75,9 +76,18 @@ def fact(error: BaseException) -> str:
     return re.split(r"\.\s+(?=[A-Z])", line)[0].rstrip(".")
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for unprintable characters and for bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """`text` on one line: escapes for control characters, marks of direction, and bytes that are not UTF-8.
+
+    Letters of every script, emoji, the joiners inside them, and spaces stay, and the characters in `keep`.
+    """
+    if text.isprintable():
+        return text
+    keep += "\u200c\u200d"  # the joiners
+    return "".join(
+        c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 @contextlib.contextmanager

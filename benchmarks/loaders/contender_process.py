@@ -18,6 +18,7 @@ import psutil
 
 from benchmarks.loaders.peers.stream import Missing, Setting
 from benchmarks.record import Timing
+from fastdeit.pipelines.parsing import parse_json
 
 _START_SECONDS = 300.0  # imports, compilation and the first batches
 _SAMPLE_SECONDS = 0.5  # between looks at the memory
@@ -97,7 +98,7 @@ class ContenderProcess:
         for _ in range(round(seconds / _SAMPLE_SECONDS)):
             if select.select([self.process.stdout], [], [], _SAMPLE_SECONDS)[0]:
                 if line := self.process.stdout.readline():
-                    return json.loads(line)
+                    return parse_json(line)
                 raise self._error("it ended")
             self.peak_memory_mib = max(self.peak_memory_mib, memory_mib(self.process.pid))
         raise self._error(f"no answer in {seconds:.0f} s")

@@ -20,6 +20,7 @@ from benchmarks.loaders.page_cache import evict, resident
 from benchmarks.loaders.peers.stream import COMPLETE, IMG_SIZE, Missing, Setting, Stream
 from benchmarks.record import timed_window
 from fastdeit.pipelines.loaders.choose import LOADERS
+from fastdeit.pipelines.parsing import parse_json
 
 REPEATS = (3, 1)
 # With a GPU, also our loaders up to the batch on the GPU: a training step would wait for that.
@@ -101,7 +102,7 @@ def serve(setting: Setting) -> None:
     taken = 0
     print(json.dumps({"remarks": stream.remarks}), file=answers)
     for line in sys.stdin:
-        window = json.loads(line)
+        window = parse_json(line)
         cached, most = None, None
         if window["cold"]:
             evict(stored)
@@ -122,7 +123,7 @@ def _stored(setting: Setting) -> list[Path]:
 
 
 if __name__ == "__main__":
-    serve(Setting(**json.loads(sys.argv[1])))
+    serve(Setting(**parse_json(sys.argv[1])))
     # Skip the clean-up: worker processes and compiled pipelines of the peers may not end cleanly.
     sys.stderr.flush()
     os._exit(0)

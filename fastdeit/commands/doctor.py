@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 from fastdeit.commands.doctor_checks import CHECKS, Check, sentence
+from fastdeit.pipelines.terminal import escape_streams
 
 
 def examine() -> list[Check]:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastdeit-doctor", description="What this machine can use for training.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
+    escape_streams()
     try:
         checks = examine()
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ from fastdeit import launch
 from fastdeit.cli import parse, recipe_from_dict, run
 from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
+from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.recipes import RECIPES
@@ -62,7 +62,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         kinds = ["model"]
     with world(options.device) as joined:
         verbose = joined.main and not options.json
-        say = print if verbose else silent
+        say = console.say if verbose else silent
         precision = set_up(recipe, joined)
         check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
         classes = recipe.model.num_classes or val.num_classes
@@ -75,7 +75,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         say(f"images made on the {data.stage.name}: {data.stage.reason}")
         without = unchecked(val.path, val.checksums)
         if joined.main and without is not None:
-            print(without, file=sys.stderr)
+            console.say(without, "stderr")
         out: dict[str, Any] = {}
         try:
             for kind in kinds:

@@ -20,6 +20,7 @@ from fastdeit.config import ModelConfig
 from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
+from fastdeit.pipelines.parsing import read_json
 from fastdeit.precision import Precision
 
 PATH = Path(__file__).with_name("kernel_table.json")
@@ -130,7 +131,7 @@ def read(path: Path = PATH) -> Table:
     """The table at `path`. Raises UserError, naming the row, if `write` cannot have written it."""
     remedy = "restore the file from the repository"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version, entries = int(content["version"]), list(content["rows"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a table of kernels ({type(error).__name__}: {error}): {remedy}") from error

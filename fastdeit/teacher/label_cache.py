@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -31,12 +30,13 @@ from torch import Tensor
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.pipelines.errors import UserError, naming
-from fastdeit.pipelines.formats.files import atomic_write, open_regular, read_text
+from fastdeit.pipelines.formats.bounds import read_array, read_npz
+from fastdeit.pipelines.formats.files import atomic_write, open_regular
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import machine_error
+from fastdeit.pipelines.parsing import read_json
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
-_MOST_INDEX = 16 << 20  # bytes: 100,000 epochs
 _INDEX, _LOCK = "labels.json", "labels.lock"
 _PIXELS = "data.loader (pixels)"
 # The fields of the `augment` section that do not change the pixels of a training sample.
@@ -169,7 +169,7 @@ class LabelCache:
         if not path.is_file():
             raise UserError(f"{folder} holds no teacher labels ({_INDEX}): make them with fastdeit-label")
         try:
-            index = json.loads(read_text(path, _MOST_INDEX))
+            index = read_json(path)
             if (index.pop("format"), index.pop("version")) != (_FORMAT, _VERSION):
                 raise UserError(f"{path}: not labels of version {_VERSION}: make them again with fastdeit-label")
             self.epochs: dict[str, dict[str, str]] = dict(index.pop("epochs"))
@@ -180,7 +180,7 @@ class LabelCache:
                 raise ValueError("fields of a wrong type")
         except OSError as error:
             raise machine_error(error, f"{path}: cannot be read") from error
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error!r}): make it again with fastdeit-label") from error
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
 
@@ -247,7 +247,9 @@ class LabelCache:
             with open(open_regular(path), "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self.epochs[str(epoch)]["sha256"]:
                     raise UserError(f"{path}: it was changed after it was written: {again}")
-                arrays = _read_soft(file) if soft else {"labels": _read_array(file, 0, os.fstat(file.fileno()).st_size)}
+                file.seek(0)
+                size = os.fstat(file.fileno()).st_size
+                arrays = read_npz(file, ("index", "logits")) if soft else {"labels": read_array(file, size)}
         except (OSError, MemoryError) as error:
             raise machine_error(error, f"{path}: cannot be read") from error
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -259,31 +261,6 @@ class LabelCache:
         if classes.size and int(classes.max()) >= self.described.num_classes:
             raise UserError(f"{path}: class {classes.max()} of {self.described.num_classes}: {again}")
         return arrays
-
-
-def _read_array(file: BinaryIO, start: int, size: int) -> np.ndarray:
-    """The numpy array in `size` bytes at `start`. Raises ValueError for one of another size, or for no array."""
-    file.seek(start)
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    # A header may claim any shape, and memory for it would be taken before anything is read.
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != start + size - file.tell():
-        raise ValueError(f"{size} bytes are not an array of shape {shape}")
-    file.seek(start)
-    return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _read_soft(file: BinaryIO) -> dict[str, np.ndarray]:
-    """The arrays of an uncompressed .npz, so that none takes more memory than it takes on the disk."""
-    arrays = {}
-    with zipfile.ZipFile(file) as archive:
-        for name in ("index", "logits"):
-            record = archive.getinfo(f"{name}.npy")
-            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise ValueError(f"its {name} is compressed, which fastdeit-label never does")
-            with archive.open(record) as member:
-                arrays[name] = _read_array(io.BytesIO(member.read()), 0, record.file_size)
-    return arrays
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> str:

@@ -1,7 +1,5 @@
 """Label the batches of a run with its teacher, ahead of training."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +9,10 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import DataSets, open_data_sets
+from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, compiles
-from fastdeit.setup import copied_here, data_sentences, open_teacher, open_training_data, set_up, silent
+from fastdeit.setup import Say, copied_here, data_sentences, open_teacher, open_training_data, set_up, silent
 from fastdeit.teacher.checks import teacher_warnings
 from fastdeit.teacher.label_cache import Described, LabelWriter, labelled_pixels, pixel_key
 from fastdeit.teacher.teacher import Teacher
@@ -35,7 +34,7 @@ def label_run(
         raise UserError(f"recipe {recipe.name} does not distil: set --objective.distillation hard or soft")
     if folder is None:
         raise UserError("no folder for the labels: give --teacher.labels FOLDER")
-    say: Callable[[str], None] = print if world.main else silent
+    say: Say = console.say if world.main else silent
     precision = set_up(recipe, world)
     sets = sets or open_data_sets(recipe, val=False)
     sets = copied_here(recipe, DataSets(sets.train, None, sets.num_classes), world, say)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdeit import checkpoint
-from fastdeit.pipelines.formats.files import atomic_write, read_text
+from fastdeit.pipelines.formats.files import atomic_write
+from fastdeit.pipelines.parsing import read_json
 from fastdeit.training.evaluation import Scores, headline_head
 
 Metric = Literal["top1", "top5", "loss"]
@@ -59,9 +60,9 @@ def _link(path: Path) -> None:
 def _read(folder: Path) -> dict[str, Any] | None:
     """What `best.json` holds; None if it is missing, names no checkpoint that is there, or is not ours."""
     try:
-        stored = json.loads(read_text(folder / _FILE, _MOST))
+        stored = read_json(folder / _FILE, _MOST)
         named = folder / str(stored["checkpoint"])
         whole = named in checkpoint.found(folder) and type(stored["score"]) is float
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return stored if whole else None

@@ -33,7 +33,9 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from fastdeit.pipelines.errors import printable
 from fastdeit.pipelines.formats.files import atomic_write, check_regular
+from fastdeit.pipelines.parsing import parse_json
 from fastdeit.streams import new_faults
 from fastdeit.training.progress import Progress
 
@@ -87,7 +89,7 @@ class RunLog:
 
         def again(line: bytes) -> bool:
             try:
-                event = json.loads(line)
+                event = parse_json(line)
                 kind, step = event["event"], event.get("global_step", -1)
                 if kind in ("fallbacks", "replaced"):
                     return event["epoch"] >= epoch
@@ -134,7 +136,7 @@ class RunLog:
         if not self._active:
             return
         try:
-            tqdm.write(text)
+            tqdm.write(printable(text))
         except (OSError, ValueError) as error:
             self._write("warning", {"text": f"stdout cannot be written ({error}): '{text}' was not printed"})
 

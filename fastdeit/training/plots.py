@@ -1,6 +1,5 @@
 """Pictures of a run: its curves, the images it trains on, and how its two tokens differ."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.pipelines.parsing import parse_json
 
 _COLOURS = {"class": "#1f6fb4", "distillation": "#d9822b", "fused": "#2f8f4e", "teacher": "#7a7a7a"}
 
@@ -19,8 +19,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(lines, 1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            events.append(parse_json(line))
+        except ValueError as error:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: not JSON ({error}); restore or delete the line") from error
     return events

@@ -18,7 +18,8 @@ import torch
 
 from fastdeit import __version__
 from fastdeit.distributed import World
-from fastdeit.pipelines.formats.files import atomic_write, read_text
+from fastdeit.pipelines.formats.files import atomic_write
+from fastdeit.pipelines.parsing import read_json
 
 NAME = "run.json"
 _MOST = 16 << 20  # bytes read
@@ -93,9 +94,9 @@ def source_commit(file: Path = Path(__file__)) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(read_text(path, _MOST))
+        record = read_json(path, _MOST)
         if isinstance(record["id"], str) and 0 < len(record["id"]) <= 64 and isinstance(record["starts"], list):
             return record
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"{path} is not a record that fastdeit wrote")

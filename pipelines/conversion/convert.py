@@ -15,6 +15,7 @@ from fastdeit.pipelines.conversion.destination import check_apart, rejects_path
 from fastdeit.pipelines.conversion.encode import Encoding, Mode
 from fastdeit.pipelines.conversion.job import Conversion
 from fastdeit.pipelines.conversion.workers import ConvertError, Reject
+from fastdeit.pipelines.errors import printable
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.shard_writer import DEFAULT_SHARD_SIZE, ShardWriter
 from fastdeit.pipelines.formats.writer import Writer
@@ -66,7 +67,7 @@ class Report:
             lines += [f"    {reject.name}: {reject.reason}" for reject in self.rejects[:NAMED]]
             if len(self.rejects) > NAMED:
                 lines.append(f"    and {len(self.rejects) - NAMED} more")
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join(map(printable, lines + [f"  note: {note}" for note in self.notes]))
 
 
 def convert(

@@ -1,6 +1,5 @@
 """The paths that a conversion writes to, and checks of what it may replace."""
 
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.formats.beton_layout import sidecar_path
+from fastdeit.pipelines.parsing import parse_json
 from fastdeit.pipelines.sources import Source
 
 
@@ -76,8 +76,8 @@ def check_rejects(path: Path) -> None:
         with open(path, "rb") as file:
             line = file.readline(1 << 20)
         try:
-            ours = json.loads(line).keys() == {"index", "name", "reason"}
-        except (ValueError, AttributeError, RecursionError):
+            ours = parse_json(line).keys() == {"index", "name", "reason"}
+        except (ValueError, AttributeError):
             ours = False
     if not ours:
         raise ConvertError(

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_PIXELS, MAX_SCANS, MAX_SIDE, RAW
 
 Mode = Literal["auto", "jpeg", "raw"]
+MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, if the image has fewer
 SMALL_SIDE = 64  # mode "auto" stores decoded images up to this side raw
 JPEG_SIDE = 65500  # the longest that libjpeg writes
 CHANGES = (
@@ -117,6 +118,14 @@ def _check_size(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{width} x {height} pixels, but at most {MAX_PIXELS} are decoded: reduce it first")
+    # Tiles are unpacked whole, even beyond the edges of the image.
+    tags = getattr(image, "tag_v2", {})
+    across, down = tags.get(TiffImagePlugin.TILEWIDTH), tags.get(TiffImagePlugin.TILELENGTH)
+    if isinstance(across, int) and isinstance(down, int) and across * down > max(width * height, MAX_TILE):
+        raise UserError(
+            f"{width} x {height} pixels in tiles of {across} x {down}, but a tile beyond its image has at most "
+            f"{MAX_TILE} pixels: save it without tiles"
+        )
 
 
 # Any marker that cannot occur within a scan.

@@ -19,8 +19,11 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import kind, sync_folder
 from fastdeit.pipelines.formats.writer import Record
 from fastdeit.pipelines.locks import lock
+from fastdeit.pipelines.parsing import parse_json
 
 _VERSION = 1
+MAX_LINE = 16 << 20  # bytes
+_ENTRIES = 1000  # in a line; the longest reasons and names fill a third of `MAX_LINE`
 _START = b'00000000 {"journal":'  # of every journal, except for the checksum
 
 
@@ -45,7 +48,8 @@ class Journal:
 
     Every line is the zlib.crc32 of the rest, a space, and JSON: first a description of the conversion, then lists of
     samples, each written after its bytes are on disk. The first torn or damaged line ends the journal. Raises
-    JournalError if another `Journal`, in any process, has it open, and for a file that is not a journal.
+    JournalError if another `Journal`, in any process, has it open, and for a file that is not a journal; the methods,
+    for a whole line that no conversion wrote.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +117,7 @@ class Journal:
     def replaced(self) -> list[int] | None:
         """The last mark given to `note_replaced`."""
         marks = [line["replaces"] for line, _ in self._lines() if isinstance(line, dict) and "replaces" in line]
-        return marks[-1] if marks else None
+        return marks[-1] if marks else None  # only compared
 
     def note_replaced(self, mark: list[int]) -> None:
         """Note, by its `files.mark`, the data set that the conversion is about to replace."""
@@ -130,14 +134,14 @@ class Journal:
         """The samples handled so far."""
         for line, _ in self._lines():
             if isinstance(line, list):
-                yield from map(_entry, line)
+                yield from map(self._entry, line)
 
     def cut(self, count: int) -> None:
         """Drop everything after the first `count` stored samples."""
         end = 0
         left: list[Kept | Reject] = []
         for line, after in self._lines():
-            entries = [_entry(value) for value in line] if isinstance(line, list) else []
+            entries = [self._entry(value) for value in line] if isinstance(line, list) else []
             kept = sum(isinstance(entry, Kept) for entry in entries)
             if kept > count:
                 stored = (at for at, entry in enumerate(entries) if isinstance(entry, Kept))
@@ -151,12 +155,13 @@ class Journal:
 
     def append(self, entries: Iterable[Kept | Reject]) -> None:
         """Add samples, whose bytes are already on disk, and sync."""
-        self._write([_value(entry) for entry in entries])
+        values = [_value(entry) for entry in entries]
+        self._write(*(values[at : at + _ENTRIES] for at in range(0, len(values), _ENTRIES)))
 
-    def _write(self, value: Any) -> None:
-        text = json.dumps(value, separators=(",", ":")).encode()
+    def _write(self, *values: Any) -> None:
+        texts = [json.dumps(value, separators=(",", ":")).encode() for value in values]
         end = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(b"%08x %s\n" % (binascii.crc32(text), text))
+        rest = memoryview(b"".join(b"%08x %s\n" % (binascii.crc32(text), text) for text in texts))
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -172,16 +177,31 @@ class Journal:
         end = 0
         with open(self._file.fileno(), "rb", closefd=False) as file:
             file.seek(0)
-            for line in file:
+            while line := file.readline(MAX_LINE):
                 crc32, _, text = line.removesuffix(b"\n").partition(b" ")
                 if not line.endswith(b"\n") or crc32 != b"%08x" % binascii.crc32(text):
                     return
                 end += len(line)
                 try:
-                    value = json.loads(text)
-                except (ValueError, RecursionError):
-                    return
+                    value = parse_json(text, MAX_LINE)
+                except ValueError as error:
+                    raise self._foreign(str(error)) from error
                 yield value, end
+
+    def _entry(self, value: Any) -> Kept | Reject:
+        match value:
+            case [int() as index, str() as name, str() as reason]:
+                return Reject(index, name, reason)
+            case [int() as height, int() as width, int() as label, int() as mode, int() as size, int() as crc32, *made]:
+                if all(isinstance(change, str) for change in made):
+                    record = Record(height=height, width=width, label=label, mode=mode, size=size, crc32=crc32)
+                    return Kept(record, tuple(made))
+        raise self._foreign("a sample without the facts of one")
+
+    def _foreign(self, reason: str) -> JournalError:
+        return JournalError(
+            f"{self.path}: holds what no conversion wrote ({reason}): move it away, and start again without --resume"
+        )
 
 
 def difference(then: Any, now: Any, field: str = "") -> str | None:
@@ -203,11 +223,3 @@ def _value(entry: Kept | Reject) -> list[Any]:
     record = entry.record
     fields = (record.height, record.width, record.label, record.mode, record.size, record.crc32)
     return [*fields, *entry.changes]
-
-
-def _entry(value: list[Any]) -> Kept | Reject:
-    if len(value) == 3:
-        return Reject(*value)
-    height, width, label, mode, size, crc32, *changes = value
-    record = Record(height=height, width=width, label=label, mode=mode, size=size, crc32=crc32)
-    return Kept(record, tuple(changes))

@@ -20,8 +20,8 @@ from fastdeit.pipelines.console import progress_bar
 from fastdeit.pipelines.console import report as say_report
 from fastdeit.pipelines.conversion.convert import sample_order
 from fastdeit.pipelines.conversion.encode import Encoding
-from fastdeit.pipelines.conversion.workers import Encoded, Reject, encoded, printable, reason
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.conversion.workers import Encoded, Reject, encoded, reason
+from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.formats import sidecar
 from fastdeit.pipelines.formats.beton_layout import JPEG
 from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
@@ -32,7 +32,8 @@ from fastdeit.pipelines.sources import Source, open_source
 
 NAMED = 20  # findings kept; further ones are only counted
 _CHUNK = 16  # samples that a thread checks at once
-_OPTIONS = {"mode", "quality", "max_side", "shuffle_seed", "limit", "pillow"}
+_OPTIONS = {"mode": str, "quality": int, "max_side": int, "shuffle_seed": int, "limit": int, "pillow": str}
+_OPTIONAL = ("max_side", "shuffle_seed", "limit")
 
 
 class VerifyError(UserError):
@@ -73,7 +74,7 @@ class Verification:
         if self.count > len(self.findings):
             lines.append(f"  and {self.count - len(self.findings)} more")
         lines += [f"  not checked: {what}" for what in self.unchecked]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        return "\n".join(map(printable, lines + [f"  note: {note}" for note in self.notes]))
 
 
 def verify(
@@ -197,13 +198,7 @@ def _decode(dataset: Dataset, index: int, data: np.ndarray) -> str | None:
 
 def _compare(dataset: Dataset, source: Source, result: Verification, workers: int, progress: bool) -> None:
     """Convert the source again and compare each sample with the stored one."""
-    described = dataset.sidecar or {}
-    options, rejected = described.get("options"), described.get("rejected")
-    if not isinstance(options, dict) or not isinstance(rejected, list) or not options.keys() >= _OPTIONS:
-        raise VerifyError(
-            f"{dataset.path}: does not say how it was converted, so it cannot be compared with its source. "
-            f"Leave out --against"
-        )
+    options, rejected = _conversion(dataset)
     order = sample_order(len(source), options["shuffle_seed"], options["limit"])
     left_out = np.isin(order, np.array(rejected, np.int64))
     if len(order) - left_out.sum() != len(dataset) or left_out.sum() != len(rejected):
@@ -227,7 +222,7 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
         _bar(len(order), "comparing", progress, result) as bar,
     ):
         for at, bad, sample in zip(order.tolist(), left_out.tolist(), samples, strict=True):
-            where = f"{printable(source.name(at))}, sample {at} of the source"
+            where = f"{source.name(at)}, sample {at} of the source"
             if bad:
                 if isinstance(sample, Encoded):
                     result.add(f"{where}: was left out, but can be read now")
@@ -236,6 +231,26 @@ def _compare(dataset: Dataset, source: Source, result: Verification, workers: in
                     result.add(f"{_name(dataset, index)}: {finding}; it is {where}")
                 index += 1
             bar.update()
+
+
+def _conversion(dataset: Dataset) -> tuple[dict[str, Any], list[int]]:
+    """The options of the conversion that made a data set, and the source's samples that it left out."""
+    described = dataset.sidecar or {}
+    options, rejected = described.get("options"), described.get("rejected")
+    if (
+        isinstance(options, dict)
+        and all(
+            type(options.get(name)) is kind or (name in _OPTIONAL and options.get(name, 0) is None)
+            for name, kind in _OPTIONS.items()
+        )
+        and isinstance(rejected, list)
+        and all(type(index) is int and 0 <= index < 1 << 63 for index in rejected)
+    ):
+        return options, rejected
+    raise VerifyError(
+        f"{dataset.path}: does not say how it was converted, so it cannot be compared with its source. "
+        f"Leave out --against"
+    )
 
 
 def _same_names(ours: list[str] | None, theirs: list[str] | None) -> bool:

@@ -21,6 +21,7 @@ from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.machine import STATES, machine_error, shared_memory_error
 from fastdeit.pipelines.sources import SampleError, Source, SourceError
 from fastdeit.pipelines.sources.base import shown
+from fastdeit.pipelines.terminal import escape_streams
 
 CHUNK = 16  # samples sent to a worker at once
 SMALL = 2048  # samples: one process converts fewer before others have started
@@ -150,6 +151,7 @@ def _start_worker(source: Source, encoding: Encoding) -> None:
     global _worker
     # Ctrl-C reaches every process of the terminal; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    escape_streams()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = source, encoding
 

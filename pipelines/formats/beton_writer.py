@@ -93,7 +93,7 @@ class BetonWriter(Writer):
             # An interrupted conversion replaces the sidecar first, so the old data may lie beside a new sidecar.
             if self._replaced is None or mark(self.path) != self._replaced:
                 self._check_ours(BetonDataset, "sidecar", move)
-        elif os.path.lexists(beside_it) and not sidecar.is_sealed(beside_it):
+        elif os.path.lexists(beside_it) and not sidecar.is_sealed(beside_it, len(self._samples)):
             raise BetonError(f"{beside_it}: is not a sidecar that fastdeit-convert wrote: {move}")
 
     def _output(self) -> BinaryIO:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES, MAX_PIXELS, MAX_SIDE, RAW
+from fastdeit.pipelines.formats.bounds import read_array_header
 from fastdeit.pipelines.formats.open_file import OpenFile, identity
 from fastdeit.pipelines.formats.shard_layout import (
     END,
@@ -124,11 +125,9 @@ class ShardDataset(StoredImages):
         file = OpenFile(self.path / TABLE)
         head = io.BytesIO(file.read(_HEAD, 0).tobytes())
         try:
-            np.lib.format.read_magic(head)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(head)
-        # numpy evaluates the header as Python literals; a damaged one raises almost anything.
-        except Exception as error:
-            raise self._error(f"it is not a table of numpy ({type(error).__name__}: {error})") from error
+            shape, _, dtype = read_array_header(head)
+        except ValueError as error:
+            raise self._error(f"it is not a table ({error})") from error
         start = head.tell()
         length = file.identity[2] - start
         if dtype != SAMPLE or shape != (length // SAMPLE.itemsize,) or length % SAMPLE.itemsize:

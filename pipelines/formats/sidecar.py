@@ -30,10 +30,12 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
-from fastdeit.pipelines.formats.files import read_text, write_synced
+from fastdeit.pipelines.formats.files import write_synced
+from fastdeit.pipelines.parsing import MAX_JSON, read_json
 
 VERSION = 2
-_MOST, _MOST_OF_A_SAMPLE = 32 << 20, 256  # bytes: parsed JSON takes up to 30 times its length
+_MOST_OF_A_SAMPLE = 32  # bytes, beyond `MAX_JSON`: a checksum takes 6, ReaL's classes about 20
+MAX_REAL = 100  # of ReaL's classes of an image; it has at most 9
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"
 
 
@@ -93,9 +95,9 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
     Raises SidecarError for one that is damaged, of another version, or of another data set.
     """
     try:
-        sidecar = json.loads(read_text(path, _MOST + _MOST_OF_A_SAMPLE * num_samples))
+        sidecar = _read(path, num_samples)
         seal = _seal({k: v for k, v in sidecar.items() if k != "seal"}) if isinstance(sidecar, dict) else None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SidecarError(f"{path}: damaged ({error}). {_REMEDY}") from error
     if not isinstance(sidecar, dict) or (sidecar.get("format"), sidecar.get("version")) != (kind, VERSION):
         raise SidecarError(f"{path}: not a {kind} sidecar of version {VERSION}. {_REMEDY}")
@@ -112,7 +114,24 @@ def read(path: Path, *, kind: str, num_samples: int, num_classes: int, metadata_
         raise SidecarError(f"{path}: {len(names)} class names, but labels up to {num_classes - 1}. {_REMEDY}")
     if len(crc32s(sidecar)) != num_samples:
         raise SidecarError(f"{path}: its crc32 list is not for {num_samples} samples. {_REMEDY}")
+    if (real := sidecar.get("real_labels")) is not None and not _are_real_labels(real, num_samples):
+        raise SidecarError(
+            f"{path}: its real_labels are not {num_samples} lists of up to {MAX_REAL} class numbers. {_REMEDY}"
+        )
     return sidecar
+
+
+def _read(path: Path, num_samples: int) -> Any:
+    return read_json(path, MAX_JSON + _MOST_OF_A_SAMPLE * num_samples)
+
+
+def _are_real_labels(value: Any, num_samples: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == num_samples
+        and all(isinstance(labels, list) and len(labels) <= MAX_REAL for labels in value)
+        and all(type(label) is int and 0 <= label < MAX_CLASSES for labels in value for label in labels)
+    )
 
 
 def crc32s(sidecar: dict[str, Any]) -> np.ndarray:
@@ -128,10 +147,10 @@ def _seal(sidecar: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether `path` is an undamaged sidecar of any data set."""
+def is_sealed(path: Path, num_samples: int) -> bool:
+    """Whether `path` is an undamaged sidecar of any data set of up to `num_samples` samples."""
     try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        sidecar = _read(path, num_samples)
+    except (OSError, ValueError, UserError):
         return False
     return isinstance(sidecar, dict) and sidecar.get("seal") == _seal({k: v for k, v in sidecar.items() if k != "seal"})

@@ -97,11 +97,13 @@ def class_number(value: Any, name: str, what: str = "its label") -> int:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, shortened; it may be large or deeply nested."""
+    """`value` for a message, shortened. A container is not shown: a pickle's may hold itself a billion times."""
+    if not isinstance(value, str | bytes | int | float | np.generic | None):
+        return f"a {type(value).__name__}"
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"of type {type(value).__name__}, too long to show"
+        text = repr(value[:41] if isinstance(value, str | bytes) else value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return "an integer too long to show"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 

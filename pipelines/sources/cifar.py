@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,12 +12,14 @@ from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SourceError, class_number
 
-MAX_UNZIPPED = 1 << 30  # bytes; the archives hold 180 MB
+MAX_UNZIPPED = 200 << 20  # bytes; the archives hold 186 MB
+MAX_WIDE = 1 << 20  # bytes of a text with other characters than Latin-1's, of which Python keeps four bytes each
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
+_NARROW = bytes(range(0xC4))  # of which UTF-8 makes Latin-1's characters
 _FETCH = "Fetch the archive again"
 _Batch = tuple[np.ndarray, list[Any]]  # pixels of every image, and labels as they are stored
-_Files = dict[str, tuple[str, bytes]]  # by their last names: names in the archive, contents
+_Files = dict[str, tuple[str, int, int]]  # by their last names: names in the archive, offsets and sizes
 _TRAIN10 = [f"data_batch_{i}" for i in range(1, 6)]
 
 # By a file that only this archive holds: the files of each split, the key of the labels, the key of the names.
@@ -45,13 +48,14 @@ class Cifar:
         self.split = split
         if split not in ("train", "test"):
             raise SourceError(f"{path}: choose --split train or --split test")
-        archive = tar.Archive(path, MAX_UNZIPPED)
-        members = tar.index(archive, str(path))
+        self._archive = tar.Archive(path, MAX_UNZIPPED)
+        members = tar.index(self._archive, str(path))
         files = {
-            name.rpartition("/")[2]: (name, archive.read(offset, size))
+            name.rpartition("/")[2]: (name, offset, size)
             for name, offset, size in zip(members.names, members.offset.tolist(), members.size.tolist(), strict=True)
         }
         batches, own_names = self._batches(files, split)
+        del self._archive  # its content is in memory
         self._names = [name for name, _, _ in batches]
         self._starts = np.cumsum([0, *(len(label) for _, _, label in batches)])
         # Stored as colour planes.
@@ -70,14 +74,14 @@ class Cifar:
         for sign, (splits, before) in _BINARY.items():
             if sign in files:
                 batches = [(name, *_binary_batch(*self._file(files, name), before)) for name in splits[split]]
-                return batches, files[sign][1].decode("latin1").split()
+                return batches, self._file(files, sign)[1].decode("latin1").split()
         raise SourceError(f"{self.path}: not an archive of CIFAR-10 or CIFAR-100, python or binary version")
 
     def _file(self, files: _Files, name: str) -> tuple[str, bytes]:
         if name not in files:
             raise SourceError(f"{self.path}: holds no {name}. {_FETCH}")
-        member, data = files[name]
-        return f"{self.path}:{member}", data
+        member, offset, size = files[name]
+        return f"{self.path}:{member}", self._archive.read(offset, size)
 
     def __len__(self) -> int:
         return len(self._label)
@@ -151,35 +155,68 @@ def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Bytes, as Python 3 pickles them for Python 2."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in {encoding}")
-    return text.encode("latin1")
-
-
 _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
 }
 
 
 # The one in C reserves as much memory as a file cares to name.
 class _Unpickler(pickle._Unpickler):
-    dispatch: ClassVar = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    """Reads plain values and `_KNOWN` objects, in memory that is bounded by the pickle's length."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self._encoded: dict[str, bytes] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in _KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
         return _KNOWN[module, name]
 
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """Bytes, as Python 3 pickles them for Python 2; a text that is encoded many times is kept once."""
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"bytes in {encoding}")
+        if text not in self._encoded:
+            self._encoded[text] = text.encode("latin1")
+        return self._encoded[text]
+
+    def _append_text(self, data: bytes) -> None:
+        if len(data) > MAX_WIDE and data.translate(None, _NARROW):
+            raise pickle.UnpicklingError(f"a text of {len(data)} bytes, not all of them of Latin-1's characters")
+        self.append(str(data, "utf-8", "surrogatepass"))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def load_binunicode(self) -> None:
+        self._append_text(self.read(struct.unpack("<I", self.read(4))[0]))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def load_binunicode8(self) -> None:
+        self._append_text(self.read(struct.unpack("<Q", self.read(8))[0]))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def load_build(self) -> None:
+        # Of anything else, it would set attributes that a pickle names.
+        if not isinstance(self.stack[-2], _Array | _Dtype):  # pyright: ignore[reportAttributeAccessIssue]
+            raise pickle.UnpicklingError("it sets attributes")
+        super().load_build()  # pyright: ignore[reportAttributeAccessIssue]
+
+    dispatch: ClassVar[dict[int, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        **pickle._Unpickler.dispatch,
+        pickle.BINUNICODE[0]: load_binunicode,
+        pickle.BINUNICODE8[0]: load_binunicode8,
+        pickle.BUILD[0]: load_build,
+    }
+    # Bytes that can be written to, of any length without a file's bytes; text with escapes, of the oldest pickles.
+    del dispatch[pickle.BYTEARRAY8[0]]
+    del dispatch[pickle.UNICODE[0]]
+
 
 def _unpickle(where: str, data: bytes) -> dict[Any, Any]:
     try:
-        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        content = _Unpickler(data).load()
     # A damaged pickle raises whatever its opcodes trip over.
     except Exception as error:
         raise SourceError(f"{where}: not read as a pickle ({type(error).__name__}: {fact(error)}). {_FETCH}") from error

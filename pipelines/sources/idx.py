@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdeit.pipelines.formats.bounds import most_unpacked
 from fastdeit.pipelines.sources.base import SourceError
 from fastdeit.pipelines.sources.files import listing, open_regular
 
@@ -65,7 +66,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                 raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimension(s)")
             shape = [int(n) for n in np.frombuffer(header[4:], ">u4")]
             expected = math.prod(shape)
-            most = MAX_UNZIPPED if zipped else MAX_BYTES
+            most = min(MAX_UNZIPPED, most_unpacked(os.fstat(stored.fileno()).st_size)) if zipped else MAX_BYTES
             if expected > most:
                 raise SourceError(
                     f"{path}: truncated or damaged (its header announces {expected} bytes, and up to {most} are "

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import re
 import struct
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.errors import fact
+from fastdeit.pipelines.parsing import parse_json
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SampleError, SourceError, class_labels, is_image
 from fastdeit.pipelines.sources.files import read_bytes, read_text
@@ -206,8 +206,8 @@ def real_labels(path: Path, names: Sequence[str]) -> list[list[int]]:
     if str(path) == "timm":
         path = Path(str(resources.files("timm.data") / "_info" / "imagenet_real_labels.json"))
     try:
-        lists = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
+        lists = parse_json(read_bytes(path))
+    except ValueError as error:
         raise SourceError(f"{path}: not JSON ({error}). Fetch it again") from error
     if not isinstance(lists, list) or not lists:
         raise SourceError(f"{path}: not a list of a list of classes for every image. Is it ImageNet-ReaL's real.json?")
@@ -287,16 +287,18 @@ def _check_mat(data: bytes, where: str) -> None:
     After a header of 128 bytes come elements, each with a type and a size as uint32; type 15 is a zlib stream
     (MathWorks, "MAT-File Format", chapter 1).
     """
+    if data[126:128] not in (b"IM", b"MI"):
+        raise SourceError(f"{where}: not a MATLAB file of version 5. Fetch it again")
     order = "<" if data[126:128] == b"IM" else ">"
-    at = 128
+    at, left = 128, MAX_DEVKIT
     while at + 8 <= len(data):
         kind, size = struct.unpack_from(f"{order}II", data, at)
         if kind == 15:
             try:
-                unpacked = zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], MAX_DEVKIT + 1)
+                left -= len(zlib.decompressobj().decompress(data[at + 8 : at + 8 + size], left + 1))
             except zlib.error as error:
                 raise SourceError(f"{where}: damaged ({error}). Fetch it again") from error
-            if len(unpacked) > MAX_DEVKIT:
+            if left < 0:
                 raise SourceError(f"{where}: unpacks to more than {MAX_DEVKIT} bytes. Fetch it again")
         at += 8 + size
 
@@ -309,7 +311,7 @@ def _leaves(meta: bytes, where: str) -> dict[int, str]:
         raise SourceError(f"{where}: reading it needs SciPy: pip install scipy") from error
     _check_mat(meta, where)
     try:
-        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"])
         fields = (synsets[name].tolist() for name in ("ILSVRC2012_ID", "WNID", "num_children"))
         wnid = {int(number): str(name) for number, name, children in zip(*fields, strict=True) if children == 0}
     # On a damaged file, SciPy raises almost anything.

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.formats.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
 from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names
@@ -30,6 +31,8 @@ _OPTIONS = {
 def read_class_names(path: Path) -> list[str]:
     """Class names in the order of the labels, one a line. Raises SourceError for a file without any."""
     names = read_text(path).splitlines()
+    if len(names) > MAX_CLASSES:
+        raise SourceError(f"{path}: {len(names)} lines, but at most {MAX_CLASSES} classes. Is it the right file?")
     while names and not names[-1].strip():
         names.pop()
     return check_class_names([name.strip() for name in names], str(path))

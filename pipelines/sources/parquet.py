@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import bisect
-import json
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import fact
+from fastdeit.pipelines.parsing import parse_json
 from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, check_stamp, class_number, stamp
 from fastdeit.pipelines.sources.files import open_regular
-from fastdeit.pipelines.sources.parquet_pages import largest_page
+from fastdeit.pipelines.sources.parquet_pages import PageError, check_footer, largest_page
 
 CACHED = 2  # row groups in progress at a time
 MAX_GROUP = 4 << 30  # bytes of a row group, decompressed
 MAX_PAGE = 1 << 30  # bytes of a page, decompressed
 BATCH = 64 << 20  # bytes of rows unpacked at once; at least one row
 ROWS = 64  # unpacked at once, at most
+SHOWN = 20  # columns in a message
 
 
 class Parquet:
@@ -52,6 +54,7 @@ class Parquet:
         columns: tuple[str, str, str] | None = None
         names: list[str] | None = None
         for number, path in enumerate(files):
+            _check_footer(path)
             file = _open(path)
             if file.metadata.num_rows > self._stamps[number][0]:
                 raise SourceError(
@@ -214,6 +217,16 @@ class _Cursor:
         return max(1, min(ROWS, BATCH // largest))
 
 
+def _check_footer(path: Path) -> None:
+    with open_regular(path) as file:
+        try:
+            check_footer(file.fileno())
+        except PageError as error:
+            raise SourceError(
+                f"{path}: not a parquet file of images, or a damaged one ({error}). Fetch it again"
+            ) from error
+
+
 def _open(path: Path) -> Any:
     """The pyarrow.parquet.ParquetFile of `path`."""
     try:
@@ -265,7 +278,8 @@ def _choose(path: Path, schema: Any, what: str, found: list[str], possible: list
         return asked
     if asked is None and len(found) == 1:
         return found[0]
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    columns = ", ".join(f"{field.name} ({field.type})" for field in itertools.islice(schema, SHOWN))
+    columns += f" and {len(schema) - SHOWN} more" * (len(schema) > SHOWN)
     problem = f"'{asked}' is no {what} column" if asked else f"{len(found) or 'no'} {what} columns"
     raise SourceError(f"{path}: {problem}: name one with #{what}=COLUMN. Columns: {columns}")
 
@@ -273,8 +287,8 @@ def _choose(path: Path, schema: Any, what: str, found: list[str], possible: list
 def _feature(schema: Any, column: str) -> dict[str, Any]:
     """Hugging Face's metadata of a column; empty if there is none."""
     try:
-        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
-    except (TypeError, KeyError, ValueError, RecursionError):
+        feature = parse_json(schema.metadata[b"huggingface"])["info"]["features"][column]
+    except (TypeError, KeyError, ValueError):
         return {}
     return feature if isinstance(feature, dict) else {}
 

@@ -12,11 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdeit.pipelines.console import progress_bar
+from fastdeit.pipelines.errors import printable
+from fastdeit.pipelines.formats.bounds import most_unpacked
 from fastdeit.pipelines.sources.base import MAX_FILE, SampleError, SourceError, check_stamp, stamp
 from fastdeit.pipelines.sources.files import is_left_out, open_regular
 
 BLOCK = 512
-MAX_EXTENDED = 1 << 20  # bytes of a long name or of a pax header
+MAX_EXTENDED = 1 << 20  # bytes of a pax header
+MAX_NAME = 4096  # characters, as in a path of Linux
 MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to about 10 KiB
 MAX_UNZIPPED = 2 << 30  # bytes of a gzipped archive, held in memory
 _FETCH = "Fetch the archive again"
@@ -27,7 +30,8 @@ _KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a d
 class Archive:
     """The bytes of a tar archive: a file, or the gunzipped content in memory.
 
-    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes; limit 0 refuses gzip.
+    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes or `most_unpacked`; limit 0
+    refuses gzip.
     """
 
     path: Path
@@ -145,6 +149,11 @@ def _headers(archive: Archive, where: str, start: int, end: int, bar: tqdm | Non
         kind, size, own_name = _fields(header, f"{where}, byte {at - start}")
         name = extended.get("path", own_name).removeprefix("./")
         size = int(extended.get("size", size))
+        if len(name) > MAX_NAME:
+            here = f"{where}, byte {at - start}"
+            raise SourceError(
+                f"{here}: a name of {len(name)} characters, but at most {MAX_NAME} are allowed. Rename it"
+            )
         label = f"{where}:{name}"
         if at + BLOCK + size > end:
             raise SourceError(f"{label}: declares {size} bytes, beyond the end of the archive. {_FETCH}")
@@ -203,9 +212,8 @@ def _number(field: bytes, where: str) -> int:
 
 
 def _text(field: bytes) -> str:
-    text = field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
     # Names are printed to terminals.
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    return printable(field.partition(b"\0")[0].decode("utf-8", "backslashreplace"))
 
 
 def _pax(data: bytes, where: str) -> dict[str, str]:
@@ -243,6 +251,7 @@ def _refuse(name: str, kind: str, label: str) -> None:
 
 def _unzip(path: Path, limit: int) -> bytearray:
     data = bytearray()
+    limit = min(limit, most_unpacked(path.stat().st_size))
     try:
         with gzip.open(path) as file:
             while piece := file.read(1 << 20):

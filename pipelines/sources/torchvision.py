@@ -39,7 +39,7 @@ class Torchvision:
         self._options = self._constructor_options(kind, split)
         try:
             self._data: Any = kind(root, **self._options)
-        except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
+        except Exception as error:  # on a damaged file, torchvision raises almost anything
             raise SourceError(
                 f"{self._text}: torchvision cannot find or open it there ({fact(error)}). "
                 f"Nothing is downloaded here: put the data set in place first"

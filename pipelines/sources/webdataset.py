@@ -1,6 +1,5 @@
 """WebDataset: tar shards whose samples are adjacent members that share their name up to the first dot."""
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdeit.pipelines.parsing import parse_json
 from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SampleError, SourceError, class_number
 
@@ -134,8 +134,10 @@ class WebDataset:
                 return int(data)
             raise SampleError(f"{name}: its .cls holds {data[:40]!r}, not the number of a class. Mend the label")
         try:
-            label = json.loads(data)[self._key]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            label = parse_json(data, MAX_LABEL)[self._key]
+        except ValueError as error:
+            raise SampleError(f"{name}: its .json cannot be read ({error}). Mend the label") from error
+        except (KeyError, TypeError, IndexError) as error:
             raise SampleError(f"{name}: its .json holds no '{self._key}': name another with #label=KEY") from error
         return class_number(label, name, f"'{self._key}' of its .json")
 

@@ -99,7 +99,7 @@ def test_real_accuracy_is_timms(trained, data, images, tmp_path):
 @pytest.mark.parametrize("real", [[[1]] * 43, "all", [[-1]] * 44, [["1"]] * 44, [[True]] * 44])
 def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
     val = with_real_labels(data / "val.beton", tmp_path / "real.beton", real)
-    with pytest.raises(UserError, match="its sidecar's real_labels"):
+    with pytest.raises(UserError, match=r"real\.beton\.json: its real_labels are not"):
         evaluate_checkpoint(Options(checkpoint=trained[1], val=val, loader="torch", device="cpu", threads=1))
 
 
