@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastdeit import checkpoint
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.parsing import read_json
 from fastdeit.training.evaluation import Scores, headline_head
@@ -63,6 +64,6 @@ def _read(folder: Path) -> dict[str, Any] | None:
         stored = read_json(folder / _FILE, _MOST)
         named = folder / str(stored["checkpoint"])
         whole = named in checkpoint.found(folder) and type(stored["score"]) is float
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, ValueError, KeyError, TypeError):
         return None
     return stored if whole else None

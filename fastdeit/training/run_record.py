@@ -18,6 +18,7 @@ import torch
 
 from fastdeit import __version__
 from fastdeit.distributed import World
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.parsing import read_json
 
@@ -97,6 +98,6 @@ def _read(path: Path) -> dict[str, Any]:
         record = read_json(path, _MOST)
         if isinstance(record["id"], str) and 0 < len(record["id"]) <= 64 and isinstance(record["starts"], list):
             return record
-    except (ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"{path} is not a record that fastdeit wrote")
