@@ -187,7 +187,7 @@ def _parse(args: list[str]) -> Recipe:
 
 
 # Fields that recipes of older versions lack; their defaults are what those versions did.
-LATER = {"model.residual_dtype", "run.checkpoint_minutes", "run.checkpoint_patience"}
+LATER = {"model.residual_dtype", "run.checkpoint_minutes", "run.checkpoint_patience", "run.timeout_minutes"}
 
 
 def _missing(values: dict[str, Any]) -> list[str]:

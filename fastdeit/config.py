@@ -148,6 +148,7 @@ class RunConfig:
     checkpoint_minutes: float = 30.0  # save at the next step once the last checkpoint is this old; 0: never
     checkpoint_patience: float = 120.0  # minutes from a failed checkpoint, as on a full disk, to the end of the run
     keep_checkpoints: int = 2
+    timeout_minutes: float = 10.0  # a process that keeps the others waiting for longer is lost: all end and are named
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
     progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
@@ -324,6 +325,8 @@ class Recipe:
         ):
             if value < 0:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
+        if not run.timeout_minutes > 0:
+            raise UserError(f"run.timeout_minutes is {run.timeout_minutes}: it must be more than 0")
         self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
             raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")

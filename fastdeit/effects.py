@@ -167,6 +167,7 @@ EFFECTS: dict[str, Effect] = {
     "run.checkpoint_minutes": ALWAYS,
     "run.checkpoint_patience": ALWAYS,
     "run.keep_checkpoints": ALWAYS,
+    "run.timeout_minutes": ALWAYS,
     "run.log_every": ALWAYS,
     "run.tensorboard": ALWAYS,
     "run.progress": ALWAYS,

@@ -24,7 +24,7 @@ FREE = {
     "run": {
         "output", "resume", "resume_changed", "device", "precision", "compile", "cuda_graphs", "profile", "eval_every",
         "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints", "log_every",
-        "tensorboard", "progress",
+        "tensorboard", "progress", "timeout_minutes",
     },
     "data": {"train", "val", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init", "kernels"},

@@ -134,7 +134,8 @@ def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
         assert {name: getattr(recipe.run, name) for name in moved} == moved
         assert recipe.to_dict()["departures"] == {k: v for k, v in stored["departures"].items() if k not in moved}
         run = {k: v for k, v in recipe.to_dict()["run"].items() if k not in moved}
-        assert run == {"checkpoint_minutes": 30.0, "checkpoint_patience": 120.0, **stored["run"]}
+        later = {"checkpoint_minutes": 30.0, "checkpoint_patience": 120.0, "timeout_minutes": 10.0}
+        assert run == {**later, **stored["run"]}
     stored["name"] = "mine"
     file = tmp_path / "recipe.json"
     assert parse_file(file, stored) == dataclasses.replace(recipe, name="mine")
