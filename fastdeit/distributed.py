@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -195,7 +196,8 @@ def _joined(world: World, minutes: float, facts: Mapping[str, str]) -> Iterator[
         if not fell:
             raise
         culprits = ", ".join(map(str, watch.gone())) or "the connection to another process"
-        reason = f"{meeting.peers[world.rank]} has lost {culprits} ({str(error).splitlines()[0]})"
+        detail = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
+        reason = f"{meeting.peers[world.rank]} has lost {culprits} ({detail})"
         print(lost_sentence(reason), file=sys.stderr)
         sys.exit(REQUEUE)
     finally:

@@ -101,12 +101,18 @@ class Watch:
     def gone(self) -> list[Peer]:
         """The processes that have ended, or give no sign of life for two and a half beats.
 
-        For an error of a collective operation: the process that died gives none, and those that saw it die do.
+        For an error of a collective operation: the process that died gives none, and those that saw it die do. On this
+        machine the system knows at once.
         """
         with contextlib.suppress(RuntimeError):
             end, still = time.monotonic() + 2.5 * self._every, self._read(set(self._everybody) - {self._rank})
             while time.monotonic() < end:
                 time.sleep(0.1)
+                here = self._peers[self._rank].host
+                sure = [self._peers[rank] for rank, text in sorted(still.items()) if text != _FELL]
+                dead = [peer for peer in sure if peer.host == here and _is_dead(peer.pid)]
+                if dead:
+                    return dead
                 now = self._read(still)
                 still = {rank: text for rank, text in still.items() if now[rank] in (text, _LEFT)}
             return [self._peers[rank] for rank, text in sorted(still.items()) if text != _FELL]
@@ -122,6 +128,7 @@ class Watch:
                 self._send()
                 if self._store.check(["lost"]):
                     rank, reason = self._store.get("lost").decode().split(" ", 1)
+                    self._store.set(_key(self._rank), _FELL)
                     self._end(self._peers[int(rank)], reason)
                 lost = self._attendance.look(self._read(self._everybody if self._rank == 0 else [0]), seconds)
                 failing = 0.0
@@ -136,9 +143,16 @@ class Watch:
                     self._store = self._shared.clone()
             else:
                 if lost is not None:
-                    with contextlib.suppress(RuntimeError):
-                        self._store.set("lost", f"{lost[0].rank} {lost[1]}")
+                    self._tell(*lost)
                     self._end(*lost)
+
+    def _tell(self, peer: Peer, reason: str) -> None:
+        """Let the other processes know, and wait until they do: this process may serve their store."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set("lost", f"{peer.rank} {reason}")
+            end, others = time.monotonic() + 2.5 * self._every, set(self._everybody) - {self._rank}
+            while time.monotonic() < end and any(text != _FELL for text in self._read(others).values()):
+                time.sleep(0.1)
 
     def _send(self) -> None:
         self._beat += 1
@@ -161,6 +175,16 @@ class Watch:
             with contextlib.suppress(OSError):
                 faulthandler.dump_traceback(2)
         _leave(f"{peer} {reason}")
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        pass
+    return False
 
 
 def _key(rank: int) -> str:

@@ -1,6 +1,10 @@
 """A process that is stopped, or that the others wait for, is named; one that is only slow is not."""
 
 import contextlib
+import os
+import socket
+import subprocess
+import time
 
 import pytest
 import torch.distributed as dist
@@ -85,8 +89,6 @@ def watching(monkeypatch):
 
 
 def until(condition):
-    import time
-
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -119,6 +121,16 @@ def test_who_died_is_told_from_who_saw_it(watching):
     assert zero.gone() == []
     one.close(in_order=False)
     assert zero.gone() == [PEERS[1]]
+
+
+def test_a_dead_process_of_this_machine_is_known_at_once(watching, monkeypatch):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    peers = tuple(Peer(rank, socket.gethostname(), pid) for rank, pid in enumerate((os.getpid(), dead.pid)))
+    monkeypatch.setitem(globals(), "PEERS", peers)
+    start, _, _ = watching
+    monkeypatch.setattr(watch, "BEAT", 0.01)
+    assert start(0, lambda: 0).gone() == [peers[1]]
 
 
 def test_the_main_process_waits_for_the_others_at_the_end(watching):
