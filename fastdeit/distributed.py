@@ -210,7 +210,12 @@ def _joined(world: World, minutes: float, facts: Mapping[str, str]) -> Iterator[
 def _begun() -> int:
     """How many collective operations this process has begun."""
     group = dist.group.WORLD
-    return 0 if group is None else group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
+    if group is None:
+        return 0
+    try:
+        return group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
+    except (AttributeError, RuntimeError):  # another PyTorch or backend: the operation's own time limit finds a hang
+        return 0
 
 
 def _is_connection(error: RuntimeError) -> bool:

@@ -27,6 +27,7 @@ from fastdeit.pipelines.errors import UserError
 MINUTES = 10.0  # from the first process that joins to the last
 SKEW = 60.0  # seconds by which clocks may differ without a warning
 _POLL = 0.05  # seconds between two looks at a key
+_READ = 5.0  # seconds for the others to read why the start is refused
 _CONNECT = 5.0  # seconds of one attempt to reach the store
 
 
@@ -139,6 +140,10 @@ def _receive(
     peers = [(cards[rank]["host"], cards[rank]["pid"]) for rank in range(size)] if refused is None else []
     result = {"refused": refused, "warnings": warnings, "peers": peers}
     held.set("result", json.dumps(result))
+    if refused is not None:  # this process ends now, and may serve the store from which the others read why
+        end = time.monotonic() + _READ
+        for rank in cards.keys() - {0}:
+            _wait(held, f"read/{rank}", end)
     return held, result
 
 
@@ -147,15 +152,22 @@ def _ask(
 ) -> tuple[dist.Store, dict[str, Any]]:
     """Another process's part: ask for the name of this start, hand in the card, and wait for the main process."""
     token = uuid.uuid4().hex
-    store.set(_asks(rank), token)
-    name = _wait(store, f"fastdeit/names/{token}", end)
-    if name is not None:
-        held = dist.PrefixStore(f"fastdeit/starts/{name.decode()}", store)
-        held.set(f"card/{rank}", json.dumps({**card, "clock": time.time()}))
-        # The main process, whose time may end a little later, knows more.
-        result = _wait(held, "result", end + 30)
-        if result is not None:
-            return held, json.loads(result)
+    try:
+        store.set(_asks(rank), token)
+        name = _wait(store, f"fastdeit/names/{token}", end)
+        if name is not None:
+            held = dist.PrefixStore(f"fastdeit/starts/{name.decode()}", store)
+            held.set(f"card/{rank}", json.dumps({**card, "clock": time.time()}))
+            # The main process, whose time may end a little later, knows more.
+            result = _wait(held, "result", end + 30)
+            if result is not None:
+                held.set(f"read/{rank}", "")
+                return held, json.loads(result)
+    except dist.DistError as error:
+        raise UserError(
+            f"{_peer(rank, card)} has lost the store before all processes had joined: rank 0 or torchrun has ended, "
+            f"and its log has the reason"
+        ) from error
     raise UserError(
         f"rank 0 has not joined {_peer(rank, card)} within {minutes:g} minutes: its machine's log has the reason"
     )

@@ -60,7 +60,7 @@ def test_processes_that_are_missing_are_named_on_those_that_came():
                 task.result()
 
 
-def test_without_the_main_process_the_others_say_so(monkeypatch):
+def test_without_the_main_process_the_others_say_so():
     with pytest.raises(UserError, match=rf"rank 0 has not joined rank 1 \(process {os.getpid()} on host"):
         meet(dist.HashStore(), 1, 2, {}, SECONDS / 5)
 
@@ -91,7 +91,8 @@ def stranger(store, **card):
     threading.Thread(target=join, daemon=True).start()
 
 
-def test_another_version_is_refused():
+def test_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(joining, "_READ", 0.1)  # the stranger does not say that it has read why
     store = dist.HashStore()
     stranger(store, facts={"fastdeit": "0.0.9", "torch": joining.torch.__version__})
     expected = rf"rank 1 \(process 7 on host far\) has fastdeit 0\.0\.9 instead of {joining.__version__} on rank 0"
@@ -124,6 +125,34 @@ def test_a_port_that_is_taken_is_named():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"rank 0 on host \S+ cannot listen on port {port} .*--rdzv-endpoint"):
             open_store(0, environ={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def test_why_a_start_is_refused_reaches_all_before_the_main_process_ends():
+    """It serves the store: once it has ended, nobody reads anything there."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def serve():
+        with pytest.raises(UserError) as caught:
+            meet(open_store(0, environ=where), 0, 2, {"--run.seed": "0"})
+        return str(caught.value)
+
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve)
+        with pytest.raises(UserError, match=r"--run\.seed 1 instead of 0") as caught:
+            meet(open_store(1, environ=where), 1, 2, {"--run.seed": "1"})
+        assert served.result() == str(caught.value)
+
+
+def test_a_store_that_is_lost_while_processes_join_is_told():
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    served = open_store(0, environ=where)
+    with ThreadPoolExecutor(1) as pool:
+        joining_one = pool.submit(meet, open_store(1, environ=where), 1, 2, {})
+        while not served.check(["fastdeit/asks/1"]):
+            time.sleep(0.01)
+        del served
+        with pytest.raises(UserError, match=r"rank 1 \(process .* has lost the store before all processes had joined"):
+            joining_one.result()
 
 
 def test_a_store_that_nobody_serves_is_named():

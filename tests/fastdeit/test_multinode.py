@@ -19,40 +19,48 @@ def machines():
         machine.remove()
 
 
-@pytest.fixture
-def start(machines):
+@pytest.fixture(scope="module")
+def starting(machines):
     """Function: start torchrun on a recipe on machine 0 or 1."""
-    with starter() as starting:
+    with starter() as start_on:
 
-        def run(recipe, number, **options):
-            one = {
-                "min_nodes": 2, "max_nodes": 2, "run_id": "job", "rdzv_endpoint": f"{machines[0].address}:29400",
-                "rdzv_configs": {"is_host": number == 0}, "local_addr": machines[number].address,
-                "machine": machines[number], **options,
+        def start(recipe, number, **options):
+            defaults = {
+                "min_nodes": 2, "max_nodes": 2, "run_id": recipe.run.output.parent.name,
+                "rdzv_endpoint": f"{machines[0].address}:29400", "rdzv_configs": {"is_host": number == 0},
+                "local_addr": machines[number].address, "machine": machines[number],
             }  # fmt: skip
-            return starting(recipe, **one)
+            return start_on(recipe, **{**defaults, **options})
 
-        yield run
+        yield start
 
 
-def test_two_machines_equal_one_process(tiny, start, launch, events, tmp_path):
-    alone = tiny(run={**RUN, "output": tmp_path / "alone"})
-    assert launch(alone).returncode == 0
-    recipe = tiny(run=RUN)
-    for process in [start(recipe, number) for number in (0, 1)]:
+@pytest.fixture
+def start(starting, monkeypatch):
+    """The same; a torchrun that comes later would not learn the address of torchrun's own store."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    return starting
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_in, starting, tmp_path_factory):
+    """The recipe of a run on two machines that has ended, with torchrun's own store."""
+    recipe = tiny_in(tmp_path_factory.mktemp("straight") / "run", run=RUN)
+    for process in [starting(recipe, number) for number in (0, 1)]:
         finish(process)
-    assert events(recipe.run.output, "start")[0]["world"] == 2
-    losses = [[event["loss"] for event in events(each.run.output, "train")] for each in (alone, recipe)]
+    return recipe
+
+
+def test_two_machines_equal_one_process(tiny, straight, launch, events):
+    alone = tiny(run=RUN)
+    assert launch(alone).returncode == 0
+    assert events(straight.run.output, "start")[0]["world"] == 2
+    losses = [[event["loss"] for event in events(each.run.output, "train")] for each in (alone, straight)]
     assert len(losses[0]) == 15
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_machine_that_is_lost_and_returns(tiny, start, tmp_path, monkeypatch):
-    # With a store of its own, torchrun does not tell the address of the first machine to one that comes later.
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    straight = tiny(run={**RUN, "output": tmp_path / "straight"})
-    for process in [start(straight, number) for number in (0, 1)]:
-        finish(process)
+def test_a_machine_that_is_lost_and_returns(tiny, straight, start):
     recipe = tiny(run=RUN)
     first, second = (start(recipe, number, max_restarts=3) for number in (0, 1))
     wait_for(lambda: logged(recipe) >= 4 and workers(second), first)
@@ -81,10 +89,7 @@ def test_a_machine_with_another_recipe_and_version_is_refused_by_name_on_both(ti
     assert not (recipe.run.output / "log.jsonl").exists()
 
 
-def test_a_machine_that_falls_off_the_network_is_named_and_the_other_goes_on_alone(
-    tiny, start, machines, events, monkeypatch
-):
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+def test_a_machine_that_falls_off_the_network_is_named_and_the_other_goes_on_alone(tiny, start, machines, events):
     recipe = tiny(run={**RUN, "timeout_minutes": 0.1})
     elastic = {"min_nodes": 1, "max_restarts": 3}
     first, second = (start(recipe, number, **elastic) for number in (0, 1))

@@ -7,7 +7,7 @@ from functools import partial
 import psutil
 import pytest
 
-from elastic import elastic, finish, logged, starter, wait_for, words_of, workers
+from elastic import elastic, finish, kill_tree, logged, starter, wait_for, words_of, workers
 from runs import assert_same_state, final_state
 
 RUN = {"epochs": 3, "eval_every": 3, "checkpoint_every": 1, "keep_checkpoints": 1}
@@ -21,11 +21,22 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def straight(tiny_in, tmp_path_factory):
-    """The final state of a run on two processes that nobody disturbed."""
-    recipe = tiny_in(tmp_path_factory.mktemp("straight") / "run", run=RUN)
+def undisturbed(tiny_in, tmp_path_factory):
+    """The recipe of a run on two processes that has ended."""
+    recipe = tiny_in(tmp_path_factory.mktemp("undisturbed") / "run", run=RUN)
     finish(elastic(words_of(recipe), nproc_per_node=2))
-    return final_state(recipe)
+    return recipe
+
+
+@pytest.fixture
+def straight(undisturbed):
+    """The final state of a run that nobody disturbed."""
+    return final_state(undisturbed)
+
+
+@pytest.fixture
+def straight_losses(undisturbed, events):
+    return [event["loss"] for event in events(undisturbed.run.output, "train")]
 
 
 def kill_one(process, recipe, rank, at):
@@ -37,10 +48,9 @@ def kill_one(process, recipe, rank, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own_store", ["0", "1"])
-def test_killed_again_and_again_the_job_ends_with_the_same_bits(tiny, start, straight, events, monkeypatch, own_store):
-    """With torchrun's own store, which keeps what dead processes wrote, and with one that each start makes anew."""
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", own_store)
+def test_killed_again_and_again_the_job_ends_with_the_same_bits(tiny, start, straight, events, monkeypatch):
+    """With torchrun's own store, which keeps what the dead processes wrote."""
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     recipe = tiny(run=RUN)
     process = start(recipe, max_restarts=3)
     for number, rank in enumerate((1, 0, 1)):
@@ -111,3 +121,18 @@ def test_if_torchrun_is_killed_its_processes_end_too(tiny, start, straight):
     process = start(recipe)
     finish(process)
     assert_same_state(straight, final_state(recipe))
+
+
+@pytest.mark.slow
+def test_resumed_on_other_numbers_of_processes_the_losses_stay_the_same(tiny, start, straight_losses, events):
+    recipe = tiny(run=RUN)
+    for processes, at in ((1, 3), (2, 8), (4, None)):
+        process = start(recipe, nproc_per_node=processes)
+        if at is None:
+            finish(process)
+        else:
+            wait_for(lambda at=at: logged(recipe) >= at, process)
+            kill_tree(process)
+    assert [event["world"] for event in events(recipe.run.output, "start")] == [1, 2, 4]
+    losses = [event["loss"] for event in events(recipe.run.output, "train")]
+    assert losses == pytest.approx(straight_losses, rel=1e-5)
