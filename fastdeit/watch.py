@@ -77,11 +77,12 @@ class Watch:
         self._silent = min(SILENT, 60 * minutes)
         self._every = min(BEAT, self._silent / 12)
         self._attendance = Attendance(meeting.peers, silent=self._silent, patience=60 * minutes)
-        self._beat, self._unborn = 0, set(range(len(meeting.peers)))
+        self._beat, self._rounds, self._unborn = 0, 0, set(range(len(meeting.peers)))
         self._ended = threading.Event()
         self._send()
         self._thread = threading.Thread(target=self._run, name="fastdeit-watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="fastdeit-watch-guard", daemon=True).start()
 
     def close(self, *, in_order: bool, fell: bool = False) -> None:
         """Stop watching. If the run ended in order, the main process waits for the others, which may need its store.
@@ -90,6 +91,8 @@ class Watch:
         """
         self._ended.set()
         self._thread.join(self._silent)
+        if self._thread.is_alive():  # the store does not answer
+            return
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self._store.set(_key(self._rank), _FELL if fell else _LEFT)
             end, others = time.monotonic() + self._silent, set(self._everybody) - {0}
@@ -121,6 +124,7 @@ class Watch:
     def _run(self) -> None:
         before, failing = time.monotonic(), 0.0
         while not self._ended.wait(self._every):
+            self._rounds += 1
             now = time.monotonic()
             # If this process itself was stopped for a while, the others had no time to be heard.
             seconds, before = min(now - before, 2 * self._every), now
@@ -135,16 +139,29 @@ class Watch:
             except RuntimeError as error:
                 failing += seconds
                 if failing >= self._silent / 4:
-                    _leave(
-                        f"{self._peers[self._rank]} cannot reach the run's store ({str(error).splitlines()[0]}): the "
-                        f"torchrun or the process that serves it has ended, or the network is down"
-                    )
+                    self._leave_store(str(error).splitlines()[0])
                 with contextlib.suppress(RuntimeError):
                     self._store = self._shared.clone()
             else:
                 if lost is not None:
                     self._tell(*lost)
                     self._end(*lost)
+
+    def _guard(self) -> None:
+        """End this process if the store does not answer, as on a machine that is cut off: `_run` then waits inside it."""
+        before, rounds, blocked = time.monotonic(), 0, 0.0
+        while not self._ended.wait(self._every):
+            now = time.monotonic()
+            blocked = blocked + min(now - before, 2 * self._every) if self._rounds == rounds else 0.0
+            before, rounds = now, self._rounds
+            if blocked >= self._silent:
+                self._leave_store(f"no answer for {self._silent:.0f} seconds")
+
+    def _leave_store(self, reason: str) -> None:
+        _leave(
+            f"{self._peers[self._rank]} cannot reach the run's store ({reason}): the torchrun or the process that serves "
+            f"it has ended, or the network is down"
+        )
 
     def _tell(self, peer: Peer, reason: str) -> None:
         """Let the other processes know, and wait until they do: this process may serve their store."""

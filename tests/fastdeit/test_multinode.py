@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic import finish, kill_tree, logged, missing, starter, two_machines, wait_for, workers
+from elastic import finish, kill_tree, logged, missing, printed, starter, two_machines, wait_for, workers
 from runs import assert_same_state, final_state
 
 WHY_NOT = missing()
@@ -98,6 +98,8 @@ def test_a_machine_that_falls_off_the_network_is_named_and_the_other_goes_on_alo
     machines[1].cut()
     try:
         err = finish(first)
+        # The machine that is cut off does not train on alone either.
+        wait_for(lambda: f"rank 1 (process {lost} on host beta) cannot reach the run's store" in printed(second))
     finally:
         machines[1].mend()
     assert f"rank 1 (process {lost} on host beta) has given no sign of life for 6 seconds" in err

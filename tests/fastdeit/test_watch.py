@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -80,8 +81,11 @@ def watching(monkeypatch):
     monkeypatch.setattr(watch, "SILENT", 0.6)
     with contextlib.ExitStack() as stack:
 
-        def start(rank, begun, minutes=1.0):
-            watched = Watch(Meeting(Shared(), PEERS[:2]), rank, minutes, begun)
+        def start(rank, begun, minutes=1.0, answers=None):
+            shared = Shared()
+            watched = Watch(Meeting(shared, PEERS[:2]), rank, minutes, begun)
+            if answers is not None:
+                shared.set = lambda *_: answers.wait()
             stack.callback(watched.close, in_order=False)
             return watched
 
@@ -121,6 +125,18 @@ def test_who_died_is_told_from_who_saw_it(watching):
     assert zero.gone() == []
     one.close(in_order=False)
     assert zero.gone() == [PEERS[1]]
+
+
+def test_a_store_that_does_not_answer_ends_the_process(watching):
+    """As on a machine that is cut off the network."""
+    start, ended, _store = watching
+    answers = threading.Event()
+    try:
+        start(1, lambda: 0, answers=answers)
+        until(lambda: ended)
+    finally:
+        answers.set()
+    assert ended[0].startswith("rank 1 (process 101 on host host1) cannot reach the run's store (no answer for")
 
 
 def test_a_dead_process_of_this_machine_is_known_at_once(watching, monkeypatch):

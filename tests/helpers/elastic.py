@@ -122,6 +122,11 @@ def workers(agent):
     return sorted((p for p in children if p.status() != psutil.STATUS_ZOMBIE), key=lambda p: (p.create_time(), p.pid))
 
 
+def printed(agent):
+    """What `agent` and its workers have printed to stderr so far."""
+    return agent._files[1].read_text()
+
+
 def wait_for(condition, process=None, seconds=240):
     """The first true value of `condition()`; fails if `process` ends before, or after `seconds`."""
     deadline = time.monotonic() + seconds
