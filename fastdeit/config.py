@@ -152,6 +152,7 @@ class RunConfig:
     best_metric: Literal["top1", "top5", "loss", "none"] = "top1"  # what the best checkpoint is best in; none: no best
     on_divergence: Literal["stop", "rewind"] = "stop"  # rewind: to a checkpoint, and leave out the steps at fault
     divergence_band: float = 0.0  # standard deviations above the recent losses that are divergence; 0: none
+    timeout_minutes: float = 10.0  # a process that keeps the others waiting for longer is lost: all end and are named
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
     progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
@@ -234,6 +235,7 @@ LATER = {
     "run.best_metric",
     "run.on_divergence",
     "run.divergence_band",
+    "run.timeout_minutes",
 }
 
 SOFT_DEFAULTS = {"paper": (0.1, 3.0), "released": (0.5, 1.0)}  # alpha, tau
@@ -340,6 +342,8 @@ class Recipe:
         ):
             if value < 0:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
+        if not run.timeout_minutes > 0:
+            raise UserError(f"run.timeout_minutes is {run.timeout_minutes}: it must be more than 0")
         self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
             raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")

@@ -2,18 +2,27 @@
 
 import contextlib
 import os
+import re
+import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fastdeit import launch
+from fastdeit.joining import MINUTES, meet, open_store
 from fastdeit.pipelines.errors import UserError
+from fastdeit.signals import REQUEUE
+from fastdeit.watch import Watch, lost_sentence
 
 T = TypeVar("T")
+
+# Seconds by which a collective operation outlasts the patience of `Watch`, which knows whom the others wait for.
+_MARGIN = 30.0
 
 _GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -28,6 +37,24 @@ def release_graphs() -> None:
     for graph in list(_GRAPHS):
         graph.reset()
     _GRAPHS.clear()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor in a state that travels without its tensors."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def _form(state: Any, tensors: list[torch.Tensor]) -> Any:
+    """`state` with a `_Place` for each tensor; appends the tensors in the order of their places."""
+    if isinstance(state, torch.Tensor):
+        tensors.append(state)
+        return _Place(state.shape, state.dtype)
+    if isinstance(state, dict):
+        return {key: _form(value, tensors) for key, value in state.items()}
+    return type(state)(_form(value, tensors) for value in state) if isinstance(state, list | tuple) else state
 
 
 @dataclass(frozen=True)
@@ -79,6 +106,31 @@ class World:
             dist.broadcast_object_list(values, 0, device=self.device)
         return values[0]
 
+    def share(self, state: Any) -> Any:
+        """The main process's `state` on every process: dicts, lists and tuples of tensors and picklable values.
+
+        Tensors travel one by one, so a GPU holds one of them at a time; other processes receive them on the CPU. What
+        another process passes is ignored.
+        """
+        if self.size == 1:
+            return state
+        tensors: list[torch.Tensor] = []
+        form = self.from_main(_form(state, tensors) if self.main else None)
+        if self.main:
+            for tensor in tensors:
+                dist.broadcast(tensor.to(self.device).contiguous(), 0)
+            return state
+        return self._filled(form)
+
+    def _filled(self, form: Any) -> Any:
+        if isinstance(form, _Place):
+            tensor = torch.empty(form.shape, dtype=form.dtype, device=self.device)
+            dist.broadcast(tensor, 0)
+            return tensor.cpu()
+        if isinstance(form, dict):
+            return {key: self._filled(value) for key, value in form.items()}
+        return type(form)(map(self._filled, form)) if isinstance(form, list | tuple) else form
+
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""
         if self.size > 1:
@@ -94,11 +146,15 @@ class World:
 
 
 @contextlib.contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto", minutes: float = MINUTES, facts: Mapping[str, str] | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or run alone.
 
-    Raises UserError if `device` is "cuda" without a GPU, if there are fewer GPUs than processes, or if a launcher other
-    than torchrun started several processes.
+    minutes  how long a process may keep the others waiting before it counts as lost
+    facts    what must be the same on all processes, by name; versions are compared as well
+
+    Raises UserError if `device` is "cuda" without a GPU, if there are fewer GPUs than processes, if a launcher other
+    than torchrun started several processes, if not all processes join, or if they differ. If another process is lost,
+    the program ends with status `REQUEUE` and a sentence that names it.
     """
     launch.check_launch()
     rank, size = launch.rank(), launch.size()
@@ -115,11 +171,59 @@ def world(device: str = "auto") -> Iterator[World]:
     target = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(target)
-    if size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=target if cuda else None)
+    joined = World(rank, size, local_size, target)
+    with _joined(joined, minutes, facts or {}) if size > 1 else contextlib.nullcontext():
+        yield joined
+
+
+@contextlib.contextmanager
+def _joined(world: World, minutes: float, facts: Mapping[str, str]) -> Iterator[None]:
+    """The process group of several processes, and the watch over them."""
+    meeting = meet(open_store(world.rank), world.rank, world.size, facts)
+    for warning in meeting.warnings if world.main else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    limit = timedelta(seconds=60 * minutes + _MARGIN)
+    meeting.store.set_timeout(limit)
+    watch, in_order, fell = Watch(meeting, world.rank, minutes, _begun), False, False
+    cuda = world.device.type == "cuda"
     try:
-        yield World(rank, size, local_size, target)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=meeting.store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=limit,
+            device_id=world.device if cuda else None,
+        )
+        yield
+        in_order = True
+    except RuntimeError as error:
+        fell = _is_connection(error)
+        if not fell:
+            raise
+        culprits = ", ".join(map(str, watch.gone())) or "the connection to another process"
+        detail = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
+        reason = f"{meeting.peers[world.rank]} has lost {culprits} ({detail})"
+        print(lost_sentence(reason), file=sys.stderr)
+        sys.exit(REQUEUE)
     finally:
-        if size > 1:
-            release_graphs()
+        watch.close(in_order=in_order, fell=fell)
+        release_graphs()
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _begun() -> int:
+    """How many collective operations this process has begun."""
+    group = dist.group.WORLD
+    if group is None:
+        return 0
+    try:
+        return group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
+    except (AttributeError, RuntimeError):  # another PyTorch or backend: the operation's own time limit finds a hang
+        return 0
+
+
+def _is_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process is gone, or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -171,6 +171,7 @@ EFFECTS: dict[str, Effect] = {
     "run.best_metric": _VAL,
     "run.on_divergence": ALWAYS,
     "run.divergence_band": ALWAYS,
+    "run.timeout_minutes": ALWAYS,
     "run.log_every": ALWAYS,
     "run.tensorboard": ALWAYS,
     "run.progress": ALWAYS,

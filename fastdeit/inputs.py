@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdeit.config import LITE0, Recipe, TeacherConfig
-from fastdeit.effects import skips_samples
+from fastdeit.effects import fields, skips_samples
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats import dataset as datasets
 from fastdeit.pipelines.formats.dataset import Dataset
@@ -55,6 +55,23 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
 
         dropped_samples(recipe.model.depth, recipe.model.drop_path, order.group_size)
     return sets
+
+
+# Fields that may differ from machine to machine: they change no result.
+_LOCAL = {"data.cache_dir", "data.threads", "data.prefetch", "data.stage", "run.progress"}
+
+
+def facts(recipe: Recipe, sets: DataSets) -> dict[str, str]:
+    """What must be the same on all machines of a run, by name: the recipe, with full paths, and the data's content."""
+    out = {
+        f"--{name}": str(value.absolute() if isinstance(value, Path) else value)
+        for name, value in fields(recipe).items()
+        if name not in _LOCAL
+    }
+    for name, data_set in (("train", sets.train), ("val", sets.val)):
+        if data_set is not None:
+            out[f"the content of data.{name}"] = str(data_set.content_hash)
+    return out
 
 
 def open_data_sets(recipe: Recipe, *, val: bool = True) -> DataSets:

@@ -1,10 +1,15 @@
 """How the run was launched: by torchrun, or as one process."""
 
+import contextlib
 import os
+import select
 import sys
+import threading
+import time
 from collections.abc import Mapping
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.signals import REQUEUE
 
 # Variables in which launchers count their tasks, and the launchers' names.
 _COUNTS = {
@@ -21,14 +26,52 @@ _REMEDY = (
 def prepare() -> None:
     """The first call of a command that computes, before PyTorch is imported.
 
-    Raises UserError if a launcher other than torchrun started several processes.
+    From then on, a process that torchrun started ends with torchrun. Raises UserError if a launcher other than torchrun
+    started several processes.
     """
-    warning = check_launch()
-    if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
+    for warning in (check_launch(), check_store()):
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
     # Loader threads share the cores with PyTorch's. A spinning OpenMP thread keeps the thread that it waits for off its
     # core: with one core taken, training ran at a tenth of the speed. OpenMP reads this when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _end_with(parent: int) -> None:
+    """End this process, naming the reason, as soon as process `parent` has ended.
+
+    torchrun stops its workers itself, unless it is killed. The kernel could kill this process at that moment
+    (PR_SET_PDEATHSIG), but then nobody would learn why. The main thread may be inside a collective operation and hear
+    no signal, so a thread waits for the parent's end.
+    """
+    threading.Thread(target=_wait_and_end, args=(parent,), name="fastdeit-parent", daemon=True).start()
+
+
+def _wait_and_end(parent: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, an old kernel, or the parent is gone already
+        descriptor = os.pidfd_open(parent)
+        if os.getppid() == parent:  # else `parent` is a number that was given to another process
+            select.select([descriptor], [], [])
+    while os.getppid() == parent and not _is_orphan(parent):
+        time.sleep(1)
+    reason = f"torchrun (process {parent}), which started rank {rank()} (process {os.getpid()}), has ended"
+    with contextlib.suppress(OSError):
+        os.write(
+            2, f"error: {reason}. This process ends too; the same command resumes from the last checkpoint\n".encode()
+        )
+    os._exit(REQUEUE)
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether torchrun had ended before this process looked: its parent is then the system's first process."""
+    if parent != 1:
+        return False
+    try:  # in a container, torchrun itself may be the first process
+        return not os.path.basename(os.readlink("/proc/1/exe")).startswith("python")
+    except OSError:
+        return False
 
 
 def rank(environ: Mapping[str, str] = os.environ) -> int:
@@ -59,6 +102,20 @@ def check_launch(environ: Mapping[str, str] = os.environ) -> str | None:
     if _number(environ, "SLURM_PROCID") > 0:
         raise UserError(f"SLURM started {tasks} tasks, but without torchrun each would train alone: {_REMEDY}")
     return f"the SLURM job has {tasks} tasks, and this run uses one. For all of them {_REMEDY}"
+
+
+def check_store(environ: Mapping[str, str] = os.environ) -> str | None:
+    """A warning if torchrun joined several machines in a way that a machine cannot come back to, else None.
+
+    torchrun publishes the address of its own store once. A torchrun that starts later waits for it in vain.
+    """
+    several = _number(environ, "GROUP_WORLD_SIZE") > 1 and _number(environ, "RANK") == 0
+    if not several or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        "a machine that fails cannot come back to this job: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on "
+        "all machines"
+    )
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -18,7 +18,7 @@ PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FENCED = re.compile(r"```.*?```", re.DOTALL)
 QUOTED = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
-TOP = ("fastdeit", "kernels", "pipelines", "benchmarks", "tests", "docs", "typings")
+TOP = ("fastdeit", "kernels", "pipelines", "benchmarks", "tests", "docs", "typings", "examples")
 
 
 def commands():
@@ -70,7 +70,7 @@ def test_command_is_understood(words):
         elif module != "pytest":
             assert is_module(module)
     else:
-        assert program in ("sudo", "apt-get", "pip", "tensorboard"), words
+        assert program in ("sudo", "apt-get", "pip", "tensorboard", "export"), words
 
 
 def is_module(name):

@@ -10,7 +10,7 @@ FOLDERS = ("fastdeit", "pipelines", "kernels", "benchmarks")
 # Each pattern, the files that may hold it, and what to use in the others.
 BOUNDED = {
     # Our own values that go through JSON are no stranger's.
-    r"\bjson\.loads?\((?!json\.dumps\()": ({"pipelines/parsing.py", "fastdeit/training/run_lock.py"}, "parsing"),
+    r"\bjson\.loads?\((?!json\.dumps\()": ({"pipelines/parsing.py"}, "parsing"),
     r"\btomllib\.": ({"pipelines/parsing.py"}, "parsing"),
     r"\bnp\.(load|loadtxt|genfromtxt|fromfile|memmap)\(|read_array_header|format\.read": (
         {"pipelines/formats/bounds.py", "pipelines/formats/shards.py"},

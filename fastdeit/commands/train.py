@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastdeit import launch
 from fastdeit.cli import parse_recipe, run
-from fastdeit.inputs import check_inputs
+from fastdeit.inputs import check_inputs, facts, open_data_sets
 from fastdeit.signals import StopSignals
 from fastdeit.streams import keep_streams
 from fastdeit.training.run_lock import RunLock
@@ -17,16 +17,18 @@ def train() -> None:
     launch.prepare()
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
-        lock = sets = None
+        lock = None
         if launch.rank() == 0:
             sets = check_inputs(recipe, world=launch.size())
             lock = RunLock(Path(recipe.run.output))
             stack.callback(lock.close)
+        else:
+            sets = open_data_sets(recipe)
         # Imported here: mistakes in the command are found without waiting for PyTorch.
         from fastdeit.distributed import world
         from fastdeit.training.trainer import Trainer
 
-        joined = stack.enter_context(world(recipe.run.device))
+        joined = stack.enter_context(world(recipe.run.device, recipe.run.timeout_minutes, facts(recipe, sets)))
         Trainer(recipe, joined, lock, sets, signals).run()
 
 

@@ -25,6 +25,7 @@ FREE = {
         "output", "resume", "resume_changed", "device", "precision", "compile", "cuda_graphs", "profile", "eval_every",
         "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints",
         "best_metric", "on_divergence", "divergence_band", "log_every", "tensorboard", "progress",
+        "timeout_minutes",
     },
     "data": {"train", "val", "cache_dir", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
     "model": {"init", "kernels"},
@@ -176,42 +177,18 @@ def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) 
     """Load the checkpoint that the run continues from; returns None for a fresh start.
 
     `run.resume` "auto" takes the newest checkpoint of the run's own folder, if any; "none" starts afresh and refuses
-    a folder that holds checkpoints; anything else is a path. Raises UserError if the checkpoint belongs to another
-    recipe or other data, naming the field, unless `run.resume_changed`; if the folder holds later checkpoints than
-    the one asked for; and if the processes do not all find the same one.
+    a folder that holds checkpoints; anything else is a path. The main process reads it for all, so other machines need
+    not see the folder. Raises UserError if the checkpoint belongs to another recipe or other data, naming the field,
+    unless `run.resume_changed`; and if the folder holds later checkpoints than the one asked for.
     """
-    restored = _restore(state, training, effective)
-    if not training.world.same(state.global_step):
-        raise UserError(
-            f"the processes do not find the same checkpoint in {state.folder}: "
-            f"give --run.output a folder that every machine shares"
-        )
-    return restored
-
-
-def _path(recipe: Recipe, folder: Path) -> Path | None:
-    """The checkpoint that a run with its own checkpoints in `folder` continues from."""
-    how, checkpoints = recipe.run.resume, checkpoint.found(folder)
-    if how == "none":
+    run, folder, world = training.recipe.run, state.checkpoints, training.world
+    stored = path = None
+    if world.main:
+        path = _path(training.recipe, folder)
+        stored = _read_for(path, folder, run.resume)
+    path, stored = world.from_main(path), world.share(stored)
+    if path is None or stored is None:
         return None
-    return (checkpoints[0] if checkpoints else None) if how == "auto" else Path(how)
-
-
-def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> Resumed | None:
-    run, folder = training.recipe.run, state.checkpoints
-    checkpoints = checkpoint.found(folder)
-    if run.resume == "none" and checkpoints:
-        raise UserError(
-            f"{folder} holds checkpoints: resume them with --run.resume auto, or choose another --run.output"
-        )
-    path = _path(training.recipe, folder)
-    if path is None:
-        return None
-    stored = _read(path)
-    if checkpoints and checkpoints[0] > checkpoint.step_path(folder, stored["global_step"]):
-        raise UserError(
-            f"{folder} holds checkpoints later than {path}: delete them to go back, or choose another --run.output"
-        )
     changed = _differences(stored, training.recipe, effective)
     if changed and not run.resume_changed:
         raise UserError(
@@ -220,19 +197,35 @@ def _restore(state: RunState, training: TrainingStep, effective: dict[str, Any])
         )
     steps = training.steps_per_epoch
     check_position(stored, path, epochs=run.epochs, steps_per_epoch=steps, changed=run.resume_changed)
-    check_state(stored, path, training)
-    log = check_log(stored, path)
-    _load(stored, state, training)
+    resumed = _load(stored, path, state, training, changed)
     if stored["effective"]["steps per epoch"] != steps:
         state.counted_from = [state.epoch, state.step, state.global_step]
-    return Resumed(path, changed, log)
+    return resumed
 
 
-def _load(stored: dict[str, Any], state: RunState, training: TrainingStep) -> None:
-    training.load(stored)
-    state.epoch, state.step, state.global_step = (stored[name] for name in ("epoch", "step", "global_step"))
-    state.counted_from = stored.get("counted_from", list(START))
-    state.skipped.update(stored.get("skipped", []))
+def _read_for(path: Path | None, folder: Path, how: str) -> dict[str, Any] | None:
+    """The state at `path`, which a run with its checkpoints in `folder` continues from."""
+    checkpoints = checkpoint.found(folder)
+    if how == "none" and checkpoints:
+        raise UserError(
+            f"{folder} holds checkpoints: resume them with --run.resume auto, or choose another --run.output"
+        )
+    if path is None:
+        return None
+    stored = _read(path)
+    if checkpoints and checkpoints[0] > checkpoint.step_path(folder, stored["global_step"]):
+        raise UserError(
+            f"{folder} holds checkpoints later than {path}: delete them to go back, or choose another --run.output"
+        )
+    return stored
+
+
+def _path(recipe: Recipe, folder: Path) -> Path | None:
+    """The checkpoint that a run with its own checkpoints in `folder` continues from."""
+    how, checkpoints = recipe.run.resume, checkpoint.found(folder)
+    if how == "none":
+        return None
+    return (checkpoints[0] if checkpoints else None) if how == "auto" else Path(how)
 
 
 def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
@@ -247,11 +240,17 @@ def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
         raise UserError(
             f"no checkpoint in {state.checkpoints} is older than step {before}: keep more (run.keep_checkpoints)"
         )
-    stored = _read(path)
+    return _load(training.world.share(_read(path) if training.world.main else None), path, state, training, [])
+
+
+def _load(stored: dict[str, Any], path: Path, state: RunState, training: TrainingStep, changed: list[str]) -> Resumed:
     check_state(stored, path, training)
     log = check_log(stored, path)
-    _load(stored, state, training)
-    return Resumed(path, [], log)
+    training.load(stored)
+    state.epoch, state.step, state.global_step = (stored[name] for name in ("epoch", "step", "global_step"))
+    state.counted_from = stored.get("counted_from", list(START))
+    state.skipped.update(stored.get("skipped", []))
+    return Resumed(path, changed, log)
 
 
 def _differences(stored: dict[str, Any], recipe: Recipe, effective: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.locks import lock
+from fastdeit.pipelines.parsing import parse_json
 
 NAME = "run.lock"
 HEARTBEAT = 10.0  # seconds between two touches of the file by its holder
@@ -78,7 +79,7 @@ class RunLock:
         """The holder that the file names; empty if it names none."""
         self._file.seek(0)
         try:
-            holder = json.loads(self._file.read(4096))
+            holder = parse_json(self._file.read(4096))
         except ValueError:
             return {}
         return holder if isinstance(holder, dict) else {}

@@ -73,6 +73,7 @@ def announce(
         *data_sentences(data),
         *(unchecked(one.path, one.checksums) for one in (sets.train, sets.val) if one is not None),
         None if labels is None else _labels_sentence(labels),
+        processes_sentence(recipe, world.size),
     ]
     if data.repeats != recipe.data.repeats:
         sentences.append("repeated augmentation is dropped on one process, as the released code does")
@@ -85,6 +86,20 @@ def announce(
 def _labels_sentence(labels: LabelCache) -> str:
     described = labels.described
     return f"{described.kind} labels of teacher {described.teacher_name} from {labels.folder}"
+
+
+def processes_sentence(recipe: Recipe, processes: int) -> str | None:
+    """What of a run on several processes another number of them would change; None if nothing but rounding."""
+    parts = []
+    if recipe.model.drop_rate > 0 and not frozen_mode(recipe):
+        parts.append("dropout (model.drop_rate) draws other elements")
+    if recipe.model.arch != "deit":
+        parts.append("batch normalisation takes its statistics over each process's share of the batch")
+    if recipe.departures.mix_group == 0:
+        parts.append("a mixing group is a process's share of the batch (departures.mix_group 0)")
+    if processes == 1 or not parts:
+        return None
+    return f"the result depends on the number of processes, {processes}: {'; '.join(parts)}"
 
 
 def lr_sentence(recipe: Recipe) -> str:

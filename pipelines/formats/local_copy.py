@@ -25,7 +25,7 @@ _THREADS, _CHUNK = 8, 1024  # that check the copy, and images that one of them c
 _PARTIAL = ".partial-"
 
 
-def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], None], *, progress: bool = False) -> Dataset:
+def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, progress: bool = False) -> Dataset:
     """The copy of `dataset` in the folder `cache`, made now if it is not there yet.
 
     A copy has its own folder, named after the data set and its content hash, so a data set that is converted again is
@@ -56,7 +56,7 @@ def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], None], *, pro
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _one_at_a_time(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Hold the lock of a copy. The lock's file stays: another process may be waiting for it."""
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as file:
         try:
@@ -67,7 +67,7 @@ def _one_at_a_time(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _make(dataset: Dataset, folder: Path, say: Callable[[str], None], progress: bool) -> None:
+def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress: bool) -> None:
     files = _files(dataset)
     size = sum(path.stat().st_size for path in files.values())
     free = shutil.disk_usage(folder.parent).free

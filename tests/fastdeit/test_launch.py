@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 
-from fastdeit.launch import check_launch
+from fastdeit.launch import check_launch, check_store
 from fastdeit.pipelines.errors import UserError
 from system import run_python
 
@@ -47,6 +51,47 @@ def test_a_script_that_joins_the_world_is_refused_too(monkeypatch):
 )
 def test_one_task_may_train(environ, warned):
     assert (check_launch(environ) is not None) == warned
+
+
+def test_several_machines_that_share_torchruns_store_are_a_warning():
+    several = {"GROUP_WORLD_SIZE": "2", "RANK": "0", "WORLD_SIZE": "16", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in check_store(several)
+    for other in ({"GROUP_WORLD_SIZE": "1"}, {"RANK": "3"}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}):
+        assert check_store({**several, **other}) is None
+    assert check_store({}) is None
+
+
+# A process starts another in torchrun's place, tells its number, and waits.
+PARENT = """
+import os, subprocess, sys
+environ = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "RANK": "3"}
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environ)
+print(child.pid, flush=True)
+child.wait()
+"""
+CHILD = """
+import os, time
+from fastdeit import launch
+{patch}
+launch.prepare()
+print("ready", flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("patch", ["", "del os.pidfd_open"])
+def test_a_process_ends_with_the_torchrun_that_started_it(patch):
+    """At once on Linux; elsewhere within a second."""
+    command = [sys.executable, "-c", PARENT, CHILD.format(patch=patch)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(signal.SIGKILL)
+    expected = f"error: torchrun (process {parent.pid}), which started rank 3 (process {child.pid}), has ended"
+    assert parent.stderr.readline().startswith(expected)
+    assert psutil.wait_procs([child], timeout=60)[1] == []
+    parent.communicate()
 
 
 MISTAKES = """

@@ -286,10 +286,12 @@ def kernels_on_two_cards(joined):
 def worlds_agree(joined):
     """What `World.same` and `World.first` return for equal and different values."""
     texts = [(None, None), (None, "one"), ("zero", "one")]
+    state = {"model": {"a": torch.arange(6.0).view(2, 3).t()}, "list": [torch.tensor(True), None, (3, "x")], 4: 5}
     return {
         "same": [joined.same(1e300), joined.same(joined.rank), joined.same(-1.5 * joined.rank)],
         "from_main": joined.from_main(("main", joined.rank)),
         "first": [joined.first(text[joined.rank]) for text in texts],
+        "share": joined.share(state if joined.main else None),
     }
 
 

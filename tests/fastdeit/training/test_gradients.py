@@ -51,6 +51,10 @@ def test_processes_start_from_the_same_weights(tiny, tmp_path):
 @pytest.mark.slow
 def test_processes_agree_on_a_number_and_a_reason(tmp_path):
     for result in in_two_processes(worlds_agree, tmp_path):
+        shared = result.pop("share")
+        assert torch.equal(shared["model"].pop("a"), torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
+        assert torch.equal(shared["list"].pop(0), torch.tensor(True))
+        assert shared == {"model": {}, "list": [None, (3, "x")], 4: 5}
         assert result == {
             "same": [True, False, False],
             "from_main": ("main", 0),

@@ -9,11 +9,11 @@ import torch
 
 from fastdeit.distributed import world
 from fastdeit.pipelines.formats.dataset import open_dataset
-from fastdeit.recipes import RECIPES, deit_tiny, deit_tiny_384
+from fastdeit.recipes import RECIPES, convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.training import progress
-from fastdeit.training.startup import recipe_warnings
+from fastdeit.training.startup import processes_sentence, recipe_warnings
 from fastdeit.training.trainer import Trainer
-from runs import newest, train
+from runs import changed, newest, train
 
 
 def warned(events, recipe):
@@ -166,3 +166,19 @@ def test_compiling_is_announced_where_nothing_is_cached(monkeypatch):
         monkeypatch.setattr(stage, "_run_units", dispatcher)
         sentence = stage.compile_sentence()
         assert sentence is wanted if wanted is None else sentence.startswith(wanted)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (deit_tiny(), None),
+        (changed(deit_tiny(), "model", drop_rate=0.1), "dropout (model.drop_rate)"),
+        (convnet_teacher(), "batch normalisation"),
+        (dataclasses.replace(deit_tiny(), compat="released"), "departures.mix_group 0"),
+    ],
+)
+def test_what_depends_on_the_number_of_processes_is_said(recipe, said):
+    recipe = recipe.filled()
+    assert processes_sentence(recipe, 1) is None
+    sentence = processes_sentence(recipe, 8)
+    assert (sentence is None) if said is None else (said in sentence and "processes, 8: " in sentence)

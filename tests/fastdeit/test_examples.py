@@ -1,0 +1,201 @@
+"""The files in examples/: their syntax, their commands, and what they do on signals; stubs stand in for SLURM."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from fastdeit.cli import parse_recipe
+from fastdeit.recipes import RECIPES
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = ["local.sh", "slurm.sbatch"]
+WORDS = ["deit_small", "--data.train", "train.beton", "--run.output", "runs/a b"]
+
+
+def check_torchrun(words, expected):
+    """Assert that torchrun would start `fastdeit.train` with the words `expected`, and return its options."""
+    options = get_args_parser().parse_args(words)
+    assert (options.module, options.training_script) == (True, "fastdeit.train")
+    assert options.training_script_args == expected
+    assert parse_recipe(expected).name in RECIPES
+    return options
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_valid_bash(name):
+    assert subprocess.run(["bash", "-n", EXAMPLES / name], check=False).returncode == 0
+    if shutil.which("shellcheck") is not None:
+        done = subprocess.run(["shellcheck", EXAMPLES / name], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """Function: put a program of this name first in the search path; returns the environment."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    environ = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HERE": str(tmp_path)}
+
+    def put(name, code):
+        (folder / name).write_text(f"#!/bin/bash\n{code}\n")
+        (folder / name).chmod(0o755)
+        return environ
+
+    return put
+
+
+RECORD = 'printf "%s\\n" "$@" > "$HERE/{}"'
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [("exit 127", "1"), ("echo GPU 0; echo GPU 1", "2")])
+def test_local_starts_a_process_for_each_gpu(stubs, tmp_path, gpus, processes):
+    stubs("nvidia-smi", gpus)
+    environ = stubs("torchrun", RECORD.format("torchrun"))
+    assert subprocess.run([EXAMPLES / "local.sh", *WORDS], env=environ, check=False).returncode == 0
+    options = check_torchrun((tmp_path / "torchrun").read_text().splitlines(), WORDS)
+    assert (options.nproc_per_node, options.max_restarts, options.standalone) == (processes, 3, True)
+
+
+@pytest.mark.slow
+def test_local_trains(tiny, tmp_path, events):
+    recipe = tiny(run={"epochs": 1, "eval_every": 1})
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe.to_dict()))
+    environ = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(EXAMPLES.parent),
+        "PROCESSES": "1",
+    }
+    done = subprocess.run(
+        [EXAMPLES / "local.sh", recipe.name, "--config", file], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(events(recipe.run.output, "train")) == 5
+
+
+SRUN = """
+trap 'exit "$(cat "$HERE/status")"' TERM
+printf "%s\\n" "$@" > "$HERE/srun.new"
+echo $$ > "$HERE/pid"
+mv "$HERE/srun.new" "$HERE/srun"
+while [ ! -e "$HERE/end" ]; do sleep 0.02; done
+exit "$(cat "$HERE/end")"
+"""
+SCONTROL = 'case $1 in show) echo node1; echo node2 ;; *) echo "$@" >> "$HERE/scontrol" ;; esac'
+SCANCEL = 'echo "$@" > "$HERE/scancel"; kill -TERM "$(cat "$HERE/pid")"'
+
+
+@pytest.fixture
+def job(stubs, tmp_path):
+    """The batch script, which runs, and its srun, which waits."""
+    stubs("srun", SRUN)
+    stubs("scontrol", SCONTROL)
+    environ = stubs("scancel", SCANCEL)
+    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    process = subprocess.Popen(["bash", EXAMPLES / "slurm.sbatch", *WORDS], env={**environ, **slurm})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "srun").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process
+    (tmp_path / "end").write_text("0")
+    process.kill()
+    process.wait()
+
+
+def test_slurm_starts_one_torchrun_on_each_machine(job, tmp_path):
+    words = (tmp_path / "srun").read_text().splitlines()
+    options = check_torchrun(words[words.index("torchrun") + 1 :], WORDS)
+    assert (options.nnodes, options.nproc_per_node) == ("2", "gpu")
+    assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node1:22345", "12345")
+    assert options.shutdown_timeout < 120  # the seconds of --signal
+    (tmp_path / "end").write_text("0")
+    assert job.wait(60) == 0
+    assert not (tmp_path / "scontrol").exists()
+
+
+@pytest.mark.parametrize("status", [1, 75])
+def test_slurm_queues_the_job_again_at_its_time_limit(job, tmp_path, status):
+    (tmp_path / "status").write_text(str(status))
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == status
+    assert (tmp_path / "scancel").read_text() == "--signal=TERM 12345.0\n"
+    assert (tmp_path / "scontrol").read_text() == "requeue 12345\n"
+
+
+@pytest.mark.parametrize(("status", "again"), [(75, True), (1, False), (2, False)])
+def test_slurm_queues_a_job_again_that_asks_for_it_but_no_error(job, tmp_path, status, again):
+    (tmp_path / "end").write_text(str(status))
+    assert job.wait(60) == status
+    assert (tmp_path / "scontrol").exists() == again
+
+
+def test_slurm_does_not_queue_a_job_again_that_ends_well_after_the_signal(job, tmp_path):
+    (tmp_path / "status").write_text("0")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(60) == 0
+    assert not (tmp_path / "scontrol").exists()
+
+
+def test_slurm_asks_for_the_signal_and_for_requeueing():
+    options = [
+        line.split(maxsplit=1)[1]
+        for line in (EXAMPLES / "slurm.sbatch").read_text().splitlines()
+        if line.startswith("#SBATCH")
+    ]
+    assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(options)
+
+
+# The fields of PyTorchJob v1 (kubeflow/training-operator, pkg/apis/kubeflow.org/v1), and of a pod those used here.
+FIELDS = {
+    "": {"apiVersion", "kind", "metadata", "spec"},
+    "spec": {"runPolicy", "elasticPolicy", "pytorchReplicaSpecs", "nprocPerNode"},
+    "spec.runPolicy": {
+        "cleanPodPolicy", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "backoffLimit", "schedulingPolicy",
+        "suspend", "managedBy",
+    },
+    "spec.elasticPolicy": {
+        "minReplicas", "maxReplicas", "rdzvBackend", "rdzvPort", "rdzvHost", "rdzvId", "rdzvConf", "standalone",
+        "nProcPerNode", "maxRestarts", "metrics",
+    },
+    "spec.pytorchReplicaSpecs": {"Master", "Worker"},
+    "spec.pytorchReplicaSpecs.Worker": {"replicas", "template", "restartPolicy"},
+    "spec.pytorchReplicaSpecs.Worker.template": {"metadata", "spec"},
+    "spec.pytorchReplicaSpecs.Worker.template.spec": {"terminationGracePeriodSeconds", "containers", "volumes"},
+}  # fmt: skip
+
+
+def test_the_kubernetes_job_is_one_that_the_operator_accepts():
+    job = yaml.safe_load((EXAMPLES / "kubernetes.yaml").read_text())
+    for path, names in FIELDS.items():
+        held = job
+        for name in path.split(".") if path else ():
+            held = held[name]
+        assert set(held) <= names, path
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    spec = job["spec"]
+    worker, elastic = spec["pytorchReplicaSpecs"]["Worker"], spec["elasticPolicy"]
+    assert isinstance(spec["nprocPerNode"], str)
+    assert spec["runPolicy"]["cleanPodPolicy"] in ("All", "Running", "None")
+    assert elastic["minReplicas"] <= worker["replicas"] <= elastic["maxReplicas"]
+    assert worker["restartPolicy"] == "OnFailure"
+    pod = worker["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(spec["nprocPerNode"])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    program, *words = container["command"]
+    assert program == "torchrun"
+    options = check_torchrun(words, words[words.index("fastdeit.train") + 1 :])
+    assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
