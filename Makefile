@@ -17,7 +17,7 @@ BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
 
-test: env dataset style  ## lint, types, tests: 12 minutes on two cores
+test: env dataset style  ## lint, types, tests: 16 minutes on two cores
 	@$(MAKE) --no-print-directory -j2 types pytest
 
 fast: env  ## the tests that are not marked slow: 2 minutes on two cores
@@ -52,13 +52,13 @@ env: .venv/.stamp
 	fi
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv: apt-get install python3-venv"; exit 1; }
 	@echo "installing PyTorch and other packages into .venv (downloads about 3 GB)"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,dev]'
+	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -e '.[demo,dev]'
 	@if ! { $(BUILDS_FFCV); }; then \
 	    echo "FFCV is not installed, since it needs $(SYSTEM): the other loaders work without it"; \
-	elif ! $(BIN)/pip install -q --disable-pip-version-check -e '.[ffcv]'; then \
+	elif ! $(BIN)/pip install -q --disable-pip-version-check --no-compile -e '.[ffcv]'; then \
 	    echo "FFCV did not build: the other loaders work without it (fastdeit-doctor shows why)"; \
 	fi
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dali]' || \
+	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -e '.[dali]' || \
 	    echo "DALI did not install (it needs Linux on x86-64 or aarch64): the other loaders work without it"
 	@touch $@
 

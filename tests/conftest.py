@@ -140,7 +140,7 @@ def device():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="signals in each test of a run that is stopped and resumed")
+    parser.addoption("--kills", type=int, default=2, help="signals in each test of a run that is stopped and resumed")
 
 
 def pytest_sessionstart(session):

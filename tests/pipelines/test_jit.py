@@ -43,7 +43,7 @@ def test_a_change_in_any_file_is_seen_and_no_change_is_not_compiled_again(tmp_pa
 
 
 CONTAINER = """
-import os, sys, warnings
+import os, sys, unicodedata, warnings
 import numba, numpy as np, inspect, tempfile  # while they can be read, by root
 numba.njit(lambda x: x + 1)(np.zeros(3, np.uint8))
 root, temporary = sys.argv[1:]
