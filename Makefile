@@ -52,13 +52,13 @@ env: .venv/.stamp
 	fi
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv: apt-get install python3-venv"; exit 1; }
 	@echo "installing PyTorch and other packages into .venv (downloads about 3 GB)"
-	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -e '.[demo,dev]'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,dev]'
 	@if ! { $(BUILDS_FFCV); }; then \
 	    echo "FFCV is not installed, since it needs $(SYSTEM): the other loaders work without it"; \
-	elif ! $(BIN)/pip install -q --disable-pip-version-check --no-compile -e '.[ffcv]'; then \
+	elif ! $(BIN)/pip install -q --disable-pip-version-check -e '.[ffcv]'; then \
 	    echo "FFCV did not build: the other loaders work without it (fastdeit-doctor shows why)"; \
 	fi
-	@$(BIN)/pip install -q --disable-pip-version-check --no-compile -e '.[dali]' || \
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dali]' || \
 	    echo "DALI did not install (it needs Linux on x86-64 or aarch64): the other loaders work without it"
 	@touch $@
 
