@@ -106,6 +106,11 @@ class CheckpointWriter:
         except OSError as error:
             self._log.warn(f"old checkpoints cannot be deleted ({error}): they take up space in {self._folder}")
 
+    def forget(self) -> None:
+        """Wait for the checkpoint that is being written, then write any position anew: the run goes back."""
+        self.wait()
+        self._written = None
+
     def close(self) -> None:
         """Wait for the checkpoint that is being written; call it when the run ends, for whatever reason."""
         if self._active is None:

@@ -231,16 +231,23 @@ def _path(recipe: Recipe, folder: Path) -> Path | None:
 def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
     """Load the newest of the run's own checkpoints that is older than step `before` (global, from 1).
 
+    The later ones are deleted: they hold the steps that are left out, and a run that is killed would resume from them.
     Steps that the run has left out stay left out. Raises UserError if no checkpoint is old enough. Call it on all
     processes.
     """
-    old = [path for path in checkpoint.found(state.checkpoints) if checkpoint.steps_of(path) < before]
-    path = training.world.from_main(old[0] if old else None)
-    if path is None:
-        raise UserError(
-            f"no checkpoint in {state.checkpoints} is older than step {before}: keep more (run.keep_checkpoints)"
-        )
-    return _load(training.world.share(_read(path) if training.world.main else None), path, state, training, [])
+    stored = path = None
+    if training.world.main:
+        found = checkpoint.found(state.checkpoints)
+        later = [path for path in found if checkpoint.steps_of(path) >= before]
+        if len(later) == len(found):
+            raise UserError(
+                f"no checkpoint in {state.checkpoints} is older than step {before}: keep more (run.keep_checkpoints)"
+            )
+        path = found[len(later)]
+        stored = _read(path)
+        for each in later:
+            each.unlink()
+    return _load(training.world.share(stored), training.world.from_main(path), state, training, [])
 
 
 def _load(stored: dict[str, Any], path: Path, state: RunState, training: TrainingStep, changed: list[str]) -> Resumed:

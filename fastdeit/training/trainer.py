@@ -244,7 +244,7 @@ class Trainer:
         """Load a checkpoint from before the divergence, and mark the steps that led there to be left out."""
         state, skipped = self.state, self.guard.steps_to_skip(error)
         if self.writer is not None:
-            self.writer.wait()
+            self.writer.forget()
         resumed = go_back(state, self.train_step, skipped[0])
         state.skipped.update(skipped)
         self._restart(resumed.log)

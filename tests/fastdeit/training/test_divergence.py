@@ -89,6 +89,29 @@ def test_a_resumed_run_leaves_the_same_steps_out(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_no_checkpoint_keeps_the_steps_left_out(tiny, tmp_path, monkeypatch):
+    """Checkpoint 4 is written, step 5 diverges, and the run is stopped before it writes a later one."""
+    run = {"epochs": 3, "checkpoint_every": 2, "keep_checkpoints": 9, "on_divergence": "rewind"}
+    poison(monkeypatch, 5)
+    expected = trained(tiny(run={**run, "output": tmp_path / "straight"}))
+    stopped, gone_back = tiny(run={**run, "output": tmp_path / "stopped"}), []
+
+    def due(self, step, diverged=False):
+        if diverged:
+            gone_back.append(step)
+            return "rewind"
+        return "stop" if gone_back and step == 4 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "due", due)
+        with pytest.raises(SystemExit):
+            train(stopped)
+    newest = checkpoint.load(checkpoint.found(stopped.run.output / "checkpoints")[0])
+    assert (newest["global_step"], newest["skipped"]) == (4, [4, 5])
+    assert_same_state(expected, trained(stopped))
+
+
+@pytest.mark.slow
 def test_more_steps_are_left_out_until_it_helps_and_not_for_ever(tiny, tmp_path, monkeypatch, events):
     run = {"epochs": 4, "keep_checkpoints": 99, "on_divergence": "rewind"}
     poison(monkeypatch, *range(9, 12))
