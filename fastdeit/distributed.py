@@ -16,8 +16,8 @@ import torch.distributed as dist
 from fastdeit import launch
 from fastdeit.joining import MINUTES, meet, open_store
 from fastdeit.pipelines.errors import UserError
-from fastdeit.signals import REQUEUE
-from fastdeit.watch import Watch, lost_sentence
+from fastdeit.signals import REQUEUE, lost_sentence
+from fastdeit.watch import Watch
 
 T = TypeVar("T")
 

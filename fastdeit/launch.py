@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.signals import REQUEUE
+from fastdeit.signals import end_at_once
 
 # Variables in which launchers count their tasks, and the launchers' names.
 _COUNTS = {
@@ -56,12 +56,7 @@ def _wait_and_end(parent: int) -> None:
             select.select([descriptor], [], [])
     while os.getppid() == parent and not _is_orphan(parent):
         time.sleep(1)
-    reason = f"torchrun (process {parent}), which started rank {rank()} (process {os.getpid()}), has ended"
-    with contextlib.suppress(OSError):
-        os.write(
-            2, f"error: {reason}. This process ends too; the same command resumes from the last checkpoint\n".encode()
-        )
-    os._exit(REQUEUE)
+    end_at_once(f"torchrun (process {parent}), which started rank {rank()} (process {os.getpid()}), has ended")
 
 
 def _is_orphan(parent: int) -> bool:

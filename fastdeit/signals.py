@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 REQUEUE = 75  # exit status of a run that was told to stop and resumes if started again (EX_TEMPFAIL)
@@ -68,6 +68,17 @@ class StopSignals:
             raise KeyboardInterrupt
         _print(f"{self.asked.name}: stopped; the same command resumes from the last checkpoint, if there is one")
         sys.exit(REQUEUE)
+
+
+def end_at_once(reason: str) -> NoReturn:
+    """End this process because another is lost: its main thread may never return from what it does."""
+    _print(lost_sentence(reason))
+    os._exit(REQUEUE)
+
+
+def lost_sentence(reason: str) -> str:
+    """The sentence for a process that ends because another is lost."""
+    return f"error: {reason}. This process ends too; the same command resumes from the last checkpoint"
 
 
 def _print(text: str) -> None:

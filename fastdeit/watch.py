@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from fastdeit.joining import Meeting, Peer
-from fastdeit.signals import REQUEUE
+from fastdeit.signals import end_at_once
 
 BEAT = 2.0  # seconds between two signs of life
 SILENT = 120.0  # seconds without a sign of life after which a process counts as lost
@@ -51,7 +51,7 @@ class Attendance:
                     f"has given no sign of life for {self._silent:.0f} seconds: it is stopped, or its machine or its "
                     f"network is down"
                 )
-            if self._waited_for[rank] >= self._patience:
+            if self._waited_for[rank] >= self._patience and not self._unheard[rank]:  # else it may be stopped
                 return self._peers[rank], (
                     f"has kept the others waiting for {self._patience / 60:g} minutes: it hangs, and prints the stacks "
                     f"of its threads. If it was only slow, give a larger --run.timeout_minutes"
@@ -158,7 +158,7 @@ class Watch:
                 self._leave_store(f"no answer for {self._silent:.0f} seconds")
 
     def _leave_store(self, reason: str) -> None:
-        _leave(
+        end_at_once(
             f"{self._peers[self._rank]} cannot reach the run's store ({reason}): the torchrun or the process that "
             f"serves it has ended, or the network is down"
         )
@@ -191,7 +191,7 @@ class Watch:
         if peer.rank == self._rank:
             with contextlib.suppress(OSError):
                 faulthandler.dump_traceback(2)
-        _leave(f"{peer} {reason}")
+        end_at_once(f"{peer} {reason}")
 
 
 def _is_dead(pid: int) -> bool:
@@ -206,15 +206,3 @@ def _is_dead(pid: int) -> bool:
 
 def _key(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def _leave(reason: str) -> NoReturn:
-    """End this process at once: its main thread may never return from what it does."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{lost_sentence(reason)}\n".encode())
-    os._exit(REQUEUE)
-
-
-def lost_sentence(reason: str) -> str:
-    """The sentence for a process that ends because another is lost."""
-    return f"error: {reason}. This process ends too; the same command resumes from the last checkpoint"

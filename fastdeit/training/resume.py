@@ -238,7 +238,7 @@ def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
     stored = path = None
     if training.world.main:
         found = checkpoint.found(state.checkpoints)
-        later = [path for path in found if checkpoint.steps_of(path) >= before]
+        later = [each for each in found if checkpoint.steps_of(each) >= before]
         if len(later) == len(found):
             raise UserError(
                 f"no checkpoint in {state.checkpoints} is older than step {before}: keep more (run.keep_checkpoints)"
@@ -247,7 +247,9 @@ def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
         stored = _read(path)
         for each in later:
             each.unlink()
-    return _load(training.world.share(stored), training.world.from_main(path), state, training, [])
+    path, stored = training.world.from_main(path), training.world.share(stored)
+    assert path is not None
+    return _load(stored, path, state, training, [])
 
 
 def _load(stored: dict[str, Any], path: Path, state: RunState, training: TrainingStep, changed: list[str]) -> Resumed:

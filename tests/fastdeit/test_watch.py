@@ -77,7 +77,7 @@ def watching(monkeypatch):
         def clone(self):
             return self
 
-    monkeypatch.setattr(watch, "_leave", lambda reason: ended.append(reason))
+    monkeypatch.setattr(watch, "end_at_once", lambda reason: ended.append(reason))
     monkeypatch.setattr(watch, "SILENT", 0.6)
     with contextlib.ExitStack() as stack:
 
