@@ -2,6 +2,8 @@
 
 # On a machine with few cores, OpenMP threads that spin while they wait slow down the loader's threads.
 export OMP_WAIT_POLICY ?= passive
+# Python keeps what it compiles: a package is compiled when it is first imported, not when it is installed.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
 # Test processes, one more than cores, since tests also wait. Each takes up to 4 GB of memory.
@@ -12,7 +14,7 @@ SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null
 BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null && \
     $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
 
-.PHONY: demo test fast lint style types pytest env gpu clean
+.PHONY: demo test fast lint style types pytest warm env gpu clean
 
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
@@ -20,11 +22,15 @@ demo: env  ## train and distil a small DeiT on scikit-learn's digits
 test: env dataset style  ## lint, types, tests: 16 minutes on two cores
 	@$(MAKE) --no-print-directory -j2 types pytest
 
-fast: env  ## the tests that are not marked slow: 2 minutes on two cores
+fast: warm  ## the tests that are not marked slow: 2 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
-pytest: env
+pytest: warm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Else the test processes would all compile the pipelines' code, half a minute each.
+warm: env
+	$(BIN)/python -m tests.helpers.warm
 
 lint: style types
 
@@ -52,13 +58,13 @@ env: .venv/.stamp
 	fi
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv: apt-get install python3-venv"; exit 1; }
 	@echo "installing PyTorch and other packages into .venv (downloads about 3 GB)"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo,dev]'
+	@$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[demo,dev]'
 	@if ! { $(BUILDS_FFCV); }; then \
 	    echo "FFCV is not installed, since it needs $(SYSTEM): the other loaders work without it"; \
-	elif ! $(BIN)/pip install -q --disable-pip-version-check -e '.[ffcv]'; then \
+	elif ! $(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[ffcv]'; then \
 	    echo "FFCV did not build: the other loaders work without it (fastdeit-doctor shows why)"; \
 	fi
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dali]' || \
+	@$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dali]' || \
 	    echo "DALI did not install (it needs Linux on x86-64 or aarch64): the other loaders work without it"
 	@touch $@
 

@@ -111,6 +111,13 @@ class CheckpointWriter:
         self.wait()
         self._written = None
 
+    def gone(self) -> Path | None:
+        """The last checkpoint, if somebody has removed it."""
+        if self._written is None or self._active is not None:
+            return None
+        path = checkpoint.step_path(self._folder, self._written["global_step"])
+        return None if path.exists() else path
+
     def close(self) -> None:
         """Wait for the checkpoint that is being written; call it when the run ends, for whatever reason."""
         if self._active is None:

@@ -34,7 +34,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from fastdeit.pipelines.errors import printable
-from fastdeit.pipelines.formats.files import atomic_write, check_regular
+from fastdeit.pipelines.formats.files import atomic_write, check_regular, is_at
 from fastdeit.pipelines.parsing import parse_json
 from fastdeit.streams import new_faults
 from fastdeit.training.progress import Progress
@@ -58,8 +58,8 @@ class RunLog:
         """One line of the log; numbers of train and eval events go to TensorBoard as well."""
         if not self._active:
             return
-        self._open_board()
         self._write(event, fields)
+        self._open_board()
         if self._board is not None and event in ("train", "eval"):
             prefix = event if event == "train" else f"eval_{fields['weights']}"
             try:
@@ -80,10 +80,7 @@ class RunLog:
         evaluates           whether it evaluates that checkpoint again
         """
         self._first_step = global_step + 1
-        self._close_file()
-        if self._board is not None:
-            self._close_board()
-            self._board, self._tensorboard = None, True
+        self._reopen()
         if not self._active or not self._path.exists():
             return
 
@@ -151,12 +148,19 @@ class RunLog:
 
     def _write(self, event: str, fields: dict[str, Any]) -> None:
         try:
+            gone = self._file is not None and not is_at(self._file, self._path)
+            if gone:
+                self._reopen()
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = _open_whole(self._path)
                 if self._lost:
                     self._line("warning", {"text": f"{self._lost} events are missing here: {self._why}"})
                     self._lost = 0
+            if gone:
+                text = f"{self._path} was removed or replaced in the middle of the run: a new one begins here"
+                self._line("warning", {"text": text})
+                self.say(f"warning: {text}")
             self._line(event, fields)
         except OSError as error:
             self._close_file()
@@ -169,6 +173,14 @@ class RunLog:
     def _line(self, event: str, fields: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def _reopen(self) -> None:
+        """Close the files, so that the next event opens those that their paths name now."""
+        self._close_file()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+            self._board, self._tensorboard = None, True
 
     def _close_file(self) -> None:
         with contextlib.suppress(OSError):  # events that it still buffers are counted as lost

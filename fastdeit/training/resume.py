@@ -1,6 +1,5 @@
 """What a checkpoint holds, and how a run continues from one."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from fastdeit.data import TrainingData
 from fastdeit.effects import has_effect
 from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.training.resume_checks import check_log, check_position, check_state, damage_remedy, stored_kernels
 from fastdeit.training.state import START, RunState
@@ -285,17 +283,3 @@ def _differences(stored: dict[str, Any], recipe: Recipe, effective: dict[str, An
         if held.get(name) != value
     ]
     return out
-
-
-def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """`recipe.json`: the resolved recipe, which `fastdeit-train --config` reads back.
-
-    Raises MachineError where it cannot be written.
-    """
-    path = folder / "recipe.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write((json.dumps(recipe.to_dict(), indent=2) + "\n").encode())
-    except OSError as error:
-        raise machine_error(error, f"{path}: cannot be written") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.files import is_at
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.parsing import parse_json
 
@@ -39,7 +40,7 @@ class RunLock:
             try:
                 self._take()
                 # The former holder may have removed the file between the opening and the locking.
-                if self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                if is_at(self._file, self.path):
                     break
             except BaseException:
                 self._file.close()
@@ -108,6 +109,13 @@ class RunLock:
             with contextlib.suppress(OSError):  # a file server that is down for a while must not end a run
                 os.utime(self._file.fileno())
 
+    def lost(self) -> bool:
+        """Whether somebody has removed the folder, or the file in it, so that another run could take it."""
+        try:
+            return not is_at(self._file, self.path)
+        except OSError:  # a file server that is down for a while
+            return False
+
     def close(self) -> None:
         """Let the next run have the folder; may be called twice. A run that wrote nothing leaves no folder either."""
         if self._file.closed:
@@ -115,7 +123,8 @@ class RunLock:
         self._ended.set()
         self._beat.join()
         with contextlib.suppress(OSError):
-            self.path.unlink()  # while it is locked, so that nobody else takes it up
+            if is_at(self._file, self.path):
+                self.path.unlink()  # while it is locked, so that nobody else takes it up
         self._file.close()
         with contextlib.suppress(OSError):  # of a folder that is not empty
             for folder in self._made:

@@ -28,6 +28,7 @@ class Stop:
         self._world, self._signals, self._minutes = world, signals, minutes
         self._vote: PendingNumbers | None = None
         self._saved = time.monotonic()
+        self._soon = False
 
     def due(self, global_step: int, *, diverged: bool = False) -> Literal["rewind", "stop", "save"] | None:
         """What is due after `global_step` steps; None: nothing. `diverged`: this process must go back."""
@@ -52,7 +53,11 @@ class Stop:
 
     def saved(self) -> None:
         """Count the minutes to the next checkpoint from now."""
-        self._saved = time.monotonic()
+        self._saved, self._soon = time.monotonic(), False
+
+    def save_soon(self) -> None:
+        """Have all processes save after one of the next steps."""
+        self._soon = True
 
     def leaving(self) -> None:
         """Ignore signals from now on: torchrun sends one to each process once the first has ended."""
@@ -79,7 +84,7 @@ class Stop:
         return self._signals is not None and self._signals.asked is not None
 
     def _is_old(self) -> bool:
-        return 0 < self._minutes <= (time.monotonic() - self._saved) / 60
+        return self._soon or 0 < self._minutes <= (time.monotonic() - self._saved) / 60
 
     def _count(self, diverged: bool = False) -> PendingNumbers:
         votes = torch.zeros(3, device=self._world.device)

@@ -56,10 +56,10 @@ from fastdeit.training.resume import (
     restore,
     set_damaged_aside,
     snapshot,
-    write_recipe,
 )
+from fastdeit.training.run_folder import RunFolder
 from fastdeit.training.run_lock import RunLock
-from fastdeit.training.run_record import describe_processes, record_start
+from fastdeit.training.run_record import describe_processes
 from fastdeit.training.startup import announce, recipe_warnings
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
@@ -99,10 +99,9 @@ class Trainer:
         """Open everything that the run needs; `stack` closes it."""
         recipe, world, run, folder = self.recipe, self.world, self.recipe.run, self.state.folder
         self.messages: list[str] = []
-        if world.main:
-            lock = lock or RunLock(folder)
-            stack.callback(lock.close)
-            self.messages += lock.notes
+        self.run_folder = RunFolder(recipe, lock) if world.main else None
+        if self.run_folder is not None:
+            stack.callback(self.run_folder.close)
         self.log = RunLog(
             folder,
             active=world.main,
@@ -206,10 +205,11 @@ class Trainer:
             self.teaching.labels.check_epochs(state.epoch, self.recipe.run.epochs)
         self.log.go_back(state.epoch, state.global_step, evaluates=state.step == 0 and self._is_evaluation_due())
         processes, run_id = describe_processes(self.world), None
-        if self.world.main:
-            write_recipe(self.state.folder, self.recipe)
+        if self.run_folder is not None:
+            self.messages += self.run_folder.notes
+            self.run_folder.write_recipe()
             try:
-                run_id = record_start(self.state.folder, processes, resumed and resumed.path)
+                run_id = self.run_folder.record_start(processes, resumed and resumed.path)
             except (OSError, ValueError) as error:
                 self.warnings.append(f"this start is not recorded: {error}")
         announce(
@@ -287,6 +287,8 @@ class Trainer:
             self._profile(batches.wait_seconds)
             if self.writer is not None:
                 self.writer.poll()
+            if state.global_step % run.log_every == 0:
+                self._look_after_folder()
             if saving:
                 self._save()
             due = self.stop.due(state.global_step, diverged=self.guard.found)
@@ -404,6 +406,20 @@ class Trainer:
         self.stop.saved()
         if must:
             self.world.barrier()  # a process that ends makes torchrun end the main one
+
+    def _look_after_folder(self) -> None:
+        """Make the run's folder or its last checkpoint anew if somebody has removed it in the middle of the run."""
+        if self.run_folder is None or self.writer is None:
+            return
+        try:
+            gone = self.state.folder if self.run_folder.mend() else self.writer.gone()
+        except OSError as error:
+            self.log.warn(f"{self.state.folder} was removed in the middle of the run, and cannot be made anew: {error}")
+            return
+        if gone is not None:
+            self.log.warn(f"{gone} was removed in the middle of the run: a checkpoint is written at once")
+            self.writer.forget()
+            self.stop.save_soon()
 
     def _leave(self) -> NoReturn:
         """End the program because of a signal; the checkpoint is already written."""

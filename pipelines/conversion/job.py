@@ -199,6 +199,9 @@ class Conversion:
                 raise
             except BaseException:
                 with self._writing():
+                    # An interrupt in `_save` may come after the journal has them.
+                    if self.pending and sum(1 for _ in journal.entries()) == self.position:
+                        self._saved(writer)
                     self._save(writer, journal)
                 raise
             with self._writing():
@@ -225,13 +228,13 @@ class Conversion:
         self.last_label = max(self.last_label, entry.record.label)
 
     def _save(self, writer: Writer, journal: Journal) -> None:
-        # Cleared first: an interrupt may lose them, but never writes them twice.
-        pending, self.pending = self.pending, []
-        if pending:
+        if self.pending:
             writer.flush()
-            journal.append(pending)
-            writer.keep = True
-            self.saved = self.position
+            journal.append(self.pending)
+            self._saved(writer)
+
+    def _saved(self, writer: Writer) -> None:
+        self.pending, self.saved, writer.keep = [], self.position, True
 
     def _finish(self, writer: Writer, journal: Journal) -> dict[str, Any]:
         if len(self.rejects) == len(self.order):

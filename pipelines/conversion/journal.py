@@ -166,8 +166,8 @@ class Journal:
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
-        except OSError:
-            # Such as a full disk: nothing after a torn line would be read.
+        except BaseException:
+            # A full disk, or an interrupt: nothing after a torn line would be read.
             with suppress(OSError):
                 self._file.truncate(end)
             raise

@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from fastdeit.pipelines.errors import UserError, naming, os_sentence
 
@@ -67,6 +67,16 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether `path` still names the open `file`: it may have been removed, or another may have taken its place."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            raise
+        return False
 
 
 def read_text(path: Path, most: int) -> str:

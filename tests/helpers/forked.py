@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["fastdeit.training.trainer", "tyro", "torchvision.datasets"])
+_SERVER.set_forkserver_preload(["tests.helpers.warm", "fastdeit.training.trainer", "tyro", "torchvision.datasets"])
 
 
 class Forked:

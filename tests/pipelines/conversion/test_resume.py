@@ -299,6 +299,38 @@ def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, num
     assert done[-1] > 1
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupt_at_any_sync_loses_no_image(data, out, tmp_path, monkeypatch, format, before):
+    """Ctrl-C just before or just after a sync; each image that was encoded is kept, once."""
+    (tmp_path / "whole").mkdir()
+    options = {"format": format, "shard_size": 3, "progress": False}
+    convert(Items(data[:6]), tmp_path / "whole" / "data", **options)
+    monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
+    sync = os.fsync
+
+    def interrupted(descriptor):
+        hit = next(remaining) == interrupted_at
+        if hit and before:
+            raise KeyboardInterrupt
+        sync(descriptor)
+        if hit:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    kept = []
+    for interrupted_at in range(1, 10):  # noqa: B007 -- a closure reads it
+        remaining = itertools.count()
+        with pytest.raises(KeyboardInterrupt):
+            convert(Items(data[:6]), out / "data", **options)
+        remaining = itertools.count(100)
+        kept.append(6 - convert(Items(data[:6]), out / "data", resume=True, **options).done)
+        assert files(out) == files(tmp_path / "whole")
+        empty(out)
+    assert kept == sorted(kept)
+    assert kept[1] >= 1
+
+
 FILL = """
 import re, resource, sys
 from fastdeit.pipelines.conversion import job

@@ -1,0 +1,165 @@
+"""A run whose folder is removed, taken by another run, or cannot be written for a while, in the middle of the run."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+from contextlib import suppress
+
+import pytest
+
+from elastic import wait_for
+from fastdeit import checkpoint
+from fastdeit.pipelines.errors import UserError
+from fastdeit.training.run_lock import RunLock
+from fastdeit.training.step import TrainingStep
+from forked import Forked
+from runs import assert_same_state, final_state, train, trained
+
+STEPS = 10  # of the run
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Function: have something happen in the middle of a step."""
+
+    def add(step, happen):
+        monkeypatch.setattr(TrainingStep, "__call__", _with(TrainingStep.__call__, {step: happen}))
+
+    return add
+
+
+def _with(call, happenings):
+    def step(self, batch, epoch, step, global_step, check=None):
+        happenings.get(global_step + 1, lambda: None)()
+        return call(self, batch, epoch, step, global_step, check)
+
+    return step
+
+
+def steps_of(events, recipe):
+    return [event["global_step"] for event in events(recipe.run.output, "train")]
+
+
+@pytest.fixture
+def straight(tiny, tmp_path):
+    """The final state of a run that nobody disturbed."""
+    return trained(tiny(run={"output": tmp_path / "straight"}))
+
+
+# TensorBoard's own thread meets the missing folder.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_folder_that_is_removed_is_made_anew_with_a_checkpoint(tiny, straight, events, after_step, capsys):
+    recipe = tiny(run={"tensorboard": True})
+    folder = recipe.run.output
+    seen = {}
+
+    def remove():
+        seen["id"] = json.loads((folder / "run.json").read_text())["id"]
+        shutil.rmtree(folder)
+
+    after_step(3, remove)
+    after_step(4, lambda: wait_for(lambda: checkpoint.found(folder / "checkpoints")))
+    train(recipe)
+    assert f"{folder} was removed in the middle of the run" in capsys.readouterr().out
+    # Step 3 was logged into the new folder.
+    assert [event["global_step"] for event in events(folder, "checkpoint")] == [3, 5, 10]
+    assert steps_of(events, recipe) == list(range(3, STEPS + 1))
+    assert json.loads((folder / "run.json").read_text())["id"] == seen["id"]
+    assert (folder / "recipe.json").exists()
+    assert list((folder / "tensorboard").iterdir())
+    assert_same_state(straight, final_state(recipe))
+
+
+def test_a_checkpoint_that_is_removed_is_written_anew(tiny, straight, events, after_step, capsys):
+    recipe = tiny()
+    folder = recipe.run.output / "checkpoints"
+    after_step(7, lambda: shutil.rmtree(folder))
+    after_step(8, lambda: wait_for(lambda: checkpoint.found(folder)))
+    train(recipe)
+    assert [event["global_step"] for event in events(recipe.run.output, "checkpoint")] == [5, 7, 10]
+    assert "checkpoint-000000005.pt was removed in the middle of the run" in capsys.readouterr().out
+    assert_same_state(straight, final_state(recipe))
+
+
+def test_a_run_ends_if_another_has_taken_its_folder(tiny, after_step):
+    recipe = tiny()
+    folder, others = recipe.run.output, []
+
+    def take():
+        shutil.rmtree(folder)
+        others.append(RunLock(folder))
+
+    after_step(3, take)
+    with pytest.raises(UserError, match=f"{folder} is in use by process {os.getpid()}"):
+        train(recipe)
+    assert (folder / "run.lock").exists()  # the other's
+    others[0].close()
+
+
+def _mount(*words):
+    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+
+
+def _own_mounts():
+    """Give this process mounts of its own, which end with it."""
+    if ctypes.CDLL(None, use_errno=True).unshare(0x00020000) != 0:  # CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "unshare")
+    _mount("--make-rprivate", "/")
+
+
+def _train_on_a_file_system_that_fails(recipe, break_it, mend_it):
+    _own_mounts()
+    if break_it is fill:
+        recipe.run.output.mkdir(parents=True)
+        _mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", recipe.run.output)
+    folder = recipe.run.output
+    TrainingStep.__call__ = _with(TrainingStep.__call__, {4: lambda: break_it(folder), 8: lambda: mend_it(folder)})
+    train(recipe)
+    shutil.copytree(folder, folder.parent / "saved")
+
+
+def make_read_only(folder):
+    _mount("--bind", folder, folder)
+    _mount("-o", "remount,bind,ro", folder)
+
+
+def make_writable(folder):
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(folder):
+    with suppress(OSError), open(folder / "filler", "wb") as file:
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+
+
+def empty(folder):
+    (folder / "filler").unlink()
+
+
+def _may_mount():
+    process = Forked(_own_mounts)
+    process.wait(60)
+    return process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("break_it", "mend_it"), [(make_read_only, make_writable), (fill, empty)])
+def test_a_file_system_that_fails_for_a_while_costs_no_step(tiny, straight, events, break_it, mend_it):
+    if not _may_mount():
+        pytest.skip("this user may not mount file systems")
+    recipe = tiny(run={"checkpoint_every": 2})
+    process = Forked(_train_on_a_file_system_that_fails, recipe, break_it, mend_it)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    folder = recipe.run.output.parent / "saved"
+    (path, *_) = checkpoint.found(folder / "checkpoints")
+    assert_same_state(straight, checkpoint.load(path))
+    assert out.count("Training goes on without a checkpoint") == 3  # at steps 4, 5 and 6
+    assert [event["global_step"] for event in events(folder, "checkpoint")] == [2, 8, 10]
+    logged = [event["global_step"] for event in events(folder, "train")]
+    missing = set(range(1, STEPS + 1)) - set(logged)
+    assert not missing or f"{len(missing)} events are missing here" in (folder / "log.jsonl").read_text()
