@@ -16,6 +16,8 @@ fallbacks   epoch, count, images (dataset indices that the loader's decoder refu
 replaced    epoch, count, images (pairs of dataset indices: one that does not decode, and the one in its place)
 checkpoint  path, epoch, step, global_step, seconds (to write it), stall_seconds (of these, training waited)
 best        checkpoint (the best so far), metric, weights, head, score, global_step
+gpus        epoch, processes: for each, by rank, memory_gib (the most that PyTorch allocated), temperature and watts
+            (the highest readings), joules (used in the epoch), slowed (why the driver lowered the clocks)
 profile     global_step, steps, milliseconds (a step, by part)
 nonfinite   epoch, step, global_step, loss, reproduction, indices
 rewind      path (the checkpoint that the run goes back to), diverged (the step whose loss was bad), skipped (the steps

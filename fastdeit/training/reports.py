@@ -1,21 +1,28 @@
 """Lines that a run logs while it trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from fastdeit.config import Recipe
 from fastdeit.training.divergence import DivergedError
 from fastdeit.training.evaluation import Scores, headline
+from fastdeit.training.gpu_health import Gpu
 from fastdeit.training.logs import RunLog
 from fastdeit.training.meter import Window
 from fastdeit.training.profiling import Profile
 from fastdeit.training.progress import duration
 from fastdeit.training.resume import Resumed
+from fastdeit.training.startup import other_processes_sentence
 from fastdeit.training.state import RunState
 
 
-def report_resume(log: RunLog, state: RunState, resumed: Resumed) -> None:
-    """Log the checkpoint that the run continues from, and what changed since."""
+def report_resume(log: RunLog, state: RunState, resumed: Resumed, recipe: Recipe, processes: int) -> None:
+    """Log the checkpoint that the run continues from on so many `processes`, and what changed since."""
     log.event("resume", path=str(resumed.path), changed=resumed.changed, **state.position())
     log.say(f"resumed from {resumed.path}: epoch {state.epoch + 1}, step {state.step}")
+    sentence = other_processes_sentence(recipe, resumed.processes, processes)
+    if sentence is not None:
+        log.say(sentence)
     for phrase in resumed.changed:
         log.say(f"changed on resuming: {phrase}")
 
@@ -54,6 +61,27 @@ def report_images(log: RunLog, epoch: int, loader: str, images: dict[str, list[A
         log.event("replaced", epoch=epoch, count=len(replaced), images=replaced)
         some = ", ".join(f"{bad} by {used}" for bad, used in replaced[:8])
         log.say(f"{len(replaced)} images do not decode and were replaced, with their labels: {some}")
+
+
+def report_gpus(log: RunLog, epoch: int, gpus: Sequence[Gpu], warnings: Sequence[str]) -> None:
+    """Log the GPUs of all processes after an epoch, if there are any, and `warnings` about them."""
+    if gpus:
+        log.event(
+            "gpus",
+            epoch=epoch,
+            processes=[
+                {
+                    "memory_gib": round(gpu.memory / 2**30, 2),
+                    "temperature": gpu.temperature,
+                    "watts": None if gpu.watts is None else round(gpu.watts),
+                    "joules": None if gpu.joules is None else round(gpu.joules),
+                    "slowed": gpu.slowed,
+                }
+                for gpu in gpus
+            ],
+        )
+    for warning in warnings:
+        log.warn(warning)
 
 
 def report_scores(log: RunLog, state: RunState, kind: str, scores: Scores) -> None:

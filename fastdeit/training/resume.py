@@ -164,11 +164,21 @@ def _set_aside(path: Path, fault: str, older: Path) -> str:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint that a run continues from: its path, what changed since, and what its log had summed up."""
+    """A checkpoint that a run continues from.
+
+    path       of its file
+    changed    a phrase for each thing that changed since
+    log        what the log had summed up; None: an older version wrote it
+    """
 
     path: Path
     changed: list[str]
     log: dict[str, Any] | None
+
+    @property
+    def processes(self) -> int | None:
+        """Processes of the run that wrote it; None if an older version did."""
+        return None if self.log is None else len(self.log["sums"])
 
 
 def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) -> Resumed | None:

@@ -88,8 +88,8 @@ def _labels_sentence(labels: LabelCache) -> str:
     return f"{described.kind} labels of teacher {described.teacher_name} from {labels.folder}"
 
 
-def processes_sentence(recipe: Recipe, processes: int) -> str | None:
-    """What of a run on several processes another number of them would change; None if nothing but rounding."""
+def _depends_on_processes(recipe: Recipe) -> list[str]:
+    """What another number of processes changes, beyond rounding."""
     parts = []
     if recipe.model.drop_rate > 0 and not frozen_mode(recipe):
         parts.append("dropout (model.drop_rate) draws other elements")
@@ -97,9 +97,23 @@ def processes_sentence(recipe: Recipe, processes: int) -> str | None:
         parts.append("batch normalisation takes its statistics over each process's share of the batch")
     if recipe.departures.mix_group == 0:
         parts.append("a mixing group is a process's share of the batch (departures.mix_group 0)")
+    return parts
+
+
+def processes_sentence(recipe: Recipe, processes: int) -> str | None:
+    """What of a run on several processes another number of them would change; None if nothing but rounding."""
+    parts = _depends_on_processes(recipe)
     if processes == 1 or not parts:
         return None
     return f"the result depends on the number of processes, {processes}: {'; '.join(parts)}"
+
+
+def other_processes_sentence(recipe: Recipe, before: int | None, now: int) -> str | None:
+    """What differs if `now` processes continue what `before` began (None: unknown); None if there are as many."""
+    if before is None or before == now:
+        return None
+    what = "; ".join(_depends_on_processes(recipe)) or "the losses differ by rounding only"
+    return f"the number of processes has changed from {before} to {now}: {what}"
 
 
 def lr_sentence(recipe: Recipe) -> str:

@@ -34,12 +34,14 @@ from fastdeit.training.best import note_best
 from fastdeit.training.checkpoint_writer import CheckpointWriter
 from fastdeit.training.divergence import DivergedError, DivergenceGuard
 from fastdeit.training.evaluation import Scores, evaluate, swapped_weights
+from fastdeit.training.gpu_health import GpuHealth
 from fastdeit.training.logs import RunLog
 from fastdeit.training.meter import EpochImages, Meter, PendingNumbers
 from fastdeit.training.profiling import open_profiler
 from fastdeit.training.reports import (
     report_best,
     report_end,
+    report_gpus,
     report_images,
     report_profile,
     report_resume,
@@ -89,7 +91,7 @@ class Trainer:
         self.stop = Stop(world, signals, recipe.run.checkpoint_minutes)
         self.state = RunState(Path(recipe.run.output))
         self.meter, self.images = Meter(world), EpochImages(world)
-        self.guard = DivergenceGuard(recipe.run, world)
+        self.guard, self.gpus = DivergenceGuard(recipe.run, world), GpuHealth(world)
         self.last_scores: dict[str, Scores] = {}
         with ExitStack() as stack:
             self._open(stack, lock, sets)
@@ -140,6 +142,8 @@ class Trainer:
             self.val = open_evaluation_data(recipe, sets.val, world, precision, kernels, like=self.data)
             stack.callback(self.val.close)
 
+        if self.gpus.fault is not None:
+            self.messages.append(self.gpus.fault)
         model, messages = build_student(recipe, sets.num_classes, kernels, world)
         self.messages += messages
         self.teaching = open_teaching(recipe, sets, self.data, world)
@@ -223,7 +227,7 @@ class Trainer:
             warnings=self.warnings,
         )
         if resumed is not None:
-            report_resume(self.log, self.state, resumed)
+            report_resume(self.log, self.state, resumed, self.recipe, self.world.size)
         self.train_step.distribute()
 
     def _train_epochs(self) -> None:
@@ -279,6 +283,7 @@ class Trainer:
             state.global_step += 1
             if state.global_step % run.log_every == 0 or state.step == steps:
                 pending += self._pending_report(batches.wait_seconds)
+                self.gpus.sample()
             # After the last step, the epoch's own checkpoint follows.
             saving = run.checkpoint_every and state.global_step % run.checkpoint_every == 0 and state.step < steps
             if not self.deferred or saving or state.step == steps:
@@ -303,6 +308,8 @@ class Trainer:
         self.log.progress.end_epoch()
         report_images(self.log, state.epoch, self.data.loader.name, self.images.state())
         self.images.clear()
+        gpus = self.gpus.gathered()
+        report_gpus(self.log, state.epoch, gpus, self.gpus.warnings(gpus))
 
     def _train_step(self, batch: TrainBatch, pending: list[Callable[[], None]]) -> None:
         """Update the weights once, read the `pending` numbers of the step before, and note those of this one."""

@@ -11,7 +11,7 @@ from fastdeit.distributed import world
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.recipes import RECIPES, convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.training import progress
-from fastdeit.training.startup import processes_sentence, recipe_warnings
+from fastdeit.training.startup import other_processes_sentence, processes_sentence, recipe_warnings
 from fastdeit.training.trainer import Trainer
 from runs import changed, newest, train
 
@@ -182,3 +182,12 @@ def test_what_depends_on_the_number_of_processes_is_said(recipe, said):
     assert processes_sentence(recipe, 1) is None
     sentence = processes_sentence(recipe, 8)
     assert (sentence is None) if said is None else (said in sentence and "processes, 8: " in sentence)
+
+
+def test_a_resume_on_another_number_of_processes_says_what_differs(tiny):
+    assert other_processes_sentence(tiny(), 2, 2) is None
+    assert other_processes_sentence(tiny(), None, 2) is None
+    changed = "the number of processes has changed from 2 to 1: "
+    assert other_processes_sentence(tiny(), 2, 1) == changed + "the losses differ by rounding only"
+    dropout = other_processes_sentence(tiny(model={"drop_rate": 0.1}), 2, 1)
+    assert dropout == changed + "dropout (model.drop_rate) draws other elements"
