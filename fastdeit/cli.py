@@ -12,8 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+from fastdeit import __version__
 from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
+from fastdeit.help import page
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
@@ -36,6 +38,9 @@ def run(main: Callable[[], T]) -> T:
     would act on.
     """
     escape_streams()
+    if sys.argv[1:] == ["--version"]:
+        print(f"fastdeit {__version__}")
+        sys.exit()
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -70,6 +75,12 @@ def run(main: Callable[[], T]) -> T:
         sys.exit(130)
     print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)
+
+
+def program(command: str) -> str:
+    """The name under which a command was called: `fastdeit train`, or `fastdeit-train`."""
+    typed = f"fastdeit {command}"
+    return typed if sys.argv[0] == typed else f"fastdeit-{command}"
 
 
 def parse(options: type[T], prog: str, args: Sequence[str] | None = None) -> T:
@@ -123,6 +134,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     Raises UserError for an unknown recipe or field, and for a given field without effect.
     """
     args, file = _take_config(words(sys.argv[1:] if args is None else args))
+    args = _help(args)
     values = _read_config(file) if file else {}
     missing = _missing(values)
     if file and any(word.startswith("--compat") for word in args):
@@ -161,6 +173,15 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     return recipe
 
 
+def _help(args: list[str]) -> list[str]:
+    """Print a recipe's short page if `args` ask for it; else the words for tyro's page of all fields."""
+    if args and args[0] in RECIPES and {"-h", "--help"} & set(args):
+        recipe = RECIPES[args[0]]
+        print(page(recipe(), (recipe.__doc__ or "").partition("\n")[0], program("train")))
+        sys.exit()
+    return ["--help" if word == "--help-all" else word for word in args]
+
+
 def _drop_compat(values: dict[str, Any]) -> None:
     """Remove the values that the file's own compat decided; keep the others."""
     compat = values.get("compat", "paper")
@@ -190,7 +211,7 @@ def _parse(args: list[str]) -> Recipe:
                 {name: (make.__doc__ or "").partition("\n")[0] for name, make in chosen.items()},
             ),
             args=args,
-            prog="fastdeit-train",
+            prog=program("train"),
             description="Train a DeiT, or a convnet teacher. --config FILE reads a recipe from TOML or JSON.",
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             use_underscores=True,

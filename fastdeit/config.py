@@ -114,7 +114,7 @@ class OptimConfig:
     eps: float = 1e-8
     momentum: float = 0.9  # sgd
     clip_grad: float | None = None
-    warmup_epochs: float = 5
+    warmup_epochs: float = 5.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
 

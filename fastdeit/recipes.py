@@ -39,7 +39,7 @@ def _pretrain(size: str, *, distilled: bool) -> Recipe:
             cutmix_alpha=1.0,
             label_smoothing=0.1,
         ),
-        optim=OptimConfig(name="adamw", lr=5e-4, lr_batch=512, weight_decay=0.05, warmup_epochs=5, min_lr=1e-5),
+        optim=OptimConfig(name="adamw", lr=5e-4, lr_batch=512, weight_decay=0.05, warmup_epochs=5.0, min_lr=1e-5),
         ema=EmaConfig(decay=0.99996),
         run=RunConfig(epochs=300, global_batch=1024),
     )
@@ -121,7 +121,7 @@ def _finetune_384(recipe: Recipe) -> Recipe:
         name=f"{recipe.name}_384",
         model=replace(recipe.model, img_size=384, finetune=True),
         teacher=replace(recipe.teacher, img_size=384),
-        optim=replace(recipe.optim, lr=5e-6, lr_batch=0, min_lr=5e-6, warmup_epochs=5, weight_decay=1e-8),
+        optim=replace(recipe.optim, lr=5e-6, lr_batch=0, min_lr=5e-6, warmup_epochs=5.0, weight_decay=1e-8),
         run=replace(recipe.run, epochs=30, global_batch=512),
         departures=Departures(finetune_mode="eval"),  # deit issue 177: fine-tuning is best without stochastic depth
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastdeit.cli import parse, run
+from fastdeit.cli import parse, program, run
 from fastdeit.pipelines.console import settle
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import open_dataset
@@ -136,7 +136,7 @@ def class_names(path: Path | None) -> list[str] | None:
 
 def main() -> None:
     try:
-        status = run(lambda: convert_options(parse(Options, "fastdeit-convert")))
+        status = run(lambda: convert_options(parse(Options, program("convert"))))
     finally:
         settle()
     sys.exit(status)

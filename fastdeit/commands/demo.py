@@ -1,9 +1,10 @@
 """`make demo`: the whole system on scikit-learn's digits, in a few minutes on two cores.
 
 Digits written as JPEGs, converted, a small convnet trained as the teacher, a small DeiT distilled from it with
-the distillation token; then the table of heads and three pictures. Run as `python -m fastdeit.commands.demo [FOLDER]`.
+the distillation token; then the table of heads and three pictures. Run as `fastdeit demo [FOLDER]`.
 """
 
+import argparse
 import dataclasses
 import sys
 import time
@@ -152,8 +153,11 @@ def demo(folder: Path) -> None:
 
 def main() -> None:
     def go() -> None:
+        parser = argparse.ArgumentParser(prog="fastdeit demo", description="Train and distil a small DeiT on digits.")
+        parser.add_argument("folder", nargs="?", default="runs/demo", help="for data, runs and pictures")
+        options = parser.parse_args(words(sys.argv[1:]))
         launch.check_launch()
-        demo(Path((words(sys.argv[1:]) or ["runs/demo"])[0]))
+        demo(Path(options.folder))
 
     run(go)
 

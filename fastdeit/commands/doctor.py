@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from fastdeit.cli import program
 from fastdeit.commands.doctor_checks import CHECKS, Check, sentence
 from fastdeit.pipelines.terminal import escape_streams
 
@@ -48,7 +49,7 @@ def render(checks: Sequence[Check], width: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the results; exit status 0 if training is possible, else 1."""
-    parser = argparse.ArgumentParser(prog="fastdeit-doctor", description="What this machine can use for training.")
+    parser = argparse.ArgumentParser(prog=program("doctor"), description="What this machine can use for training.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     escape_streams()

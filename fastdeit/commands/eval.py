@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastdeit import launch
-from fastdeit.cli import parse, recipe_from_dict, run
+from fastdeit.cli import parse, program, run
 from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
 from fastdeit.pipelines import console
@@ -41,30 +41,24 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Scores by kind of weights. Raises UserError where checkpoint, recipe and data set do not fit together."""
     val = _open_val(options)
     # Imported here: mistakes in the command are found without waiting for PyTorch.
-    from fastdeit.checkpoint import read_checkpoint
     from fastdeit.distributed import world
+    from fastdeit.loading import open_checkpoint
     from fastdeit.model.kernel_choice import choose_kernels
-    from fastdeit.model.networks import build_network
-    from fastdeit.model.weights import check_described, describe, load_weights, state_dict
     from fastdeit.pipelines.formats.checksums import unchecked
     from fastdeit.setup import open_evaluation_data, set_up, silent
     from fastdeit.training.evaluation import evaluate
 
-    stored = read_checkpoint(options.checkpoint)
-    described = describe(stored, str(options.checkpoint))
-    recipe = _recipe(options, stored, described.get("num_classes"))
-    if options.recipe is None:
-        own, source = _stored_recipe(options, stored).model, str(options.checkpoint)
-        state = state_dict(stored, ema=options.weights == "ema", source=source)
-        check_described(own, described.get("num_classes") or own.num_classes, state, source)
-    kinds = ["model", "ema"] if options.weights == "both" else [options.weights]
-    if options.weights == "both" and not stored.get("ema"):
+    opened = open_checkpoint(options.checkpoint, options.recipe, options.img_size)
+    recipe = _with_options(opened.recipe, options)
+    kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
+    if options.weights == "both" and not opened.stored.get("ema"):
         kinds = ["model"]
     with world(options.device) as joined:
         verbose = joined.main and not options.json
         say = console.say if verbose else silent
         precision = set_up(recipe, joined)
-        check_class_names(str(options.checkpoint), described.get("class_names"), str(options.val), val.class_names)
+        named = opened.described.get("class_names")
+        check_class_names(str(options.checkpoint), named, str(options.val), val.class_names)
         classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
         data = open_evaluation_data(recipe, val, joined, precision, kernels, say=say)
@@ -79,26 +73,14 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
-                model = build_network(recipe.model, classes, kernels).to(joined.device)
-                for message in load_weights(model, stored, ema=kind == "ema"):
-                    if "reset" in message:
-                        raise UserError(f"{options.checkpoint} cannot be evaluated on {options.val}: {message}")
+                model, messages = opened.network(classes, kind, kernels)
+                for message in messages:
                     say(message)
+                model.to(joined.device)
                 out[kind] = evaluate(model, data, joined, precision, kernels=kernels, progress=verbose)
         finally:
             data.close()
         return out if joined.main else {}
-
-
-def _stored_recipe(options: Options, stored: dict[str, Any]) -> Recipe:
-    try:
-        recipe = recipe_from_dict(stored["recipe"], file=options.checkpoint)
-    except UserError as error:
-        raise UserError(f"{options.checkpoint} holds no usable recipe: {error}") from error
-    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
-        if getattr(recipe.model, name) < 1:
-            raise UserError(f"{options.checkpoint}: its recipe says model.{name} {getattr(recipe.model, name)}")
-    return recipe
 
 
 def _open_val(options: Options) -> Dataset:
@@ -109,26 +91,11 @@ def _open_val(options: Options) -> Dataset:
     return open_dataset(options.val, "val")
 
 
-def _recipe(options: Options, stored: dict[str, Any], num_classes: int | None) -> Recipe:
-    if options.recipe is not None:
-        recipe = RECIPES[options.recipe]()
-    elif isinstance(stored.get("recipe"), dict):
-        recipe = _stored_recipe(options, stored)
-    else:
-        raise UserError(f"{options.checkpoint} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
+def _with_options(recipe: Recipe, options: Options) -> Recipe:
     replace = dataclasses.replace
-    model = replace(
-        recipe.model,
-        init=None,
-        finetune=False,
-        num_classes=num_classes or recipe.model.num_classes,
-        kernels=options.kernels,
-    )
-    if options.img_size is not None:
-        model = replace(model, img_size=options.img_size)
     return replace(
         recipe,
-        model=model,
+        model=replace(recipe.model, kernels=options.kernels),
         data=replace(recipe.data, loader=options.loader, stage=options.stage, threads=options.threads),
         run=replace(recipe.run, eval_batch=options.batch, precision=options.precision),
     ).resolved()
@@ -153,7 +120,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     def go() -> None:
         keep_streams()
-        options = parse(Options, "fastdeit-eval")
+        options = parse(Options, program("eval"))
         launch.prepare()
         results = evaluate_checkpoint(options)
         if results:

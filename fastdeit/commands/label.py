@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from fastdeit import launch
-from fastdeit.cli import parse_recipe, run
+from fastdeit.cli import parse_recipe, program, run
 from fastdeit.config import Recipe
 from fastdeit.inputs import check_inputs
 from fastdeit.pipelines.errors import UserError
@@ -14,7 +14,7 @@ from fastdeit.streams import keep_streams
 def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
     """Which epochs to label, and the resolved recipe. Raises UserError for epochs that it does not have."""
     parser = argparse.ArgumentParser(
-        prog="fastdeit-label",
+        prog=program("label"),
         description="Store the teacher's labels for every sample of a run, for fastdeit-train --teacher.labels.",
         epilog="RECIPE and its options are those of fastdeit-train; --teacher.labels names the folder to write.",
         usage="%(prog)s [--first-epoch N] [--end-epoch N] [--topk K] RECIPE --teacher.labels FOLDER [...]",

@@ -1,20 +1,28 @@
 """`fastdeit-train`: train a recipe."""
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 from fastdeit import launch
 from fastdeit.cli import parse_recipe, run
+from fastdeit.commands.print_config import print_config
 from fastdeit.inputs import check_inputs, facts, open_data_sets
 from fastdeit.signals import StopSignals
 from fastdeit.streams import keep_streams
 from fastdeit.training.run_lock import RunLock
 
+PRINT = "--print-config"
+
 
 def train() -> None:
     keep_streams()
-    recipe = parse_recipe().resolved()
+    words = [word for word in sys.argv[1:] if word != PRINT]
+    recipe = parse_recipe(words).resolved()
     launch.prepare()
+    if PRINT in sys.argv:
+        print_config(recipe)
+        return
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         lock = None

@@ -99,11 +99,7 @@ def _encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Store
         image = Image.fromarray(item) if isinstance(item, np.ndarray) else item
         small = max(image.size) <= SMALL_SIDE
         return _store(image, encoding, raw=encoding.mode == "raw" or (encoding.mode == "auto" and small))
-    try:
-        opened = Image.open(io.BytesIO(item), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{error}: at most {MAX_PIXELS} pixels are decoded") from error
-    with opened as image:
+    with _open(item) as image:
         _check_size(image)
         huffman = image.format in ("JPEG", "MPO") and _check_jpeg(item)
         if encoding.mode == "auto" and huffman and _passes(image, encoding):
@@ -112,6 +108,23 @@ def _encode(item: bytes | Image.Image | np.ndarray, encoding: Encoding) -> Store
             image.load()
             return Stored(item, height, width, JPEG, ("passed_through",))
         return _store(image, encoding, raw=encoding.mode == "raw")
+
+
+def decode(data: bytes) -> Image.Image:
+    """The pixels of an image file as `encode` makes them: upright, 8-bit RGB. Raises what `encode` raises."""
+    with _open(data) as image:
+        _check_size(image)
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg(data)
+        image.load()
+        return _upright_rgb(image, [])
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{error}: at most {MAX_PIXELS} pixels are decoded") from error
 
 
 def _check_size(image: Image.Image) -> None:
@@ -176,16 +189,7 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
     if getattr(image, "is_animated", False):
         changes.append("first_frame")
     image.load()
-    # After loading: PIL turns a TIFF upright as it loads it.
-    orientation = _orientation(image)
-    if orientation is None:
-        changes.append("exif_unreadable")
-    elif orientation != 1:
-        image = image.transpose(_UPRIGHT[orientation])
-        changes.append("rotated")
-    if image.mode != "RGB":
-        image = _to_rgb(image)
-        changes.append("mode_converted")
+    image = _upright_rgb(image, changes)
     longer = max(image.size)
     if encoding.max_side is not None and longer > encoding.max_side:
         scale = encoding.max_side / longer
@@ -202,6 +206,21 @@ def _store(image: Image.Image, encoding: Encoding, *, raw: bool) -> Stored:
     subsampling = "4:4:4" if encoding.quality >= 95 else "4:2:0"
     image.save(file, "JPEG", quality=encoding.quality, subsampling=subsampling)
     return Stored(file.getvalue(), height, width, JPEG, tuple(changes))
+
+
+def _upright_rgb(image: Image.Image, changes: list[str]) -> Image.Image:
+    """A loaded image in upright RGB; appends to `changes` what that took."""
+    # After loading: PIL turns a TIFF upright as it loads it.
+    orientation = _orientation(image)
+    if orientation is None:
+        changes.append("exif_unreadable")
+    elif orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
+        changes.append("rotated")
+    if image.mode != "RGB":
+        image = _to_rgb(image)
+        changes.append("mode_converted")
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,133 @@
+"""`fastdeit predict`: the most probable classes of images."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fastdeit.cli import parse, program, run
+from fastdeit.pipelines.console import say
+from fastdeit.pipelines.errors import UserError
+from fastdeit.streams import keep_streams
+
+BAD = 3  # exit status: some images could not be read
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Print the most probable classes of images, one line for each.
+
+    An image is decoded, turned upright, resized and cropped exactly as evaluation does it.
+
+    Exit status: 0 all images were classified; 3 some could not be read; 2 an error.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]  # checkpoint: fastdeit's, a released DeiT's or timm's
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]  # files, folders, or - for a list on stdin, one a line
+    topk: int = 5
+    json: bool = False  # print one JSON object a line
+    recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
+    weights: Literal["auto", "model", "ema"] = "auto"  # auto: ema if the checkpoint has it
+    img_size: int | None = None  # resolution, if it is not the recipe's
+    batch: int = 32
+    workers: int = 4  # processes that read images; 0: none
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def images_of(paths: Iterable[Path]) -> list[Path]:
+    """The image files that `paths` name: files, and all images in and below folders, sorted; "-" reads from stdin.
+
+    Raises UserError for a path that is not there and a folder without images.
+    """
+    out: list[Path] = []
+    for path in paths:
+        if str(path) == "-":
+            out += images_of(Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+        elif path.is_dir():
+            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
+            if not found:
+                raise UserError(f"{path}: there are no images in this folder ({', '.join(sorted(SUFFIXES))})")
+            out += found
+        elif path.exists():
+            out.append(path)
+        else:
+            raise UserError(f"{path}: there is no such image or folder: check the path")
+    return out
+
+
+def predict(options: Options) -> int:
+    """Print the classes of all images; returns the exit status."""
+    for name, least in (("topk", 1), ("batch", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: give at least {least}")
+    paths = images_of(options.images)
+    if not paths:
+        raise UserError("no images: name files or folders, or give their paths on stdin")
+    # Imported here: mistakes in the command are found without waiting for PyTorch.
+    import torch
+
+    from fastdeit.distributed import world
+    from fastdeit.image_files import read_batches
+    from fastdeit.loading import load
+    from fastdeit.setup import set_up
+
+    loaded = load(
+        options.model,
+        recipe=options.recipe,
+        weights=None if options.weights == "auto" else options.weights,
+        img_size=options.img_size,
+    )
+    with world(options.device) as joined:
+        run = dataclasses.replace(loaded.recipe.run, precision="fp32")
+        set_up(dataclasses.replace(loaded.recipe, run=run), joined)
+        loaded.model.to(joined.device)
+        began, done, bad = time.monotonic(), 0, 0
+        for files in read_batches(paths, loaded.transform, batch=options.batch, workers=options.workers):
+            names, images = [], []
+            for file in files:
+                if file.image is None:
+                    say(f"{file.fault}", "stderr")
+                    bad += 1
+                else:
+                    names.append(str(file.path))
+                    images.append(file.image)
+            if names:
+                probabilities = loaded.probabilities(torch.stack(images).to(joined.device)).cpu()
+                _print(names, probabilities, loaded.class_names, options)
+                done += len(names)
+        rate = done / max(time.monotonic() - began, 1e-9)
+        say(f"{done} images with the weights '{loaded.weights}' on {joined.device.type}: {rate:.1f} im/s", "stderr")
+    return BAD if bad else 0
+
+
+def _print(names: list[str], probabilities: Any, class_names: list[str] | None, options: Options) -> None:
+    top = probabilities.topk(min(options.topk, probabilities.shape[1]))
+    for name, values, labels in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
+        called = [str(label) if class_names is None else class_names[label] for label in labels]
+        if options.json:
+            found = [
+                {"label": label, "name": each, "probability": round(value, 6)}
+                for label, each, value in zip(labels, called, values, strict=True)
+            ]
+            print(json.dumps({"image": name, "classes": found}))
+        else:
+            shown = ", ".join(f"{each} {100 * value:.1f}%" for each, value in zip(called, values, strict=True))
+            print(f"{name}: {shown}")
+
+
+def main() -> None:
+    def go() -> int:
+        keep_streams()
+        return predict(parse(Options, program("predict")))
+
+    sys.exit(run(go))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Opens a checkpoint as a network that is ready to classify: the model, its transform, its class names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdeit.checkpoint import read_checkpoint
+from fastdeit.cli import recipe_from_dict
+from fastdeit.config import Recipe
+from fastdeit.inputs import check_checkpoint
+from fastdeit.kernels.reference import HEADS, head_log_probabilities
+from fastdeit.model.deit import DeiT
+from fastdeit.model.kernel_choice import TORCH, Kernels
+from fastdeit.model.networks import ConvnetStudent, build_network
+from fastdeit.model.weights import check_described, describe, load_weights, state_dict
+from fastdeit.pipelines.errors import UserError
+from fastdeit.recipes import RECIPES
+
+Weights = Literal["model", "ema"]
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What a checkpoint file holds: its content, the fields that describe its network, and its recipe.
+
+    The recipe is resolved, and has `model.num_classes` of the checkpoint if that names it.
+    """
+
+    path: Path
+    stored: dict[str, Any]
+    described: dict[str, Any]
+    recipe: Recipe
+
+    def weights(self, kind: Weights | None = None) -> Weights:
+        """`kind`, or without one the average of the weights if there is one, else the weights themselves."""
+        return kind or ("ema" if self.stored.get("ema") else "model")
+
+    def network(
+        self, num_classes: int, kind: Weights, kernels: Kernels = TORCH
+    ) -> tuple[DeiT | ConvnetStudent, list[str]]:
+        """The network with its weights, on the CPU, and a sentence for each adaptation.
+
+        Raises UserError if the weights do not fit, or only with a part that is not trained.
+        """
+        model = build_network(self.recipe.model, num_classes, kernels)
+        messages = load_weights(model, self.stored, ema=kind == "ema")
+        untrained = next((message for message in messages if "reset" in message), None)
+        if untrained is not None:
+            raise UserError(f"{self.path} does not fit: {untrained}")
+        return model, messages
+
+
+def open_checkpoint(path: Path, recipe: str | None = None, img_size: int | None = None) -> OpenedCheckpoint:
+    """Read a checkpoint of any layout that `load_weights` knows.
+
+    recipe    name of the recipe that describes its network; None: the checkpoint holds its own
+    img_size  resolution, if it is not the recipe's
+
+    Raises UserError if the file is missing or damaged, has no recipe, or holds another network than its recipe says.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"there is no recipe '{recipe}': choose one of {', '.join(RECIPES)}")
+    check_checkpoint(path)
+    stored = read_checkpoint(path)
+    described = describe(stored, str(path))
+    classes = described.get("num_classes")
+    if recipe is not None:
+        base = RECIPES[recipe]()
+    elif isinstance(stored.get("recipe"), dict):
+        base = _own_recipe(path, stored)
+        weights = state_dict(stored, ema=not any(stored.get(key) for key in ("model", "state_dict")), source=str(path))
+        check_described(base.model, classes or base.model.num_classes, weights, str(path))
+    else:
+        raise UserError(f"{path} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
+    size = base.model.img_size if img_size is None else img_size
+    model = replace(base.model, init=None, finetune=False, num_classes=classes or base.model.num_classes, img_size=size)
+    return OpenedCheckpoint(path, stored, described, replace(base, model=model).resolved())
+
+
+def _own_recipe(path: Path, stored: dict[str, Any]) -> Recipe:
+    try:
+        recipe = recipe_from_dict(stored["recipe"], file=path)
+    except UserError as error:
+        raise UserError(f"{path} holds no usable recipe: {error}") from error
+    for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+        if getattr(recipe.model, name) < 1:
+            raise UserError(f"{path}: its recipe says model.{name} {getattr(recipe.model, name)}")
+    return recipe
+
+
+class Loaded(NamedTuple):
+    """A network that is ready to classify.
+
+    model        in eval mode, on the CPU; called with (B, 3, S, S) float32, it returns a `StudentOutput`
+    transform    turns an upright RGB image, as `encode.decode` opens it, into (3, S, S) float32, as evaluation does
+    class_names  in the order of the labels; None if the checkpoint does not name them
+    weights      which of the checkpoint's weights these are
+    head         the head that decides: "class", or the late fusion of a network with a distillation token
+    recipe       describes the network
+    """
+
+    model: DeiT | ConvnetStudent
+    transform: Callable[[Image.Image], Tensor]
+    class_names: list[str] | None
+    weights: Weights
+    head: str
+    recipe: Recipe
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(B, K) float32: the probability of each class for `images` (B, 3, S, S), on the model's device."""
+        output = self.model(images)
+        heads = head_log_probabilities(output.cls, output.dist)
+        return heads[HEADS.index(self.head)].exp()
+
+
+def load(
+    path: Path | str, *, recipe: str | None = None, weights: Weights | None = None, img_size: int | None = None
+) -> Loaded:
+    """The network of a checkpoint, its transform and its class names.
+
+    path      checkpoint of fastdeit, a released DeiT or timm
+    recipe    name of the recipe that describes its network, if the checkpoint does not hold its own
+    weights   "ema": their average; None: the average if the checkpoint has it
+    img_size  resolution, if it is not the recipe's; the position embedding is resized
+
+    Raises UserError if the file is missing, damaged, or does not fit.
+    """
+    opened = open_checkpoint(Path(path), recipe, img_size)
+    kind = opened.weights(weights)
+    classes = opened.recipe.model.num_classes or len(_head_bias(opened, kind))
+    model, _ = opened.network(classes, kind)
+    names = opened.described.get("class_names")
+    if names is not None and len(names) != classes:
+        raise UserError(f"{path} has {classes} classes, but names {len(names)}")
+    fused = f"fused_{opened.recipe.departures.late_fusion or 'probabilities'}"
+    head = fused if opened.recipe.model.arch == "deit" and opened.recipe.model.distilled else "class"
+    return Loaded(model.eval(), evaluation_transform(opened.recipe), names, kind, head, opened.recipe)
+
+
+def _head_bias(opened: OpenedCheckpoint, kind: Weights) -> Tensor:
+    """The class head's bias, whose length is the number of classes."""
+    state = state_dict(opened.stored, ema=kind == "ema", source=str(opened.path))
+    if "head.bias" not in state:
+        raise UserError(f"{opened.path} does not say how many classes it has: no head.bias")
+    return state["head.bias"]
+
+
+def evaluation_transform(recipe: Recipe) -> Callable[[Image.Image], Tensor]:
+    """Turns an upright RGB image into (3, S, S) float32: timm's evaluation transform, whose bits evaluation has."""
+    from timm.data import create_transform
+
+    transform: Any = create_transform(
+        recipe.model.img_size,
+        is_training=False,
+        crop_pct=recipe.augment.eval_crop,
+        interpolation="bicubic",
+        mean=recipe.augment.mean,
+        std=recipe.augment.std,
+    )
+    return transform
