@@ -1,9 +1,31 @@
 """Train Data-efficient image Transformers fast, exactly, and within a budget."""
 
+from __future__ import annotations
+
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdeit.loader import create_loader as create_loader
+    from fastdeit.loading import load as load
+    from fastdeit.model.fused import fuse as fuse
 
 __version__ = "0.1.0"
 
 # Installed, kernels/ and pipelines/ lie inside this folder; in a checkout beside it, which then needs no installation.
 if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
+
+# The Python interface; each name is imported when it is first used, since PyTorch takes seconds.
+_PLACES = {"create_loader": "fastdeit.loader", "fuse": "fastdeit.model.fused", "load": "fastdeit.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PLACES]

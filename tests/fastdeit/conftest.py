@@ -135,28 +135,21 @@ def events():
 def launch():
     """Function: run `fastdeit-train` on a recipe in a process of its own, or in two that torchrun joins.
 
-    The processes are forked, unless `stdout_reader` is a command that reads what the run prints, or `torchrun` asks
-    for the program itself.
+    The processes are forked, unless `stdout_reader` is a command that reads what the run prints.
     """
     started = []
 
-    def start(
-        recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None, torchrun: bool = False
-    ):
+    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
         file.write_text(json.dumps(recipe.to_dict()))
         words = [recipe.name, "--config", str(file)]
-        if stdout_reader is None and not torchrun:
+        if stdout_reader is None:
             process = Forked(run_module if processes == 1 else run_module_twice, "fastdeit.train", words)
         else:
-            command = [sys.executable, "-m"]
-            if torchrun:
-                command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-            command += ["fastdeit.train", *words]
-            if stdout_reader is not None:
-                command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
+            command = [sys.executable, "-m", "fastdeit.train", *words]
+            command = ["bash", "-c", f'set -o pipefail; "$@" | {stdout_reader}', "bash", *command]
             pipe = subprocess.PIPE if wait else subprocess.DEVNULL
             process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
         started.append(process)

@@ -39,7 +39,7 @@ def test_two_processes_equal_one(tiny, launch, events, teacher_checkpoint, tmp_p
 def test_a_convnet_is_scored_with_the_statistics_it_is_saved_with(tiny, launch, events, data):
     """Running means differ by process; the logged scores must be those of the checkpoint."""
     recipe = tiny(convnet_teacher, run={"epochs": 1})
-    process = launch(recipe, 2, torchrun=True)
+    process = launch(recipe, 2)
     assert process.returncode == 0, process.err
     logged = events(recipe.run.output, "eval")[-1]
     options = Options(checkpoint=newest(recipe), val=data / "val.beton", loader="torch", device="cpu", threads=1)

@@ -74,7 +74,7 @@ def test_local_trains(tiny, tmp_path, events):
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(EXAMPLES.parent),
-        "PROCESSES": "1",
+        "PROCESSES": "2",
     }
     done = subprocess.run(
         [EXAMPLES / "local.sh", recipe.name, "--config", file], env=environ, capture_output=True, text=True, check=False

@@ -18,6 +18,7 @@ from fastdeit.config import ModelConfig, RunConfig
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.inputs import open_data_sets
+from fastdeit.loader import create_loader
 from fastdeit.model import kernel_checks, kernel_choice, kernel_table
 from fastdeit.model.kernel_choice import TORCH, choose_kernels
 from fastdeit.model.networks import build_network
@@ -326,3 +327,9 @@ def stop_when_one_is_asked(joined, asked_at):
         if deciding.due(number) == "stop":
             return number
     return None
+
+
+def load_batches(joined, path, recipe):
+    """The images of an epoch that `create_loader` gives this process."""
+    with create_loader(path, recipe, batch_size=32, device="cpu", threads=1) as loader:
+        return [images.clone() for images, _ in loader]
