@@ -154,9 +154,9 @@ def _with(
     train: bool,
 ) -> Recipe:
     """The recipe for one loader."""
+    recipe = recipe.filled()
     run = replace(recipe.run, seed=recipe.run.seed if seed is None else seed)
     run = replace(run, global_batch=batch_size * world.size) if train else replace(run, eval_batch=batch_size)
-    recipe = recipe.filled()
     group = recipe.departures.mix_group or batch_size
     return replace(
         recipe,
