@@ -6,12 +6,13 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdeit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fastdeit.loader import create_loader as create_loader
     from fastdeit.loading import load as load
     from fastdeit.model.fused import fuse as fuse
 
-__version__ = "0.1.0"
 
 # Installed, kernels/ and pipelines/ lie inside this folder; in a checkout beside it, which then needs no installation.
 if not (Path(__file__).parent / "kernels").exists():

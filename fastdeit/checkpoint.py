@@ -96,6 +96,13 @@ def _read(file: BinaryIO, path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def save_safetensors(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write a state dict as `.safetensors`, for other programs; no two tensors may share memory."""
+    from safetensors.torch import save_file
+
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def why_unreadable(path: Path, error: Exception) -> UserError:
     """The error for a checkpoint that could not be read because of `error`."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from fastdeit import __version__
 from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.help import page
@@ -21,6 +20,7 @@ from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
 from fastdeit.pipelines.terminal import colours, escape_streams
 from fastdeit.recipes import RECIPES
+from fastdeit.version import __version__
 
 T = TypeVar("T")
 

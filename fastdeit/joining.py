@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastdeit import __version__
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.parsing import parse_json
+from fastdeit.version import __version__
 
 MINUTES = 10.0  # from the first process that joins to the last
 SKEW = 60.0  # seconds by which clocks may differ without a warning

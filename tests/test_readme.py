@@ -1,5 +1,6 @@
 """The README and the documents are real: every command parses, every path exists."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -45,6 +46,8 @@ def test_command_is_understood(words):
     if program == "torchrun":
         start = next(i for i, w in enumerate(words) if w == "fastdeit.train")
         program, args = "fastdeit-train", words[start + 1 :]
+    if program == "fastdeit":  # `fastdeit train` is `fastdeit-train`
+        program, args = f"fastdeit-{args[0]}", args[1:]
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in args)
@@ -52,14 +55,9 @@ def test_command_is_understood(words):
         parse_recipe(args).resolved()
     elif program == "fastdeit-label":
         parse_label(args)
-    elif program == "fastdeit-convert":
-        from fastdeit.commands.convert import Options
-
-        tyro.cli(Options, args=args)
-    elif program == "fastdeit-eval":
-        from fastdeit.commands.eval import Options
-
-        tyro.cli(Options, args=args)
+    elif program in [f"fastdeit-{name}" for name in ("convert", "eval", "predict", "export")]:
+        module = importlib.import_module(f"fastdeit.commands.{program.removeprefix('fastdeit-')}")
+        tyro.cli(module.Options, args=args)
     elif program == "fastdeit-doctor":
         assert not args
     elif program == "python":

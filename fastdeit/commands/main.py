@@ -5,8 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastdeit import __version__
 from fastdeit.pipelines.terminal import escape_streams
+from fastdeit.version import __version__
 
 # What each module of `fastdeit.commands` does; only the one that is called is imported.
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a recipe; the same command resumes it",
     "eval": "accuracy of a checkpoint on a data set",
     "predict": "the most probable classes of images",
+    "export": "write a checkpoint for timm, transformers, ONNX or torch.export",
     "label": "store a teacher's labels for a whole run",
     "doctor": "what this machine can use for training, and what to do about the rest",
     "demo": "train and distil a small DeiT on scikit-learn's digits, in a few minutes",

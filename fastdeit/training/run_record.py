@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from fastdeit import __version__
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.parsing import read_json
+from fastdeit.version import __version__
 
 NAME = "run.json"
 _MOST = 16 << 20  # bytes read

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from fastdeit import __version__
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.effects import frozen_mode
@@ -16,6 +15,7 @@ from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.training.logs import RunLog
 from fastdeit.training.optim import learning_rate, peak_lr
 from fastdeit.training.step import TrainingStep
+from fastdeit.version import __version__
 
 FEW_IMAGES = 1000  # an epoch with fewer distinct images makes repeats worth a warning
 STALE_SHARE = 0.1  # of the initial weights in their average at the end of the run
