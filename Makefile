@@ -2,7 +2,7 @@
 
 # On a machine with few cores, OpenMP threads that spin while they wait slow down the loader's threads.
 export OMP_WAIT_POLICY ?= passive
-# Python keeps what it compiles: a package is compiled when it is first imported, not when it is installed.
+# Let Python cache bytecode: with --no-compile, packages are compiled at their first import, not at installation.
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,7 +28,7 @@ fast: warm  ## the tests that are not marked slow: 2 minutes on two cores
 pytest: warm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Else the test processes would all compile the pipelines' code, half a minute each.
+# Otherwise each test process would compile the pipelines' code, half a minute each.
 warm: env
 	$(BIN)/python -m tests.helpers.warm
 

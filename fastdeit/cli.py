@@ -34,8 +34,8 @@ def run(main: Callable[[], T]) -> T:
     These are UserError, and OSError about a path or about a full, read-only or failing disk. Any other exception is a
     bug and passes through: a traceback, and exit status 1. Ctrl-C prints "interrupted" and gives status 130, even if a
     library turns the KeyboardInterrupt into another exception. SIGTERM gives status 143, even in the first
-    process of a container, which would ignore it by default. From now on, stdout and stderr escape what a terminal
-    would act on.
+    process of a container, which would ignore it by default. From this call on, stdout and stderr escape control
+    characters.
     """
     escape_streams()
     if sys.argv[1:] == ["--version"]:
@@ -93,7 +93,7 @@ def parse(options: type[T], prog: str, args: Sequence[str] | None = None) -> T:
 
 
 def _coloured(args: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-    """Lets tyro colour its messages, which repeat `args`, unless these hold escape sequences themselves."""
+    """Lets tyro colour its messages unless `args`, which the messages repeat, contain control characters."""
     return colours() if all(map(str.isprintable, args)) else contextlib.nullcontext()
 
 

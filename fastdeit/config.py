@@ -56,7 +56,7 @@ class DataConfig:
 
     train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
     val: Path | None = None
-    cache_dir: Path | None = None  # folder on this machine's disk that the data sets are copied to once, and checked
+    cache_dir: Path | None = None  # folder on each machine's own disk; the data sets are copied there once and checked
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels
     stage: Literal["auto", "device", "host"] = "auto"  # augment on the GPU or the CPU; auto: the faster; logged
     hw_decoder_load: float = 0.65  # dali on a GPU: share of the hardware decoder; 0: pixels independent of threads
@@ -148,11 +148,11 @@ class RunConfig:
     checkpoint_every: int = 0  # steps; 0: at the end of each epoch and by the clock
     checkpoint_minutes: float = 30.0  # save at the next step once the last checkpoint is this old; 0: never
     checkpoint_patience: float = 120.0  # minutes from a failed checkpoint, as on a full disk, to the end of the run
-    keep_checkpoints: int = 2  # the newest ones, and beside them the best
-    best_metric: Literal["top1", "top5", "loss", "none"] = "top1"  # what the best checkpoint is best in; none: no best
-    on_divergence: Literal["stop", "rewind"] = "stop"  # rewind: to a checkpoint, and leave out the steps at fault
-    divergence_band: float = 0.0  # standard deviations above the recent losses that are divergence; 0: none
-    timeout_minutes: float = 10.0  # a process that keeps the others waiting for longer is lost: all end and are named
+    keep_checkpoints: int = 2  # the newest ones; the best is kept as well
+    best_metric: Literal["top1", "top5", "loss", "none"] = "top1"  # chooses the best checkpoint; none: keep no best
+    on_divergence: Literal["stop", "rewind"] = "stop"  # rewind: go back, leave out the steps at fault
+    divergence_band: float = 0.0  # a loss this many standard deviations above recent ones diverges; 0: off
+    timeout_minutes: float = 10.0  # a process that keeps the others waiting for longer is lost: they name it and end
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
     progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
@@ -226,7 +226,7 @@ COMPAT_RUN: dict[str, dict[str, str]] = {
     "released": {"eval_sharding": "replicate", "loss_sync": "every_step", "amp_dtype": "fp16"},
 }
 
-# Fields that recipes of older versions lack; their defaults make the same steps.
+# Fields that recipes of older versions lack; with the defaults, the steps are the same as in those versions.
 LATER = {
     "data.cache_dir",
     "model.residual_dtype",

@@ -21,7 +21,8 @@ from fastdeit.watch import Watch
 
 T = TypeVar("T")
 
-# Seconds by which a collective operation outlasts the patience of `Watch`, which knows whom the others wait for.
+# Seconds that a collective operation waits beyond the limit of `Watch`, which reports first because it can name the
+# lost process.
 _MARGIN = 30.0
 
 _GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
@@ -41,14 +42,14 @@ def release_graphs() -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for a tensor in a state that travels without its tensors."""
+    """Placeholder for a tensor in a state that is sent without its tensors."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
 def _form(state: Any, tensors: list[torch.Tensor]) -> Any:
-    """`state` with a `_Place` for each tensor; appends the tensors in the order of their places."""
+    """`state` with a `_Place` for each tensor; appends the tensors to `tensors` in the same order."""
     if isinstance(state, torch.Tensor):
         tensors.append(state)
         return _Place(state.shape, state.dtype)
@@ -109,8 +110,8 @@ class World:
     def share(self, state: Any) -> Any:
         """The main process's `state` on every process: dicts, lists and tuples of tensors and picklable values.
 
-        Tensors travel one by one, so a GPU holds one of them at a time; other processes receive them on the CPU. What
-        another process passes is ignored.
+        Tensors are sent one at a time, so a GPU holds only one of them; other processes receive them on the CPU. The
+        `state` that other processes pass is ignored.
         """
         if self.size == 1:
             return state
@@ -153,8 +154,8 @@ def world(device: str = "auto", minutes: float = MINUTES, facts: Mapping[str, st
     facts    what must be the same on all processes, by name; versions are compared as well
 
     Raises UserError if `device` is "cuda" without a GPU, if there are fewer GPUs than processes, if a launcher other
-    than torchrun started several processes, if not all processes join, or if they differ. If another process is lost,
-    the program ends with status `REQUEUE` and a sentence that names it.
+    than torchrun started several processes, if not all processes join, or if their versions or `facts` differ. If
+    another process is lost, the program ends with status `REQUEUE` and a sentence that names it.
     """
     launch.check_launch()
     rank, size = launch.rank(), launch.size()
@@ -178,7 +179,7 @@ def world(device: str = "auto", minutes: float = MINUTES, facts: Mapping[str, st
 
 @contextlib.contextmanager
 def _joined(world: World, minutes: float, facts: Mapping[str, str]) -> Iterator[None]:
-    """The process group of several processes, and the watch over them."""
+    """Join the process group of several processes, and watch them until the block ends."""
     meeting = meet(open_store(world.rank), world.rank, world.size, facts)
     for warning in meeting.warnings if world.main else ():
         print(f"warning: {warning}", file=sys.stderr)
@@ -201,9 +202,9 @@ def _joined(world: World, minutes: float, facts: Mapping[str, str]) -> Iterator[
         fell = _is_connection(error)
         if not fell:
             raise
-        culprits = ", ".join(map(str, watch.gone())) or "the connection to another process"
-        detail = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without the place in gloo's source
-        reason = f"{meeting.peers[world.rank]} has lost {culprits} ({detail})"
+        culprits = ", ".join(map(str, watch.gone())) or "another process"
+        detail = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])  # without the position in gloo's source
+        reason = f"{meeting.peers[world.rank]} has lost its connection to {culprits} ({detail})"
         print(lost_sentence(reason), file=sys.stderr)
         sys.exit(REQUEUE)
     finally:
@@ -220,7 +221,7 @@ def _begun() -> int:
         return 0
     try:
         return group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
-    except (AttributeError, RuntimeError):  # another PyTorch or backend: the operation's own time limit finds a hang
+    except (AttributeError, RuntimeError):  # other PyTorch or backend: the operation's own timeout finds a hang
         return 0
 
 

@@ -57,12 +57,12 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
     return sets
 
 
-# Fields that may differ from machine to machine: they change no result.
+# Fields that may differ between machines, because they do not change the result.
 _LOCAL = {"data.cache_dir", "data.threads", "data.prefetch", "data.stage", "run.progress"}
 
 
 def facts(recipe: Recipe, sets: DataSets) -> dict[str, str]:
-    """What must be the same on all machines of a run, by name: the recipe, with full paths, and the data's content."""
+    """What must be the same on all machines of a run, by name: the recipe with full paths, and the data's hashes."""
     out = {
         f"--{name}": str(value.absolute() if isinstance(value, Path) else value)
         for name, value in fields(recipe).items()
@@ -70,7 +70,7 @@ def facts(recipe: Recipe, sets: DataSets) -> dict[str, str]:
     }
     for name, data_set in (("train", sets.train), ("val", sets.val)):
         if data_set is not None:
-            out[f"the content of data.{name}"] = str(data_set.content_hash)
+            out[f"content hash of data.{name}"] = str(data_set.content_hash)
     return out
 
 

@@ -1,9 +1,9 @@
-"""How the processes of a run meet, before they compute anything together.
+"""How the processes of a run join, before they compute anything together.
 
-torchrun keeps one store through all of its restarts, and its workers would write the same keys into it at each start.
-A worker that starts again may then read the address of one that is dead, and wait for it. The number of the restart
-does not tell the starts apart: each machine counts its own. So the main process names each start anew, and hands the
-name to whoever asks now; all keys of that start lie under it.
+torchrun keeps one store through all of its restarts, and its workers would write the same keys into it at each start. A
+restarted worker could then read the address of a dead one, and wait for it. The restart count does not tell the starts
+apart, because each machine counts its own. So the main process chooses a new name for each start and sends it to every
+process that asks; the name is the prefix of all keys of that start.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fastdeit.version import __version__
 
 MINUTES = 10.0  # from the first process that joins to the last
 SKEW = 60.0  # seconds by which clocks may differ without a warning
-_POLL = 0.05  # seconds between two looks at a key
-_READ = 5.0  # seconds for the others to read why the start is refused
-_CONNECT = 5.0  # seconds of one attempt to reach the store
+_POLL = 0.05  # seconds between two checks of a key
+_READ = 5.0  # seconds that the others have to read why the start is refused
+_CONNECT = 5.0  # seconds for one attempt to reach the store
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Peer:
 class Meeting:
     """All processes of one start.
 
-    store     holds the keys of this start alone
+    store     holds only the keys of this start
     peers     by rank
     warnings  sentences for the main process to print
     """
@@ -61,12 +61,12 @@ class Meeting:
 def open_store(rank: int, minutes: float = MINUTES, environ: Mapping[str, str] = os.environ) -> dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT: torchrun's, or one that the main process serves.
 
-    Raises UserError if a variable is missing, if the port is taken, or if nobody serves it within `minutes`.
+    Raises UserError if a variable is missing, if the port is taken, or if no store answers there within `minutes`.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise UserError(
-            f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}: start the processes by torchrun"
+            f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}: start the processes with torchrun"
         )
     host, port, deadline = environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), time.monotonic() + 60 * minutes
     serves = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -85,17 +85,17 @@ def open_store(rank: int, minutes: float = MINUTES, environ: Mapping[str, str] =
                 ) from error
             if time.monotonic() >= deadline:
                 raise UserError(
-                    f"rank {rank} on host {socket.gethostname()} cannot reach the store at {host}:{port} for "
-                    f"{minutes:g} minutes ({reason}): check that the first machine is up, and that no firewall "
-                    f"closes the port"
+                    f"rank {rank} on host {socket.gethostname()} could not reach the store at {host}:{port} "
+                    f"within {minutes:g} minutes ({reason}): check that {host} is up and that no firewall blocks "
+                    f"the port"
                 ) from error
 
 
 def meet(store: dist.Store, rank: int, size: int, facts: Mapping[str, str], minutes: float = MINUTES) -> Meeting:
     """Wait for all processes of this start, and compare their versions and `facts` with the main process's.
 
-    Raises UserError, the same sentence on all processes, if some have not come within `minutes`, or if facts differ. It
-    names ranks, hosts and what differs.
+    Raises UserError, with the same message on all processes, if some have not joined within `minutes`, or if facts
+    differ. The message names the ranks, the hosts and the differences.
     """
     versions = {"fastdeit": __version__, "torch": torch.__version__}
     card = {"host": socket.gethostname(), "pid": os.getpid(), "facts": {**versions, **facts}}
@@ -117,7 +117,7 @@ def _asks(rank: int) -> str:
 def _receive(
     store: dist.Store, size: int, card: dict[str, Any], end: float, minutes: float
 ) -> tuple[dist.Store, dict[str, Any]]:
-    """The main process's part: name this start to everybody who asks, and judge their cards."""
+    """The main process's part: send the start's name to every process that asks, and compare their cards."""
     name = uuid.uuid4().hex
     held = dist.PrefixStore(f"fastdeit/starts/{name}", store)
     cards, warnings, told = {0: card}, list[str](), dict[int, bytes]()
@@ -125,7 +125,7 @@ def _receive(
         for rank in (rank for rank in range(1, size) if rank not in cards):
             if store.check([_asks(rank)]):
                 token = store.get(_asks(rank))
-                if told.get(rank) != token:  # a question of an earlier start is answered too: nobody reads it
+                if told.get(rank) != token:  # an earlier start's question is answered too; nobody reads that
                     store.set(f"fastdeit/names/{token.decode()}", name)
                     told[rank] = token
             if held.check([f"card/{rank}"]):
@@ -141,7 +141,7 @@ def _receive(
     peers = [(cards[rank]["host"], cards[rank]["pid"]) for rank in range(size)] if refused is None else []
     result = {"refused": refused, "warnings": warnings, "peers": peers}
     held.set("result", json.dumps(result))
-    if refused is not None:  # this process ends now, and may serve the store from which the others read why
+    if refused is not None:  # this process ends now, and may serve the store: let the others read why first
         end = time.monotonic() + _READ
         for rank in cards.keys() - {0}:
             _wait(held, f"read/{rank}", end)
@@ -151,7 +151,7 @@ def _receive(
 def _ask(
     store: dist.Store, rank: int, card: dict[str, Any], end: float, minutes: float
 ) -> tuple[dist.Store, dict[str, Any]]:
-    """Another process's part: ask for the name of this start, hand in the card, and wait for the main process."""
+    """Another process's part: ask for the start's name, hand in the card, and wait for the main process's result."""
     token = uuid.uuid4().hex
     try:
         store.set(_asks(rank), token)
@@ -159,23 +159,23 @@ def _ask(
         if name is not None:
             held = dist.PrefixStore(f"fastdeit/starts/{name.decode()}", store)
             held.set(f"card/{rank}", json.dumps({**card, "clock": time.time()}))
-            # The main process, whose time may end a little later, knows more.
+            # The main process may time out a little later than this one, and its message says more.
             result = _wait(held, "result", end + 30)
             if result is not None:
                 held.set(f"read/{rank}", "")
                 return held, parse_json(result)
     except dist.DistError as error:
         raise UserError(
-            f"{_peer(rank, card)} has lost the store before all processes had joined: rank 0 or torchrun has ended, "
-            f"and its log has the reason"
+            f"{_peer(rank, card)} has lost its connection to the store before all processes had joined: rank 0 or "
+            f"torchrun has ended, and its log has the reason"
         ) from error
     raise UserError(
-        f"rank 0 has not joined {_peer(rank, card)} within {minutes:g} minutes: its machine's log has the reason"
+        f"rank 0 has not answered {_peer(rank, card)} within {minutes:g} minutes: the log of its machine has the reason"
     )
 
 
 def _wait(store: dist.Store, key: str, end: float) -> bytes | None:
-    """The value of `key` once it is there. It polls, since a signal is not heard inside the store's own wait."""
+    """The value of `key` once it exists, None after `end`. Polls, since the store's own wait would delay signals."""
     while not store.check([key]):
         if time.monotonic() > end:
             return None
@@ -192,12 +192,12 @@ def _missing(cards: dict[int, dict[str, Any]], size: int, minutes: float) -> str
     hosts = sorted({card["host"] for card in cards.values()})
     return (
         f"{ranks(missing)} of {size} processes {'has' if len(missing) == 1 else 'have'} not joined within {minutes:g} "
-        f"minutes; those that joined run on {', '.join(hosts)}: look at the log of the other machines or processes"
+        f"minutes; those that joined run on {', '.join(hosts)}: look at the logs of the other machines or processes"
     )
 
 
 def _difference(cards: dict[int, dict[str, Any]]) -> str | None:
-    """A sentence that names, for each host that differs from the main process, all that differs there."""
+    """A sentence with all differences from the main process on each host that differs; None if none does."""
     ours = cards[0]["facts"]
     found: dict[str, str] = {}
     for rank, card in sorted(cards.items()):
@@ -215,6 +215,6 @@ def _difference(cards: dict[int, dict[str, Any]]) -> str | None:
 
 
 def ranks(numbers: list[int]) -> str:
-    """ "rank 3", or "ranks 3, 5"; of many only the first eight."""
+    """ "rank 3", or "ranks 3, 5"; names at most eight."""
     named = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     return f"rank{'s' * (len(numbers) > 1)} {named}"

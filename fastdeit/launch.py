@@ -26,8 +26,8 @@ _REMEDY = (
 def prepare() -> None:
     """The first call of a command that computes, before PyTorch is imported.
 
-    From then on, a process that torchrun started ends with torchrun. Raises UserError if a launcher other than torchrun
-    started several processes.
+    From then on, a process that torchrun started ends when torchrun ends. Raises UserError if a launcher other than
+    torchrun started several processes.
     """
     for warning in (check_launch(), check_store()):
         if warning is not None:
@@ -43,8 +43,8 @@ def _end_with(parent: int) -> None:
     """End this process, naming the reason, as soon as process `parent` has ended.
 
     torchrun stops its workers itself, unless it is killed. The kernel could kill this process at that moment
-    (PR_SET_PDEATHSIG), but then nobody would learn why. The main thread may be inside a collective operation and hear
-    no signal, so a thread waits for the parent's end.
+    (PR_SET_PDEATHSIG), but then nobody would learn why. The main thread may be blocked in a collective operation, where
+    it handles no signal, so another thread waits for the parent's end.
     """
     threading.Thread(target=_wait_and_end, args=(parent,), name="fastdeit-parent", daemon=True).start()
 
@@ -52,7 +52,7 @@ def _end_with(parent: int) -> None:
 def _wait_and_end(parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # not Linux, an old kernel, or the parent is gone already
         descriptor = os.pidfd_open(parent)
-        if os.getppid() == parent:  # else `parent` is a number that was given to another process
+        if os.getppid() == parent:  # else the id has been reused for another process
             select.select([descriptor], [], [])
     while os.getppid() == parent and not _is_orphan(parent):
         time.sleep(1)
@@ -60,7 +60,7 @@ def _wait_and_end(parent: int) -> None:
 
 
 def _is_orphan(parent: int) -> bool:
-    """Whether torchrun had ended before this process looked: its parent is then the system's first process."""
+    """Whether torchrun had ended before `parent` was read, which is then the system's first process."""
     if parent != 1:
         return False
     try:  # in a container, torchrun itself may be the first process
@@ -100,15 +100,15 @@ def check_launch(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def check_store(environ: Mapping[str, str] = os.environ) -> str | None:
-    """A warning if torchrun joined several machines in a way that a machine cannot come back to, else None.
+    """A warning if a machine that fails could not rejoin the job, else None.
 
-    torchrun publishes the address of its own store once. A torchrun that starts later waits for it in vain.
+    torchrun publishes the address of the store that it serves only once, so a torchrun that starts later never gets it.
     """
     several = _number(environ, "GROUP_WORLD_SIZE") > 1 and _number(environ, "RANK") == 0
     if not several or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return (
-        "a machine that fails cannot come back to this job: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on "
+        "a machine that fails cannot rejoin this job: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on "
         "all machines"
     )
 

@@ -56,7 +56,7 @@ def copied_here(recipe: Recipe, sets: DataSets, world: World, say: Say) -> DataS
     """The machine's own copies of the data sets if `data.cache_dir` asks for them, else `sets`; see `local_copy`.
 
     One process of each machine copies; the others wait for it. On machines without the main process, the first process
-    says so itself.
+    prints the messages itself.
     """
     cache, first = recipe.data.cache_dir, world.rank % world.local_size == 0
     if cache is None:

@@ -71,7 +71,7 @@ class StopSignals:
 
 
 def end_at_once(reason: str) -> NoReturn:
-    """End this process because another is lost: its main thread may never return from what it does."""
+    """End this process because another is lost. It does not wait for the main thread, which may be blocked for ever."""
     _print(lost_sentence(reason))
     os._exit(REQUEUE)
 

@@ -1,4 +1,4 @@
-"""Watches the processes of a run, so that one that is lost is named, and the others do not wait for it for ever."""
+"""Watches the processes of a run: if one is lost, the others name it and end, instead of waiting for it for ever."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import NoReturn
 from fastdeit.joining import Meeting, Peer
 from fastdeit.signals import end_at_once
 
-BEAT = 2.0  # seconds between two signs of life
-SILENT = 120.0  # seconds without a sign of life after which a process counts as lost
-_LEFT, _FELL = "left", "fell"  # the last sign of a process that ends by itself, or because of another
+BEAT = 2.0  # seconds between two heartbeats
+SILENT = 120.0  # seconds without a heartbeat after which a process counts as lost
+_LEFT, _FELL = "left", "fell"  # the last heartbeat of a process that ends by itself, or because of another
 
 
 class Attendance:
-    """Who is lost, judged by the signs of life of all processes.
+    """Finds the lost process from the heartbeats of all.
 
-    A sign of life is the number of collective operations that the process has begun. A process is lost if its thread
-    stops sending them for `silent` seconds, or if it has begun fewer operations than another, and none more for
-    `patience` seconds: the others wait for it.
+    A heartbeat holds the number of collective operations that the process has begun. A process is lost if it sends no
+    heartbeat for `silent` seconds. It is also lost if for `patience` seconds it has begun fewer operations than another
+    process, and no further one: the others are waiting for it.
     """
 
     def __init__(self, peers: tuple[Peer, ...], *, silent: float, patience: float) -> None:
         self._peers, self._silent, self._patience = peers, silent, patience
-        self._beats: dict[int, tuple[str, int]] = {}  # the last sign of each rank: text, operations
+        self._beats: dict[int, tuple[str, int]] = {}  # the last heartbeat of each rank: text, operations
         self._unheard = dict.fromkeys(range(len(peers)), 0.0)  # seconds
         self._waited_for = dict.fromkeys(range(len(peers)), 0.0)  # seconds
 
     def look(self, beats: dict[int, str], seconds: float) -> tuple[Peer, str] | None:
-        """Note the signs of life `beats`, `seconds` after those before; the first process that is lost, and why.
+        """Record `beats`, read `seconds` after those before; returns the first lost process and the reason, or None.
 
-        A sign is "BEAT OPERATIONS", or one word from a process that has ended. Ranks that `beats` does not hold are
+        A heartbeat is "BEAT OPERATIONS", or one word from a process that has ended. Ranks that are not in `beats` are
         not judged.
         """
         present = {rank: text for rank, text in beats.items() if text not in (_LEFT, _FELL)}
@@ -48,13 +48,13 @@ class Attendance:
             self._beats[rank] = text, begun[rank]
             if self._unheard[rank] >= self._silent:
                 return self._peers[rank], (
-                    f"has given no sign of life for {self._silent:.0f} seconds: it is stopped, or its machine or its "
-                    f"network is down"
+                    f"has sent no heartbeat for {self._silent:.0f} seconds: it is stopped, or its machine or network "
+                    f"is down"
                 )
             if self._waited_for[rank] >= self._patience and not self._unheard[rank]:  # else it may be stopped
                 return self._peers[rank], (
-                    f"has kept the others waiting for {self._patience / 60:g} minutes: it hangs, and prints the stacks "
-                    f"of its threads. If it was only slow, give a larger --run.timeout_minutes"
+                    f"has kept the others waiting for {self._patience / 60:g} minutes: it is hanging, and "
+                    f"prints the stacks of its threads. If it is only slow, set a larger --run.timeout_minutes"
                 )
         return None
 
@@ -62,9 +62,9 @@ class Attendance:
 class Watch:
     """Ends this process, with a sentence that names the culprit, once a process of the run is lost.
 
-    It runs in a thread, because the main thread waits inside the collective operation that the lost process does not
-    take part in. The main process watches all others; these watch the main process. The exit status is `REQUEUE`:
-    the run's state is that of the last checkpoint.
+    A thread does this, because the main thread is blocked in a collective operation that the lost process does not
+    join. The main process watches all others; these watch the main process. The exit status is `REQUEUE`, because the
+    run can continue from its last checkpoint.
 
     minutes  how long a process may keep the others waiting
     begun    counts the collective operations that this process has begun
@@ -85,9 +85,10 @@ class Watch:
         threading.Thread(target=self._guard, name="fastdeit-watch-guard", daemon=True).start()
 
     def close(self, *, in_order: bool, fell: bool = False) -> None:
-        """Stop watching. If the run ended in order, the main process waits for the others, which may need its store.
+        """Stop watching. If the run ended normally, the main process waits for the others, which may need its store.
 
-        fell  this process ends because another did
+        in_order  the run ended normally
+        fell      this process ends because another is lost
         """
         self._ended.set()
         self._thread.join(self._silent)
@@ -102,10 +103,10 @@ class Watch:
                 time.sleep(0.05)
 
     def gone(self) -> list[Peer]:
-        """The processes that have ended, or give no sign of life for two and a half beats.
+        """The processes that are dead, or whose heartbeat stops for two and a half intervals.
 
-        For an error of a collective operation: the process that died gives none, and those that saw it die do. On this
-        machine the system knows at once.
+        Call it after a collective operation has failed: the process that died sends no heartbeat, those that saw it die
+        do. For processes on this machine, the operating system knows at once.
         """
         with contextlib.suppress(RuntimeError):
             end, still = time.monotonic() + 2.5 * self._every, self._read(set(self._everybody) - {self._rank})
@@ -126,7 +127,7 @@ class Watch:
         while not self._ended.wait(self._every):
             self._rounds += 1
             now = time.monotonic()
-            # If this process itself was stopped for a while, the others had no time to be heard.
+            # After a stop of this process itself, do not count time in which it could not read heartbeats.
             seconds, before = min(now - before, 2 * self._every), now
             try:
                 self._send()
@@ -148,7 +149,7 @@ class Watch:
                     self._end(*lost)
 
     def _guard(self) -> None:
-        """End this process if the store does not answer, as on a machine that is cut off: `_run` waits inside it."""
+        """End this process if the store stops answering, as on a machine that is cut off; `_run` is blocked then."""
         before, rounds, blocked = time.monotonic(), 0, 0.0
         while not self._ended.wait(self._every):
             now = time.monotonic()
@@ -159,12 +160,12 @@ class Watch:
 
     def _leave_store(self, reason: str) -> None:
         end_at_once(
-            f"{self._peers[self._rank]} cannot reach the run's store ({reason}): the torchrun or the process that "
-            f"serves it has ended, or the network is down"
+            f"{self._peers[self._rank]} cannot reach the run's store ({reason}): the process that serves it "
+            f"(torchrun or rank 0) has ended, or the network is down"
         )
 
     def _tell(self, peer: Peer, reason: str) -> None:
-        """Let the other processes know, and wait until they do: this process may serve their store."""
+        """Tell the other processes, and wait until they have read it: this process may serve the store."""
         with contextlib.suppress(RuntimeError):
             self._store.set("lost", f"{peer.rank} {reason}")
             end, others = time.monotonic() + 2.5 * self._every, set(self._everybody) - {self._rank}
@@ -180,7 +181,7 @@ class Watch:
         return range(len(self._peers))
 
     def _read(self, of: Iterable[int]) -> dict[int, str]:
-        """The last signs of life; "0 0" from a process that has given none yet."""
+        """The last heartbeats; "0 0" for a process that has sent none yet."""
         of = list(of)
         self._unborn -= {rank for rank in self._unborn.intersection(of) if self._store.check([_key(rank)])}
         born = [rank for rank in of if rank not in self._unborn]

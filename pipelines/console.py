@@ -13,7 +13,7 @@ from fastdeit.pipelines.terminal import Escaping
 
 
 def say(sentence: str, name: Literal["stdout", "stderr"] = "stdout") -> str | None:
-    """Print a sentence on one line, its unprintable characters escaped. Returns the reason if that fails, else None."""
+    """Print a sentence on one line, with unprintable characters escaped. Returns why that failed, or None."""
     return _print(printable(sentence), name)
 
 

@@ -77,9 +77,9 @@ def fact(error: BaseException) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """`text` on one line: escapes for control characters, marks of direction, and bytes that are not UTF-8.
+    """`text` on one line, with control characters, bidirectional controls and bytes that are not UTF-8 escaped.
 
-    Letters of every script, emoji, the joiners inside them, and spaces stay, and the characters in `keep`.
+    Letters of every script, emoji, the joiners inside them, spaces, and the characters in `keep` stay.
     """
     if text.isprintable():
         return text

@@ -1,7 +1,7 @@
-"""Parses JSON and TOML that a stranger may have written, in bounded memory.
+"""Parses untrusted JSON and TOML in bounded memory.
 
 A parsed text takes up to 30 times its length, so its values are counted before it is parsed. The functions raise
-ValueError with the reason alone; callers add the file and the remedy.
+ValueError with just the reason; callers add the file and the remedy.
 """
 
 import json
@@ -14,9 +14,9 @@ from fastdeit.pipelines.formats.files import read_text
 
 MAX_JSON = 16 << 20  # bytes; the lists of class names and labels of real data sets take less than 1 MB
 MAX_TOML = 64 << 10  # bytes; a recipe takes 3,000
-MAX_DEPTH = 64  # dicts and lists within each other
-_BYTES_OF_A_VALUE = 8  # a text has at most one value in so many bytes of its limit
-_FEW_VALUES = 1 << 18  # these many are allowed under any limit
+MAX_DEPTH = 64  # levels of nested dicts and lists
+_BYTES_OF_A_VALUE = 8  # a text may have one value for each 8 bytes of its limit
+_FEW_VALUES = 1 << 18  # this many are allowed under any limit
 _DIGITS = 100  # of an integer
 _DOTS = 200  # in a line of TOML: the time for a dotted key grows with their square
 
@@ -24,8 +24,8 @@ _DOTS = 200  # in a line of TOML: the time for a dotted key grows with their squ
 def parse_json(text: str | bytes, most: int = MAX_JSON) -> Any:
     """The value of a JSON text of at most `most` bytes; bytes are UTF-8.
 
-    It takes at most 15 times `most` bytes of memory. Raises ValueError for a longer text, for one that is not JSON, for
-    too many values, and for an integer or a nesting that no real file has.
+    Takes at most 15 times `most` bytes of memory. Raises ValueError if the text is longer or not JSON, has too many
+    values, is nested too deeply, or holds an integer with too many digits.
     """
     if len(text) > most:
         raise ValueError(f"{len(text)} bytes, above the limit of {most}")

@@ -1,4 +1,4 @@
-"""Standard streams that escape whatever a terminal would act on: names come from files that strangers made."""
+"""Standard streams that escape whatever a terminal would act on, because names may come from untrusted files."""
 
 import contextlib
 import sys
@@ -12,8 +12,8 @@ from fastdeit.pipelines.errors import printable
 class Escaping:
     """A text stream that escapes unprintable characters; it forwards everything else to the stream.
 
-    Newlines and tabs pass, and carriage returns, with which progress bars return to the start of their line. What the
-    stream's encoding lacks is escaped too.
+    Newlines, tabs and carriage returns, which progress bars need, pass. Characters that the stream's encoding lacks are
+    escaped too.
     """
 
     _coloured = False  # whether `colours` lets everything pass
@@ -49,7 +49,7 @@ def _format_on_one_line(message: Warning | str, *more: Any, **options: Any) -> s
 
 
 def escape_streams() -> None:
-    """Make this process's stdout and stderr escape unprintable characters, also those of tracebacks and warnings."""
+    """Make this process's stdout and stderr escape unprintable characters, also in tracebacks and warnings."""
     warnings.formatwarning = _format_on_one_line
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -59,7 +59,7 @@ def escape_streams() -> None:
 
 @contextlib.contextmanager
 def colours() -> Iterator[None]:
-    """Let the block write escape sequences of its own, as coloured help does."""
+    """Let the block write its own escape sequences, as coloured help does."""
     Escaping._coloured = True
     try:
         yield

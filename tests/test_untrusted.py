@@ -1,4 +1,4 @@
-"""Every reader of files that a stranger may have made goes through the functions that bound them."""
+"""Every reader of untrusted files goes through the functions that limit what they may take."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("fastdeit", "pipelines", "kernels", "benchmarks")
 # Each pattern, the files that may hold it, and what to use in the others.
 BOUNDED = {
-    # Our own values that go through JSON are no stranger's.
+    # Our own values that go through JSON are trusted.
     r"\bjson\.loads?\((?!json\.dumps\()": ({"pipelines/parsing.py"}, "parsing"),
     r"\btomllib\.": ({"pipelines/parsing.py"}, "parsing"),
     r"\bnp\.(load|loadtxt|genfromtxt|fromfile|memmap)\(|read_array_header|format\.read": (

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run has the best score: `best.json` beside it, and the link `best.pt`."""
+"""Keeps track of the checkpoint with the best score: the file `best.json`, and the link `best.pt`."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ _MOST = 1 << 16  # bytes of best.json
 
 
 def best_names(folder: Path) -> set[str]:
-    """The names in a folder of checkpoints that stay, however old, because they are the best."""
+    """The names of the checkpoints in `folder` to keep, however old, because they are the best."""
     stored = _read(folder)
     return {str(stored["checkpoint"])} if stored is not None else set()
 
@@ -27,9 +27,9 @@ def best_names(folder: Path) -> set[str]:
 def note_best(path: Path, scores: dict[str, Scores], metric: Metric, late_fusion: str | None) -> dict[str, Any] | None:
     """Make the checkpoint at `path` the best of its folder if its score is better than that of the best so far.
 
-    The score is that of the average of the weights if it was evaluated, else of the weights themselves, and of the head
-    that a run is known by. Returns what `best.json` then holds: checkpoint, metric, weights, head, score, global_step;
-    None if another one stays the best. Raises OSError if the file cannot be written.
+    The score is that of the average of the weights if it was evaluated, else of the weights themselves, and of the
+    `headline_head`. Returns what `best.json` then holds: checkpoint, metric, weights, head, score, global_step; None if
+    another checkpoint stays the best. Raises OSError if the file cannot be written.
     """
     weights = "ema" if "ema" in scores else "model"
     head = headline_head(scores[weights], late_fusion)
@@ -49,7 +49,7 @@ def note_best(path: Path, scores: dict[str, Scores], metric: Metric, late_fusion
 
 
 def _link(path: Path) -> None:
-    """Let `best.pt` point to `path`; some file systems have no links, and `best.json` says the same."""
+    """Let `best.pt` point to `path`. On a file system without links, only `best.json` names the checkpoint."""
     link = path.with_name(_LINK)
     temporary = path.with_name(f"{_LINK}.tmp")
     with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ def _link(path: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What `best.json` holds; None if it is missing, names no checkpoint that is there, or is not ours."""
+    """What `best.json` holds; None if it is missing, if its checkpoint is missing, or if we did not write it."""
     try:
         stored = read_json(folder / _FILE, _MOST)
         named = folder / str(stored["checkpoint"])

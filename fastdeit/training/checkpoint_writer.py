@@ -18,7 +18,7 @@ from fastdeit.pipelines.machine import MachineError
 from fastdeit.training.best import best_names
 from fastdeit.training.logs import RunLog
 
-_PATIENT = 2.0  # seconds of waiting that need no message
+_PATIENT = 2.0  # seconds to wait without a message
 
 
 class _Write(threading.Thread):
@@ -27,7 +27,7 @@ class _Write(threading.Thread):
     path      of the file
     position  of the run, as the log names it
     snapshot  a function that returns the state
-    stall     seconds that training waited, for the copy or for the checkpoint before
+    stall     seconds that training waited, for the previous checkpoint and the copy
     seconds   that writing took
     error     why the file could not be written
     """
@@ -50,12 +50,12 @@ class _Write(threading.Thread):
 class CheckpointWriter:
     """The checkpoints of a run, on its main process.
 
-    `save` copies the state and returns; a thread writes the copy. A checkpoint that comes while the one before is
-    still being written waits for it. `poll`, called after each step, logs what the thread has done. PyTorch's writer
-    releases Python's lock, so the thread hardly slows the loop that launches steps.
+    `save` copies the state and returns; a thread writes the copy. If the previous checkpoint is still being written,
+    `save` waits for it. `poll`, called after each step, logs what the thread has done. PyTorch's writer releases
+    Python's lock (the GIL), so the thread hardly slows the loop that launches steps.
 
-    A checkpoint that cannot be written is a warning: training goes on, and the next one is another attempt. It becomes
-    an error if no checkpoint could be written for `run.checkpoint_patience` minutes.
+    If a checkpoint cannot be written, the log warns, training goes on, and the next checkpoint is another attempt. If
+    this fails for `run.checkpoint_patience` minutes, it is an error.
     """
 
     def __init__(self, folder: Path, run: RunConfig, log: RunLog) -> None:
@@ -67,7 +67,7 @@ class CheckpointWriter:
     def save(self, position: dict[str, int], state: Callable[[], dict[str, Any]]) -> None:
         """Copy the `state` of the run and begin to write it, unless this position is written already.
 
-        Raises the disk's error if the checkpoint before failed and patience is at its end.
+        Raises the disk's error if the previous checkpoint failed and `run.checkpoint_patience` is over.
         """
         began = time.monotonic()
         self.wait()
@@ -107,12 +107,12 @@ class CheckpointWriter:
             self._log.warn(f"old checkpoints cannot be deleted ({error}): they take up space in {self._folder}")
 
     def forget(self) -> None:
-        """Wait for the checkpoint that is being written, then write any position anew: the run goes back."""
+        """Wait for the checkpoint being written; then let `save` write that position again, since the run goes back."""
         self.wait()
         self._written = None
 
     def gone(self) -> Path | None:
-        """The last checkpoint, if somebody has removed it."""
+        """The path of the last checkpoint if somebody has removed it, else None."""
         if self._written is None or self._active is not None:
             return None
         path = checkpoint.step_path(self._folder, self._written["global_step"])
@@ -124,7 +124,7 @@ class CheckpointWriter:
             return
         self._active.join(_PATIENT)
         if self._active.is_alive():
-            self._log.say(f"waiting until {self._active.path} is written")
+            self._log.say(f"waiting for {self._active.path} to be written")
         try:
             self.wait()
         except (MachineError, OSError) as error:
@@ -142,16 +142,17 @@ class CheckpointWriter:
         if must or minutes >= patience or not isinstance(error, MachineError | OSError):
             raise error
         self._log.warn(
-            f"{error}. Training goes on without a checkpoint, for {minutes:.0f} minutes so far. It tries again "
-            f"at the next one, and ends after {patience:g} minutes (run.checkpoint_patience)"
+            f"{error}. Training goes on without a checkpoint, for {minutes:.0f} minutes so far. It tries again when "
+            f"the next one is due, and ends if this fails for {patience:g} minutes (run.checkpoint_patience)"
         )
 
 
 def copied(state: dict[str, Any]) -> Callable[[], Any]:
     """A function that returns `state` on the host, with copies of its tensors: training may change the originals.
 
-    Tensors of a GPU are first copied on the GPU, which takes about a millisecond. The function, in another thread, then
-    moves these copies to the host on a stream of its own. If the GPU's memory is full, they go to the host at once.
+    GPU tensors are first copied on the GPU, which takes about a millisecond. The returned function, called in another
+    thread, moves these copies to the host on its own stream. If the GPU's memory is full, the tensors are copied to the
+    host at once.
     """
     device = next((tensor.device for tensor in _tensors(state) if tensor.is_cuda), None)
     if device is None:

@@ -15,16 +15,16 @@ from fastdeit.training.logs import RunLog
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
 
-MOST_REWINDS = 5  # from one divergence: the last leaves out 32 steps
+MOST_REWINDS = 5  # attempts for one divergence; the last leaves out 32 steps
 NEAR = 100  # steps after a divergence within which another one counts as the same
 _MILDER = "a lower --optim.lr, --optim.clip_grad 1, or --run.precision bf16 instead of fp16"
-_DECAY, _SETTLED = 0.98, 100  # of the band's mean and variance, and losses before it judges
+_DECAY, _SETTLED = 0.98, 100  # of the band's mean and variance; losses before it judges one
 
 
 class DivergedError(UserError):
     """A loss or weights that are not finite, or a loss far above those before it.
 
-    global_step  of the step whose loss is bad, or after which the weights are; from 1, as in the log
+    global_step  the step whose loss is bad, or after which the weights are bad; counted from 1, as in the log
     """
 
     def __init__(self, message: str, global_step: int) -> None:
@@ -43,7 +43,7 @@ class LossBand:
         self._mean, self._variance, self._count = 0.0, 0.0, 0
 
     def outlier(self, loss: float) -> float | None:
-        """Standard deviations by which `loss` is above the mean, if that is beyond the band; then it is not counted."""
+        """Standard deviations of `loss` above the mean if it is an outlier, else None. The mean excludes outliers."""
         if not self._width:
             return None
         if self._count >= _SETTLED:
@@ -67,15 +67,15 @@ class LossBand:
 class DivergenceGuard:
     """Checks each loss of this process and the weights before each checkpoint.
 
-    With `run.on_divergence` "stop", a bad loss raises DivergedError at once. With "rewind" it is only remembered: the
-    processes find out together (`found`, then `raise_together`), since all must go back.
+    With `run.on_divergence` "stop", a bad loss raises DivergedError at once. With "rewind", the guard only remembers it
+    until all processes know (`found`, then `raise_together`), because all must go back together.
     """
 
     def __init__(self, run: RunConfig, world: World) -> None:
         self._world, self._run = world, run
         self._band = LossBand(run.divergence_band)
         self._bad: DivergedError | None = None
-        self._last, self._rewinds = 0, 0  # the step of the last divergence, and how often the run went back for it
+        self._last, self._rewinds = 0, 0  # step of the last divergence, and rewinds for it so far
 
     @property
     def found(self) -> bool:
@@ -93,10 +93,10 @@ class DivergenceGuard:
         training: TrainingStep,
         log: RunLog,
     ) -> None:
-        """Check the loss of the step that had this `batch`.
+        """Check the `loss` of the step with this `batch`.
 
-        `position` has its epoch, its step, and its `global_step`, counted from 1. If the loss is bad, the
-        batch is saved; also the weights that gave it, unless they were `updated` since.
+        `position` holds the step's `epoch`, its `step`, and its `global_step`, counted from 1. If the loss is bad, the
+        batch is saved, and also the weights that gave the loss, unless they have been `updated` since.
         """
         if self._bad is not None:
             return
@@ -142,9 +142,8 @@ class DivergenceGuard:
     def steps_to_skip(self, error: DivergedError) -> range:
         """The steps (global, from 1) that the run leaves out when it goes back after `error`.
 
-        The update before a bad loss may be at fault as well, so these are two steps. If the run diverges again near
-        there, they were not enough, and their number doubles. Raises DivergedError once that has not helped
-        `MOST_REWINDS` times.
+        These are two steps, because the update before a bad loss may be at fault as well. If the run diverges again
+        near there, their number doubles. Raises DivergedError after `MOST_REWINDS` attempts without success.
         """
         near = 0 < error.global_step <= self._last + NEAR and self._rewinds > 0
         self._rewinds, self._last = self._rewinds + 1 if near else 1, error.global_step
@@ -173,7 +172,7 @@ class DivergenceGuard:
         return self._world.gathered(self._band.state())
 
     def load(self, state: list[list[float]]) -> None:
-        """Continue with the bands of `state`, which another number of processes may have had."""
+        """Continue with the bands of `state`, which may come from a different number of processes."""
         rank = self._world.rank
         self._band.load(state[rank] if len(state) == self._world.size else state[0])
 
@@ -209,4 +208,4 @@ def _save_evidence(
     except (UserError, OSError) as error:  # the loss matters more than a full disk
         return f"the batch could not be saved ({error})"
     log.event("nonfinite", loss=str(loss), reproduction=str(path), indices=batch.data.index.tolist(), **position)
-    return f"the batch{'' if updated else ' and the weights'} are in {path}"
+    return f"the batch {'is' if updated else 'and the weights are'} in {path}"

@@ -144,7 +144,7 @@ def _real_hits(decision: Tensor, real: Tensor) -> Tensor:
 
 
 def headline_head(scores: Scores, late_fusion: str | None) -> str:
-    """The head whose scores a run is known by: the late fusion where there are two heads, else the class head."""
+    """The head whose scores stand for the run: the late fusion if there are two heads, else the class head."""
     fused = f"fused_{late_fusion or 'probabilities'}"
     return fused if fused in scores else "class"
 

@@ -1,6 +1,6 @@
-"""What a run's GPUs say of themselves: memory, temperature, power, energy, and clocks that the driver has lowered.
+"""The state of a run's GPUs: memory, temperature, power, energy, and clocks that the driver has lowered.
 
-All but the memory comes from NVIDIA's management library (NVML), through the package nvidia-ml-py.
+All but the memory come from NVIDIA's management library (NVML), through the package nvidia-ml-py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_NVML = "temperature, power and lowered clocks of the GPUs are not logged"
 
 
 class Gpu(NamedTuple):
-    """A process's GPU over a part of a run; None for what NVML does not say.
+    """Readings of one process's GPU over a part of a run; None for values that NVML does not report.
 
     memory       bytes: the most that PyTorch had allocated since the run started
     temperature  degrees Celsius, the highest reading
@@ -57,12 +57,12 @@ class GpuHealth:
             import pynvml
 
             pynvml.nvmlInit()
-            # Its numbers count all GPUs of the machine, also those that CUDA_VISIBLE_DEVICES hides.
+            # By UUID: NVML numbers all GPUs of the machine, including those that CUDA_VISIBLE_DEVICES hides.
             uuid = f"GPU-{torch.cuda.get_device_properties(world.device).uuid}"
             self._handle, self._nvml = pynvml.nvmlDeviceGetHandleByUUID(uuid.encode()), pynvml
         except ImportError:
             self.fault = f"{NO_NVML}: pip install 'fastdeit[nvml]'"
-        except Exception as error:  # NVML's own errors; no fault of the library may end a run
+        except Exception as error:  # NVML has its own errors, and none of them may end a run
             self.fault = f"{NO_NVML}: {error}"
         self._begin()
 
@@ -86,7 +86,7 @@ class GpuHealth:
         self._slowed.update(name for bit, name in _SLOWED.items() if reasons & bit)
 
     def gathered(self) -> list[Gpu]:
-        """The GPU of each process since the last call, by rank; none without GPUs. Call it on all processes."""
+        """Readings of each process's GPU since the last call, by rank; empty without GPUs. Call it on all processes."""
         if self._world.device.type != "cuda":
             return []
         self.sample()
@@ -98,7 +98,7 @@ class GpuHealth:
         return self._world.gathered(gpu)
 
     def warnings(self, gpus: Sequence[Gpu]) -> list[str]:
-        """A sentence for each GPU that heat or a lack of power slows down, once for each reason."""
+        """A sentence for each GPU that is slowed by heat or too little power, once for each reason."""
         out = []
         for rank, gpu in enumerate(gpus):
             new = [why for why in gpu.slowed if why != POWER_LIMIT and (rank, why) not in self._warned]
@@ -106,13 +106,13 @@ class GpuHealth:
             if new:
                 at = "" if gpu.temperature is None else f" at {gpu.temperature} degrees"
                 out.append(
-                    f"the driver lowers the clocks of the GPU of process {rank}{at}: {', '.join(new)}. All processes "
-                    f"wait for the slowest: check its cooling and its power supply"
+                    f"the driver has lowered the clocks of the GPU of process {rank}{at}: {', '.join(new)}. All "
+                    f"processes wait for the slowest GPU: check the cooling and power supply of this one"
                 )
         return out
 
     def _read(self, function: str, *arguments: Any) -> int | None:
-        """What an NVML function says of this GPU; None if it says nothing, as on a part of a GPU (MIG)."""
+        """What an NVML function reports for this GPU; None if it fails, as on a part of a GPU (MIG)."""
         if self._nvml is None:
             return None
         with contextlib.suppress(Exception):

@@ -14,14 +14,14 @@ eval        epoch, global_step, weights ("model" or "ema"), images, and for each
             fused_probabilities, fused_logits that the model has: top1, top5 (percent), loss
 fallbacks   epoch, count, images (dataset indices that the loader's decoder refused and PIL read)
 replaced    epoch, count, images (pairs of dataset indices: one that does not decode, and the one in its place)
-checkpoint  path, epoch, step, global_step, seconds (to write it), stall_seconds (of these, training waited)
+checkpoint  path, epoch, step, global_step, seconds (to write it), stall_seconds (that training waited)
 best        checkpoint (the best so far), metric, weights, head, score, global_step
 gpus        epoch, processes: for each, by rank, memory_gib (the most that PyTorch allocated), temperature and watts
             (the highest readings), joules (used in the epoch), slowed (why the driver lowered the clocks)
 profile     global_step, steps, milliseconds (a step, by part)
 nonfinite   epoch, step, global_step, loss, reproduction, indices
 rewind      path (the checkpoint that the run goes back to), diverged (the step whose loss was bad), skipped (the steps
-            that are left out; both as `global_step` of a train line), epoch, step, global_step
+            left out), both numbered as `global_step` in train lines; epoch, step, global_step (where the run continues)
 stopped     signal, epoch, step, global_step
 end         epoch, global_step, seconds
 """
@@ -75,8 +75,8 @@ class RunLog:
     def go_back(self, epoch: int, global_step: int, *, evaluates: bool) -> None:
         """Move the figures that the run makes again to `log-redone.jsonl`.
 
-        A run that was killed, or goes back, has logged steps after the checkpoint that it continues from; each step
-        then stands once. TensorBoard hides its own.
+        A run that was killed, or goes back, has logged steps after the checkpoint that it continues from. With
+        these moved, the log has each step once. TensorBoard hides its own duplicates.
 
         epoch, global_step  where the run continues
         evaluates           whether it evaluates that checkpoint again
@@ -160,7 +160,7 @@ class RunLog:
                     self._line("warning", {"text": f"{self._lost} events are missing here: {self._why}"})
                     self._lost = 0
             if gone:
-                text = f"{self._path} was removed or replaced in the middle of the run: a new one begins here"
+                text = f"{self._path} was removed or replaced during the run: a new file begins here"
                 self._line("warning", {"text": text})
                 self.say(f"warning: {text}")
             self._line(event, fields)
@@ -177,7 +177,7 @@ class RunLog:
         self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
 
     def _reopen(self) -> None:
-        """Close the files, so that the next event opens those that their paths name now."""
+        """Close the files, so that the next event opens the files that are at their paths then."""
         self._close_file()
         if self._board is not None:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the log's lines sum up: losses, images per second, share of time waiting for data, images left to PIL."""
+"""The figures of the log's lines: losses, images per second, share of time waiting for data, images read by PIL."""
 
 import time
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Window:
 class Meter:
     """Sums the losses on the device and times the steps, from one reading to the next.
 
-    `state` and `load` carry the sums over a resume, so that its first line has the losses of the undisturbed run.
+    `state` and `load` carry the sums over a resume, so that the next line has the losses of an uninterrupted run.
 
     steps  since the last reading
     """
@@ -83,7 +83,7 @@ class Meter:
         return {"steps": self.steps, "sums": self._world.gathered(self._sums.tolist())}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue the window of `state`, which another number of processes may have begun."""
+        """Continue the window of `state`, which may come from a different number of processes."""
         sums, size = state["sums"], self._world.size
         if len(sums) != size:
             mean = [sum(each) / len(sums) for each in zip(*sums, strict=True)]
@@ -115,7 +115,7 @@ class EpochImages:
     def state(self) -> dict[str, Any]:
         """`fallbacks` and `replaced` of all processes, as in `TrainBatch`, in order. Call it on all processes."""
         some = torch.tensor(float(bool(self._fallbacks or self._replaced)), device=self._world.device)
-        if not self._world.sum(some):  # as a rule
+        if not self._world.sum(some):  # the usual case
             return {"fallbacks": [], "replaced": []}
         each = self._world.gathered((self._fallbacks, self._replaced))
         fallbacks, replaced = (set[Any]().union(*sets) for sets in zip(*each, strict=True))

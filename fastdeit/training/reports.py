@@ -17,7 +17,7 @@ from fastdeit.training.state import RunState
 
 
 def report_resume(log: RunLog, state: RunState, resumed: Resumed, recipe: Recipe, processes: int) -> None:
-    """Log the checkpoint that the run continues from on so many `processes`, and what changed since."""
+    """Log which checkpoint the run continues from, now on `processes` processes, and what has changed since."""
     log.event("resume", path=str(resumed.path), changed=resumed.changed, **state.position())
     log.say(f"resumed from {resumed.path}: epoch {state.epoch + 1}, step {state.step}")
     sentence = other_processes_sentence(recipe, resumed.processes, processes)
@@ -114,9 +114,7 @@ def report_rewind(log: RunLog, state: RunState, why: DivergedError, resumed: Res
     """Log that the run has diverged, gone back to a checkpoint, and will leave out the steps `skipped`."""
     steps = list(skipped)
     log.event("rewind", path=str(resumed.path), diverged=why.global_step, skipped=steps, **state.position())
-    log.warn(
-        f"{why}. The run goes back to {resumed.path.name} and leaves out steps {steps[0]} to {steps[-1]} from there"
-    )
+    log.warn(f"{why}. The run goes back to {resumed.path.name} and leaves out steps {steps[0]} to {steps[-1]}")
 
 
 def report_end(log: RunLog, state: RunState, seconds: float) -> None:

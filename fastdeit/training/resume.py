@@ -61,11 +61,10 @@ def snapshot(
     class_names: list[str] | None,
     log: dict[str, Any],
 ) -> dict[str, Any]:
-    """What a checkpoint holds: everything that the next step depends on, and what the `log` has summed up so far.
+    """What a checkpoint holds: everything that the next step depends on, and the `log`'s sums so far.
 
     `model` and `ema` are state dicts in timm's names; `epoch`, `step`, `counted_from` and `skipped` are those of
-    `RunState`.
-    `kernels` is the choice of kernels, with the version of the table that made it. `class_names`, `arch`,
+    `RunState`. `kernels` is the choice of kernels, with the version of the table that made it. `class_names`, `arch`,
     `num_classes`, `img_size`, `mean` and `std` describe the network to a run that takes it as its teacher.
     """
     recipe = training.recipe
@@ -168,7 +167,7 @@ class Resumed:
 
     path       of its file
     changed    a phrase for each thing that changed since
-    log        what the log had summed up; None: an older version wrote it
+    log        the log's sums at that step; None if an older version wrote the checkpoint
     """
 
     path: Path
@@ -177,7 +176,7 @@ class Resumed:
 
     @property
     def processes(self) -> int | None:
-        """Processes of the run that wrote it; None if an older version did."""
+        """The number of processes of the run that wrote it; None if an older version did."""
         return None if self.log is None else len(self.log["sums"])
 
 
@@ -239,9 +238,9 @@ def _path(recipe: Recipe, folder: Path) -> Path | None:
 def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
     """Load the newest of the run's own checkpoints that is older than step `before` (global, from 1).
 
-    The later ones are deleted: they hold the steps that are left out, and a run that is killed would resume from them.
-    Steps that the run has left out stay left out. Raises UserError if no checkpoint is old enough. Call it on all
-    processes.
+    Later checkpoints are deleted, because they hold steps that are now left out, and a killed run would resume from
+    them. Steps that the run has already left out stay left out. Raises UserError if no checkpoint is old enough. Call
+    it on all processes.
     """
     stored = path = None
     if training.world.main:

@@ -78,7 +78,7 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
 
 
 def check_log(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """What the log had summed up; None if an older version wrote the checkpoint. Raises UserError if it is not that."""
+    """The log's sums in a checkpoint; None if an older version wrote it. Raises UserError if the field is malformed."""
     if "log" not in state:
         return None
 
@@ -100,7 +100,7 @@ def check_log(state: dict[str, Any], path: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError):
         fine = False
     if not fine:
-        raise UserError(f"{path}: its field 'log' does not hold sums of losses and names of images; {NOT_OURS}")
+        raise UserError(f"{path}: its field 'log' does not hold sums of losses and indices of images; {NOT_OURS}")
     return log
 
 

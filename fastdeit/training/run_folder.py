@@ -24,7 +24,7 @@ class RunFolder:
         """`lock` is taken here unless the caller has taken it already."""
         self._recipe, self._path = recipe, Path(recipe.run.output)
         self._lock = lock or RunLock(self._path)
-        self._files: dict[str, bytes] = {}  # as they were written last
+        self._files: dict[str, bytes] = {}  # as last written
         self.notes = list(self._lock.notes)
 
     def write_recipe(self) -> None:
@@ -42,9 +42,9 @@ class RunFolder:
         return run_id
 
     def mend(self) -> bool:
-        """Make the folder anew if somebody has removed it, or the lock in it; returns whether that was so.
+        """Create the folder again if somebody has removed it or the lock in it; returns whether that had happened.
 
-        Raises UserError if another run has taken the folder since, and OSError if it cannot be made.
+        Raises UserError if another run has taken the folder since, and OSError if it cannot be created.
         """
         if not self._lock.lost():
             return False
@@ -56,7 +56,7 @@ class RunFolder:
         return True
 
     def close(self) -> None:
-        """Let the next run have the folder."""
+        """Release the folder for the next run."""
         self._lock.close()
 
     def _write(self, name: str, data: bytes) -> None:

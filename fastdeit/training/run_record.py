@@ -1,4 +1,4 @@
-"""`run.json`: who a run is, and for each of its starts the command, the machines and the versions."""
+"""`run.json`: a run's id, and for each of its starts the command, the machines and the versions."""
 
 import collections
 import importlib.metadata
@@ -23,8 +23,8 @@ from fastdeit.pipelines.parsing import read_json
 from fastdeit.version import __version__
 
 NAME = "run.json"
-_MOST = 16 << 20  # bytes read
-_STARTS = 500  # kept
+_MOST = 16 << 20  # bytes of run.json
+_STARTS = 500  # the last ones are kept
 _PACKAGES = ("torch", "triton", "timm", "numpy", "numba", "pillow", "ffcv", "nvidia-dali-cuda120")
 
 
@@ -41,9 +41,9 @@ def record_start(folder: Path, processes: dict[str, list[str]], checkpoint: Path
     """Add a start to the run's `run.json`, and return the run's id, which all its starts share.
 
     processes   from `describe_processes`
-    checkpoint  that the run continues from
+    checkpoint  the one that the run continues from
 
-    Raises OSError if the file cannot be written, and ValueError, leaving it as it is, if it holds something else.
+    Raises OSError if the file cannot be written. If it is not such a record, raises ValueError and leaves it as it is.
     """
     path = folder / NAME
     record = _read(path) if path.exists() else {"id": secrets.token_hex(4), "starts": []}
@@ -78,7 +78,7 @@ def versions() -> dict[str, str | None]:
 def source_commit(file: Path = Path(__file__)) -> str | None:
     """The commit of the git checkout that `file` belongs to, with "-dirty" if a tracked file of it has changed.
 
-    None without git, or if `file` is not one of the checkout's: a package may be installed below another project.
+    None without git, or if the checkout does not track `file`: a package may be installed inside another project.
     """
     git = ["git", "-C", str(file.parent)]
 

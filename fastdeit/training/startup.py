@@ -89,10 +89,10 @@ def _labels_sentence(labels: LabelCache) -> str:
 
 
 def _depends_on_processes(recipe: Recipe) -> list[str]:
-    """What another number of processes changes, beyond rounding."""
+    """What a different number of processes changes, beyond rounding."""
     parts = []
     if recipe.model.drop_rate > 0 and not frozen_mode(recipe):
-        parts.append("dropout (model.drop_rate) draws other elements")
+        parts.append("each process draws dropout for its own share of the batch (model.drop_rate)")
     if recipe.model.arch != "deit":
         parts.append("batch normalisation takes its statistics over each process's share of the batch")
     if recipe.departures.mix_group == 0:
@@ -101,15 +101,15 @@ def _depends_on_processes(recipe: Recipe) -> list[str]:
 
 
 def processes_sentence(recipe: Recipe, processes: int) -> str | None:
-    """What of a run on several processes another number of them would change; None if nothing but rounding."""
+    """A sentence on what a different number of processes would change; None if nothing but rounding."""
     parts = _depends_on_processes(recipe)
     if processes == 1 or not parts:
         return None
-    return f"the result depends on the number of processes, {processes}: {'; '.join(parts)}"
+    return f"the result depends on the number of processes ({processes}): {'; '.join(parts)}"
 
 
 def other_processes_sentence(recipe: Recipe, before: int | None, now: int) -> str | None:
-    """What differs if `now` processes continue what `before` began (None: unknown); None if there are as many."""
+    """A sentence on what a change from `before` to `now` processes does; None if there is none or `before` is None."""
     if before is None or before == now:
         return None
     what = "; ".join(_depends_on_processes(recipe)) or "the losses differ by rounding only"

@@ -13,7 +13,7 @@ class RunState:
     epoch, step   counted from 0; `step` is within the epoch
     global_step   steps done since the start
     counted_from  epoch, step and global step since which epochs have had their present number of steps
-    skipped       steps that are left out after a divergence, as `global_step` counts them once they are done
+    skipped       numbers of the steps left out after a divergence, counted from 1 since the start
     """
 
     folder: Path

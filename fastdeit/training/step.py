@@ -163,7 +163,7 @@ class TrainingStep:
         load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if self._replayed is not None:  # a graph recorded before would move other tensors
+        if self._replayed is not None:  # a graph recorded earlier would update other tensors
             self.optimizer.zero_grad()  # these gradients lie in its memory
             self._replayed.discard()
             self._replayed = None

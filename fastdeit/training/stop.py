@@ -48,7 +48,7 @@ class Stop:
         return bool(self._count().tolist()[1])
 
     def forget(self) -> None:
-        """Drop the vote that is under way; all processes call it after the same step."""
+        """Drop the vote in progress; all processes call this after the same step."""
         self._vote = None
 
     def saved(self) -> None:

@@ -256,7 +256,7 @@ class Trainer:
         report_rewind(self.log, state, error, resumed, skipped)
 
     def _restart(self, log: dict[str, Any] | None) -> None:
-        """Continue what the log had summed up at a checkpoint."""
+        """Continue with the sums that the `log` had at a checkpoint."""
         self.meter, self.images = Meter(self.world), EpochImages(self.world)
         self.guard.forget()
         self.stop.forget()
@@ -312,7 +312,7 @@ class Trainer:
         report_gpus(self.log, state.epoch, gpus, self.gpus.warnings(gpus))
 
     def _train_step(self, batch: TrainBatch, pending: list[Callable[[], None]]) -> None:
-        """Update the weights once, read the `pending` numbers of the step before, and note those of this one."""
+        """Update the weights once, read the previous step's `pending` numbers, and queue those of this step."""
         state, done = self.state, self.state.global_step + 1
         position = {"epoch": state.epoch, "step": state.step, "global_step": done}
         check = None if self.deferred else self._loss_check(batch, position, updated=False)
@@ -342,9 +342,9 @@ class Trainer:
         return check
 
     def _pending_report(self, wait_seconds: float) -> list[Callable[[], None]]:
-        """A function that logs the steps since the last such line; it may wait for their losses.
+        """A list of one function, which logs the steps since the last training line and may wait for their losses.
 
-        None if all of them were left out.
+        Empty if all of these steps were left out.
         """
         run, state = self.recipe.run, self.state
         if not self.meter.steps:
@@ -412,19 +412,19 @@ class Trainer:
                 self.writer.wait(must=True)
         self.stop.saved()
         if must:
-            self.world.barrier()  # a process that ends makes torchrun end the main one
+            self.world.barrier()  # if another process ended first, torchrun would end the main one
 
     def _look_after_folder(self) -> None:
-        """Make the run's folder or its last checkpoint anew if somebody has removed it in the middle of the run."""
+        """Create the run's folder or its last checkpoint again if somebody has removed it during the run."""
         if self.run_folder is None or self.writer is None:
             return
         try:
             gone = self.state.folder if self.run_folder.mend() else self.writer.gone()
         except OSError as error:
-            self.log.warn(f"{self.state.folder} was removed in the middle of the run, and cannot be made anew: {error}")
+            self.log.warn(f"{self.state.folder} was removed during the run and cannot be created again: {error}")
             return
         if gone is not None:
-            self.log.warn(f"{gone} was removed in the middle of the run: a checkpoint is written at once")
+            self.log.warn(f"{gone} was removed during the run: a new checkpoint will be written")
             self.writer.forget()
             self.stop.save_soon()
 

@@ -13,7 +13,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, MAX_PIXELS, MAX_SCANS, MAX_SIDE, RAW
 
 Mode = Literal["auto", "jpeg", "raw"]
-MAX_TILE = 1 << 24  # pixels of a tile of a TIFF, if the image has fewer
+MAX_TILE = 1 << 24  # pixels of a TIFF tile that is larger than its image
 SMALL_SIDE = 64  # mode "auto" stores decoded images up to this side raw
 JPEG_SIDE = 65500  # the longest that libjpeg writes
 CHANGES = (
@@ -136,8 +136,8 @@ def _check_size(image: Image.Image) -> None:
     across, down = tags.get(TiffImagePlugin.TILEWIDTH), tags.get(TiffImagePlugin.TILELENGTH)
     if isinstance(across, int) and isinstance(down, int) and across * down > max(width * height, MAX_TILE):
         raise UserError(
-            f"{width} x {height} pixels in tiles of {across} x {down}, but a tile beyond its image has at most "
-            f"{MAX_TILE} pixels: save it without tiles"
+            f"{width} x {height} pixels in tiles of {across} x {down}, but a tile larger than its image may have "
+            f"at most {MAX_TILE} pixels: save it without tiles"
         )
 
 

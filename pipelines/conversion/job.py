@@ -199,7 +199,7 @@ class Conversion:
                 raise
             except BaseException:
                 with self._writing():
-                    # An interrupt in `_save` may come after the journal has them.
+                    # An interrupt may have stopped `_save` after the journal had the pending samples.
                     if self.pending and sum(1 for _ in journal.entries()) == self.position:
                         self._saved(writer)
                     self._save(writer, journal)

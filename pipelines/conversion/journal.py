@@ -23,7 +23,7 @@ from fastdeit.pipelines.parsing import parse_json
 
 _VERSION = 1
 MAX_LINE = 16 << 20  # bytes
-_ENTRIES = 1000  # in a line; the longest reasons and names fill a third of `MAX_LINE`
+_ENTRIES = 1000  # in a line; with the longest reasons and names they fill a third of `MAX_LINE`
 _START = b'00000000 {"journal":'  # of every journal, except for the checksum
 
 
@@ -48,8 +48,8 @@ class Journal:
 
     Every line is the zlib.crc32 of the rest, a space, and JSON: first a description of the conversion, then lists of
     samples, each written after its bytes are on disk. The first torn or damaged line ends the journal. Raises
-    JournalError if another `Journal`, in any process, has it open, and for a file that is not a journal; the methods,
-    for a whole line that no conversion wrote.
+    JournalError if another `Journal`, in any process, has it open, and for a file that is not a journal. The methods
+    raise it for a complete line that no conversion wrote.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ class Journal:
     def replaced(self) -> list[int] | None:
         """The last mark given to `note_replaced`."""
         marks = [line["replaces"] for line, _ in self._lines() if isinstance(line, dict) and "replaces" in line]
-        return marks[-1] if marks else None  # only compared
+        return marks[-1] if marks else None  # unchecked: it is only compared
 
     def note_replaced(self, mark: list[int]) -> None:
         """Note, by its `files.mark`, the data set that the conversion is about to replace."""
@@ -167,7 +167,7 @@ class Journal:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except BaseException:
-            # A full disk, or an interrupt: nothing after a torn line would be read.
+            # A full disk or an interrupt: nothing after a torn line would be read.
             with suppress(OSError):
                 self._file.truncate(end)
             raise
@@ -196,11 +196,12 @@ class Journal:
                 if all(isinstance(change, str) for change in made):
                     record = Record(height=height, width=width, label=label, mode=mode, size=size, crc32=crc32)
                     return Kept(record, tuple(made))
-        raise self._foreign("a sample without the facts of one")
+        raise self._foreign("a sample whose fields are missing or wrong")
 
     def _foreign(self, reason: str) -> JournalError:
         return JournalError(
-            f"{self.path}: holds what no conversion wrote ({reason}): move it away, and start again without --resume"
+            f"{self.path}: holds a line that no conversion wrote ({reason}): move it away, and start again "
+            f"without --resume"
         )
 
 

@@ -1,6 +1,6 @@
-"""Bounds for compressed files and NumPy arrays that a stranger may have made: checked before anything is unpacked.
+"""Limits for untrusted compressed files and NumPy arrays, checked before anything is unpacked.
 
-Deflate turns a kilobyte into a megabyte; images and labels hardly compress.
+A deflated kilobyte can unpack to a megabyte; images and labels hardly compress.
 """
 
 import io
@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-_FREE, _RATIO = 64 << 20, 16  # bytes that any file may unpack to; beyond them, times its stored size
-_MOST_DIRECTORY = 1 << 20  # bytes of a .npz file's directory; it takes 200
+_FREE, _RATIO = 64 << 20, 16  # a file may unpack to this many bytes plus this many times its size
+_MOST_DIRECTORY = 1 << 20  # bytes of a .npz file's directory; a real one takes 200
 
 
 def most_unpacked(stored: int) -> int:
@@ -21,7 +21,7 @@ def most_unpacked(stored: int) -> int:
 
 
 class BoundedReads(io.RawIOBase):
-    """Wraps a file for `zipfile`, and refuses a read of more than `most` bytes, such as that of a huge directory."""
+    """Wraps a file for `zipfile`, and refuses to read more than `most` bytes at once, such as a huge directory."""
 
     def __init__(self, file: BinaryIO, most: int) -> None:
         self._file, self._most = file, most
@@ -57,7 +57,7 @@ def read_array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 def read_array(file: BinaryIO, size: int) -> np.ndarray:
     """The array in the next `size` bytes, a .npy file; read-only.
 
-    Raises ValueError for another file, and before taking memory if the header claims another size.
+    Raises ValueError if they are not one, or if the header claims another size, before it takes memory.
     """
     start = file.tell()
     shape, fortran, dtype = read_array_header(file)

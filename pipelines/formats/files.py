@@ -70,7 +70,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def is_at(file: IO[Any], path: Path) -> bool:
-    """Whether `path` still names the open `file`: it may have been removed, or another may have taken its place."""
+    """Whether `path` still names the open `file`, which may have been removed or replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except OSError as error:

@@ -21,18 +21,18 @@ from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import MachineError, machine_error
 
 _PIECE = 8 << 20  # bytes copied at once
-_THREADS, _CHUNK = 8, 1024  # that check the copy, and images that one of them checks at a time
+_THREADS, _CHUNK = 8, 1024  # threads that check the copy, and images that each checks at a time
 _PARTIAL = ".partial-"
 
 
 def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, progress: bool = False) -> Dataset:
     """The copy of `dataset` in the folder `cache`, made now if it is not there yet.
 
-    A copy has its own folder, named after the data set and its content hash, so a data set that is converted again is
-    copied again. Processes that want the same copy at the same time wait for the first. A copy appears under its name
-    only when it is whole and the checksum of each image is right.
+    Each copy has its own folder, named after the data set and its content hash, so a data set that is converted again
+    is copied again. Processes that want the same copy at the same time wait for the first. The folder gets its name
+    only when the copy is complete and the checksum of each image is right.
 
-    say       takes a sentence when copying begins, and when this process waits for another
+    say       is called with a sentence when copying begins, and when this process waits for another
     progress  whether to show a bar
 
     Raises UserError for a data set without checksums, or one that changed while it was copied; MachineError if the disk
@@ -62,7 +62,7 @@ def _one_at_a_time(folder: Path, say: Callable[[str], object]) -> Iterator[None]
         try:
             lock(file)
         except BlockingIOError:
-            say(f"waiting for another process, which copies to {folder}")
+            say(f"waiting for another process to copy to {folder}")
             lock(file, wait=True)
         yield
 
@@ -73,10 +73,10 @@ def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress
     free = shutil.disk_usage(folder.parent).free
     if size > free:
         raise MachineError(
-            f"{dataset.path} has {size / 1e9:.1f} GB, but {folder.parent} has only {free / 1e9:.1f} GB free: free "
+            f"{dataset.path} takes {size / 1e9:.1f} GB, but {folder.parent} has only {free / 1e9:.1f} GB free: free "
             f"space there, or name another --data.cache_dir"
         )
-    # A file system without locks may let two processes come here: each has its own folder, and the first one counts.
+    # Without file locks, two processes may copy at once: each has its own folder, and the first to finish wins.
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}")
     for other in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
         if _was_left(other):
@@ -126,7 +126,9 @@ def _open(copy: Path, original: Dataset) -> Dataset:
     try:
         dataset = open_dataset(copy)
     except FileNotFoundError as error:
-        raise UserError(f"{copy} is missing: delete the folder {copy.parent}, and it is copied again") from error
+        raise UserError(
+            f"{copy} is missing: delete the folder {copy.parent}, and the next run copies it again"
+        ) from error
     if dataset.content_hash != original.content_hash:
         raise UserError(
             f"{copy} is not a copy of {original.path}, which may have changed while it was copied: delete the folder "
@@ -136,7 +138,7 @@ def _open(copy: Path, original: Dataset) -> Dataset:
 
 
 def _check(copy: Dataset, original: Dataset) -> None:
-    """Raise UserError naming an image of a copy whose checksum is wrong."""
+    """Raise UserError, naming the image, if a checksum in a copy is wrong."""
 
     def wrong(start: int) -> int | None:
         assert copy.checksums is not None
@@ -147,12 +149,12 @@ def _check(copy: Dataset, original: Dataset) -> None:
         bad = [index for index in pool.map(wrong, range(0, len(copy), _CHUNK)) if index is not None]
     if bad:
         raise UserError(
-            f"{copy.path}: image {bad[0]} does not have its checksum after copying: check {original.path} with "
+            f"{copy.path}: the checksum of image {bad[0]} is wrong after copying: check {original.path} with "
             f"fastdeit-convert --verify, and the disk of {copy.path.parent}"
         )
 
 
 def _was_left(partial: Path) -> bool:
-    """Whether the process of this machine that made `partial` has ended."""
+    """Whether a process of this machine made `partial` and has ended."""
     host, _, pid = partial.name.rpartition(_PARTIAL)[2].rpartition("-")
     return host == socket.gethostname() and pid.isdecimal() and not Path(f"/proc/{pid}").exists()

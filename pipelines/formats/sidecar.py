@@ -35,7 +35,7 @@ from fastdeit.pipelines.parsing import MAX_JSON, read_json
 
 VERSION = 2
 _MOST_OF_A_SAMPLE = 32  # bytes, beyond `MAX_JSON`: a checksum takes 6, ReaL's classes about 20
-MAX_REAL = 100  # of ReaL's classes of an image; it has at most 9
+MAX_REAL = 100  # ReaL classes of an image; the real file has at most 9
 _REMEDY = "Convert the data set again, or remove the sidecar to do without class names"
 
 

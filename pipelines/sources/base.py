@@ -97,7 +97,7 @@ def class_number(value: Any, name: str, what: str = "its label") -> int:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, shortened. A container is not shown: a pickle's may hold itself a billion times."""
+    """`value` for a message, shortened. Containers are not shown: one from a pickle may print as 10 GB."""
     if not isinstance(value, str | bytes | int | float | np.generic | None):
         return f"a {type(value).__name__}"
     try:

@@ -13,10 +13,10 @@ from fastdeit.pipelines.sources import tar
 from fastdeit.pipelines.sources.base import SourceError, class_number
 
 MAX_UNZIPPED = 200 << 20  # bytes; the archives hold 186 MB
-MAX_WIDE = 1 << 20  # bytes of a text with other characters than Latin-1's, of which Python keeps four bytes each
+MAX_WIDE = 1 << 20  # bytes of a text with characters beyond Latin-1, which Python may keep in four bytes each
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
-_NARROW = bytes(range(0xC4))  # of which UTF-8 makes Latin-1's characters
+_NARROW = bytes(range(0xC4))  # the bytes of Latin-1's characters in UTF-8
 _FETCH = "Fetch the archive again"
 _Batch = tuple[np.ndarray, list[Any]]  # pixels of every image, and labels as they are stored
 _Files = dict[str, tuple[str, int, int]]  # by their last names: names in the archive, offsets and sizes
@@ -165,7 +165,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 # The one in C reserves as much memory as a file cares to name.
 class _Unpickler(pickle._Unpickler):
-    """Reads plain values and `_KNOWN` objects, in memory that is bounded by the pickle's length."""
+    """Reads plain values and `_KNOWN` objects; the pickle's length bounds the memory."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
@@ -179,7 +179,7 @@ class _Unpickler(pickle._Unpickler):
         return _KNOWN[module, name]
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """Bytes, as Python 3 pickles them for Python 2; a text that is encoded many times is kept once."""
+        """Bytes, as Python 3 pickles them for Python 2. A text that is encoded many times is stored once."""
         if encoding != "latin1":
             raise pickle.UnpicklingError(f"bytes in {encoding}")
         if text not in self._encoded:
@@ -188,7 +188,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _append_text(self, data: bytes) -> None:
         if len(data) > MAX_WIDE and data.translate(None, _NARROW):
-            raise pickle.UnpicklingError(f"a text of {len(data)} bytes, not all of them of Latin-1's characters")
+            raise pickle.UnpicklingError(f"a text of {len(data)} bytes with characters beyond Latin-1")
         self.append(str(data, "utf-8", "surrogatepass"))  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_binunicode(self) -> None:
@@ -198,7 +198,7 @@ class _Unpickler(pickle._Unpickler):
         self._append_text(self.read(struct.unpack("<Q", self.read(8))[0]))  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_build(self) -> None:
-        # Of anything else, it would set attributes that a pickle names.
+        # On other objects, it would set whatever attributes the pickle names.
         if not isinstance(self.stack[-2], _Array | _Dtype):  # pyright: ignore[reportAttributeAccessIssue]
             raise pickle.UnpicklingError("it sets attributes")
         super().load_build()  # pyright: ignore[reportAttributeAccessIssue]
@@ -209,7 +209,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.BINUNICODE8[0]: load_binunicode8,
         pickle.BUILD[0]: load_build,
     }
-    # Bytes that can be written to, of any length without a file's bytes; text with escapes, of the oldest pickles.
+    # A bytearray is allocated at any length that the file names; text with escapes occurs only in the oldest pickles.
     del dispatch[pickle.BYTEARRAY8[0]]
     del dispatch[pickle.UNICODE[0]]
 

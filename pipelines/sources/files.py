@@ -11,7 +11,7 @@ from fastdeit.pipelines.formats import files
 from fastdeit.pipelines.formats.files import kind
 from fastdeit.pipelines.sources.base import SourceError, is_image
 
-MAX_TEXT = 8 << 20  # bytes of a list of class names or labels; Kaggle's labels of ILSVRC2012's val set take 4 MB
+MAX_TEXT = 8 << 20  # bytes of a list of class names or labels; Kaggle's list for ILSVRC2012's val set takes 4 MB
 # Names, in lower case, that file managers, network disks and operating systems leave in folders.
 JUNK = frozenset(
     (

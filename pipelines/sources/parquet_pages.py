@@ -1,9 +1,9 @@
 """Reads the footer of a parquet file, and the sizes of its pages from their headers, before anything is unpacked.
 
-PyArrow unpacks whatever a page's header announces, and makes a kilobyte of seven bytes in a footer. Both are Thrift's
-compact protocol (https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md), their fields those
-of PageHeader and FileMetaData in
-https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
+PyArrow unpacks whatever size a page's header announces, and turns seven bytes of a footer into a kilobyte of memory.
+Both are written in Thrift's compact protocol
+(https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md), with the fields of PageHeader and
+FileMetaData in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
 """
 
 import os
@@ -19,7 +19,7 @@ _MAX_DEPTH = 8  # of structures within structures; PageHeader has three, FileMet
 _UNPACKED, _STORED, _DATA, _DATA_V2 = 2, 3, 5, 8  # fields of PageHeader
 _COUNT = 1  # field of its structures for data
 _SCHEMA, _GROUPS, _CHILDREN, _COLUMNS = 2, 4, 5, 1  # fields of FileMetaData, SchemaElement and RowGroup
-_HIGHEST = 8  # of all these fields; others are skipped
+_HIGHEST = 8  # the highest number of these fields; others are skipped
 
 
 class PageError(ValueError):
@@ -27,9 +27,9 @@ class PageError(ValueError):
 
 
 def check_footer(file: int) -> None:
-    """Raise PageError for a footer that PyArrow would make too much of, or that has columns beyond the schema.
+    """Raise PageError if PyArrow would need too much memory for the footer, or if its columns do not match the schema.
 
-    file  a descriptor. Whether it is a parquet file at all is for PyArrow to say
+    file  a descriptor. Whether it is a parquet file at all is left to PyArrow
     """
     end = os.fstat(file).st_size - 8
     tail = os.pread(file, 8, max(end, 0))
@@ -44,7 +44,7 @@ def check_footer(file: int) -> None:
         raise PageError("its footer ends within a structure") from error
     schema, groups = footer.get(_SCHEMA), footer.get(_GROUPS)
     if not isinstance(schema, list) or not isinstance(groups, list):
-        raise PageError("its footer has no schema and row groups")
+        raise PageError("its footer has no schema or no row groups")
     columns = sum(not element.get(_CHILDREN) for element in schema)
     for i, group in enumerate(groups):
         held = group.get(_COLUMNS)
@@ -94,7 +94,7 @@ def _read_header(file: int, at: int, most: int) -> tuple[dict[int, Any], int]:
 class _Compact:
     """Reads structures of integers and skips other values. Raises IndexError at the end of the bytes.
 
-    most  structures to read
+    most  limit of the number of structures
     """
 
     def __init__(self, data: bytes, most: int = 16) -> None:

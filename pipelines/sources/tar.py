@@ -19,7 +19,7 @@ from fastdeit.pipelines.sources.files import is_left_out, open_regular
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20  # bytes of a pax header
-MAX_NAME = 4096  # characters, as in a path of Linux
+MAX_NAME = 4096  # characters, as in a Linux path
 MAX_PADDING = 16 << 20  # bytes after the end-of-archive blocks; writers pad to about 10 KiB
 MAX_UNZIPPED = 2 << 30  # bytes of a gzipped archive, held in memory
 _FETCH = "Fetch the archive again"
@@ -30,8 +30,8 @@ _KINDS = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a d
 class Archive:
     """The bytes of a tar archive: a file, or the gunzipped content in memory.
 
-    Raises SourceError for a gzipped file that is damaged or holds more than `limit` bytes or `most_unpacked`; limit 0
-    refuses gzip.
+    Raises SourceError for a gzipped file that is damaged, or that unpacks to more than `limit` bytes or
+    `most_unpacked`; limit 0 refuses gzip.
     """
 
     path: Path

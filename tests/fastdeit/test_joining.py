@@ -61,7 +61,7 @@ def test_processes_that_are_missing_are_named_on_those_that_came():
 
 
 def test_without_the_main_process_the_others_say_so():
-    with pytest.raises(UserError, match=rf"rank 0 has not joined rank 1 \(process {os.getpid()} on host"):
+    with pytest.raises(UserError, match=rf"rank 0 has not answered rank 1 \(process {os.getpid()} on host"):
         meet(dist.HashStore(), 1, 2, {}, SECONDS / 5)
 
 
@@ -151,14 +151,14 @@ def test_a_store_that_is_lost_while_processes_join_is_told():
         while not served.check(["fastdeit/asks/1"]):
             time.sleep(0.01)
         del served
-        with pytest.raises(UserError, match=r"rank 1 \(process .* has lost the store before all processes had joined"):
+        with pytest.raises(UserError, match=r"rank 1 \(process .* has lost its connection to the store before all"):
             joining_one.result()
 
 
 def test_a_store_that_nobody_serves_is_named():
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for environ in (where, {**where, "TORCHELASTIC_USE_AGENT_STORE": "True"}):
-        with pytest.raises(UserError, match=r"rank 1 on host \S+ cannot reach the store at 127\.0\.0\.1:"):
+        with pytest.raises(UserError, match=r"rank 1 on host \S+ could not reach the store at 127\.0\.0\.1:"):
             open_store(1, SECONDS, environ)
 
 

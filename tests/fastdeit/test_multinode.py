@@ -102,6 +102,6 @@ def test_a_machine_that_falls_off_the_network_is_named_and_the_other_goes_on_alo
         wait_for(lambda: f"rank 1 (process {lost} on host beta) cannot reach the run's store" in printed(second))
     finally:
         machines[1].mend()
-    assert f"rank 1 (process {lost} on host beta) has given no sign of life for 6 seconds" in err
+    assert f"rank 1 (process {lost} on host beta) has sent no heartbeat for 6 seconds" in err
     assert [event["world"] for event in events(recipe.run.output, "start")] == [2, 1]
     assert [event["global_step"] for event in events(recipe.run.output, "train")] == list(range(1, 16))

@@ -1,4 +1,4 @@
-"""Names that a stranger chose reach no terminal as anything but text, whichever file holds them.
+"""Untrusted names reach a terminal only as text, whichever file holds them.
 
 Judge: the characters that terminals act on, from ECMA-48 and Unicode's bidirectional algorithm (UAX 9).
 """

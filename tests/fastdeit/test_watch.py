@@ -34,12 +34,12 @@ def looks(attendance, signs, seconds=5):
 def test_a_process_that_is_stopped_is_lost_after_its_silence(attendance):
     signs = [(f"{n} {n}", f"{min(n, 10)} {min(n, 10)}", f"{n} {n}") for n in range(100)]
     number, peer, reason = looks(attendance, signs)
-    assert (number, peer) == (14, PEERS[1])  # its last sign is number 10; 4 looks of 5 seconds
-    assert "no sign of life for 20 seconds" in reason
+    assert (number, peer) == (14, PEERS[1])  # its last heartbeat is number 10; then 4 looks, 5 seconds apart
+    assert "has sent no heartbeat for 20 seconds" in reason
 
 
 def test_a_process_that_hangs_is_lost_after_the_patience(attendance):
-    """It gives signs of life, but has begun fewer operations than those that wait for it."""
+    """It sends heartbeats, but has begun fewer operations than those that wait for it."""
     signs = [(f"{n} {min(n, 11)}", f"{n} {min(n, 10)}", f"{n} {min(n, 11)}") for n in range(100)]
     number, peer, reason = looks(attendance, signs)
     assert (number, peer) == (11 + 12 - 1, PEERS[1])
@@ -111,13 +111,13 @@ def test_a_process_without_a_watch_is_named(watching):
     start, ended, _ = watching
     start(0, lambda: 0)
     until(lambda: ended)
-    assert ended[0].startswith("rank 1 (process 101 on host host1) has given no sign of life")
+    assert ended[0].startswith("rank 1 (process 101 on host host1) has sent no heartbeat")
 
 
 def test_who_died_is_told_from_who_saw_it(watching):
     start, _, store = watching
     zero = start(0, lambda: 0)
-    store.set("beat/1", "5 5")  # it gives no sign any more
+    store.set("beat/1", "5 5")  # it sends no more
     assert zero.gone() == [PEERS[1]]
     one = start(1, lambda: 0)
     assert zero.gone() == []

@@ -1,7 +1,7 @@
 """The compiled code of the pipelines: `python -m tests.helpers.warm` fills numba's cache, and importing this loads it.
 
-Compiling takes half a minute. Processes that start together would all do it, and each would load the code anew if it
-was not forked from a process that has.
+Compiling takes half a minute, and processes that start together would all compile. Even from the cache, each process
+would load the code again, unless it is forked from one that has loaded it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""JSON and TOML in bounds, against Python's own parsers on what is within them."""
+"""JSON and TOML are parsed within limits; within these, Python's own parsers are the reference."""
 
 import json
 import tomllib

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, and hold what the run was when they were asked for."""
+"""Checkpoints are written while training goes on, and hold the run's state at the time of the call."""
 
 import json
 import threading

@@ -21,7 +21,7 @@ ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def poison(monkeypatch, *bad):
-    """Make the losses of the steps `bad` (from 1) infinite, in whatever order and how often they run."""
+    """Make the losses of the steps `bad` (from 1) infinite, each time they run."""
     step = TrainingStep.__call__
 
     def poisoned(self, batch, epoch, in_epoch, global_step, check=None):
@@ -38,7 +38,7 @@ def poison(monkeypatch, *bad):
 
 
 def without(monkeypatch, *left_out):
-    """Make a step do nothing if its number is `left_out`: the judge of a run that goes back."""
+    """Make the steps `left_out` do nothing, as a reference for a run that goes back."""
     step = TrainingStep.__call__
 
     def reduced(self, batch, epoch, in_epoch, global_step, check=None):

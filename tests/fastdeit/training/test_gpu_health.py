@@ -1,4 +1,4 @@
-"""What the log says of GPUs: the numbers of NVML are its own package's, its answers are made up."""
+"""What the log says of GPUs. NVML's constants come from its own package; its answers are made up."""
 
 import sys
 from types import SimpleNamespace

@@ -520,7 +520,7 @@ def test_a_late_look_at_a_loss_that_is_not_finite_names_its_step(tiny, events):
     with world("cpu") as joined:
         trainer = Trainer(recipe, joined)
         trainer.deferred = True
-        with pytest.raises(DivergedError, match=r"epoch 1, step 1, .*; the batch are in"):
+        with pytest.raises(DivergedError, match=r"epoch 1, step 1, .*; the batch is in"):
             trainer.run()
     (record,) = events(recipe.run.output, "nonfinite")
     saved = checkpoint.read_checkpoint(recipe.run.output / "nonfinite-rank0.pt")

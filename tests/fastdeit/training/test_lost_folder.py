@@ -1,4 +1,4 @@
-"""A run whose folder is removed, taken by another run, or cannot be written for a while, in the middle of the run."""
+"""A run whose folder is removed, taken by another run, or cannot be written for a while, during the run."""
 
 import ctypes
 import json
@@ -62,7 +62,7 @@ def test_a_folder_that_is_removed_is_made_anew_with_a_checkpoint(tiny, straight,
     after_step(3, remove)
     after_step(4, lambda: wait_for(lambda: checkpoint.found(folder / "checkpoints")))
     train(recipe)
-    assert f"{folder} was removed in the middle of the run" in capsys.readouterr().out
+    assert f"{folder} was removed during the run" in capsys.readouterr().out
     # Step 3 was logged into the new folder.
     assert [event["global_step"] for event in events(folder, "checkpoint")] == [3, 5, 10]
     assert steps_of(events, recipe) == list(range(3, STEPS + 1))
@@ -79,7 +79,7 @@ def test_a_checkpoint_that_is_removed_is_written_anew(tiny, straight, events, af
     after_step(8, lambda: wait_for(lambda: checkpoint.found(folder)))
     train(recipe)
     assert [event["global_step"] for event in events(recipe.run.output, "checkpoint")] == [5, 7, 10]
-    assert "checkpoint-000000005.pt was removed in the middle of the run" in capsys.readouterr().out
+    assert "checkpoint-000000005.pt was removed during the run" in capsys.readouterr().out
     assert_same_state(straight, final_state(recipe))
 
 

@@ -70,7 +70,7 @@ def test_a_process_that_is_stopped_is_named_and_the_job_goes_on(tiny, start, str
     victim.send_signal(signal.SIGSTOP)
     err = finish(process)
     assert f"rank 1 (process {victim.pid} on host " in err
-    assert "has given no sign of life for 6 seconds" in err
+    assert "has sent no heartbeat for 6 seconds" in err
     assert_same_state(straight, final_state(recipe))
 
 

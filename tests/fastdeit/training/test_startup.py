@@ -172,7 +172,7 @@ def test_compiling_is_announced_where_nothing_is_cached(monkeypatch):
     ("recipe", "said"),
     [
         (deit_tiny(), None),
-        (changed(deit_tiny(), "model", drop_rate=0.1), "dropout (model.drop_rate)"),
+        (changed(deit_tiny(), "model", drop_rate=0.1), "(model.drop_rate)"),
         (convnet_teacher(), "batch normalisation"),
         (dataclasses.replace(deit_tiny(), compat="released"), "departures.mix_group 0"),
     ],
@@ -181,7 +181,7 @@ def test_what_depends_on_the_number_of_processes_is_said(recipe, said):
     recipe = recipe.filled()
     assert processes_sentence(recipe, 1) is None
     sentence = processes_sentence(recipe, 8)
-    assert (sentence is None) if said is None else (said in sentence and "processes, 8: " in sentence)
+    assert (sentence is None) if said is None else (said in sentence and "processes (8): " in sentence)
 
 
 def test_a_resume_on_another_number_of_processes_says_what_differs(tiny):
@@ -190,4 +190,4 @@ def test_a_resume_on_another_number_of_processes_says_what_differs(tiny):
     changed = "the number of processes has changed from 2 to 1: "
     assert other_processes_sentence(tiny(), 2, 1) == changed + "the losses differ by rounding only"
     dropout = other_processes_sentence(tiny(model={"drop_rate": 0.1}), 2, 1)
-    assert dropout == changed + "dropout (model.drop_rate) draws other elements"
+    assert dropout == changed + "each process draws dropout for its own share of the batch (model.drop_rate)"

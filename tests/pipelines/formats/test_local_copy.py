@@ -83,7 +83,7 @@ def test_a_damaged_image_is_named_and_leaves_no_copy(tmp_path):
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(UserError, match="image 1 does not have its checksum after copying"):
+    with pytest.raises(UserError, match="the checksum of image 1 is wrong after copying"):
         fill(tmp_path / "cache", open_dataset(original.path))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
@@ -135,5 +135,5 @@ def test_a_copy_that_somebody_changed_is_refused(original, tmp_path):
         shutil.rmtree(copy.path)
     else:
         copy.path.unlink()
-    with pytest.raises(UserError, match=r"delete the folder .*, and it is copied again"):
+    with pytest.raises(UserError, match=r"delete the folder .*, and the next run copies it again"):
         fill(tmp_path / "cache", original)
