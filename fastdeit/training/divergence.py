@@ -155,11 +155,12 @@ class DivergenceGuard:
     def _error(self, message: str, global_step: int, state: RunState) -> DivergedError:
         if self._run.on_divergence == "rewind":
             return DivergedError(message, global_step)
-        again = (
-            "Resume from the last checkpoint with --run.resume_changed True and"
-            if checkpoint.found(state.checkpoints)
-            else "No checkpoint was written yet: start again with"
-        )
+        if checkpoint.found(state.checkpoints):
+            again = "Resume from the last checkpoint with --run.resume_changed True and"
+        elif self._world.main:
+            again = "No checkpoint was written yet: start again with"
+        else:  # the folder may be on another machine
+            again = "Resume from the last checkpoint, if there is one, with --run.resume_changed True and"
         skip = "or with --run.on_divergence rewind, which leaves out the steps that led there"
         return DivergedError(f"{message}. {again} {_MILDER}; {skip}", global_step)
 

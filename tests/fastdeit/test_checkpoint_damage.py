@@ -4,6 +4,7 @@ import collections
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import pickle
@@ -388,6 +389,96 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_named_with_a_whole_one(finis
         train(changed(recipe, "run", resume=str(found[0])))
     assert str(caught.value).startswith(f"{found[0]} is damaged (Bad CRC-32 for file")
     assert f"{found[1]} is whole: move {found[0].name} to another folder" in str(caught.value)
+
+
+def _bit(data, rng):
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def _block(data, rng):
+    """A sector that the disk gives back as zeros or noise."""
+    start = rng.randrange(len(data)) // 512 * 512
+    block = bytes(512) if rng.random() < 0.5 else rng.randbytes(512)
+    data[start : start + 512] = block[: len(data) - start]
+
+
+def _cut(data, rng):
+    del data[rng.randrange(len(data)) :]
+
+
+def _swapped_blocks(data, rng):
+    size = rng.choice((64, 512, 4096))
+    one, other = (rng.randrange(len(data) // size) * size for _ in range(2))
+    data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
+
+
+def _edited_pickle(data, rng):
+    """Bytes of the archive's pickle, its checksum made to fit."""
+    edited = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(edited, "w", zipfile.ZIP_STORED) as new:
+        for part in old.infolist():
+            content = bytearray(old.read(part))
+            if part.filename.endswith("data.pkl"):
+                for _ in range(rng.randint(1, 4)):
+                    content[rng.randrange(len(content))] = rng.randrange(256)
+            new.writestr(part.filename, bytes(content))
+    data[:] = edited.getvalue()
+
+
+def _same_training(one, other):
+    fields = ("model", "ema", "epoch", "step", "global_step")
+    moments = same_values(one["optimizer"]["state"], other["optimizer"]["state"])
+    return moments and all(same_values(one[name], other[name]) for name in fields)
+
+
+def same_values(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_values(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_values, one, other))
+    return one == other
+
+
+@pytest.mark.slow
+def test_damage_of_any_kind_is_named_or_the_checkpoint_before_is_taken(finished, tmp_path, pytestconfig):
+    """`--damages 500` is the long campaign. Edits that keep every checksum may change only values nobody can check."""
+    recipe, (newest_path, older_path, *rest) = finished
+    for path in rest:
+        path.unlink()
+    newest_state, older_state = checkpoint.load(newest_path), checkpoint.load(older_path)
+    whole, rng, counts = newest_path.read_bytes(), random.Random(7), collections.Counter()
+    kinds = (_bit, _block, _cut, _swapped_blocks, _edited_pickle)
+    for _, kind in zip(range(pytestconfig.getoption("damages")), itertools.cycle(kinds), strict=False):
+        data = bytearray(whole)
+        kind(data, rng)
+        newest_path.write_bytes(data)
+        aside = newest_path.with_name(f"{newest_path.name}.damaged")
+        resumed, refused = None, ""
+        with world("cpu") as joined, contextlib.ExitStack() as stack:
+            try:
+                trainer = Trainer(recipe, joined)
+                stack.callback(trainer.close)
+                resumed = restore(trainer.state, trainer.train_step, trainer.effective)
+                loaded = {**trainer.train_step.state(), **trainer.state.position()}
+            except UserError as error:
+                refused = str(error)
+        if resumed is None:
+            assert newest_path.name in refused, kind.__name__
+            what = "refused by name"
+        elif resumed.path == older_path:
+            assert aside.read_bytes() == data
+            assert any(newest_path.name in warning for warning in trainer.warnings)
+            assert _same_training(loaded, older_state)
+            what = "the one before"
+        else:
+            what = "no harm" if _same_training(loaded, newest_state) else "other values"
+            assert kind is _edited_pickle or what == "no harm", kind.__name__
+        counts[kind.__name__, what] += 1
+        aside.unlink(missing_ok=True)
+    print(dict(counts))
+    assert sum(count for (kind, what), count in counts.items() if what == "no harm") < sum(counts.values()) / 2
 
 
 @pytest.fixture
