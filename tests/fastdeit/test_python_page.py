@@ -1,4 +1,4 @@
-"""Every Python example of docs/python.md runs, on small data and a small model."""
+"""Every Python example of docs/python.md and of the README runs, on small data and a small model."""
 
 import os
 import re
@@ -9,8 +9,9 @@ import pytest
 
 from runs import newest, train
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
+EXAMPLES = PYTHON.findall((ROOT / "docs" / "python.md").read_text())
 
 
 @pytest.fixture
@@ -48,3 +49,10 @@ def test_a_checkpoint_as_a_classifier(folder, tiny, capsys):
 
 def test_no_example_is_left_out():
     assert len(EXAMPLES) == 2
+
+
+@pytest.mark.slow
+def test_the_readmes_example(folder, capsys):
+    (code,) = PYTHON.findall((ROOT / "README.md").read_text())
+    exec(code.replace("batch_size=256", "batch_size=32").replace(".cuda()", ""), {})
+    assert capsys.readouterr().out == "[]\n"
