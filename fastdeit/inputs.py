@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,6 +164,29 @@ def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -
         epoch_multiple=d.epoch_multiple or 0,
         order_seed=d.order_seed or "seed_and_epoch",
     )
+
+
+def checkpoint_file(path: Path, option: str = "") -> Path:
+    """`path` itself, or if it is a run's folder, the newest checkpoint in it. Raises UserError if it has none."""
+    if not path.is_dir():
+        return path
+    found = sorted((path / "checkpoints").glob(f"checkpoint-{'[0-9]' * 9}.pt"))
+    if not found:
+        where = f"--{option} {path}" if option else str(path)
+        raise UserError(f"{where}: is a folder without checkpoints: name a checkpoint, or the folder of a run")
+    return found[-1]
+
+
+def with_checkpoint_files(recipe: Recipe) -> Recipe:
+    """The recipe with the newest checkpoint in the place of each run's folder that it names."""
+    model, teacher, run = recipe.model, recipe.teacher, recipe.run
+    if model.init is not None:
+        model = replace(model, init=checkpoint_file(model.init, "model.init"))
+    if teacher.checkpoint is not None:
+        teacher = replace(teacher, checkpoint=checkpoint_file(teacher.checkpoint, "teacher.checkpoint"))
+    if run.resume not in ("auto", "none"):
+        run = replace(run, resume=str(checkpoint_file(Path(run.resume), "run.resume")))
+    return replace(recipe, model=model, teacher=teacher, run=run)
 
 
 def check_checkpoint(path: Path, option: str = "") -> None:

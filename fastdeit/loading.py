@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import recipe_from_dict
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_checkpoint
+from fastdeit.inputs import check_checkpoint, checkpoint_file
 from fastdeit.kernels.reference import HEADS, head_log_probabilities
 from fastdeit.model.deit import DeiT
 from fastdeit.model.kernel_choice import TORCH, Kernels
@@ -43,22 +43,22 @@ class OpenedCheckpoint:
         return kind or ("ema" if self.stored.get("ema") else "model")
 
     def network(
-        self, num_classes: int, kind: Weights, kernels: Kernels = TORCH
+        self, num_classes: int, kind: Weights, kernels: Kernels = TORCH, fault: str = "cannot be used"
     ) -> tuple[DeiT | ConvnetStudent, list[str]]:
         """The network with its weights, on the CPU, and a sentence for each adaptation.
 
-        Raises UserError if the weights do not fit, or only with a part that is not trained.
+        Raises UserError if the weights do not fit, or only with a part that is not trained; `fault` says what follows.
         """
         model = build_network(self.recipe.model, num_classes, kernels)
         messages = load_weights(model, self.stored, ema=kind == "ema")
         untrained = next((message for message in messages if "reset" in message), None)
         if untrained is not None:
-            raise UserError(f"{self.path} does not fit: {untrained}")
+            raise UserError(f"{self.path} {fault}: {untrained}")
         return model, messages
 
 
 def open_checkpoint(path: Path, recipe: str | None = None, img_size: int | None = None) -> OpenedCheckpoint:
-    """Read a checkpoint of any layout that `load_weights` knows.
+    """Read a checkpoint of any layout that `load_weights` knows, or the newest one of a run's folder.
 
     recipe    name of the recipe that describes its network; None: the checkpoint holds its own
     img_size  resolution, if it is not the recipe's
@@ -67,6 +67,7 @@ def open_checkpoint(path: Path, recipe: str | None = None, img_size: int | None 
     """
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"there is no recipe '{recipe}': choose one of {', '.join(RECIPES)}")
+    path = checkpoint_file(path)
     check_checkpoint(path)
     stored = read_checkpoint(path)
     described = describe(stored, str(path))
@@ -104,6 +105,7 @@ class Loaded(NamedTuple):
     weights      which of the checkpoint's weights these are
     head         the head that decides: "class", or the late fusion of a network with a distillation token
     recipe       describes the network
+    path         of the checkpoint
     """
 
     model: DeiT | ConvnetStudent
@@ -112,6 +114,7 @@ class Loaded(NamedTuple):
     weights: Weights
     head: str
     recipe: Recipe
+    path: Path
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def load(
 ) -> Loaded:
     """The network of a checkpoint, its transform and its class names.
 
-    path      checkpoint of fastdeit, a released DeiT or timm
+    path      checkpoint of fastdeit, a released DeiT or timm; or a run's folder, for its newest checkpoint
     recipe    name of the recipe that describes its network, if the checkpoint does not hold its own
     weights   "ema": their average; None: the average if the checkpoint has it
     img_size  resolution, if it is not the recipe's; the position embedding is resized
@@ -142,7 +145,7 @@ def load(
         raise UserError(f"{path} has {classes} classes, but names {len(names)}")
     fused = f"fused_{opened.recipe.departures.late_fusion or 'probabilities'}"
     head = fused if opened.recipe.model.arch == "deit" and opened.recipe.model.distilled else "class"
-    return Loaded(model.eval(), evaluation_transform(opened.recipe), names, kind, head, opened.recipe)
+    return Loaded(model.eval(), evaluation_transform(opened.recipe), names, kind, head, opened.recipe, opened.path)
 
 
 def _head_bias(opened: OpenedCheckpoint, kind: Weights) -> Tensor:

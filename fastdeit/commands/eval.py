@@ -10,7 +10,7 @@ import tyro
 from fastdeit import launch
 from fastdeit.cli import parse, program, run
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_checkpoint, check_class_names, open_dataset
+from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset
 from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
@@ -22,7 +22,7 @@ from fastdeit.streams import keep_streams
 class Options:
     """Top-1, top-5 and loss of every head of a checkpoint; also ReaL accuracy if the data set holds ReaL's labels."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint: fastdeit's, a released DeiT's or timm's
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
     val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
@@ -64,6 +64,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         data = open_evaluation_data(recipe, val, joined, precision, kernels, say=say)
         if precision.note:
             say(precision.note)
+        if opened.path != options.checkpoint:
+            say(f"the newest checkpoint of the run: {opened.path}")
         say(kernels.sentence())
         say(f"loader {data.loader.name}: {data.loader.reason}")
         say(f"images made on the {data.stage.name}: {data.stage.reason}")
@@ -73,7 +75,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
-                model, messages = opened.network(classes, kind, kernels)
+                model, messages = opened.network(classes, kind, kernels, f"cannot be evaluated on {options.val}")
                 for message in messages:
                     say(message)
                 model.to(joined.device)
@@ -87,7 +89,7 @@ def _open_val(options: Options) -> Dataset:
     """The data set, after the checks that do not need PyTorch. Raises UserError."""
     if options.recipe is not None and options.recipe not in RECIPES:
         raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
-    check_checkpoint(options.checkpoint)
+    check_checkpoint(checkpoint_file(options.checkpoint))
     return open_dataset(options.val, "val")
 
 

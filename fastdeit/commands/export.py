@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastdeit.cli import parse, program, run
-from fastdeit.inputs import check_checkpoint
+from fastdeit.inputs import check_checkpoint, checkpoint_file
 from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.parsing import parse_json
@@ -31,7 +31,7 @@ class Options:
     compared with the model, except for transformers. A folder that is there already is an error.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint: fastdeit's, a released DeiT's or timm's
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
     dest: Annotated[Path, tyro.conf.Positional]  # folder to make, or one that lacks the layouts' folders
     formats: tuple[Literal["timm", "transformers", "onnx", "torch"], ...] = ("timm",)
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
@@ -41,7 +41,8 @@ class Options:
 
 def export(options: Options) -> None:
     """Write all layouts; raises UserError if one cannot be written."""
-    check_checkpoint(options.checkpoint)
+    path = checkpoint_file(options.checkpoint)
+    check_checkpoint(path)
     formats = dict.fromkeys(options.formats)  # each once, in order
     if not formats:
         raise UserError("--formats names no layout: give timm, transformers, onnx or torch")
@@ -53,13 +54,13 @@ def export(options: Options) -> None:
     from fastdeit.loading import load
 
     loaded = load(
-        options.checkpoint,
+        path,
         recipe=options.recipe,
         weights=None if options.weights == "auto" else options.weights,
         img_size=options.img_size,
     )
-    known = stored_scores(options.checkpoint, loaded.weights) if options.img_size is None else None
-    text = card(loaded, options.checkpoint.name, known)
+    known = stored_scores(path, loaded.weights) if options.img_size is None else None
+    text = card(loaded, path.name, known)
     options.dest.mkdir(parents=True, exist_ok=True)
     for name in formats:
         partial = options.dest / f"{name}.partial"
@@ -71,7 +72,7 @@ def export(options: Options) -> None:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        say(f"{options.dest / name}: weights '{loaded.weights}' of {options.checkpoint}")
+        say(f"{options.dest / name}: weights '{loaded.weights}' of {path}")
 
 
 def stored_scores(path: Path, weights: str) -> dict[str, dict[str, float]] | None:

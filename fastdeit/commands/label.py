@@ -6,7 +6,7 @@ import sys
 from fastdeit import launch
 from fastdeit.cli import parse_recipe, program, run
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_inputs
+from fastdeit.inputs import check_inputs, with_checkpoint_files
 from fastdeit.pipelines.errors import UserError
 from fastdeit.streams import keep_streams
 
@@ -23,7 +23,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--end-epoch", type=int, help="epoch to stop before; default: all of the recipe's")
     parser.add_argument("--topk", type=int, default=10, help="soft distillation: logits to keep of a sample")
     own, rest = parser.parse_known_args(args)
-    recipe = parse_recipe(rest).resolved()
+    recipe = with_checkpoint_files(parse_recipe(rest).resolved())
     if own.end_epoch is None:
         own.end_epoch = recipe.run.epochs
     if not 0 <= own.first_epoch < own.end_epoch <= recipe.run.epochs:

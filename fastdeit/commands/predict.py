@@ -28,7 +28,7 @@ class Options:
     Exit status: 0 all images were classified; 3 some could not be read; 2 an error.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]  # checkpoint: fastdeit's, a released DeiT's or timm's
+    model: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]  # files, folders, or - for a list on stdin, one a line
     topk: int = 5
     json: bool = False  # print one JSON object a line
@@ -102,7 +102,8 @@ def predict(options: Options) -> int:
                 _print(names, probabilities, loaded.class_names, options)
                 done += len(names)
         rate = done / max(time.monotonic() - began, 1e-9)
-        say(f"{done} images with the weights '{loaded.weights}' on {joined.device.type}: {rate:.1f} im/s", "stderr")
+        by = f"the weights '{loaded.weights}' of {loaded.path} on {joined.device.type}"
+        say(f"{done} images with {by}: {rate:.1f} im/s", "stderr")
     return BAD if bad else 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fastdeit import launch
 from fastdeit.cli import parse_recipe, run
 from fastdeit.commands.print_config import print_config
-from fastdeit.inputs import check_inputs, facts, open_data_sets
+from fastdeit.inputs import check_inputs, facts, open_data_sets, with_checkpoint_files
 from fastdeit.signals import StopSignals
 from fastdeit.streams import keep_streams
 from fastdeit.training.run_lock import RunLock
@@ -18,7 +18,7 @@ PRINT = "--print-config"
 def train() -> None:
     keep_streams()
     words = [word for word in sys.argv[1:] if word != PRINT]
-    recipe = parse_recipe(words).resolved()
+    recipe = with_checkpoint_files(parse_recipe(words).resolved())
     launch.prepare()
     if PRINT in sys.argv:
         print_config(recipe)

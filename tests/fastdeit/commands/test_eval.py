@@ -142,3 +142,12 @@ def test_command_line(trained, data):
     assert wrong.returncode == 2
     assert "missing.pt" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, data, capsys):
+    recipe, path, _ = trained
+    options = {"val": data / "val.beton", "loader": "torch", "device": "cpu", "weights": "model"}
+    found = evaluate_checkpoint(Options(checkpoint=recipe.run.output, **options))
+    assert f"the newest checkpoint of the run: {path}" in capsys.readouterr().out
+    assert found == evaluate_checkpoint(Options(checkpoint=path, **options))

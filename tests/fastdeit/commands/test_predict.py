@@ -77,7 +77,7 @@ def test_bad_images_cost_only_themselves(trained, images, tmp_path, capsys, monk
     assert "text.png: cannot be read: it is not an image" in err
     assert "pipe: cannot be read: " in err
     assert "notes.txt" not in err
-    assert "2 images with the weights 'ema' on cpu: " in err
+    assert f"2 images with the weights 'ema' of {path} on cpu: " in err
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,7 @@ def test_load_says_what_it_loaded(trained):
     assert loaded.class_names == [f"class{i}" for i in range(4)]
     assert not loaded.model.training
     assert loaded.recipe.model.embed_dim == recipe.model.embed_dim
+    assert load(recipe.run.output).path == loaded.path == path
     plain = load(path, weights="model", img_size=64)
     assert plain.recipe.model.img_size == 64
     assert plain.probabilities(torch.zeros(2, 3, 64, 64)).sum(1).tolist() == pytest.approx([1, 1])
@@ -128,6 +129,8 @@ def test_load_says_what_it_loaded(trained):
         load(path, recipe="nonsense")
     with pytest.raises(UserError, match="no such checkpoint"):
         load("none.pt")
+    with pytest.raises(UserError, match="is a folder without checkpoints"):
+        load(path.parent)
 
 
 @pytest.mark.slow
