@@ -54,7 +54,7 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    train: Path | None = None  # .beton file or folder of shards, written by fastdeit-convert
+    train: Path | None = None  # what fastdeit-convert wrote, or a folder or archive of images, which is converted once
     val: Path | None = None
     cache_dir: Path | None = None  # folder on each machine's own disk; the data sets are copied there once and checked
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels

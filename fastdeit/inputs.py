@@ -96,7 +96,7 @@ def open_dataset(path: Path | None, option: str) -> Dataset:
     Raises UserError if it is not given, missing, damaged or of another kind.
     """
     if path is None:
-        raise UserError(f"no data set: give --{option} FILE.beton or a folder of shards (fastdeit-convert makes both)")
+        raise UserError(f"no data set: give --{option} a folder of images, or what fastdeit-convert wrote")
     if not path.exists():
         raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)")
     return datasets.open_dataset(path)

@@ -16,6 +16,7 @@ from fastdeit.config import Recipe
 from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import open_dataset
+from fastdeit.on_demand import converted
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
@@ -52,7 +53,7 @@ class ImageLoader:
         dtype: torch.dtype = torch.float32,
         threads: int = 0,
     ) -> None:
-        """Open a data set that fastdeit-convert wrote.
+        """Open a data set that fastdeit-convert wrote, or a folder or archive of images, which is converted once.
 
         recipe      name of a recipe, or a recipe: its augmentation, repeats, decoder and order count
         batch_size  images of a batch of this process. A multiple of 64 keeps the groups of the paper whose images mix
@@ -72,8 +73,9 @@ class ImageLoader:
             recipe = RECIPES[recipe]()
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
-        dataset, world = open_dataset(Path(path), "path"), _world(device)
-        self.recipe = _with(recipe, Path(path), world, batch_size, seed, img_size, threads, train=train)
+        path = converted(Path(path), recipe.data.cache_dir)
+        dataset, world = open_dataset(path, "path"), _world(device)
+        self.recipe = _with(recipe, path, world, batch_size, seed, img_size, threads, train=train)
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.epoch, self.step, self._train = epoch, step, train
         self._data: TrainingData | EvaluationData

@@ -11,6 +11,7 @@ from fastdeit import launch
 from fastdeit.cli import parse, program, run
 from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset
+from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
@@ -23,7 +24,7 @@ class Options:
     """Top-1, top-5 and loss of every head of a checkpoint; also ReaL accuracy if the data set holds ReaL's labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
-    val: Annotated[Path, tyro.conf.Positional]  # .beton file or folder of shards, written by fastdeit-convert
+    val: Annotated[Path, tyro.conf.Positional]  # what fastdeit-convert wrote, or a folder or archive of images
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
     img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
@@ -90,7 +91,7 @@ def _open_val(options: Options) -> Dataset:
     if options.recipe is not None and options.recipe not in RECIPES:
         raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
     check_checkpoint(checkpoint_file(options.checkpoint))
-    return open_dataset(options.val, "val")
+    return open_dataset(converted(options.val), "val")
 
 
 def _with_options(recipe: Recipe, options: Options) -> Recipe:

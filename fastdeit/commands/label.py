@@ -7,6 +7,7 @@ from fastdeit import launch
 from fastdeit.cli import parse_recipe, program, run
 from fastdeit.config import Recipe
 from fastdeit.inputs import check_inputs, with_checkpoint_files
+from fastdeit.on_demand import with_converted_data
 from fastdeit.pipelines.errors import UserError
 from fastdeit.streams import keep_streams
 
@@ -37,6 +38,7 @@ def label() -> None:
     keep_streams()
     own, recipe = parse(sys.argv[1:])
     launch.prepare()
+    recipe = with_converted_data(recipe)
     sets = check_inputs(recipe, world=launch.size(), labels=False) if launch.rank() == 0 else None
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world

@@ -8,6 +8,7 @@ from fastdeit import launch
 from fastdeit.cli import parse_recipe, run
 from fastdeit.commands.print_config import print_config
 from fastdeit.inputs import check_inputs, facts, open_data_sets, with_checkpoint_files
+from fastdeit.on_demand import with_converted_data
 from fastdeit.signals import StopSignals
 from fastdeit.streams import keep_streams
 from fastdeit.training.run_lock import RunLock
@@ -20,6 +21,7 @@ def train() -> None:
     words = [word for word in sys.argv[1:] if word != PRINT]
     recipe = with_checkpoint_files(parse_recipe(words).resolved())
     launch.prepare()
+    recipe = with_converted_data(recipe)
     if PRINT in sys.argv:
         print_config(recipe)
         return

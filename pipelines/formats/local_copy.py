@@ -26,7 +26,7 @@ _PARTIAL = ".partial-"
 
 
 def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, progress: bool = False) -> Dataset:
-    """The copy of `dataset` in the folder `cache`, made now if it is not there yet.
+    """The copy of `dataset` in the folder `cache`, made now if it is not there yet; itself if it lies in that folder.
 
     Each copy has its own folder, named after the data set and its content hash, so a data set that is converted again
     is copied again. Processes that want the same copy at the same time wait for the first. The folder gets its name
@@ -44,10 +44,12 @@ def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, p
             f"or leave out --data.cache_dir"
         )
     path = dataset.path.resolve()
+    if str(path.parent) == os.path.realpath(cache):  # where it was converted to
+        return dataset
     folder = cache / f"{path.stem}-{dataset.content_hash[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     try:
-        with _one_at_a_time(folder, say):
+        with one_at_a_time(folder, say):
             if not folder.exists():
                 _make(dataset, folder, say, progress)
     except OSError as error:
@@ -56,13 +58,13 @@ def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, p
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock of a copy. The lock's file stays: another process may be waiting for it."""
+def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy") -> Iterator[None]:
+    """Hold the lock of a file or folder that is made. The lock's file stays: another process may be waiting for it."""
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as file:
         try:
             lock(file)
         except BlockingIOError:
-            say(f"waiting for another process to copy to {folder}")
+            say(f"waiting for another process to {verb} to {folder}")
             lock(file, wait=True)
         yield
 

@@ -1,0 +1,100 @@
+"""Converts images on first use, so that commands and loaders also take a folder of images or an archive."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdeit.config import Recipe
+from fastdeit.pipelines.console import say
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.pipelines.formats.local_copy import one_at_a_time
+from fastdeit.pipelines.formats.shard_layout import SIDECAR
+
+if TYPE_CHECKING:
+    from fastdeit.pipelines.sources import Source
+
+_ARCHIVES = (".tar", ".gz", ".tgz", ".parquet", ".zip")
+
+
+def converted(path: Path, cache: Path | None = None, like: Path | None = None) -> Path:
+    """`path` if fastdeit-convert wrote it, else the data set that its images become, made now if it is not there yet.
+
+    path   a data set; or a folder or archive that `open_source` knows
+    cache  where the data set is kept; None: the user's cache folder
+    like   a data set whose class names it takes, in their order; None: its own
+
+    The data set is named after the files, their sizes and times, so changed images are converted anew. Processes that
+    want the same one wait for the first; an interrupted conversion goes on. What it does is said on stderr. Raises
+    UserError if the images cannot be converted, and OSError if `cache` cannot be made.
+    """
+    if not path.exists() or path.suffix == ".beton" or (path / SIDECAR).exists():
+        return path
+    if path.is_file() and path.suffix not in _ARCHIVES:
+        return path  # its reader says what is wrong with it
+    from fastdeit.pipelines.sources import open_source  # here: most runs need none of its libraries
+
+    names = _class_names(like)
+    source = open_source(str(path.resolve()), class_names=names)
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeit"
+    cache.mkdir(parents=True, exist_ok=True)
+    dest = cache / f"{path.resolve().stem}-{_fingerprint(source)[:16]}.beton"
+    with one_at_a_time(dest, _say, "convert"):
+        if not dest.exists():
+            _say(f"{path} is converted to {dest}, this once ({len(source)} images)")
+            _convert(path, dest, None if names is None else like)
+    return dest
+
+
+def with_converted_data(recipe: Recipe) -> Recipe:
+    """The recipe with data sets in the place of folders and archives of images; see `converted`."""
+    data = recipe.data
+    train = data.train and converted(data.train, data.cache_dir)
+    val = data.val and converted(data.val, data.cache_dir, train)
+    return replace(recipe, data=replace(data, train=train, val=val))
+
+
+def _class_names(path: Path | None) -> list[str] | None:
+    if path is None or not path.exists():
+        return None
+    dataset = open_dataset(path)
+    dataset.close()
+    return dataset.class_names
+
+
+def _fingerprint(source: Source) -> str:
+    """What the images are as far as their files tell: names of files and classes, sizes and times."""
+    digest = hashlib.sha256(json.dumps([source.describe(), source.class_names], sort_keys=True).encode())
+    for path in sorted(source.inputs()):
+        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _convert(path: Path, dest: Path, like: Path | None) -> None:
+    """Convert in a program of its own: its workers would import the caller's script anew."""
+    from fastdeit.pipelines.conversion.destination import journal_path
+
+    package = str(Path(__file__).parents[1])  # in a checkout that is not installed
+    places = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "fastdeit.commands.convert", str(path.resolve()), str(dest)]
+    command += ["--resume"] if journal_path(dest).exists() else []
+    command += ["--class-names", str(like)] if like is not None else []
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": places}, stdout=sys.stderr, check=False)
+    if done.returncode != 0:
+        raise UserError(
+            f"{path} could not be converted, for the reason above: mend it, or run fastdeit-convert with other options"
+        )
+
+
+def _say(text: str) -> None:
+    say(text, "stderr")

@@ -1,0 +1,139 @@
+"""Images that are converted on first use; the judge is `convert` itself."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import pytest
+
+import fastdeit
+from fastdeit.inputs import open_dataset
+from fastdeit.on_demand import converted, with_converted_data
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.local_copy import local_copy
+from forked import Forked
+from system import run_python
+
+
+def beton_files(cache):
+    return sorted(cache.glob("*.beton"))
+
+
+@pytest.mark.slow
+def test_a_folder_is_converted_once_and_again_when_it_changes(images, data, tmp_path, capfd):
+    tree, cache = tmp_path / "photos", tmp_path / "cache"
+    shutil.copytree(images / "train", tree)
+    first = converted(tree, cache)
+    assert f"{tree} is converted to {first}, this once (160 images)" in capfd.readouterr().err
+    made = first.stat()
+    assert first.read_bytes() == (data / "train.beton").read_bytes()
+    assert converted(tree, cache) == first
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == (made.st_mtime_ns, made.st_ino)
+    assert "is converted" not in capfd.readouterr().err
+    (tree / "class0" / "000.jpg").write_bytes((tree / "class0" / "001.jpg").read_bytes())
+    second = converted(tree, cache)
+    assert second != first
+    assert beton_files(cache) == sorted((first, second))
+
+
+def test_what_a_conversion_wrote_is_taken_as_it_is(data, tmp_path):
+    cache = tmp_path / "cache"
+    assert converted(data / "train.beton", cache) == data / "train.beton"
+    assert converted(tmp_path / "none", cache) == tmp_path / "none"
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_processes_that_come_together_convert_once(images, tmp_path):
+    cache = tmp_path / "cache"
+    processes = [Forked(converted, images / "val", cache) for _ in range(3)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sum("is converted to" in err for err in errors) == 1
+    assert len(beton_files(cache)) == 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_conversion_goes_on(images, tmp_path):
+    tree, cache = tmp_path / "many", tmp_path / "cache"
+    tree.mkdir()
+    for i in range(6000):
+        (tree / f"{i % 3}").mkdir(exist_ok=True)
+        os.link(images / "train" / "class0" / "000.jpg", tree / f"{i % 3}" / f"{i}.jpg")
+    code = "import sys; from pathlib import Path; from fastdeit.on_demand import converted; " \
+        "converted(Path(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tree), str(cache)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not any(path.read_bytes().count(b"\n") >= 2 for path in cache.glob("*.journal")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert beton_files(cache) == []
+    done = run_python("-c", code, tree, cache)
+    assert done.returncode == 0
+    assert "continued after" in done.stderr
+    assert len(open_dataset(beton_files(cache)[0], "x")) == 6000
+
+
+@pytest.mark.slow
+def test_bad_images_are_named(images, tmp_path, capfd):
+    tree = tmp_path / "photos"
+    shutil.copytree(images / "val", tree)
+    (tree / "class1" / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="photos could not be converted, for the reason above"):
+        converted(tree, tmp_path / "cache")
+    assert "bad.jpg" in capfd.readouterr().err
+    assert beton_files(tmp_path / "cache") == []
+
+
+@pytest.mark.slow
+def test_a_run_takes_folders_and_archives(tiny, images, tmp_path, launch, events):
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        for number, path in enumerate(sorted((images / "val").rglob("*.jpg"))):
+            archive.add(path, f"{number:06d}.jpg")
+            label = tmp_path / "label"
+            label.write_text(path.parent.name[-1])
+            archive.add(label, f"{number:06d}.cls")
+    cache = tmp_path / "cache"
+    recipe = tiny(data={"train": images / "train", "val": tmp_path / "val.tar", "cache_dir": cache}, run={"epochs": 1})
+    process = launch(recipe)
+    assert process.returncode == 0, process.err
+    assert len(beton_files(cache)) == 2  # and no copies of them
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+    assert events(recipe.run.output, "eval")[-1]["images"] == 44
+    again = with_converted_data(recipe)
+    assert sorted((again.data.train, again.data.val)) == beton_files(cache)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_may_open_a_folder(images, tmp_path):
+    """Worker processes of a conversion in the script's own process would run the script again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, fastdeit\n"
+        "loader = fastdeit.create_loader(sys.argv[1], 'deit_tiny', batch_size=32, img_size=32, device='cpu')\n"
+        "print(len(loader), next(iter(loader))[0].shape)\n"
+    )
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = run_python(script, images / "train", env=environ)
+    assert done.stdout == "5 torch.Size([32, 3, 32, 32])\n", done.stderr
+    assert len(beton_files(tmp_path / "cache" / "fastdeit")) == 1
+
+
+def test_a_data_set_in_the_cache_is_not_copied_again(data):
+    dataset = open_dataset(data / "train.beton", "x")
+    assert local_copy(dataset, data, print) is dataset
+
+
+def test_the_loader_names_what_it_cannot_convert(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no class folders in it"):
+        fastdeit.create_loader(tmp_path / "empty", batch_size=8)
