@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastdeit import checkpoint
 from fastdeit.config import Recipe
 from fastdeit.data import EvaluationData, TrainBatch
 from fastdeit.distributed import World
@@ -179,7 +180,7 @@ class Trainer:
             self._start()
             if state.epoch and state.step == 0:
                 self._evaluate_if_due()  # a kill may have come between the checkpoint and its evaluation
-            elif run.on_divergence == "rewind" and state.global_step == 0:
+            elif run.on_divergence == "rewind" and self._has_no_checkpoint():
                 self._save(must=True)
             while state.epoch < run.epochs:
                 try:
@@ -199,6 +200,10 @@ class Trainer:
 
     def close(self) -> None:
         self._stack.close()
+
+    def _has_no_checkpoint(self) -> bool:
+        """Whether the run's own folder has no checkpoint: it begins, or continues from that of another folder."""
+        return self.world.from_main(not checkpoint.found(self.state.checkpoints))
 
     def _start(self) -> None:
         """Continue from a checkpoint if there is one, and log how the run starts."""
@@ -391,6 +396,9 @@ class Trainer:
             self.last_scores[kind] = scores
             report_scores(self.log, self.state, kind, scores)
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
+        # Nothing looks after the folder while the run evaluates, and no step follows the last evaluation.
+        if self.world.from_main(self._look_after_folder()):
+            self._save(must=self.state.epoch == run.epochs)
         if self.writer is not None and run.best_metric != "none":
             path = self.writer.latest(self.state.position())
             if path is not None:
@@ -414,19 +422,23 @@ class Trainer:
         if must:
             self.world.barrier()  # a process that ends makes torchrun end the main one
 
-    def _look_after_folder(self) -> None:
-        """Make the run's folder or its last checkpoint anew if somebody has removed it in the middle of the run."""
+    def _look_after_folder(self) -> bool:
+        """Make the run's folder anew if somebody has removed it or its last checkpoint in the middle of the run.
+
+        Returns whether a checkpoint must be written; False on processes other than the main one.
+        """
         if self.run_folder is None or self.writer is None:
-            return
+            return False
         try:
             gone = self.state.folder if self.run_folder.mend() else self.writer.gone()
         except OSError as error:
             self.log.warn(f"{self.state.folder} was removed in the middle of the run, and cannot be made anew: {error}")
-            return
+            return False
         if gone is not None:
             self.log.warn(f"{gone} was removed in the middle of the run: a checkpoint is written at once")
             self.writer.forget()
             self.stop.save_soon()
+        return gone is not None
 
     def _leave(self) -> NoReturn:
         """End the program because of a signal; the checkpoint is already written."""

@@ -12,6 +12,7 @@ import pytest
 from elastic import wait_for
 from fastdeit import checkpoint
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training import trainer
 from fastdeit.training.run_lock import RunLock
 from fastdeit.training.step import TrainingStep
 from forked import Forked
@@ -81,6 +82,21 @@ def test_a_checkpoint_that_is_removed_is_written_anew(tiny, straight, events, af
     assert [event["global_step"] for event in events(recipe.run.output, "checkpoint")] == [5, 7, 10]
     assert "checkpoint-000000005.pt was removed in the middle of the run" in capsys.readouterr().out
     assert_same_state(straight, final_state(recipe))
+
+
+@pytest.mark.parametrize("lost", [".", "checkpoints"])
+def test_what_is_removed_in_the_last_evaluation_is_made_anew(tiny, straight, monkeypatch, capsys, lost):
+    recipe, evaluate = tiny(), trainer.evaluate
+
+    def removing(*args, **options):
+        shutil.rmtree(recipe.run.output / lost, ignore_errors=True)  # the weights' average is evaluated as well
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(trainer, "evaluate", removing)
+    train(recipe)
+    assert "was removed in the middle of the run" in capsys.readouterr().out
+    assert_same_state(straight, final_state(recipe))
+    assert json.loads((recipe.run.output / "checkpoints" / "best.json").read_text())["global_step"] == STEPS
 
 
 def test_a_run_ends_if_another_has_taken_its_folder(tiny, after_step):
