@@ -48,6 +48,17 @@ def note_best(path: Path, scores: dict[str, Scores], metric: Metric, late_fusion
     return best
 
 
+def forget_best(folder: Path, deleted: list[Path]) -> None:
+    """Remove `best.json` and `best.pt` if they name a checkpoint that is about to be `deleted`.
+
+    A run that goes back writes another checkpoint under the same name, to which the old score does not belong. Raises
+    OSError if they cannot be removed.
+    """
+    if best_names(folder) & {path.name for path in deleted}:
+        (folder / _FILE).unlink()
+        (folder / _LINK).unlink(missing_ok=True)
+
+
 def _link(path: Path) -> None:
     """Let `best.pt` point to `path`. On a file system without links, only `best.json` names the checkpoint."""
     link = path.with_name(_LINK)

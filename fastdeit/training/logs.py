@@ -106,7 +106,10 @@ class RunLog:
             for line in lines:
                 (redone if again(line) else kept).append(line)
             if redone:
-                with self._path.with_name("log-redone.jsonl").open("ab") as file:
+                moved = self._path.with_name("log-redone.jsonl")
+                if moved.exists():
+                    check_regular(moved)
+                with moved.open("ab") as file:
                     file.writelines(redone)
                 with atomic_write(self._path) as file:
                     file.writelines(kept)

@@ -12,6 +12,7 @@ from fastdeit.effects import has_effect
 from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import machine_error
+from fastdeit.training.best import forget_best
 from fastdeit.training.resume_checks import check_log, check_position, check_state, damage_remedy, stored_kernels
 from fastdeit.training.state import START, RunState
 from fastdeit.training.step import TrainingStep
@@ -252,6 +253,7 @@ def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
             )
         path = found[len(later)]
         stored = _read(path)
+        forget_best(state.checkpoints, later)
         for each in later:
             each.unlink()
     path, stored = training.world.from_main(path), training.world.share(stored)

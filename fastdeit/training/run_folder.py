@@ -46,14 +46,14 @@ class RunFolder:
 
         Raises UserError if another run has taken the folder since, and OSError if it cannot be created.
         """
-        if not self._lock.lost():
-            return False
-        lost, self._lock = self._lock, RunLock(self._path)
-        lost.close()
-        for name, data in self._files.items():
+        removed = self._lock.lost()
+        if removed:
+            lost, self._lock = self._lock, RunLock(self._path)
+            lost.close()
+        for name, data in self._files.items():  # each time: the disk may have been full at the last one
             if not (self._path / name).exists():
                 self._write(name, data)
-        return True
+        return removed
 
     def close(self) -> None:
         """Release the folder for the next run."""

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastdeit import checkpoint
 from fastdeit.config import Recipe
 from fastdeit.data import EvaluationData, TrainBatch
 from fastdeit.distributed import World
@@ -179,7 +180,7 @@ class Trainer:
             self._start()
             if state.epoch and state.step == 0:
                 self._evaluate_if_due()  # a kill may have come between the checkpoint and its evaluation
-            elif run.on_divergence == "rewind" and state.global_step == 0:
+            if run.on_divergence == "rewind" and self._has_no_checkpoint():
                 self._save(must=True)
             while state.epoch < run.epochs:
                 try:
@@ -199,6 +200,10 @@ class Trainer:
 
     def close(self) -> None:
         self._stack.close()
+
+    def _has_no_checkpoint(self) -> bool:
+        """Whether the run's own folder has no checkpoint: it begins, or continues from that of another folder."""
+        return self.world.from_main(not checkpoint.found(self.state.checkpoints))
 
     def _start(self) -> None:
         """Continue from a checkpoint if there is one, and log how the run starts."""
@@ -235,6 +240,7 @@ class Trainer:
         with self.data.batches(state.epoch, state.step) as batches:
             while state.epoch < run.epochs:
                 self._train_epoch(batches)
+                self._look_after_folder()
                 state.epoch, state.step = state.epoch + 1, 0
                 self._save(must=state.epoch == run.epochs)
                 self.stop.stepping(False)
@@ -391,10 +397,24 @@ class Trainer:
             self.last_scores[kind] = scores
             report_scores(self.log, self.state, kind, scores)
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
-        if self.writer is not None and run.best_metric != "none":
-            path = self.writer.latest(self.state.position())
-            if path is not None:
-                report_best(self.log, note_best(path, self.last_scores, run.best_metric, departures.late_fusion))
+        # Nothing looks after the folder while the run evaluates, and no step follows the last evaluation.
+        if self.world.from_main(self._look_after_folder()):
+            self._save(must=self.state.epoch == run.epochs)
+        self._note_best()
+
+    def _note_best(self) -> None:
+        run = self.recipe.run
+        if self.writer is None or run.best_metric == "none":
+            return
+        path = self.writer.latest(self.state.position())
+        if path is None:
+            return
+        try:
+            best = note_best(path, self.last_scores, run.best_metric, self.recipe.departures.late_fusion)
+        except OSError as error:  # a full disk does not end a run
+            self.log.warn(f"the scores of {path} cannot be compared with the best so far: {error}")
+        else:
+            report_best(self.log, best)
 
     def _save(self, *, must: bool = False) -> None:
         """Begin to write a checkpoint; if it `must` be written, wait until it is.
@@ -414,19 +434,23 @@ class Trainer:
         if must:
             self.world.barrier()  # if another process ended first, torchrun would end the main one
 
-    def _look_after_folder(self) -> None:
-        """Create the run's folder or its last checkpoint again if somebody has removed it during the run."""
+    def _look_after_folder(self) -> bool:
+        """Create the run's folder or its last checkpoint again if somebody has removed it during the run.
+
+        Returns whether a checkpoint must be written; False on processes other than the main one.
+        """
         if self.run_folder is None or self.writer is None:
-            return
+            return False
         try:
             gone = self.state.folder if self.run_folder.mend() else self.writer.gone()
         except OSError as error:
             self.log.warn(f"{self.state.folder} was removed during the run and cannot be created again: {error}")
-            return
+            return False
         if gone is not None:
             self.log.warn(f"{gone} was removed during the run: a new checkpoint will be written")
             self.writer.forget()
             self.stop.save_soon()
+        return gone is not None
 
     def _leave(self) -> NoReturn:
         """End the program because of a signal; the checkpoint is already written."""

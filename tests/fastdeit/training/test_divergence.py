@@ -11,6 +11,7 @@ from fastdeit import checkpoint
 from fastdeit.config import RunConfig
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training.best import best_names, forget_best, note_best
 from fastdeit.training.divergence import DivergedError, DivergenceGuard, LossBand
 from fastdeit.training.objective import LossParts
 from fastdeit.training.step import TrainingStep
@@ -194,3 +195,31 @@ def test_no_checkpoint_is_older_than_the_first_step_left_out(tiny, monkeypatch):
     with pytest.raises(UserError, match=r"no checkpoint in .* is older than step 3"):
         train(recipe)
     assert checkpoint.found(recipe.run.output / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_from_another_folder_can_go_back(tiny, tmp_path, monkeypatch, events):
+    first = tiny(run={"epochs": 3, "checkpoint_every": 2, "keep_checkpoints": 9, "output": tmp_path / "first"})
+    train(first)
+    start = checkpoint.step_path(first.run.output / "checkpoints", 2)
+    poison(monkeypatch, 5)
+    run = {"epochs": 3, "on_divergence": "rewind", "resume": str(start), "output": tmp_path / "second"}
+    second = tiny(run=run)
+    train(second)
+    assert [event["skipped"] for event in events(second.run.output, "rewind")] == [[4, 5]]
+
+
+def test_the_best_score_goes_with_its_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    paths = [checkpoint.step_path(folder, step) for step in (5, 10)]
+    for path in paths:
+        path.touch()
+    scores = {"model": {"class": {"top1": 50.0, "top5": 60.0, "loss": 1.0}}}
+    note_best(paths[1], scores, "top1", None)
+    forget_best(folder, paths[:1])
+    assert best_names(folder) == {paths[1].name}
+    forget_best(folder, paths[1:])
+    paths[1].touch()  # the run comes here again, with other weights
+    assert best_names(folder) == set()
+    assert not (folder / "best.pt").is_symlink()

@@ -1,6 +1,7 @@
 """A run whose folder is removed, taken by another run, or cannot be written for a while, during the run."""
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ import pytest
 from elastic import wait_for
 from fastdeit import checkpoint
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training import trainer
 from fastdeit.training.run_lock import RunLock
 from fastdeit.training.step import TrainingStep
 from forked import Forked
 from runs import assert_same_state, final_state, train, trained
+from system import refusing
 
 STEPS = 10  # of the run
 
@@ -81,6 +84,21 @@ def test_a_checkpoint_that_is_removed_is_written_anew(tiny, straight, events, af
     assert [event["global_step"] for event in events(recipe.run.output, "checkpoint")] == [5, 7, 10]
     assert "checkpoint-000000005.pt was removed during the run" in capsys.readouterr().out
     assert_same_state(straight, final_state(recipe))
+
+
+@pytest.mark.parametrize("lost", [".", "checkpoints"])
+def test_what_is_removed_in_the_last_evaluation_is_made_anew(tiny, straight, monkeypatch, capsys, lost):
+    recipe, evaluate = tiny(), trainer.evaluate
+
+    def removing(*args, **options):
+        shutil.rmtree(recipe.run.output / lost, ignore_errors=True)  # the weights' average is evaluated as well
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(trainer, "evaluate", removing)
+    train(recipe)
+    assert "was removed in the middle of the run" in capsys.readouterr().out
+    assert_same_state(straight, final_state(recipe))
+    assert json.loads((recipe.run.output / "checkpoints" / "best.json").read_text())["global_step"] == STEPS
 
 
 def test_a_run_ends_if_another_has_taken_its_folder(tiny, after_step):
@@ -163,3 +181,20 @@ def test_a_file_system_that_fails_for_a_while_costs_no_step(tiny, straight, even
     logged = [event["global_step"] for event in events(folder, "train")]
     missing = set(range(1, STEPS + 1)) - set(logged)
     assert not missing or f"{len(missing)} events are missing here" in (folder / "log.jsonl").read_text()
+
+
+def test_a_disk_that_is_full_for_the_best_score_does_not_end_the_run(tiny, straight, monkeypatch, capsys):
+    monkeypatch.setattr("fastdeit.training.best.atomic_write", refusing(errno.ENOSPC))
+    recipe = tiny()
+    train(recipe)
+    assert "cannot be compared with the best so far: [Errno 28] No space left" in capsys.readouterr().out
+    assert_same_state(straight, final_state(recipe))
+
+
+def test_without_a_validation_set_the_end_of_an_epoch_notices_too(tiny, after_step, capsys):
+    recipe = tiny(data={"val": None}, run={"log_every": 1000})
+    after_step(10, lambda: shutil.rmtree(recipe.run.output))
+    train(recipe)
+    assert "was removed during the run" in capsys.readouterr().out
+    assert final_state(recipe)["global_step"] == STEPS
+    assert (recipe.run.output / "recipe.json").exists()
