@@ -96,7 +96,7 @@ def test_what_is_removed_in_the_last_evaluation_is_made_anew(tiny, straight, mon
 
     monkeypatch.setattr(trainer, "evaluate", removing)
     train(recipe)
-    assert "was removed in the middle of the run" in capsys.readouterr().out
+    assert "was removed during the run" in capsys.readouterr().out
     assert_same_state(straight, final_state(recipe))
     assert json.loads((recipe.run.output / "checkpoints" / "best.json").read_text())["global_step"] == STEPS
 
