@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,15 +63,12 @@ def export(options: Options) -> None:
     text = card(loaded, path.name, known)
     options.dest.mkdir(parents=True, exist_ok=True)
     for name in formats:
-        partial = options.dest / f"{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            FORMATS[name](loaded, partial, text)
-            partial.rename(options.dest / name)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        # Nothing has its final name before it is complete and compared.
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=options.dest) as around:
+            folder = Path(around, name)
+            folder.mkdir()
+            FORMATS[name](loaded, folder, text)
+            folder.rename(options.dest / name)
         say(f"{options.dest / name}: weights '{loaded.weights}' of {path}")
 
 
