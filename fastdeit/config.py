@@ -155,6 +155,7 @@ class RunConfig:
     timeout_minutes: float = 10.0  # a process that keeps the others waiting for longer is lost: they name it and end
     log_every: int = 10  # steps between training lines of the log
     tensorboard: bool = True
+    wandb: str | None = None  # project of Weights & Biases that gets the same curves as TensorBoard
     progress: bool = True  # a bar on a terminal; without one, a plain line every 30 seconds and after each epoch
     # None: as `Recipe.compat` says; see `COMPAT_RUN`.
     eval_sharding: Literal["partition", "replicate"] | None = None  # replicate: every process evaluates all of val
@@ -236,6 +237,7 @@ LATER = {
     "run.on_divergence",
     "run.divergence_band",
     "run.timeout_minutes",
+    "run.wandb",
 }
 
 SOFT_DEFAULTS = {"paper": (0.1, 3.0), "released": (0.5, 1.0)}  # alpha, tau

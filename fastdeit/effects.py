@@ -76,6 +76,7 @@ _DIST_TOKEN = Effect(lambda r: r.model.arch == "deit" and r.model.distilled, "mo
 _TUNES_DISTILLED = Effect(
     lambda r: r.model.init is not None and r.objective.distillation != "none", "model.init and distillation"
 )
+_TENSORBOARD = Effect(lambda r: r.run.tensorboard, "run.tensorboard True")
 _AUTO_PRECISION = Effect(lambda r: r.run.precision == "auto", "run.precision 'auto'")
 
 EFFECTS: dict[str, Effect] = {
@@ -174,6 +175,7 @@ EFFECTS: dict[str, Effect] = {
     "run.timeout_minutes": ALWAYS,
     "run.log_every": ALWAYS,
     "run.tensorboard": ALWAYS,
+    "run.wandb": _TENSORBOARD,
     "run.progress": ALWAYS,
     "run.eval_sharding": ALWAYS,  # as augment.eval_crop
     "run.loss_sync": ALWAYS,

@@ -141,7 +141,7 @@ def device():
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="signals in each test of a run that is stopped and resumed")
-    parser.addoption("--damages", type=int, default=25, help="damaged checkpoints in the test that resumes from them")
+    parser.addoption("--damages", type=int, default=10, help="damaged checkpoints in the test that resumes from them")
 
 
 def pytest_sessionstart(session):

@@ -23,7 +23,7 @@ FREE = {
     "run": {
         "output", "resume", "resume_changed", "device", "precision", "compile", "cuda_graphs", "profile", "eval_every",
         "eval_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience", "keep_checkpoints",
-        "best_metric", "on_divergence", "divergence_band", "log_every", "tensorboard", "progress",
+        "best_metric", "on_divergence", "divergence_band", "log_every", "tensorboard", "wandb", "progress",
         "timeout_minutes",
     },
     "data": {"train", "val", "cache_dir", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},

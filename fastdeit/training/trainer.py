@@ -67,6 +67,7 @@ from fastdeit.training.startup import announce, recipe_warnings
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.stop import Stop
+from fastdeit.training.wandb_run import open_wandb
 
 
 class Trainer:
@@ -112,6 +113,8 @@ class Trainer:
             progress=run.progress,
             global_batch=run.global_batch,
         )
+        self.end_wandb: Callable[[], object] = lambda: None
+        stack.callback(lambda: self.end_wandb())  # once the log is closed: it reads TensorBoard's files
         stack.callback(self.log.close)
         self.writer = CheckpointWriter(self.state.checkpoints, run, self.log) if world.main else None
         if self.writer is not None:
@@ -221,6 +224,8 @@ class Trainer:
                 run_id = self.run_folder.record_start(processes, resumed and resumed.path)
             except (OSError, ValueError) as error:
                 self.warnings.append(f"this start is not recorded: {error}")
+            if run_id is not None and (project := self.recipe.run.wandb) is not None:
+                self.end_wandb = open_wandb(project, run_id, self.state.folder, self.recipe.to_dict(), self.log)
         announce(
             self.log,
             self.train_step,

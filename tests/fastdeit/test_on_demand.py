@@ -50,9 +50,9 @@ def test_what_a_conversion_wrote_is_taken_as_it_is(data, tmp_path):
 @pytest.mark.slow
 def test_processes_that_come_together_convert_once(images, tmp_path):
     cache = tmp_path / "cache"
-    processes = [Forked(converted, images / "val", cache) for _ in range(3)]
+    processes = [Forked(converted, images / "val", cache) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
     assert sum("is converted to" in err for err in errors) == 1
     assert len(beton_files(cache)) == 1
 

@@ -71,7 +71,7 @@ def test_evaluation_reads_a_folder(teacher_checkpoint, data, shards):
 
 
 def test_what_is_no_data_set_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"give --data\.train FILE\.beton or a folder of shards"):
+    with pytest.raises(UserError, match=r"give --data\.train a folder of images, or what fastdeit-convert wrote"):
         open_dataset(None, "data.train")
     with pytest.raises(UserError, match=r"--data\.train .*nowhere: there is no such file or folder"):
         open_dataset(tmp_path / "nowhere", "data.train")
