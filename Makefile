@@ -19,7 +19,7 @@ BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
 
-test: env dataset style  ## lint, types, tests: 16 minutes on two cores
+test: env dataset style  ## lint, types, tests: 14 minutes on two cores
 	@$(MAKE) --no-print-directory -j2 types pytest
 
 fast: warm  ## the tests that are not marked slow: 2 minutes on two cores
