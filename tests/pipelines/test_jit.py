@@ -93,6 +93,8 @@ def read_only(tmp_path_factory):
 
 
 def contained(root: Path, temporary: Path) -> list[str]:
+    for folder in (root.parent, temporary.parent):  # each start of pytest closes the folder that they lie in
+        open_way(folder)
     # Not through PYTHONPATH, by which the code under test would be found before the copy.
     done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath})
     assert done.returncode == 0, done.stderr
