@@ -19,7 +19,7 @@ from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
 from fastdeit.pipelines.terminal import colours, escape_streams
-from fastdeit.recipes import RECIPES
+from fastdeit.recipes import RECIPES, recipe_named
 from fastdeit.version import __version__
 
 T = TypeVar("T")
@@ -140,8 +140,8 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     if file and any(word.startswith("--compat") for word in args):
         _drop_compat(values)
     word = args[0] if args and not args[0].startswith("-") else None
-    if word is not None and word not in RECIPES:
-        raise UserError(f"there is no recipe '{word}': choose one of {', '.join(RECIPES)}")
+    if word is not None:
+        recipe_named(word)
     if file and word is None and {"-h", "--help"} & set(args):
         file = None
     named = values.pop("name", None)

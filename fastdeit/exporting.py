@@ -1,6 +1,6 @@
 """Writes a loaded checkpoint in the layouts of other programs. Every layout is checked against the model.
 
-Each is a folder of its own, which holds the weights, the preprocessing, the class names and a model card.
+Each is a folder of its own, which holds the weights, the preprocessing and the class names.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import save_safetensors
-from fastdeit.kernels.reference import HEADS, head_log_probabilities
-from fastdeit.loading import Loaded
+from fastdeit.loading import Loaded, log_probabilities
 from fastdeit.pipelines.errors import UserError
 from fastdeit.version import __version__
 
@@ -29,14 +28,13 @@ class Classifier(nn.Module):
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__()
-        self.model, self._head = loaded.model, HEADS.index(loaded.head)
+        self.model, self._head = loaded.model, loaded.head
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.model(images)
-        return head_log_probabilities(output.cls, output.dist)[self._head]
+        return log_probabilities(self.model(images), self._head)
 
 
-def export_timm(loaded: Loaded, folder: Path, card: str) -> None:
+def export_timm(loaded: Loaded, folder: Path) -> None:
     """`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it. timm averages the logits of two heads."""
     from timm.models import save_for_hf
 
@@ -48,7 +46,6 @@ def export_timm(loaded: Loaded, folder: Path, card: str) -> None:
         model_args=_timm_arguments(loaded),
         safe_serialization=True,
     )
-    (folder / "README.md").write_text(card)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     _check(loaded, folder, lambda images: _log_softmax(again(images)), head="fused_logits")
 
@@ -71,7 +68,7 @@ def _timm_model(loaded: Loaded) -> nn.Module:
     }
     network = timm.create_model(
         arch if cfg.arch == "deit" else cfg.arch,
-        num_classes=_classes(loaded),
+        num_classes=cfg.num_classes,
         pretrained_cfg_overlay=overlay,
         **_timm_arguments(loaded),
     )
@@ -79,7 +76,7 @@ def _timm_model(loaded: Loaded) -> nn.Module:
     return network.eval()
 
 
-def export_transformers(loaded: Loaded, folder: Path, card: str) -> None:
+def export_transformers(loaded: Loaded, folder: Path) -> None:
     """Loads in `transformers`: DeiTForImageClassificationWithTeacher with a distillation token, else ViT.
 
     transformers averages the logits of two heads. The names of the weights are those of the Hub's DeiT checkpoints,
@@ -89,7 +86,7 @@ def export_transformers(loaded: Loaded, folder: Path, card: str) -> None:
     if cfg.arch != "deit":
         raise UserError(f"{cfg.arch} has no layout in transformers here: export it as timm, onnx or torch")
     kind = "deit" if cfg.distilled else "vit"
-    names = loaded.class_names or [f"LABEL_{i}" for i in range(_classes(loaded))]
+    names = loaded.class_names or [f"LABEL_{i}" for i in range(cfg.num_classes or 0)]
     config = {
         "model_type": kind,
         "architectures": ["DeiTForImageClassificationWithTeacher" if cfg.distilled else "ViTForImageClassification"],
@@ -111,7 +108,7 @@ def export_transformers(loaded: Loaded, folder: Path, card: str) -> None:
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(cfg.img_size / augment.eval_crop)},
+        "size": {"shortest_edge": _short_side(loaded)},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": cfg.img_size, "width": cfg.img_size},
@@ -124,7 +121,6 @@ def export_transformers(loaded: Loaded, folder: Path, card: str) -> None:
     save_safetensors(folder / "model.safetensors", transformers_state(loaded.model.state_dict(), kind))
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessing)
-    (folder / "README.md").write_text(card)
 
 
 def transformers_state(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -162,7 +158,7 @@ def transformers_state(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]
     return {name: value.contiguous().clone() for name, value in out.items()}
 
 
-def export_onnx(loaded: Loaded, folder: Path, card: str) -> None:
+def export_onnx(loaded: Loaded, folder: Path) -> None:
     """`model.onnx`: `images` (batch, 3, S, S) to `log_probabilities` (batch, K), for any batch."""
     try:
         import onnxruntime
@@ -181,23 +177,23 @@ def export_onnx(loaded: Loaded, folder: Path, card: str) -> None:
         external_data=False,
         verbose=False,
     )
-    _finish(loaded, folder, card)
+    _describe(loaded, folder)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     _check(loaded, path, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
 
 
-def export_torch(loaded: Loaded, folder: Path, card: str) -> None:
+def export_torch(loaded: Loaded, folder: Path) -> None:
     """`model.pt2`: a program of `torch.export`, with the same input and output as `export_onnx`."""
     path = folder / "model.pt2"
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(Classifier(loaded).eval(), (_example(loaded),), dynamic_shapes=shapes)
     torch.export.save(program, path)
-    _finish(loaded, folder, card)
+    _describe(loaded, folder)
     again = torch.export.load(path).module()
     _check(loaded, path, again)
 
 
-FORMATS: dict[str, Callable[[Loaded, Path, str], None]] = {
+FORMATS: dict[str, Callable[[Loaded, Path], None]] = {
     "timm": export_timm,
     "transformers": export_transformers,
     "onnx": export_onnx,
@@ -217,10 +213,10 @@ def card(loaded: Loaded, source: str, scores: dict[str, dict[str, float]] | None
         "",
         f"# {recipe.name}",
         "",
-        f"{parameters / 1e6:.1f} M parameters, {_classes(loaded)} classes, {cfg.img_size} pixels. Trained with "
+        f"{parameters / 1e6:.1f} M parameters, {cfg.num_classes} classes, {cfg.img_size} pixels. Trained with "
         f"fastdeit; exported by version {__version__} from `{source}`, weights `{loaded.weights}`.",
         "",
-        f"Preprocessing: bicubic resize of the short side to {int(cfg.img_size / recipe.augment.eval_crop)}, center "
+        f"Preprocessing: bicubic resize of the short side to {_short_side(loaded)}, center "
         f"crop of {cfg.img_size}, mean {list(recipe.augment.mean)}, deviation {list(recipe.augment.std)}.",
         "",
     ]
@@ -236,10 +232,11 @@ def card(loaded: Loaded, source: str, scores: dict[str, dict[str, float]] | None
     return "\n".join([*lines, "| head | top-1 % | top-5 % |", "|---|---:|---:|", *rows]) + "\n"
 
 
-def _finish(loaded: Loaded, folder: Path, card: str) -> None:
+def _describe(loaded: Loaded, folder: Path) -> None:
+    """`preprocessing.json`, for layouts that have no file of their own for it."""
     cfg, augment = loaded.recipe.model, loaded.recipe.augment
     preprocessing = {
-        "resize_short_side": int(cfg.img_size / augment.eval_crop),
+        "resize_short_side": _short_side(loaded),
         "interpolation": "bicubic",
         "center_crop": cfg.img_size,
         "mean": list(augment.mean),
@@ -247,15 +244,15 @@ def _finish(loaded: Loaded, folder: Path, card: str) -> None:
         "class_names": loaded.class_names,
     }
     _write_json(folder / "preprocessing.json", preprocessing)
-    (folder / "README.md").write_text(card)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _classes(loaded: Loaded) -> int:
-    return loaded.probabilities(_example(loaded)[:1]).shape[1]
+def _short_side(loaded: Loaded) -> int:
+    """Pixels to which the evaluation resizes the short side of an image."""
+    return int(loaded.recipe.model.img_size / loaded.recipe.augment.eval_crop)
 
 
 def _example(loaded: Loaded) -> Tensor:
@@ -276,7 +273,6 @@ def _check(loaded: Loaded, path: Path, run: Callable[[Tensor], Tensor], head: st
     images = torch.cat([_example(loaded), _example(loaded).flip(0) / 2])[:3]
     output = loaded.model(images)
     head = loaded.head if head is None or output.dist is None else head
-    expected = head_log_probabilities(output.cls, output.dist)[HEADS.index(head)]
-    worst = float((run(images) - expected).abs().max())
+    worst = float((run(images) - log_probabilities(output, head)).abs().max())
     if not worst <= TOLERANCE:
         raise UserError(f"{path}: its results differ by {worst:.2g} from the model's, more than {TOLERANCE:g}")

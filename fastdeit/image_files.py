@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdeit.pipelines.conversion.encode import decode
 from fastdeit.pipelines.errors import os_sentence
-from fastdeit.pipelines.formats.files import open_regular
+from fastdeit.pipelines.sources.base import read_image
 
 
 class ImageFile(NamedTuple):
@@ -31,8 +31,7 @@ class _Files(Dataset[ImageFile]):
     def __getitem__(self, index: int) -> ImageFile:
         path = self._paths[index]
         try:
-            with open(open_regular(path), "rb") as file:
-                return ImageFile(path, self._transform(decode(file.read())), None)
+            return ImageFile(path, self._transform(decode(read_image(path))), None)
         except UnidentifiedImageError:
             fault = "it is not an image of a format that is read here"
         except Exception as error:  # Pillow raises almost anything on a damaged file

@@ -19,7 +19,7 @@ from fastdeit.inputs import open_dataset
 from fastdeit.on_demand import converted
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
-from fastdeit.recipes import RECIPES
+from fastdeit.recipes import recipe_named
 
 
 class ImageLoader:
@@ -68,9 +68,7 @@ class ImageLoader:
         Raises UserError for a data set, a recipe or a batch that cannot be used.
         """
         if isinstance(recipe, str):
-            if recipe not in RECIPES:
-                raise UserError(f"there is no recipe '{recipe}': choose one of {', '.join(RECIPES)}")
-            recipe = RECIPES[recipe]()
+            recipe = recipe_named(recipe)
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
         path = converted(Path(path), recipe.data.cache_dir)
@@ -80,7 +78,9 @@ class ImageLoader:
         self.epoch, self.step, self._train = epoch, step, train
         self._data: TrainingData | EvaluationData
         self._data = (TrainingData if train else EvaluationData)(self.recipe, dataset, world, dtype)
-        self._mixes = train and (self._data.drawer.mixes or self.recipe.augment.label_smoothing > 0)  # pyright: ignore
+        self._soft = isinstance(self._data, TrainingData) and (
+            self._data.drawer.mixes or self.recipe.augment.label_smoothing > 0
+        )
         self._check_position(epoch, step)
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class ImageLoader:
                 yield batch.images, self._targets(batch)
 
     def _targets(self, batch: Batch) -> Tensor:
-        if not self._mixes:
+        if not self._soft:
             return batch.label_a
         return batch.targets(self.num_classes, self.recipe.augment.label_smoothing)
 

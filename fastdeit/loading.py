@@ -14,14 +14,15 @@ from torch import Tensor
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import recipe_from_dict
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_checkpoint, checkpoint_file
+from fastdeit.inputs import checkpoint_file
 from fastdeit.kernels.reference import HEADS, head_log_probabilities
-from fastdeit.model.deit import DeiT
+from fastdeit.model.deit import DeiT, StudentOutput
 from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent, build_network
 from fastdeit.model.weights import check_described, describe, load_weights, state_dict
 from fastdeit.pipelines.errors import UserError
-from fastdeit.recipes import RECIPES
+from fastdeit.recipes import recipe_named
+from fastdeit.training.evaluation import headline_head
 
 Weights = Literal["model", "ema"]
 
@@ -38,9 +39,10 @@ class OpenedCheckpoint:
     described: dict[str, Any]
     recipe: Recipe
 
-    def weights(self, kind: Weights | None = None) -> Weights:
-        """`kind`, or without one the average of the weights if there is one, else the weights themselves."""
-        return kind or ("ema" if self.stored.get("ema") else "model")
+    @property
+    def has_average(self) -> bool:
+        """Whether it holds the average of its weights, as fastdeit stores it."""
+        return bool(self.stored.get("ema"))
 
     def network(
         self, num_classes: int, kind: Weights, kernels: Kernels = TORCH, fault: str = "cannot be used"
@@ -65,15 +67,13 @@ def open_checkpoint(path: Path, recipe: str | None = None, img_size: int | None 
 
     Raises UserError if the file is missing or damaged, has no recipe, or holds another network than its recipe says.
     """
-    if recipe is not None and recipe not in RECIPES:
-        raise UserError(f"there is no recipe '{recipe}': choose one of {', '.join(RECIPES)}")
+    named = None if recipe is None else recipe_named(recipe)
     path = checkpoint_file(path)
-    check_checkpoint(path)
     stored = read_checkpoint(path)
     described = describe(stored, str(path))
     classes = described.get("num_classes")
-    if recipe is not None:
-        base = RECIPES[recipe]()
+    if named is not None:
+        base = named
     elif isinstance(stored.get("recipe"), dict):
         base = _own_recipe(path, stored)
         weights = state_dict(stored, ema=not any(stored.get(key) for key in ("model", "state_dict")), source=str(path))
@@ -104,7 +104,7 @@ class Loaded(NamedTuple):
     class_names  in the order of the labels; None if the checkpoint does not name them
     weights      which of the checkpoint's weights these are
     head         the head that decides: "class", or the late fusion of a network with a distillation token
-    recipe       describes the network
+    recipe       describes the network, with its number of classes
     path         of the checkpoint
     """
 
@@ -119,41 +119,49 @@ class Loaded(NamedTuple):
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """(B, K) float32: the probability of each class for `images` (B, 3, S, S), on the model's device."""
-        output = self.model(images)
-        heads = head_log_probabilities(output.cls, output.dist)
-        return heads[HEADS.index(self.head)].exp()
+        return log_probabilities(self.model(images), self.head).exp()
+
+
+def log_probabilities(output: StudentOutput, head: str) -> Tensor:
+    """(B, K) float32 log-probabilities of one of `HEADS`."""
+    return head_log_probabilities(output.cls, output.dist)[HEADS.index(head)]
 
 
 def load(
-    path: Path | str, *, recipe: str | None = None, weights: Weights | None = None, img_size: int | None = None
+    path: Path | str,
+    *,
+    recipe: str | None = None,
+    weights: Literal["auto", "model", "ema"] = "auto",
+    img_size: int | None = None,
 ) -> Loaded:
     """The network of a checkpoint, its transform and its class names.
 
     path      checkpoint of fastdeit, a released DeiT or timm; or a run's folder, for its newest checkpoint
     recipe    name of the recipe that describes its network, if the checkpoint does not hold its own
-    weights   "ema": their average; None: the average if the checkpoint has it
+    weights   "ema": their average; "auto": the average if the checkpoint has it
     img_size  resolution, if it is not the recipe's; the position embedding is resized
 
     Raises UserError if the file is missing, damaged, or does not fit.
     """
     opened = open_checkpoint(Path(path), recipe, img_size)
-    kind = opened.weights(weights)
-    classes = opened.recipe.model.num_classes or len(_head_bias(opened, kind))
+    kind: Weights = weights if weights != "auto" else "ema" if opened.has_average else "model"
+    classes = opened.recipe.model.num_classes or _count_classes(opened, kind)
     model, _ = opened.network(classes, kind)
     names = opened.described.get("class_names")
     if names is not None and len(names) != classes:
         raise UserError(f"{path} has {classes} classes, but names {len(names)}")
-    fused = f"fused_{opened.recipe.departures.late_fusion or 'probabilities'}"
-    head = fused if opened.recipe.model.arch == "deit" and opened.recipe.model.distilled else "class"
-    return Loaded(model.eval(), evaluation_transform(opened.recipe), names, kind, head, opened.recipe, opened.path)
+    described = replace(opened.recipe, model=replace(opened.recipe.model, num_classes=classes))
+    two_heads = described.model.arch == "deit" and described.model.distilled
+    head = headline_head(HEADS if two_heads else HEADS[:1], described.departures.late_fusion)
+    return Loaded(model.eval(), evaluation_transform(described), names, kind, head, described, opened.path)
 
 
-def _head_bias(opened: OpenedCheckpoint, kind: Weights) -> Tensor:
-    """The class head's bias, whose length is the number of classes."""
+def _count_classes(opened: OpenedCheckpoint, kind: Weights) -> int:
+    """The length of the class head's bias."""
     state = state_dict(opened.stored, ema=kind == "ema", source=str(opened.path))
     if "head.bias" not in state:
         raise UserError(f"{opened.path} does not say how many classes it has: no head.bias")
-    return state["head.bias"]
+    return len(state["head.bias"])
 
 
 def evaluation_transform(recipe: Recipe) -> Callable[[Image.Image], Tensor]:

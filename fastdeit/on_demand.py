@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,9 +47,9 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeit"
     cache.mkdir(parents=True, exist_ok=True)
     dest = cache / f"{path.resolve().stem}-{_fingerprint(source)[:16]}.beton"
-    with one_at_a_time(dest, _say, "convert"):
+    with one_at_a_time(dest, partial(say, name="stderr"), "convert"):
         if not dest.exists():
-            _say(f"{path} is converted to {dest}, this once ({len(source)} images)")
+            say(f"{path} is converted to {dest}, this once ({len(source)} images)", "stderr")
             _convert(path, dest, None if names is None else like)
     return dest
 
@@ -94,7 +95,3 @@ def _convert(path: Path, dest: Path, like: Path | None) -> None:
         raise UserError(
             f"{path} could not be converted, for the reason above: mend it, or run fastdeit-convert with other options"
         )
-
-
-def _say(text: str) -> None:
-    say(text, "stderr")

@@ -20,6 +20,7 @@ from fastdeit.config import (
     Recipe,
     RunConfig,
 )
+from fastdeit.pipelines.errors import UserError
 
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 
@@ -321,3 +322,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         fashion_mnist_distilled,
     )
 }
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of this name. Raises UserError if there is none."""
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe '{name}': choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -13,9 +13,8 @@ from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset
 from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.recipes import RECIPES
+from fastdeit.recipes import recipe_named
 from fastdeit.streams import keep_streams
 
 
@@ -52,7 +51,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     opened = open_checkpoint(options.checkpoint, options.recipe, options.img_size)
     recipe = _with_options(opened.recipe, options)
     kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
-    if options.weights == "both" and not opened.stored.get("ema"):
+    if options.weights == "both" and not opened.has_average:
         kinds = ["model"]
     with world(options.device) as joined:
         verbose = joined.main and not options.json
@@ -88,8 +87,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
 def _open_val(options: Options) -> Dataset:
     """The data set, after the checks that do not need PyTorch. Raises UserError."""
-    if options.recipe is not None and options.recipe not in RECIPES:
-        raise UserError(f"there is no recipe '{options.recipe}': choose one of {', '.join(RECIPES)}")
+    if options.recipe is not None:
+        recipe_named(options.recipe)
     check_checkpoint(checkpoint_file(options.checkpoint))
     return open_dataset(converted(options.val), "val")
 

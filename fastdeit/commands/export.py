@@ -56,7 +56,7 @@ def export(options: Options) -> None:
     loaded = load(
         path,
         recipe=options.recipe,
-        weights=None if options.weights == "auto" else options.weights,
+        weights=options.weights,
         img_size=options.img_size,
     )
     known = stored_scores(path, loaded.weights) if options.img_size is None else None
@@ -67,7 +67,8 @@ def export(options: Options) -> None:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=options.dest) as around:
             folder = Path(around, name)
             folder.mkdir()
-            FORMATS[name](loaded, folder, text)
+            FORMATS[name](loaded, folder)
+            (folder / "README.md").write_text(text)
             folder.rename(options.dest / name)
         say(f"{options.dest / name}: weights '{loaded.weights}' of {path}")
 

@@ -13,10 +13,10 @@ import tyro
 from fastdeit.cli import parse, program, run
 from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.sources.base import IMG_EXTENSIONS, is_image
 from fastdeit.streams import keep_streams
 
 BAD = 3  # exit status: some images could not be read
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         if str(path) == "-":
             out += images_of(Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
         elif path.is_dir():
-            found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file())
+            found = sorted(each for each in path.rglob("*") if is_image(each.name) and each.is_file())
             if not found:
-                raise UserError(f"{path}: there are no images in this folder ({', '.join(sorted(SUFFIXES))})")
+                raise UserError(f"{path}: there are no images in this folder ({', '.join(IMG_EXTENSIONS)})")
             out += found
         elif path.exists():
             out.append(path)
@@ -80,7 +80,7 @@ def predict(options: Options) -> int:
     loaded = load(
         options.model,
         recipe=options.recipe,
-        weights=None if options.weights == "auto" else options.weights,
+        weights=options.weights,
         img_size=options.img_size,
     )
     with world(options.device) as joined:

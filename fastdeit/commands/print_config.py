@@ -1,11 +1,12 @@
 """`fastdeit-train RECIPE ... --print-config`: the resolved recipe, and what `auto` chooses on this machine."""
 
 import json
-import sys
+from functools import partial
 
 from fastdeit.config import Recipe
 from fastdeit.effects import fields
 from fastdeit.inputs import check_inputs
+from fastdeit.pipelines.console import say
 from fastdeit.recipes import RECIPES
 
 
@@ -17,7 +18,7 @@ def print_config(recipe: Recipe) -> None:
     """
     print(json.dumps(recipe.to_dict(), indent=2), flush=True)
     for sentence in [_differences(recipe), *_choices(recipe)]:
-        print(sentence, file=sys.stderr)
+        say(sentence, "stderr")
 
 
 def _differences(recipe: Recipe) -> str:
@@ -51,13 +52,15 @@ def _choices(recipe: Recipe) -> list[str]:
         if sets is None:
             return [*sentences, "loader and augmentation: give --data.train to have them chosen"]
         data = open_training_data(
-            recipe, sets.train, joined, precision, kernels, teacher=teacher_in_loop(recipe), say=_say
+            recipe,
+            sets.train,
+            joined,
+            precision,
+            kernels,
+            teacher=teacher_in_loop(recipe),
+            say=partial(say, name="stderr"),
         )
         try:
             return [*sentences, *data_sentences(data)]
         finally:
             data.close()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -1,6 +1,6 @@
 """Accuracy of every head of a model on a data set."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,10 +143,10 @@ def _real_hits(decision: Tensor, real: Tensor) -> Tensor:
     return torch.stack([any_label.sum(), hit.sum()]).double()
 
 
-def headline_head(scores: Scores, late_fusion: str | None) -> str:
-    """The head whose scores stand for the run: the late fusion if there are two heads, else the class head."""
+def headline_head(heads: Container[str], late_fusion: str | None) -> str:
+    """The head of these that stands for the network: the late fusion if there are two, else the class head."""
     fused = f"fused_{late_fusion or 'probabilities'}"
-    return fused if fused in scores else "class"
+    return fused if fused in heads else "class"
 
 
 def headline(scores: Scores, late_fusion: str | None) -> float:

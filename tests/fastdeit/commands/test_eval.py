@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.data import create_transform
+from judges import timms_outputs, timms_transform
 from timm.data.real_labels import RealLabelsImagenet
 from timm.utils import accuracy
 from torchvision.datasets import ImageFolder
@@ -32,25 +32,9 @@ def trained(tiny_in, tmp_path_factory):
 
 def judge_outputs(recipe, weights, folder):
     """timm's network and transform on the original files: outputs of each head, and labels."""
-    m = recipe.model
-    shape = {name: getattr(m, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    network = timm.create_model("deit_tiny_distilled_patch16_224", **shape, num_classes=4).eval()
-    network.load_state_dict(weights, strict=True)
-    transform = create_transform(
-        m.img_size, is_training=False, interpolation="bicubic", crop_pct=recipe.augment.eval_crop
-    )
-    data = ImageFolder(str(folder), transform)
+    data = ImageFolder(str(folder), timms_transform(recipe))
     images = torch.stack([image for image, _ in data])
-    with torch.no_grad():
-        tokens = network.forward_features(images)
-        heads = network.head(tokens[:, 0]), network.head_dist(tokens[:, 1])
-        outputs = {
-            "class": heads[0],
-            "distillation": heads[1],
-            "fused_logits": network(images),
-            "fused_probabilities": heads[0].softmax(-1) + heads[1].softmax(-1),
-        }
-    return outputs, torch.tensor(data.targets)
+    return timms_outputs(recipe, weights, images), torch.tensor(data.targets)
 
 
 @pytest.mark.slow

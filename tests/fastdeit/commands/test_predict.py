@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from judges import timms_outputs, timms_transform
 from PIL import Image
-from timm.data import create_transform
 
 from fastdeit.commands.predict import BAD, Options, predict
 from fastdeit.image_files import read_batches
@@ -29,17 +29,9 @@ def trained(tiny_in, tmp_path_factory):
 
 def timms(recipe, state, paths):
     """Probabilities by timm's network: the sum of both heads' softmaxes, halved."""
-    m = recipe.model
-    shape = {name: getattr(m, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    network = timm.create_model("deit_tiny_distilled_patch16_224", **shape, num_classes=4).eval()
-    network.load_state_dict(state, strict=True)
-    transform = create_transform(
-        m.img_size, is_training=False, interpolation="bicubic", crop_pct=recipe.augment.eval_crop
-    )
+    transform = timms_transform(recipe)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
-    with torch.no_grad():
-        tokens = network.forward_features(images)
-        return (network.head(tokens[:, 0]).softmax(-1) + network.head_dist(tokens[:, 1]).softmax(-1)) / 2
+    return timms_outputs(recipe, state, images)["fused_probabilities"] / 2
 
 
 @pytest.mark.slow
