@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdeit.pipelines.conversion.encode import decode
 from fastdeit.pipelines.errors import os_sentence
+from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.pipelines.sources.base import read_image
 
 
@@ -44,9 +45,7 @@ def read_batches(
 ) -> Iterator[list[ImageFile]]:
     """The files in batches, in order; `transform` is that of `loading.Loaded`.
 
-    workers  processes that read ahead; a list that fits two batches is read without
+    workers  processes that read ahead, one a core at most; a list that fits two batches is read without
     """
-    few = len(paths) <= 2 * batch
-    yield from DataLoader(
-        _Files(paths, transform), batch_size=batch, num_workers=0 if few else workers, collate_fn=list
-    )
+    several = min(workers, usable_cores()) if len(paths) > 2 * batch else 0
+    yield from DataLoader(_Files(paths, transform), batch_size=batch, num_workers=several, collate_fn=list)

@@ -34,7 +34,7 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
 
     The data set is named after the files, their sizes and times, so changed images are converted anew. Processes that
     want the same one wait for the first; an interrupted conversion goes on. What it does is said on stderr. Raises
-    UserError if the images cannot be converted, and OSError if `cache` cannot be made.
+    UserError if the images cannot be converted or the user has no home folder, and OSError if `cache` cannot be made.
     """
     if not path.exists() or path.suffix == ".beton" or (path / SIDECAR).exists():
         return path
@@ -44,7 +44,7 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
 
     names = _class_names(like)
     source = open_source(str(path.resolve()), class_names=names)
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeit"
+    cache = cache or _users_cache()
     cache.mkdir(parents=True, exist_ok=True)
     dest = cache / f"{path.resolve().stem}-{_fingerprint(source)[:16]}.beton"
     with one_at_a_time(dest, partial(say, name="stderr"), "convert"):
@@ -60,6 +60,15 @@ def with_converted_data(recipe: Recipe) -> Recipe:
     train = data.train and converted(data.train, data.cache_dir)
     val = data.val and converted(data.val, data.cache_dir, train)
     return replace(recipe, data=replace(data, train=train, val=val))
+
+
+def _users_cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdeit"
+    except RuntimeError as error:  # a user without an entry, as in some containers
+        raise UserError(
+            "there is no home folder to keep converted images in: set XDG_CACHE_HOME, or run fastdeit-convert"
+        ) from error
 
 
 def _class_names(path: Path | None) -> list[str] | None:

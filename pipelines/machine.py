@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import shutil
+from pathlib import Path
 
 from fastdeit.pipelines.errors import MACHINE, UserError
 
@@ -20,6 +22,16 @@ class MachineError(UserError):
 
     Never a reason to replace an image or to call a file damaged.
     """
+
+
+def check_space(folder: Path, size: int, what: str, option: str) -> None:
+    """Raise MachineError unless `folder` has room for `size` bytes of `what`; `option` names another folder."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise MachineError(
+            f"{what} takes {size / 1e9:.1f} GB, but {folder} has only {free / 1e9:.1f} GB free: free space there, or "
+            f"name another {option}"
+        )
 
 
 STATES = frozenset(MACHINE) | {errno.ENXIO}  # every other file would fail as well

@@ -12,9 +12,11 @@ from fastdeit.cli import parse, program, run
 from fastdeit.inputs import check_checkpoint, checkpoint_file
 from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.machine import check_space
 from fastdeit.pipelines.parsing import parse_json
 from fastdeit.streams import keep_streams
 
+_OVERHEAD = 4 << 20  # bytes that a layout may need besides the weights
 _MOST = 256 << 20  # bytes of a log that is searched for scores
 
 
@@ -62,6 +64,9 @@ def export(options: Options) -> None:
     known = stored_scores(path, loaded.weights) if options.img_size is None else None
     text = card(loaded, path.name, known)
     options.dest.mkdir(parents=True, exist_ok=True)
+    # The libraries that write have errors of their own for a full disk.
+    weights = sum(each.numel() * each.element_size() for each in loaded.model.state_dict().values())
+    check_space(options.dest, len(formats) * (weights + _OVERHEAD), "the export", "DEST")
     for name in formats:
         # Nothing has its final name before it is complete and compared.
         with tempfile.TemporaryDirectory(prefix=".export-", dir=options.dest) as around:

@@ -36,7 +36,7 @@ class Options:
     weights: Literal["auto", "model", "ema"] = "auto"  # auto: ema if the checkpoint has it
     img_size: int | None = None  # resolution, if it is not the recipe's
     batch: int = 32
-    workers: int = 4  # processes that read images; 0: none
+    workers: int = 4  # processes that read images, one a core at most; 0: none
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

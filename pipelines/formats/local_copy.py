@@ -18,7 +18,7 @@ from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
 from fastdeit.pipelines.formats.files import open_regular, sync_folder
 from fastdeit.pipelines.formats.shard_layout import KNOWN, KNOWN_NODES, NODES
 from fastdeit.pipelines.locks import lock
-from fastdeit.pipelines.machine import MachineError, machine_error
+from fastdeit.pipelines.machine import check_space, machine_error
 
 _PIECE = 8 << 20  # bytes copied at once
 _THREADS, _CHUNK = 8, 1024  # threads that check the copy, and images that each checks at a time
@@ -72,12 +72,7 @@ def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy"
 def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress: bool) -> None:
     files = _files(dataset)
     size = sum(path.stat().st_size for path in files.values())
-    free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        raise MachineError(
-            f"{dataset.path} takes {size / 1e9:.1f} GB, but {folder.parent} has only {free / 1e9:.1f} GB free: free "
-            f"space there, or name another --data.cache_dir"
-        )
+    check_space(folder.parent, size, str(dataset.path), "--data.cache_dir")
     # Without file locks, two processes may copy at once: each has its own folder, and the first to finish wins.
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}")
     for other in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):

@@ -137,3 +137,15 @@ def test_the_loader_names_what_it_cannot_convert(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no class folders in it"):
         fastdeit.create_loader(tmp_path / "empty", batch_size=8)
+
+
+def test_a_user_without_a_home_is_told(images, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", refuse_user)
+    with pytest.raises(UserError, match="no home folder to keep converted images in: set XDG_CACHE_HOME"):
+        converted(images / "val")
+
+
+def refuse_user(number):
+    raise KeyError(number)

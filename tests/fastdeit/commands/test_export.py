@@ -1,6 +1,7 @@
 """`fastdeit export`: timm, transformers, onnxruntime and torch.export load it, and give the model's results."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fastdeit.commands.export import Options, export
 from fastdeit.exporting import Classifier
 from fastdeit.loading import load
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.machine import MachineError
 from fastdeit.recipes import convnet_teacher, deit_tiny
 from runs import newest, train
 from system import run_python
@@ -155,3 +157,12 @@ def test_the_classifier_is_what_predict_uses(trained):
     loaded = load(trained["distilled"])
     with torch.no_grad():
         assert torch.allclose(Classifier(loaded)(IMAGES).exp(), loaded.probabilities(IMAGES), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=200_000))
+    with pytest.raises(MachineError, match=r"the export takes .* has only 0\.0 GB free: .* another DEST"):
+        export(Options(checkpoint=trained["plain"], dest=tmp_path / "x"))
+    assert list((tmp_path / "x").iterdir()) == []
