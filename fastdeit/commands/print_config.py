@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+from fastdeit import launch
 from fastdeit.config import Recipe
 from fastdeit.effects import fields
 from fastdeit.inputs import check_inputs
@@ -14,11 +15,14 @@ def print_config(recipe: Recipe) -> None:
     """Print a resolved recipe as JSON on stdout, which `--config` reads, and sentences about it on stderr.
 
     These are its differences from the named recipe, and what stands for each "auto". The loader is timed on
-    `data.train`, if that is given. Nothing is written.
+    `data.train`, if that is given. Of several processes, the main one prints. Nothing is written.
     """
-    print(json.dumps(recipe.to_dict(), indent=2), flush=True)
+    main = launch.rank() == 0
+    if main:
+        print(json.dumps(recipe.to_dict(), indent=2), flush=True)
     for sentence in [_differences(recipe), *_choices(recipe)]:
-        say(sentence, "stderr")
+        if main:
+            say(sentence, "stderr")
 
 
 def _differences(recipe: Recipe) -> str:
