@@ -16,7 +16,7 @@ import torch
 from benchmarks.profiles import profile_record, profile_step, profiles_path
 from benchmarks.record import RESULTS, Timing, append, environment, first_line, timed_window
 from benchmarks.render import target_lines
-from benchmarks.throughput.contenders import Inputs, Step, disagreement, make_step, our_model
+from benchmarks.throughput.contenders import Inputs, Step, disagreement, make_step, our_kernels, our_model
 from benchmarks.throughput.forms import Form, ModelCase, forms
 from benchmarks.throughput.report import is_ours, ratio, record_table
 from fastdeit.cli import parse, run
@@ -47,6 +47,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     residual: Literal["float32", "bfloat16"] = "float32"  # of our model's residual stream; timm's is float32
+    kernels: Literal["auto", "triton"] = "auto"  # in our forms with kernels: as a run chooses, or ours throughout
     windows: int = 5  # timed windows of each form
     window_seconds: float = 2.0
     compile: bool | None = None  # also both models under torch.compile; None: on a GPU
@@ -87,7 +88,9 @@ def cases(options: Options) -> Iterator[ModelCase]:
             recipe = RECIPES[f"deit_{model}{'_distilled' if options.distilled else ''}"]()
             recipe = dataclasses.replace(
                 recipe,
-                model=dataclasses.replace(recipe.model, img_size=size, residual_dtype=options.residual),
+                model=dataclasses.replace(
+                    recipe.model, img_size=size, residual_dtype=options.residual, kernels=options.kernels
+                ),
                 run=dataclasses.replace(recipe.run, precision=options.precision),
             ).resolved()
             precision = set_up(recipe, World(0, 1, 1, device))
@@ -121,8 +124,11 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     done: dict[str, Contender] = {}
     failed: dict[str, str] = {}
     compared = forms(case, peer=options.peer == "timm", compiled=compile_too, quick=options.quick)
-    kernels = any(form.kernels for form in compared)
-    reason = disagreement(case, our_model(case, Form(library="fastdeit", kernels=True))) if kernels else None
+    with_kernels = Form(library="fastdeit", kernels=True)
+    reason = None
+    if any(form.kernels for form in compared):
+        reason = disagreement(case, our_model(case, with_kernels))
+        record["kernels"] = our_kernels(case, with_kernels).event()
     torch._dynamo.reset()  # nothing timed inherits a compilation from the checks or from the previous case
     for form in compared:
         if form.kernels and reason is not None:

@@ -78,11 +78,10 @@ class _StoredLabels:
 
 
 def our_kernels(case: ModelCase, form: Form) -> Kernels:
-    """The kernels of a form. Raises UserError if the form needs kernels and none can run."""
+    """The kernels of a form, as the recipe chooses. Raises UserError if it chooses "triton" and none can run."""
     if not form.kernels:
         return TORCH
-    cfg = dataclasses.replace(case.recipe.model, kernels="triton")
-    return choose_kernels(cfg, case.precision, CLASSES, case.world)
+    return choose_kernels(case.recipe.model, case.precision, CLASSES, case.world)
 
 
 def our_model(case: ModelCase, form: Form) -> Any:

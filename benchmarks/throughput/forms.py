@@ -51,7 +51,7 @@ class ModelCase:
 class Form:
     """One way to do a case's step.
 
-    kernels  Triton kernels in place of PyTorch's operations
+    kernels  Triton kernels in place of PyTorch's operations, where the recipe's `model.kernels` says so
     skip     drop a fixed number of every 64 samples, and do not compute them
     tuning   mode of torch.compile; "": its default. Both modes record PyTorch's own CUDA graphs, which end at a
              network's border, unless `graph` is set too

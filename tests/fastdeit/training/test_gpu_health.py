@@ -3,7 +3,6 @@
 import sys
 from types import SimpleNamespace
 
-import pynvml
 import pytest
 import torch
 
@@ -12,6 +11,8 @@ from fastdeit.training import gpu_health
 from fastdeit.training.gpu_health import Gpu, GpuHealth
 from fastdeit.training.logs import RunLog
 from fastdeit.training.reports import report_gpus
+
+pynvml = pytest.importorskip("pynvml")
 
 CUDA = World(0, 1, 1, torch.device("cuda", 0))
 UUID = "12345678-1234-1234-1234-123456789abc"
