@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ class Options:
     peer: Literal["timm", "none"] = "timm"
     ema: bool = False  # average the weights in the training step
     quick: bool = False  # only the forms likely to be the fastest, in windows of at most half a second
+    forms: tuple[str, ...] = ()  # only the forms with these names, as a table has them; empty: all
     profile: bool = False  # also the kernels of our fastest training step, into profiles.jsonl beside the results
     budget: float = 0.0  # seconds; cases that would end later, judged by the last one, are skipped and named
     results: Path = RESULTS / "throughput.jsonl"
@@ -123,7 +125,9 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     contenders: dict[str, Contender] = {}
     done: dict[str, Contender] = {}
     failed: dict[str, str] = {}
-    compared = forms(case, peer=options.peer == "timm", compiled=compile_too, quick=options.quick)
+    compared = forms(case, peer=options.peer == "timm", compiled=compile_too, quick=options.quick and not options.forms)
+    if options.forms:
+        compared = named(options.forms, compared)
     with_kernels = Form(library="fastdeit", kernels=True)
     reason = None
     if any(form.kernels for form in compared):
@@ -159,6 +163,14 @@ def measure(case: ModelCase, options: Options) -> dict[str, Any]:
     if options.profile and cuda and case.mode == "train":
         _profile(case, record, contenders, options.results)
     return {**record, "targets": targets(record)}
+
+
+def named(names: Sequence[str], forms: Sequence[Form]) -> list[Form]:
+    """The forms with these names. Raises UserError for a name that no form has."""
+    unknown = sorted({*names} - {form.name for form in forms})
+    if unknown:
+        raise UserError(f"--forms {shlex.join(unknown)}: the forms here are {', '.join(form.name for form in forms)}")
+    return [form for form in forms if form.name in names]
 
 
 def _make_room(contenders: dict[str, Contender], done: dict[str, Contender], windows: int, seconds: float) -> None:
@@ -300,6 +312,7 @@ def run_benchmark(options: Options) -> bool:
     """
     complete, begin, last = True, time.perf_counter(), 0.0
     todo = list(cases(options))
+    peer = options.peer == "timm" and (not options.forms or any(name.startswith("timm") for name in options.forms))
     if options.profile and not any(case.device.type == "cuda" for case in todo):
         raise UserError("--profile needs a GPU: leave it out")
     for i, case in enumerate(todo):
@@ -312,7 +325,7 @@ def run_benchmark(options: Options) -> bool:
         last = time.perf_counter() - start
         append(options.results, record)
         print(record_table(record).text(), *target_lines(record.get("targets", [])), sep="\n", flush=True)
-        complete &= is_complete(record, peer=options.peer == "timm")
+        complete &= is_complete(record, peer=peer)
     return complete
 
 

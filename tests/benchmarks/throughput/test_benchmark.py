@@ -357,6 +357,17 @@ def test_the_targets_are_judged_on_the_gpu_that_they_are_of():
 
 
 @pytest.mark.slow
+def test_forms_are_chosen_by_name(tmp_path, capsys):
+    path = tmp_path / "throughput.jsonl"
+    command = f"--models tiny --sizes 32 --batch 4 --mode infer --device cpu --windows 2 --results {path}".split()
+    main([*command, "--forms", "fastdeit eager"])  # exit status 0, though timm was not timed
+    assert [*json.loads(path.read_text())["sides"]] == ["fastdeit eager"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--forms", "fastdeit eager", "timm + graph"])
+    assert stop.value.code == 2
+    assert "--forms 'timm + graph': the forms here are timm eager, fastdeit eager" in capsys.readouterr().err
+
+
 def test_quick_times_one_form_of_each_side(tmp_path):
     path = tmp_path / "figures.jsonl"
     main(f"--models tiny --sizes 32 --batch 4 --mode train --device cpu --quick --windows 2 --results {path}".split())
