@@ -79,7 +79,9 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
                 for message in messages:
                     say(message)
                 model.to(joined.device)
-                out[kind] = evaluate(model, data, joined, precision, kernels=kernels, progress=verbose)
+                out[kind] = evaluate(
+                    model, data, joined, precision, kernels=kernels, progress=verbose, batch_option="--batch"
+                )
         finally:
             data.close()
         return out if joined.main else {}

@@ -75,6 +75,7 @@ def predict(options: Options) -> int:
     from fastdeit.distributed import world
     from fastdeit.image_files import read_batches
     from fastdeit.loading import load
+    from fastdeit.memory import enough_for
     from fastdeit.setup import set_up
 
     loaded = load(
@@ -98,7 +99,9 @@ def predict(options: Options) -> int:
                     names.append(str(file.path))
                     images.append(file.image)
             if names:
-                probabilities = loaded.probabilities(torch.stack(images).to(joined.device)).cpu()
+                batch = torch.stack(images).to(joined.device)
+                with enough_for("predicting", batch, "--batch"):
+                    probabilities = loaded.probabilities(batch).cpu()
                 _print(names, probabilities, loaded.class_names, options)
                 done += len(names)
         rate = done / max(time.monotonic() - began, 1e-9)

@@ -9,6 +9,7 @@ from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import DataSets, open_data_sets
+from fastdeit.memory import enough_for
 from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, compiles
@@ -105,7 +106,8 @@ def _label_epoch(
             images = item.data.images.to(world.device, non_blocking=True)
             micro = recipe.run.micro_batch or len(images)
             for part, places in zip(images.split(micro), rows.split(micro), strict=True):
-                index[places], values[places] = _label(teacher, part, topk)
+                with enough_for("labelling", part, "--run.micro_batch"):
+                    index[places], values[places] = _label(teacher, part, topk)
             bar.update(batch)
     return world.sum(index).cpu().numpy(), world.sum(values).cpu().numpy()
 

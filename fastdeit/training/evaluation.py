@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fastdeit.data import EvaluationData
 from fastdeit.distributed import World
 from fastdeit.kernels.reference import HEADS, head_log_probabilities
+from fastdeit.memory import enough_for
 from fastdeit.model.deit import StudentOutput
 from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.pipelines.errors import UserError
@@ -30,6 +31,7 @@ def evaluate(
     *,
     kernels: Kernels = TORCH,
     progress: bool = False,
+    batch_option: str = "--run.eval_batch",
 ) -> Scores:
     """Top-1 and top-5 in percent, and the loss, of each head.
 
@@ -42,6 +44,8 @@ def evaluate(
     Where the data set holds ImageNet-ReaL's labels (`fastdeit-convert --real-labels`), a head has "real" too: top-1
     in percent of the images that have any, "real_images" of them, a hit being any of an image's labels (Beyer et al.
     2020, "Are we done with ImageNet?", section 3).
+
+    Raises MachineError if the memory is too small for a batch; it names `batch_option`.
     """
     training, by_kernel = model.training, "evaluate_heads" in kernels.ops
     model.eval()
@@ -55,7 +59,7 @@ def evaluate(
         for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=None if progress else True):
             pixels = batch.images.to(world.device, non_blocking=True)
             labels = batch.label_a.to(world.device, non_blocking=True)
-            with precision.autocast():
+            with precision.autocast(), enough_for("evaluating", pixels, batch_option):
                 output = model(pixels)
             for row, (hits, decision) in zip(
                 totals, (_by_kernel if by_kernel else _by_head)(output, labels), strict=False

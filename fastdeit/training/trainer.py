@@ -14,6 +14,7 @@ from fastdeit.data import EvaluationData, TrainBatch
 from fastdeit.distributed import World
 from fastdeit.effects import frozen_mode
 from fastdeit.inputs import DataSets, open_data_sets
+from fastdeit.memory import enough_to_train
 from fastdeit.model.deit import DeiT
 from fastdeit.model.kernel_choice import choose_kernels
 from fastdeit.model.networks import ConvnetStudent
@@ -95,7 +96,7 @@ class Trainer:
         self.meter, self.images = Meter(world), EpochImages(world)
         self.guard, self.gpus = DivergenceGuard(recipe.run, world), GpuHealth(world)
         self.last_scores: dict[str, Scores] = {}
-        with ExitStack() as stack:
+        with ExitStack() as stack, enough_to_train(recipe, world.size, world.device):
             self._open(stack, lock, sets)
             self._stack = stack.pop_all()
 
@@ -178,6 +179,10 @@ class Trainer:
 
     def run(self) -> dict[str, Scores]:
         """Train from the next step to the last epoch; returns the last scores by kind of weights."""
+        with enough_to_train(self.recipe, self.world.size, self.world.device):
+            return self._run()
+
+    def _run(self) -> dict[str, Scores]:
         run, state, began = self.recipe.run, self.state, time.monotonic()
         try:
             self._start()

@@ -1,0 +1,67 @@
+"""Running out of memory, of a GPU or of the machine: an error with a remedy in place of PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from fastdeit.config import Recipe
+from fastdeit.pipelines.machine import MachineError
+
+_GIB = 2**30
+_OTHERS = 1.5 * _GIB  # what other programs hold is named from here on; less may be this process's own CUDA context
+# How PyTorch on a CPU, the CUDA runtime, cuBLAS and cuDNN say it; `torch.OutOfMemoryError` is PyTorch on a GPU.
+_SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+
+
+@contextmanager
+def enough_memory(work: str, remedy: str, device: torch.device) -> Iterator[None]:
+    """Raise MachineError if PyTorch runs out of memory in this block.
+
+    work    what the block does, as the start of the sentence
+    remedy  its end
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _SAID):
+            raise
+        raise MachineError(f"{work}: {_full(device)}: {remedy}") from error
+
+
+def _full(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "the machine's memory is full"
+    name = f"GPU {device.index or 0} is full"
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # the GPU answers no more
+        return name
+    ours = torch.cuda.memory_reserved(device)
+    others = total - free - ours
+    rest = f" and other programs {others / _GIB:.1f}" if others > _OTHERS else ""
+    return f"{name}, {ours / _GIB:.1f} GiB of its {total / _GIB:.1f} are this process's{rest}"
+
+
+def enough_to_train(recipe: Recipe, processes: int, device: torch.device) -> AbstractContextManager[None]:
+    """`enough_memory` for the training of a resolved recipe."""
+    images = recipe.run.micro_batch or recipe.run.global_batch // processes
+    # `model.drop_path_mode` "skip" needs whole mixing groups.
+    least = recipe.mixing_group(processes) if recipe.model.drop_path_mode == "skip" else 1
+    return _enough("training with", images, recipe.model.img_size, "--run.micro_batch", device, least)
+
+
+def enough_for(work: str, images: Tensor, option: str) -> AbstractContextManager[None]:
+    """`enough_memory` to compute a batch (B, 3, S, S); `option` sets its size, and `work` says what is done with it."""
+    return _enough(work, len(images), images.shape[-1], option, images.device)
+
+
+def _enough(
+    work: str, images: int, size: int, option: str, device: torch.device, least: int = 1
+) -> AbstractContextManager[None]:
+    fewer = images // 2 // least * least
+    remedy = f"set {option} {fewer} or less" if fewer else "take a smaller model or smaller images"
+    return enough_memory(f"{work} {images} images of {size} x {size} at once", remedy, device)
