@@ -14,6 +14,10 @@ SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null
 BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null && \
     $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
 
+# uv takes a quarter of pip's time, but does not read pip's configuration (a mirror, say): if it fails, pip tries.
+INSTALL := sh -c '{ [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q --python $(BIN)/python "$$@"; } || \
+    $(BIN)/pip install -q --no-compile --disable-pip-version-check "$$@"' install
+
 .PHONY: demo test fast lint style types pytest warm env gpu clean
 
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
@@ -58,13 +62,14 @@ env: .venv/.stamp
 	fi
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a .venv: apt-get install python3-venv"; exit 1; }
 	@echo "installing PyTorch and other packages into .venv (downloads about 3 GB)"
-	@$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[demo,dev]'
+	@$(BIN)/pip install -q --disable-pip-version-check uv || echo "uv did not install: pip takes minutes longer"
+	@$(INSTALL) -e '.[demo,dev]'
 	@if ! { $(BUILDS_FFCV); }; then \
 	    echo "FFCV is not installed, since it needs $(SYSTEM): the other loaders work without it"; \
-	elif ! $(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[ffcv]'; then \
+	elif ! $(INSTALL) -e '.[ffcv]'; then \
 	    echo "FFCV did not build: the other loaders work without it (fastdeit-doctor shows why)"; \
 	fi
-	@$(BIN)/pip install -q --no-compile --disable-pip-version-check -e '.[dali]' || \
+	@$(INSTALL) -e '.[dali]' || \
 	    echo "DALI did not install (it needs Linux on x86-64 or aarch64): the other loaders work without it"
 	@touch $@
 
