@@ -13,8 +13,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastdeit.config import ModelConfig
-from fastdeit.kernels.reference import assemble_tokens
+from fastdeit.kernels.reference import Kept, assemble_tokens, select_kept
 from fastdeit.model.drop_path import DropPath, SkipPath, kept_samples
+from fastdeit.model.dropout import KeyedDropout
 
 
 class StudentOutput(NamedTuple):
@@ -57,7 +58,8 @@ class DeiT(nn.Module):
         drop_path_mode: Literal["mask", "skip"] = "mask",
         residual_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        """`drop_rate` applies to the tokens after the position embedding and to the outputs of both branches.
+        """`drop_rate` applies to the tokens after the position embedding, to the output of attention, and in the MLP
+        after the activation and to the output: see `set_dropout`.
 
         `drop_path_mode` "skip" leaves dropped samples out of the computation: see `set_drop_path`. `residual_dtype`
         "bfloat16" keeps the sum of all branches in bf16 under autocast to bf16; otherwise it is float32.
@@ -68,18 +70,20 @@ class DeiT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_prefix_tokens, embed_dim))
-        self.pos_drop = nn.Dropout(drop_rate)
+        self.pos_drop = nn.Dropout(0.0)
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self._skips, self._residual_dtype = drop_path_mode == "skip", getattr(torch, residual_dtype)
         block, path = (SkippingBlock, SkipPath) if self._skips else (Block, DropPath)
         self.blocks = nn.ModuleList(
-            block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, proj_drop=drop_rate, norm_layer=norm)
-            for _ in range(depth)
+            block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )
         self._drop_paths: list[Any] = []
         for module in self.blocks:
             module.drop_path1, module.drop_path2 = path(), path()
             self._drop_paths += [module.drop_path1, module.drop_path2]
+        self._dropouts: list[tuple[KeyedDropout, Any]] = []  # each with the stochastic depth of its branch, if any
+        if drop_rate > 0:
+            self._add_dropout(drop_rate)
         self.norm = norm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
         self.head_dist = nn.Linear(embed_dim, num_classes) if distilled else None
@@ -89,6 +93,19 @@ class DeiT(nn.Module):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: 1, or 2 with the distillation token."""
         return 2 if self.distilled else 1
+
+    def _add_dropout(self, rate: float) -> None:
+        self.pos_drop = KeyedDropout(rate, 0)
+        self._dropouts.append((self.pos_drop, None))
+        for module in self.blocks:
+            for branch, path, names in (
+                (module.attn, module.drop_path1, ("proj_drop",)),
+                (module.mlp, module.drop_path2, ("drop1", "drop2")),
+            ):
+                for name in names:
+                    dropout = KeyedDropout(rate, len(self._dropouts))
+                    setattr(branch, name, dropout)
+                    self._dropouts.append((dropout, path))
 
     def _init_weights(self) -> None:
         for parameter in (self.cls_token, self.dist_token, self.pos_embed):
@@ -123,6 +140,15 @@ class DeiT(nn.Module):
             branches = kept_samples(masks.flatten(0, 1), [count for count in kept for _ in range(2)])
         for module, mask in zip(self._drop_paths, branches, strict=True):
             module.mask = mask
+
+    def set_dropout(self, keys: Tensor | None) -> None:
+        """Set the samples' keys of dropout for the next forward passes in training mode, after `set_drop_path`.
+
+        keys  (B,) int64 on the model's device: see `pipelines.plan.dropout`. None: PyTorch's generator draws
+        """
+        for dropout, path in self._dropouts:
+            kept = path.mask if path is not None and isinstance(path.mask, Kept) else None
+            dropout.keys = None if keys is None else select_kept(keys, kept)
 
     def _stream_dtype(self, pixels: Tensor) -> torch.dtype | None:
         """The dtype of the residual stream, if it differs from the result of adding positions to patches."""

@@ -30,6 +30,9 @@ class ConvnetStudent(nn.Module):
     def set_drop_path(self, masks: torch.Tensor | None, kept: Sequence[int] | None = None) -> None:
         """Do nothing: a timm model draws its own stochastic depth from PyTorch's generator."""
 
+    def set_dropout(self, keys: torch.Tensor | None) -> None:
+        """Do nothing: a timm model draws its own dropout from PyTorch's generator."""
+
     def state_dict(self, *args, **kwargs):  # type: ignore[override]
         return self.network.state_dict(*args, **kwargs)
 

@@ -75,7 +75,6 @@ class DivergenceGuard:
         self._world, self._run = world, run
         self._band = LossBand(run.divergence_band)
         self._bad: DivergedError | None = None
-        self._last, self._rewinds = 0, 0  # step of the last divergence, and rewinds for it so far
 
     @property
     def found(self) -> bool:
@@ -139,18 +138,18 @@ class DivergenceGuard:
             step, message = min(found)
             raise DivergedError(message, step)
 
-    def steps_to_skip(self, error: DivergedError) -> range:
+    def steps_to_skip(self, error: DivergedError, state: RunState) -> range:
         """The steps (global, from 1) that the run leaves out when it goes back after `error`.
 
         These are two steps, because the update before a bad loss may be at fault as well. If the run diverges again
         near there, their number doubles. Raises DivergedError after `MOST_REWINDS` attempts without success.
         """
-        near = 0 < error.global_step <= self._last + NEAR and self._rewinds > 0
-        self._rewinds, self._last = self._rewinds + 1 if near else 1, error.global_step
-        if self._rewinds > MOST_REWINDS:
+        near = 0 < error.global_step <= state.diverged + NEAR and state.rewinds > 0
+        state.rewinds, state.diverged = state.rewinds + 1 if near else 1, error.global_step
+        if state.rewinds > MOST_REWINDS:
             vain = f"{error}. The run has gone back {MOST_REWINDS} times, in vain"
             raise DivergedError(f"{vain}. Resume it with --run.resume_changed True and {_MILDER}", error.global_step)
-        return range(max(1, error.global_step + 1 - 2**self._rewinds), error.global_step + 1)
+        return range(max(1, error.global_step + 1 - 2**state.rewinds), error.global_step + 1)
 
     def _error(self, message: str, global_step: int, state: RunState) -> DivergedError:
         if self._run.on_divergence == "rewind":

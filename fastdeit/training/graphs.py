@@ -33,7 +33,6 @@ def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
         (recipe.optim.name == "sgd", "SGD takes its learning rate from the host"),
         (run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before the update"),
         (model.arch != "deit", f"{model.arch} draws its stochastic depth from PyTorch's generator"),
-        (model.drop_rate > 0, "dropout draws from PyTorch's generator"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 

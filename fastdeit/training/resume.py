@@ -65,8 +65,9 @@ def snapshot(
     """What a checkpoint holds: everything that the next step depends on, and the `log`'s sums so far.
 
     `model` and `ema` are state dicts in timm's names; `epoch`, `step`, `counted_from` and `skipped` are those of
-    `RunState`. `kernels` is the choice of kernels, with the version of the table that made it. `class_names`, `arch`,
-    `num_classes`, `img_size`, `mean` and `std` describe the network to a run that takes it as its teacher.
+    `RunState`, and `rewinds` its `diverged` and `rewinds`. `kernels` is the choice of kernels, with the version of the
+    table that made it. `class_names`, `arch`, `num_classes`, `img_size`, `mean` and `std` describe the network to a run
+    that takes it as its teacher.
     """
     recipe = training.recipe
     return {
@@ -76,6 +77,7 @@ def snapshot(
         **state.position(),
         "counted_from": state.counted_from,
         "skipped": sorted(state.skipped),
+        "rewinds": [state.diverged, state.rewinds],
         "effective": effective,
         "kernels": training.kernels.event(),
         "log": log,
@@ -268,6 +270,8 @@ def _load(stored: dict[str, Any], path: Path, state: RunState, training: Trainin
     state.epoch, state.step, state.global_step = (stored[name] for name in ("epoch", "step", "global_step"))
     state.counted_from = stored.get("counted_from", list(START))
     state.skipped.update(stored.get("skipped", []))
+    if not state.rewinds:  # a run that goes back now counts on
+        state.diverged, state.rewinds = stored.get("rewinds", (0, 0))
     return Resumed(path, changed, log)
 
 

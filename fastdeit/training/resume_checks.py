@@ -68,6 +68,9 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     skipped = state.get("skipped", [])
     if not isinstance(skipped, list) or not all(type(step) is int for step in skipped):
         raise UserError(f"{path}: its field 'skipped' is not a list of steps; {NOT_OURS}")
+    rewinds = state.get("rewinds", [0, 0])
+    if not (isinstance(rewinds, list) and len(rewinds) == 2 and all(type(n) is int and n >= 0 for n in rewinds)):
+        raise UserError(f"{path}: its field 'rewinds' is not a step and a number; {NOT_OURS}")
     recipe = state["recipe"].get("ema")
     averaged = isinstance(recipe, dict) and recipe.get("enabled") is True
     if state["ema"] is not None or (averaged and training.ema is not None):

@@ -91,7 +91,7 @@ def _labels_sentence(labels: LabelCache) -> str:
 def _depends_on_processes(recipe: Recipe) -> list[str]:
     """What a different number of processes changes, beyond rounding."""
     parts = []
-    if recipe.model.drop_rate > 0 and not frozen_mode(recipe):
+    if recipe.model.arch != "deit" and recipe.model.drop_rate > 0 and not frozen_mode(recipe):
         parts.append("each process draws dropout for its own share of the batch (model.drop_rate)")
     if recipe.model.arch != "deit":
         parts.append("batch normalisation takes its statistics over each process's share of the batch")

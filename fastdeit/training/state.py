@@ -14,6 +14,8 @@ class RunState:
     global_step   steps done since the start
     counted_from  epoch, step and global step since which epochs have had their present number of steps
     skipped       numbers of the steps left out after a divergence, counted from 1 since the start
+    diverged      number of the step that diverged last, counted likewise; 0: none has
+    rewinds       how often the run has gone back because of that divergence
     """
 
     folder: Path
@@ -22,6 +24,8 @@ class RunState:
     global_step: int = 0
     counted_from: list[int] = field(default_factory=lambda: list(START))
     skipped: set[int] = field(default_factory=set[int])
+    diverged: int = 0
+    rewinds: int = 0
 
     @property
     def checkpoints(self) -> Path:

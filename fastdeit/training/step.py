@@ -24,6 +24,7 @@ from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, dropped_samples
+from fastdeit.pipelines.plan.dropout import draw_dropout_keys
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.gradients import SharedGradients
@@ -55,21 +56,23 @@ class StepInputs:
 
     data    images and labels
     masks   (depth, 2, B) float32 factors of stochastic depth; None: none
+    keys    (B,) int64 keys of dropout; None: none
     stored  the teacher's stored labels (B,) int64 or logits (B, K) float32; None without them
     """
 
     data: Batch
     masks: Tensor | None
+    keys: Tensor | None
     stored: Tensor | None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors, in the order that `of` takes."""
-        return self.masks, self.stored, *self.data.tensors()
+        return self.masks, self.keys, self.stored, *self.data.tensors()
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> StepInputs:
-        masks, stored, *data = tensors
-        return cls(Batch(*data), masks, stored)  # pyright: ignore[reportArgumentType]
+        masks, keys, stored, *data = tensors
+        return cls(Batch(*data), masks, keys, stored)  # pyright: ignore[reportArgumentType]
 
 
 class TrainingStep:
@@ -181,7 +184,7 @@ class TrainingStep:
         `check` is called with the losses before the weights move, and makes the host wait for a GPU. A replayed step
         does not call it.
         """
-        # Dropout and a convnet's stochastic depth draw from PyTorch's generator, so it is seeded by the step too.
+        # A convnet's dropout and stochastic depth draw from PyTorch's generator, so it is seeded by the step too.
         seed = ((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, and is slow without a GPU
         if self.world.device.type == "cuda":
@@ -226,7 +229,8 @@ class TrainingStep:
     def _inputs(self, batch: TrainBatch, epoch: int, step: int, global_step: int) -> StepInputs:
         data = Batch(*(self._on_device(tensor) for tensor in batch.data.tensors()))
         entries = step * self.recipe.run.global_batch + batch.position
-        return StepInputs(data, self._drop_path(batch.position, global_step), self._stored(epoch, entries))
+        masks, keys = self._drop_path(batch.position, global_step), self._dropout_keys(batch.position, global_step)
+        return StepInputs(data, masks, keys, self._stored(epoch, entries))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if self.world.device.type == "cuda" and not tensor.is_cuda:
@@ -245,12 +249,20 @@ class TrainingStep:
             masks = draw_fixed_drop_path(*drawn, self.dropped, self.group)
         return self._on_device(torch.from_numpy(masks))
 
-    def _set_drop_path(self, masks: Tensor | None) -> None:
-        """Set the factors (depth, 2, b) for the next b samples; a model that skips needs whole mixing groups."""
+    def _dropout_keys(self, positions: np.ndarray, global_step: int) -> Tensor | None:
+        cfg = self.recipe.model
+        if cfg.arch != "deit" or cfg.drop_rate == 0 or not self.model.training:
+            return None
+        return self._on_device(torch.from_numpy(draw_dropout_keys(self.recipe.run.seed, global_step, positions)))
+
+    def _set_noise(self, inputs: StepInputs, part: slice) -> None:
+        """Set stochastic depth and dropout for the next samples; a model that skips needs whole mixing groups."""
+        masks = None if inputs.masks is None else inputs.masks[..., part]
         kept = None
         if masks is not None and self.dropped is not None:
             kept = (masks.shape[-1] // self.group * (self.group - self.dropped)).tolist()
         self.model.set_drop_path(masks, kept)
+        self.model.set_dropout(None if inputs.keys is None else inputs.keys[part])
 
     def _stored(self, epoch: int, entries: np.ndarray) -> Tensor | None:
         if self.labels is None:
@@ -278,7 +290,7 @@ class TrainingStep:
             part = slice(start, min(start + micro, count))
             share = (part.stop - part.start) / count
             last = part.stop == count
-            self._set_drop_path(None if inputs.masks is None else inputs.masks[..., part])
+            self._set_noise(inputs, part)
             stored = None if inputs.stored is None else inputs.stored[part]
             with self.precision.autocast():
                 teacher = self._teach(images[part], stored)

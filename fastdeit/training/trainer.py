@@ -262,7 +262,7 @@ class Trainer:
 
     def _go_back(self, error: DivergedError) -> None:
         """Load a checkpoint from before the divergence, and mark the steps that led there to be left out."""
-        state, skipped = self.state, self.guard.steps_to_skip(error)
+        state, skipped = self.state, self.guard.steps_to_skip(error, self.state)
         if self.writer is not None:
             self.writer.forget()
         resumed = go_back(state, self.train_step, skipped[0])

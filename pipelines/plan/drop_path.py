@@ -24,7 +24,7 @@ def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_
     """
     rates = _rates(depth, max_rate)
     out = np.empty((depth, 2, len(positions)), dtype=np.float32)
-    _draw(np.uint64(check_seed(seed)), *_counters(step, positions), rates, out)
+    _draw(np.uint64(check_seed(seed)), *counters(step, positions), rates, out)
     return out
 
 
@@ -59,7 +59,7 @@ def draw_fixed_drop_path(seed: int, step: int, positions: np.ndarray, dropped: n
     `draw_drop_path` would. Source: Oquab et al., arXiv 2304.07193, section 5, where a fixed number of a whole batch is
     dropped.
     """
-    step, wide = _counters(step, positions)
+    step, wide = counters(step, positions)
     groups = wide[::group] // group
     if not np.array_equal(wide, (groups[:, None] * group + np.arange(group)).ravel()):
         raise ValueError(f"the {len(wide)} positions are not those of whole groups of {group} samples")
@@ -76,7 +76,8 @@ def _rates(depth: int, max_rate: float) -> np.ndarray:
     return np.linspace(0.0, max_rate, depth)
 
 
-def _counters(step: int, positions: np.ndarray) -> tuple[int, np.ndarray]:
+def counters(step: int, positions: np.ndarray) -> tuple[int, np.ndarray]:
+    """Step and positions in the global batch as counters of Philox. Raises ValueError for one of more than 32 bits."""
     if not 0 <= step < 2**32:
         raise ValueError(f"step {step} is not an unsigned 32-bit number")
     wide = np.ascontiguousarray(positions, dtype=np.int64)

@@ -12,6 +12,7 @@ Counter words, by stream (the top 4 bits of the fourth word):
     ORDER   (image index, 0, epoch, stream)                 the permutation of an epoch
     DROP    (block, position in the global batch, global step, stream)   stochastic depth, each sample on its own
     DROP_GROUP  (block | branch << 20, mixing group, global step, stream)    stochastic depth, a fixed number per group
+    DROPOUT (0, position in the global batch, global step, stream)       a sample's key of dropout
 """
 
 import math
@@ -23,7 +24,7 @@ from fastdeit.pipelines.jit import cached
 
 Word = int | np.unsignedinteger  # a counter, a key or a drawn word in compiled code
 
-SAMPLE, NOISE, MIX, ORDER, DROP, DROP_GROUP = (np.uint32(stream << 28) for stream in range(6))
+SAMPLE, NOISE, MIX, ORDER, DROP, DROP_GROUP, DROPOUT = (np.uint32(stream << 28) for stream in range(7))
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)

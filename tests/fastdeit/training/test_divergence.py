@@ -14,6 +14,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.training.best import best_names, forget_best, note_best
 from fastdeit.training.divergence import DivergedError, DivergenceGuard, LossBand
 from fastdeit.training.objective import LossParts
+from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.stop import Stop
 from runs import assert_same_state, train, trained
@@ -75,10 +76,13 @@ def test_the_run_ends_as_one_that_never_had_the_steps_left_out(tiny, tmp_path, e
 
 
 @pytest.mark.slow
-def test_a_resumed_run_leaves_the_same_steps_out(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("bad", "left_out"), [([5], [4, 5]), ([5, 8], [4, 5, 6, 7, 8])])
+def test_a_resumed_run_leaves_the_same_steps_out(tiny, tmp_path, monkeypatch, bad, left_out):
+    """Stopped at step 7. For step 8, the run goes back for the second time, and leaves out four steps."""
     run = {"epochs": 3, "checkpoint_every": 2, "keep_checkpoints": 9, "on_divergence": "rewind"}
-    poison(monkeypatch, 5)
+    poison(monkeypatch, *bad)
     expected = trained(tiny(run={**run, "output": tmp_path / "straight"}))
+    assert expected["skipped"] == left_out
     stopped = tiny(run={**run, "output": tmp_path / "stopped"})
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -182,9 +186,9 @@ def test_a_loss_beyond_the_band_stops_a_run(tiny, monkeypatch, tmp_path):
     train(tiny(run={"epochs": 2, "divergence_band": 0.0, "resume": "auto", "output": tmp_path / "off"}))
 
 
-def test_the_limit_of_going_back_is_for_one_divergence():
-    guard = DivergenceGuard(RunConfig(on_divergence="rewind"), ALONE)
-    windows = [guard.steps_to_skip(DivergedError("", step)) for step in (50, 51, 400, 1)]
+def test_the_limit_of_going_back_is_for_one_divergence(tmp_path):
+    guard, state = DivergenceGuard(RunConfig(on_divergence="rewind"), ALONE), RunState(tmp_path)
+    windows = [guard.steps_to_skip(DivergedError("", step), state) for step in (50, 51, 400, 1)]
     assert windows == [range(49, 51), range(48, 52), range(399, 401), range(1, 2)]
 
 

@@ -46,7 +46,7 @@ def gpu(size=1):
         ({"run": {"micro_batch": 8}, "optim": {"clip_grad": 1.0}}, "fp32", 1, None),
         ({}, "fp16", 1, "loss scale"),
         ({"optim": {"name": "sgd"}}, "bf16", 1, "SGD"),
-        ({"model": {"drop_rate": 0.1}}, "bf16", 1, "dropout"),
+        ({"model": {"drop_rate": 0.1}}, "bf16", 1, None),
         ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, None),
         ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
     ],
