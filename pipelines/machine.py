@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -32,6 +33,26 @@ def check_space(folder: Path, size: int, what: str, option: str) -> None:
             f"{what} takes {size / 1e9:.1f} GB, but {folder} has only {free / 1e9:.1f} GB free: free space there, or "
             f"name another {option}"
         )
+
+
+def file_system(path: Path) -> str | None:
+    """Type and source of the file system that holds `path`, such as "nfs4 (server:/data)"; None if unknown."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    best, found, wanted = -1, None, path.resolve()
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        point, kind = _unescaped(before.split()[4]), after.split()[:2]
+        if len(point) >= best and wanted.is_relative_to(point):  # of mounts on one point, the last one counts
+            best, found = len(point), f"{kind[0]} ({_unescaped(kind[1])})"
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """A field of mountinfo: space, tab, newline and backslash are octal there."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 STATES = frozenset(MACHINE) | {errno.ENXIO}  # every other file would fail as well

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdeit.config import Recipe
+from fastdeit.training.data_wait import Wait, event
 from fastdeit.training.divergence import DivergedError
 from fastdeit.training.evaluation import Scores, headline
 from fastdeit.training.gpu_health import Gpu
@@ -80,6 +81,13 @@ def report_gpus(log: RunLog, epoch: int, gpus: Sequence[Gpu], warnings: Sequence
                 for gpu in gpus
             ],
         )
+    for warning in warnings:
+        log.warn(warning)
+
+
+def report_waits(log: RunLog, epoch: int, waits: list[Wait], warnings: Sequence[str]) -> None:
+    """Log how long each process waited for data in an epoch, and `warnings` about it."""
+    log.event("waits", epoch=epoch, processes=event(waits))
     for warning in warnings:
         log.warn(warning)
 

@@ -34,6 +34,7 @@ from fastdeit.teacher.checks import teacher_warnings
 from fastdeit.teacher.label_cache import labelled_pixels
 from fastdeit.training.best import note_best
 from fastdeit.training.checkpoint_writer import CheckpointWriter
+from fastdeit.training.data_wait import DataWait
 from fastdeit.training.divergence import DivergedError, DivergenceGuard
 from fastdeit.training.evaluation import Scores, evaluate, swapped_weights
 from fastdeit.training.gpu_health import GpuHealth
@@ -50,6 +51,7 @@ from fastdeit.training.reports import (
     report_rewind,
     report_scores,
     report_top1,
+    report_waits,
     report_window,
 )
 from fastdeit.training.resume import (
@@ -171,6 +173,7 @@ class Trainer:
         self.effective = effective(self.train_step, self.data, self.teaching.fingerprint)
         # On a GPU the host reads the losses of a step while the next step runs, so the GPU never waits for the host.
         self.deferred = world.device.type == "cuda" and run.loss_sync == "deferred"
+        self.waits = DataWait(world, sets.train.path)
         self.profiler = open_profiler(run, world, folder, steps_per_epoch=self.data.steps)
 
     @property
@@ -285,6 +288,7 @@ class Trainer:
         run, state, steps, meter = self.recipe.run, self.state, self.data.steps, self.meter
         self.train_step.model.train(not frozen_mode(self.recipe))
         meter.start(batches.wait_seconds)
+        self.waits.start(batches.wait_seconds)
         self.log.progress.start_epoch(state.epoch, run.epochs, steps, state.step)
         pending: list[Callable[[], None]] = []  # each reads numbers of the device, and may wait for them
         while state.step < steps:
@@ -326,6 +330,8 @@ class Trainer:
         self.images.clear()
         gpus = self.gpus.gathered()
         report_gpus(self.log, state.epoch, gpus, self.gpus.warnings(gpus))
+        waits = self.waits.gathered(batches.wait_seconds)
+        report_waits(self.log, state.epoch, waits, self.waits.warnings(waits))
 
     def _train_step(self, batch: TrainBatch, pending: list[Callable[[], None]]) -> None:
         """Update the weights once, read the previous step's `pending` numbers, and queue those of this step."""
