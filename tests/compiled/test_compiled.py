@@ -115,7 +115,8 @@ def test_a_figure_that_changed_is_found_and_other_versions_are_not_compared(monk
 
 def test_faults_are_told():
     assert example().fault() is None
-    assert "k bf16 on sm_90 spills registers: 8 bytes" in example(stack=8).fault()
+    assert "k bf16 on sm_90 spills registers: 24 bytes" in example(stack=24).fault()
+    assert example(stack=report.SPILL).fault() is None
     assert "shared memory of" in example(shared=LIMITS[90].shared - 1023).fault()
 
 
