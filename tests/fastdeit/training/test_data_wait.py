@@ -22,7 +22,8 @@ ALONE = World(0, 1, 1, torch.device("cpu"))
 @pytest.mark.parametrize("path", ["/proc", "/dev/shm", "/", "."])
 def test_the_file_system_is_the_one_that_findmnt_names(path):
     command = ["findmnt", "-n", "-o", "FSTYPE,SOURCE", "-T", str(Path(path).resolve())]
-    kind, source = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1].split()
+    mounts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    kind, source = mounts[-1].split()
     assert file_system(Path(path)) == f"{kind} ({source})"
 
 
