@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from benchmarks.profiles import newest
 from benchmarks.record import RESULTS
-from benchmarks.roof.cards import find_card
 from benchmarks.roof.report import Forecast, gemm_table, part_table, summary_table
-from benchmarks.roof.step import Inputs, gemms, predict
 from benchmarks.tables import read
 from benchmarks.throughput.report import is_ours
+from fastdeit.budget.cards import find_card
+from fastdeit.budget.step import Inputs, gemms, predict
 from fastdeit.cli import parse, run
 from fastdeit.config import ModelConfig
 from fastdeit.recipes import RECIPES

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from benchmarks.profiles import by_group, kernels_of
 from benchmarks.render import Record, Table
-from benchmarks.roof.cards import Card
-from benchmarks.roof.step import GAPS, Gemm, StepTime
+from fastdeit.budget.cards import Card
+from fastdeit.budget.step import GAPS, Gemm, StepTime
 
 
 @dataclass(frozen=True)

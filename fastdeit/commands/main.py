@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "the most probable classes of images",
     "export": "write a checkpoint for timm, transformers, ONNX or torch.export",
     "label": "store a teacher's labels for a whole run",
+    "budget": "what a run will take on some GPUs: time, memory, cores, energy, cost",
     "doctor": "what this machine can use for training, and what to do about the rest",
     "demo": "train and distil a small DeiT on scikit-learn's digits, in a few minutes",
 }

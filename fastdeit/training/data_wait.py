@@ -48,12 +48,12 @@ class DataWait:
 
     def gathered(self, waited: float) -> list[Wait]:
         """The waits of all processes since `start`. Call it on all processes."""
-        now, since = self._now(waited), self._since
-        elapsed, used, seconds = (max(now[i] - since[i], 1e-9) for i in range(3))
-        read = None if now[3] is None or since[3] is None else (now[3] - since[3]) / elapsed / 1e6
+        (clock, cpu, wait, read), (clock0, cpu0, wait0, read0) = self._now(waited), self._since
+        elapsed, used, seconds = max(clock - clock0, 1e-9), cpu - cpu0, wait - wait0
+        rate = None if read is None or read0 is None else (read - read0) / elapsed / 1e6
         cores = max(1.0, usable_cores() / self._world.local_size)
         busy = min(1.0, used / elapsed / cores)
-        return self._world.gathered(Wait(min(1.0, seconds / elapsed), seconds, busy, read, socket.gethostname()))
+        return self._world.gathered(Wait(min(1.0, seconds / elapsed), seconds, busy, rate, socket.gethostname()))
 
     def warnings(self, waits: list[Wait]) -> list[str]:
         """A sentence for each process that waited long, once a run."""

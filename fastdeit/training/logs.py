@@ -5,7 +5,8 @@ processes and all steps since the last such line. A resumed run moves the figure
 `log-redone.jsonl`. Events and their fields:
 
 start       run (the id in `run.json`), recipe, fastdeit, torch, world, device, precision, compiled, cuda_graphs,
-            kernels, optimizer, loader, stage, steps_per_epoch, parameters, peak_lr (after scaling with the batch)
+            kernels, optimizer, loader, stage, steps_per_epoch, parameters, peak_lr (after scaling with the batch),
+            forecast_seconds (of the whole run, or null)
 warning     text
 resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text)
 train       (every `run.log_every` steps, and at the end of each epoch) epoch, step, global_step, loss, loss_base,

@@ -125,11 +125,12 @@ def report_rewind(log: RunLog, state: RunState, why: DivergedError, resumed: Res
     log.warn(f"{why}. The run goes back to {resumed.path.name} and leaves out steps {steps[0]} to {steps[-1]}")
 
 
-def report_end(log: RunLog, state: RunState, seconds: float) -> None:
-    """Log the end of a run, `seconds` after its start."""
+def report_end(log: RunLog, state: RunState, seconds: float, forecast: float | None) -> None:
+    """Log the end of a run, `seconds` after its start; `forecast`: the seconds forecast for it."""
     if state.skipped:
         some = ", ".join(map(str, sorted(state.skipped)[:8]))
         more = ", ..." if len(state.skipped) > 8 else ""
         log.say(f"{len(state.skipped)} steps were left out after a divergence: {some}{more}")
     log.event("end", epoch=state.epoch, global_step=state.global_step, seconds=round(seconds, 3))
-    log.say(f"done: {state.epoch} epochs in {duration(seconds)}; {state.folder}")
+    beside = "" if forecast is None else f", {seconds / forecast:.2f} times the forecast"
+    log.say(f"done: {state.epoch} epochs in {duration(seconds)}{beside}; {state.folder}")

@@ -4,16 +4,21 @@ import math
 
 import torch
 
+from fastdeit.budget.cards import find_card
+from fastdeit.budget.plan import Images, Machine, Plan, plan
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.effects import frozen_mode
 from fastdeit.inputs import DataSets
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.checksums import unchecked
 from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.setup import data_sentences
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.training.logs import RunLog
 from fastdeit.training.optim import learning_rate, peak_lr
+from fastdeit.training.progress import duration
 from fastdeit.training.step import TrainingStep
 from fastdeit.version import __version__
 
@@ -31,8 +36,9 @@ def announce(
     labels: LabelCache | None,
     messages: list[str],
     warnings: list[str],
+    forecast: Plan | None = None,
 ) -> None:
-    """Log the start of a run: the "start" event, then sentences for people."""
+    """Log the start of a run: the "start" event, then sentences for people; `forecast` is for a run from its start."""
     recipe, world, kernels = training.recipe, training.world, training.kernels
     parameters = sum(p.numel() for p in training.model.parameters())
     log.event(
@@ -53,12 +59,13 @@ def announce(
         steps_per_epoch=data.steps,
         parameters=parameters,
         peak_lr=peak_lr(recipe.optim, recipe.run.global_batch),
+        forecast_seconds=None if forecast is None else round(forecast.total),
     )
     model = (
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {sets.num_classes} classes, "
         f"{len(sets.train)} images, {data.steps} steps of {recipe.run.global_batch} an epoch, "
         f"{training.precision.name} on {world.size} x {world.device.type}"
-        f"{', compiled (the first steps take minutes)' if training.compiled else ''}"
+        f"{', compiled (the first steps take a minute or so)' if training.compiled else ''}"
     )
     replayed, why = training.graphs
     sentences = [
@@ -74,6 +81,7 @@ def announce(
         *(unchecked(one.path, one.checksums) for one in (sets.train, sets.val) if one is not None),
         None if labels is None else _labels_sentence(labels),
         processes_sentence(recipe, world.size),
+        None if forecast is None else forecast_sentence(forecast),
     ]
     if data.repeats != recipe.data.repeats:
         sentences.append("repeated augmentation is dropped on one process, as the released code does")
@@ -81,6 +89,28 @@ def announce(
         log.say(sentence)
     for warning in warnings:
         log.warn(warning)
+
+
+def forecast_run(training: TrainingStep, sets: DataSets) -> Plan | None:
+    """What `fastdeit budget` forecasts for this run on these GPUs; None where it knows the card or the recipe not."""
+    recipe, world = training.recipe, training.world
+    if world.device.type != "cuda" or training.precision.name != "bf16":
+        return None
+    images = Images(
+        train=len(sets.train), val=0 if sets.val is None else len(sets.val), classes=sets.num_classes, bytes=0.0
+    )
+    try:
+        card = find_card(torch.cuda.get_device_name(world.device))
+        return plan(recipe, Machine(card=card, gpus=world.size, cores=usable_cores()), images)
+    except UserError:
+        return None
+
+
+def forecast_sentence(forecast: Plan) -> str:
+    return (
+        f"forecast: {duration(forecast.total)} for the whole run at {forecast.speed:,.0f} images/s; what limits it is "
+        f"{forecast.bottleneck} (fastdeit budget)"
+    )
 
 
 def _labels_sentence(labels: LabelCache) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastdeit import checkpoint
+from fastdeit.budget.plan import Plan
 from fastdeit.config import Recipe
 from fastdeit.data import EvaluationData, TrainBatch
 from fastdeit.distributed import World
@@ -66,7 +67,7 @@ from fastdeit.training.resume import (
 from fastdeit.training.run_folder import RunFolder
 from fastdeit.training.run_lock import RunLock
 from fastdeit.training.run_record import describe_processes
-from fastdeit.training.startup import announce, recipe_warnings
+from fastdeit.training.startup import announce, forecast_run, recipe_warnings
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.stop import Stop
@@ -106,6 +107,7 @@ class Trainer:
         """Open everything that the run needs; `stack` closes it."""
         recipe, world, run, folder = self.recipe, self.world, self.recipe.run, self.state.folder
         self.messages: list[str] = []
+        self.forecast: Plan | None = None
         self.run_folder = RunFolder(recipe, lock) if world.main else None
         if self.run_folder is not None:
             stack.callback(self.run_folder.close)
@@ -204,7 +206,7 @@ class Trainer:
                 self.log.say(
                     f"no profile: the run ended before {run.profile} more steps of one epoch, once it was warm"
                 )
-            report_end(self.log, state, time.monotonic() - began)
+            report_end(self.log, state, time.monotonic() - began, self.forecast and self.forecast.total)
         finally:
             self.close()
         return self.last_scores
@@ -234,6 +236,7 @@ class Trainer:
                 self.warnings.append(f"this start is not recorded: {error}")
             if run_id is not None and (project := self.recipe.run.wandb) is not None:
                 self.end_wandb = open_wandb(project, run_id, self.state.folder, self.recipe.to_dict(), self.log)
+        self.forecast = None if resumed is not None else forecast_run(self.train_step, self.sets)
         announce(
             self.log,
             self.train_step,
@@ -243,6 +246,7 @@ class Trainer:
             labels=self.teaching.labels,
             messages=self.messages,
             warnings=self.warnings,
+            forecast=self.forecast,
         )
         if resumed is not None:
             report_resume(self.log, self.state, resumed, self.recipe, self.world.size)

@@ -2,16 +2,26 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
-from fastdeit.distributed import world
+from fastdeit.distributed import World, world
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.recipes import RECIPES, convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.training import progress
-from fastdeit.training.startup import other_processes_sentence, processes_sentence, recipe_warnings
+from fastdeit.training.logs import RunLog
+from fastdeit.training.reports import report_end
+from fastdeit.training.startup import (
+    forecast_run,
+    forecast_sentence,
+    other_processes_sentence,
+    processes_sentence,
+    recipe_warnings,
+)
+from fastdeit.training.state import RunState
 from fastdeit.training.trainer import Trainer
 from runs import changed, newest, train
 
@@ -196,3 +206,31 @@ def test_a_resume_on_another_number_of_processes_says_what_differs(tiny):
     convnet = other_processes_sentence(tiny(convnet_teacher, model={"drop_rate": 0.1}), 2, 1)
     assert convnet is not None
     assert convnet.startswith(changed + "each process draws dropout for its own share of the batch (model.drop_rate); ")
+
+
+def training_on(recipe, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    world = World(0, 1, 1, torch.device("cuda", 0))
+    return SimpleNamespace(recipe=recipe.resolved(), world=world, precision=SimpleNamespace(name="bf16"))
+
+
+def test_a_run_on_a_known_card_has_a_forecast(monkeypatch):
+    sets = SimpleNamespace(train=range(1_281_167), val=range(50_000), num_classes=1000)
+    known = training_on(deit_tiny(), "NVIDIA H200", monkeypatch)
+    found = forecast_run(known, sets)
+    assert found is not None
+    sentence = forecast_sentence(found)
+    wanted = r"forecast: .* for the whole run at [\d,]+ images/s; what limits it is .* \(fastdeit budget\)"
+    assert re.fullmatch(wanted, sentence)
+    assert forecast_run(training_on(deit_tiny(), "NVIDIA T4", monkeypatch), sets) is None
+    assert forecast_run(training_on(convnet_teacher(), "NVIDIA H200", monkeypatch), sets) is None
+
+
+def test_the_end_of_a_run_is_compared_with_its_forecast(tmp_path, capsys):
+    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False, global_batch=8)
+    report_end(log, RunState(tmp_path, epoch=2), 120.0, 100.0)
+    report_end(log, RunState(tmp_path, epoch=2), 120.0, None)
+    log.close()
+    out = capsys.readouterr().out
+    assert f"done: 2 epochs in 2m 00s, 1.20 times the forecast; {tmp_path}\n" in out
+    assert f"done: 2 epochs in 2m 00s; {tmp_path}\n" in out

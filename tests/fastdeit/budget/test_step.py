@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.profiles import PROFILES, newest
-from benchmarks.roof.cards import CARDS, find_card
-from benchmarks.roof.step import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, kept_samples, parameters, passes, predict
 from benchmarks.tables import read
+from fastdeit.budget.cards import CARDS, find_card
+from fastdeit.budget.step import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, kept_samples, parameters, passes, predict
 from fastdeit.model import fused
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.errors import UserError

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.roof.cards import Card
+from fastdeit.budget.cards import Card
 from fastdeit.config import ModelConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.drop_path import dropped_samples
@@ -224,6 +224,24 @@ def kept_samples(model: ModelConfig, batch: int) -> list[int]:
 def parameters(model: ModelConfig, num_classes: int = 1000) -> int:
     """The number of a DeiT's parameters."""
     return _Shape(_checked(model), 1, num_classes).parameters
+
+
+def memory(model: ModelConfig, batch: int, *, num_classes: int = 1000, ema: bool = False) -> float:
+    """Bytes that a training step of `batch` images holds on a GPU: parameters, what backward needs, and the batch.
+
+    2 to 5% less than was reserved on an H200 for Ti, S and B (docs/roof.md). Raises UserError for another `arch`.
+    """
+    shape = _Shape(_checked(model), batch, num_classes)
+    stream = BF16 if model.residual_dtype == "bfloat16" else FP32
+    # Weight, gradient and both moments; the average; the weights in bf16 that the backward pass reads.
+    states = shape.parameters * (4 * FP32 + FP32 * ema) + shape.matrices * BF16
+    # A block keeps both sums of the stream, both normalisations, queries, keys, values, the result of attention, and
+    # the hidden layer before and after the GELU.
+    block = 2 * stream * shape.width + BF16 * (6 * shape.width + 2 * shape.hidden)
+    last = stream * shape.width + BF16 * 4 * shape.width
+    kept = shape.rows * (block * (model.depth - 1) + last + stream * shape.width)
+    pixels = shape.batch * shape.patches * shape.patch_values
+    return states + kept + pixels * (2 * FP32 + BF16)
 
 
 def gemms(model: ModelConfig, batch: int, *, num_classes: int = 1000) -> list[Gemm]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fastdeit.pipelines.errors import UserError
 
@@ -21,6 +22,9 @@ class Card:
     peak             FLOP per second of the datasheet, bf16, dense, sums in float32
     multiprocessors  how many
     clock            at which the datasheet computes `peak`, Hz
+    memory           bytes
+    watts            the limit of its power, which training reaches
+    link             bytes per second, each way, to the other GPUs of its machine: NVLink, or PCIe
     measured         whether `bandwidth` and `gemm` were measured; otherwise they are shares of the datasheet
     source           of the figures
     """
@@ -31,6 +35,9 @@ class Card:
     peak: float
     multiprocessors: int
     clock: float
+    memory: float
+    watts: float
+    link: float
     measured: bool
     source: str
 
@@ -40,22 +47,13 @@ class Card:
         return self.multiprocessors * 128 * self.clock
 
 
-def _from_datasheet(
-    name: str, source: str, *, bandwidth: float, peak: float, multiprocessors: int, clock: float
-) -> Card:
-    return Card(
-        name=name,
-        bandwidth=COPY_SHARE * bandwidth,
-        gemm=GEMM_SHARE * peak,
-        peak=peak,
-        multiprocessors=multiprocessors,
-        clock=clock,
-        measured=False,
-        source=source,
-    )
+def _from_datasheet(name: str, source: str, *, bandwidth: float, peak: float, **figures: Any) -> Card:
+    shares = {"bandwidth": COPY_SHARE * bandwidth, "gemm": GEMM_SHARE * peak}
+    return Card(name=name, peak=peak, measured=False, source=source, **shares, **figures)
 
 
-_HOPPER = {"peak": 989e12, "multiprocessors": 132, "clock": 1.83e9}  # NVIDIA H100 and H200 datasheets, SXM
+# NVIDIA H100 and H200 datasheets, SXM.
+_HOPPER: dict[str, Any] = {"peak": 989e12, "multiprocessors": 132, "clock": 1.83e9, "watts": 700, "link": 450e9}
 
 CARDS: dict[str, Card] = {
     card.name: card
@@ -64,6 +62,7 @@ CARDS: dict[str, Card] = {
             name="H200",
             bandwidth=4.3e12,
             gemm=790e12,
+            memory=141e9,
             measured=True,
             source="plain PyTorch: a copy of 1 GiB, and a large GEMM",
             **_HOPPER,
@@ -72,6 +71,7 @@ CARDS: dict[str, Card] = {
             name="H100",
             bandwidth=3.0e12,
             gemm=720e12,  # another H100 gave 798
+            memory=80e9,
             measured=True,
             source="SXM, 80 GB; `python -m benchmarks kernels`, commit 5dada37",
             **_HOPPER,
@@ -83,6 +83,9 @@ CARDS: dict[str, Card] = {
             peak=312e12,
             multiprocessors=108,
             clock=1.41e9,
+            memory=80e9,
+            watts=400,
+            link=300e9,
         ),
         _from_datasheet(
             "B200",
@@ -91,9 +94,20 @@ CARDS: dict[str, Card] = {
             peak=2_250e12,
             multiprocessors=148,
             clock=1.856e9,
+            memory=180e9,
+            watts=1000,
+            link=900e9,
         ),
         _from_datasheet(
-            "L40S", "NVIDIA L40S datasheet", bandwidth=0.864e12, peak=362e12, multiprocessors=142, clock=2.49e9
+            "L40S",
+            "NVIDIA L40S datasheet",
+            bandwidth=0.864e12,
+            peak=362e12,
+            multiprocessors=142,
+            clock=2.49e9,
+            memory=48e9,
+            watts=350,
+            link=32e9,
         ),
         _from_datasheet(
             "RTX 4090",
@@ -102,6 +116,9 @@ CARDS: dict[str, Card] = {
             peak=165.2e12,
             multiprocessors=128,
             clock=2.52e9,
+            memory=24e9,
+            watts=450,
+            link=32e9,
         ),
     )
 }
