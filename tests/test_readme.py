@@ -57,6 +57,8 @@ def test_command_is_understood(words):
     elif program in [f"fastdeit-{name}" for name in ("convert", "eval", "predict", "export")]:
         module = importlib.import_module(f"fastdeit.commands.{program.removeprefix('fastdeit-')}")
         tyro.cli(module.Options, args=args)
+    elif program == "fastdeit-completion":
+        assert args[0] in ("bash", "zsh")
     elif program == "fastdeit-doctor":
         assert not args
     elif program == "python":
@@ -67,7 +69,7 @@ def test_command_is_understood(words):
         elif module != "pytest":
             assert is_module(module)
     else:
-        assert program in ("sudo", "apt-get", "pip", "tensorboard", "export"), words
+        assert program in ("sudo", "apt-get", "pip", "tensorboard", "export", "mkdir"), words
 
 
 def is_module(name):
