@@ -18,7 +18,7 @@ BUILDS_FFCV = pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v
 INSTALL := sh -c '{ [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q --python $(BIN)/python "$$@"; } || \
     $(BIN)/pip install -q --no-compile --disable-pip-version-check "$$@"' install
 
-.PHONY: demo test fast lint style types pytest warm env gpu clean
+.PHONY: demo test fast lint style types pytest docs warm env gpu clean
 
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
@@ -44,6 +44,10 @@ style: env
 
 types: env
 	$(BIN)/pyright
+
+docs: env  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html, or serve it, with its search: python -m http.server -d build/site"
 
 gpu: env  ## GPU tests and benchmarks: five parts of at most 9 minutes, 36 in all
 	$(BIN)/python -m benchmarks gpu

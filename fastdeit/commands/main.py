@@ -10,7 +10,7 @@ from fastdeit.version import __version__
 
 # What each module of `fastdeit.commands` does; only the one that is called is imported.
 COMMANDS = {
-    "convert": "write labelled images in a format that training reads by index, or verify such a data set",
+    "convert": "write labelled images in a format that training reads by index, or verify a data set",
     "train": "train a recipe; the same command resumes it",
     "eval": "accuracy of a checkpoint on a data set",
     "predict": "the most probable classes of images",
@@ -19,12 +19,13 @@ COMMANDS = {
     "budget": "what a run will take on some GPUs: time, memory, cores, energy, cost",
     "doctor": "what this machine can use for training, and what to do about the rest",
     "demo": "train and distil a small DeiT on scikit-learn's digits, in a few minutes",
+    "completion": "a script for bash or zsh that completes all of this",
 }
 
 
 def usage() -> str:
     """The page that `fastdeit --help` prints."""
-    lines = [f"  {name:8} {purpose}" for name, purpose in COMMANDS.items()]
+    lines = [f"  {name:10} {purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join([
         "usage: fastdeit COMMAND [options]",
         "",

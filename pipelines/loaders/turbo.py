@@ -60,7 +60,9 @@ def find_turbo() -> Path:
         "compiler, then fastdeit again (pip install --force-reinstall --no-deps --no-cache-dir), or use another loader"
     )
     candidates = [Path(__file__).with_name("_jpeg" + suffix) for suffix in EXTENSION_SUFFIXES]
-    library = next((path for path in candidates if path.exists()), None)
+    built = [path for path in candidates if path.exists()]
+    # The newest: in a checkout, an older one may have been built under another name.
+    library = max(built, key=lambda path: path.stat().st_mtime, default=None)
     if library is None:
         raise UserError(f"the turbo loader's library was not built when fastdeit was installed: {remedy}")
     try:

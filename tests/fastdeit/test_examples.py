@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from torch.distributed.run import get_args_parser
 from fastdeit.cli import parse_recipe
 from fastdeit.recipes import RECIPES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 SCRIPTS = ["local.sh", "slurm.sbatch"]
 WORDS = ["deit_small", "--data.train", "train.beton", "--run.output", "runs/a b"]
 
@@ -199,3 +203,73 @@ def test_the_kubernetes_job_is_one_that_the_operator_accepts():
     assert program == "torchrun"
     options = check_torchrun(words, words[words.index("fastdeit.train") + 1 :])
     assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+
+
+def instructions(path):
+    """Each instruction of a Dockerfile as (name, rest), with continuation lines joined and comments dropped."""
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        if line:
+            name, rest = line.split(maxsplit=1)
+            yield name, rest
+
+
+DOCKERFILE = list(instructions(EXAMPLES / "Dockerfile"))
+RUNS = [rest for name, rest in DOCKERFILE if name == "RUN"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_image_installs_the_system_packages_of_the_makefile():
+    (line,) = re.findall(r"^SYSTEM := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (install,) = (run for run in RUNS if "apt-get install" in run)
+    _, _, words = install.partition("--no-install-recommends")
+    assert set(words.partition("&&")[0].split()) == set(line.split()) - {"python3-venv"}
+
+
+def test_the_image_gets_what_the_build_needs():
+    copied = {word for name, rest in DOCKERFILE if name == "COPY" for word in rest.split()[:-1]}
+    assert copied == {
+        "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "fastdeit", "kernels", "pipelines",
+    }  # fmt: skip
+    assert all((ROOT / name).exists() for name in copied)
+    for extra in re.findall(r"\.\[(\w+)\]", " ".join(RUNS)):
+        assert extra in PROJECT["optional-dependencies"]
+
+
+def test_the_image_keeps_its_pytorch_which_is_new_enough():
+    installs = [run for run in RUNS if "pip install" in run]
+    assert len(installs) == 1
+    assert installs[0].count("pip install") == installs[0].count("pip install -c constraints.txt")
+    (pattern,) = re.findall(r"grep -E '([^']*)'", installs[0])
+    for line in ("torch==2.12.0a0+1a2b3c", "torchvision==0.27.0a0", "numpy==2.1.0", "pytorch-triton==3.6"):
+        assert re.search(pattern, line)
+    assert not re.search(pattern, "torchmetrics==1.0")
+    (minimum,) = re.findall(r"^torch>=(.*)$", "\n".join(PROJECT["dependencies"]), re.MULTILINE)
+    assert f"fastdeit needs {minimum}." in (EXAMPLES / "Dockerfile").read_text()
+
+
+def test_the_image_runs_a_command_that_exists_and_not_as_root():
+    found = dict(DOCKERFILE)
+    (program,) = json.loads(found["ENTRYPOINT"])
+    assert program in PROJECT["scripts"]
+    assert found["USER"].isdecimal()
+    assert f"--uid {found['USER']} " in " ".join(RUNS)
+
+
+def test_the_commands_in_the_image_are_valid():
+    for run in RUNS:
+        assert subprocess.run(["bash", "-n", "-c", run], check=False).returncode == 0
+    if shutil.which("hadolint") is not None:
+        done = subprocess.run(["hadolint", EXAMPLES / "Dockerfile"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_images_comments_start_commands_that_exist():
+    text = (EXAMPLES / "Dockerfile").read_text()
+    comments = "\n".join(line[2:] for line in text.splitlines() if line.startswith("#")).replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in comments.splitlines() if line.startswith("  docker run")]
+    single = next(words for words in commands if "train" in words)
+    assert parse_recipe(single[single.index("train") + 1 :]).name == "deit_small"
+    several = next(words for words in commands if "torchrun" in words)
+    words = several[several.index("fastdeit") + 1 : -1]
+    check_torchrun(words, words[words.index("fastdeit.train") + 1 :])

@@ -1,8 +1,9 @@
-"""Every Python example of docs/python.md and of the README runs, on small data and a small model."""
+"""Every Python example of the documents runs, on small data and a small model."""
 
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,58 @@ def test_the_readmes_example(folder, capsys):
     (code,) = PYTHON.findall((ROOT / "README.md").read_text())
     exec(code.replace("batch_size=256", "batch_size=32").replace(".cuda()", ""), {})
     assert capsys.readouterr().out == "[]\n"
+
+
+def example(page):
+    """The only Python example of a page of docs/, and its first line of constants."""
+    (code,) = PYTHON.findall((ROOT / "docs" / page).read_text())
+    (sizes,) = re.findall(r"^SIZE, .*$", code, re.MULTILINE)
+    return code, sizes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_lightning_example(folder, capsys):
+    pytest.importorskip("lightning", reason="pip install lightning")
+    code, sizes = example("lightning.md")
+    assert sizes == "SIZE, BATCH, EPOCHS, CLASSES = 224, 256, 300, 1000"
+    exec(code.replace(sizes, "SIZE, BATCH, EPOCHS, CLASSES = 32, 64, 2, 4"), {})
+    assert re.search(r"^top-1 \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_resumes_in_the_middle_of_an_epoch_with_the_same_weights(folder):
+    lightning = pytest.importorskip("lightning", reason="pip install lightning")
+    code, sizes = example("lightning.md")
+    names = {}
+    code = code.partition("trainer = ")[0].replace("deit_small_patch16_224", "deit_tiny_patch16_224")
+    exec(code.replace(sizes, "SIZE, BATCH, EPOCHS, CLASSES = 32, 32, 2, 4"), names)
+
+    def fit(place, checkpoint=None):
+        lightning.seed_everything(0, verbose=False)
+        model = names["Classifier"]()
+        saver = lightning.pytorch.callbacks.ModelCheckpoint(dirpath=place, every_n_train_steps=3, save_top_k=-1)
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, use_distributed_sampler=False, logger=False,
+            callbacks=[saver], enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, names["Images"](), ckpt_path=checkpoint)
+        return model.state_dict()
+
+    whole = fit(folder / "whole")
+    (checkpoint,) = (folder / "whole").glob("*step=3.ckpt")
+    resumed = fit(folder / "resumed", checkpoint)
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_transformers_example(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels", None)  # it would take this checkout's folder for a package of its own
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason=f"pip install {package}")
+    code, sizes = example("huggingface.md")
+    assert sizes == "SIZE, BATCH, EPOCHS, CLASSES, WIDTH, DEPTH = 224, 256, 300, 1000, 384, 12"
+    exec(code.replace(sizes, "SIZE, BATCH, EPOCHS, CLASSES, WIDTH, DEPTH = 32, 32, 2, 4, 64, 2"), {})
+    assert re.search(r"^top-1 \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
