@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fastdeit.budget.plan import Images, Plan
 
 
-def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
-    """The hardware, and the resolved recipe. Raises UserError for a number that makes no sense."""
+def arguments() -> argparse.ArgumentParser:
+    """The command's own options."""
     parser = argparse.ArgumentParser(
         prog=program("budget"),
         description="Forecast a run's time, memory, data rate, energy and cost on some GPUs; needs none of them.",
@@ -36,7 +36,12 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--images", type=int, help="training images (ImageNet's)")
     parser.add_argument("--val-images", type=int, help="validation images (ImageNet's)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    own, rest = parser.parse_known_args(args)
+    return parser
+
+
+def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
+    """The hardware, and the resolved recipe. Raises UserError for a number that makes no sense."""
+    own, rest = arguments().parse_known_args(args)
     for name in ("gpus", "cores", "images"):
         value = getattr(own, name)
         if value is not None and value < 1:

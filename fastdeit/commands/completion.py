@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastdeit.cli import run
+from fastdeit.commands import budget
 from fastdeit.commands.main import COMMANDS
 from fastdeit.config import Recipe
 from fastdeit.recipes import RECIPES
@@ -68,7 +69,7 @@ def script(shell: Literal["bash", "zsh"]) -> str:
         for option, words in values.items():
             if words:
                 commands.setdefault(" ".join(words), []).append(f'"{command} {option}"')
-    first = {"train": RECIPES, "label": RECIPES, "completion": ("bash", "zsh")}
+    first = {"train": RECIPES, "label": RECIPES, "budget": RECIPES, "completion": ("bash", "zsh")}
     bash = _BASH.format(
         commands=" ".join(COMMANDS),
         values=_cases({"|".join(patterns): words for words, patterns in commands.items()}, 12),
@@ -85,6 +86,9 @@ def _cases(words: dict[str, str], indent: int) -> str:
 
 def options_of(command: str) -> Choices:
     """The options of a command."""
+    if command == "budget":
+        own = (option for action in budget.arguments()._actions for option in action.option_strings)
+        return _of_recipe() | {"--config": ()} | {option: () for option in own if option.startswith("--")}
     if command in ("train", "label"):
         return _of_recipe() | _BY_HAND[command]
     if command in _BY_HAND:

@@ -48,6 +48,8 @@ def completed(tmp_path_factory):
         (["fastdeit", "train", "deit_base_d"], ["deit_base_distilled", "deit_base_distilled_384"]),
         (["fastdeit-train", "fashion"], ["fashion_mnist_teacher", "fashion_mnist_distilled"]),
         (["fastdeit", "label", "deit_tiny_3"], ["deit_tiny_384"]),
+        (["fastdeit", "budget", "deit_tiny_3"], ["deit_tiny_384"]),
+        (["fastdeit", "budget", "--dead"], ["--deadline"]),
         (["fastdeit", "train", "deit_tiny", "--optim.we"], ["--optim.weight_decay"]),
         (["fastdeit", "train", "deit_tiny", "--print"], ["--print-config"]),
         (["fastdeit", "train", "deit_tiny", "--run.precision", ""], ["auto", "fp32", "bf16", "fp16"]),
