@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fastdeit.loader import create_loader as create_loader
     from fastdeit.loading import load as load
     from fastdeit.model.fused import fuse as fuse
+    from fastdeit.parts import create_model as create_model
+    from fastdeit.parts import objective as objective
+    from fastdeit.whole_run import Trainer as Trainer
 
 
 # Installed, kernels/ and pipelines/ lie inside this folder; in a checkout beside it, which then needs no installation.
@@ -19,7 +22,14 @@ if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
 # The Python interface; each name is imported when it is first used, since PyTorch takes seconds.
-_PLACES = {"create_loader": "fastdeit.loader", "fuse": "fastdeit.model.fused", "load": "fastdeit.loading"}
+_PLACES = {
+    "Trainer": "fastdeit.whole_run",
+    "create_loader": "fastdeit.loader",
+    "create_model": "fastdeit.parts",
+    "fuse": "fastdeit.model.fused",
+    "load": "fastdeit.loading",
+    "objective": "fastdeit.parts",
+}
 
 
 def __getattr__(name: str) -> Any:

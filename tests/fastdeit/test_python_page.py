@@ -28,7 +28,7 @@ def folder(data, images, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_training_loop(folder, capsys):
-    (loop,) = (code for code in EXAMPLES if "create_loader" in code)
+    (loop,) = (code for code in EXAMPLES if "cross_entropy" in code)
     sizes = "SIZE, BATCH, EPOCHS = 224, 256, 300"
     assert sizes in loop
     exec(loop.replace(sizes, "SIZE, BATCH, EPOCHS = 32, 64, 2"), {})
@@ -48,8 +48,30 @@ def test_a_checkpoint_as_a_classifier(folder, tiny, capsys):
     assert re.fullmatch(r"class\d \d+%\n", capsys.readouterr().out)
 
 
+@pytest.mark.slow
+def test_distillation_in_a_loop(folder, capsys):
+    (code,) = (code for code in EXAMPLES if "fastdeit.objective" in code)
+    sizes = 'SIZE, BATCH, TEACHER = 224, 256, "regnety_160"'
+    assert sizes in code
+    exec(code.replace(sizes, 'SIZE, BATCH, TEACHER = 32, 64, "resnet10t"'), {})
+    assert re.fullmatch(r"the last loss: \d\.\d{3}\n", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_whole_run(folder, tiny, capsys):
+    (code,) = (code for code in EXAMPLES if "fastdeit.Trainer" in code)
+    small = '"epochs": 2, "global_batch": 32, "device": "cpu", '
+    shape = 'model={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}, '
+    code = code.replace('"epochs": 300, ', small).replace("run={", shape + "run={")
+    exec(code.replace("run={", 'departures={"mix_group": 8}, run={'), {})
+    assert re.search(r"top-1 \d+\.\d%\n\Z", capsys.readouterr().out)
+    assert len([*Path("runs/tiny/checkpoints").glob("checkpoint-*.pt")]) == 2
+    exec(code.replace("run={", 'departures={"mix_group": 8}, run={'), {})
+    assert "resumed from" in capsys.readouterr().out
+
+
 def test_no_example_is_left_out():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 4
 
 
 @pytest.mark.slow
