@@ -52,7 +52,7 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         elif path.is_dir():
             found = sorted(each for each in path.rglob("*") if is_image(each.name) and each.is_file())
             if not found:
-                raise UserError(f"{path}: there are no images in this folder ({', '.join(IMG_EXTENSIONS)})")
+                raise UserError(f"{path}: no images in this folder ({', '.join(IMG_EXTENSIONS)}): name another")
             out += found
         elif path.exists():
             out.append(path)

@@ -116,7 +116,7 @@ def read_image(path: Path) -> bytes:
     try:
         descriptor = open_regular(path)
     except (NoRegularFileError, IsADirectoryError) as error:
-        raise SampleError(f"{path}: is not a regular file. Remove it") from error
+        raise SampleError(f"{path}: is not a regular file: leave it out") from error
     with open(descriptor, "rb") as file:
         if (size := os.fstat(descriptor).st_size) > MAX_FILE:
             raise SampleError(f"{path}: {size} bytes, but an image may have at most {MAX_FILE}. Remove it")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from fastdeit.commands import convert, label, train
+from fastdeit.commands import budget, convert, export, label, predict, train
 from fastdeit.commands import eval as evaluate
 
 SECONDS = 30  # after which a command is taken to wait for a fifo
@@ -64,6 +64,10 @@ def commands(data, images, student, teacher_checkpoint, tmp_path):
         "eval VAL": (evaluate.main, [str(weights), "PATH", "--device", "cpu"]),
         "label --teacher.checkpoint": (label.main, [*labelling, "PATH", "--teacher.labels", f"{tmp_path}/labels"]),
         "label --teacher.labels": (label.main, [*labelling, str(teacher_checkpoint), "--teacher.labels", "PATH"]),
+        "predict MODEL": (predict.main, ["PATH", str(next((images / "val").rglob("*.jpg"))), "--device", "cpu"]),
+        "export CHECKPOINT": (export.main, ["PATH", f"{tmp_path}/exported", "--formats", "timm"]),
+        "budget --config": (budget.main, ["--config", "PATH"]),
+        "budget --data.train": (budget.main, ["deit_tiny", "--data.train", "PATH"]),
         "convert SOURCE": (convert.main, ["PATH", dest]),
         "convert webdataset:": (convert.main, ["webdataset:PATH", dest]),
         "convert cifar:": (convert.main, ["cifar:PATH", dest]),
