@@ -200,6 +200,11 @@ EFFECTS: dict[str, Effect] = {
 _FORMER_DEFAULTS = {"departures.finetune_mode": "eval"}
 
 
+def draws_dropout(recipe: Recipe) -> bool:
+    """Whether a resolved recipe trains a DeiT with dropout, drawn by each sample's position."""
+    return recipe.model.arch == "deit" and recipe.model.drop_rate > 0 and not frozen_mode(recipe)
+
+
 def frozen_mode(recipe: Recipe) -> bool:
     """Whether a resolved recipe fine-tunes in eval mode, without dropout and stochastic depth."""
     return recipe.model.init is not None and recipe.departures.finetune_mode == "eval"

@@ -29,6 +29,8 @@ def enough_memory(work: str, remedy: str, device: torch.device) -> Iterator[None
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _SAID):
             raise
+        if _SAID[0] in str(error):  # the host's memory, whatever the device
+            device = torch.device("cpu")
         raise MachineError(f"{work}: {_full(device)}: {remedy}") from error
 
 
@@ -48,15 +50,16 @@ def _full(device: torch.device) -> str:
 
 def enough_to_train(recipe: Recipe, processes: int, device: torch.device) -> AbstractContextManager[None]:
     """`enough_memory` for the training of a resolved recipe."""
-    images = recipe.run.micro_batch or recipe.run.global_batch // processes
+    share = recipe.run.global_batch // processes
+    images = min(recipe.run.micro_batch or share, share)
     # `model.drop_path_mode` "skip" needs whole mixing groups.
     least = recipe.mixing_group(processes) if recipe.model.drop_path_mode == "skip" else 1
     return _enough("training with", images, recipe.model.img_size, "--run.micro_batch", device, least)
 
 
-def enough_for(work: str, images: Tensor, option: str) -> AbstractContextManager[None]:
-    """`enough_memory` to compute a batch (B, 3, S, S); `option` sets its size, and `work` says what is done with it."""
-    return _enough(work, len(images), images.shape[-1], option, images.device)
+def enough_for(work: str, images: Tensor, option: str, device: torch.device) -> AbstractContextManager[None]:
+    """`enough_memory` for a batch (B, 3, S, S) on `device`; `option` sets its size, `work` says what it is for."""
+    return _enough(work, len(images), images.shape[-1], option, device)
 
 
 def _enough(

@@ -35,12 +35,17 @@ class Trainer:
             held = getattr(made, section, None)
             if not dataclasses.is_dataclass(held) or isinstance(held, type):
                 raise UserError(f"a recipe has no section '{section}': {', '.join(_sections(made))}")
+            if not isinstance(values, dict):
+                raise UserError(f"the section '{section}' of a recipe is {values!r:.40}: give a dict of its fields")
             unknown = values.keys() - {field.name for field in dataclasses.fields(held)}
             if unknown:
                 raise UserError(f"the section '{section}' of a recipe has no field '{min(unknown)}'")
             paths = {name: Path(value) for name, value in values.items() if _is_path(held, name, value)}
             made = dataclasses.replace(made, **{section: dataclasses.replace(held, **{**values, **paths})})
-        self.recipe = with_checkpoint_files(made.resolved())
+        try:
+            self.recipe = with_checkpoint_files(made.resolved())
+        except TypeError as error:  # text where a number belongs
+            raise UserError(f"a field of the recipe has a value of the wrong type: {error}") from error
 
     def fit(self, *, signals: bool = False) -> dict[str, Scores]:
         """Train to the last epoch, from the newest checkpoint if there is one; returns the last scores.

@@ -312,7 +312,9 @@ def run_benchmark(options: Options) -> bool:
     """
     complete, begin, last = True, time.perf_counter(), 0.0
     todo = list(cases(options))
-    peer = options.peer == "timm" and (not options.forms or any(name.startswith("timm") for name in options.forms))
+    libraries = {"fastdeit", "timm"} if options.peer == "timm" else {"fastdeit"}
+    if options.forms:
+        libraries = {name.partition(" ")[0] for name in options.forms}
     if options.profile and not any(case.device.type == "cuda" for case in todo):
         raise UserError("--profile needs a GPU: leave it out")
     for i, case in enumerate(todo):
@@ -325,19 +327,17 @@ def run_benchmark(options: Options) -> bool:
         last = time.perf_counter() - start
         append(options.results, record)
         print(record_table(record).text(), *target_lines(record.get("targets", [])), sep="\n", flush=True)
-        complete &= is_complete(record, peer=peer)
+        complete &= is_complete(record, libraries)
     return complete
 
 
-def is_complete(record: dict[str, Any], *, peer: bool) -> bool:
-    """Whether a case was timed with all forms of ours and, with a `peer`, one of its forms.
+def is_complete(record: dict[str, Any], libraries: set[str]) -> bool:
+    """Whether a case was timed with all forms of ours and one of each of the `libraries`.
 
     Some forms of a peer are trials: an attention backend may not take the shapes.
     """
     ours_failed = any(name.startswith("fastdeit") for name in record.get("failed", {}))
-    return not ours_failed and {name.partition(" ")[0] for name in record.get("sides", {})} == (
-        {"fastdeit", "timm"} if peer else {"fastdeit"}
-    )
+    return not ours_failed and {name.partition(" ")[0] for name in record.get("sides", {})} == libraries
 
 
 def main(argv: Sequence[str] | None = None) -> None:

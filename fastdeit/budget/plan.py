@@ -32,7 +32,8 @@ IMAGE_BYTES = 110e3  # of an ImageNet file on average: 138 GB of 1,281,167
 class Machine:
     """The hardware of a run.
 
-    gpus     all together; a machine holds up to 8
+    gpus     all together
+    most     GPUs of a machine
     cores    of each machine; None: enough
     network  bytes per second between machines, each way
     price    of a GPU for an hour; None: not asked
@@ -43,10 +44,11 @@ class Machine:
     cores: int | None = None
     network: float = 50e9
     price: float | None = None
+    most: int = GPUS_PER_MACHINE
 
     @property
     def machines(self) -> int:
-        return -(-self.gpus // GPUS_PER_MACHINE)
+        return -(-self.gpus // self.most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +170,8 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     parts = step.parts
     update = sum(parts[name].seconds for name in (OPTIMIZER, AVERAGE) if name in parts)
     device = sum(part.seconds for part in parts.values())
-    passes = share / micro
-    seconds = {"network": passes * device - (passes - 1) * update}
-    if passes * step.host > seconds["network"]:
-        seconds["host"] = passes * step.host - seconds["network"]
+    passes = -(-share // micro)
+    seconds = {"network": share / micro * (device - update) + update}
     if machine.gpus > 1:
         seconds["gradients"] = _sums(machine, FP32 * parameters(model, images.classes), sum(seconds.values()))
         notes.append("the sum of gradients over GPUs is not measured")
@@ -182,7 +182,10 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
         else:
             seconds["teacher"] = share * 2e9 * gmac / (TEACHER_SHARE * card.gemm)
             notes.append("the teacher's time is an assumption; labels stored by fastdeit label take none")
-    rate = recipe.run.global_batch / sum(seconds.values())
+    alone = run.global_batch / (sum(seconds.values()) - seconds.get("teacher", 0.0))
+    if passes * step.host > sum(seconds.values()):  # the host launches while the GPU computes
+        seconds["host"] = passes * step.host - sum(seconds.values())
+    rate = run.global_batch / sum(seconds.values())
     core = SAMPLE_SECONDS + DECODE_SECONDS / order.repeats
     loader = None if machine.cores is None else machine.cores * machine.machines / core
     if not card.measured:
@@ -199,10 +202,10 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
         rate=rate,
         loader=loader,
         cores=rate * core / machine.machines,
-        disk=rate / order.repeats * images.bytes,
+        disk=(rate if loader is None else min(rate, loader)) / order.repeats * images.bytes,
         memory=needed(micro),
         fits=fits,
-        evaluation=_evaluation(recipe, machine, images, rate if "teacher" not in seconds else share / device),
+        evaluation=_evaluation(recipe, machine, images, alone),
         notes=tuple(notes),
     )
 
@@ -211,7 +214,7 @@ def _sums(machine: Machine, gradients: float, step: float) -> float:
     """Seconds of a step that sums of gradients of so many bytes take beyond what is done beside them."""
 
     def ring(amount: float) -> float:
-        here = min(machine.gpus, GPUS_PER_MACHINE)
+        here = min(machine.gpus, machine.most)
         seconds = 2 * (here - 1) / here * amount / (LINK_SHARE * machine.card.link)
         if machine.machines > 1:
             seconds += 2 * (machine.machines - 1) / machine.machines * amount / (LINK_SHARE * machine.network)

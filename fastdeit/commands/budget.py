@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("budget"),
         description="Forecast a run's time, memory, data rate, energy and cost on some GPUs; needs none of them.",
-        epilog="RECIPE and its options are those of fastdeit train. With --data.train, the images are those of that "
-        "data set, otherwise ImageNet's. docs/roof.md says how good the forecast is.",
+        epilog="RECIPE and its options are those of fastdeit train. With --data.train, which fastdeit convert wrote, "
+        "the images are those of that data set, otherwise ImageNet's. docs/roof.md says how good the forecast is.",
         usage="%(prog)s [--gpus N] [--gpu CARD] [--price P] [--deadline H] [--cores N] RECIPE [...]",
     )
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, up to 8 a machine (8)")
@@ -48,8 +49,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
             raise UserError(f"--{name} {value}: give at least 1")
     for name in ("price", "deadline", "network"):
         value = getattr(own, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value:g}: give more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value:g}: give a number above 0")
     if own.val_images is not None and own.val_images < 0:
         raise UserError(f"--val-images {own.val_images}: give 0 or more")
     if not rest:

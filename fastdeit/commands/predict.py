@@ -99,9 +99,9 @@ def predict(options: Options) -> int:
                     names.append(str(file.path))
                     images.append(file.image)
             if names:
-                batch = torch.stack(images).to(joined.device)
-                with enough_for("predicting", batch, "--batch"):
-                    probabilities = loaded.probabilities(batch).cpu()
+                batch = torch.stack(images)
+                with enough_for("predicting", batch, "--batch", joined.device):
+                    probabilities = loaded.probabilities(batch.to(joined.device)).cpu()
                 _print(names, probabilities, loaded.class_names, options)
                 done += len(names)
         rate = done / max(time.monotonic() - began, 1e-9)

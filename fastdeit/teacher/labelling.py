@@ -106,7 +106,7 @@ def _label_epoch(
             images = item.data.images.to(world.device, non_blocking=True)
             micro = recipe.run.micro_batch or len(images)
             for part, places in zip(images.split(micro), rows.split(micro), strict=True):
-                with enough_for("labelling", part, "--run.micro_batch"):
+                with enough_for("labelling", part, "--run.micro_batch", world.device):
                     index[places], values[places] = _label(teacher, part, topk)
             bar.update(batch)
     return world.sum(index).cpu().numpy(), world.sum(values).cpu().numpy()

@@ -25,6 +25,7 @@ class Wait:
     busy     share of its cores' time that its threads used
     read     MB/s that it read from disks, not from the page cache; None if the system does not say
     host     its machine
+    files    type and source of the file system that holds its training set; None if unknown
     """
 
     share: float
@@ -32,6 +33,7 @@ class Wait:
     busy: float
     read: float | None
     host: str
+    files: str | None = None
 
 
 class DataWait:
@@ -53,7 +55,8 @@ class DataWait:
         rate = None if read is None or read0 is None else (read - read0) / elapsed / 1e6
         cores = max(1.0, usable_cores() / self._world.local_size)
         busy = min(1.0, used / elapsed / cores)
-        return self._world.gathered(Wait(min(1.0, seconds / elapsed), seconds, busy, rate, socket.gethostname()))
+        mine = Wait(min(1.0, seconds / elapsed), seconds, busy, rate, socket.gethostname(), file_system(self._path))
+        return self._world.gathered(mine)
 
     def warnings(self, waits: list[Wait]) -> list[str]:
         """A sentence for each process that waited long, once a run."""
@@ -63,7 +66,7 @@ class DataWait:
                 continue
             self._named.add(rank)
             read = "" if wait.read is None else f" and read {wait.read:.0f} MB/s from disk"
-            where = f"{self._path} is on {file_system(self._path) or 'an unknown file system'}"
+            where = f"{self._path} is on {wait.files or 'an unknown file system'} there"
             remedy = (
                 "more cores, or smaller images (fastdeit-convert --max-side), would help"
                 if wait.busy >= _BUSY

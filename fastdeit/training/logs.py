@@ -20,7 +20,7 @@ best        checkpoint (the best so far), metric, weights, head, score, global_s
 gpus        epoch, processes: for each, by rank, memory_gib (the most that PyTorch allocated), temperature and watts
             (the highest readings), joules (used in the epoch), slowed (why the driver lowered the clocks)
 waits       epoch, processes: for each, by rank, share (of the epoch's time that it waited for data), seconds, busy
-            (share of its cores' time in use), read (MB/s from disks, or null), host
+            (share of its cores' time in use), read (MB/s from disks, or null), host, files (its file system)
 profile     global_step, steps, milliseconds (a step, by part)
 nonfinite   epoch, step, global_step, loss, reproduction, indices
 rewind      path (the checkpoint that the run goes back to), diverged (the step whose loss was bad), skipped (the steps

@@ -8,7 +8,7 @@ from fastdeit import checkpoint
 from fastdeit.checkpoint_file import DamagedError, ForeignError
 from fastdeit.config import Recipe, upgraded
 from fastdeit.data import TrainingData
-from fastdeit.effects import has_effect
+from fastdeit.effects import draws_dropout, has_effect
 from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import machine_error
@@ -51,6 +51,8 @@ def effective(training: TrainingStep, data: TrainingData, teacher: str | None) -
         "steps per epoch": data.steps,
         **({"data.hw_decoder_load": recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
         # Earlier versions drew each sample on its own, even when skipping, and stored nothing here.
+        # Likewise, they drew dropout for each process's share.
+        **({"draw of dropout": "by position"} if draws_dropout(recipe) else {}),
         **({"draw of stochastic depth": "a fixed number in each mixing group"} if training.dropped is not None else {}),
     }
 
@@ -270,7 +272,7 @@ def _load(stored: dict[str, Any], path: Path, state: RunState, training: Trainin
     state.epoch, state.step, state.global_step = (stored[name] for name in ("epoch", "step", "global_step"))
     state.counted_from = stored.get("counted_from", list(START))
     state.skipped.update(stored.get("skipped", []))
-    if not state.rewinds:  # a run that goes back now counts on
+    if not state.rewinds and not changed:  # a run that goes back now counts on; another recipe begins to count anew
         state.diverged, state.rewinds = stored.get("rewinds", (0, 0))
     return Resumed(path, changed, log)
 

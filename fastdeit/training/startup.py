@@ -100,8 +100,13 @@ def forecast_run(training: TrainingStep, sets: DataSets) -> Plan | None:
         train=len(sets.train), val=0 if sets.val is None else len(sets.val), classes=sets.num_classes, bytes=0.0
     )
     try:
-        card = find_card(torch.cuda.get_device_name(world.device))
-        return plan(recipe, Machine(card=card, gpus=world.size, cores=usable_cores()), images)
+        name = torch.cuda.get_device_name(world.device)
+        card = find_card(name)
+        # A part of a card (MIG), or another form of it, is not the card of the table.
+        if torch.cuda.get_device_properties(world.device).total_memory < 0.85 * card.memory or "Laptop" in name:
+            return None
+        machine = Machine(card=card, gpus=world.size, cores=usable_cores(), most=world.local_size)
+        return plan(recipe, machine, images)
     except UserError:
         return None
 

@@ -48,7 +48,7 @@ def test_every_library_of_a_gpu_is_understood(monkeypatch, said):
 
 def test_other_errors_pass():
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(RuntimeError) as told, enough_for("evaluating", torch.zeros(2, 3, 8, 8), "--batch"):
+    with pytest.raises(RuntimeError) as told, enough_for("evaluating", torch.zeros(2, 3, 8, 8), "--batch", CPU):
         raise error
     assert told.value is error
 
@@ -59,6 +59,7 @@ def test_other_errors_pass():
         ({}, {}, 1, "training with 1024 images of 224 x 224 at once: .*: set --run.micro_batch 512 or less"),
         ({}, {}, 8, "training with 128 images .*: set --run.micro_batch 64 or less"),
         ({"micro_batch": 96}, {}, 8, "training with 96 images .*: set --run.micro_batch 48 or less"),
+        ({"micro_batch": 1024}, {}, 8, "training with 128 images .*: set --run.micro_batch 64 or less"),
         ({"micro_batch": 192}, {"drop_path_mode": "skip"}, 1, "with 192 images .*: set --run.micro_batch 64 or less"),
         (
             {"micro_batch": 64},
@@ -108,5 +109,5 @@ def test_a_gpu_that_is_full():
     device = torch.device("cuda", 0)
     images = torch.zeros(4, 3, 8, 8, device=device)
     sentence = r"GPU 0 is full, \d+\.\d GiB of its \d+\.\d are this process's"
-    with pytest.raises(MachineError, match=sentence), enough_for("evaluating", images, "--batch"):
+    with pytest.raises(MachineError, match=sentence), enough_for("evaluating", images, "--batch", device):
         torch.empty(1 << 45, dtype=torch.uint8, device=device)

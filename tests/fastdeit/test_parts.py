@@ -85,6 +85,8 @@ def test_inputs_that_do_not_fit_the_recipe_are_refused():
         ({"data": {"trian": "x"}}, "the section 'data' of a recipe has no field 'trian'"),
         ({"dat": {}}, "a recipe has no section 'dat': model, data, augment"),
         ({"run": {"epochs": 0}}, "run.epochs is 0"),
+        ({"run": {"epochs": "10"}}, "a value of the wrong type"),
+        ({"run": 5}, "the section 'run' of a recipe is 5: give a dict"),
         ({"name": {"x": 1}}, "a recipe has no section 'name'"),
     ],
 )

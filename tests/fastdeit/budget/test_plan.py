@@ -95,10 +95,7 @@ def test_few_cores_hold_a_small_network_up():
 
 
 def test_many_processes_without_a_graph_wait_for_the_host():
-    made = recipe("deit_tiny")
-    assert (
-        plan(made, on(8), Images()).bottleneck.startswith("the host") or "host" in plan(made, on(8), Images()).seconds
-    )
+    assert plan(recipe("deit_tiny"), on(8), Images()).seconds["host"] > 0
     graph = plan(recipe("deit_tiny", run={"cuda_graphs": "on"}), on(8), Images())
     assert "host" not in graph.seconds
 
@@ -119,6 +116,9 @@ def test_a_teacher_in_the_loop_takes_time_and_stored_labels_do_not(tmp_path):
     assert student.seconds["teacher"] > 0
     labels = plan(recipe("deit_base_distilled", teacher={"labels": tmp_path}), on(8), Images())
     assert "teacher" not in labels.seconds
+    assert student.evaluation == pytest.approx(labels.evaluation, rel=0.05)
+    split = plan(recipe("deit_base_distilled", run={"micro_batch": 64}), on(), Images())
+    assert split.evaluation == pytest.approx(8 * student.evaluation, rel=0.2)
     unknown = plan(recipe("deit_base_distilled", teacher={"name": "resnet50"}), on(8), Images())
     assert "resnet50 is not in these figures" in " ".join(unknown.notes)
 

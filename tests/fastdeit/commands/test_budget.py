@@ -52,7 +52,8 @@ def test_the_images_are_those_of_the_data_set(data, images):
     ("words", "message"),
     [
         (["--gpus", "0", "deit_tiny"], "--gpus 0: give at least 1"),
-        (["--price", "-1", "deit_tiny"], "--price -1: give more than 0"),
+        (["--price", "-1", "deit_tiny"], "--price -1: give a number above 0"),
+        (["--deadline", "inf", "deit_tiny"], "--deadline inf: give a number above 0"),
         (["--gpu", "GH200", "deit_tiny"], "there is no card 'GH200' in the table: choose one of H200, H100"),
         (["deit_tiny", "--data.train", "none.beton"], "none.beton"),
         (["deit_huge"], "deit_huge"),

@@ -42,7 +42,7 @@ def test_a_mount_with_a_space_in_its_name_is_found(tmp_path, monkeypatch):
 
 
 def wait(share=0.5, seconds=60.0, busy=0.97, read=3.2):
-    return Wait(share, seconds, busy, read, "node7")
+    return Wait(share, seconds, busy, read, "node7", "nfs4 (server:/data)")
 
 
 def test_the_process_that_waits_is_named_once(tmp_path):
@@ -51,8 +51,8 @@ def test_the_process_that_waits_is_named_once(tmp_path):
     (sentence,) = waits.warnings([wait(share=0.01), wait()])
     assert re.fullmatch(
         r"process 1 \(node7\) waited for data during 50% of the epoch, and all others with it\. It kept its cores 97% "
-        r"busy and read 3 MB/s from disk; .*/train\.beton is on \w+ \(.*\): more cores, or smaller images "
-        r"\(fastdeit-convert --max-side\), would help",
+        r"busy and read 3 MB/s from disk; .*/train\.beton is on nfs4 \(server:/data\) there: more cores, or smaller "
+        r"images \(fastdeit-convert --max-side\), would help",
         sentence,
     )
     assert waits.warnings([wait(share=0.01), wait()]) == []

@@ -210,6 +210,8 @@ def test_a_resume_on_another_number_of_processes_says_what_differs(tiny):
 
 def training_on(recipe, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    memory = 10e9 if "MIG" in name else 141e9
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
     world = World(0, 1, 1, torch.device("cuda", 0))
     return SimpleNamespace(recipe=recipe.resolved(), world=world, precision=SimpleNamespace(name="bf16"))
 
@@ -223,6 +225,7 @@ def test_a_run_on_a_known_card_has_a_forecast(monkeypatch):
     wanted = r"forecast: .* for the whole run at [\d,]+ images/s; what limits it is .* \(fastdeit budget\)"
     assert re.fullmatch(wanted, sentence)
     assert forecast_run(training_on(deit_tiny(), "NVIDIA T4", monkeypatch), sets) is None
+    assert forecast_run(training_on(deit_tiny(), "NVIDIA H200 MIG 1g.18gb", monkeypatch), sets) is None
     assert forecast_run(training_on(convnet_teacher(), "NVIDIA H200", monkeypatch), sets) is None
 
 
