@@ -19,7 +19,7 @@ from fastdeit.inputs import open_dataset
 from fastdeit.on_demand import converted
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
-from fastdeit.recipes import recipe_named
+from fastdeit.recipes import recipe_of
 
 
 class ImageLoader:
@@ -67,8 +67,7 @@ class ImageLoader:
 
         Raises UserError for a data set, a recipe or a batch that cannot be used.
         """
-        if isinstance(recipe, str):
-            recipe = recipe_named(recipe)
+        recipe = recipe_of(recipe)
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
         path = converted(Path(path), recipe.data.cache_dir)

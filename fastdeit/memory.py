@@ -13,8 +13,10 @@ from fastdeit.pipelines.machine import MachineError
 
 _GIB = 2**30
 _OTHERS = 1.5 * _GIB  # what other programs hold is named from here on; less may be this process's own CUDA context
-# How PyTorch on a CPU, the CUDA runtime, cuBLAS and cuDNN say it; `torch.OutOfMemoryError` is PyTorch on a GPU.
-_SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+# How PyTorch says it of the host's memory; and the CUDA runtime, cuBLAS and cuDNN of a GPU's, which for PyTorch is
+# `torch.OutOfMemoryError`.
+_HOST = "can't allocate memory"
+_GPU = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
 
 
 @contextmanager
@@ -27,16 +29,15 @@ def enough_memory(work: str, remedy: str, device: torch.device) -> Iterator[None
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _SAID):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in (_HOST, *_GPU)):
             raise
-        if _SAID[0] in str(error):  # the host's memory, whatever the device
-            device = torch.device("cpu")
-        raise MachineError(f"{work}: {_full(device)}: {remedy}") from error
+        host = device.type != "cuda" or _HOST in str(error)
+        full = "the machine's memory is full" if host else _full(device)
+        raise MachineError(f"{work}: {full}: {remedy}") from error
 
 
 def _full(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "the machine's memory is full"
+    """That a GPU is full, and of what."""
     name = f"GPU {device.index or 0} is full"
     try:
         free, total = torch.cuda.mem_get_info(device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdeit.config import Recipe
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
-from fastdeit.recipes import recipe_named
+from fastdeit.recipes import recipe_of
 from fastdeit.training.objective import build_objective
 
 
@@ -29,7 +29,7 @@ def create_model(
     mode their mean. `fastdeit.fuse(model.cuda())` puts in the kernels. Raises UserError for an unknown recipe, another
     arch, and a size that is not a multiple of the patches'.
     """
-    made = _recipe(recipe)
+    made = recipe_of(recipe)
     cfg = made.model
     if cfg.arch != "deit":
         raise UserError(f"recipe {made.name} trains a {cfg.arch}: timm.create_model('{cfg.arch}') makes it")
@@ -64,7 +64,7 @@ def objective(recipe: str | Recipe = "deit_small") -> Callable[..., Tensor]:
 
     Raises UserError for an unknown recipe; the function raises ValueError for inputs that do not fit the recipe.
     """
-    made = _recipe(recipe).resolved()
+    made = recipe_of(recipe).resolved()
     loss = build_objective(made.objective, made.model.distilled, made.departures)
     hard = made.objective.distillation == "hard"
 
@@ -77,7 +77,3 @@ def objective(recipe: str | Recipe = "deit_small") -> Callable[..., Tensor]:
         return loss(student, targets, teacher).loss
 
     return compute
-
-
-def _recipe(recipe: str | Recipe) -> Recipe:
-    return recipe_named(recipe) if isinstance(recipe, str) else recipe

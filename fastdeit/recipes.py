@@ -324,6 +324,11 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+def recipe_of(recipe: str | Recipe) -> Recipe:
+    """The recipe itself, or that of the name. Raises UserError as `recipe_named` does."""
+    return recipe_named(recipe) if isinstance(recipe, str) else recipe
+
+
 def recipe_named(name: str) -> Recipe:
     """The recipe of this name. Raises UserError if there is none."""
     if name not in RECIPES:

@@ -12,7 +12,7 @@ from fastdeit.config import Recipe
 from fastdeit.inputs import check_inputs, facts, open_data_sets, with_checkpoint_files
 from fastdeit.on_demand import with_converted_data
 from fastdeit.pipelines.errors import UserError
-from fastdeit.recipes import recipe_named
+from fastdeit.recipes import recipe_of
 from fastdeit.signals import StopSignals
 from fastdeit.training.run_lock import RunLock
 
@@ -30,7 +30,7 @@ class Trainer:
 
         Raises UserError for an unknown recipe, section or field, and for values that do not go together.
         """
-        made = recipe_named(recipe) if isinstance(recipe, str) else recipe
+        made = recipe_of(recipe)
         for section, values in sections.items():
             held = getattr(made, section, None)
             if not dataclasses.is_dataclass(held) or isinstance(held, type):

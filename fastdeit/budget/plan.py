@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from fastdeit.budget.cards import Card
@@ -66,13 +67,10 @@ class Plan:
     """The forecast of a run.
 
     steps        of an epoch
+    repeats      copies of an image in a batch
     micro_batch  images of a GPU at once, the largest that fits if the recipe leaves it to the memory
     step         of one micro batch on one GPU, by part
     seconds      of an update, by what takes them: "network", "host", "gradients", "teacher"
-    rate         images a second of all GPUs, before the loader's limit
-    loader       images a second that the cores make; None: not asked
-    cores        that each machine needs for `rate`
-    disk         bytes a second that all machines read from files that are not in the page cache
     memory       bytes on each GPU
     fits         whether that is less than the card has
     evaluation   seconds of all evaluations
@@ -84,22 +82,45 @@ class Plan:
     epochs: int
     steps: int
     global_batch: int
+    repeats: int
     micro_batch: int
     step: StepTime
     seconds: dict[str, float]
-    rate: float
-    loader: float | None
-    cores: float
-    disk: float
     memory: float
     fits: bool
     evaluation: float
     notes: tuple[str, ...]
 
     @property
+    def rate(self) -> float:
+        """Images a second of all GPUs, before the loader's limit."""
+        return self.global_batch / sum(self.seconds.values())
+
+    @property
+    def loader(self) -> float:
+        """Images a second that the cores make; without limit if their number was not given."""
+        machine = self.machine
+        return math.inf if machine.cores is None else machine.cores * machine.machines / self._core
+
+    @property
+    def _core(self) -> float:
+        """Seconds of a core for a training image."""
+        return SAMPLE_SECONDS + DECODE_SECONDS / self.repeats
+
+    @property
+    def cores(self) -> float:
+        """Cores that each machine needs for `rate`."""
+        return self.rate * self._core / self.machine.machines
+
+    @property
     def speed(self) -> float:
         """Images a second of the whole run."""
-        return self.rate if self.loader is None else min(self.rate, self.loader)
+        return min(self.rate, self.loader)
+
+    @property
+    def disk(self) -> float:
+        """Bytes a second that all machines read from files that are not in the page cache."""
+        return self.speed / self.repeats * self.images.bytes
 
     @property
     def total(self) -> float:
@@ -109,7 +130,7 @@ class Plan:
     @property
     def bottleneck(self) -> str:
         """What more of would help most."""
-        if self.loader is not None and self.loader < self.rate:
+        if self.loader < self.rate:
             return "the cores, which decode and prepare images"
         first = max(self.seconds, key=lambda name: self.seconds[name])
         if first != "network":
@@ -156,8 +177,7 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     if not fits and needed(fitting) <= room and not run.micro_batch:
         notes.append(f"{micro} images at once do not fit into its memory: this is for --run.micro_batch {fitting}")
         micro, fits = fitting, True
-    graph = machine.gpus == 1 or run.cuda_graphs == "on"
-    graph &= run.cuda_graphs != "off"
+    graph = run.cuda_graphs == "on" or (run.cuda_graphs == "auto" and machine.gpus == 1)
     step = predict(
         model,
         card,
@@ -185,9 +205,6 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     alone = run.global_batch / (sum(seconds.values()) - seconds.get("teacher", 0.0))
     if passes * step.host > sum(seconds.values()):  # the host launches while the GPU computes
         seconds["host"] = passes * step.host - sum(seconds.values())
-    rate = run.global_batch / sum(seconds.values())
-    core = SAMPLE_SECONDS + DECODE_SECONDS / order.repeats
-    loader = None if machine.cores is None else machine.cores * machine.machines / core
     if not card.measured:
         notes.append(f"nothing was measured on {card.name}s: their rates are shares of the datasheet's")
     return Plan(
@@ -196,13 +213,10 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
         epochs=run.epochs,
         steps=order.steps,
         global_batch=run.global_batch,
+        repeats=order.repeats,
         micro_batch=micro,
         step=step,
         seconds=seconds,
-        rate=rate,
-        loader=loader,
-        cores=rate * core / machine.machines,
-        disk=(rate if loader is None else min(rate, loader)) / order.repeats * images.bytes,
         memory=needed(micro),
         fits=fits,
         evaluation=_evaluation(recipe, machine, images, alone),

@@ -57,11 +57,9 @@ def evaluate(
         real = real.to(world.device)
     with data.batches() as batches:
         for batch in tqdm(batches, total=data.steps, desc="evaluate", leave=False, disable=None if progress else True):
-            with enough_for("evaluating", batch.images, batch_option, world.device):
-                pixels = batch.images.to(world.device, non_blocking=True)
             labels = batch.label_a.to(world.device, non_blocking=True)
-            with precision.autocast(), enough_for("evaluating", pixels, batch_option, world.device):
-                output = model(pixels)
+            with precision.autocast(), enough_for("evaluating", batch.images, batch_option, world.device):
+                output = model(batch.images.to(world.device, non_blocking=True))
             for row, (hits, decision) in zip(
                 totals, (_by_kernel if by_kernel else _by_head)(output, labels), strict=False
             ):
