@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.help import page
+from fastdeit.pipelines.console import discard
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
@@ -34,8 +36,8 @@ def run(main: Callable[[], T]) -> T:
     These are UserError, and OSError about a path or about a full, read-only or failing disk. Any other exception is a
     bug and passes through: a traceback, and exit status 1. Ctrl-C prints "interrupted" and gives status 130, even if a
     library turns the KeyboardInterrupt into another exception. SIGTERM gives status 143, even in the first
-    process of a container, which would ignore it by default. From this call on, stdout and stderr escape control
-    characters.
+    process of a container, which would ignore it by default. If the reader of stdout has gone, as under `| head`, the
+    program ends without a word and with status 141. From this call on, stdout and stderr escape control characters.
     """
     escape_streams()
     if sys.argv[1:] == ["--version"]:
@@ -60,6 +62,9 @@ def run(main: Callable[[], T]) -> T:
     except KeyboardInterrupt:
         came.append(signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            discard(sys.stdout)  # with its buffer, which Python would try to write again
+            sys.exit(128 + signal.SIGPIPE)
         sentence = os_sentence(error) if isinstance(error, OSError) else None
         if isinstance(error, UserError):
             sentence = str(error)
@@ -75,6 +80,16 @@ def run(main: Callable[[], T]) -> T:
         sys.exit(130)
     print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe or socket that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # it is closed, or no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def program(command: str) -> str:

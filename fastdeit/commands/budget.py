@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeit.cli import parse_recipe, program, run
 from fastdeit.config import Recipe
-from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
@@ -94,13 +93,13 @@ def budget() -> None:
     found = plan(recipe, machine, images)
     enough = None if own.deadline is None else fewest_gpus(recipe, machine, images, own.deadline)
     if own.json:
-        say(json.dumps(as_json(found) | ({} if own.deadline is None else {"gpus_for_deadline": enough})))
+        print(json.dumps(as_json(found) | ({} if own.deadline is None else {"gpus_for_deadline": enough})), flush=True)
         return
-    for line in lines(recipe.name, found):
-        say(line)
+    print(*lines(recipe.name, found), sep="\n", flush=True)
     if own.deadline is not None:
         meets = found.fits and found.total <= 3600 * own.deadline
-        say(f"{own.deadline:g} hours: {'met' if meets else 'missed'}; {_enough(enough, machine.card.name)}")
+        verdict = f"{own.deadline:g} hours: {'met' if meets else 'missed'}"
+        print(f"{verdict}; {_enough(enough, machine.card.name)}", flush=True)
 
 
 def _enough(gpus: int | None, card: str) -> str:

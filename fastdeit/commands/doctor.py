@@ -8,9 +8,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from fastdeit.cli import program
+from fastdeit.cli import program, run
 from fastdeit.commands.doctor_checks import CHECKS, Check, sentence
-from fastdeit.pipelines.terminal import escape_streams
 
 
 def examine() -> list[Check]:
@@ -47,23 +46,24 @@ def render(checks: Sequence[Check], width: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the results; exit status 0 if training is possible, else 1."""
+def doctor(argv: Sequence[str] | None) -> bool:
+    """Print the results; returns whether training is possible."""
     parser = argparse.ArgumentParser(prog=program("doctor"), description="What this machine can use for training.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
-    escape_streams()
-    try:
-        checks = examine()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    checks = examine()
     possible, conclusion = verdict(checks)
     if options.json:
-        print(json.dumps({"can_train": possible, "checks": [dataclasses.asdict(c) for c in checks]}, indent=2))
+        answer = json.dumps({"can_train": possible, "checks": [dataclasses.asdict(c) for c in checks]}, indent=2)
     else:
-        print(render(checks, min(shutil.get_terminal_size().columns, 120)), conclusion, sep="\n\n")
-    sys.exit(0 if possible else 1)
+        answer = f"{render(checks, min(shutil.get_terminal_size().columns, 120))}\n\n{conclusion}"
+    print(answer, flush=True)
+    return possible
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; exit status 0 if training is possible, else 1."""
+    sys.exit(0 if run(lambda: doctor(argv)) else 1)
 
 
 if __name__ == "__main__":

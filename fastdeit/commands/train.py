@@ -13,13 +13,15 @@ PRINT = "--print-config"
 
 
 def train() -> None:
-    keep_streams()
+    prints = PRINT in sys.argv
+    if not prints:  # a run outlives its terminal, but a recipe that cannot be printed is an error
+        keep_streams()
     trainer = Trainer(parse_recipe([word for word in sys.argv[1:] if word != PRINT]))
-    if PRINT in sys.argv:
-        launch.prepare()
-        print_config(with_converted_data(trainer.recipe))
+    if not prints:
+        trainer.fit(signals=True)
         return
-    trainer.fit(signals=True)
+    launch.prepare()
+    print_config(with_converted_data(trainer.recipe))
 
 
 def main() -> None:

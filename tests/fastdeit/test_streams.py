@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -115,3 +116,28 @@ def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, capsy
     assert [line.get("step", line["event"]) for line in lines] == [0, "warning", 4]
     assert "3 events are missing here" in lines[1]["text"]
     assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["budget deit_tiny", "budget deit_tiny --json", "train deit_tiny --print-config"])
+def test_an_answer_that_cannot_be_written_is_an_error(words):
+    """Unlike a run, these commands are nothing but their output."""
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full'],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["budget deit_tiny", "completion bash", "doctor", "train deit_tiny --print-config"])
+def test_a_reader_that_went_away_ends_a_command_in_silence(words):
+    command = f'"{sys.executable}" -m fastdeit {words} | sleep 0; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
