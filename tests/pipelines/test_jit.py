@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,53 +69,43 @@ print(*[one.message for one in said if "compiled code" in str(one.message)], sep
 """
 
 
-def open_way(folder: Path) -> None:
-    """Let another user pass through the folders of pytest's that lead to `folder`."""
-    for path in (folder, *folder.parents):
-        if "pytest" not in str(path):
-            return
-        path.chmod(path.stat().st_mode | 0o011)
+@pytest.fixture
+def open_folder():
+    """A folder that any user may enter. Not one of pytest's, which each start of pytest closes to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
-@pytest.fixture(scope="module")
-def read_only(tmp_path_factory):
-    """A copy of the package as it is installed, that nobody can write."""
-    root = tmp_path_factory.mktemp("installed")
+def install_read_only(root: Path) -> None:
+    """Copy the package to `root`, as it is installed, so that nobody can write it."""
     source, ignore = Path(jit.__file__).parent, shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(source.parent / "fastdeit", root / "fastdeit", ignore=ignore)
     for name in ("pipelines", "kernels"):
         shutil.copytree(source.parent / name, root / "fastdeit" / name, ignore=ignore)
     for path in (root, *root.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    open_way(root.parent)
-    yield root
-    for path in (root, *root.rglob("*")):
-        path.chmod(0o755)
-
-
-def contained(root: Path, temporary: Path) -> list[str]:
-    for folder in (root.parent, temporary.parent):  # each start of pytest closes the folder that they lie in
-        open_way(folder)
-    # Not through PYTHONPATH, by which the code under test would be found before the copy.
-    done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
-def test_a_read_only_installation_without_a_home(read_only, tmp_path):
+def test_a_read_only_installation_without_a_home(open_folder):
     """As in a container: the cache lies in a folder of the user's own among temporary files, and is used again."""
-    open_way(tmp_path)
-    temporary = tmp_path / "tmp"
+    root, temporary = open_folder / "installed", open_folder / "tmp"
+    install_read_only(root)
     temporary.mkdir()
     temporary.chmod(0o1777)
     for hits in (0, 1):
-        folder, found, *said = contained(read_only, temporary)
+        # Not through PYTHONPATH, by which the code under test would be found before the copy.
+        done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath})
+        assert done.returncode == 0, done.stderr
+        folder, found, *said = done.stdout.splitlines()
         own = Path(folder).relative_to(temporary).parts[0]
         assert (temporary / own).stat().st_mode & 0o777 == 0o700
         assert int(found) == hits
         assert len(said) == 1
         assert "set NUMBA_CACHE_DIR to keep it elsewhere" in said[0]
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755)
 
 
 @pytest.mark.parametrize("trap", ["none", "open to all", "a link", "another's", "no sticky bit", "missing"])
