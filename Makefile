@@ -6,8 +6,8 @@ export OMP_WAIT_POLICY ?= passive
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-# Test processes, one more than cores, since tests also wait. Each takes up to 4 GB of memory.
-WORKERS ?= $(shell expr $$(nproc) + 1)
+# Test processes: more than cores, since tests also wait. Each takes up to 4 GB of memory, most of them 1 GB.
+WORKERS ?= $(shell expr $$(nproc) + 3)
 SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ python3-dev python3-venv
 SUDO := $(shell if [ "$$(id -u)" = 0 ]; then true; elif sudo -n true 2>/dev/null; then echo sudo; else echo none; fi)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pickle
 import re
 import warnings
@@ -18,6 +19,7 @@ from fastdeit.pipelines.formats.files import atomic_write, open_regular
 from fastdeit.pipelines.machine import MachineError, machine_error
 
 FORMAT = 1
+LAST = "last.pt"  # link to the newest checkpoint of a folder
 _FIELDS = {
     "model": dict,
     "optimizer": dict,
@@ -178,6 +180,27 @@ def found(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise machine_error(error, f"{folder}: cannot be read") from error
+
+
+def point(folder: Path, name: str, path: Path | None) -> None:
+    """Let the link `name` in `folder` point to the checkpoint `path` there; None removes the link.
+
+    For people alone: nothing reads it, so an error leaves it as it was. Nothing else of that name is touched.
+    """
+    link, temporary = folder / name, folder / f"{name}.tmp"
+    with contextlib.suppress(OSError):  # some file systems have no links
+        if path is None:
+            if link.is_symlink():
+                link.unlink()
+        elif link.is_symlink() or not link.exists():
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(path.name)
+            os.replace(temporary, link)
+
+
+def point_to_newest(folder: Path) -> None:
+    """Let the link `last.pt` in `folder` point to its newest checkpoint."""
+    point(folder, LAST, next(iter(found(folder)), None))
 
 
 def prune(folder: Path, keep: int, kept_names: Collection[str] = ()) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.help import page
+from fastdeit.option_names import check_options, with_values
 from fastdeit.pipelines.console import discard
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular, read_text
@@ -146,10 +147,11 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
 
     A file is TOML or JSON with the sections and fields of a recipe; its `name` is the recipe to start from. A run's
     `recipe.json` starts the same run again. The command line wins over the file, and the file over the named recipe.
-    Raises UserError for an unknown recipe or field, and for a given field without effect.
+    A yes-or-no field may stand without a value. Raises UserError for an unknown recipe or field, with the nearest ones,
+    and for a given field without effect.
     """
     args, file = _take_config(words(sys.argv[1:] if args is None else args))
-    args = _help(args)
+    args = with_values(_help(args))
     values = _read_config(file) if file else {}
     missing = _missing(values)
     if file and any(word.startswith("--compat") for word in args):
@@ -157,6 +159,7 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
     word = args[0] if args and not args[0].startswith("-") else None
     if word is not None:
         recipe_named(word)
+    check_options(args[1:] if word is not None else args)
     if file and word is None and {"-h", "--help"} & set(args):
         file = None
     named = values.pop("name", None)

@@ -56,6 +56,8 @@ class DataConfig:
 
     train: Path | None = None  # what fastdeit-convert wrote, or a folder or archive of images, which is converted once
     val: Path | None = None
+    hold_out: float = 0.0  # without `val`: share of each class's training images to evaluate on instead of training
+    fraction: float = 1.0  # share of each class's training images to train on, for trials
     cache_dir: Path | None = None  # folder on each machine's own disk; the data sets are copied there once and checked
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels
     stage: Literal["auto", "device", "host"] = "auto"  # augment on the GPU or the CPU; auto: the faster; logged
@@ -113,6 +115,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9  # sgd
+    layer_decay: float = 1.0  # the learning rate of a block is that of the next one times this; 1: all the same
     clip_grad: float | None = None
     warmup_epochs: float = 5.0
     warmup_lr: float = 1e-6
@@ -230,7 +233,10 @@ COMPAT_RUN: dict[str, dict[str, str]] = {
 # Fields that recipes of older versions lack; with the defaults, the steps are the same as in those versions.
 LATER = {
     "data.cache_dir",
+    "data.fraction",
+    "data.hold_out",
     "model.residual_dtype",
+    "optim.layer_decay",
     "run.checkpoint_minutes",
     "run.checkpoint_patience",
     "run.best_metric",
@@ -307,6 +313,8 @@ class Recipe:
         ):
             if not value >= 0:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
+        if not 0 < optim.layer_decay <= 1:
+            raise UserError(f"optim.layer_decay is {optim.layer_decay}: it must be more than 0 and at most 1")
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise UserError(f"optim.betas are {optim.betas}: each must be at least 0 and less than 1")
         for name, value in (("model.drop_rate", model.drop_rate), ("model.drop_path", model.drop_path)):
@@ -349,6 +357,15 @@ class Recipe:
         self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
             raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")
+        if not 0 <= self.data.hold_out < 1:
+            raise UserError(f"data.hold_out is {self.data.hold_out}: it must be at least 0 and less than 1")
+        if self.data.hold_out and self.data.val is not None:
+            raise UserError(
+                f"data.hold_out {self.data.hold_out:g} is for runs without data.val, which is {self.data.val}: "
+                f"leave one of them out"
+            )
+        if not 0 < self.data.fraction <= 1:
+            raise UserError(f"data.fraction is {self.data.fraction}: it must be more than 0 and at most 1")
         if not 0 <= self.data.hw_decoder_load <= 1:
             raise UserError(f"data.hw_decoder_load is {self.data.hw_decoder_load}: it must be from 0 to 1")
         if model.finetune and model.init is None:

@@ -21,6 +21,7 @@ from fastdeit.pipelines.plan.draw import PlanDrawer
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder, Order, StepSamples, plain_samples
 from fastdeit.pipelines.plan.plan import Plan, evaluation_plan
 from fastdeit.stage_choice import ChosenStage, Layout, StageName, settle_stage
+from fastdeit.subsets import divide
 
 AnyOrder = TypeVar("AnyOrder", bound=Order)
 
@@ -50,6 +51,7 @@ class Pipeline(Generic[AnyOrder]):
     draw    returns the plan of a step's samples
     dtype, layout  of the images
     on_error  that of `ThreadedLoader`
+    images  dataset indices that may replace an image that does not decode; None: all
     loader, stage  (name, reason) to use for "auto"; None: choose here
     pixels  that of `choose_loader`
     """
@@ -65,6 +67,7 @@ class Pipeline(Generic[AnyOrder]):
         layout: Layout,
         *,
         on_error: OnError,
+        images: np.ndarray | None = None,
         loader: tuple[str, str] | None = None,
         stage: tuple[StageName, str] | None = None,
         pixels: tuple[str, str] | None = None,
@@ -77,6 +80,7 @@ class Pipeline(Generic[AnyOrder]):
             "pool": self._pool,
             "threads": threads,
             "on_error": on_error,
+            "images": images,
             "pinned": on_gpu,
             "on_device": on_gpu,
             "device_id": world.device.index if world.device.type == "cuda" else None,
@@ -143,6 +147,7 @@ class TrainingData(Pipeline[EpochOrder]):
 
     dtype, layout  of the images; layout is "nchw" or "patches", see `DeviceStage`
     pixels   that of `choose_loader`
+    images   dataset indices of the images to train on
     repeats  repeats in use: the recipe's, or 1 where the released code drops them
 
     Raises UserError if Mixup or CutMix cannot pair the samples.
@@ -159,7 +164,8 @@ class TrainingData(Pipeline[EpochOrder]):
         pixels: tuple[str, str] | None = None,
     ) -> None:
         self.repeats = repeats(recipe, world.size)
-        order = epoch_order(recipe, len(dataset), rank=world.rank, world=world.size)
+        self.images = divide(recipe.data, dataset.label).train
+        order = epoch_order(recipe, self.images, rank=world.rank, world=world.size)
         self.drawer = PlanDrawer(
             recipe.augment,
             recipe.run.seed,
@@ -176,7 +182,7 @@ class TrainingData(Pipeline[EpochOrder]):
         self._epochs = recipe.run.epochs
         super().__init__(
             recipe, dataset, world, order, self.drawer.draw, dtype, layout,
-            on_error=recipe.data.on_error, pixels=pixels,
+            on_error=recipe.data.on_error, images=self.images, pixels=pixels,
         )  # fmt: skip
 
     def batches(self, epoch: int = 0, first_step: int = 0) -> Prefetcher[TrainBatch]:
@@ -197,6 +203,7 @@ def _train_batch(step: tuple[StepSamples, DecodedBatch, Batch]) -> TrainBatch:
 class EvaluationData(Pipeline[EvalOrder]):
     """Evaluation batches of one process. The processes share the images, unless each evaluates all of them.
 
+    images  dataset indices of the images; None: all
     dtype, layout  those of `TrainingData`
     loader, stage  those of `Pipeline`
     fallbacks  collects the dataset indices that PIL read because the loader's decoder refused them
@@ -210,12 +217,14 @@ class EvaluationData(Pipeline[EvalOrder]):
         dtype: torch.dtype = torch.float32,
         layout: Layout = "nchw",
         *,
+        images: np.ndarray | None = None,
         loader: tuple[str, str] | None = None,
         stage: tuple[StageName, str] | None = None,
     ) -> None:
         self.replicate = recipe.run.eval_sharding == "replicate"
+        images = np.arange(len(dataset)) if images is None else images
         order = EvalOrder(
-            len(dataset), batch=recipe.run.eval_batch, rank=world.rank, world=world.size, replicate=self.replicate
+            images, batch=recipe.run.eval_batch, rank=world.rank, world=world.size, replicate=self.replicate
         )
         self.fallbacks: set[int] = set()
         # A score with replaced images would not be comparable.

@@ -32,7 +32,14 @@ _DROP_PATH = Effect(
     "model.arch 'deit', model.drop_path above 0 and, with model.init, departures.finetune_mode 'train'",
 )
 _INIT = Effect(lambda r: r.model.init is not None, "model.init")
-_VAL = Effect(lambda r: r.data.val is not None, "data.val")
+
+
+def evaluates(r: Recipe) -> bool:
+    """Whether a run has images to evaluate on."""
+    return r.data.val is not None or r.data.hold_out > 0
+
+
+_VAL = Effect(evaluates, "data.val or data.hold_out")
 _DALI = Effect(lambda r: r.data.loader == "dali", "data.loader 'dali'")
 _COPIES = Effect(lambda r: r.data.repeats > 1, "data.repeats above 1")
 _CELLS = Effect(
@@ -63,14 +70,18 @@ _TEACHER = Effect(
     "distillation: set objective.distillation to 'hard' or 'soft'; with teacher.labels give teacher.checkpoint too",
 )
 _SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
+_LAYERS = Effect(
+    lambda r: r.model.arch == "deit" and r.optim.implementation == "torch",
+    "model.arch 'deit' and optim.implementation 'torch'",
+)
 _ADAMW = Effect(lambda r: r.optim.name == "adamw", "optim.name 'adamw'")
 _SGD = Effect(lambda r: r.optim.name == "sgd", "optim.name 'sgd'")
 _WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
 _EMA = Effect(lambda r: r.ema.enabled, "ema.enabled True")
-_EMA_SCORES = Effect(lambda r: r.ema.enabled and r.data.val is not None, "ema.enabled True and data.val")
+_EMA_SCORES = Effect(lambda r: r.ema.enabled and evaluates(r), "ema.enabled True, and data.val or data.hold_out")
 _TWO_HEADS = Effect(
-    lambda r: r.model.arch == "deit" and r.model.distilled and r.data.val is not None,
-    "model.distilled True and data.val",
+    lambda r: r.model.arch == "deit" and r.model.distilled and evaluates(r),
+    "model.distilled True, and data.val or data.hold_out",
 )
 _DIST_TOKEN = Effect(lambda r: r.model.arch == "deit" and r.model.distilled, "model.distilled True")
 _TUNES_DISTILLED = Effect(
@@ -100,6 +111,8 @@ EFFECTS: dict[str, Effect] = {
     "model.finetune": ALWAYS,
     "data.train": ALWAYS,
     "data.val": ALWAYS,
+    "data.hold_out": ALWAYS,
+    "data.fraction": ALWAYS,
     "data.cache_dir": ALWAYS,
     "data.loader": ALWAYS,
     "data.stage": ALWAYS,
@@ -145,6 +158,7 @@ EFFECTS: dict[str, Effect] = {
     "optim.betas": _ADAMW,
     "optim.eps": _ADAMW,
     "optim.momentum": _SGD,
+    "optim.layer_decay": _LAYERS,
     "optim.clip_grad": ALWAYS,
     "optim.warmup_epochs": ALWAYS,
     "optim.warmup_lr": _WARMUP,

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fastdeit.config import LITE0, Recipe, TeacherConfig
 from fastdeit.effects import fields, skips_samples
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats import dataset as datasets
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.formats.files import check_regular, misfetched
+from fastdeit.subsets import divide
 
 if TYPE_CHECKING:
     from fastdeit.pipelines.plan.order import EpochOrder
@@ -20,11 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSets:
-    """The opened data sets of a run, checked against each other; `num_classes` are the model's."""
+    """The opened data sets of a run, checked against each other.
+
+    val          the training set again if `data.hold_out` keeps images of it for validation
+    num_classes  of the model
+    train_images, val_images  the dataset indices to train and to evaluate on, ascending int64
+    """
 
     train: Dataset
     val: Dataset | None
     num_classes: int
+    train_images: np.ndarray
+    val_images: np.ndarray
 
 
 def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> DataSets:
@@ -49,7 +59,7 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
         else:
             check_teacher(teacher)
         _check_given(teacher.checkpoint, "teacher.checkpoint")
-    order = epoch_order(recipe, len(sets.train), world=world)
+    order = epoch_order(recipe, sets.train_images, world=world)
     if skips_samples(recipe):
         from fastdeit.pipelines.plan.drop_path import dropped_samples  # imported here: it imports numba
 
@@ -82,12 +92,14 @@ def open_data_sets(recipe: Recipe, *, val: bool = True) -> DataSets:
     train = open_dataset(recipe.data.train, "data.train")
     num_classes = recipe.model.num_classes or train.num_classes
     check_classes(train, num_classes)
+    subsets = divide(recipe.data, train.label)
     if not val or recipe.data.val is None:
-        return DataSets(train, None, num_classes)
+        held_out = train if val and recipe.data.hold_out else None
+        return DataSets(train, held_out, num_classes, subsets.train, subsets.held_out)
     val_set = open_dataset(recipe.data.val, "data.val")
     check_class_names(str(train.path), train.class_names, str(val_set.path), val_set.class_names)
     check_classes(val_set, num_classes)
-    return DataSets(train, val_set, num_classes)
+    return DataSets(train, val_set, num_classes, subsets.train, np.arange(len(val_set)))
 
 
 def open_dataset(path: Path | None, option: str) -> Dataset:
@@ -146,13 +158,16 @@ def repeats(recipe: Recipe, world: int) -> int:
     return 1 if dropped else recipe.data.repeats
 
 
-def epoch_order(recipe: Recipe, length: int, *, rank: int = 0, world: int = 1) -> EpochOrder:
-    """The training order of `length` images for one process. Raises UserError for a batch that cannot be divided."""
+def epoch_order(recipe: Recipe, images: int | np.ndarray, *, rank: int = 0, world: int = 1) -> EpochOrder:
+    """The training order of the images for one process, see `EpochOrder`.
+
+    Raises UserError for a batch that cannot be divided.
+    """
     from fastdeit.pipelines.plan.order import EpochOrder  # imported here: it imports numba
 
     d = recipe.departures
     return EpochOrder(
-        length,
+        images,
         global_batch=recipe.run.global_batch,
         seed=recipe.run.seed,
         rank=rank,

@@ -20,6 +20,7 @@ from fastdeit.on_demand import converted
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import recipe_of
+from fastdeit.subsets import divide, left_out
 
 
 class ImageLoader:
@@ -58,7 +59,8 @@ class ImageLoader:
         recipe      name of a recipe, or a recipe: its augmentation, repeats, decoder and order count
         batch_size  images of a batch of this process. A multiple of 64 keeps the groups of the paper whose images mix
                     among themselves, on any number of processes; with any other, a batch is one group
-        train       False: the evaluation transform, every image once; the last batch may be smaller
+        train       False: the evaluation transform, every image once; the last batch may be smaller. If the recipe's
+                    `data.hold_out` keeps images of this data set for validation, these only
         seed        None: the recipe's
         img_size    None: the recipe's
         device      None: the current GPU, or the CPU without one
@@ -76,7 +78,11 @@ class ImageLoader:
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.epoch, self.step, self._train = epoch, step, train
         self._data: TrainingData | EvaluationData
-        self._data = (TrainingData if train else EvaluationData)(self.recipe, dataset, world, dtype)
+        if train:
+            self._data = TrainingData(self.recipe, dataset, world, dtype)
+        else:
+            held_out = divide(self.recipe.data, dataset.label).held_out if self.recipe.data.hold_out else None
+            self._data = EvaluationData(self.recipe, dataset, world, dtype, images=held_out)
         self._soft = isinstance(self._data, TrainingData) and (
             self._data.drawer.mixes or self.recipe.augment.label_smoothing > 0
         )
@@ -105,9 +111,10 @@ class ImageLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position of a state. Raises UserError if it is of other data, another seed or batch."""
-        for name, value in self._order().items():
-            if state.get(name) != value:
-                raise UserError(f"the state is of another {name}: {state.get(name)!s:.40}, not {value}")
+        own = self._order()
+        for name in [*own, *(state.keys() - own.keys() - {"epoch", "step"})]:
+            if state.get(name) != own.get(name):
+                raise UserError(f"the state is of another {name}: {state.get(name)!s:.40}, not {own.get(name)}")
         self._check_position(state.get("epoch"), state.get("step"))
         self.epoch, self.step = state["epoch"], state["step"]
 
@@ -117,6 +124,7 @@ class ImageLoader:
             "data": self._data.loader.dataset.content_hash,
             "global_batch": run.global_batch if self._train else run.eval_batch,
             "seed": run.seed,
+            **left_out(self.recipe.data),
         }
 
     def _check_position(self, epoch: Any, step: Any) -> None:

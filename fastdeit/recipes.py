@@ -242,6 +242,58 @@ def deit_base_transfer() -> Recipe:
     )
 
 
+def _finetune(recipe: Recipe) -> Recipe:
+    replace = dataclasses.replace
+    return replace(
+        recipe,
+        name=f"{recipe.name}_finetune",
+        model=replace(recipe.model, finetune=True),
+        data=replace(recipe.data, repeats=1),
+        # Without mixing, a batch of any size will do.
+        augment=replace(recipe.augment, crop_scale=(0.3, 1.0), mixup_alpha=0.0, cutmix_alpha=0.0),
+        optim=replace(recipe.optim, lr=2e-4, lr_batch=0, min_lr=1e-6, warmup_epochs=2.0, layer_decay=0.75),
+        ema=EmaConfig(enabled=False),
+        run=replace(recipe.run, epochs=30, global_batch=64),
+        departures=Departures(mix_group=1),
+    )
+
+
+def deit_tiny_finetune() -> Recipe:
+    """DeiT-Ti fine-tuned on your own images from its ImageNet checkpoint (`--model.init`), 30 epochs.
+
+    fastdeit-train deit_tiny_finetune --data.train photos/train --data.hold_out 0.1 \
+        --model.init deit_tiny_patch16_224.pth --run.output runs/photos
+
+    Hours: not measured.
+    Top-1: not measured. AdamW with layer-wise decay of the learning rate, as BEiT and MAE fine-tune.
+    """
+    return _finetune(deit_tiny())
+
+
+def deit_small_finetune() -> Recipe:
+    """DeiT-S fine-tuned on your own images from its ImageNet checkpoint (`--model.init`), 30 epochs.
+
+    fastdeit-train deit_small_finetune --data.train photos/train --data.hold_out 0.1 \
+        --model.init deit_small_patch16_224.pth --run.output runs/photos
+
+    Hours: not measured.
+    Top-1: not measured. AdamW with layer-wise decay of the learning rate, as BEiT and MAE fine-tune.
+    """
+    return _finetune(deit_small())
+
+
+def deit_base_finetune() -> Recipe:
+    """DeiT-B fine-tuned on your own images from its ImageNet checkpoint (`--model.init`), 30 epochs.
+
+    fastdeit-train deit_base_finetune --data.train photos/train --data.hold_out 0.1 \
+        --model.init deit_base_patch16_224.pth --run.output runs/photos
+
+    Hours: not measured.
+    Top-1: not measured. AdamW with layer-wise decay of the learning rate, as BEiT and MAE fine-tune.
+    """
+    return _finetune(deit_base())
+
+
 def _fashion_mnist(recipe: Recipe, *, epochs: int, lr: float, warmup: float) -> Recipe:
     replace = dataclasses.replace
     return replace(
@@ -317,6 +369,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         deit_small_distilled_384,
         deit_base_distilled_384,
         deit_base_transfer,
+        deit_tiny_finetune,
+        deit_small_finetune,
+        deit_base_finetune,
         convnet_teacher,
         fashion_mnist_teacher,
         fashion_mnist_distilled,

@@ -10,10 +10,11 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastdeit.config import LITE0, Recipe
@@ -67,7 +68,7 @@ def copied_here(recipe: Recipe, sets: DataSets, world: World, say: Say) -> DataS
     )
     assert train is not None
     world.barrier()
-    return DataSets(train, val, sets.num_classes)
+    return replace(sets, train=train, val=val)
 
 
 def set_compute_threads(world: World) -> None:
@@ -114,10 +115,11 @@ def open_evaluation_data(
     precision: Precision,
     kernels: Kernels,
     *,
+    images: np.ndarray | None = None,
     like: TrainingData | None = None,
     say: Say = silent,
 ) -> EvaluationData:
-    """The evaluation batches; during training with the loader and the stage that training chose, `like`."""
+    """The evaluation batches of the `images`, by default all; during training as training made its own, `like`."""
     _announce_compilation(recipe, say)
     return EvaluationData(
         recipe,
@@ -125,6 +127,7 @@ def open_evaluation_data(
         world,
         image_dtype(recipe, precision, teacher=False),
         image_layout(kernels, teacher=False),
+        images=images,
         loader=None if like is None else (like.loader.name.removesuffix("-mixed"), "as in training"),
         stage=None if like is None else (like.stage.name, "as in training"),
     )

@@ -68,8 +68,8 @@ def images_of(own: argparse.Namespace, recipe: Recipe) -> Images:
         sets = open_data_sets(recipe)
         size = sum(file.stat().st_size for file in _files(sets.train.path))
         found = Images(
-            train=len(sets.train),
-            val=0 if sets.val is None else len(sets.val),
+            train=len(sets.train_images),
+            val=len(sets.val_images),
             classes=sets.num_classes,
             bytes=size / len(sets.train),
         )

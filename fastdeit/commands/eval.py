@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from fastdeit import launch
@@ -13,9 +14,11 @@ from fastdeit.config import Recipe
 from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset
 from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.recipes import recipe_named
 from fastdeit.streams import keep_streams
+from fastdeit.subsets import divide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,8 @@ class Options:
     """Top-1, top-5 and loss of every head of a checkpoint; also ReaL accuracy if the data set holds ReaL's labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
-    val: Annotated[Path, tyro.conf.Positional]  # what fastdeit-convert wrote, or a folder or archive of images
+    # what fastdeit-convert wrote, or a folder or archive of images; None: what the run evaluated on
+    val: Annotated[Path | None, tyro.conf.Positional] = None
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
     img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
@@ -39,7 +43,7 @@ class Options:
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     """Scores by kind of weights. Raises UserError where checkpoint, recipe and data set do not fit together."""
-    val = _open_val(options)
+    val = _checked(options)
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.loading import open_checkpoint
@@ -50,6 +54,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
     opened = open_checkpoint(options.checkpoint, options.recipe, options.img_size)
     recipe = _with_options(opened.recipe, options)
+    val, images = (val, None) if val is not None else _runs_own(opened.recipe, options)
     kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
     if options.weights == "both" and not opened.has_average:
         kinds = ["model"]
@@ -58,14 +63,17 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         say = console.say if verbose else silent
         precision = set_up(recipe, joined)
         named = opened.described.get("class_names")
-        check_class_names(str(options.checkpoint), named, str(options.val), val.class_names)
+        check_class_names(str(options.checkpoint), named, str(val.path), val.class_names)
         classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
-        data = open_evaluation_data(recipe, val, joined, precision, kernels, say=say)
+        data = open_evaluation_data(recipe, val, joined, precision, kernels, images=images, say=say)
         if precision.note:
             say(precision.note)
         if opened.path != options.checkpoint:
             say(f"the newest checkpoint of the run: {opened.path}")
+        if options.val is None:
+            which = "" if images is None else f", the {len(images)} images that the run held out"
+            say(f"data set of the run: {val.path}{which}")
         say(kernels.sentence())
         say(f"loader {data.loader.name}: {data.loader.reason}")
         say(f"images made on the {data.stage.name}: {data.stage.reason}")
@@ -75,7 +83,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         out: dict[str, Any] = {}
         try:
             for kind in kinds:
-                model, messages = opened.network(classes, kind, kernels, f"cannot be evaluated on {options.val}")
+                model, messages = opened.network(classes, kind, kernels, f"cannot be evaluated on {val.path}")
                 for message in messages:
                     say(message)
                 model.to(joined.device)
@@ -87,12 +95,22 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
         return out if joined.main else {}
 
 
-def _open_val(options: Options) -> Dataset:
-    """The data set, after the checks that do not need PyTorch. Raises UserError."""
+def _checked(options: Options) -> Dataset | None:
+    """The data set that the command names, after the checks that do not need PyTorch. Raises UserError."""
     if options.recipe is not None:
         recipe_named(options.recipe)
     check_checkpoint(checkpoint_file(options.checkpoint))
-    return open_dataset(converted(options.val), "val")
+    return None if options.val is None else open_dataset(converted(options.val), "val")
+
+
+def _runs_own(recipe: Recipe, options: Options) -> tuple[Dataset, np.ndarray | None]:
+    """The data set that a run evaluated on, and its images there if it held them out. Raises UserError for none."""
+    if recipe.data.val is not None:
+        return open_dataset(recipe.data.val, "data.val"), None
+    if not recipe.data.hold_out:
+        raise UserError(f"{options.checkpoint} does not say on what it was evaluated: name a data set after it")
+    train = open_dataset(recipe.data.train, "data.train")
+    return train, divide(recipe.data, train.label).held_out
 
 
 def _with_options(recipe: Recipe, options: Options) -> Recipe:

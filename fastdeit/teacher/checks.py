@@ -8,17 +8,18 @@ import torch
 from fastdeit.config import Recipe
 from fastdeit.data import evaluation_batch
 from fastdeit.distributed import World
-from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.inputs import DataSets
 from fastdeit.precision import Precision
 from fastdeit.teacher.teacher import Teacher
 
 CHANCE_IMAGES = 64  # shown to the teacher
 
 
-def teacher_warnings(recipe: Recipe, teacher: Teacher, known: Dataset, world: World, precision: Precision) -> list[str]:
+def teacher_warnings(recipe: Recipe, teacher: Teacher, sets: DataSets, world: World, precision: Precision) -> list[str]:
     """A sentence if the teacher works at another resolution, and one if it is no better than chance.
 
-    The main process shows it `CHANCE_IMAGES` images, spread over the data set `known`, as an evaluation makes them.
+    The main process shows it `CHANCE_IMAGES` images, spread over the validation set, or without one over the training
+    set, as an evaluation makes them.
     """
     out: list[str] = []
     if teacher.img_size != teacher.student_size:
@@ -28,7 +29,8 @@ def teacher_warnings(recipe: Recipe, teacher: Teacher, known: Dataset, world: Wo
         )
     if not world.main:
         return out
-    index = np.unique(np.linspace(0, len(known) - 1, min(CHANCE_IMAGES, len(known))).astype(np.int64))
+    known, images = (sets.train, sets.train_images) if sets.val is None else (sets.val, sets.val_images)
+    index = images[np.unique(np.linspace(0, len(images) - 1, min(CHANCE_IMAGES, len(images))).astype(np.int64))]
     with evaluation_batch(recipe, known, world, index) as batch, torch.no_grad(), precision.autocast():
         decisions = teacher.labels(batch.images.to(world.device)).cpu().numpy()
         labels = batch.label_a.cpu().numpy()

@@ -35,6 +35,7 @@ from fastdeit.pipelines.formats.files import atomic_write, open_regular
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.parsing import read_json
+from fastdeit.subsets import left_out
 
 _FORMAT, _VERSION = "fastdeit-labels", 1
 _INDEX, _LOCK = "labels.json", "labels.lock"
@@ -60,6 +61,7 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         "data.train (content)": data.loader.dataset.content_hash,
         _PIXELS: pixels,
         **({"data.hw_decoder_load": recipe.data.hw_decoder_load} if pixels == "nvjpeg" else {}),
+        **left_out(recipe.data),
         "data.repeats": data.repeats,
         "data.cell_groups": recipe.data.cell_groups,
         "run.seed": recipe.run.seed,

@@ -1,5 +1,7 @@
 """Label the batches of a run with its teacher, ahead of training."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,11 +40,11 @@ def label_run(
     say: Say = console.say if world.main else silent
     precision = set_up(recipe, world)
     sets = sets or open_data_sets(recipe, val=False)
-    sets = copied_here(recipe, DataSets(sets.train, None, sets.num_classes), world, say)
+    sets = copied_here(recipe, replace(sets, val=None), world, say)
     if kind == "soft" and not 1 <= topk <= sets.num_classes:
         raise UserError(f"--topk {topk}: the data set has {sets.num_classes} classes")
     teacher = open_teacher(recipe, sets, world)
-    for warning in teacher_warnings(recipe, teacher, sets.train, world, precision):
+    for warning in teacher_warnings(recipe, teacher, sets, world, precision):
         say(f"warning: {warning}")
     teacher.settle(world.device, precision.dtype, compiled=compiles(recipe, world.device))
     pixels = labelled_pixels(recipe)

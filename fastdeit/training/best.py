@@ -1,9 +1,7 @@
 """Keeps track of the checkpoint with the best score: the file `best.json`, and the link `best.pt`."""
 
-import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +42,7 @@ def note_best(path: Path, scores: dict[str, Scores], metric: Metric, late_fusion
     best = {"checkpoint": path.name, **named, "score": score, "global_step": checkpoint.steps_of(path)}
     with atomic_write(path.parent / _FILE) as file:
         file.write((json.dumps(best, indent=2) + "\n").encode())
-    _link(path)
+    checkpoint.point(path.parent, _LINK, path)
     return best
 
 
@@ -56,17 +54,7 @@ def forget_best(folder: Path, deleted: list[Path]) -> None:
     """
     if best_names(folder) & {path.name for path in deleted}:
         (folder / _FILE).unlink()
-        (folder / _LINK).unlink(missing_ok=True)
-
-
-def _link(path: Path) -> None:
-    """Let `best.pt` point to `path`. On a file system without links, only `best.json` names the checkpoint."""
-    link = path.with_name(_LINK)
-    temporary = path.with_name(f"{_LINK}.tmp")
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(path.name)
-        os.replace(temporary, link)
+        checkpoint.point(folder, _LINK, None)
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -105,6 +105,7 @@ class CheckpointWriter:
             checkpoint.prune(self._folder, self._run.keep_checkpoints, best_names(self._folder))
         except OSError as error:
             self._log.warn(f"old checkpoints cannot be deleted ({error}): they take up space in {self._folder}")
+        checkpoint.point_to_newest(self._folder)
 
     def forget(self) -> None:
         """Wait for the checkpoint being written; then let `save` write that position again, since the run goes back."""

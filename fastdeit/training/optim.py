@@ -16,21 +16,43 @@ _TOKENS = ("cls_token", "pos_embed")
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, decay_dist_token: bool = False
-) -> list[dict[str, object]]:
+    model: nn.Module, weight_decay: float, *, decay_dist_token: bool = False, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Two groups: weights with decay, and parameters without: 1-d ones, biases, position embedding, tokens.
 
-    `decay_dist_token` follows the released code: timm 0.3.2 exempted only pos_embed and cls_token.
+    `decay_dist_token` follows the released code: timm 0.3.2 exempted only pos_embed and cls_token. With a `layer_decay`
+    other than 1, a DeiT has two groups for each layer, as timm counts them: the embedding, the blocks (the last one
+    with the final norm), the heads. `lr_scale` multiplies a group's learning rate (Clark et al. 2020, "ELECTRA").
     """
     exempt = _TOKENS if decay_dist_token else (*_TOKENS, "dist_token")
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    layered = layer_decay != 1
+    last = len([*model.get_submodule("blocks").children()]) + 1 if layered else 0
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {
+        (i, without): [] for i in range(last + 1) for without in (False, True)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         without = parameter.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in exempt
-        (plain if without else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups[_layer(name, last) if layered else 0, without].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if without else weight_decay,
+            **({"lr_scale": layer_decay ** (last - layer)} if layered else {}),
+        }
+        for (layer, without), parameters in groups.items()
+    ]
+
+
+def _layer(name: str, last: int) -> int:
+    """The layer of a DeiT's parameter: 0 the embedding, then the blocks, `last` the heads."""
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        return 1 + int(rest.partition(".")[0])
+    if first in (*_TOKENS, "dist_token", "patch_embed"):
+        return 0
+    return last - 1 if first == "norm" else last
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -> torch.optim.Optimizer:
@@ -40,7 +62,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
     `scaled` means that a GradScaler takes the step. Raises UserError for an implementation that is not installed.
     """
     cfg = recipe.optim
-    groups: Any = parameter_groups(model, cfg.weight_decay, decay_dist_token=bool(recipe.departures.decay_dist_token))
+    decay_dist_token = bool(recipe.departures.decay_dist_token)
+    groups = parameter_groups(model, cfg.weight_decay, decay_dist_token=decay_dist_token, layer_decay=cfg.layer_decay)
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     if cfg.name == "sgd":
@@ -49,22 +72,28 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
         # A capturable FusedAdam needs an older scaler than PyTorch's present one.
         return build_apex_adam(groups, cfg, capturable=cuda and not scaled)
     if cuda:
-        lr = torch.tensor(cfg.lr, device=device)
-        return torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True, capturable=True)
+        rates = {scale: torch.tensor(cfg.lr * scale, device=device) for scale in {1.0, *map(_scale, groups)}}
+        groups = [{**group, "lr": rates[_scale(group)]} for group in groups]
+        return torch.optim.AdamW(groups, lr=rates[1.0], betas=cfg.betas, eps=cfg.eps, fused=True, capturable=True)
     # On a CPU only the foreach form gives the same bits on any number of threads.
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of all groups, without waiting for a device that holds it."""
-    held: dict[int, torch.Tensor] = {}
+    held: dict[int, tuple[torch.Tensor, float]] = {}
     for group in optimizer.param_groups:
+        rate = lr * _scale(group)
         if isinstance(group["lr"], torch.Tensor):
-            held[id(group["lr"])] = group["lr"]  # the groups may share one
+            held[id(group["lr"])] = group["lr"], rate  # groups of one scale share a tensor
         else:
-            group["lr"] = lr
-    for tensor in held.values():
-        tensor.fill_(lr)
+            group["lr"] = rate
+    for tensor, rate in held.values():
+        tensor.fill_(rate)
+
+
+def _scale(group: dict[str, Any]) -> float:
+    return group.get("lr_scale", 1.0)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def set_damaged_aside(recipe: Recipe, folder: Path) -> list[str]:
         except (OSError, UserError):  # nobody knows whether it is damaged: reading it raises the error
             return []
         if fault is None:
-            return [_set_aside(each, why, path) for each, why in damaged.items()]
+            said = [_set_aside(each, why, path) for each, why in damaged.items()]
+            checkpoint.point_to_newest(path.parent)
+            return said
         damaged[path] = fault
     return []
 
@@ -260,6 +262,7 @@ def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
         forget_best(state.checkpoints, later)
         for each in later:
             each.unlink()
+        checkpoint.point_to_newest(state.checkpoints)
     path, stored = training.world.from_main(path), training.world.share(stored)
     assert path is not None
     return _load(stored, path, state, training, [])

@@ -8,11 +8,10 @@ from fastdeit.budget.cards import find_card
 from fastdeit.budget.plan import Images, Machine, Plan, plan
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
-from fastdeit.effects import frozen_mode
+from fastdeit.effects import evaluates, frozen_mode
 from fastdeit.inputs import DataSets
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.checksums import unchecked
-from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.setup import data_sentences
 from fastdeit.teacher.label_cache import LabelCache
@@ -23,6 +22,7 @@ from fastdeit.training.step import TrainingStep
 from fastdeit.version import __version__
 
 FEW_IMAGES = 1000  # an epoch with fewer distinct images makes repeats worth a warning
+NO_ACCURACY = "no images to evaluate on, so no accuracy: give --data.val, or hold images out with --data.hold_out 0.1"
 STALE_SHARE = 0.1  # of the initial weights in their average at the end of the run
 
 
@@ -63,7 +63,7 @@ def announce(
     )
     model = (
         f"{recipe.name}: {parameters / 1e6:.1f} M parameters, {sets.num_classes} classes, "
-        f"{len(sets.train)} images, {data.steps} steps of {recipe.run.global_batch} an epoch, "
+        f"{_images(sets)}, {data.steps} steps of {recipe.run.global_batch} an epoch, "
         f"{training.precision.name} on {world.size} x {world.device.type}"
         f"{', compiled (the first steps take a minute or so)' if training.compiled else ''}"
     )
@@ -72,6 +72,7 @@ def announce(
         *messages,
         training.precision.note,
         model,
+        None if evaluates(recipe) else NO_ACCURACY,
         lr_sentence(recipe),
         mode_sentence(recipe),
         skip_sentence(training),
@@ -91,14 +92,20 @@ def announce(
         log.warn(warning)
 
 
+def _images(sets: DataSets) -> str:
+    total, trained, held = len(sets.train), len(sets.train_images), len(sets.val_images)
+    if trained == total:
+        return f"{total} images"
+    kept = f" ({held} are held out for validation)" if sets.val is sets.train else ""
+    return f"{trained} of {total} images{kept}"
+
+
 def forecast_run(training: TrainingStep, sets: DataSets) -> Plan | None:
     """What `fastdeit budget` forecasts for this run on these GPUs; None where it knows the card or the recipe not."""
     recipe, world = training.recipe, training.world
     if world.device.type != "cuda" or training.precision.name != "bf16":
         return None
-    images = Images(
-        train=len(sets.train), val=0 if sets.val is None else len(sets.val), classes=sets.num_classes, bytes=0.0
-    )
+    images = Images(train=len(sets.train_images), val=len(sets.val_images), classes=sets.num_classes, bytes=0.0)
     try:
         name = torch.cuda.get_device_name(world.device)
         card = find_card(name)
@@ -156,7 +163,8 @@ def lr_sentence(recipe: Recipe) -> str:
     cfg, batch = recipe.optim, recipe.run.global_batch
     scaled = f" ({cfg.lr:g} x global batch {batch} / {cfg.lr_batch})" if cfg.lr_batch else ""
     warm_up = f" after {cfg.warmup_epochs:g} epochs of warm-up" if cfg.warmup_epochs else ""
-    return f"learning rate {peak_lr(cfg, batch):g}{scaled}{warm_up}, {cfg.name}"
+    layers = f", {cfg.layer_decay:g} times less for each layer below the head" if cfg.layer_decay != 1 else ""
+    return f"learning rate {peak_lr(cfg, batch):g}{scaled}{warm_up}{layers}, {cfg.name}"
 
 
 def mode_sentence(recipe: Recipe) -> str | None:
@@ -185,7 +193,7 @@ def skip_sentence(training: TrainingStep) -> str | None:
     )
 
 
-def recipe_warnings(recipe: Recipe, train: Dataset, val: Dataset | None, *, steps: int, repeats: int) -> list[str]:
+def recipe_warnings(recipe: Recipe, sets: DataSets, *, steps: int, repeats: int) -> list[str]:
     """A sentence for each setting that is probably a mistake.
 
     steps    steps per epoch
@@ -194,8 +202,8 @@ def recipe_warnings(recipe: Recipe, train: Dataset, val: Dataset | None, *, step
     return [
         *_warm_up(recipe, steps),
         *_average(recipe, steps),
-        *_few_images(recipe, len(train), steps, repeats),
-        *_same_data(train, val),
+        *_few_images(recipe, len(sets.train_images), steps, repeats),
+        *_same_data(recipe, sets),
     ]
 
 
@@ -233,8 +241,9 @@ def _few_images(recipe: Recipe, images: int, steps: int, repeats: int) -> list[s
     ]
 
 
-def _same_data(train: Dataset, val: Dataset | None) -> list[str]:
-    if val is None:
+def _same_data(recipe: Recipe, sets: DataSets) -> list[str]:
+    train, val = sets.train, sets.val
+    if val is None or recipe.data.hold_out:
         return []
     same_content = train.content_hash is not None and train.content_hash == val.content_hash
     if not same_content and train.path.resolve() != val.path.resolve():

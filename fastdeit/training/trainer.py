@@ -148,7 +148,9 @@ class Trainer:
         stack.callback(self.data.close)
         self.val: EvaluationData | None = None
         if sets.val is not None:
-            self.val = open_evaluation_data(recipe, sets.val, world, precision, kernels, like=self.data)
+            self.val = open_evaluation_data(
+                recipe, sets.val, world, precision, kernels, images=sets.val_images, like=self.data
+            )
             stack.callback(self.val.close)
 
         if self.gpus.fault is not None:
@@ -157,9 +159,9 @@ class Trainer:
         self.messages += messages
         self.teaching = open_teaching(recipe, sets, self.data, world)
         steps, repeats = self.data.steps, self.data.repeats
-        self.warnings = damaged + recipe_warnings(recipe, sets.train, sets.val, steps=steps, repeats=repeats)
+        self.warnings = damaged + recipe_warnings(recipe, sets, steps=steps, repeats=repeats)
         if self.teaching.teacher is not None:
-            self.warnings += teacher_warnings(recipe, self.teaching.teacher, sets.val or sets.train, world, precision)
+            self.warnings += teacher_warnings(recipe, self.teaching.teacher, sets, world, precision)
         self.train_step = TrainingStep(
             recipe,
             world,

@@ -44,6 +44,7 @@ class ThreadedLoader:
              bicubic), and its label; the batch's `replaced` lists both. All images are then decoded whole, so that the
              replacement depends only on the data. Raises DecodeError after 100 failures in a row. Bytes that the
              machine cannot read always raise MachineError
+    images   (N,) dataset indices, ascending, that may replace others; None: all
     pinned   decode into pinned memory, from which a GPU can copy in the background
 
     A batch takes the decoded size of its images. Its memory is reused once nothing refers to it (see `Arenas`).
@@ -64,12 +65,14 @@ class ThreadedLoader:
         threads: int,
         reason: str = "as requested",
         on_error: OnError = "fail",
+        images: np.ndarray | None = None,
         pinned: bool = False,
     ) -> None:
         if on_error not in get_args(OnError):
             raise UserError(f"on_error '{on_error}' is not one of {', '.join(get_args(OnError))}")
         self.dataset, self.reason = dataset, reason
         self._replaces = on_error == "replace"
+        self._images = np.arange(len(dataset)) if images is None else images
         self.decoded = self.reused = 0
         self._pool, self._threads = pool, threads
         self._arenas = Arenas(pinned=pinned)
@@ -222,9 +225,10 @@ class ThreadedLoader:
 
     def _replace(self, index: int, out: np.ndarray, error: DecodeError) -> tuple[int, bool]:
         height, width, _ = out.shape
-        following = min(MOST_SKIPPED, len(self.dataset) - 1)
+        following = min(MOST_SKIPPED, len(self._images) - 1)
+        place = int(np.searchsorted(self._images, index))
         for distance in range(1, following + 1):
-            used = (index + distance) % len(self.dataset)
+            used = int(self._images[(place + distance) % len(self._images)])
             pixels = np.empty((self.dataset.height[used], self.dataset.width[used], 3), np.uint8)
             try:
                 native = self._decode_stored(used, pixels)

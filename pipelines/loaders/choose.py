@@ -47,6 +47,7 @@ def open_loader(
     pool: ThreadPoolExecutor,
     threads: int,
     on_error: OnError = "fail",
+    images: np.ndarray | None = None,
     pinned: bool = False,
     device_id: int | None = None,
     hw_decoder_load: float = 0.65,
@@ -55,12 +56,19 @@ def open_loader(
 ) -> ThreadedLoader:
     """Open the loader `name`.
 
-    `ThreadedLoader` explains `on_error`, `pinned` and `reason`; `DaliLoader` explains `device_id`, `hw_decoder_load`
-    and `on_device`. Raises UserError for an unknown name, or if the loader's library is missing, with what to install.
+    `ThreadedLoader` explains `on_error`, `images`, `pinned` and `reason`; `DaliLoader` explains `device_id`,
+    `hw_decoder_load` and `on_device`. Raises UserError for an unknown name, or if the loader's library is missing, with
+    what to install.
     """
     if name not in LOADERS:
         raise UserError(f"loader '{name}' is not one of auto, {', '.join(LOADERS)}")
-    options: dict[str, Any] = {"pool": pool, "threads": threads, "on_error": on_error, "pinned": pinned}
+    options: dict[str, Any] = {
+        "pool": pool,
+        "threads": threads,
+        "on_error": on_error,
+        "images": images,
+        "pinned": pinned,
+    }
     if name == "dali":
         options |= {"device_id": device_id, "hw_decoder_load": hw_decoder_load, "on_device": on_device}
     return LOADERS[name](dataset, **options, reason=reason)

@@ -53,7 +53,7 @@ class Order(Protocol):
 class EpochOrder:
     """Training order: a fresh permutation each epoch, with repeated augmentation, on any world size.
 
-    length          images in the data set
+    images          how many images the data set has; or the dataset indices of those to use
     global_batch    samples per step over all ranks
     group_size      samples that mix among themselves (paper: 64, its batch per GPU); 0: a rank's whole batch;
                     never more than the global batch
@@ -67,7 +67,7 @@ class EpochOrder:
 
     def __init__(
         self,
-        length: int,
+        images: int | np.ndarray,
         *,
         global_batch: int,
         seed: int = 0,
@@ -88,6 +88,8 @@ class EpochOrder:
             raise UserError(
                 f"run.global_batch {global_batch} is not a multiple of the {world} processes: change either"
             )
+        self._images = images if isinstance(images, np.ndarray) else None
+        length = len(self._images) if self._images is not None else int(images)
         self.length, self.global_batch, self.repeats = length, global_batch, repeats
         self.seed, self.rank, self.world, self.order_seed = check_seed(seed), rank, world, order_seed
         self.group_size = min(group_size, global_batch) if group_size else global_batch // world
@@ -107,7 +109,7 @@ class EpochOrder:
         if self.steps == 0:
             cut = f", in whole multiples of {multiple} (departures.epoch_multiple)," if epoch_multiple else ""
             raise UserError(
-                f"the data set has {length} images{cut} fewer than a global batch of {global_batch}: "
+                f"there are {length} images to train on{cut} fewer than a global batch of {global_batch}: "
                 f"lower run.global_batch"
             )
         if length >= 2**32:
@@ -120,7 +122,7 @@ class EpochOrder:
         return self.global_batch // self.world
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """The data set's indices in the order of `epoch`, (length,) int64."""
+        """The dataset indices in the order of `epoch`, (length,) int64."""
         if epoch not in self._permutations:
             if len(self._permutations) >= 2:
                 self._permutations.pop(next(iter(self._permutations)))
@@ -131,7 +133,7 @@ class EpochOrder:
                 order = torch.randperm(self.length, generator=generator).numpy()
             else:
                 order = np.argsort(_order_keys(np.uint64(self.seed), epoch, self.length), kind="stable")
-            self._permutations[epoch] = order
+            self._permutations[epoch] = order if self._images is None else self._images[order]
         return self._permutations[epoch]
 
     def step(self, epoch: int, step: int) -> StepSamples:
@@ -160,12 +162,15 @@ class EpochOrder:
 class EvalOrder:
     """Evaluation order: the stored order, every image on exactly one rank, no padding.
 
+    images      those of `EpochOrder`
     batch       samples per step of a rank; the last step of a rank may be smaller or empty
     replicate   every rank sees every image, as the released code does
     """
 
-    def __init__(self, length: int, *, batch: int, rank: int = 0, world: int = 1, replicate: bool = False) -> None:
-        self._index = np.arange(length, dtype=np.int64)
+    def __init__(
+        self, images: int | np.ndarray, *, batch: int, rank: int = 0, world: int = 1, replicate: bool = False
+    ) -> None:
+        self._index = images if isinstance(images, np.ndarray) else np.arange(images, dtype=np.int64)
         if not replicate:
             self._index = self._index[rank::world]
         self._batch = batch

@@ -57,6 +57,7 @@ class Options:
     """Watch epochs of loading and augmenting for leaks; exit status 1 if something grows."""
 
     minutes: float = 60.0
+    epochs: int = 1  # at least, however long they take
     photos: Path = Path("runs/photos")  # JPEG files as an ImageFolder tree; cut from Debian's wallpapers if not there
     data: Path | None = None  # a .beton file or a folder of shards in place of the photographs
     loader: str = "turbo"  # a name that data.loader takes
@@ -130,7 +131,7 @@ class Watch:
 
 
 def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] | None = None) -> list[Sample]:
-    """Run at least one epoch over the data set at `data` until the time is over; returns the samples.
+    """Run over the data set at `data` until time and epochs are over; returns the samples.
 
     consume  called with every batch
     """
@@ -155,7 +156,7 @@ def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] |
             watch.settle()
             watch.look(epoch_end=True)
             bar.update(min(round(watch.seconds), bar.total) - bar.n)
-            if watch.seconds >= total:
+            if watch.seconds >= total and epoch + 1 >= options.epochs:
                 break
     gc.unfreeze()
     return watch.samples

@@ -148,8 +148,22 @@ def test_the_best_stays_however_many_come_after_it(writer, tmp_path, events):
         note_best(writing.latest(at(step)), scores(top1), "top1", None)
     assert [checkpoint.steps_of(path) for path in checkpoint.found(folder)] == [5, 2]
     assert (folder / "best.pt").resolve() == checkpoint.step_path(folder, 2).resolve()
+    assert (folder / "last.pt").resolve() == checkpoint.step_path(folder, 5).resolve()
     stored = json.loads((folder / "best.json").read_text())
     assert (stored["score"], stored["metric"], stored["weights"]) == (80.0, "top1", "model")
+
+
+def test_a_file_that_somebody_named_like_a_link_stays(writer, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("last.pt", "best.pt"):
+        (folder / name).write_text("somebody's")
+    writing = writer()
+    writing.save(at(1), dict)
+    note_best(writing.latest(at(1)), scores(50.0), "top1", None)
+    checkpoint.point(folder, "last.pt", None)
+    for name in ("last.pt", "best.pt"):
+        assert (folder / name).read_text() == "somebody's"
 
 
 def test_the_best_in_another_metric_starts_anew(writer, tmp_path):

@@ -6,13 +6,13 @@ import math
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
 from fastdeit.config import OptimConfig
-from fastdeit.recipes import RECIPES
-from fastdeit.training.optim import Ema, build_optimizer, learning_rate, parameter_groups, peak_lr
+from fastdeit.recipes import RECIPES, deit_tiny_finetune
+from fastdeit.training.optim import Ema, build_optimizer, learning_rate, parameter_groups, peak_lr, set_lr
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,25 @@ def test_groups_are_timms(network):
     assert names(network, ours[0]) == names(network, with_decay)
     assert names(network, ours[1]) == names(network, without)
     assert (ours[0]["weight_decay"], ours[1]["weight_decay"]) == (0.05, 0.0)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_learning_rates_of_the_layers_are_timms(distilled):
+    model = timm.create_model(f"deit_tiny{'_distilled' * distilled}_patch16_224", img_size=32, num_classes=10, depth=3)
+    theirs = {}
+    for group in param_groups_layer_decay(
+        model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75, min_scale=0.0
+    ):
+        theirs |= dict.fromkeys(names(model, group), (group["lr_scale"], group["weight_decay"]))
+    optimizer = build_optimizer(model, deit_tiny_finetune().filled())
+    set_lr(optimizer, 0.5)
+    ours = {}
+    for group in optimizer.param_groups:
+        ours |= dict.fromkeys(names(model, group), (group["lr"] / 0.5, group["weight_decay"]))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name] == pytest.approx(theirs[name]), name
+    assert len({rate for rate, _ in ours.values()}) == 5
 
 
 def test_the_released_code_decays_the_distillation_token(network):

@@ -3,13 +3,16 @@
 import dataclasses
 import re
 from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from fastdeit.distributed import World, world
-from fastdeit.pipelines.formats.dataset import open_dataset
+from fastdeit.inputs import DataSets
+from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
 from fastdeit.recipes import RECIPES, convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.training import progress
 from fastdeit.training.logs import RunLog
@@ -80,7 +83,7 @@ def test_the_same_images_in_another_file_are_found(tiny, images, tmp_path, event
     assert any("holds the same images" in text for text in warned(events, recipe))
 
 
-@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("deit_") and n != "deit_base_transfer"])
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("deit_") and "transfer" not in n])
 def test_the_papers_recipes_raise_no_warning(name, data):
     class ImageNet:
         content_hash, path = "x", data / "train.beton"
@@ -89,10 +92,18 @@ def test_the_papers_recipes_raise_no_warning(name, data):
             return 1_281_167
 
     recipe = RECIPES[name]()
-    val = open_dataset(data / "val.beton")
-    steps = len(ImageNet()) // recipe.run.global_batch
-    assert recipe_warnings(recipe.filled(), ImageNet(), val, steps=steps, repeats=3) == []  # type: ignore[arg-type]
+    val, train_set = open_dataset(data / "val.beton"), cast(Dataset, ImageNet())
+    sets = DataSets(train_set, val, 1000, np.arange(len(train_set)), np.arange(len(val)))
+    steps = len(train_set) // recipe.run.global_batch
+    assert recipe_warnings(recipe.filled(), sets, steps=steps, repeats=recipe.data.repeats) == []
     val.close()
+
+
+def test_a_run_without_validation_images_says_how_to_have_some(tiny, capsys, tmp_path):
+    train(tiny(data={"val": None}, run={"epochs": 1}))
+    assert "hold images out with --data.hold_out 0.1" in capsys.readouterr().out
+    train(tiny(data={"val": None, "hold_out": 0.1}, run={"epochs": 1, "output": tmp_path / "other"}))
+    assert "--data.hold_out 0.1" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -217,7 +228,7 @@ def training_on(recipe, name, monkeypatch):
 
 
 def test_a_run_on_a_known_card_has_a_forecast(monkeypatch):
-    sets = SimpleNamespace(train=range(1_281_167), val=range(50_000), num_classes=1000)
+    sets = cast(DataSets, SimpleNamespace(train_images=range(1_281_167), val_images=range(50_000), num_classes=1000))
     known = training_on(deit_tiny(), "NVIDIA H200", monkeypatch)
     found = forecast_run(known, sets)
     assert found is not None

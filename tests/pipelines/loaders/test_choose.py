@@ -69,7 +69,7 @@ def candidates(monkeypatch):
 
 
 def test_the_fastest_is_chosen_and_the_rates_are_told(candidates, jpegs, options):
-    candidates(slow=0.004, quick=0.001, middling=0.002)
+    candidates(slow=0.02, quick=0.001, middling=0.01)
     samples = first_step(COUNT, 10)
     chosen, reason = choose_loader(jpegs, samples, **options)
     assert chosen == "quick"

@@ -1,0 +1,75 @@
+"""The options of a recipe as people type them: switches without a value, and options that do not exist."""
+
+import difflib
+from collections.abc import Sequence
+from itertools import pairwise
+
+from fastdeit.config import Recipe
+from fastdeit.effects import fields
+from fastdeit.help import FIRST
+from fastdeit.pipelines.errors import UserError
+
+# Options of timm's train.py that people bring along, beyond those in `FIRST`.
+TIMM = {
+    "--aa": "augment.randaugment",
+    "--amp": "run.precision",
+    "--checkpoint-hist": "run.keep_checkpoints",
+    "--cutmix": "augment.cutmix_alpha",
+    "--initial-checkpoint": "model.init",
+    "--mixup": "augment.mixup_alpha",
+    "--mixup-prob": "augment.mix_prob",
+    "--model-ema": "ema.enabled",
+    "--model-ema-decay": "ema.decay",
+    "--opt": "optim.name",
+    "--reprob": "augment.erase_prob",
+    "--smoothing": "augment.label_smoothing",
+    "--validation-batch-size": "run.eval_batch",
+    "--warmup-lr": "optim.warmup_lr",
+    "--workers": "data.threads",
+} | {field.timm: field.name for field in FIRST if field.timm}
+_OTHERS = {"config", "help", "help-all"}
+
+
+def with_values(args: Sequence[str]) -> list[str]:
+    """`args` with "True" after each yes-or-no option that stands without a value."""
+    switches = {f"--{name}" for name, value in fields(Recipe(name="")).items() if type(value) is bool}
+    out: list[str] = []
+    for word, following in pairwise([*args, "--"]):
+        out.append(word)
+        if word.replace("-", "_").replace("__", "--", 1) in switches and following.startswith("--"):
+            out.append("True")
+    return out
+
+
+def check_options(args: Sequence[str]) -> None:
+    """Raise UserError for an option that no recipe has, with the nearest ones, and for a word before all options.
+
+    args  the words after the recipe's name
+    """
+    if args and not args[0].startswith("-"):
+        raise UserError(
+            f"'{args[0]}' follows the recipe without an option: for a data set write --data.train {args[0]}"
+        )
+    names = [*fields(Recipe(name=""))]
+    for word in args:
+        typed = word.partition("=")[0]
+        if not typed.startswith("--") or len(typed) == 2:
+            continue
+        name = typed[2:].replace("-", "_")
+        if name not in names and typed[2:] not in _OTHERS:
+            raise UserError(f"there is no option {typed}: {_meant(typed, name, names)}")
+
+
+def _meant(typed: str, name: str, names: list[str]) -> str:
+    if (here := TIMM.get(typed.replace("_", "-"))) is not None:
+        meaning = next((field.meaning for field in FIRST if field.name == here), "")
+        return f"did you mean --{here}?" + (f" ({meaning})" if meaning else "")
+    last = name.rpartition(".")[2]
+    near = [each for each in names if each.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
+    near = near or [each for each in names if difflib.get_close_matches(last, [each.rpartition(".")[2]], cutoff=0.7)]
+    near = near or [each for each in names if last in each]
+    if not near or len(near) > 5:
+        return "--help-all lists them all"
+    *before, final = [f"--{each}" for each in near]
+    return f"did you mean {', '.join(before)}{' or ' if before else ''}{final}?"
