@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.errors import UserError, printable
-from fastdeit.report.runs import HEADS, Run, published
+from fastdeit.report.runs import Run, published
 
 Figure = dict[str, Any]  # `data` and `layout` of plotly.js
 
 MOST_POINTS = 2000  # of a curve
 # Each is legible on white and on black; a run has one of them.
 COLOURS = ("#3d85d0", "#d9822b", "#3a9d5d", "#c2528b", "#8a7bd1", "#b59a1f", "#2fa3a3", "#c8574a", "#7d8b99", "#9c6b4f")
-_HEAD_COLOURS = dict(zip(HEADS, COLOURS, strict=False))
 _MARKS = {"resume": ("#3a9d5d", "dot"), "rewind": ("#c8574a", "dash"), "stopped": ("#7d8b99", "dashdot")}
 _LONGEST = 28  # characters of a class's name on an axis
+_FEW_EPOCHS, _FEW_MARKERS = 12, 60  # each has a tick; a marker
+_FEW_CLASSES = 12  # each cell has its number
 
 
 def plotly_script() -> str:
@@ -80,7 +81,7 @@ def _axes(x: str, y: str, **of_y: Any) -> Figure:
         "margin": {"l": 58, "r": 12, "t": 8, "b": 44},
         "height": 320,
         "hovermode": "closest",
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
     }
 
 
@@ -120,7 +121,7 @@ def _traces(run: Run, columns: Sequence[str], at: int, of: int) -> list[Figure]:
             dash = ("solid", "dash", "dot")[number]
             name = f"{run.label}, {part}" if number else run.label
             shown = {"visible": "legendonly"} if number else {}
-            out.append(_line(x, y, name, COLOURS[at % len(COLOURS)], dash, **shown))
+            out.append(_line(x, y, name, _colour(at), dash, **shown))
     return out
 
 
@@ -140,57 +141,48 @@ def _marks(runs: Sequence[Run]) -> list[Figure]:
 
 def accuracy(runs: Sequence[Run]) -> Figure:
     """Top-1 of each head and kind of weights over the epochs, the best score, and the paper's where there is one."""
-    data: list[Figure] = []
-    for at, run in enumerate(runs):
-        for weights, dash in (("model", "solid"), ("ema", "dot")):
-            for number, head in enumerate(HEADS):
-                points = [
-                    (e.epoch + 1, e.scores[head]["top1"])
-                    for e in run.evaluations
-                    if e.weights == weights and head in e.scores
-                ]
-                if not points:
-                    continue
-                name = head.replace("_", " ") + (" (EMA)" if weights == "ema" else "")
-                colour = COLOURS[at % len(COLOURS)] if len(runs) > 1 else _HEAD_COLOURS[head]
-                more: Figure = {"mode": "lines+markers", "marker": {"size": 5, "symbol": number}}
-                if len(runs) > 1 and head != _headline(run):
-                    more["visible"] = "legendonly"
-                x, y = zip(*points, strict=True)
-                data.append(_line(x, y, f"{run.label}, {name}" if len(runs) > 1 else name, colour, dash, **more))
-        best = best_point(run)
-        if best is not None:
-            name = f"{run.label}, best" if len(runs) > 1 else "best"
-            marker = {"symbol": "star", "size": 13, "color": COLOURS[at % len(COLOURS)] if len(runs) > 1 else "#c8574a"}
-            point = {"type": "scatter", "mode": "markers", "x": [best[0]], "y": [best[1]], "marker": marker}
-            data.append({**point, "name": label(name)})
-    layout = _axes("epoch", "validation top-1, %") | {"shapes": [], "annotations": []}
-    for top1, source in sorted({paper for run in runs if (paper := published(run)) is not None}):
+    several = len(runs) > 1
+    data = [trace for at, run in enumerate(runs) for trace in _scores(run, _colour(at) if several else None)]
+    layout: Figure = _axes("epoch", "validation top-1, %") | {"shapes": [], "annotations": []}
+    if all(e.epoch < _FEW_EPOCHS for run in runs for e in run.evaluations):
+        layout["xaxis"]["dtick"] = 1
+    papers = sorted({paper for run in runs if (paper := published(run)) is not None})
+    for number, (top1, source) in enumerate(papers):
         line = {"color": "#7d8b99", "dash": "dash", "width": 1}
         ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": top1, "y1": top1}
         layout["shapes"].append({"type": "line", **ends, "line": line})
-        text = {"text": label(f"{top1} ({source})"), "xref": "paper", "x": 1, "y": top1, "showarrow": False}
-        layout["annotations"].append({**text, "xanchor": "right", "yanchor": "bottom"})
+        text = {"text": label(f"{top1} ({source})"), "xref": "paper", "x": 0.25 * number, "y": top1}
+        layout["annotations"].append({**text, "showarrow": False, "xanchor": "left", "yanchor": "bottom"})
     return {"data": data, "layout": layout}
 
 
-def _headline(run: Run) -> str:
-    """The head that stands for the network: that of the best score, else the late fusion, else the class head."""
-    if run.best is not None:
-        return str(run.best["head"])
-    scores = run.evaluations[-1].scores if run.evaluations else {}
-    return "fused_probabilities" if "fused_probabilities" in scores else "class"
+def _scores(run: Run, colour: str | None) -> list[Figure]:
+    """The top-1 of a run; with a `colour` it is one of several, and shows only the head that stands for the network."""
+    out: list[Figure] = []
+    fused = f"fused_{run.recipe.get('departures', {}).get('late_fusion') or 'probabilities'}"
+    heads = {"class": "class", "distillation": "distillation", fused: "fused"}
+    best, before = run.best or {}, f"{run.label}, " if colour else ""
+    headline = best.get("head") or (fused if any(fused in each.scores for each in run.evaluations) else "class")
+    for weights, dash, ending in (("model", "solid", ""), ("ema", "dot", " (EMA)")):
+        for number, (head, name) in enumerate(heads.items()):
+            found = [e for e in run.evaluations if e.weights == weights and head in e.scores]
+            x, y = [e.epoch + 1 for e in found], [e.scores[head]["top1"] for e in found]
+            hidden = {"visible": "legendonly"} if colour and head != headline else {}
+            mode = "lines+markers" if len(found) <= _FEW_MARKERS else "lines"
+            more = {"mode": mode, "marker": {"size": 5, "symbol": number}, **hidden}
+            if found:
+                out.append(_line(x, y, f"{before}{name}{ending}", colour or COLOURS[number], dash, **more))
+    for e in run.evaluations:
+        if best and (e.step, e.weights) == (best["global_step"], best["weights"]) and best["head"] in e.scores:
+            marker = {"symbol": "star", "size": 13, "color": colour or "#c8574a"}
+            point = {"type": "scatter", "mode": "markers", "x": [e.epoch + 1], "y": [e.scores[best["head"]]["top1"]]}
+            out.append({**point, "marker": marker, "name": label(f"{before}best")})
+    return out
 
 
-def best_point(run: Run) -> tuple[int, float] | None:
-    """Epoch and top-1 of the best evaluation of a run; None if the log does not tell."""
-    best = run.best
-    if best is None:
-        return None
-    for each in run.evaluations:
-        if each.step == best["global_step"] and each.weights == best["weights"] and best["head"] in each.scores:
-            return each.epoch + 1, each.scores[best["head"]]["top1"]
-    return None
+def _colour(at: int) -> str:
+    """The colour of a run, by its place."""
+    return COLOURS[at % len(COLOURS)]
 
 
 def cosines(values: Sequence[float]) -> Figure:
@@ -212,12 +204,13 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
         for row, true in enumerate(short)
     ]
     grey = [[0, "rgba(128,128,128,0.08)"], [1e-9, "rgba(61,133,208,0.2)"], [1, "rgb(61,133,208)"]]
-    data = {"type": "heatmap", "z": counts, "text": hover, "hoverinfo": "text", "colorscale": grey, "zmin": 0}
-    if len(names) <= 12:
-        data["texttemplate"] = "%{z}"
+    data = {"type": "heatmap", "z": counts, "hovertext": hover, "hoverinfo": "text", "colorscale": grey, "zmin": 0}
+    if len(names) <= _FEW_CLASSES:
+        data |= {"text": [[str(count or "") for count in row] for row in counts.tolist()], "texttemplate": "%{text}"}
     axis = {"tickvals": numbers, "ticktext": short, "automargin": True, "rangemode": "normal", "showgrid": False}
+    axis["zeroline"] = False
     layout = _axes("network's decision", "true class")
-    layout["xaxis"] |= axis | {"tickangle": -45}
+    layout["xaxis"] |= axis
     layout["yaxis"] |= axis | {"autorange": "reversed"}
     layout["height"] = 220 + 22 * min(len(names), 30)
     return {"data": [data | {"xgap": 1, "ygap": 1, "showscale": False}], "layout": layout}

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 SAMPLES, WORST, MISTAKES, TOKENS, MAPS = 16, 5, 6, 64, 6  # pictures, classes, pictures of each, images, images
 MOST_CLASSES = 50  # of a confusion matrix
+_ORANGE = (255.0, 130.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _tokens(
             top, left = np.unravel_index(attention.argmax(), attention.shape)
             where = f"most at patch row {top + 1}, column {left + 1} of {attention.shape[0]} x {attention.shape[1]}"
             shows = f"attention of the {token} over that image: {where}"
-            row.append(Picture(lit(image, attention), shows, token))
+            row.append(Picture(heated(image, attention), shows, token))
         out.append(row)
     return cosine, out
 
@@ -314,11 +315,12 @@ def attention_maps(model: DeiT, images: Tensor) -> Tensor:
     return weights[:, :tokens, tokens:].unflatten(-1, model.patch_embed.grid_size).transpose(0, 1).float()
 
 
-def lit(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """`image` (S, S, 3) with its brightness in proportion to `attention` (rows, columns), dark where that is 0."""
-    rows, columns = -(-image.shape[0] // attention.shape[0]), -(-image.shape[1] // attention.shape[1])
-    light = np.kron(attention / max(float(attention.max()), 1e-12), np.ones((rows, columns)))
-    return (image * (0.12 + 0.88 * light[: image.shape[0], : image.shape[1], None])).astype(np.uint8)
+def heated(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """`image` (S, S, 3) uint8 in grey, with orange in proportion to `attention` (rows, columns) over its patches."""
+    patch = np.ones((image.shape[0] // attention.shape[0], image.shape[1] // attention.shape[1], 1))
+    heat = 0.8 * np.kron(attention[..., None] / max(float(attention.max()), 1e-12), patch)
+    grey = 0.7 * image.mean(2, keepdims=True)
+    return (grey * (1 - heat) + np.array(_ORANGE) * heat).astype(np.uint8)
 
 
 def as_pixels(images: Tensor, recipe: Recipe) -> np.ndarray:

@@ -75,6 +75,8 @@ def _tokens(sections: Sections, judged: Judged, name: str) -> Sequence[Html]:
     out.append(element("h3", "Attention"))
     if isinstance(judged.maps, Missing):
         return [*out, _missing(judged.maps)]
-    out.append(note("Attention of the last block, mean over heads: an image is bright where its token looks."))
+    out.append(
+        note("Attention of the last block, mean over heads: the more a token looks at a patch, the more orange it is.")
+    )
     rows = joined(pictures(row) for row in judged.maps)
     return [*out, element("div", rows, class_="three")]

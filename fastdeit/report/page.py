@@ -187,9 +187,9 @@ def _curves(sections: Sections, runs: Sequence[Run]) -> None:
         for name in captions
     ]
     remark = (
-        "Vertical lines are resumes, rewinds and stops. A curve keeps its peaks: of many points, the lowest and the "
+        "Vertical lines mark resumes, rewinds and stops. Click a name in the legend to hide or show its curve. A curve "
+        f"of more than {figures.MOST_POINTS:,} points shows the lowest and the highest value of each stretch."
     )
-    remark += "highest of each stretch are drawn. A click on a name in the legend hides or shows its curve."
     sections.add("curves", "Curves", note(remark), element("div", joined(plots), class_="plots"))
 
 

@@ -80,7 +80,8 @@ class Run:
     @property
     def steps(self) -> int:
         """The last step that the log has."""
-        return int(self.columns["global_step"][-1]) if len(self.columns["global_step"]) else 0
+        trained = self.columns["global_step"]
+        return max(int(trained[-1]) if len(trained) else 0, int(self.ending.get("global_step", 0)))
 
     @property
     def all_steps(self) -> int:
@@ -115,11 +116,12 @@ class Run:
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in these folders. Raises UserError for one that is no run, and for one that is named twice."""
-    twice = [path for at, path in enumerate(folders) if path.resolve() in {each.resolve() for each in folders[:at]}]
-    if twice:
-        raise UserError(f"{twice[0]}: is named twice: give each run once")
     runs = [read_run(folder) for folder in folders]
-    names = [run.folder.resolve().name or str(run.folder) for run in runs]
+    places = [folder.resolve() for folder in folders]
+    for at, folder in enumerate(folders):
+        if places[at] in places[:at]:
+            raise UserError(f"{folder}: is named twice: give each run once")
+    names = [place.name or str(place) for place in places]
     for run, name in zip(runs, names, strict=True):
         run.label = name if names.count(name) == 1 else str(run.folder)
     return runs
@@ -180,6 +182,7 @@ class _Reader:
             run.joules = (run.joules or 0.0) + math.fsum(joules) if joules else run.joules
         if kind in ("start", "stopped", "end"):
             run.ending = event
+            self._last_step = self._last_step if kind == "start" else _count(event, "global_step")
         found = incident(event, time, self._last_step)
         if found is not None:
             run.incidents.append(found)
@@ -220,10 +223,13 @@ def _check_start(event: dict[str, Any]) -> None:
         _count(event, name)
     if event.get("forecast_seconds") is not None:
         _number(event, "forecast_seconds")
-    if not isinstance(event["recipe"]["name"], str):
+    recipe = event["recipe"]
+    if not isinstance(recipe["name"], str):
         raise TypeError("the recipe's name is no text")
-    _count(event["recipe"]["run"], "epochs")
-    _count(event["recipe"]["run"], "global_batch")
+    if not all(isinstance(recipe.get(name, {}), dict) for name in ("model", "run", "departures")):
+        raise TypeError("a section of the recipe has no fields")
+    _count(recipe["run"], "epochs")
+    _count(recipe["run"], "global_batch")
 
 
 def _check_best(event: dict[str, Any]) -> None:

@@ -21,10 +21,12 @@ p, figcaption, .note { max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: break-word; }
+  min-width: 4.5rem; }
+th { overflow-wrap: break-word; }
 tbody th { font-weight: 600; }
-td { max-width: 44rem; min-width: 4rem; }
-td.number, th.number { text-align: right; }
+td { max-width: 44rem; }
+td:last-child:not(.number) { min-width: 9rem; }
+td.number, th.number { text-align: right; min-width: 0; overflow-wrap: normal; }
 code { font: .85em/1.4 ui-monospace, monospace; background: var(--panel); padding: .1em .3em; border-radius: .2em; }
 figure { margin: .5rem 0 1rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 0 2rem; }
@@ -32,7 +34,7 @@ figure { margin: .5rem 0 1rem; }
 .plot { min-height: 18rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .75rem; }
 .pictures figure { margin: 0; }
-.pictures img { width: 100%; aspect-ratio: 1; display: block; border-radius: .25rem; background: var(--panel); }
+.pictures img { width: 100%; height: auto; display: block; border-radius: .25rem; background: var(--panel); }
 .pictures img.small { image-rendering: pixelated; }
 .pictures figcaption { font-size: .75rem; line-height: 1.3; margin-top: .25rem; }
 .three { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem 2rem; }
@@ -51,8 +53,10 @@ const template = () => {
   const [text, line, back] = ["--soft", "--line", "--panel"].map((name) => style.getPropertyValue(name).trim());
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line};
   const clear = "rgba(0,0,0,0)";
-  return {layout: {font: {color: text, family: "system-ui, sans-serif", size: 12}, paper_bgcolor: clear,
-    plot_bgcolor: clear, xaxis: axis, yaxis: axis,
+  const numbers = {textfont: {color: style.getPropertyValue("--text").trim()}};
+  return {data: {heatmap: [numbers]}, layout: {
+    font: {color: text, family: "system-ui, sans-serif", size: 12},
+    paper_bgcolor: clear, plot_bgcolor: clear, xaxis: axis, yaxis: axis,
     hoverlabel: {bgcolor: back, bordercolor: line, font: {color: text}}}};
 };
 const options = {responsive: true, displaylogo: false, displayModeBar: false};

@@ -48,9 +48,9 @@ def test_curves_and_scores_are_those_of_the_log(whole, reported, events):
         assert close_to(page.points(figure, name), [(each["global_step"], each[field]) for each in lines])
     scores = events(reported.run.output, "eval")
     for weights, shown in (("model", ""), ("ema", " (EMA)")):
-        for head in ("class", "distillation", "fused_probabilities"):
+        for head, name in (("class", "class"), ("distillation", "distillation"), ("fused_probabilities", "fused")):
             expected = [(e["epoch"] + 1, e[head]["top1"]) for e in scores if e["weights"] == weights]
-            assert close_to(page.points("accuracy", head.replace("_", " ") + shown), expected)
+            assert close_to(page.points("accuracy", name + shown), expected)
     best = events(reported.run.output, "best")[-1]
     assert (
         f"top1 {best['score']:.2f}%: fused probabilities, averaged weights (EMA), step {best['global_step']}"

@@ -69,8 +69,8 @@ def test_marks_and_the_best_score(made):
     assert marks["rewind"]["y"] == [0, 1, None]
     traces = {each["name"]: each for each in figures.accuracy([run])["data"]}
     assert (traces["best"]["x"], traces["best"]["y"]) == ([2], [60.0])
-    assert traces["class (EMA)"]["y"] == (40.0, 60.0)
-    assert traces["class"]["x"] == (1, 2)
+    assert traces["class (EMA)"]["y"] == [40.0, 60.0]
+    assert traces["class"]["x"] == [1, 2]
     points = list(zip(drawn["loss"]["data"][0]["x"], drawn["loss"]["data"][0]["y"], strict=True))
     assert close_to(points, [(step, 3 / step) for step in range(1, 21)])
 
