@@ -34,7 +34,7 @@ class Options:
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
     overwrite: bool = False  # replace a file that is not such a page
     model: bool = True  # evaluate the best checkpoint, else the newest, on the run's own data
-    images: int = 1000  # validation images to evaluate at most, evenly spaced
+    images: int | None = None  # validation images to evaluate at most; None: 1000, or a minute's worth on a CPU
     batch: int = 64
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -42,8 +42,9 @@ class Options:
 def report(options: Options) -> Path:
     """Write the page, and return its path. Raises UserError for a folder that is no run, and for a file in the way."""
     for name in ("images", "batch"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: give at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: give at least 1")
     if not options.runs:
         raise UserError("name the folder of a run, or of several")
     from fastdeit.report.figures import plotly_script
@@ -82,7 +83,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 def _look(runs: "Sequence[Run]", options: Options) -> "list[Findings]":
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
-    from fastdeit.report.network import Missing, look
+    from fastdeit.report.network import look
+    from fastdeit.report.pictures import Missing
 
     out = []
     with world(options.device) as joined:

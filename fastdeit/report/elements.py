@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastdeit.pipelines.errors import printable
 
 if TYPE_CHECKING:
-    from fastdeit.report.network import Picture
+    from fastdeit.report.pictures import Picture
 
 _SIDE = 128  # pixels of a picture's longer side at most
 _SMALL = 64  # up to this side, a picture is stored without loss

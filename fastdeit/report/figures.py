@@ -20,9 +20,9 @@ MOST_POINTS = 2000  # of a curve
 # Each is legible on white and on black; a run has one of them.
 COLOURS = ("#3d85d0", "#d9822b", "#3a9d5d", "#c2528b", "#8a7bd1", "#b59a1f", "#2fa3a3", "#c8574a", "#7d8b99", "#9c6b4f")
 _MARKS = {"resume": ("#3a9d5d", "dot"), "rewind": ("#c8574a", "dash"), "stopped": ("#7d8b99", "dashdot")}
-_LONGEST = 28  # characters of a class's name on an axis
+_LONGEST = 20  # characters of a class's name on an axis
 _FEW_EPOCHS, _FEW_MARKERS = 12, 60  # each has a tick; a marker
-_FEW_CLASSES = 12  # each cell has its number
+_FEW_CLASSES = 12  # a matrix of so many has numbers in its cells and names below its columns
 
 
 def plotly_script() -> str:
@@ -77,7 +77,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.n
 def _axes(x: str, y: str, **of_y: Any) -> Figure:
     return {
         "xaxis": {"title": {"text": x}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": y}, "automargin": True, **of_y},
+        "yaxis": {"title": {"text": y, "standoff": 8}, "automargin": True, **of_y},
         "margin": {"l": 58, "r": 12, "t": 8, "b": 44},
         "height": 320,
         "hovermode": "closest",
@@ -196,7 +196,7 @@ def cosines(values: Sequence[float]) -> Figure:
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    """The confusion matrix (K, K): rows are true classes, columns the network's decisions."""
+    """The confusion matrix (K, K): rows are true classes, columns the network's decisions, in the same order."""
     numbers = list(range(len(names)))
     short = [label(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…") for name in names]
     hover = [
@@ -210,7 +210,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     axis = {"tickvals": numbers, "ticktext": short, "automargin": True, "rangemode": "normal", "showgrid": False}
     axis["zeroline"] = False
     layout = _axes("network's decision", "true class")
-    layout["xaxis"] |= axis
+    layout["xaxis"] |= axis | {"showticklabels": len(names) <= _FEW_CLASSES}
     layout["yaxis"] |= axis | {"autorange": "reversed"}
     layout["height"] = 220 + 22 * min(len(names), 30)
     return {"data": [data | {"xgap": 1, "ygap": 1, "showscale": False}], "layout": layout}

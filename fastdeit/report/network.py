@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastdeit import checkpoint
 from fastdeit.config import Recipe
@@ -18,35 +17,20 @@ from fastdeit.distributed import World
 from fastdeit.inputs import check_class_names, check_classes, open_dataset
 from fastdeit.loading import Loaded, load
 from fastdeit.memory import enough_for
-from fastdeit.model.deit import DeiT, token_cosines
+from fastdeit.model.deit import DeiT
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.pipelines.plan.plan import CUTMIX, OPS, Plan
+from fastdeit.report.pictures import Missing, Picture, as_pixels, described, spaced
 from fastdeit.report.runs import Run
+from fastdeit.report.tokens import look_at_tokens
 from fastdeit.setup import set_up
 from fastdeit.training.best import best_names
 
 T = TypeVar("T")
 
-SAMPLES, WORST, MISTAKES, TOKENS, MAPS = 16, 5, 6, 64, 6  # pictures, classes, pictures of each, images, images
+SAMPLES, WORST, MISTAKES, TOKENS = 16, 5, 6, 64  # pictures, classes, pictures of each, images
 MOST_CLASSES = 50  # of a confusion matrix
-_ORANGE = (255.0, 130.0, 20.0)
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Why a part of the page is not there."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image (H, W, 3) uint8, what it shows, and a line below it."""
-
-    pixels: np.ndarray
-    shows: str
-    caption: str
+IMAGES, _MINUTE = 1000, 5e12  # evaluated ones; operations of a minute on two cores
 
 
 @dataclass(frozen=True)
@@ -109,8 +93,11 @@ class Findings:
     judged: Judged | Missing
 
 
-def look(run: Run, world: World, *, images: int, batch: int) -> Findings:
+def look(run: Run, world: World, *, images: int | None, batch: int) -> Findings:
     """Samples of the run's training set, and its best checkpoint, else its newest, on `images` validation images.
+
+    images  at most; None: as many as `affordable` says
+    batch   images at once
 
     A part that cannot be shown is a `Missing`, as where the data are on another machine.
     """
@@ -181,18 +168,7 @@ def samples_of(run: Run, recipe: Recipe, dataset: Dataset) -> list[Picture]:
     return out
 
 
-def described(plan: Plan, sample: int) -> str:
-    """What the augmentation did to a sample, besides crop and flip."""
-    parts = [OPS[code] for code in plan.op[sample] if code]
-    if plan.erase[sample, 2]:
-        parts.append("erased")
-    if plan.mixed[sample]:
-        group = int(plan.group[sample])
-        parts.append(f"{'CutMix' if plan.mix[group] == CUTMIX else 'Mixup'} {plan.lam[group]:.2f}")
-    return ", ".join(parts) or "crop only"
-
-
-def judge(loaded: Loaded, val: Dataset, world: World, images: int, batch: int) -> Judged:
+def judge(loaded: Loaded, val: Dataset, world: World, images: int | None, batch: int) -> Judged:
     """The network's decisions on `images` images, evenly spaced over the validation set, and what they tell.
 
     Raises UserError where checkpoint and data set do not fit, and MachineError if the memory is too small.
@@ -203,7 +179,7 @@ def judge(loaded: Loaded, val: Dataset, world: World, images: int, batch: int) -
     if not len(val):
         raise UserError(f"{val.path}: holds no images")
     loaded.model.to(world.device)
-    index = spaced(len(val), images)
+    index = spaced(len(val), affordable(loaded, world.device) if images is None else images)
     decision, sure = np.zeros(len(index), np.int64), np.zeros(len(index))
     for start in range(0, len(index), batch):
         part = slice(start, start + batch)
@@ -214,7 +190,7 @@ def judge(loaded: Loaded, val: Dataset, world: World, images: int, batch: int) -
     names = _names(loaded.class_names or val.class_names, classes)
     few = index[spaced(len(index), min(TOKENS, batch))]
     with evaluation_batch(loaded.recipe, val, world, few, on_error="fail") as data:
-        cosine, maps = _tokens(loaded, data.images, [names[each] for each in val.label[few]])
+        cosine, maps = look_at_tokens(loaded, data.images, [names[each] for each in val.label[few]])
     return Judged(
         loaded=loaded,
         device=world.device.type,
@@ -230,10 +206,12 @@ def judge(loaded: Loaded, val: Dataset, world: World, images: int, batch: int) -
     )
 
 
-def spaced(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` positions, evenly spaced, int64."""
-    most = min(count, most)
-    return np.arange(most, dtype=np.int64) * count // max(1, most)
+def affordable(loaded: Loaded, device: torch.device) -> int:
+    """Validation images to evaluate: 1,000, or on a CPU so few that two cores take about a minute."""
+    model, size = loaded.model, loaded.recipe.model.img_size
+    positions = model.pos_embed.shape[1] if isinstance(model, DeiT) else (size // 16) ** 2
+    operations = 2 * positions * sum(each.numel() for each in model.parameters())
+    return IMAGES if device.type == "cuda" else min(IMAGES, max(1, round(_MINUTE / max(1, operations))))
 
 
 def _names(names: Sequence[str] | None, count: int) -> list[str]:
@@ -268,63 +246,3 @@ def _worst(
         here = label == one
         out.append(WorstClass(names[one], int(here.sum()), int(hit[here].sum()), pictures))
     return out
-
-
-def _tokens(
-    loaded: Loaded, images: Tensor, names: list[str]
-) -> tuple[list[float] | Missing, list[list[Picture]] | Missing]:
-    """Cosines of the two tokens by layer over `images`, and where the tokens look in a few of them."""
-    model, missing = loaded.model, Missing(f"a {loaded.recipe.model.arch} has no tokens")
-    if not isinstance(model, DeiT):
-        return missing, missing
-    one = Missing("the network has no distillation token")
-    with enough_for("looking at", images, "--batch", images.device):
-        cosine = token_cosines(model.tokens_by_layer(images)) if model.distilled else one
-        chosen = spaced(len(images), MAPS)
-        weights = attention_maps(model, images[chosen]).cpu().numpy()  # (T, B, rows, columns)
-    pixels, out = as_pixels(images[chosen], loaded.recipe), []
-    for at, image in enumerate(pixels):
-        row = [Picture(image, f"validation image of class {names[chosen[at]]}", names[chosen[at]])]
-        for token, attention in zip(("class token", "distillation token"), weights[:, at], strict=False):
-            top, left = np.unravel_index(attention.argmax(), attention.shape)
-            where = f"most at patch row {top + 1}, column {left + 1} of {attention.shape[0]} x {attention.shape[1]}"
-            shows = f"attention of the {token} over that image: {where}"
-            row.append(Picture(heated(image, attention), shows, token))
-        out.append(row)
-    return cosine, out
-
-
-@torch.inference_mode()
-def attention_maps(model: DeiT, images: Tensor) -> Tensor:
-    """Attention of the class token, and of the distillation token, over the patches in the last block, mean over heads.
-
-    (T, B, rows, columns) float32 for `images` (B, 3, S, S). The rest of a token's attention, up to a sum of 1, is on
-    the tokens themselves.
-    """
-    seen: list[Tensor] = []
-    attention: Any = model.blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue]
-    hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        model(images)
-    finally:
-        hook.remove()
-    batch, count, _ = seen[0].shape
-    q, k, _ = attention.qkv(seen[0]).reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    weights = (attention.q_norm(q) * attention.scale @ attention.k_norm(k).transpose(-2, -1)).softmax(-1).mean(1)
-    tokens = model.num_prefix_tokens
-    return weights[:, :tokens, tokens:].unflatten(-1, model.patch_embed.grid_size).transpose(0, 1).float()
-
-
-def heated(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """`image` (S, S, 3) uint8 in grey, with orange in proportion to `attention` (rows, columns) over its patches."""
-    patch = np.ones((image.shape[0] // attention.shape[0], image.shape[1] // attention.shape[1], 1))
-    heat = 0.8 * np.kron(attention[..., None] / max(float(attention.max()), 1e-12), patch)
-    grey = 0.7 * image.mean(2, keepdims=True)
-    return (grey * (1 - heat) + np.array(_ORANGE) * heat).astype(np.uint8)
-
-
-def as_pixels(images: Tensor, recipe: Recipe) -> np.ndarray:
-    """Normalised images (B, 3, S, S) as (B, S, S, 3) uint8."""
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (recipe.augment.mean, recipe.augment.std))
-    levels = (images.float().cpu() * std + mean).clamp(0, 1) * 255
-    return levels.round().byte().permute(0, 2, 3, 1).numpy()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fastdeit.report import figures
 from fastdeit.report.elements import Html, Sections, element, joined, note, pictures, table
-from fastdeit.report.network import MOST_CLASSES, Findings, Judged, Missing
+from fastdeit.report.network import MOST_CLASSES, Findings, Judged
+from fastdeit.report.pictures import Missing
 
 _PAIRS = 20
 
@@ -47,7 +48,7 @@ def _confusions(sections: Sections, judged: Judged, name: str) -> Sequence[Html]
     if len(judged.names) > MOST_CLASSES:
         return [listed]
     figure = figures.confusion(judged.confusion(), judged.names)
-    caption = "Rows are true classes, columns the network's decisions."
+    caption = "Rows are true classes, columns the network's decisions in the same order."
     worst = f" Most often, {rows[0][0]} was taken for {rows[0][1]}: {rows[0][2]} times." if rows else ""
     drawn = sections.plot(f"{name}confusion", figure, f"Confusion matrix. {caption}{worst}", caption)
     return [drawn, element("h3", "Pairs that are confused most"), listed]

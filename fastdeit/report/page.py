@@ -149,7 +149,7 @@ def _hardware(run: Run) -> str:
 def _versions(run: Run) -> str:
     versions = run.last_start.get("versions")
     if not isinstance(versions, dict):
-        return f"fastdeit {run.starts[-1].get('fastdeit')}, torch {run.starts[-1].get('torch')}"
+        versions = {name: run.starts[-1].get(name, _NONE) for name in ("fastdeit", "torch")}
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
 
 

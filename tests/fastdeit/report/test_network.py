@@ -10,12 +10,14 @@ from fastdeit import checkpoint
 from fastdeit.data import TrainingData
 from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
-from fastdeit.loading import load
+from fastdeit.loading import Loaded, load
 from fastdeit.model.deit import token_cosines
 from fastdeit.model.networks import build_network
-from fastdeit.recipes import convnet_teacher
-from fastdeit.report.network import Missing, _tokens, attention_maps, chosen_checkpoint, look, spaced
+from fastdeit.recipes import convnet_teacher, deit_base, deit_small, deit_tiny
+from fastdeit.report.network import affordable, chosen_checkpoint, look
+from fastdeit.report.pictures import Missing, spaced
 from fastdeit.report.runs import read_run
+from fastdeit.report.tokens import attention_maps, look_at_tokens
 from runs import changed, final_state
 
 IMAGES = 21
@@ -140,14 +142,25 @@ def test_a_run_without_checkpoints(reported, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("make", "images"), [(deit_tiny, 1000), (deit_small, 576), (deit_base, 147)])
+def test_a_large_network_sees_fewer_images_on_a_cpu(make, images):
+    recipe = make()
+    with torch.device("meta"):
+        model = build_network(recipe.model, 1000)
+    loaded = Loaded(model, None, None, "model", "class", recipe, None)
+    assert affordable(loaded, torch.device("cpu")) == images
+    assert affordable(loaded, torch.device("cuda")) == 1000
+
+
+@pytest.mark.slow
 def test_networks_without_a_second_token(reported, tiny):
     """A plain DeiT has one token, a convnet none."""
     loaded, images = load(reported.run.output), torch.zeros(2, 3, 32, 32)
     recipe = tiny(convnet_teacher)
     convnet = loaded._replace(model=build_network(recipe.model, 4).eval(), recipe=recipe)
-    assert _tokens(convnet, images, ["a", "b"]) == (Missing("a resnet10t has no tokens"),) * 2
+    assert look_at_tokens(convnet, images, ["a", "b"]) == (Missing("a resnet10t has no tokens"),) * 2
     recipe = tiny(model={"distilled": False})
     plain = loaded._replace(model=build_network(recipe.model, 4).eval(), recipe=recipe)
-    cosine, maps = _tokens(plain, images, ["a", "b"])
+    cosine, maps = look_at_tokens(plain, images, ["a", "b"])
     assert cosine == Missing("the network has no distillation token")
     assert [len(row) for row in maps] == [2, 2]
