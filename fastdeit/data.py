@@ -279,8 +279,10 @@ def evaluation_batch(
 def first_group(
     recipe: Recipe, dataset: Dataset, world: World, processes: int
 ) -> Generator[tuple[Plan, Batch], None, None]:
-    """The first mixing group of a run of `processes` processes: its plan, and its float32 images as the network saw
-    them. Made on this process only."""
+    """The plan and the float32 batch of the first mixing group that a run of `processes` processes trains on.
+
+    It is made on this process only.
+    """
     samples = epoch_order(recipe, len(dataset), world=processes).step(0, 0)
     rows = samples.group == 0
     arrays = {name: getattr(samples, name)[rows] for name in ("index", "repeat", "position", "group")}

@@ -83,10 +83,13 @@ def check_output(path: Path, overwrite: bool) -> None:
 def _look(runs: "Sequence[Run]", options: Options) -> "list[Findings]":
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
+    from fastdeit.pipelines.host.stage import compile_sentence
     from fastdeit.report.network import look
     from fastdeit.report.pictures import Missing
 
     out = []
+    if (sentence := compile_sentence()) is not None:
+        say(sentence, "stderr")
     with world(options.device) as joined:
         for each in runs:
             found = look(each, joined, images=options.images, batch=options.batch)

@@ -18,6 +18,7 @@ from fastdeit.inputs import check_class_names, check_classes, open_dataset
 from fastdeit.loading import Loaded, load
 from fastdeit.memory import enough_for
 from fastdeit.model.deit import DeiT
+from fastdeit.pipelines.console import progress_bar
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.report.pictures import Missing, Picture, as_pixels, described, spaced
@@ -132,7 +133,7 @@ def chosen_checkpoint(run: Run) -> tuple[Path, Any]:
 def _with(run: Run, path: Path | None, option: str, use: Callable[[Dataset], T]) -> T:
     """`use` of the data set at `path`, which may be relative to the folder where the run was started."""
     started = run.last_start.get("folder")
-    if path is not None and not path.exists() and isinstance(started, str):
+    if path is not None and isinstance(started, str) and (Path(started) / path).exists():
         path = Path(started) / path
     dataset = open_dataset(path, option)
     try:
@@ -181,12 +182,14 @@ def judge(loaded: Loaded, val: Dataset, world: World, images: int | None, batch:
     loaded.model.to(world.device)
     index = spaced(len(val), affordable(loaded, world.device) if images is None else images)
     decision, sure = np.zeros(len(index), np.int64), np.zeros(len(index))
-    for start in range(0, len(index), batch):
-        part = slice(start, start + batch)
-        with evaluation_batch(loaded.recipe, val, world, index[part], on_error="fail") as data:
-            with enough_for("evaluating", data.images, "--batch", world.device):
-                best = loaded.probabilities(data.images).max(1)
-            decision[part], sure[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+    with progress_bar([], total=len(index), desc="evaluate", leave=False) as bar:
+        for start in range(0, len(index), batch):
+            part = slice(start, start + batch)
+            with evaluation_batch(loaded.recipe, val, world, index[part], on_error="fail") as data:
+                with enough_for("evaluating", data.images, "--batch", world.device):
+                    best = loaded.probabilities(data.images).max(1)
+                decision[part], sure[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+            bar.update(len(index[part]))
     names = _names(loaded.class_names or val.class_names, classes)
     few = index[spaced(len(index), min(TOKENS, batch))]
     with evaluation_batch(loaded.recipe, val, world, few, on_error="fail") as data:

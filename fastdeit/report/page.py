@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def page(runs: Sequence[Run], findings: Sequence[Findings | None], plotly: str) 
 
 def _document(names: str, body: Html, scripts: Sequence[str]) -> str:
     """The file. Its policy forbids every request, and every script but these."""
-    scripts = [script.replace("\r\n", "\n").replace("</script", "<\\/script") for script in scripts]
+    scripts = [re.sub(r"<(?=/script|!--)", r"<\\", script.replace("\r\n", "\n"), flags=re.I) for script in scripts]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
     policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src {allowed}"
@@ -112,7 +113,7 @@ def _overview(runs: Sequence[Run]) -> Html:
 
 
 def _status(run: Run) -> str:
-    last = when(max(run.times))
+    last = when(run.ends[-1])
     if run.status == "incomplete":
         return f"incomplete: still going on, or killed; last line of the log {last} UTC"
     return f"{run.status}, {last} UTC"
@@ -211,11 +212,11 @@ def _accuracy(sections: Sections, runs: Sequence[Run]) -> None:
         last = {each.weights: each for each in run.evaluations if each.step == run.evaluations[-1].step}
         for weights, found in last.items():
             for head, scores in found.scores.items():
-                which = "EMA" if weights == "ema" else "weights"
+                which = "EMA" if weights == "ema" else weights
                 first = [run.label] if len(runs) > 1 else []
                 name = [*first, _head(head), which]
                 rows.append((*name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"))
-    head = [*(["run"] if len(runs) > 1 else []), "head", "of", "top-1 %", "top-5 %", "loss"]
+    head = [*(["run"] if len(runs) > 1 else []), "head", "weights", "top-1 %", "top-5 %", "loss"]
     numbers = range(len(head) - 3, len(head))
     scores = table(head, rows, "Scores of the last evaluation", list(numbers))
     sections.add("accuracy", "Accuracy", drawn, element("h3", "Last evaluation"), scores)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ class Run:
 
     label       the shortest name that no other run of the page has
     starts      the events "start"
+    ends        the time of the last line of each start
     columns     of the training lines, by `COLUMNS`, one value a step, by step
     best        the last event "best"
     ending      the last of the events "start", "stopped" and "end"
@@ -61,6 +61,7 @@ class Run:
     folder: Path
     label: str = ""
     starts: list[dict[str, Any]] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
@@ -68,7 +69,6 @@ class Run:
     best: dict[str, Any] | None = None
     ending: dict[str, Any] = field(default_factory=dict)
     joules: float | None = None
-    times: list[float] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
     record_fault: str | None = None
 
@@ -95,12 +95,10 @@ class Run:
             return "finished"
         return f"stopped by {self.ending['signal']}" if self.ending["event"] == "stopped" else "incomplete"
 
-    @cached_property
+    @property
     def seconds(self) -> list[float]:
         """Of each start, the time to its last line in the log."""
-        times, starts = sorted(self.times), [start["time"] for start in self.starts]
-        ends = [times[bisect.bisect_left(times, after) - 1] for after in starts[1:]] + times[-1:]
-        return [max(0.0, end - start) for start, end in zip(starts, ends, strict=True)]
+        return [max(0.0, end - start["time"]) for start, end in zip(self.starts, self.ends, strict=True)]
 
     @property
     def process_seconds(self) -> float:
@@ -136,20 +134,25 @@ def read_run(folder: Path) -> Run:
     if not log.exists():
         raise UserError(f"{folder}: has no log.jsonl: name the folder of a run (--run.output of fastdeit train)")
     reader = _Reader(folder)
+    _read(log, reader.take)
+    if not reader.run.starts:
+        raise UserError(f"{log}: has no event 'start': name the folder of a run, or restore its log")
+    redone = folder / "log-redone.jsonl"
+    if redone.exists():
+        _read(redone, reader.take_redone)
+    return reader.finished()
+
+
+def _read(log: Path, take: Callable[[dict[str, Any]], object]) -> None:
+    """Let `take` have each event of a log. Raises UserError naming the line that it cannot use."""
     for number, event in numbered_events(log):
         try:
-            reader.take(event)
+            take(event)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(
                 f"{log}, line {number}: not a line that a run writes ({event['event']}: {what}): restore or delete it"
             ) from error
-    if not reader.run.starts:
-        raise UserError(f"{log}: has no event 'start': name the folder of a run, or restore its log")
-    redone = folder / "log-redone.jsonl"  # its times count: the run spent them
-    if redone.exists():
-        reader.run.times += [_number(event, "time", _LATEST) for _, event in numbered_events(redone) if "time" in event]
-    return reader.finished()
 
 
 class _Reader:
@@ -164,7 +167,6 @@ class _Reader:
         """Add an event; unknown ones are left out. Raises KeyError, TypeError and the like if it lacks a field."""
         run, kind = self.run, event["event"]
         time = _number(event, "time", _LATEST)
-        run.times.append(time)
         if kind == "train":
             self._last_step = _count(event, "global_step")
             self._rows[self._last_step] = tuple(_number(event, name) if name in event else math.nan for name in COLUMNS)
@@ -174,6 +176,7 @@ class _Reader:
         elif kind == "start":
             _check_start(event)
             run.starts.append(event)
+            run.ends.append(time)
         elif kind == "best":
             _check_best(event)
             run.best = event
@@ -183,11 +186,19 @@ class _Reader:
         if kind in ("start", "stopped", "end"):
             run.ending = event
             self._last_step = self._last_step if kind == "start" else _count(event, "global_step")
+        if run.ends:
+            run.ends[-1] = max(run.ends[-1], time)
         found = incident(event, time, self._last_step)
         if found is not None:
             run.incidents.append(found)
             if kind in ("resume", "rewind", "stopped"):
                 run.marks.append(Mark(_count(event, "global_step"), kind, found.text))
+
+    def take_redone(self, event: dict[str, Any]) -> None:
+        """Count the time of an event whose step the run did again later."""
+        time = _number(event, "time", _LATEST)
+        at = bisect.bisect_right([start["time"] for start in self.run.starts], time) - 1
+        self.run.ends[max(0, at)] = max(self.run.ends[max(0, at)], time)
 
     def finished(self) -> Run:
         rows = np.array([self._rows[step] for step in sorted(self._rows)], dtype=np.float64).reshape(-1, len(COLUMNS))

@@ -120,6 +120,17 @@ def test_a_damaged_line_is_named(tmp_path, line, said):
         read_run(folder)
 
 
+def test_a_damaged_line_of_the_other_log_is_named(tmp_path):
+    write_run(tmp_path, start())
+    (tmp_path / "log-redone.jsonl").write_text('{"event": "train", "time": "late"}\n')
+    with pytest.raises(UserError, match=r"log-redone\.jsonl, line 1: .*time is no number"):
+        read_run(tmp_path)
+
+
+def test_a_clock_that_goes_back_costs_nothing(tmp_path):
+    assert read_run(write_run(tmp_path, start(BEGAN + 50), start(BEGAN), train(1, BEGAN + 9))).seconds == [0, 9]
+
+
 def test_what_is_no_run(tmp_path):
     (tmp_path / "file").write_text("")
     for path, said in (
