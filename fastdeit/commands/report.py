@@ -65,19 +65,21 @@ def report(options: Options) -> Path:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise UserError if the page would replace a file that is not a report, or has no folder to go to."""
-    from fastdeit.report.page import MARK
-
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it, or name another place with --output")
-    if not os.path.lexists(path):
-        return
-    check_regular(path)
-    with open(path, "rb") as file:
-        ours = file.read(len(MARK)) == MARK.encode()
-    if not ours and not overwrite:
+    if os.path.lexists(path) and not is_report(path) and not overwrite:
         raise UserError(
             f"{path}: is a file that fastdeit report did not write: name another with --output, or give --overwrite"
         )
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that this command wrote. Raises OSError if it is no regular file."""
+    from fastdeit.report.page import MARK
+
+    check_regular(path)
+    with open(path, "rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
 
 
 def _look(runs: "Sequence[Run]", options: Options) -> "list[Findings]":
