@@ -166,14 +166,7 @@ class TrainingData(Pipeline[EpochOrder]):
         self.repeats = repeats(recipe, world.size)
         self.images = divide(recipe.data, dataset.label).train
         order = epoch_order(recipe, self.images, rank=world.rank, world=world.size)
-        self.drawer = PlanDrawer(
-            recipe.augment,
-            recipe.run.seed,
-            dataset.height,
-            dataset.width,
-            img_size=recipe.model.img_size,
-            cutmix_box="floor" if recipe.departures.cutmix_box == "floor" else "full",
-        )
+        self.drawer = _drawer(recipe, dataset)
         if self.drawer.mixes and order.group_size % 2:
             raise UserError(
                 f"run.global_batch {recipe.run.global_batch} gives each of {world.size} processes "
@@ -193,6 +186,17 @@ class TrainingData(Pipeline[EpochOrder]):
         for epoch in range(first_epoch, self._epochs):
             # map keeps no batch alive while the next one is made; a loop would.
             yield from map(_train_batch, self.flow(epoch, first_step if epoch == first_epoch else 0))
+
+
+def _drawer(recipe: Recipe, dataset: Dataset) -> PlanDrawer:
+    return PlanDrawer(
+        recipe.augment,
+        recipe.run.seed,
+        dataset.height,
+        dataset.width,
+        img_size=recipe.model.img_size,
+        cutmix_box="floor" if recipe.departures.cutmix_box == "floor" else "full",
+    )
 
 
 def _train_batch(step: tuple[StepSamples, DecodedBatch, Batch]) -> TrainBatch:
@@ -268,21 +272,56 @@ class _Once:
 
 
 @contextmanager
-def evaluation_batch(recipe: Recipe, dataset: Dataset, world: World, index: np.ndarray) -> Generator[Batch, None, None]:
+def evaluation_batch(
+    recipe: Recipe, dataset: Dataset, world: World, index: np.ndarray, on_error: OnError = "replace"
+) -> Generator[Batch, None, None]:
     """A float32 batch of the images `index` (B,) int64, processed as for evaluation, on this process only.
 
-    The next image that decodes replaces one that does not, and brings its own label.
+    The next image that decodes replaces one that does not, and brings its own label, unless `on_error` is "fail".
     """
+    plans = _evaluation_plans(recipe, dataset)
+    with _one_batch(recipe, dataset, world, plain_samples(index), plans, on_error) as batch:
+        yield batch
+
+
+@contextmanager
+def first_samples(
+    recipe: Recipe, dataset: Dataset, world: World, *, processes: int, least: int
+) -> Generator[tuple[Plan, Batch], None, None]:
+    """The plan and the float32 batch of the first samples that a run of `processes` processes trains on.
+
+    They are the first mixing groups that hold `least` samples, if a batch has so many; made on this process only.
+    """
+    images = divide(recipe.data, dataset.label).train
+    samples = epoch_order(recipe, images, world=processes).step(0, 0)
+    rows = samples.group <= samples.group[:least][-1]
+    arrays = {name: getattr(samples, name)[rows] for name in ("index", "repeat", "position", "group")}
+    samples, drawer = replace(samples, **arrays), _drawer(recipe, dataset)
+    with _one_batch(recipe, dataset, world, samples, drawer.draw, recipe.data.on_error, images) as batch:
+        yield drawer.draw(samples), batch
+
+
+@contextmanager
+def _one_batch(
+    recipe: Recipe,
+    dataset: Dataset,
+    world: World,
+    samples: StepSamples,
+    draw: Callable[[StepSamples], Plan],
+    on_error: OnError,
+    images: np.ndarray | None = None,
+) -> Generator[Batch, None, None]:
     recipe = replace(recipe, data=replace(recipe.data, loader="auto"))
     pipeline = Pipeline(
         recipe,
         dataset,
         World(0, 1, world.local_size, world.device),
-        _Once(plain_samples(index)),
-        _evaluation_plans(recipe, dataset),
+        _Once(samples),
+        draw,
         torch.float32,
         "nchw",
-        on_error="replace",
+        on_error=on_error,
+        images=images,
         loader=("torch", "a few images"),
         stage=("host", "a few images"),
     )

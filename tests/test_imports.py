@@ -22,8 +22,11 @@ ORDER = [
     "model",
     "teacher",
     "training",
+    "report",
     "commands",
 ]
+
+OPTIONAL = {"nvidia", "ffcv", "apex", "plotly", "pyarrow", "sklearn", "matplotlib", "scipy", "safetensors"}
 
 
 def modules():
@@ -95,6 +98,6 @@ def test_optional_packages_are_imported_in_one_file_each():
         for node in statements(path):
             tops = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for package in (top.split(".")[0] for top in tops):
-                if package in ("nvidia", "ffcv", "apex", "pyarrow", "sklearn", "matplotlib", "scipy", "safetensors"):
+                if package in OPTIONAL:
                     users.setdefault(package, set()).add(name)
     assert {package: names for package, names in users.items() if len(names) > 1} == {}

@@ -61,7 +61,7 @@ def test_command_is_understood(words):
         parse_label(args)
     elif program == "fastdeit-budget":
         parse_budget(args)
-    elif program in [f"fastdeit-{name}" for name in ("convert", "eval", "predict", "export")]:
+    elif program in [f"fastdeit-{name}" for name in ("convert", "eval", "predict", "export", "report")]:
         module = importlib.import_module(f"fastdeit.commands.{program.removeprefix('fastdeit-')}")
         tyro.cli(module.Options, args=args)
     elif program == "fastdeit-completion":

@@ -1,7 +1,8 @@
 """`make demo`: the whole system on scikit-learn's digits, in a few minutes on two cores.
 
 Digits written as JPEGs, converted, a small convnet trained as the teacher, a small DeiT distilled from it with
-the distillation token; then the table of heads and three pictures. Run as `fastdeit demo [FOLDER]`.
+the distillation token; then the table of heads, three pictures and the report of both runs. Run as
+`fastdeit demo [FOLDER]`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from PIL import Image
 
 from fastdeit import checkpoint, launch
 from fastdeit.cli import run, words
+from fastdeit.commands.report import NAME, Options, is_report, report
 from fastdeit.config import Recipe
 from fastdeit.data import TrainingData
 from fastdeit.distributed import world
@@ -25,6 +27,7 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.plan.plan import CUTMIX, OPS
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
+from fastdeit.report.figures import plotly_script
 from fastdeit.training.evaluation import Scores
 from fastdeit.training.trainer import Trainer
 
@@ -127,6 +130,10 @@ def _pictures(folder: Path, recipe: Recipe, weights: Path, teacher_top1: float) 
 def demo(folder: Path) -> None:
     """Run the demonstration in `folder`; a second run resumes the first."""
     began = time.monotonic()
+    page = folder / NAME
+    plotly_script()  # whatever stands in the way of the page is an error before the training, not after it
+    if page.exists() and not is_report(page):
+        raise UserError(f"{page}: is a file that fastdeit report did not write: move it, or name another folder")
     if not (folder / "val.beton").exists():
         write_digits(folder / "images")
         for split in ("train", "val"):
@@ -148,6 +155,7 @@ def demo(folder: Path) -> None:
         row = [student_scores[kind][head]["top1"] for kind in ("model", "ema")]
         print(f"{head.replace('_', ', '):28} {row[0]:8.2f} {row[1]:8.2f}")
     print(f"\npictures: {', '.join(str(p) for p in pictures)}")
+    report(Options(runs=(folder / "student", folder / "teacher"), output=page))
     print(f"total {time.monotonic() - began:.0f} s")
 
 

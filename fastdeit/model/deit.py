@@ -210,6 +210,11 @@ class DeiT(nn.Module):
         return out
 
 
+def token_cosines(tokens: Sequence[Tensor]) -> list[float]:
+    """Mean cosine of class and distillation token in each layer; `tokens` are those of `DeiT.tokens_by_layer`."""
+    return [F.cosine_similarity(t[:, 0].double(), t[:, 1].double(), dim=-1).mean().item() for t in tokens]
+
+
 def build_model(cfg: ModelConfig, num_classes: int) -> DeiT:
     """A freshly initialised DeiT; weights come from PyTorch's global generator.
 

@@ -1,42 +1,22 @@
 """Pictures of a run: its curves, the images it trains on, and how its two tokens differ."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from fastdeit.pipelines.errors import UserError, naming
-from fastdeit.pipelines.parsing import parse_json
+from fastdeit.model.deit import token_cosines
+from fastdeit.pipelines.errors import naming
+from fastdeit.training.log_lines import read_log, without_repeats
 
 _COLOURS = {"class": "#1f6fb4", "distillation": "#d9822b", "fused": "#2f8f4e", "teacher": "#7a7a7a"}
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a `log.jsonl`. A last line cut short by a kill is left out; any other is an error."""
-    lines = path.read_text().splitlines()
-    events = []
-    for number, line in enumerate(lines, 1):
-        try:
-            events.append(parse_json(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON ({error}); restore or delete the line") from error
-    return events
-
-
-def _without_repeats(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Events of one kind by step; of a step that a resumed run did twice, the later line."""
-    by_key = {(e["global_step"], e.get("weights")): e for e in events if e["event"] == kind}
-    return [by_key[key] for key in sorted(by_key, key=str)] if kind == "eval" else list(by_key.values())
 
 
 def curves(log: Path, path: Path, *, teacher_top1: float | None = None) -> None:
     """Loss, learning rate and accuracy of the run logged in `log`, as a PNG at `path`."""
     events = read_log(log)
-    train = sorted(_without_repeats(events, "train"), key=lambda e: e["global_step"])
-    evaluations = sorted(_without_repeats(events, "eval"), key=lambda e: e["global_step"])
+    train, evaluations = without_repeats(events, "train"), without_repeats(events, "eval")
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
 
@@ -93,25 +73,21 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def token_cosine(tokens: list[torch.Tensor], path: Path | None = None) -> list[float]:
-    """Mean cosine of class and distillation token at the input and after each block, drawn where `path` is given.
+def token_cosine(tokens: list[torch.Tensor], path: Path) -> None:
+    """Mean cosine of class and distillation token at the input and after each block, as a PNG at `path`.
 
     tokens  one (B, 2, C) tensor a layer. The paper (section 4) has 0.06 at the input, 0.93 at the last layer.
     """
-    values = [
-        torch.nn.functional.cosine_similarity(t[:, 0].double(), t[:, 1].double(), dim=-1).mean().item() for t in tokens
-    ]
-    if path is not None:
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(range(len(values)), values, "o-", color=_COLOURS["fused"], label="this model")
-        axes.plot([0, len(values) - 1], [0.06, 0.93], "x", color="#333333", label="paper, DeiT-B on ImageNet")
-        axes.set(
-            xlabel="block (0: input)",
-            ylabel="cosine of class and distillation token",
-            ylim=(min(-0.05, min(values) - 0.05), 1),
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        _save(figure, path)
-    return values
+    values = token_cosines(tokens)
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(len(values)), values, "o-", color=_COLOURS["fused"], label="this model")
+    axes.plot([0, len(values) - 1], [0.06, 0.93], "x", color="#333333", label="paper, DeiT-B on ImageNet")
+    axes.set(
+        xlabel="block (0: input)",
+        ylabel="cosine of class and distillation token",
+        ylim=(min(-0.05, min(values) - 0.05), 1),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, path)

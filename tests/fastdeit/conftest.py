@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -16,8 +17,10 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
 from forked import Forked, run_module, run_module_twice
 from runs import changed, newest, train
+from tiny_datasets import reseal
 
 CLASSES = 4
+HOSTILE = ["</script><script>alert(1)//", '"><img src=x onerror=alert(2)>', "\x1b[31mred\u202e", "{{x}} & <b>bold</b>"]
 
 
 def draw_image(rng, label, size):
@@ -118,6 +121,19 @@ def teacher_checkpoint(data, tmp_path_factory):
     ).resolved()
     train(recipe)
     return newest(recipe)
+
+
+@pytest.fixture(scope="session")
+def reported(data, tiny_in, tmp_path_factory):
+    """The recipe of a finished run of a distilled student, whose classes have the names of an attacker."""
+    folder = tmp_path_factory.mktemp("reported")
+    for name in ("train.beton", "val.beton"):
+        for file in (name, f"{name}.json"):
+            shutil.copy(data / file, folder / file)
+        reseal(folder / f"{name}.json", class_names=HOSTILE)
+    recipe = changed(tiny_in(folder / "run"), "data", train=folder / "train.beton", val=folder / "val.beton")
+    train(recipe)
+    return recipe
 
 
 @pytest.fixture

@@ -12,12 +12,18 @@ def timms_transform(recipe):
     )
 
 
-def timms_outputs(recipe, weights, images):
-    """What timm's distilled network with these weights (four classes) says of `images`, by head."""
+def timms_network(recipe, weights):
+    """timm's distilled network with these weights (four classes)."""
     m = recipe.model
     shape = {name: getattr(m, name) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
     network = timm.create_model("deit_tiny_distilled_patch16_224", **shape, num_classes=4).eval()
     network.load_state_dict(weights, strict=True)
+    return network
+
+
+def timms_outputs(recipe, weights, images):
+    """What `timms_network` says of `images`, by head."""
+    network = timms_network(recipe, weights)
     with torch.no_grad():
         tokens = network.forward_features(images)
         heads = network.head(tokens[:, 0]), network.head_dist(tokens[:, 1])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from fastdeit.commands import budget, convert, export, label, predict, train
+from fastdeit.commands import budget, convert, export, label, predict, report, train
 from fastdeit.commands import eval as evaluate
 
 SECONDS = 30  # after which a command is taken to wait for a fifo
@@ -68,6 +68,8 @@ def commands(data, images, student, teacher_checkpoint, tmp_path):
         "export CHECKPOINT": (export.main, ["PATH", f"{tmp_path}/exported", "--formats", "timm"]),
         "budget --config": (budget.main, ["--config", "PATH"]),
         "budget --data.train": (budget.main, ["deit_tiny", "--data.train", "PATH"]),
+        "report RUN": (report.main, ["PATH", "--no-model", "--output", f"{tmp_path}/page.html"]),
+        "report --output": (report.main, [str(weights.parents[1]), "--no-model", "--output", "PATH"]),
         "convert SOURCE": (convert.main, ["PATH", dest]),
         "convert webdataset:": (convert.main, ["webdataset:PATH", dest]),
         "convert cifar:": (convert.main, ["cifar:PATH", dest]),

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdeit.model.deit import token_cosines
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training import plots
+from fastdeit.training.log_lines import read_log, without_repeats
 
 
 def write_log(path, events, tail=""):
@@ -25,15 +27,15 @@ def train_event(step, **fields):
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     log = tmp_path / "log.jsonl"
     write_log(log, [train_event(1), train_event(2)], tail='{"event": "tra')
-    assert [e["global_step"] for e in plots.read_log(log)] == [1, 2]
+    assert [e["global_step"] for e in read_log(log)] == [1, 2]
     log.write_text('{"event": "tra\n' + json.dumps(train_event(1)) + "\n")
     with pytest.raises(UserError, match=r"log\.jsonl, line 1"):
-        plots.read_log(log)
+        read_log(log)
 
 
 def test_steps_done_twice_are_drawn_once():
     events = [train_event(1), train_event(2, loss=9.0), train_event(2, loss=1.0)]
-    assert [e["loss"] for e in plots._without_repeats(events, "train")] == [3.0, 1.0]
+    assert [e["loss"] for e in without_repeats(events, "train")] == [3.0, 1.0]
 
 
 @pytest.mark.slow
@@ -65,8 +67,8 @@ def test_cosine_of_the_tokens(tmp_path):
     from sklearn.metrics.pairwise import cosine_similarity  # here: it takes two seconds
 
     tokens = [torch.randn(5, 2, 16) for _ in range(4)]
-    values = plots.token_cosine(tokens, tmp_path / "tokens.png")
-    for value, layer in zip(values, tokens, strict=True):
+    plots.token_cosine(tokens, tmp_path / "tokens.png")
+    for value, layer in zip(token_cosines(tokens), tokens, strict=True):
         judge = np.diag(cosine_similarity(layer[:, 0].numpy(), layer[:, 1].numpy())).mean()
         assert value == pytest.approx(judge, abs=1e-5)
     assert (tmp_path / "tokens.png").stat().st_size > 1000

@@ -1,0 +1,103 @@
+"""What went wrong in a run, or nearly: a sentence for each such event of the log."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+STALL = 1.0  # seconds that training waited for a checkpoint, from which on it is listed
+WAIT_SHARE, WAIT_SECONDS = 0.2, 10.0  # of an epoch; `training/data_wait.py` warns from the same values on
+_MOST = 2000  # characters of a sentence
+_FEW = 8  # images that a sentence names
+
+
+@dataclass(frozen=True)
+class Incident:
+    """An event: its time (seconds since 1970), where the run was, the kind of the event, and what happened."""
+
+    time: float
+    place: str
+    kind: str
+    text: str
+
+
+def incident(event: dict[str, Any], time: float, last_step: int) -> Incident | None:
+    """The incident that an event is, if any; `last_step` is the last one before it.
+
+    Raises KeyError, TypeError, ValueError or AttributeError if the event lacks what such an event has.
+    """
+    describe = _SENTENCES.get(event["event"])
+    text = None if describe is None else describe(event)
+    if text is None:
+        return None
+    if "global_step" in event:
+        place = f"step {int(event['global_step'])}"
+    elif "epoch" in event:
+        place = f"epoch {int(event['epoch']) + 1}"
+    else:
+        place = f"after step {last_step}" if last_step else "start"
+    return Incident(time, place, event["event"], text if len(text) <= _MOST else f"{text[:_MOST]} ...")
+
+
+def _replaced(event: dict[str, Any]) -> str:
+    some = [f"{int(bad)} by {int(used)}" for bad, used in event["images"][:_FEW]]
+    return f"{_count(event)} do not decode and were replaced: {_listed(some, event)}"
+
+
+def _fallbacks(event: dict[str, Any]) -> str:
+    some = [str(int(index)) for index in event["images"][:_FEW]]
+    were = "was" if int(event["count"]) == 1 else "were"
+    return f"{_count(event)} that the loader's decoder refused {were} read by PIL: {_listed(some, event)}"
+
+
+def _count(event: dict[str, Any]) -> str:
+    count = int(event["count"])
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def _listed(some: list[str], event: dict[str, Any]) -> str:
+    return ", ".join(some) + (", ..." if len(event["images"]) > len(some) else "")
+
+
+def _nonfinite(event: dict[str, Any]) -> str:
+    return f"loss {event['loss']}; the batch is stored in {event['reproduction']}"
+
+
+def _rewind(event: dict[str, Any]) -> str:
+    skipped = [int(step) for step in event["skipped"]]
+    left_out = f"; left out steps {skipped[0]} to {skipped[-1]}" if skipped else ""
+    return f"diverged at step {int(event['diverged'])}; went back to {PurePath(event['path']).name}{left_out}"
+
+
+def _resume(event: dict[str, Any]) -> str:
+    changed = "".join(f"; changed: {phrase}" for phrase in event["changed"])
+    return f"continued from {PurePath(event['path']).name}{changed}"
+
+
+def _checkpoint(event: dict[str, Any]) -> str | None:
+    stall = float(event.get("stall_seconds", 0.0))
+    if stall < STALL:
+        return None
+    return f"training waited {stall:.1f} s for {PurePath(event['path']).name}, which took {event['seconds']:.1f} s"
+
+
+def _waits(event: dict[str, Any]) -> str | None:
+    long = [
+        f"process {rank} ({wait['host']}): {wait['seconds']:.0f} s for data, {100 * wait['share']:.0f}% of the epoch"
+        for rank, wait in enumerate(event["processes"])
+        if wait["share"] >= WAIT_SHARE and wait["seconds"] >= WAIT_SECONDS
+    ]
+    return "; ".join(long) or None
+
+
+_SENTENCES: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "warning": lambda event: str(event["text"]),
+    "replaced": _replaced,
+    "fallbacks": _fallbacks,
+    "nonfinite": _nonfinite,
+    "rewind": _rewind,
+    "stopped": lambda event: f"by {event['signal']}",
+    "resume": _resume,
+    "checkpoint": _checkpoint,
+    "waits": _waits,
+}

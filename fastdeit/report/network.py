@@ -1,0 +1,256 @@
+"""What a run's checkpoint and its data show: samples, confusions, the worst classes, the two tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from fastdeit import checkpoint
+from fastdeit.config import Recipe
+from fastdeit.data import evaluation_batch, first_samples
+from fastdeit.distributed import World
+from fastdeit.inputs import check_class_names, check_classes, open_dataset
+from fastdeit.loading import Loaded, load
+from fastdeit.memory import enough_for
+from fastdeit.model.deit import DeiT
+from fastdeit.pipelines.console import progress_bar
+from fastdeit.pipelines.errors import UserError, os_sentence
+from fastdeit.pipelines.formats.dataset import Dataset
+from fastdeit.report.pictures import Missing, Picture, as_pixels, described, spaced
+from fastdeit.report.runs import Run
+from fastdeit.report.tokens import look_at_tokens
+from fastdeit.setup import set_up
+from fastdeit.subsets import divide
+from fastdeit.training.best import best_names
+
+T = TypeVar("T")
+
+SAMPLES, WORST, MISTAKES, TOKENS = 16, 5, 6, 64  # pictures, classes, pictures of each, images
+MOST_CLASSES = 50  # of a confusion matrix
+IMAGES, _MINUTE = 1000, 5e12  # evaluated ones; operations of a minute on two cores
+
+
+@dataclass(frozen=True)
+class WorstClass:
+    """A class with its images that were evaluated, those that were recognised, and some of the others."""
+
+    name: str
+    images: int
+    hits: int
+    mistakes: list[Picture]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A checkpoint on images of the validation set.
+
+    of           images that the set has
+    index        (N,) int64: those that were evaluated
+    label, decision  (N,) int64: their true classes, and the network's
+    names        of the K classes
+    cosines      of the two tokens by layer, over `token_images` images
+    maps         for each image: itself, and the attention of each of its tokens
+    """
+
+    loaded: Loaded
+    device: str
+    of: int
+    index: np.ndarray
+    label: np.ndarray
+    decision: np.ndarray
+    names: list[str]
+    worst: list[WorstClass]
+    token_images: int
+    cosines: list[float] | Missing
+    maps: list[list[Picture]] | Missing
+
+    @property
+    def top1(self) -> float:
+        return 100 * float((self.label == self.decision).mean())
+
+    def confusion(self) -> np.ndarray:
+        """(K, K) int64 counts: rows are true classes, columns decisions."""
+        counts = np.zeros((len(self.names), len(self.names)), np.int64)
+        np.add.at(counts, (self.label, self.decision), 1)
+        return counts
+
+    def confused(self, most: int) -> list[tuple[str, str, int, int]]:
+        """The pairs that are confused most: true class, decision, how often, and evaluated images of the true class."""
+        wrong = self.label != self.decision
+        pairs, counts = np.unique(np.stack([self.label, self.decision])[:, wrong], axis=1, return_counts=True)
+        rows = sorted(zip((-counts).tolist(), *pairs.tolist(), strict=True))[:most]
+        return [(self.names[a], self.names[b], -count, int((self.label == a).sum())) for count, a, b in rows]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is shown of a run besides its log."""
+
+    samples: list[Picture] | Missing
+    judged: Judged | Missing
+
+
+def look(run: Run, world: World, *, images: int | None, batch: int) -> Findings:
+    """Samples of the run's training set, and its best checkpoint, else its newest, on `images` validation images.
+
+    images  at most; None: as many as `affordable` says
+    batch   images at once
+
+    A part that cannot be shown is a `Missing`, as where the data are on another machine.
+    """
+    try:
+        path, weights = chosen_checkpoint(run)
+        loaded = load(path, weights=weights)
+    except (UserError, OSError) as error:
+        return Findings(Missing(_why(error)), Missing(_why(error)))
+    data = replace(loaded.recipe.data, threads=0, cache_dir=None)  # those of the machine that trained
+    recipe = replace(loaded.recipe, data=data, run=replace(loaded.recipe.run, precision="fp32"))
+    loaded = loaded._replace(recipe=recipe)
+    set_up(recipe, world)
+    samples = _or_missing(lambda: _with(run, recipe.data.train, "data.train", lambda one: samples_of(run, recipe, one)))
+    held_out = recipe.data.val is None and recipe.data.hold_out > 0
+    path, option = (recipe.data.train, "data.train") if held_out else (recipe.data.val, "data.val")
+    judged = _or_missing(lambda: _with(run, path, option, lambda val: judge(loaded, val, world, images, batch)))
+    return Findings(samples, judged)
+
+
+def chosen_checkpoint(run: Run) -> tuple[Path, Any]:
+    """The run's best checkpoint, else its newest, and the kind of weights to load. Raises UserError if it has none."""
+    folder = run.folder / "checkpoints"
+    found = checkpoint.found(folder)
+    if not found:
+        raise UserError(f"{folder}: there is no checkpoint yet")
+    names = best_names(folder)
+    path = next((path for path in found if path.name in names), found[0])
+    kind = run.best["weights"] if run.best is not None and run.best.get("checkpoint") == path.name else "auto"
+    return path, kind if kind in ("auto", "model", "ema") else "auto"
+
+
+def _with(run: Run, path: Path | None, option: str, use: Callable[[Dataset], T]) -> T:
+    """`use` of the data set at `path`, which may be relative to the folder where the run was started."""
+    started = run.last_start.get("folder")
+    if path is not None and isinstance(started, str) and (Path(started) / path).exists():
+        path = Path(started) / path
+    dataset = open_dataset(path, option)
+    try:
+        return use(dataset)
+    finally:
+        dataset.close()
+
+
+def _or_missing(find: Callable[[], T]) -> T | Missing:
+    try:
+        return find()
+    except (UserError, OSError) as error:
+        return Missing(_why(error))
+
+
+def _why(error: Exception) -> str:
+    return (os_sentence(error) if isinstance(error, OSError) else None) or str(error)
+
+
+def samples_of(run: Run, recipe: Recipe, dataset: Dataset) -> list[Picture]:
+    """The first samples of the run's first step, as the network saw them."""
+    here, processes = World(0, 1, 1, torch.device("cpu")), int(run.starts[-1]["world"])
+    with first_samples(recipe, dataset, here, processes=processes, least=SAMPLES) as (plan, batch):
+        names = _names(dataset.class_names, dataset.num_classes)
+        pixels = as_pixels(batch.images[:SAMPLES], recipe)
+        first, second = batch.label_a.tolist(), batch.label_b.tolist()
+    out = []
+    for at, image in enumerate(pixels):
+        classes, operations = names[first[at]], described(plan, at)
+        if plan.mixed[at]:
+            classes += f" + {names[second[at]]}"
+        out.append(Picture(image, f"training sample of {classes}; {operations}", f"{classes}: {operations}"))
+    return out
+
+
+def judge(loaded: Loaded, val: Dataset, world: World, images: int | None, batch: int) -> Judged:
+    """The network's decisions on `images` validation images, evenly spaced, and what they tell.
+
+    val  the validation set, or the training set of a run that holds images of it out
+
+    Raises UserError where checkpoint and data set do not fit, and MachineError if the memory is too small.
+    """
+    classes = loaded.recipe.model.num_classes or val.num_classes
+    check_classes(val, classes)
+    check_class_names(str(loaded.path), loaded.class_names, str(val.path), val.class_names)
+    data = loaded.recipe.data
+    every = divide(data, val.label).held_out if data.hold_out else np.arange(len(val))
+    if not len(every):
+        raise UserError(f"{val.path}: holds no images")
+    loaded.model.to(world.device)
+    index = every[spaced(len(every), affordable(loaded, world.device) if images is None else images)]
+    decision, sure = np.zeros(len(index), np.int64), np.zeros(len(index))
+    with progress_bar([], total=len(index), desc="evaluate", leave=False) as bar:
+        for start in range(0, len(index), batch):
+            part = slice(start, start + batch)
+            with evaluation_batch(loaded.recipe, val, world, index[part], on_error="fail") as data:
+                with enough_for("evaluating", data.images, "--batch", world.device):
+                    best = loaded.probabilities(data.images).max(1)
+                decision[part], sure[part] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+            bar.update(len(index[part]))
+    names = _names(loaded.class_names or val.class_names, classes)
+    few = index[spaced(len(index), min(TOKENS, batch))]
+    with evaluation_batch(loaded.recipe, val, world, few, on_error="fail") as data:
+        cosine, maps = look_at_tokens(loaded, data.images, [names[each] for each in val.label[few]])
+    return Judged(
+        loaded=loaded,
+        device=world.device.type,
+        of=len(every),
+        index=index,
+        label=val.label[index],
+        decision=decision,
+        names=names,
+        worst=_worst(loaded, val, world, names, index, decision, sure),
+        token_images=len(few),
+        cosines=cosine,
+        maps=maps,
+    )
+
+
+def affordable(loaded: Loaded, device: torch.device) -> int:
+    """Validation images to evaluate: 1,000, or on a CPU so few that two cores take about a minute."""
+    model, size = loaded.model, loaded.recipe.model.img_size
+    positions = model.pos_embed.shape[1] if isinstance(model, DeiT) else (size // 16) ** 2
+    operations = 2 * positions * sum(each.numel() for each in model.parameters())
+    return IMAGES if device.type == "cuda" else min(IMAGES, max(1, round(_MINUTE / max(1, operations))))
+
+
+def _names(names: Sequence[str] | None, count: int) -> list[str]:
+    return [str(each) for each in range(count)] if names is None else list(names)
+
+
+def _worst(
+    loaded: Loaded,
+    val: Dataset,
+    world: World,
+    names: list[str],
+    index: np.ndarray,
+    decision: np.ndarray,
+    sure: np.ndarray,
+) -> list[WorstClass]:
+    """The classes with the smallest share of recognised images, with some of their mistakes."""
+    label = val.label[index]
+    hit = decision == label
+    shares = [(hit[label == one].mean(), int(one)) for one in np.unique(label)]
+    out = []
+    for share, one in sorted(shares)[:WORST]:
+        if share == 1:
+            break
+        wrong = np.flatnonzero((label == one) & ~hit)[:MISTAKES]
+        with evaluation_batch(loaded.recipe, val, world, index[wrong], on_error="fail") as data:
+            pixels = as_pixels(data.images, loaded.recipe)
+        pictures = []
+        for image, at in zip(pixels, wrong, strict=True):
+            taken = f"{names[decision[at]]}, {100 * sure[at]:.0f}%"
+            shows = f"validation image {index[at]} of class {names[one]}, taken for {taken}"
+            pictures.append(Picture(image, shows, f"taken for {taken}"))
+        here = label == one
+        out.append(WorstClass(names[one], int(here.sum()), int(hit[here].sum()), pictures))
+    return out

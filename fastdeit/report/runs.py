@@ -1,0 +1,287 @@
+"""Reads what a run's folder says of the run: `log.jsonl` and `run.json`. Writes nothing, and imports no PyTorch."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.parsing import read_json
+from fastdeit.recipes import RECIPES
+from fastdeit.report.incidents import Incident, incident
+from fastdeit.training.log_lines import numbered_events
+
+COLUMNS = ("global_step", "loss", "loss_base", "loss_distill", "lr", "images_per_second", "data_wait")
+HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
+_MOST = 16 << 20  # bytes of run.json
+_LATEST = 1e11  # the last time that is one, in seconds since 1970
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A resume, a rewind or a stop, after so many steps."""
+
+    step: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one kind of weights ("model" or "ema"): by head top1 and top5 in percent, and the loss."""
+
+    epoch: int
+    step: int
+    weights: str
+    images: int
+    scores: dict[str, dict[str, float]]
+
+
+@dataclass
+class Run:
+    """A run as its folder tells it.
+
+    label       the shortest name that no other run of the page has
+    starts      the events "start"
+    ends        the time of the last line of each start
+    columns     of the training lines, by `COLUMNS`, one value a step, by step
+    best        the last event "best"
+    ending      the last of the events "start", "stopped" and "end"
+    joules      of all GPUs, in the epochs that were finished; None if they were not measured
+    record      `run.json`; empty where `record_fault` says why
+    """
+
+    folder: Path
+    label: str = ""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    ending: dict[str, Any] = field(default_factory=dict)
+    joules: float | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    record_fault: str | None = None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe of the last start, by section."""
+        return self.starts[-1]["recipe"]
+
+    @property
+    def steps(self) -> int:
+        """The last step that the log has."""
+        trained = self.columns["global_step"]
+        return max(int(trained[-1]) if len(trained) else 0, int(self.ending.get("global_step", 0)))
+
+    @property
+    def all_steps(self) -> int:
+        """The steps of the whole run."""
+        return int(self.starts[-1]["steps_per_epoch"]) * int(self.recipe["run"]["epochs"])
+
+    @property
+    def status(self) -> str:
+        """`finished`, `stopped by SIGNAL`, or `incomplete`: still going on, or killed."""
+        if self.ending["event"] == "end":
+            return "finished"
+        return f"stopped by {self.ending['signal']}" if self.ending["event"] == "stopped" else "incomplete"
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each start, the time to its last line in the log."""
+        return [max(0.0, end - start["time"]) for start, end in zip(self.starts, self.ends, strict=True)]
+
+    @property
+    def process_seconds(self) -> float:
+        """The times of all starts, each multiplied by its processes."""
+        return sum(time * int(start["world"]) for time, start in zip(self.seconds, self.starts, strict=True))
+
+    @property
+    def last_start(self) -> dict[str, Any]:
+        """The last start in `run.json`; empty without one."""
+        starts = self.record.get("starts")
+        return starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in these folders. Raises UserError for one that is no run, and for one that is named twice."""
+    runs = [read_run(folder) for folder in folders]
+    places = [folder.resolve() for folder in folders]
+    for at, folder in enumerate(folders):
+        if places[at] in places[:at]:
+            raise UserError(f"{folder}: is named twice: give each run once")
+    names = [place.name or str(place) for place in places]
+    for run, name in zip(runs, names, strict=True):
+        run.label = name if names.count(name) == 1 else str(run.folder)
+    return runs
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder. Raises UserError if it has no log, or naming the line of the log that is not a run's."""
+    log = folder / "log.jsonl"
+    if not folder.is_dir():
+        missing = "is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{folder}: {missing}: name the folder of a run (--run.output of fastdeit train)")
+    if not log.exists():
+        raise UserError(f"{folder}: has no log.jsonl: name the folder of a run (--run.output of fastdeit train)")
+    reader = _Reader(folder)
+    _read(log, reader.take)
+    if not reader.run.starts:
+        raise UserError(f"{log}: has no event 'start': name the folder of a run, or restore its log")
+    redone = folder / "log-redone.jsonl"
+    if redone.exists():
+        _read(redone, reader.take_redone)
+    return reader.finished()
+
+
+def _read(log: Path, take: Callable[[dict[str, Any]], object]) -> None:
+    """Let `take` have each event of a log. Raises UserError naming the line that it cannot use."""
+    for number, event in numbered_events(log):
+        try:
+            take(event)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f"{log}, line {number}: not a line that a run writes ({event['event']}: {what}): restore or delete it"
+            ) from error
+
+
+class _Reader:
+    """Takes the events of a log in order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run, self._last_step = Run(folder), 0
+        self._rows: dict[int, tuple[float, ...]] = {}
+        self._evaluations: dict[tuple[int, str], Evaluation] = {}
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Add an event; unknown ones are left out. Raises KeyError, TypeError and the like if it lacks a field."""
+        run, kind = self.run, event["event"]
+        time = _number(event, "time", _LATEST)
+        if kind == "train":
+            self._last_step = _count(event, "global_step")
+            self._rows[self._last_step] = tuple(_number(event, name) if name in event else math.nan for name in COLUMNS)
+        elif kind == "eval":
+            found = _evaluation(event)
+            self._evaluations[found.step, found.weights] = found
+        elif kind == "start":
+            _check_start(event)
+            run.starts.append(event)
+            run.ends.append(time)
+        elif kind == "best":
+            _check_best(event)
+            run.best = event
+        elif kind == "gpus":
+            joules = [each["joules"] for each in event["processes"] if each.get("joules") is not None]
+            run.joules = (run.joules or 0.0) + math.fsum(joules) if joules else run.joules
+        if kind in ("start", "stopped", "end"):
+            run.ending = event
+            self._last_step = self._last_step if kind == "start" else _count(event, "global_step")
+        if run.ends:
+            run.ends[-1] = max(run.ends[-1], time)
+        found = incident(event, time, self._last_step)
+        if found is not None:
+            run.incidents.append(found)
+            if kind in ("resume", "rewind", "stopped"):
+                run.marks.append(Mark(_count(event, "global_step"), kind, found.text))
+
+    def take_redone(self, event: dict[str, Any]) -> None:
+        """Count the time of an event whose step the run did again later."""
+        time = _number(event, "time", _LATEST)
+        at = bisect.bisect_right([start["time"] for start in self.run.starts], time) - 1
+        self.run.ends[max(0, at)] = max(self.run.ends[max(0, at)], time)
+
+    def finished(self) -> Run:
+        rows = np.array([self._rows[step] for step in sorted(self._rows)], dtype=np.float64).reshape(-1, len(COLUMNS))
+        self.run.columns = dict(zip(COLUMNS, rows.T, strict=True))
+        self.run.evaluations = [self._evaluations[key] for key in sorted(self._evaluations)]
+        try:
+            record = read_json(self.run.folder / "run.json", _MOST)
+        except FileNotFoundError:
+            self.run.record_fault = "the folder has no run.json"
+        except (OSError, UserError, ValueError) as error:
+            self.run.record_fault = f"run.json cannot be read: {error}"
+        else:
+            self.run.record = record if isinstance(record, dict) else {}
+            self.run.record_fault = None if self.run.record else "run.json is not a record that fastdeit wrote"
+        return self.run
+
+
+def _number(event: dict[str, Any], name: str, most: float = math.inf) -> float:
+    value = event[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is no number")
+    if most < math.inf and not 0 <= value <= most:
+        raise ValueError(f"{name} is out of range")
+    return float(value)
+
+
+def _count(event: dict[str, Any], name: str) -> int:
+    return int(_number(event, name, 1e12))
+
+
+def _check_start(event: dict[str, Any]) -> None:
+    for name in ("world", "steps_per_epoch"):
+        _count(event, name)
+    if event.get("forecast_seconds") is not None:
+        _number(event, "forecast_seconds")
+    recipe = event["recipe"]
+    if not isinstance(recipe["name"], str):
+        raise TypeError("the recipe's name is no text")
+    if not all(isinstance(recipe.get(name, {}), dict) for name in ("model", "run", "departures")):
+        raise TypeError("a section of the recipe has no fields")
+    _count(recipe["run"], "epochs")
+    _count(recipe["run"], "global_batch")
+
+
+def _check_best(event: dict[str, Any]) -> None:
+    _number(event, "score")
+    _count(event, "global_step")
+    if not all(isinstance(event[name], str) for name in ("checkpoint", "metric", "weights", "head")):
+        raise TypeError("a name is no text")
+
+
+def _evaluation(event: dict[str, Any]) -> Evaluation:
+    weights = event["weights"]
+    if not isinstance(weights, str):
+        raise TypeError("weights is no text")
+    scores = {
+        head: {name: _number(event[head], name) for name in ("top1", "top5", "loss")} for head in HEADS if head in event
+    }
+    return Evaluation(_count(event, "epoch"), _count(event, "global_step"), weights, _count(event, "images"), scores)
+
+
+def flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe's dict by their command-line names."""
+    out: dict[str, Any] = {}
+    for name, value in recipe.items():
+        out |= {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+    return out
+
+
+def published(run: Run) -> tuple[float, str] | None:
+    """The top-1 that the paper has for the run's recipe, and its source; None for another data set than ImageNet."""
+    recipe, start = run.recipe, run.starts[-1]
+    batch = int(recipe["run"]["global_batch"])
+    images = int(start["steps_per_epoch"]) * batch
+    classes = recipe.get("model", {}).get("num_classes")
+    is_imagenet = 1_281_167 - batch < images <= 1_281_167 and classes in (None, 1000)
+    make = RECIPES.get(str(recipe.get("name")))
+    if make is None or not is_imagenet or any(each.images != 50_000 for each in run.evaluations):
+        return None
+    return _top1(make.__doc__ or "")
+
+
+def _top1(docstring: str) -> tuple[float, str] | None:
+    """The figure that a recipe's docstring states as the paper's: `Top-1: 72.2 (paper, Table 5)`."""
+    match = re.search(r"^\s*Top-1: (\d+\.\d+) \((paper, [^)]*)\)", docstring, re.MULTILINE)
+    return None if match is None else (float(match[1]), match[2])
