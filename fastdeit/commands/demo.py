@@ -7,6 +7,7 @@ the distillation token; then the table of heads, three pictures and the report o
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -157,6 +158,14 @@ def demo(folder: Path) -> None:
     print(f"\npictures: {', '.join(str(p) for p in pictures)}")
     report(Options(runs=(folder / "student", folder / "teacher"), output=page))
     print(f"total {time.monotonic() - began:.0f} s")
+    runs, new = (shlex.quote(str(each)) for each in (folder / "student", folder / "images/val/7"))
+    print(
+        "\nnext:",
+        f"fastdeit predict {runs} {new}",
+        f"fastdeit export {runs} {shlex.quote(str(folder / 'exported'))}",
+        "fastdeit train deit_tiny --data.train YOUR_IMAGES --data.hold_out 0.1",
+        sep="\n  ",
+    )
 
 
 def main() -> None:
