@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeit.config import Recipe
 from fastdeit.pipelines.machine import MachineError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _GIB = 2**30
 _OTHERS = 1.5 * _GIB  # what other programs hold is named from here on; less may be this process's own CUDA context
@@ -34,6 +37,13 @@ def enough_memory(work: str, remedy: str, device: torch.device) -> Iterator[None
         host = device.type != "cuda" or _HOST in str(error)
         full = "the machine's memory is full" if host else _full(device)
         raise MachineError(f"{work}: {full}: {remedy}") from error
+
+
+def moved(network: Network, device: torch.device) -> Network:
+    """The network itself, moved to the device. Raises MachineError if there is no room for it."""
+    remedy = "end the other programs there, or use another device"
+    with enough_memory("moving the network's weights", remedy, device):
+        return network.to(device)
 
 
 def _full(device: torch.device) -> str:

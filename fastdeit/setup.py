@@ -21,6 +21,7 @@ from fastdeit.config import LITE0, Recipe
 from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import DataSets, check_class_names
+from fastdeit.memory import moved
 from fastdeit.model.deit import DeiT
 from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent, build_network
@@ -152,7 +153,7 @@ def build_student(
 ) -> tuple[DeiT | ConvnetStudent, list[str]]:
     """The student with its initial weights, from `run.seed` or `model.init`; messages about the loading."""
     torch.manual_seed(recipe.run.seed)
-    model = build_network(recipe.model, num_classes, kernels).to(world.device)
+    model = moved(build_network(recipe.model, num_classes, kernels), world.device)
     return model, load_weights(model, recipe.model.init) if recipe.model.init is not None else []
 
 
@@ -189,7 +190,7 @@ def open_teacher(recipe: Recipe, sets: DataSets, world: World) -> Teacher:
     check_class_names(
         str(sets.train.path), sets.train.class_names, f"the teacher {teacher.source}", teacher.class_names
     )
-    return teacher.to(world.device)
+    return moved(teacher, world.device)
 
 
 def _load_teacher(recipe: Recipe, num_classes: int) -> Teacher:

@@ -47,6 +47,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.loading import open_checkpoint
+    from fastdeit.memory import moved
     from fastdeit.model.kernel_choice import choose_kernels
     from fastdeit.pipelines.formats.checksums import unchecked
     from fastdeit.setup import open_evaluation_data, set_up, silent
@@ -86,7 +87,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
                 model, messages = opened.network(classes, kind, kernels, f"cannot be evaluated on {val.path}")
                 for message in messages:
                     say(message)
-                model.to(joined.device)
+                moved(model, joined.device)
                 out[kind] = evaluate(
                     model, data, joined, precision, kernels=kernels, progress=verbose, batch_option="--batch"
                 )

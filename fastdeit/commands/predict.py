@@ -75,7 +75,7 @@ def predict(options: Options) -> int:
     from fastdeit.distributed import world
     from fastdeit.image_files import read_batches
     from fastdeit.loading import load
-    from fastdeit.memory import enough_for
+    from fastdeit.memory import enough_for, moved
     from fastdeit.setup import set_up
 
     loaded = load(
@@ -87,7 +87,7 @@ def predict(options: Options) -> int:
     with world(options.device) as joined:
         run = dataclasses.replace(loaded.recipe.run, precision="fp32")
         set_up(dataclasses.replace(loaded.recipe, run=run), joined)
-        loaded.model.to(joined.device)
+        moved(loaded.model, joined.device)
         began, done, bad = time.monotonic(), 0, 0
         for files in read_batches(paths, loaded.transform, batch=options.batch, workers=options.workers):
             names, images = [], []

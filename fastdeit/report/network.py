@@ -16,7 +16,7 @@ from fastdeit.data import evaluation_batch, first_samples
 from fastdeit.distributed import World
 from fastdeit.inputs import check_class_names, check_classes, open_dataset
 from fastdeit.loading import Loaded, load
-from fastdeit.memory import enough_for
+from fastdeit.memory import enough_for, moved
 from fastdeit.model.deit import DeiT
 from fastdeit.pipelines.console import progress_bar
 from fastdeit.pipelines.errors import UserError, os_sentence
@@ -184,7 +184,7 @@ def judge(loaded: Loaded, val: Dataset, world: World, images: int | None, batch:
     every = divide(data, val.label).held_out if data.hold_out else np.arange(len(val))
     if not len(every):
         raise UserError(f"{val.path}: holds no images")
-    loaded.model.to(world.device)
+    moved(loaded.model, world.device)
     index = every[spaced(len(every), affordable(loaded, world.device) if images is None else images)]
     decision, sure = np.zeros(len(index), np.int64), np.zeros(len(index))
     with progress_bar([], total=len(index), desc="evaluate", leave=False) as bar:

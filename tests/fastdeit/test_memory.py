@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdeit.distributed import world
-from fastdeit.memory import enough_for, enough_memory, enough_to_train
+from fastdeit.memory import enough_for, enough_memory, enough_to_train, moved
 from fastdeit.model.deit import DeiT
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.recipes import RECIPES
@@ -44,6 +44,14 @@ def test_every_library_of_a_gpu_is_understood(monkeypatch, said):
         enough_memory("evaluating", "less", torch.device("cuda:1")),
     ):
         raise said
+
+
+def test_a_network_that_finds_no_room(monkeypatch):
+    network = torch.nn.Linear(2, 2)
+    assert moved(network, CPU) is network
+    monkeypatch.setattr(network, "to", fill_memory)
+    with pytest.raises(MachineError, match="moving the network's weights: the machine's memory is full: end the other"):
+        moved(network, CPU)
 
 
 def test_other_errors_pass():
