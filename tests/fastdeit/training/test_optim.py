@@ -11,8 +11,10 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
 from fastdeit.config import OptimConfig
+from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny_finetune
 from fastdeit.training.optim import Ema, build_optimizer, learning_rate, parameter_groups, peak_lr, set_lr
+from runs import assert_same_state, changed, newest, rewind, train, trained
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,25 @@ def test_optimizer_takes_the_recipe(network, name):
     if name == "adamw":
         assert optimizer.defaults["betas"] == (0.9, 0.999)
         assert optimizer.defaults["eps"] == 1e-8
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tiny, tmp_path):
+    """With a batch that no mixing group of the paper divides."""
+    before = tiny(model={"distilled": False}, run={"epochs": 1, "output": tmp_path / "before"})
+    train(before)
+    recipe = tiny(
+        deit_tiny_finetune,
+        model={"init": newest(before), "drop_path": 0.1},
+        data={"repeats": 1},
+        optim={"layer_decay": 0.5},
+        departures={"mix_group": 1},
+        run={"global_batch": 10, "checkpoint_every": 5, "keep_checkpoints": 9, "output": tmp_path / "after"},
+    )
+    straight = trained(recipe)
+    assert len(straight["optimizer"]["param_groups"]) == 2 * 4
+    assert {group["lr_scale"] for group in straight["optimizer"]["param_groups"]} == {1, 0.5, 0.25, 0.125}
+    rewind(recipe, 15)
+    assert_same_state(straight, trained(recipe))
+    with pytest.raises(UserError, match=r"optim\.layer_decay"):
+        train(changed(recipe, "optim", layer_decay=0.75))
