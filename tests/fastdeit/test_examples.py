@@ -99,6 +99,12 @@ SCONTROL = 'case $1 in show) echo node1; echo node2 ;; *) echo "$@" >> "$HERE/sc
 SCANCEL = 'echo "$@" > "$HERE/scancel"; kill -TERM "$(cat "$HERE/pid")"'
 
 
+def end(folder, status):
+    """Let srun end with this status; the file appears with its content."""
+    (folder / "end.new").write_text(str(status))
+    (folder / "end.new").rename(folder / "end")
+
+
 @pytest.fixture
 def job(stubs, tmp_path):
     """The batch script, which runs, and its srun, which waits."""
@@ -113,7 +119,7 @@ def job(stubs, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield process
-    (tmp_path / "end").write_text("0")
+    end(tmp_path, 0)
     process.kill()
     process.wait()
 
@@ -124,7 +130,7 @@ def test_slurm_starts_one_torchrun_on_each_machine(job, tmp_path):
     assert (options.nnodes, options.nproc_per_node) == ("2", "gpu")
     assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node1:22345", "12345")
     assert options.shutdown_timeout < 120  # the seconds of --signal
-    (tmp_path / "end").write_text("0")
+    end(tmp_path, 0)
     assert job.wait(60) == 0
     assert not (tmp_path / "scontrol").exists()
 
@@ -140,7 +146,7 @@ def test_slurm_queues_the_job_again_at_its_time_limit(job, tmp_path, status):
 
 @pytest.mark.parametrize(("status", "again"), [(75, True), (1, False), (2, False)])
 def test_slurm_queues_a_job_again_that_asks_for_it_but_no_error(job, tmp_path, status, again):
-    (tmp_path / "end").write_text(str(status))
+    end(tmp_path, status)
     assert job.wait(60) == status
     assert (tmp_path / "scontrol").exists() == again
 

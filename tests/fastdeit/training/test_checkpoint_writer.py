@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def test_the_loop_goes_on_and_the_file_holds_the_state_of_its_step(writer, tmp_p
     moments[0]["exp_avg"] += 7
     writing.poll()
     assert not checkpoint.found(tmp_path / "checkpoints")
+    time.sleep(0.5)
     slow_disk.set()
     writing.wait()
     stored = torch.load(newest_in(tmp_path), weights_only=True)
@@ -61,7 +63,7 @@ def test_the_loop_goes_on_and_the_file_holds_the_state_of_its_step(writer, tmp_p
     assert stored["optimizer"][0]["exp_avg"].tolist() == [1, 1]
     (event,) = events(tmp_path, "checkpoint")
     assert event["global_step"] == 1
-    assert event["stall_seconds"] <= event["seconds"]
+    assert event["stall_seconds"] < 0.5 <= event["seconds"]
 
 
 def newest_in(folder):
