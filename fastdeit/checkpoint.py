@@ -189,10 +189,11 @@ def point(folder: Path, name: str, path: Path | None) -> None:
     """
     link, temporary = folder / name, folder / f"{name}.tmp"
     with contextlib.suppress(OSError):  # some file systems have no links
+        ours = link.is_symlink() and _NAME.fullmatch(os.readlink(link))
         if path is None:
-            if link.is_symlink():
+            if ours:
                 link.unlink()
-        elif link.is_symlink() or not link.exists():
+        elif ours or not os.path.lexists(link):
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(path.name)
             os.replace(temporary, link)
@@ -200,7 +201,8 @@ def point(folder: Path, name: str, path: Path | None) -> None:
 
 def point_to_newest(folder: Path) -> None:
     """Let the link `last.pt` in `folder` point to its newest checkpoint."""
-    point(folder, LAST, next(iter(found(folder)), None))
+    with contextlib.suppress(MachineError):
+        point(folder, LAST, next(iter(found(folder)), None))
 
 
 def prune(folder: Path, keep: int, kept_names: Collection[str] = ()) -> None:

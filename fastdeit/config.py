@@ -56,7 +56,8 @@ class DataConfig:
 
     train: Path | None = None  # what fastdeit-convert wrote, or a folder or archive of images, which is converted once
     val: Path | None = None
-    hold_out: float = 0.0  # without `val`: share of each class's training images to evaluate on instead of training
+    # without `val`: share of each class's training images to evaluate on instead of training; at least one of a class
+    hold_out: float = 0.0
     fraction: float = 1.0  # share of each class's training images to train on, for trials
     cache_dir: Path | None = None  # folder on each machine's own disk; the data sets are copied there once and checked
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"  # auto: the fastest with Pillow's pixels
@@ -315,6 +316,11 @@ class Recipe:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
         if not 0 < optim.layer_decay <= 1:
             raise UserError(f"optim.layer_decay is {optim.layer_decay}: it must be more than 0 and at most 1")
+        if optim.layer_decay != 1 and (model.arch != "deit" or optim.implementation != "torch"):
+            raise UserError(
+                f"optim.layer_decay {optim.layer_decay:g} needs model.arch 'deit' and optim.implementation 'torch': "
+                f"set --optim.layer_decay 1"
+            )
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise UserError(f"optim.betas are {optim.betas}: each must be at least 0 and less than 1")
         for name, value in (("model.drop_rate", model.drop_rate), ("model.drop_path", model.drop_path)):

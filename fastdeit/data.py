@@ -210,6 +210,7 @@ class EvaluationData(Pipeline[EvalOrder]):
     images  dataset indices of the images; None: all
     dtype, layout  those of `TrainingData`
     loader, stage  those of `Pipeline`
+    replaced   collects the held-out images that do not decode, where `data.on_error` lets others take their place
     fallbacks  collects the dataset indices that PIL read because the loader's decoder refused them
     """
 
@@ -226,15 +227,17 @@ class EvaluationData(Pipeline[EvalOrder]):
         stage: tuple[StageName, str] | None = None,
     ) -> None:
         self.replicate = recipe.run.eval_sharding == "replicate"
+        on_error = "fail" if images is None else recipe.data.on_error
         images = np.arange(len(dataset)) if images is None else images
         order = EvalOrder(
             images, batch=recipe.run.eval_batch, rank=world.rank, world=world.size, replicate=self.replicate
         )
         self.fallbacks: set[int] = set()
-        # A score with replaced images would not be comparable.
+        self.replaced: set[int] = set()
+        # With replaced images, the score on a validation set would not be comparable with others'.
         super().__init__(
             recipe, dataset, world, order, _evaluation_plans(recipe, dataset), dtype, layout,
-            on_error="fail", loader=loader, stage=stage,
+            on_error=on_error, images=images, loader=loader, stage=stage,
         )  # fmt: skip
 
     def batches(self) -> Prefetcher[Batch]:
@@ -247,6 +250,7 @@ class EvaluationData(Pipeline[EvalOrder]):
     def _note_fallbacks(self, step: tuple[StepSamples, DecodedBatch, Batch]) -> Batch:
         _, decoded, batch = step
         self.fallbacks.update(decoded.fallbacks)
+        self.replaced.update(bad for bad, _ in decoded.replaced)
         return batch
 
 

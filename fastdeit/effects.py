@@ -70,10 +70,6 @@ _TEACHER = Effect(
     "distillation: set objective.distillation to 'hard' or 'soft'; with teacher.labels give teacher.checkpoint too",
 )
 _SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
-_LAYERS = Effect(
-    lambda r: r.model.arch == "deit" and r.optim.implementation == "torch",
-    "model.arch 'deit' and optim.implementation 'torch'",
-)
 _ADAMW = Effect(lambda r: r.optim.name == "adamw", "optim.name 'adamw'")
 _SGD = Effect(lambda r: r.optim.name == "sgd", "optim.name 'sgd'")
 _WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
@@ -158,7 +154,7 @@ EFFECTS: dict[str, Effect] = {
     "optim.betas": _ADAMW,
     "optim.eps": _ADAMW,
     "optim.momentum": _SGD,
-    "optim.layer_decay": _LAYERS,
+    "optim.layer_decay": ALWAYS,
     "optim.clip_grad": ALWAYS,
     "optim.warmup_epochs": ALWAYS,
     "optim.warmup_lr": _WARMUP,

@@ -114,6 +114,24 @@ def open_dataset(path: Path | None, option: str) -> Dataset:
     return datasets.open_dataset(path)
 
 
+def open_runs_set(path: Path | None, option: str, started: Path | None, content: object = None) -> Dataset:
+    """A data set that a run's recipe names under `option`, opened after the run.
+
+    started  the folder in which the run was started, to which the path may be relative; None: not known
+    content  the content hash that it had then; None: not known
+
+    Raises UserError if it is not here, or holds other images than then.
+    """
+    if path is not None and started is not None and (started / path).exists():
+        path = started / path
+    if path is None or not path.exists():
+        raise UserError(f"the run's {option}, {path}, is not here: put it back, or name another data set")
+    dataset = open_dataset(path, option)
+    if content is not None and dataset.content_hash != content:
+        raise UserError(f"the run's {option}, {path}, holds other images now than those that the run trained on")
+    return dataset
+
+
 def check_classes(data_set: Dataset, num_classes: int) -> None:
     """Raise UserError if a data set has more classes than the model."""
     if num_classes < data_set.num_classes:

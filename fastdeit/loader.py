@@ -20,7 +20,7 @@ from fastdeit.on_demand import converted
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import recipe_of
-from fastdeit.subsets import divide, left_out
+from fastdeit.subsets import divide
 
 
 class ImageLoader:
@@ -111,10 +111,10 @@ class ImageLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position of a state. Raises UserError if it is of other data, another seed or batch."""
-        own = self._order()
-        for name in [*own, *(state.keys() - own.keys() - {"epoch", "step"})]:
-            if state.get(name) != own.get(name):
-                raise UserError(f"the state is of another {name}: {state.get(name)!s:.40}, not {own.get(name)}")
+        former = {"data.hold_out": 0.0, "data.fraction": 1.0}  # of states that lack them
+        for name, value in self._order().items():
+            if (held := state.get(name, former.get(name))) != value:
+                raise UserError(f"the state is of another {name}: {held!s:.40}, not {value}")
         self._check_position(state.get("epoch"), state.get("step"))
         self.epoch, self.step = state["epoch"], state["step"]
 
@@ -124,7 +124,8 @@ class ImageLoader:
             "data": self._data.loader.dataset.content_hash,
             "global_batch": run.global_batch if self._train else run.eval_batch,
             "seed": run.seed,
-            **left_out(self.recipe.data),
+            "data.hold_out": self.recipe.data.hold_out,
+            **({"data.fraction": self.recipe.data.fraction} if self._train else {}),
         }
 
     def _check_position(self, epoch: Any, step: Any) -> None:

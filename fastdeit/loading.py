@@ -44,6 +44,12 @@ class OpenedCheckpoint:
         """Whether it holds the average of its weights, as fastdeit stores it."""
         return bool(self.stored.get("ema"))
 
+    @property
+    def trained_on(self) -> object:
+        """The content hash of the run's training set; None if the checkpoint does not hold it."""
+        effective = self.stored.get("effective")
+        return effective.get("data.train") if isinstance(effective, dict) else None
+
     def network(
         self, num_classes: int, kind: Weights, kernels: Kernels = TORCH, fault: str = "cannot be used"
     ) -> tuple[DeiT | ConvnetStudent, list[str]]:
@@ -143,14 +149,20 @@ def load(
 
     Raises UserError if the file is missing, damaged, or does not fit.
     """
-    opened = open_checkpoint(Path(path), recipe, img_size)
+    return load_opened(open_checkpoint(Path(path), recipe, img_size), weights)
+
+
+def load_opened(opened: OpenedCheckpoint, weights: Literal["auto", "model", "ema"] = "auto") -> Loaded:
+    """The same of a checkpoint that is read already."""
     kind: Weights = weights if weights != "auto" else "ema" if opened.has_average else "model"
     classes = opened.recipe.model.num_classes or _count_classes(opened, kind)
     model, _ = opened.network(classes, kind)
     names = opened.described.get("class_names")
     if names is not None and len(names) != classes:
-        raise UserError(f"{path} has {classes} classes, but names {len(names)}")
-    described = replace(opened.recipe, model=replace(opened.recipe.model, num_classes=classes))
+        raise UserError(f"{opened.path} has {classes} classes, but names {len(names)}")
+    # All images of another data set: the share that the run held out is of its own.
+    data = replace(opened.recipe.data, hold_out=0.0, fraction=1.0)
+    described = replace(opened.recipe, model=replace(opened.recipe.model, num_classes=classes), data=data)
     two_heads = described.model.arch == "deit" and described.model.distilled
     head = headline_head(HEADS if two_heads else HEADS[:1], described.departures.late_fusion)
     return Loaded(model.eval(), evaluation_transform(described), names, kind, head, described, opened.path)

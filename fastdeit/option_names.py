@@ -9,30 +9,44 @@ from fastdeit.effects import fields
 from fastdeit.help import FIRST
 from fastdeit.pipelines.errors import UserError
 
-# Options of timm's train.py that people bring along, beyond those in `FIRST`.
+# Options of timm's train.py and of the released DeiT code that people bring along, beyond those in `FIRST`.
 TIMM = {
     "--aa": "augment.randaugment",
     "--amp": "run.precision",
     "--checkpoint-hist": "run.keep_checkpoints",
+    "--crop-pct": "augment.eval_crop",
     "--cutmix": "augment.cutmix_alpha",
+    "--data-path": "data.train",
+    "--distillation-alpha": "objective.alpha",
+    "--distillation-tau": "objective.tau",
+    "--distillation-type": "objective.distillation",
+    "--finetune": "model.init",
+    "--img-size": "model.img_size",
     "--initial-checkpoint": "model.init",
+    "--input-size": "model.img_size",
+    "--log-interval": "run.log_every",
     "--mixup": "augment.mixup_alpha",
     "--mixup-prob": "augment.mix_prob",
     "--model-ema": "ema.enabled",
     "--model-ema-decay": "ema.decay",
+    "--num-workers": "data.threads",
     "--opt": "optim.name",
+    "--output-dir": "run.output",
+    "--repeated-aug": "data.repeats",
     "--reprob": "augment.erase_prob",
     "--smoothing": "augment.label_smoothing",
+    "--teacher-model": "teacher.name",
+    "--teacher-path": "teacher.checkpoint",
     "--validation-batch-size": "run.eval_batch",
     "--warmup-lr": "optim.warmup_lr",
     "--workers": "data.threads",
 } | {field.timm: field.name for field in FIRST if field.timm}
-_OTHERS = {"config", "help", "help-all"}
+_OTHERS = ["config", "help", "help-all", "print-config"]
 
 
 def with_values(args: Sequence[str]) -> list[str]:
     """`args` with "True" after each yes-or-no option that stands without a value."""
-    switches = {f"--{name}" for name, value in fields(Recipe(name="")).items() if type(value) is bool}
+    switches = {f"--{name}" for name, value in fields(Recipe(name="").filled()).items() if type(value) is bool}
     out: list[str] = []
     for word, following in pairwise([*args, "--"]):
         out.append(word)
@@ -56,7 +70,7 @@ def check_options(args: Sequence[str]) -> None:
         if not typed.startswith("--") or len(typed) == 2:
             continue
         name = typed[2:].replace("-", "_")
-        if name not in names and typed[2:] not in _OTHERS:
+        if name not in names and typed[2:] not in _OTHERS[:3]:
             raise UserError(f"there is no option {typed}: {_meant(typed, name, names)}")
 
 
@@ -66,9 +80,11 @@ def _meant(typed: str, name: str, names: list[str]) -> str:
         return f"did you mean --{here}?" + (f" ({meaning})" if meaning else "")
     last = name.rpartition(".")[2]
     near = [each for each in names if each.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
-    near = near or [each for each in names if difflib.get_close_matches(last, [each.rpartition(".")[2]], cutoff=0.7)]
-    near = near or [each for each in names if last in each]
+    near = near or difflib.get_close_matches(name, [*names, *_OTHERS], n=3, cutoff=0.8)
+    if len(last) > 4:  # of shorter words, too many are alike
+        alike = difflib.get_close_matches(last, {each.rpartition(".")[2] for each in names}, n=3, cutoff=0.8)
+        near = near or [each for each in names if each.rpartition(".")[2] in alike]
+        near = near or [each for each in names if last in each]
     if not near or len(near) > 5:
         return "--help-all lists them all"
     *before, final = [f"--{each}" for each in near]

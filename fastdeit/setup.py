@@ -64,10 +64,10 @@ def copied_here(recipe: Recipe, sets: DataSets, world: World, say: Say) -> DataS
     if cache is None:
         return sets
     speak = say if world.main else partial(print, f"{socket.gethostname()}:", file=sys.stderr) if first else silent
-    train, val = (
-        one and local_copy(one, cache, speak, progress=recipe.run.progress and first) for one in (sets.train, sets.val)
-    )
-    assert train is not None
+    progress = recipe.run.progress and first
+    train, val = local_copy(sets.train, cache, speak, progress=progress), sets.val
+    if val is not None:
+        val = train if val is sets.train else local_copy(val, cache, speak, progress=progress)
     world.barrier()
     return replace(sets, train=train, val=val)
 

@@ -20,8 +20,11 @@ class Subsets:
 
 def left_out(cfg: DataConfig) -> dict[str, float]:
     """The fields that leave images out, where they do, by their full names; empty if a run trains on all."""
-    fields = {"data.hold_out": cfg.hold_out, "data.fraction": cfg.fraction}
-    return {name: value for name, value in fields.items() if value != (1 if name == "data.fraction" else 0)}
+    return {
+        f"data.{name}": getattr(cfg, name)
+        for name in ("hold_out", "fraction")
+        if getattr(cfg, name) != getattr(DataConfig(), name)
+    }
 
 
 def divide(cfg: DataConfig, labels: np.ndarray) -> Subsets:

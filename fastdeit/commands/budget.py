@@ -74,7 +74,12 @@ def images_of(own: argparse.Namespace, recipe: Recipe) -> Images:
             bytes=size / len(sets.train),
         )
     given = {"train": own.images, "val": own.val_images, "classes": recipe.model.num_classes}
-    return dataclasses.replace(found, **{name: value for name, value in given.items() if value is not None})
+    found = dataclasses.replace(found, **{name: value for name, value in given.items() if value is not None})
+    if recipe.data.train is not None and own.images is None:
+        return found
+    held, fraction = recipe.data.hold_out, recipe.data.fraction
+    val = round(held * found.train) if held and own.val_images is None else found.val
+    return dataclasses.replace(found, train=round((1 - held) * fraction * found.train), val=val)
 
 
 def _files(path: Any) -> list[Any]:

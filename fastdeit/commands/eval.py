@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -11,7 +11,7 @@ import tyro
 from fastdeit import launch
 from fastdeit.cli import parse, program, run
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset
+from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset, open_runs_set
 from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError
@@ -19,6 +19,9 @@ from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.recipes import recipe_named
 from fastdeit.streams import keep_streams
 from fastdeit.subsets import divide
+
+if TYPE_CHECKING:
+    from fastdeit.loading import OpenedCheckpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
     opened = open_checkpoint(options.checkpoint, options.recipe, options.img_size)
     recipe = _with_options(opened.recipe, options)
-    val, images = (val, None) if val is not None else _runs_own(opened.recipe, options)
+    val, images = (val, None) if val is not None else _runs_own(opened)
     kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
     if options.weights == "both" and not opened.has_average:
         kinds = ["model"]
@@ -104,14 +107,17 @@ def _checked(options: Options) -> Dataset | None:
     return None if options.val is None else open_dataset(converted(options.val), "val")
 
 
-def _runs_own(recipe: Recipe, options: Options) -> tuple[Dataset, np.ndarray | None]:
+def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:
     """The data set that a run evaluated on, and its images there if it held them out. Raises UserError for none."""
-    if recipe.data.val is not None:
-        return open_dataset(recipe.data.val, "data.val"), None
-    if not recipe.data.hold_out:
-        raise UserError(f"{options.checkpoint} does not say on what it was evaluated: name a data set after it")
-    train = open_dataset(recipe.data.train, "data.train")
-    return train, divide(recipe.data, train.label).held_out
+    from fastdeit.training.run_record import started_in  # here, since it needs PyTorch
+
+    cfg, started = opened.recipe.data, started_in(opened.path.parent.parent)
+    if cfg.val is not None:
+        return open_runs_set(cfg.val, "data.val", started), None
+    if not cfg.hold_out:
+        raise UserError(f"{opened.path} does not say on what it was evaluated: name a data set after it")
+    train = open_runs_set(cfg.train, "data.train", started, opened.trained_on)
+    return train, divide(cfg, train.label).held_out
 
 
 def _with_options(recipe: Recipe, options: Options) -> Recipe:
@@ -137,6 +143,8 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"{kind}: ReaL over the {scores['real_images']} of {scores['images']} images with such labels")
         if "fallbacks" in scores:
             lines.append(f"{kind}: PIL read {scores['fallbacks']} images that the loader's decoder refused")
+        if "replaced" in scores:
+            lines.append(f"{kind}: {scores['replaced']} images do not decode; others took their place")
     return "\n".join(lines)
 
 

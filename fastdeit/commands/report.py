@@ -67,6 +67,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Raise UserError if the page would replace a file that is not a report, or has no folder to go to."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it, or name another place with --output")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: its folder cannot be written: name another place with --output")
     if os.path.lexists(path) and not is_report(path) and not overwrite:
         raise UserError(
             f"{path}: is a file that fastdeit report did not write: name another with --output, or give --overwrite"

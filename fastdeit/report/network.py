@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +15,8 @@ from fastdeit import checkpoint
 from fastdeit.config import Recipe
 from fastdeit.data import evaluation_batch, first_samples
 from fastdeit.distributed import World
-from fastdeit.inputs import check_class_names, check_classes, open_dataset
-from fastdeit.loading import Loaded, load
+from fastdeit.inputs import check_class_names, check_classes, open_runs_set
+from fastdeit.loading import Loaded, load_opened, open_checkpoint
 from fastdeit.memory import enough_for, moved
 from fastdeit.model.deit import DeiT
 from fastdeit.pipelines.console import progress_bar
@@ -105,18 +106,29 @@ def look(run: Run, world: World, *, images: int | None, batch: int) -> Findings:
     """
     try:
         path, weights = chosen_checkpoint(run)
-        loaded = load(path, weights=weights)
+        opened = open_checkpoint(path)
+        loaded = load_opened(opened, weights)
     except (UserError, OSError) as error:
         return Findings(Missing(_why(error)), Missing(_why(error)))
-    data = replace(loaded.recipe.data, threads=0, cache_dir=None)  # those of the machine that trained
-    recipe = replace(loaded.recipe, data=data, run=replace(loaded.recipe.run, precision="fp32"))
-    loaded = loaded._replace(recipe=recipe)
+    data = replace(opened.recipe.data, threads=0, cache_dir=None)  # those of the machine that trained
+    recipe = replace(opened.recipe, data=data, run=replace(opened.recipe.run, precision="fp32"))
+    loaded = loaded._replace(recipe=replace(recipe, model=loaded.recipe.model))
     set_up(recipe, world)
-    samples = _or_missing(lambda: _with(run, recipe.data.train, "data.train", lambda one: samples_of(run, recipe, one)))
-    held_out = recipe.data.val is None and recipe.data.hold_out > 0
-    path, option = (recipe.data.train, "data.train") if held_out else (recipe.data.val, "data.val")
-    judged = _or_missing(lambda: _with(run, path, option, lambda val: judge(loaded, val, world, images, batch)))
-    return Findings(samples, judged)
+    folder = run.last_start.get("folder")
+    started = Path(folder) if isinstance(folder, str) else None
+
+    def samples() -> list[Picture]:
+        with closing(open_runs_set(data.train, "data.train", started, opened.trained_on)) as train:
+            return samples_of(run, recipe, train)
+
+    def judged() -> Judged:
+        if data.hold_out:
+            with closing(open_runs_set(data.train, "data.train", started, opened.trained_on)) as train:
+                return judge(loaded, train, divide(data, train.label).held_out, world, images, batch)
+        with closing(open_runs_set(data.val, "data.val", started)) as val:
+            return judge(loaded, val, np.arange(len(val)), world, images, batch)
+
+    return Findings(_or_missing(samples), _or_missing(judged))
 
 
 def chosen_checkpoint(run: Run) -> tuple[Path, Any]:
@@ -129,18 +141,6 @@ def chosen_checkpoint(run: Run) -> tuple[Path, Any]:
     path = next((path for path in found if path.name in names), found[0])
     kind = run.best["weights"] if run.best is not None and run.best.get("checkpoint") == path.name else "auto"
     return path, kind if kind in ("auto", "model", "ema") else "auto"
-
-
-def _with(run: Run, path: Path | None, option: str, use: Callable[[Dataset], T]) -> T:
-    """`use` of the data set at `path`, which may be relative to the folder where the run was started."""
-    started = run.last_start.get("folder")
-    if path is not None and isinstance(started, str) and (Path(started) / path).exists():
-        path = Path(started) / path
-    dataset = open_dataset(path, option)
-    try:
-        return use(dataset)
-    finally:
-        dataset.close()
 
 
 def _or_missing(find: Callable[[], T]) -> T | Missing:
@@ -156,7 +156,7 @@ def _why(error: Exception) -> str:
 
 def samples_of(run: Run, recipe: Recipe, dataset: Dataset) -> list[Picture]:
     """The first samples of the run's first step, as the network saw them."""
-    here, processes = World(0, 1, 1, torch.device("cpu")), int(run.starts[-1]["world"])
+    here, processes = World(0, 1, 1, torch.device("cpu")), int(run.starts[0]["world"])
     with first_samples(recipe, dataset, here, processes=processes, least=SAMPLES) as (plan, batch):
         names = _names(dataset.class_names, dataset.num_classes)
         pixels = as_pixels(batch.images[:SAMPLES], recipe)
@@ -170,18 +170,16 @@ def samples_of(run: Run, recipe: Recipe, dataset: Dataset) -> list[Picture]:
     return out
 
 
-def judge(loaded: Loaded, val: Dataset, world: World, images: int | None, batch: int) -> Judged:
-    """The network's decisions on `images` validation images, evenly spaced, and what they tell.
+def judge(loaded: Loaded, val: Dataset, every: np.ndarray, world: World, images: int | None, batch: int) -> Judged:
+    """The network's decisions on `images` of the validation images, evenly spaced, and what they tell.
 
-    val  the validation set, or the training set of a run that holds images of it out
+    val, every  the data set with the validation images, and their indices in it
 
     Raises UserError where checkpoint and data set do not fit, and MachineError if the memory is too small.
     """
     classes = loaded.recipe.model.num_classes or val.num_classes
     check_classes(val, classes)
     check_class_names(str(loaded.path), loaded.class_names, str(val.path), val.class_names)
-    data = loaded.recipe.data
-    every = divide(data, val.label).held_out if data.hold_out else np.arange(len(val))
     if not len(every):
         raise UserError(f"{val.path}: holds no images")
     moved(loaded.model, world.device)

@@ -38,8 +38,8 @@ def evaluate(
     Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
     fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
     true label; of `fused_probabilities`, that of the mean probability. With fewer than 5 classes top-5 counts
-    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, and "fallbacks": n where images had to be read
-    by PIL.
+    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, "fallbacks": n where images had to be read by
+    PIL, and "replaced": n where others took their place.
 
     Where the data set holds ImageNet-ReaL's labels (`fastdeit-convert --real-labels`), a head has "real" too: top-1
     in percent of the images that have any, "real_images" of them, a hit being any of an image's labels (Beyer et al.
@@ -67,12 +67,11 @@ def evaluate(
                 if real is not None:
                     row[4:] += _real_hits(decision, real[batch.index.to(world.device)])
     model.train(training)
-    fallbacks = torch.tensor(float(len(data.fallbacks)), device=world.device)
+    counts = torch.tensor([float(len(data.fallbacks)), float(len(data.replaced))], device=world.device)
     if not data.replicate:
-        totals, fallbacks = world.sum(totals), world.sum(fallbacks)
+        totals, counts = world.sum(totals), world.sum(counts)
     scores: Scores = {"images": int(totals[0, 0])}
-    if fallbacks:
-        scores["fallbacks"] = int(fallbacks)
+    scores |= {name: int(count) for name, count in zip(("fallbacks", "replaced"), counts, strict=True) if count}
     for head, (count, top1, top5, loss, real_count, real_hits) in zip(HEADS, totals.tolist(), strict=True):
         if count:
             scores[head] = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}

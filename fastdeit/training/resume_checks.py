@@ -75,6 +75,13 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     averaged = isinstance(recipe, dict) and recipe.get("enabled") is True
     if state["ema"] is not None or (averaged and training.ema is not None):
         _check_tensors(path, "ema", state["ema"], own)
+    stored, now = state["recipe"].get("optim"), training.recipe.optim.layer_decay
+    before = stored.get("layer_decay", 1.0) if isinstance(stored, dict) else now
+    if (before == 1) != (now == 1):
+        raise UserError(
+            f"{path}: optim.layer_decay is {before} in it, but {now} in this run, so the optimizer has other groups of "
+            f"parameters: start from its weights with --model.init and another --run.output"
+        )
     _check_optimizer(path, state["optimizer"], training, state["global_step"])
     if state["scaler"] is not None:
         _check_scaler(path, state["scaler"])

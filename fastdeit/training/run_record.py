@@ -62,6 +62,14 @@ def record_start(folder: Path, processes: dict[str, list[str]], checkpoint: Path
     return record["id"]
 
 
+def started_in(folder: Path) -> Path | None:
+    """The folder in which the run in `folder` was last started; None if its `run.json` does not tell."""
+    try:
+        return Path(_read(folder / NAME)["starts"][-1]["folder"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA, fastdeit and the packages that it computes with; None for one that is missing."""
 

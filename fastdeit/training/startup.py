@@ -163,7 +163,7 @@ def lr_sentence(recipe: Recipe) -> str:
     cfg, batch = recipe.optim, recipe.run.global_batch
     scaled = f" ({cfg.lr:g} x global batch {batch} / {cfg.lr_batch})" if cfg.lr_batch else ""
     warm_up = f" after {cfg.warmup_epochs:g} epochs of warm-up" if cfg.warmup_epochs else ""
-    layers = f", {cfg.layer_decay:g} times less for each layer below the head" if cfg.layer_decay != 1 else ""
+    layers = f", in each layer {cfg.layer_decay:g} times that of the layer above" if cfg.layer_decay != 1 else ""
     return f"learning rate {peak_lr(cfg, batch):g}{scaled}{warm_up}{layers}, {cfg.name}"
 
 

@@ -77,6 +77,7 @@ def test_resolving_keeps_what_was_chosen():
         (["--run.micro_batch", "-1"], "run.micro_batch is -1"),
         (["--model.finetune", "True"], "starts from trained weights"),
         (["--model.arch", "resnet18"], "needs model.arch 'deit'"),
+        (["--optim.layer_decay", "0.7", "--optim.implementation", "apex"], "set --optim.layer_decay 1"),
         (["--compat", "released", "--model.init", "x.pt"], "refuses distillation while fine-tuning"),
     ],
 )
@@ -208,9 +209,13 @@ def test_a_stored_recipe_of_wrong_types_is_refused():
         ("--mixup", r"did you mean --augment\.mixup_alpha\?"),
         ("--distilled", r"did you mean --model\.distilled\?"),
         ("--run.epoch", r"did you mean --run\.epochs\?"),
-        ("--optim.lrr", r"did you mean --optim\.lr or --optim\.min_lr\?"),
+        ("--optim.lrr", r"did you mean --optim\.lr\?"),
+        ("--ema-rate", "--help-all lists them all"),
         ("--data.trian=x", r"there is no option --data\.trian: did you mean --data\.train"),
+        ("--crop-pct", r"did you mean --augment\.eval_crop\?"),
+        ("--print-confg", r"did you mean --print-config\?"),
         ("--xyz", "--help-all lists them all"),
+        ("--eval", "--help-all lists them all"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(typed, meant):
@@ -229,6 +234,10 @@ def test_every_option_of_timm_leads_to_one_of_ours():
 def test_a_word_that_belongs_to_no_option():
     with pytest.raises(UserError, match=r"'photos' follows the recipe without an option: .* --data\.train photos"):
         parse_recipe(["deit_tiny", "photos", "--run.epochs", "3"])
+
+
+def test_switches_that_compat_decides_need_no_value_either():
+    assert parse_recipe(["deit_tiny", "--departures.decay_dist_token", "--model.distilled"]).departures.decay_dist_token
 
 
 @pytest.mark.parametrize("words", [["--model.distilled"], ["--model.distilled", "--optim.lr", "1"]])

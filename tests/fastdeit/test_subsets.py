@@ -1,6 +1,7 @@
 """`data.hold_out` and `data.fraction`: no image is both trained and evaluated on; shares are those of scikit-learn."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
-from fastdeit import create_loader
-from fastdeit.commands.eval import Options, evaluate_checkpoint
+from fastdeit import create_loader, load
+from fastdeit.commands.eval import Options, evaluate_checkpoint, table
 from fastdeit.config import DataConfig
 from fastdeit.data import TrainingData
 from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
+from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import sidecar_path
+from fastdeit.report.network import look
+from fastdeit.report.pictures import Missing
+from fastdeit.report.runs import read_run
 from fastdeit.subsets import divide
 from runs import newest, train
+
+
+def copied(data, folder):
+    path = folder / "copy.beton"
+    shutil.copy(data / "train.beton", path)
+    shutil.copy(sidecar_path(data / "train.beton"), sidecar_path(path))
+    return path
+
+
+def damage(path, dataset, index):
+    with open(path, "r+b") as file:
+        file.seek(int(dataset.offset[index]))
+        file.write(bytes(int(dataset.size[index])))
 
 
 def shares(labels, **fields):
@@ -119,19 +137,54 @@ def test_a_run_evaluates_on_its_own_validation_set_by_default(tiny, capsys):
 
 
 def test_a_held_out_image_replaces_none(tiny, data, tmp_path):
-    path = tmp_path / "damaged.beton"
-    shutil.copy(data / "train.beton", path)
-    shutil.copy(sidecar_path(data / "train.beton"), sidecar_path(path))
+    path = copied(data, tmp_path)
     recipe = tiny(data={"train": path, "val": None, "hold_out": 0.5, "on_error": "replace", "repeats": 1})
     dataset = BetonDataset(path)
     images = divide(recipe.data, dataset.label)
     bad = next(int(i) for i in images.train if i + 1 in images.held_out)
-    with open(path, "r+b") as file:
-        file.seek(int(dataset.offset[bad]))
-        file.write(bytes(int(dataset.size[bad])))
+    damage(path, dataset, bad)
     with world("cpu") as joined:
         batches = TrainingData(recipe, dataset, joined)
         replaced = {pair for epoch in range(2) for _, decoded, _ in batches.flow(epoch) for pair in decoded.replaced}
         batches.close()
     following = int(images.train[images.train > bad][0])
     assert replaced == {(bad, following)}
+
+
+@pytest.mark.slow
+def test_a_held_out_image_that_does_not_decode(tiny, data, tmp_path, events):
+    """With `data.on_error` "replace", another held-out image takes its place in the evaluation, which says so."""
+    path = copied(data, tmp_path)
+    recipe = tiny(data={"train": path, "val": None, "hold_out": 0.25, "on_error": "replace"}, run={"epochs": 1})
+    dataset = BetonDataset(path)
+    damage(path, dataset, int(divide(recipe.data, dataset.label).held_out[3]))
+    train(recipe)
+    assert [event["replaced"] for event in events(recipe.run.output, "eval")] == [1, 1]
+    scores = evaluate_checkpoint(Options(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1))
+    assert "ema: 1 images do not decode; others took their place" in table(scores)
+
+
+@pytest.mark.slow
+def test_a_data_set_that_was_converted_again_deals_other_images(tiny, data, images, tmp_path, monkeypatch):
+    """Images that the run trained on must not pass for held-out ones."""
+    path = copied(data, tmp_path)
+    recipe = tiny(data={"train": Path(path.name), "val": None, "hold_out": 0.25}, run={"epochs": 1})
+    monkeypatch.chdir(tmp_path)
+    train(recipe)
+    options = Options(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1)
+    monkeypatch.chdir("/")
+    assert evaluate_checkpoint(options)["model"]["images"] == 40  # the path is relative to where the run was started
+    assert load(recipe.run.output).recipe.data.hold_out == 0  # every image of another data set
+    shutil.copytree(images / "train", tmp_path / "more")
+    shutil.copy(next((tmp_path / "more/class0").iterdir()), tmp_path / "more/class0/again.jpg")
+    convert(str(tmp_path / "more"), path, progress=False)
+    with pytest.raises(UserError, match="holds other images now than those that the run trained on"):
+        evaluate_checkpoint(options)
+    with world("cpu") as joined:
+        found = look(read_run(recipe.run.output), joined, images=8, batch=8)
+    for part in (found.samples, found.judged):
+        assert isinstance(part, Missing)
+        assert "holds other images now" in part.why
+    path.unlink()
+    with pytest.raises(UserError, match=r"the run's data\.train, .*copy\.beton, is not here"):
+        evaluate_checkpoint(options)

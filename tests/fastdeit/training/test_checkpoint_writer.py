@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,10 @@ def test_a_file_that_somebody_named_like_a_link_stays(writer, tmp_path):
     checkpoint.point(folder, "last.pt", None)
     for name in ("last.pt", "best.pt"):
         assert (folder / name).read_text() == "somebody's"
+    (folder / "last.pt").unlink()
+    (folder / "last.pt").symlink_to("/archive/good.pt")
+    checkpoint.point_to_newest(folder)
+    assert (folder / "last.pt").readlink() == Path("/archive/good.pt")
 
 
 def test_the_best_in_another_metric_starts_anew(writer, tmp_path):

@@ -13,7 +13,16 @@ from timm.utils import ModelEmaV2
 from fastdeit.config import OptimConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny_finetune
-from fastdeit.training.optim import Ema, build_optimizer, learning_rate, parameter_groups, peak_lr, set_lr
+from fastdeit.training.optim import (
+    Ema,
+    build_optimizer,
+    learning_rate,
+    load_optimizer,
+    optimizer_state,
+    parameter_groups,
+    peak_lr,
+    set_lr,
+)
 from runs import assert_same_state, changed, newest, rewind, train, trained
 
 
@@ -138,7 +147,7 @@ def test_optimizer_takes_the_recipe(network, name):
 
 
 @pytest.mark.slow
-def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tiny, tmp_path):
+def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tiny, tmp_path, capsys):
     """With a batch that no mixing group of the paper divides."""
     before = tiny(model={"distilled": False}, run={"epochs": 1, "output": tmp_path / "before"})
     train(before)
@@ -151,9 +160,41 @@ def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tin
         run={"global_batch": 10, "checkpoint_every": 5, "keep_checkpoints": 9, "output": tmp_path / "after"},
     )
     straight = trained(recipe)
+    assert "in each layer 0.5 times that of the layer above" in capsys.readouterr().out
     assert len(straight["optimizer"]["param_groups"]) == 2 * 4
     assert {group["lr_scale"] for group in straight["optimizer"]["param_groups"]} == {1, 0.5, 0.25, 0.125}
     rewind(recipe, 15)
     assert_same_state(straight, trained(recipe))
     with pytest.raises(UserError, match=r"optim\.layer_decay"):
         train(changed(recipe, "optim", layer_decay=0.75))
+    other = changed(changed(recipe, "run", resume_changed=True), "optim", layer_decay=1.0)
+    with pytest.raises(
+        UserError, match=r"optim\.layer_decay is 0\.5 in it, but 1\.0 in this run, so the optimizer has"
+    ):
+        train(other)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_layers_rates_are_tensors_that_a_graph_reads(device):
+    """Groups of one scale share a tensor, which a new rate and loaded moments keep; the step is that of the CPU."""
+    recipe, weights = deit_tiny_finetune().filled(), []
+    for place in (device, torch.device("cpu")):
+        torch.manual_seed(0)
+        model = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=10, depth=2).to(place)
+        optimizer = build_optimizer(model, recipe)
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(place)
+        before = [group["lr"] for group in optimizer.param_groups]
+        for rate in (0.1, 0.02):
+            set_lr(optimizer, rate)
+            optimizer.step()
+        load_optimizer(optimizer, optimizer_state(optimizer))
+        if place.type == "cuda":
+            assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, before, strict=True))
+            assert len({id(tensor) for tensor in before}) == 4
+        for group in optimizer.param_groups:
+            assert float(group["lr"]) == pytest.approx(0.02 * group["lr_scale"])
+        weights.append([parameter.detach().cpu() for parameter in model.parameters()])
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
