@@ -19,7 +19,7 @@ from fastdeit.pipelines.formats.files import atomic_write, open_regular
 from fastdeit.pipelines.machine import MachineError, machine_error
 
 FORMAT = 1
-LAST = "last.pt"  # link to the newest checkpoint of a folder
+LAST = "last.pt"  # link to the newest checkpoint in a folder
 _FIELDS = {
     "model": dict,
     "optimizer": dict,
@@ -183,9 +183,10 @@ def found(folder: Path) -> list[Path]:
 
 
 def point(folder: Path, name: str, path: Path | None) -> None:
-    """Let the link `name` in `folder` point to the checkpoint `path` there; None removes the link.
+    """Point the link `name` in `folder` at the checkpoint `path` there; None removes the link.
 
-    For people alone: nothing reads it, so an error leaves it as it was. Nothing else of that name is touched.
+    The link is for people only: fastdeit does not depend on it, so an OSError is ignored. A file or link of that name
+    that does not come from here is left alone.
     """
     link, temporary = folder / name, folder / f"{name}.tmp"
     with contextlib.suppress(OSError):  # some file systems have no links
@@ -200,7 +201,7 @@ def point(folder: Path, name: str, path: Path | None) -> None:
 
 
 def point_to_newest(folder: Path) -> None:
-    """Let the link `last.pt` in `folder` point to its newest checkpoint."""
+    """Point the link `last.pt` in `folder` at its newest checkpoint."""
     with contextlib.suppress(MachineError):
         point(folder, LAST, next(iter(found(folder)), None))
 

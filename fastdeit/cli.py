@@ -147,8 +147,8 @@ def parse_recipe(args: Sequence[str] | None = None) -> Recipe:
 
     A file is TOML or JSON with the sections and fields of a recipe; its `name` is the recipe to start from. A run's
     `recipe.json` starts the same run again. The command line wins over the file, and the file over the named recipe.
-    A yes-or-no field may stand without a value. Raises UserError for an unknown recipe or field, with the nearest ones,
-    and for a given field without effect.
+    A boolean option without a value means True. Raises UserError for an unknown recipe, for an unknown field (the error
+    suggests the nearest ones), and for a field that was given but has no effect.
     """
     args, file = _take_config(words(sys.argv[1:] if args is None else args))
     args = with_values(_help(args))

@@ -56,7 +56,7 @@ class DataConfig:
 
     train: Path | None = None  # what fastdeit-convert wrote, or a folder or archive of images, which is converted once
     val: Path | None = None
-    # without `val`: share of each class's training images to evaluate on instead of training; at least one of a class
+    # without `val`: share of each class's training images to hold out for validation; at least one if the class has two
     hold_out: float = 0.0
     fraction: float = 1.0  # share of each class's training images to train on, for trials
     cache_dir: Path | None = None  # folder on each machine's own disk; the data sets are copied there once and checked
@@ -116,7 +116,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9  # sgd
-    layer_decay: float = 1.0  # the learning rate of a block is that of the next one times this; 1: all the same
+    layer_decay: float = 1.0  # each block's learning rate is the next block's times this; 1: all the same
     clip_grad: float | None = None
     warmup_epochs: float = 5.0
     warmup_lr: float = 1e-6
@@ -367,7 +367,7 @@ class Recipe:
             raise UserError(f"data.hold_out is {self.data.hold_out}: it must be at least 0 and less than 1")
         if self.data.hold_out and self.data.val is not None:
             raise UserError(
-                f"data.hold_out {self.data.hold_out:g} is for runs without data.val, which is {self.data.val}: "
+                f"data.hold_out {self.data.hold_out:g} and data.val {self.data.val} exclude each other: "
                 f"leave one of them out"
             )
         if not 0 < self.data.fraction <= 1:

@@ -51,7 +51,7 @@ class Pipeline(Generic[AnyOrder]):
     draw    returns the plan of a step's samples
     dtype, layout  of the images
     on_error  that of `ThreadedLoader`
-    images  dataset indices that may replace an image that does not decode; None: all
+    images  dataset indices of the images that may replace one that does not decode; None: all
     loader, stage  (name, reason) to use for "auto"; None: choose here
     pixels  that of `choose_loader`
     """
@@ -210,7 +210,7 @@ class EvaluationData(Pipeline[EvalOrder]):
     images  dataset indices of the images; None: all
     dtype, layout  those of `TrainingData`
     loader, stage  those of `Pipeline`
-    replaced   collects the held-out images that do not decode, where `data.on_error` lets others take their place
+    replaced   collects the held-out images that were replaced because they do not decode (`data.on_error` "replace")
     fallbacks  collects the dataset indices that PIL read because the loader's decoder refused them
     """
 
@@ -234,7 +234,7 @@ class EvaluationData(Pipeline[EvalOrder]):
         )
         self.fallbacks: set[int] = set()
         self.replaced: set[int] = set()
-        # With replaced images, the score on a validation set would not be comparable with others'.
+        # Scores on a validation set must be comparable, so none of its images is ever replaced.
         super().__init__(
             recipe, dataset, world, order, _evaluation_plans(recipe, dataset), dtype, layout,
             on_error=on_error, images=images, loader=loader, stage=stage,
@@ -281,7 +281,8 @@ def evaluation_batch(
 ) -> Generator[Batch, None, None]:
     """A float32 batch of the images `index` (B,) int64, processed as for evaluation, on this process only.
 
-    The next image that decodes replaces one that does not, and brings its own label, unless `on_error` is "fail".
+    The next image that decodes replaces one that does not, and its label counts. With `on_error` "fail", an image that
+    does not decode is an error.
     """
     plans = _evaluation_plans(recipe, dataset)
     with _one_batch(recipe, dataset, world, plain_samples(index), plans, on_error) as batch:
@@ -292,9 +293,10 @@ def evaluation_batch(
 def first_samples(
     recipe: Recipe, dataset: Dataset, world: World, *, processes: int, least: int
 ) -> Generator[tuple[Plan, Batch], None, None]:
-    """The plan and the float32 batch of the first samples that a run of `processes` processes trains on.
+    """The first samples that a run on `processes` processes trains on: their plan, and a float32 batch of them.
 
-    They are the first mixing groups that hold `least` samples, if a batch has so many; made on this process only.
+    They are whole mixing groups with at least `least` samples, or the whole first batch if it has fewer. Only this
+    process makes them.
     """
     images = divide(recipe.data, dataset.label).train
     samples = epoch_order(recipe, images, world=processes).step(0, 0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class DataSets:
     """The opened data sets of a run, checked against each other.
 
-    val          the training set again if `data.hold_out` keeps images of it for validation
+    val          the training set itself if `data.hold_out` holds images of it out
     num_classes  of the model
     train_images, val_images  the dataset indices to train and to evaluate on, ascending int64
     """
@@ -115,20 +115,25 @@ def open_dataset(path: Path | None, option: str) -> Dataset:
 
 
 def open_runs_set(path: Path | None, option: str, started: Path | None, content: object = None) -> Dataset:
-    """A data set that a run's recipe names under `option`, opened after the run.
+    """Open a data set of an earlier run, which the run's recipe names as `option`.
 
-    started  the folder in which the run was started, to which the path may be relative; None: not known
-    content  the content hash that it had then; None: not known
+    started  the folder in which the run was started, since the path may be relative to it; None: unknown
+    content  the content hash of the data set in the run; None: unknown
 
-    Raises UserError if it is not here, or holds other images than then.
+    Raises UserError if the data set is missing, or its content has changed since the run.
     """
     if path is not None and started is not None and (started / path).exists():
         path = started / path
-    if path is None or not path.exists():
-        raise UserError(f"the run's {option}, {path}, is not here: put it back, or name another data set")
+    if path is None:
+        raise UserError(f"the run has no {option}")
+    if not path.exists():
+        raise UserError(f"the run's {option}, {path}, does not exist: put it back, or evaluate on another data set")
     dataset = open_dataset(path, option)
     if content is not None and dataset.content_hash != content:
-        raise UserError(f"the run's {option}, {path}, holds other images now than those that the run trained on")
+        raise UserError(
+            f"the run's {option}, {path}, no longer holds the images that the run trained on: "
+            f"restore it, or evaluate on another data set"
+        )
     return dataset
 
 

@@ -59,8 +59,8 @@ class ImageLoader:
         recipe      name of a recipe, or a recipe: its augmentation, repeats, decoder and order count
         batch_size  images of a batch of this process. A multiple of 64 keeps the groups of the paper whose images mix
                     among themselves, on any number of processes; with any other, a batch is one group
-        train       False: the evaluation transform, every image once; the last batch may be smaller. If the recipe's
-                    `data.hold_out` keeps images of this data set for validation, these only
+        train       False: the evaluation transform, every image once; the last batch may be smaller. With the
+                    recipe's `data.hold_out`, only the images that it holds out
         seed        None: the recipe's
         img_size    None: the recipe's
         device      None: the current GPU, or the CPU without one
@@ -111,7 +111,7 @@ class ImageLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position of a state. Raises UserError if it is of other data, another seed or batch."""
-        former = {"data.hold_out": 0.0, "data.fraction": 1.0}  # of states that lack them
+        former = {"data.hold_out": 0.0, "data.fraction": 1.0}  # what a state without these fields means
         for name, value in self._order().items():
             if (held := state.get(name, former.get(name))) != value:
                 raise UserError(f"the state is of another {name}: {held!s:.40}, not {value}")

@@ -153,14 +153,14 @@ def load(
 
 
 def load_opened(opened: OpenedCheckpoint, weights: Literal["auto", "model", "ema"] = "auto") -> Loaded:
-    """The same of a checkpoint that is read already."""
+    """What `load` returns, for a checkpoint that has already been opened."""
     kind: Weights = weights if weights != "auto" else "ema" if opened.has_average else "model"
     classes = opened.recipe.model.num_classes or _count_classes(opened, kind)
     model, _ = opened.network(classes, kind)
     names = opened.described.get("class_names")
     if names is not None and len(names) != classes:
         raise UserError(f"{opened.path} has {classes} classes, but names {len(names)}")
-    # All images of another data set: the share that the run held out is of its own.
+    # Use all images of any other data set: the two shares apply only to the training set of the run.
     data = replace(opened.recipe.data, hold_out=0.0, fraction=1.0)
     described = replace(opened.recipe, model=replace(opened.recipe.model, num_classes=classes), data=data)
     two_heads = described.model.arch == "deit" and described.model.distilled

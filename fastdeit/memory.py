@@ -40,7 +40,7 @@ def enough_memory(work: str, remedy: str, device: torch.device) -> Iterator[None
 
 
 def moved(network: Network, device: torch.device) -> Network:
-    """The network itself, moved to the device. Raises MachineError if there is no room for it."""
+    """Move the network to the device, and return it. Raises MachineError if the device has too little memory."""
     remedy = "end the other programs there, or use another device"
     with enough_memory("moving the network's weights", remedy, device):
         return network.to(device)

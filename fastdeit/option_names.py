@@ -1,4 +1,4 @@
-"""The options of a recipe as people type them: switches without a value, and options that do not exist."""
+"""Checks the options that people type: booleans without a value, and options that do not exist."""
 
 import difflib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from fastdeit.effects import fields
 from fastdeit.help import FIRST
 from fastdeit.pipelines.errors import UserError
 
-# Options of timm's train.py and of the released DeiT code that people bring along, beyond those in `FIRST`.
+# Options of timm's train.py and of the released DeiT code, besides those in `FIRST`, and their names here.
 TIMM = {
     "--aa": "augment.randaugment",
     "--amp": "run.precision",
@@ -45,7 +45,7 @@ _OTHERS = ["config", "help", "help-all", "print-config"]
 
 
 def with_values(args: Sequence[str]) -> list[str]:
-    """`args` with "True" after each yes-or-no option that stands without a value."""
+    """`args` with "True" after each boolean option that has no value."""
     switches = {f"--{name}" for name, value in fields(Recipe(name="").filled()).items() if type(value) is bool}
     out: list[str] = []
     for word, following in pairwise([*args, "--"]):
@@ -56,14 +56,12 @@ def with_values(args: Sequence[str]) -> list[str]:
 
 
 def check_options(args: Sequence[str]) -> None:
-    """Raise UserError for an option that no recipe has, with the nearest ones, and for a word before all options.
+    """Raise UserError for an unknown option, suggesting the nearest ones, and for a word before the first option.
 
     args  the words after the recipe's name
     """
     if args and not args[0].startswith("-"):
-        raise UserError(
-            f"'{args[0]}' follows the recipe without an option: for a data set write --data.train {args[0]}"
-        )
+        raise UserError(f"'{args[0]}' belongs to no option: to name a data set, write --data.train {args[0]}")
     names = [*fields(Recipe(name=""))]
     for word in args:
         typed = word.partition("=")[0]
@@ -81,7 +79,7 @@ def _meant(typed: str, name: str, names: list[str]) -> str:
     last = name.rpartition(".")[2]
     near = [each for each in names if each.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(name, [*names, *_OTHERS], n=3, cutoff=0.8)
-    if len(last) > 4:  # of shorter words, too many are alike
+    if len(last) > 4:  # too many short words are alike
         alike = difflib.get_close_matches(last, {each.rpartition(".")[2] for each in names}, n=3, cutoff=0.8)
         near = near or [each for each in names if each.rpartition(".")[2] in alike]
         near = near or [each for each in names if last in each]

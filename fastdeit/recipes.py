@@ -265,7 +265,7 @@ def deit_tiny_finetune() -> Recipe:
         --model.init deit_tiny_patch16_224.pth --run.output runs/photos
 
     Hours: not measured.
-    Top-1: not measured. AdamW with layer-wise decay of the learning rate, as BEiT and MAE fine-tune.
+    Top-1: not measured. AdamW with layer-wise learning-rate decay, as in BEiT and MAE.
     """
     return _finetune(deit_tiny())
 
@@ -277,7 +277,7 @@ def deit_small_finetune() -> Recipe:
         --model.init deit_small_patch16_224.pth --run.output runs/photos
 
     Hours: not measured.
-    Top-1: not measured. AdamW with layer-wise decay of the learning rate, as BEiT and MAE fine-tune.
+    Top-1: not measured. AdamW with layer-wise learning-rate decay, as in BEiT and MAE.
     """
     return _finetune(deit_small())
 
@@ -289,7 +289,7 @@ def deit_base_finetune() -> Recipe:
         --model.init deit_base_patch16_224.pth --run.output runs/photos
 
     Hours: not measured.
-    Top-1: not measured. AdamW with layer-wise decay of the learning rate, as BEiT and MAE fine-tune.
+    Top-1: not measured. AdamW with layer-wise learning-rate decay, as in BEiT and MAE.
     """
     return _finetune(deit_base())
 

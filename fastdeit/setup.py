@@ -120,7 +120,7 @@ def open_evaluation_data(
     like: TrainingData | None = None,
     say: Say = silent,
 ) -> EvaluationData:
-    """The evaluation batches of the `images`, by default all; during training as training made its own, `like`."""
+    """Evaluation batches of `images` (None: all). `like`: training data, whose loader and stage they then use."""
     _announce_compilation(recipe, say)
     return EvaluationData(
         recipe,

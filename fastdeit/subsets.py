@@ -1,4 +1,4 @@
-"""Which images of a data set a run trains on, and which it keeps for validation."""
+"""Chooses which images of a data set a run trains on, and which it holds out for validation."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ _SEED = 0x5EED  # not the run's: runs with other seeds use the same images
 
 @dataclass(frozen=True)
 class Subsets:
-    """Dataset indices of the training set, ascending int64: those to train on, and those kept for validation."""
+    """Dataset indices of the training set, ascending int64: those to train on, and those held out for validation."""
 
     train: np.ndarray
     held_out: np.ndarray
 
 
 def left_out(cfg: DataConfig) -> dict[str, float]:
-    """The fields that leave images out, where they do, by their full names; empty if a run trains on all."""
+    """Those of `data.hold_out` and `data.fraction` that leave images out; empty if a run trains on all images."""
     return {
         f"data.{name}": getattr(cfg, name)
         for name in ("hold_out", "fraction")
@@ -28,22 +28,22 @@ def left_out(cfg: DataConfig) -> dict[str, float]:
 
 
 def divide(cfg: DataConfig, labels: np.ndarray) -> Subsets:
-    """Divide the images with these `labels` (N,) as `data.hold_out` and `data.fraction` say, class by class.
+    """Divide the images with these `labels` (N,) class by class, by `data.hold_out` and `data.fraction`.
 
     The choice is random and depends only on the labels and the two fields: it is the same in every run, and the images
-    of a smaller share are among those of a larger one. A class of two images or more has at least one image on either
-    side. Raises UserError if `data.hold_out` leaves nothing for validation.
+    of a smaller share are among those of a larger one. With `data.hold_out`, a class of two or more images
+    has at least one in each part. Raises UserError if `data.hold_out` leaves nothing for validation.
     """
     if not cfg.hold_out and cfg.fraction == 1:
         return Subsets(np.arange(len(labels)), np.arange(0))
     keys = np.random.Philox(key=_SEED).random_raw(len(labels))  # NumPy keeps these bits across versions
-    order = np.lexsort((keys, labels))  # by class, in a class at random
+    order = np.lexsort((keys, labels))  # by class, and at random within a class
     _, first, count = np.unique(labels[order], return_index=True, return_counts=True)
     place = np.arange(len(labels)) - np.repeat(first, count)
     held = np.clip(np.rint(cfg.hold_out * count), 1, count - 1) if cfg.hold_out else 0 * count
     if cfg.hold_out and not held.any():
         raise UserError(
-            f"data.hold_out {cfg.hold_out:g} keeps no image for validation: no class has two; give --data.val"
+            f"data.hold_out {cfg.hold_out:g} keeps no image for validation: no class has two images; give --data.val"
         )
     kept = np.maximum(1, np.rint(cfg.fraction * (count - held)))
     held_of, last = np.repeat(held, count), np.repeat(held + kept, count)

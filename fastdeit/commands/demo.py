@@ -1,7 +1,7 @@
 """`make demo`: the whole system on scikit-learn's digits, in a few minutes on two cores.
 
 Digits written as JPEGs, converted, a small convnet trained as the teacher, a small DeiT distilled from it with
-the distillation token; then the table of heads, three pictures and the report of both runs. Run as
+the distillation token; then a table of scores by head, three pictures and a report on both runs. Run as
 `fastdeit demo [FOLDER]`.
 """
 
@@ -132,9 +132,9 @@ def demo(folder: Path) -> None:
     """Run the demonstration in `folder`; a second run resumes the first."""
     began = time.monotonic()
     page = folder / NAME
-    plotly_script()  # whatever stands in the way of the page is an error before the training, not after it
+    plotly_script()  # if the report cannot be written, fail before training, not after it
     if page.exists() and not is_report(page):
-        raise UserError(f"{page}: is a file that fastdeit report did not write: move it, or name another folder")
+        raise UserError(f"{page}: exists, and fastdeit report did not write it: move it, or name another folder")
     if not (folder / "val.beton").exists():
         write_digits(folder / "images")
         for split in ("train", "val"):

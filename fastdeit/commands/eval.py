@@ -29,7 +29,7 @@ class Options:
     """Top-1, top-5 and loss of every head of a checkpoint; also ReaL accuracy if the data set holds ReaL's labels."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
-    # what fastdeit-convert wrote, or a folder or archive of images; None: what the run evaluated on
+    # what fastdeit-convert wrote, or a folder or archive of images; None: the run's own validation images
     val: Annotated[Path | None, tyro.conf.Positional] = None
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
@@ -77,7 +77,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
             say(f"the newest checkpoint of the run: {opened.path}")
         if options.val is None:
             which = "" if images is None else f", the {len(images)} images that the run held out"
-            say(f"data set of the run: {val.path}{which}")
+            say(f"the run's data set: {val.path}{which}")
         say(kernels.sentence())
         say(f"loader {data.loader.name}: {data.loader.reason}")
         say(f"images made on the {data.stage.name}: {data.stage.reason}")
@@ -100,7 +100,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
 
 def _checked(options: Options) -> Dataset | None:
-    """The data set that the command names, after the checks that do not need PyTorch. Raises UserError."""
+    """Make the checks that need no PyTorch; return the data set that the command names, if any. Raises UserError."""
     if options.recipe is not None:
         recipe_named(options.recipe)
     check_checkpoint(checkpoint_file(options.checkpoint))
@@ -108,14 +108,14 @@ def _checked(options: Options) -> Dataset | None:
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:
-    """The data set that a run evaluated on, and its images there if it held them out. Raises UserError for none."""
+    """The data set that the run evaluated on, and the indices of its held-out images, if any. Raises UserError."""
     from fastdeit.training.run_record import started_in  # here, since it needs PyTorch
 
     cfg, started = opened.recipe.data, started_in(opened.path.parent.parent)
     if cfg.val is not None:
         return open_runs_set(cfg.val, "data.val", started), None
     if not cfg.hold_out:
-        raise UserError(f"{opened.path} does not say on what it was evaluated: name a data set after it")
+        raise UserError(f"{opened.path} names no data set that it was evaluated on: name a data set after it")
     train = open_runs_set(cfg.train, "data.train", started, opened.trained_on)
     return train, divide(cfg, train.label).held_out
 
@@ -144,7 +144,7 @@ def table(results: dict[str, Any]) -> str:
         if "fallbacks" in scores:
             lines.append(f"{kind}: PIL read {scores['fallbacks']} images that the loader's decoder refused")
         if "replaced" in scores:
-            lines.append(f"{kind}: {scores['replaced']} images do not decode; others took their place")
+            lines.append(f"{kind}: held-out images replaced because they do not decode: {scores['replaced']}")
     return "\n".join(lines)
 
 

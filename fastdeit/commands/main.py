@@ -15,7 +15,7 @@ COMMANDS = {
     "eval": "accuracy of a checkpoint on a data set",
     "predict": "the most probable classes of images",
     "export": "write a checkpoint for timm, transformers, ONNX or torch.export",
-    "report": "a page with the curves, figures and pictures of runs",
+    "report": "write a page with the curves, scores and pictures of one or more runs",
     "label": "store a teacher's labels for a whole run",
     "budget": "what a run will take on some GPUs: time, memory, cores, energy, cost",
     "doctor": "what this machine can use for training, and what to do about the rest",

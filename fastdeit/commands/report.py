@@ -1,4 +1,4 @@
-"""`fastdeit report`: a page with the curves, figures and pictures of runs."""
+"""`fastdeit report`: write a page with the curves, scores and pictures of one or more runs."""
 
 import dataclasses
 import os
@@ -23,30 +23,30 @@ NAME = "report.html"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a page with the curves, scores, incidents and costs of runs, and with pictures of what a run learned.
+    """Write a page with the curves, scores, incidents and costs of one or more runs, and pictures of what each learned.
 
-    The page is one file that needs no network. Several runs share its curves. A run may still be going on: nothing
-    in its folder changes, except for the page. The page of the same run has the same bytes.
+    The page is one file that works offline. Several runs share its curves. A run may still be training: the command
+    changes nothing in its folder but the page. While a run does not change, its page has the same bytes.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of runs (--run.output of fastdeit train)
-    # where the page goes; RUN/report.html for one run, ./report.html for several
+    # where to write the page; None: RUN/report.html for one run, ./report.html for several
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
-    overwrite: bool = False  # replace a file that is not such a page
-    model: bool = True  # evaluate the best checkpoint, else the newest, on the run's own data
-    images: int | None = None  # validation images to evaluate at most; None: 1000, or a minute's worth on a CPU
+    overwrite: bool = False  # replace a file that is not a report
+    model: bool = True  # evaluate the run's best checkpoint (its newest if it keeps no best) on its data
+    images: int | None = None  # validation images to evaluate; None: up to 1000, on a CPU for about a minute
     batch: int = 64
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def report(options: Options) -> Path:
-    """Write the page, and return its path. Raises UserError for a folder that is no run, and for a file in the way."""
+    """Write the page, and return its path. Raises UserError if a folder is not a run, or a file is in the way."""
     for name in ("images", "batch"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: give at least 1")
     if not options.runs:
-        raise UserError("name the folder of a run, or of several")
+        raise UserError("name the folder of at least one run")
     from fastdeit.report.figures import plotly_script
     from fastdeit.report.page import page
     from fastdeit.report.runs import read_runs
@@ -64,19 +64,20 @@ def report(options: Options) -> Path:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise UserError if the page would replace a file that is not a report, or has no folder to go to."""
+    """Raise UserError if the page would replace a file that is not a report, or its folder is missing or read-only."""
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}: make it, or name another place with --output")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: its folder cannot be written: name another place with --output")
+        raise UserError(f"{path}: its folder is not writable: name another place with --output")
     if os.path.lexists(path) and not is_report(path) and not overwrite:
         raise UserError(
-            f"{path}: is a file that fastdeit report did not write: name another with --output, or give --overwrite"
+            f"{path}: exists, and fastdeit report did not write it: "
+            f"name another file with --output, or give --overwrite"
         )
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a page that this command wrote. Raises OSError if it is no regular file."""
+    """Whether a file is a page that this command wrote. Raises OSError if it is not a regular file."""
     from fastdeit.report.page import MARK
 
     check_regular(path)

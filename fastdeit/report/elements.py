@@ -1,4 +1,4 @@
-"""Pieces of HTML. Every text that goes through them is escaped: names and logs come from untrusted files."""
+"""Builds HTML elements. They escape every text, since names and logs come from untrusted files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALL = 64  # up to this side, a picture is stored without loss
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Text that is already markup."""
 
 
 def text(value: Any) -> Html:
@@ -46,7 +46,7 @@ def note(content: Any) -> Html:
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], name: str, numbers: Sequence[int] = ()) -> Html:
-    """A table whose first column names its rows; it scrolls where it is too wide. `numbers` are columns of numbers."""
+    """A table whose first column names its rows; it scrolls if too wide. `numbers`: the numeric columns."""
 
     def kind(column: int) -> dict[str, str]:
         return {"class_": "number"} if column in numbers else {}
@@ -67,7 +67,7 @@ def details(summary: str, content: Html) -> Html:
 
 
 def plot(name: str, shows: str, caption: str) -> Html:
-    """The place of a figure; the page's script draws it."""
+    """The empty element of a figure, in which the page's script draws."""
     place = element("div", "", id=name, class_="plot", role="img", aria_label=shows)
     return element("figure", joined([place, element("figcaption", caption)]))
 
@@ -92,7 +92,7 @@ def pictures(shown: Iterable[Picture]) -> Html:
 
 @dataclass
 class Sections:
-    """The sections of a page as they are added, each with its heading's id, and the page's figures."""
+    """Collects the sections of a page, the links to their headings, and the figures."""
 
     parts: list[Html] = field(default_factory=list)
     links: list[tuple[str, str]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The figures of a page, as data for plotly.js: no text of theirs is markup, and no curve has too many points."""
+"""The figures of a page, as data for plotly.js. Texts are escaped, and long curves are thinned."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastdeit.report.runs import Run, published
 
 Figure = dict[str, Any]  # `data` and `layout` of plotly.js
 
-MOST_POINTS = 2000  # of a curve
-# Each is legible on white and on black; a run has one of them.
+MOST_POINTS = 2000  # in a curve
+# One for each run; all are legible on white and on black.
 COLOURS = ("#3d85d0", "#d9822b", "#3a9d5d", "#c2528b", "#8a7bd1", "#b59a1f", "#2fa3a3", "#c8574a", "#7d8b99", "#9c6b4f")
 _MARKS = {"resume": ("#3a9d5d", "dot"), "rewind": ("#c8574a", "dash"), "stopped": ("#7d8b99", "dashdot")}
 _LONGEST = 20  # characters of a class's name on an axis
-_FEW_EPOCHS, _FEW_MARKERS = 12, 60  # each has a tick; a marker
-_FEW_CLASSES = 12  # a matrix of so many has numbers in its cells and names below its columns
+_FEW_EPOCHS, _FEW_MARKERS = 12, 60  # up to so many, each epoch has a tick, and each evaluation a marker
+_FEW_CLASSES = 12  # up to so many, a matrix has counts in its cells and names below its columns
 
 
 def plotly_script() -> str:
@@ -40,7 +40,7 @@ def label(text: str) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON for a script element: it holds no `<`, so nothing in it ends the element; not finite is null."""
+    """JSON for a script element: `<` is escaped, so no text can end the element; NaN and infinity become null."""
 
     def plain(each: Any) -> Any:
         if isinstance(each, dict):
@@ -58,7 +58,7 @@ def as_json(value: Any) -> str:
 def thinned(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
     """About `most` points of a curve: the lowest and the highest of each of `most` / 2 stretches, and both ends.
 
-    Points that are not finite are left out of a curve that has too many.
+    A curve with more points also loses those that are not finite.
     """
     if len(x) <= most:
         return x, y
@@ -91,7 +91,7 @@ def _line(x: Any, y: Any, name: str, colour: str, dash: str = "solid", **more: A
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Figure]:
-    """Loss, learning rate, throughput and waiting for data over the steps of the runs, by name."""
+    """Loss, learning rate, throughput and data wait of the runs by step; the keys name the panels."""
     panels = {
         "loss": ("training loss", ("loss", "loss_base", "loss_distill"), {}),
         "rate": ("learning rate", ("lr",), {"exponentformat": "e"}),
@@ -107,7 +107,7 @@ def curves(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def _traces(run: Run, columns: Sequence[str], at: int, of: int) -> list[Figure]:
-    """The curves of a run; where there are several, its parts of the loss are shown on a click in the legend."""
+    """The curves of one run. With several runs, the two parts of the loss stay hidden until clicked in the legend."""
     names = {"loss": "loss", "loss_base": "class token", "loss_distill": "distillation token"}
     out = []
     for number, column in enumerate(columns):
@@ -126,7 +126,7 @@ def _traces(run: Run, columns: Sequence[str], at: int, of: int) -> list[Figure]:
 
 
 def _marks(runs: Sequence[Run]) -> list[Figure]:
-    """Vertical lines where the runs resumed, went back or stopped: one trace of each kind."""
+    """Vertical lines where the runs resumed, went back or stopped: one trace for each kind."""
     out = []
     for kind, (colour, dash) in _MARKS.items():
         marks = [(run, mark) for run in runs for mark in run.marks if mark.kind == kind]
@@ -140,7 +140,7 @@ def _marks(runs: Sequence[Run]) -> list[Figure]:
 
 
 def accuracy(runs: Sequence[Run]) -> Figure:
-    """Top-1 of each head and kind of weights over the epochs, the best score, and the paper's where there is one."""
+    """Top-1 by epoch for each head and kind of weights, the best score, and the paper's figure if there is one."""
     several = len(runs) > 1
     data = [trace for at, run in enumerate(runs) for trace in _scores(run, _colour(at) if several else None)]
     layout: Figure = _axes("epoch", "validation top-1, %") | {"shapes": [], "annotations": []}
@@ -157,7 +157,7 @@ def accuracy(runs: Sequence[Run]) -> Figure:
 
 
 def _scores(run: Run, colour: str | None) -> list[Figure]:
-    """The top-1 of a run; with a `colour` it is one of several, and shows only the head that stands for the network."""
+    """The top-1 curves of a run. With a `colour`, it is one of several runs, and only its headline head is visible."""
     out: list[Figure] = []
     fused = f"fused_{run.recipe.get('departures', {}).get('late_fusion') or 'probabilities'}"
     heads = {"class": "class", "distillation": "distillation", fused: "fused"}
@@ -181,12 +181,12 @@ def _scores(run: Run, colour: str | None) -> list[Figure]:
 
 
 def _colour(at: int) -> str:
-    """The colour of a run, by its place."""
+    """The colour of run number `at`."""
     return COLOURS[at % len(COLOURS)]
 
 
 def cosines(values: Sequence[float]) -> Figure:
-    """The cosine of the two tokens by layer, beside the paper's at both ends."""
+    """The cosine of the two tokens by layer, with the paper's values for the input and the last layer."""
     layers = list(range(len(values)))
     measured = _line(layers, list(values), "this checkpoint", COLOURS[0], mode="lines+markers")
     marker = {"symbol": "x", "size": 9, "color": COLOURS[1]}
@@ -196,11 +196,11 @@ def cosines(values: Sequence[float]) -> Figure:
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    """The confusion matrix (K, K): rows are true classes, columns the network's decisions, in the same order."""
+    """The confusion matrix (K, K): rows are true classes, columns predicted classes, in the same order."""
     numbers = list(range(len(names)))
     short = [label(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…") for name in names]
     hover = [
-        [f"{true}, taken for {short[column]}: {int(counts[row, column])}" for column in numbers]
+        [f"{true}, predicted as {short[column]}: {int(counts[row, column])}" for column in numbers]
         for row, true in enumerate(short)
     ]
     grey = [[0, "rgba(128,128,128,0.08)"], [1e-9, "rgba(61,133,208,0.2)"], [1, "rgb(61,133,208)"]]
@@ -209,7 +209,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
         data |= {"text": [[str(count or "") for count in row] for row in counts.tolist()], "texttemplate": "%{text}"}
     axis = {"tickvals": numbers, "ticktext": short, "automargin": True, "rangemode": "normal", "showgrid": False}
     axis["zeroline"] = False
-    layout = _axes("network's decision", "true class")
+    layout = _axes("predicted class", "true class")
     layout["xaxis"] |= axis | {"showticklabels": len(names) <= _FEW_CLASSES}
     layout["yaxis"] |= axis | {"autorange": "reversed"}
     layout["height"] = 220 + 22 * min(len(names), 30)

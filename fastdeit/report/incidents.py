@@ -1,12 +1,15 @@
-"""What went wrong in a run, or nearly: a sentence for each such event of the log."""
+"""Turns the log's warnings, faults and interruptions into sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-STALL = 1.0  # seconds that training waited for a checkpoint, from which on it is listed
-WAIT_SHARE, WAIT_SECONDS = 0.2, 10.0  # of an epoch; `training/data_wait.py` warns from the same values on
+STALL = 1.0  # seconds; shorter waits for a checkpoint are not listed
+WAIT_SHARE, WAIT_SECONDS = (
+    0.2,
+    10.0,
+)  # shorter waits in an epoch are not listed; as in `training/data_wait.py`
 _MOST = 2000  # characters of a sentence
 _FEW = 8  # images that a sentence names
 
@@ -22,9 +25,9 @@ class Incident:
 
 
 def incident(event: dict[str, Any], time: float, last_step: int) -> Incident | None:
-    """The incident that an event is, if any; `last_step` is the last one before it.
+    """The event as an incident, or None if it is not one. `last_step` is the last training step before it.
 
-    Raises KeyError, TypeError, ValueError or AttributeError if the event lacks what such an event has.
+    Raises KeyError, TypeError, ValueError or AttributeError if a field of the event is missing or wrong.
     """
     describe = _SENTENCES.get(event["event"])
     text = None if describe is None else describe(event)
@@ -41,13 +44,12 @@ def incident(event: dict[str, Any], time: float, last_step: int) -> Incident | N
 
 def _replaced(event: dict[str, Any]) -> str:
     some = [f"{int(bad)} by {int(used)}" for bad, used in event["images"][:_FEW]]
-    return f"{_count(event)} do not decode and were replaced: {_listed(some, event)}"
+    return f"replaced {_count(event)} that could not be decoded: {_listed(some, event)}"
 
 
 def _fallbacks(event: dict[str, Any]) -> str:
     some = [str(int(index)) for index in event["images"][:_FEW]]
-    were = "was" if int(event["count"]) == 1 else "were"
-    return f"{_count(event)} that the loader's decoder refused {were} read by PIL: {_listed(some, event)}"
+    return f"PIL read {_count(event)} that the loader's decoder refused: {_listed(some, event)}"
 
 
 def _count(event: dict[str, Any]) -> str:
@@ -65,7 +67,7 @@ def _nonfinite(event: dict[str, Any]) -> str:
 
 def _rewind(event: dict[str, Any]) -> str:
     skipped = [int(step) for step in event["skipped"]]
-    left_out = f"; left out steps {skipped[0]} to {skipped[-1]}" if skipped else ""
+    left_out = f"; skipped steps {skipped[0]} to {skipped[-1]}" if skipped else ""
     return f"diverged at step {int(event['diverged'])}; went back to {PurePath(event['path']).name}{left_out}"
 
 
@@ -78,12 +80,14 @@ def _checkpoint(event: dict[str, Any]) -> str | None:
     stall = float(event.get("stall_seconds", 0.0))
     if stall < STALL:
         return None
-    return f"training waited {stall:.1f} s for {PurePath(event['path']).name}, which took {event['seconds']:.1f} s"
+    name = PurePath(event["path"]).name
+    return f"training waited {stall:.1f} s for {name}, which took {event['seconds']:.1f} s to write"
 
 
 def _waits(event: dict[str, Any]) -> str | None:
     long = [
-        f"process {rank} ({wait['host']}): {wait['seconds']:.0f} s for data, {100 * wait['share']:.0f}% of the epoch"
+        f"process {rank} ({wait['host']}) waited {wait['seconds']:.0f} s for data, "
+        f"{100 * wait['share']:.0f}% of the epoch"
         for rank, wait in enumerate(event["processes"])
         if wait["share"] >= WAIT_SHARE and wait["seconds"] >= WAIT_SECONDS
     ]

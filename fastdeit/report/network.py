@@ -1,4 +1,4 @@
-"""What a run's checkpoint and its data show: samples, confusions, the worst classes, the two tokens."""
+"""Evaluates a run's checkpoint for the page: samples, confusion matrix, worst classes, the two tokens."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from fastdeit.training.best import best_names
 
 T = TypeVar("T")
 
-SAMPLES, WORST, MISTAKES, TOKENS = 16, 5, 6, 64  # pictures, classes, pictures of each, images
-MOST_CLASSES = 50  # of a confusion matrix
-IMAGES, _MINUTE = 1000, 5e12  # evaluated ones; operations of a minute on two cores
+SAMPLES, WORST, MISTAKES, TOKENS = 16, 5, 6, 64  # training samples, worst classes, mistakes of each, images
+MOST_CLASSES = 50  # in a confusion matrix
+IMAGES, _MINUTE = 1000, 5e12  # to evaluate by default; operations that take two cores a minute
 
 
 @dataclass(frozen=True)
 class WorstClass:
-    """A class with its images that were evaluated, those that were recognised, and some of the others."""
+    """A class: how many images were evaluated, how many of them classified correctly, and some mistakes."""
 
     name: str
     images: int
@@ -48,14 +48,14 @@ class WorstClass:
 
 @dataclass(frozen=True)
 class Judged:
-    """A checkpoint on images of the validation set.
+    """How a checkpoint classifies validation images.
 
-    of           images that the set has
-    index        (N,) int64: those that were evaluated
-    label, decision  (N,) int64: their true classes, and the network's
+    of           number of validation images
+    index        (N,) int64: dataset indices of those that were evaluated
+    label, decision  (N,) int64: their true and predicted classes
     names        of the K classes
     cosines      of the two tokens by layer, over `token_images` images
-    maps         for each image: itself, and the attention of each of its tokens
+    maps         for a few images each: the image itself, and an attention map for each token
     """
 
     loaded: Loaded
@@ -75,13 +75,13 @@ class Judged:
         return 100 * float((self.label == self.decision).mean())
 
     def confusion(self) -> np.ndarray:
-        """(K, K) int64 counts: rows are true classes, columns decisions."""
+        """(K, K) int64 counts: rows are true classes, columns predicted classes."""
         counts = np.zeros((len(self.names), len(self.names)), np.int64)
         np.add.at(counts, (self.label, self.decision), 1)
         return counts
 
     def confused(self, most: int) -> list[tuple[str, str, int, int]]:
-        """The pairs that are confused most: true class, decision, how often, and evaluated images of the true class."""
+        """The most confused pairs: true class, predicted class, count, and evaluated images of the true class."""
         wrong = self.label != self.decision
         pairs, counts = np.unique(np.stack([self.label, self.decision])[:, wrong], axis=1, return_counts=True)
         rows = sorted(zip((-counts).tolist(), *pairs.tolist(), strict=True))[:most]
@@ -90,19 +90,19 @@ class Judged:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is shown of a run besides its log."""
+    """What the page shows of a run besides its log."""
 
     samples: list[Picture] | Missing
     judged: Judged | Missing
 
 
 def look(run: Run, world: World, *, images: int | None, batch: int) -> Findings:
-    """Samples of the run's training set, and its best checkpoint, else its newest, on `images` validation images.
+    """Make the run's first training samples, and evaluate its best checkpoint, or its newest if it keeps no best.
 
-    images  at most; None: as many as `affordable` says
-    batch   images at once
+    images  the most validation images to evaluate; None: as many as `affordable` says
+    batch   images evaluated at once
 
-    A part that cannot be shown is a `Missing`, as where the data are on another machine.
+    A part that cannot be shown is a `Missing`, for example if the data are on another machine.
     """
     try:
         path, weights = chosen_checkpoint(run)
@@ -110,7 +110,7 @@ def look(run: Run, world: World, *, images: int | None, batch: int) -> Findings:
         loaded = load_opened(opened, weights)
     except (UserError, OSError) as error:
         return Findings(Missing(_why(error)), Missing(_why(error)))
-    data = replace(opened.recipe.data, threads=0, cache_dir=None)  # those of the machine that trained
+    data = replace(opened.recipe.data, threads=0, cache_dir=None)  # these suit the machine that trained
     recipe = replace(opened.recipe, data=data, run=replace(opened.recipe.run, precision="fp32"))
     loaded = loaded._replace(recipe=replace(recipe, model=loaded.recipe.model))
     set_up(recipe, world)
@@ -132,7 +132,7 @@ def look(run: Run, world: World, *, images: int | None, batch: int) -> Findings:
 
 
 def chosen_checkpoint(run: Run) -> tuple[Path, Any]:
-    """The run's best checkpoint, else its newest, and the kind of weights to load. Raises UserError if it has none."""
+    """The run's best checkpoint, or its newest, and the kind of weights to load. Raises UserError if it has none."""
     folder = run.folder / "checkpoints"
     found = checkpoint.found(folder)
     if not found:
@@ -155,7 +155,7 @@ def _why(error: Exception) -> str:
 
 
 def samples_of(run: Run, recipe: Recipe, dataset: Dataset) -> list[Picture]:
-    """The first samples of the run's first step, as the network saw them."""
+    """The run's first training samples, as the network saw them."""
     here, processes = World(0, 1, 1, torch.device("cpu")), int(run.starts[0]["world"])
     with first_samples(recipe, dataset, here, processes=processes, least=SAMPLES) as (plan, batch):
         names = _names(dataset.class_names, dataset.num_classes)
@@ -171,11 +171,11 @@ def samples_of(run: Run, recipe: Recipe, dataset: Dataset) -> list[Picture]:
 
 
 def judge(loaded: Loaded, val: Dataset, every: np.ndarray, world: World, images: int | None, batch: int) -> Judged:
-    """The network's decisions on `images` of the validation images, evenly spaced, and what they tell.
+    """Evaluate the network on `images` of the validation images, evenly spaced.
 
-    val, every  the data set with the validation images, and their indices in it
+    val, every  the data set that holds the validation images, and their dataset indices
 
-    Raises UserError where checkpoint and data set do not fit, and MachineError if the memory is too small.
+    Raises UserError if checkpoint and data set do not match, and MachineError if the memory is too small.
     """
     classes = loaded.recipe.model.num_classes or val.num_classes
     check_classes(val, classes)
@@ -213,7 +213,7 @@ def judge(loaded: Loaded, val: Dataset, every: np.ndarray, world: World, images:
 
 
 def affordable(loaded: Loaded, device: torch.device) -> int:
-    """Validation images to evaluate: 1,000, or on a CPU so few that two cores take about a minute."""
+    """How many validation images to evaluate: 1,000, but on a CPU no more than two cores do in about a minute."""
     model, size = loaded.model, loaded.recipe.model.img_size
     positions = model.pos_embed.shape[1] if isinstance(model, DeiT) else (size // 16) ** 2
     operations = 2 * positions * sum(each.numel() for each in model.parameters())
@@ -233,7 +233,7 @@ def _worst(
     decision: np.ndarray,
     sure: np.ndarray,
 ) -> list[WorstClass]:
-    """The classes with the smallest share of recognised images, with some of their mistakes."""
+    """The classes with the lowest accuracy, with some of their mistakes."""
     label = val.label[index]
     hit = decision == label
     shares = [(hit[label == one].mean(), int(one)) for one in np.unique(label)]
@@ -247,8 +247,8 @@ def _worst(
         pictures = []
         for image, at in zip(pixels, wrong, strict=True):
             taken = f"{names[decision[at]]}, {100 * sure[at]:.0f}%"
-            shows = f"validation image {index[at]} of class {names[one]}, taken for {taken}"
-            pictures.append(Picture(image, shows, f"taken for {taken}"))
+            shows = f"validation image {index[at]} of class {names[one]}, predicted as {taken}"
+            pictures.append(Picture(image, shows, f"predicted as {taken}"))
         here = label == one
         out.append(WorstClass(names[one], int(here.sum()), int(hit[here].sum()), pictures))
     return out

@@ -13,25 +13,26 @@ _PAIRS = 20
 
 
 def add_findings(sections: Sections, found: Findings, name: str, of: str) -> None:
-    """Add what was found to a page; `name` starts the ids of its sections, `of` ends their titles."""
+    """Add the findings to a page. Section ids start with `name`; section titles end with `of`."""
     if isinstance(found.samples, Missing):
         sections.add(f"{name}samples", f"Training samples{of}", _missing(found.samples))
     else:
-        said = "The first samples of the run's first step, as the network saw them: classes and augmentation."
+        said = "The run's first training samples as the network saw them, with their classes and augmentation."
         sections.add(f"{name}samples", f"Training samples{of}", note(said), pictures(found.samples))
     judged = found.judged
     if isinstance(judged, Missing):
         sections.add(f"{name}network", f"Network{of}", _missing(judged))
         return
     loaded = judged.loaded
-    weights = "the averaged weights (EMA)" if loaded.weights == "ema" else "the weights"
+    weights = "averaged weights (EMA)" if loaded.weights == "ema" else "weights without averaging"
     count = f"{len(judged.index):,} of {judged.of:,} validation images"
     spaced = "" if len(judged.index) == judged.of else ", evenly spaced"
     said = (
-        f"{loaded.path.name}, {weights}, decisions of {loaded.head.replace('_', ' ')}: {judged.top1:.2f}% of {count}"
-        f"{spaced}, in float32 on {judged.device}."
+        f"Top-1 {judged.top1:.2f}% on {count}{spaced}. Checkpoint {loaded.path.name}, {weights}, "
+        f"head: {loaded.head.replace('_', ' ')}; evaluated in float32 on {judged.device}."
     )
-    sections.add(f"{name}confusion", f"Confusions{of}", note(said), *_confusions(sections, judged, name))
+    title = "Confusion matrix" if len(judged.names) <= MOST_CLASSES else "Most confused pairs"
+    sections.add(f"{name}confusion", f"{title}{of}", note(said), *_confusions(sections, judged, name))
     sections.add(f"{name}worst", f"Worst classes{of}", *_worst(judged))
     sections.add(f"{name}tokens", f"Tokens{of}", *_tokens(sections, judged, name))
 
@@ -43,23 +44,27 @@ def _missing(part: Missing) -> Html:
 def _confusions(sections: Sections, judged: Judged, name: str) -> Sequence[Html]:
     pairs = judged.confused(_PAIRS)
     rows = [(true, taken, count, images) for true, taken, count, images in pairs]
-    head = ["true class", "taken for", "times", "images of the true class"]
-    listed = table(head, rows, "Pairs that are confused most", [2, 3]) if rows else note("No image was confused.")
+    head = ["true class", "predicted class", "count", "images of the true class"]
+    listed = (
+        table(head, rows, "Most confused pairs", [2, 3])
+        if rows
+        else note("The network made no mistakes on these images.")
+    )
     if len(judged.names) > MOST_CLASSES:
         return [listed]
     figure = figures.confusion(judged.confusion(), judged.names)
-    caption = "Rows are true classes, columns the network's decisions in the same order."
-    worst = f" Most often, {rows[0][0]} was taken for {rows[0][1]}: {rows[0][2]} times." if rows else ""
+    caption = "Rows are true classes; columns are predicted classes, in the same order."
+    worst = f" Most frequent mistake: {rows[0][0]} predicted as {rows[0][1]}, {rows[0][2]} times." if rows else ""
     drawn = sections.plot(f"{name}confusion", figure, f"Confusion matrix. {caption}{worst}", caption)
-    return [drawn, element("h3", "Pairs that are confused most"), listed]
+    return [drawn, element("h3", "Most confused pairs"), listed]
 
 
 def _worst(judged: Judged) -> Sequence[Html]:
     if not judged.worst:
-        return [note("Every image that was evaluated was recognised.")]
-    out = [note("The classes with the smallest share of recognised images, and some of their images that were not.")]
+        return [note("Every evaluated image was classified correctly.")]
+    out = [note("The classes with the lowest accuracy, and some of their mistakes.")]
     for each in judged.worst:
-        out.append(element("h3", f"{each.name}: {each.hits} of {each.images} recognised"))
+        out.append(element("h3", f"{each.name}: {each.hits} of {each.images} correct"))
         out.append(pictures(each.mistakes))
     return out
 
@@ -70,14 +75,15 @@ def _tokens(sections: Sections, judged: Judged, name: str) -> Sequence[Html]:
         out.append(_missing(judged.cosines))
     else:
         first, last = judged.cosines[0], judged.cosines[-1]
-        caption = f"Mean over {judged.token_images} validation images: {first:.2f} at the input, {last:.2f} at the end."
+        images = f"{judged.token_images} validation images"
+        caption = f"Mean over {images}: {first:.2f} at the input, {last:.2f} at the last layer."
         shows = f"Cosine of class and distillation token by layer. {caption}"
         out.append(sections.plot(f"{name}cosine", figures.cosines(judged.cosines), shows, caption))
     out.append(element("h3", "Attention"))
     if isinstance(judged.maps, Missing):
         return [*out, _missing(judged.maps)]
     out.append(
-        note("Attention of the last block, mean over heads: the more a token looks at a patch, the more orange it is.")
+        note("Attention in the last block, averaged over heads. The more a token attends to a patch, the more orange.")
     )
     rows = joined(pictures(row) for row in judged.maps)
     return [*out, element("div", rows, class_="three")]

@@ -1,4 +1,4 @@
-"""The page of one or several runs: one HTML file that loads nothing."""
+"""Writes the page of one or more runs: one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastdeit.training.progress import duration
 if TYPE_CHECKING:
     from fastdeit.report.network import Findings
 
-# The start of every page, by which the command knows the pages that it may replace.
+# Every page starts with this. The command replaces only files that do.
 MARK = """<!doctype html>
 <html lang="en">
 <head>
@@ -35,7 +35,7 @@ _NONE = "not recorded"
 def page(runs: Sequence[Run], findings: Sequence[Findings | None], plotly: str) -> str:
     """The HTML of a report.
 
-    findings  of each run; None where they were not asked for
+    findings  one for each run; None with --no-model
     plotly    the source of plotly.js
     """
     sections, names = Sections(), ", ".join(run.label for run in runs)
@@ -56,7 +56,7 @@ def page(runs: Sequence[Run], findings: Sequence[Findings | None], plotly: str) 
     links = joined(element("li", element("a", title, href=f"#{name}")) for name, title in sections.links)
     kind = "Training run" if len(runs) == 1 else f"{len(runs)} training runs"
     body = joined([
-        element("a", "Skip to the content", href="#overview", class_="skip"),
+        element("a", "Skip to content", href="#overview", class_="skip"),
         element("header", joined([element("h1", f"{kind}: {names}"), element("nav", element("ul", links))])),
         element("main", joined(sections.parts)),
         Html("<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>"),
@@ -66,7 +66,7 @@ def page(runs: Sequence[Run], findings: Sequence[Findings | None], plotly: str) 
 
 
 def _document(names: str, body: Html, scripts: Sequence[str]) -> str:
-    """The file. Its policy forbids every request, and every script but these."""
+    """The HTML file. Its Content-Security-Policy forbids all requests, and all scripts but these."""
     scripts = [re.sub(r"<(?=/script|!--)", r"<\\", script.replace("\r\n", "\n"), flags=re.I) for script in scripts]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
@@ -115,7 +115,7 @@ def _overview(runs: Sequence[Run]) -> Html:
 def _status(run: Run) -> str:
     last = when(run.ends[-1])
     if run.status == "incomplete":
-        return f"incomplete: still going on, or killed; last line of the log {last} UTC"
+        return f"incomplete: still running, or killed; last log line {last} UTC"
     return f"{run.status}, {last} UTC"
 
 
@@ -159,7 +159,7 @@ def _commit(run: Run) -> str:
     if commit is None:
         return run.record_fault or "not in a git checkout"
     clean = str(commit).removesuffix("-dirty")
-    return clean if clean == commit else f"{clean}, with changes that were not committed"
+    return clean if clean == commit else f"{clean}, with uncommitted changes"
 
 
 def _starts(run: Run, named: bool) -> Html:
@@ -174,17 +174,17 @@ def _starts(run: Run, named: bool) -> Html:
 
 def _curves(sections: Sections, runs: Sequence[Run]) -> None:
     captions = {
-        "loss": "Training loss: the mean over all processes and steps of a line.",
+        "loss": "Training loss, averaged over all processes and over the steps since the previous log line.",
         "rate": "Learning rate.",
-        "throughput": "Images per second of all processes.",
-        "wait": "Share of the time that training waited for data.",
+        "throughput": "Images per second, all processes together.",
+        "wait": "Share of the time that training spent waiting for data.",
     }
     if not any(run.steps for run in runs):
         sections.add("curves", "Curves", note("The log has no training line yet."))
         return
     drawn = figures.curves(runs)
     plots = [
-        sections.plot(name, drawn[name], f"{captions[name]} Over the steps of {_names(runs)}.", captions[name])
+        sections.plot(name, drawn[name], f"{captions[name]} By step, for {_names(runs)}.", captions[name])
         for name in captions
     ]
     remark = (
@@ -205,7 +205,7 @@ def _accuracy(sections: Sections, runs: Sequence[Run]) -> None:
     caption = "Top-1 on the validation set. EMA: the average of the weights. A star marks the best score."
     papers = {paper for run in runs if (paper := published(run)) is not None}
     if papers:
-        caption += " The dashed line is the figure of the paper for this recipe."
+        caption += " The dashed line is the paper's figure for this recipe."
     drawn = sections.plot("accuracy", figures.accuracy(runs), f"{caption} Runs: {_names(runs)}.", caption)
     rows = []
     for run in runs:
@@ -234,7 +234,7 @@ def _recipe(runs: Sequence[Run]) -> list[Html]:
                 note(f"There is no recipe called {name} to compare with; recipe.json in the folder has all fields.")
             ]
         columns, heads = [flat(RECIPES[name]().filled().to_dict()), recipes[0]], [name, runs[0].label]
-        same = f"Every field is that of the recipe {name}."
+        same = f"Every field is as in the recipe {name}."
     fields = sorted({field for column in columns for field in column})
     rows = [
         (element("code", field), *(_value(column, field) for column in columns))
@@ -257,12 +257,12 @@ def _cost(runs: Sequence[Run]) -> list[Html]:
     rows = [
         ("training", [f"{sum(run.seconds):,.0f} s ({duration(sum(run.seconds))})" for run in runs]),
         (hours, [f"{run.process_seconds / 3600:,.2f}" for run in runs]),
-        ("energy of the GPUs", [_energy(run) for run in runs]),
+        ("GPU energy", [_energy(run) for run in runs]),
         ("forecast", [_forecast(run) for run in runs]),
     ]
-    explained = "Times run from each start to its last line in the log, evaluations and checkpoints included."
+    explained = "Times run from each start to its last log line; they include evaluations and checkpoints."
     if any(run.joules is not None for run in runs):
-        explained += " The energy is that of the epochs that were finished, without the rest of the machines."
+        explained += " The energy covers only the GPUs, and only finished epochs."
     return [
         table(["", *(run.label for run in runs)], [(name, *cells) for name, cells in rows], "Cost"),
         note(explained),
@@ -276,7 +276,7 @@ def _energy(run: Run) -> str:
 def _forecast(run: Run) -> str:
     forecast = next((each for start in run.starts if (each := start.get("forecast_seconds")) is not None), None)
     if forecast is None or not math.isfinite(forecast):
-        return "none was made"
+        return "none"
     shown = f"{forecast:,.0f} s ({duration(forecast)})"
     if run.status != "finished" or forecast <= 0:
         return f"{shown}; the run has not finished"
@@ -287,6 +287,6 @@ def _incidents(run: Run) -> Html:
     if not run.incidents:
         return paragraph("none")
     rows = [(when(each.time), each.place, each.kind, each.text) for each in run.incidents]
-    shown = table(["time, UTC", "where", "what", "text"], rows[:_INCIDENTS], f"Incidents of {run.label}")
+    shown = table(["time, UTC", "where", "event", "details"], rows[:_INCIDENTS], f"Incidents of {run.label}")
     more = len(rows) - _INCIDENTS
     return joined([shown, note(f"{more} more are in log.jsonl.")]) if more > 0 else shown

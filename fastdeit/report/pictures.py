@@ -1,4 +1,4 @@
-"""Pictures of images as the network saw them."""
+"""Shows images as the network saw them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdeit.pipelines.plan.plan import CUTMIX, OPS, Plan
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a part of the page is not there."""
+    """Why a part of the page is missing."""
 
     why: str
 

@@ -1,4 +1,4 @@
-"""Reads what a run's folder says of the run: `log.jsonl` and `run.json`. Writes nothing, and imports no PyTorch."""
+"""Reads a run's `log.jsonl` and `run.json`. Writes nothing, and imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastdeit.training.log_lines import numbered_events
 COLUMNS = ("global_step", "loss", "loss_base", "loss_distill", "lr", "images_per_second", "data_wait")
 HEADS = ("class", "distillation", "fused_probabilities", "fused_logits")
 _MOST = 16 << 20  # bytes of run.json
-_LATEST = 1e11  # the last time that is one, in seconds since 1970
+_LATEST = 1e11  # the latest time that a log may have, in seconds since 1970
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A resume, a rewind or a stop, after so many steps."""
+    """A resume, a rewind or a stop, and the step after which it happened."""
 
     step: int
     kind: str
@@ -35,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one kind of weights ("model" or "ema"): by head top1 and top5 in percent, and the loss."""
+    """The scores of one kind of weights ("model" or "ema"): for each head, top1 and top5 in percent, and loss."""
 
     epoch: int
     step: int
@@ -46,16 +46,16 @@ class Evaluation:
 
 @dataclass
 class Run:
-    """A run as its folder tells it.
+    """A run, as read from its folder.
 
-    label       the shortest name that no other run of the page has
+    label       the folder's name, or its path if another run of the page has the same name
     starts      the events "start"
     ends        the time of the last line of each start
-    columns     of the training lines, by `COLUMNS`, one value a step, by step
+    columns     values of the training lines by name, see `COLUMNS`; one for each logged step, in order
     best        the last event "best"
     ending      the last of the events "start", "stopped" and "end"
-    joules      of all GPUs, in the epochs that were finished; None if they were not measured
-    record      `run.json`; empty where `record_fault` says why
+    joules      energy of all GPUs in finished epochs; None if it was not measured
+    record      `run.json`; if it is empty, `record_fault` says why
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The last step that the log has."""
+        """The last step in the log."""
         trained = self.columns["global_step"]
         return max(int(trained[-1]) if len(trained) else 0, int(self.ending.get("global_step", 0)))
 
@@ -90,19 +90,19 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`finished`, `stopped by SIGNAL`, or `incomplete`: still going on, or killed."""
+        """`finished`, `stopped by SIGNAL`, or `incomplete`: still running, or killed."""
         if self.ending["event"] == "end":
             return "finished"
         return f"stopped by {self.ending['signal']}" if self.ending["event"] == "stopped" else "incomplete"
 
     @property
     def seconds(self) -> list[float]:
-        """Of each start, the time to its last line in the log."""
+        """For each start, the time until its last log line."""
         return [max(0.0, end - start["time"]) for start, end in zip(self.starts, self.ends, strict=True)]
 
     @property
     def process_seconds(self) -> float:
-        """The times of all starts, each multiplied by its processes."""
+        """The sum over all starts of their time multiplied by their number of processes."""
         return sum(time * int(start["world"]) for time, start in zip(self.seconds, self.starts, strict=True))
 
     @property
@@ -113,7 +113,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders. Raises UserError for one that is no run, and for one that is named twice."""
+    """The runs in these folders. Raises UserError if a folder is not a run, or is named twice."""
     runs = [read_run(folder) for folder in folders]
     places = [folder.resolve() for folder in folders]
     for at, folder in enumerate(folders):
@@ -126,7 +126,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder. Raises UserError if it has no log, or naming the line of the log that is not a run's."""
+    """The run in a folder. Raises UserError if it has no log, or the log has an invalid line."""
     log = folder / "log.jsonl"
     if not folder.is_dir():
         missing = "is a file" if folder.exists() else "there is no such folder"
@@ -144,7 +144,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read(log: Path, take: Callable[[dict[str, Any]], object]) -> None:
-    """Let `take` have each event of a log. Raises UserError naming the line that it cannot use."""
+    """Pass each event of a log to `take`. If `take` fails, raises UserError with the line's number."""
     for number, event in numbered_events(log):
         try:
             take(event)
@@ -164,7 +164,7 @@ class _Reader:
         self._evaluations: dict[tuple[int, str], Evaluation] = {}
 
     def take(self, event: dict[str, Any]) -> None:
-        """Add an event; unknown ones are left out. Raises KeyError, TypeError and the like if it lacks a field."""
+        """Add an event; unknown ones are ignored. Raises KeyError, TypeError and the like if a field is missing."""
         run, kind = self.run, event["event"]
         time = _number(event, "time", _LATEST)
         if kind == "train":
@@ -195,7 +195,7 @@ class _Reader:
                 run.marks.append(Mark(_count(event, "global_step"), kind, found.text))
 
     def take_redone(self, event: dict[str, Any]) -> None:
-        """Count the time of an event whose step the run did again later."""
+        """Count the time of an event whose step the run later repeated."""
         time = _number(event, "time", _LATEST)
         at = bisect.bisect_right([start["time"] for start in self.run.starts], time) - 1
         self.run.ends[max(0, at)] = max(self.run.ends[max(0, at)], time)
@@ -219,7 +219,7 @@ class _Reader:
 def _number(event: dict[str, Any], name: str, most: float = math.inf) -> float:
     value = event[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} is no number")
+        raise TypeError(f"{name} is not a number")
     if most < math.inf and not 0 <= value <= most:
         raise ValueError(f"{name} is out of range")
     return float(value)
@@ -236,7 +236,7 @@ def _check_start(event: dict[str, Any]) -> None:
         _number(event, "forecast_seconds")
     recipe = event["recipe"]
     if not isinstance(recipe["name"], str):
-        raise TypeError("the recipe's name is no text")
+        raise TypeError("the recipe's name is not a string")
     if not all(isinstance(recipe.get(name, {}), dict) for name in ("model", "run", "departures")):
         raise TypeError("a section of the recipe has no fields")
     _count(recipe["run"], "epochs")
@@ -247,13 +247,13 @@ def _check_best(event: dict[str, Any]) -> None:
     _number(event, "score")
     _count(event, "global_step")
     if not all(isinstance(event[name], str) for name in ("checkpoint", "metric", "weights", "head")):
-        raise TypeError("a name is no text")
+        raise TypeError("a name is not a string")
 
 
 def _evaluation(event: dict[str, Any]) -> Evaluation:
     weights = event["weights"]
     if not isinstance(weights, str):
-        raise TypeError("weights is no text")
+        raise TypeError("weights is not a string")
     scores = {
         head: {name: _number(event[head], name) for name in ("top1", "top5", "loss")} for head in HEADS if head in event
     }
@@ -269,7 +269,7 @@ def flat(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def published(run: Run) -> tuple[float, str] | None:
-    """The top-1 that the paper has for the run's recipe, and its source; None for another data set than ImageNet."""
+    """The paper's top-1 for the run's recipe, and its source; None if the data set is not ImageNet."""
     recipe, start = run.recipe, run.starts[-1]
     batch = int(recipe["run"]["global_batch"])
     images = int(start["steps_per_epoch"]) * batch

@@ -44,7 +44,7 @@ summary { cursor: pointer; color: var(--link); }
 @media print { nav, .skip { display: none; } }
 """
 
-# Colours come from the style sheet, so that the figures follow a change between light and dark.
+# Figures take their colours from the style sheet, so they follow a switch between light and dark.
 SCRIPT = """
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);

@@ -20,7 +20,7 @@ _ORANGE = (255.0, 130.0, 20.0)
 def look_at_tokens(
     loaded: Loaded, images: Tensor, names: list[str]
 ) -> tuple[list[float] | Missing, list[list[Picture]] | Missing]:
-    """Cosines of the two tokens by layer over `images` (B, 3, S, S), and where the tokens look in a few of them.
+    """Mean cosine of the two tokens by layer over `images` (B, 3, S, S), and attention maps for a few of them.
 
     names  of the images' classes
     """
@@ -37,7 +37,7 @@ def look_at_tokens(
         row = [Picture(image, f"validation image of class {names[chosen[at]]}", names[chosen[at]])]
         for token, attention in zip(("class token", "distillation token"), weights[:, at], strict=False):
             top, left = np.unravel_index(attention.argmax(), attention.shape)
-            where = f"most at patch row {top + 1}, column {left + 1} of {attention.shape[0]} x {attention.shape[1]}"
+            where = f"highest at patch row {top + 1}, column {left + 1} of {attention.shape[0]} x {attention.shape[1]}"
             shows = f"attention of the {token} over that image: {where}"
             row.append(Picture(heated(image, attention), shows, token))
         out.append(row)
@@ -48,8 +48,8 @@ def look_at_tokens(
 def attention_maps(model: DeiT, images: Tensor) -> Tensor:
     """Attention of the class token, and of the distillation token, over the patches in the last block, mean over heads.
 
-    (T, B, rows, columns) float32 for `images` (B, 3, S, S). The rest of a token's attention, up to a sum of 1, is on
-    the tokens themselves.
+    (T, B, rows, columns) float32 for `images` (B, 3, S, S). A token's map sums to less than 1: the rest
+    of its attention goes to the tokens themselves.
     """
     seen: list[Tensor] = []
     attention: Any = model.blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,7 +66,7 @@ def attention_maps(model: DeiT, images: Tensor) -> Tensor:
 
 
 def heated(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """`image` (S, S, 3) uint8 in grey, with orange in proportion to `attention` (rows, columns) over its patches."""
+    """`image` (S, S, 3) uint8 in grey, with patches as orange as `attention` (rows, columns) is high."""
     patch = np.ones((image.shape[0] // attention.shape[0], image.shape[1] // attention.shape[1], 1))
     heat = 0.8 * np.kron(attention[..., None] / max(float(attention.max()), 1e-12), patch)
     grey = 0.7 * image.mean(2, keepdims=True)

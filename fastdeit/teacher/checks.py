@@ -18,8 +18,8 @@ CHANCE_IMAGES = 64  # shown to the teacher
 def teacher_warnings(recipe: Recipe, teacher: Teacher, sets: DataSets, world: World, precision: Precision) -> list[str]:
     """A sentence if the teacher works at another resolution, and one if it is no better than chance.
 
-    The main process shows it `CHANCE_IMAGES` images, spread over the validation set, or without one over the training
-    set, as an evaluation makes them.
+    The main process shows it `CHANCE_IMAGES` images, processed as for evaluation. They are spread over the validation
+    set, or over the training set if there is no validation set.
     """
     out: list[str] = []
     if teacher.img_size != teacher.student_size:

@@ -38,8 +38,8 @@ def evaluate(
     Heads: `class`; and with a distillation token `distillation`, `fused_probabilities` (the paper's late
     fusion: sum of the softmaxes) and `fused_logits` (the released code's). The loss is cross-entropy with the
     true label; of `fused_probabilities`, that of the mean probability. With fewer than 5 classes top-5 counts
-    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, "fallbacks": n where images had to be read by
-    PIL, and "replaced": n where others took their place.
+    all of them. Returns {"images": n, head: {"top1", "top5", "loss"}}, "fallbacks": n if PIL had to read n
+    images, and "replaced": n if other images replaced n.
 
     Where the data set holds ImageNet-ReaL's labels (`fastdeit-convert --real-labels`), a head has "real" too: top-1
     in percent of the images that have any, "real_images" of them, a hit being any of an image's labels (Beyer et al.

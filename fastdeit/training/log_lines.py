@@ -12,7 +12,7 @@ from fastdeit.pipelines.parsing import MAX_JSON, parse_json
 def numbered_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The events of a log, each with the number of its line.
 
-    Leaves out a last line without its end: a kill cut it short, or the run is still writing it. Raises UserError for
+    Skips an unfinished last line: a kill cut it short, or the run is still writing it. Raises UserError for
     any other line that is not an event, and what `open_regular` raises.
     """
     with open(open_regular(path), "rb") as file:
@@ -34,6 +34,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def without_repeats(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Events of one kind by step; of a step that a resumed run did twice, the later line."""
+    """Events of one kind by step. If a resumed run repeated a step, only the later line counts."""
     by_key = {(e["global_step"], e.get("weights")): e for e in events if e["event"] == kind}
     return sorted(by_key.values(), key=lambda e: e["global_step"])

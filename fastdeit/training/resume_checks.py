@@ -79,8 +79,8 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     before = stored.get("layer_decay", 1.0) if isinstance(stored, dict) else now
     if (before == 1) != (now == 1):
         raise UserError(
-            f"{path}: optim.layer_decay is {before} in it, but {now} in this run, so the optimizer has other groups of "
-            f"parameters: start from its weights with --model.init and another --run.output"
+            f"{path}: was trained with optim.layer_decay {before}, but this run has {now}, so the optimizer's "
+            f"parameter groups differ: start from its weights with --model.init and another --run.output"
         )
     _check_optimizer(path, state["optimizer"], training, state["global_step"])
     if state["scaler"] is not None:

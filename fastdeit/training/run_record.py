@@ -63,7 +63,7 @@ def record_start(folder: Path, processes: dict[str, list[str]], checkpoint: Path
 
 
 def started_in(folder: Path) -> Path | None:
-    """The folder in which the run in `folder` was last started; None if its `run.json` does not tell."""
+    """The folder in which the run in `folder` was last started; None if its `run.json` does not say."""
     try:
         return Path(_read(folder / NAME)["starts"][-1]["folder"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):

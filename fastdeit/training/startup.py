@@ -22,7 +22,7 @@ from fastdeit.training.step import TrainingStep
 from fastdeit.version import __version__
 
 FEW_IMAGES = 1000  # an epoch with fewer distinct images makes repeats worth a warning
-NO_ACCURACY = "no images to evaluate on, so no accuracy: give --data.val, or hold images out with --data.hold_out 0.1"
+NO_ACCURACY = "no validation images, so accuracy is not measured: give --data.val or --data.hold_out 0.1"
 STALE_SHARE = 0.1  # of the initial weights in their average at the end of the run
 
 
@@ -101,7 +101,7 @@ def _images(sets: DataSets) -> str:
 
 
 def forecast_run(training: TrainingStep, sets: DataSets) -> Plan | None:
-    """What `fastdeit budget` forecasts for this run on these GPUs; None where it knows the card or the recipe not."""
+    """What `fastdeit budget` forecasts for this run on these GPUs; None if it does not know the card or the recipe."""
     recipe, world = training.recipe, training.world
     if world.device.type != "cuda" or training.precision.name != "bf16":
         return None
@@ -163,7 +163,7 @@ def lr_sentence(recipe: Recipe) -> str:
     cfg, batch = recipe.optim, recipe.run.global_batch
     scaled = f" ({cfg.lr:g} x global batch {batch} / {cfg.lr_batch})" if cfg.lr_batch else ""
     warm_up = f" after {cfg.warmup_epochs:g} epochs of warm-up" if cfg.warmup_epochs else ""
-    layers = f", in each layer {cfg.layer_decay:g} times that of the layer above" if cfg.layer_decay != 1 else ""
+    layers = f", each layer's {cfg.layer_decay:g} times the next layer's" if cfg.layer_decay != 1 else ""
     return f"learning rate {peak_lr(cfg, batch):g}{scaled}{warm_up}{layers}, {cfg.name}"
 
 

@@ -44,7 +44,7 @@ class ThreadedLoader:
              bicubic), and its label; the batch's `replaced` lists both. All images are then decoded whole, so that the
              replacement depends only on the data. Raises DecodeError after 100 failures in a row. Bytes that the
              machine cannot read always raise MachineError
-    images   (N,) dataset indices, ascending, that may replace others; None: all
+    images   (N,) dataset indices, ascending, of the images that may replace others; None: all
     pinned   decode into pinned memory, from which a GPU can copy in the background
 
     A batch takes the decoded size of its images. Its memory is reused once nothing refers to it (see `Arenas`).

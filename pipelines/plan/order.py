@@ -53,7 +53,7 @@ class Order(Protocol):
 class EpochOrder:
     """Training order: a fresh permutation each epoch, with repeated augmentation, on any world size.
 
-    images          how many images the data set has; or the dataset indices of those to use
+    images          number of images in the data set; or the dataset indices of those to use
     global_batch    samples per step over all ranks
     group_size      samples that mix among themselves (paper: 64, its batch per GPU); 0: a rank's whole batch;
                     never more than the global batch
@@ -107,9 +107,9 @@ class EpochOrder:
         multiple = epoch_multiple or global_batch
         self.steps = length // multiple * multiple // global_batch
         if self.steps == 0:
-            cut = f", in whole multiples of {multiple} (departures.epoch_multiple)," if epoch_multiple else ""
+            cut = f" after cutting to a multiple of {multiple} (departures.epoch_multiple)" if epoch_multiple else ""
             raise UserError(
-                f"there are {length} images to train on{cut} fewer than a global batch of {global_batch}: "
+                f"there are {length} images to train on{cut}, fewer than a global batch of {global_batch}: "
                 f"lower run.global_batch"
             )
         if length >= 2**32:

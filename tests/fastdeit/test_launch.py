@@ -126,7 +126,7 @@ def test_mistakes_are_found_before_pytorch_is_loaded(data, tmp_path):
         "--teacher.labels /nowhere: there is no such folder": [
             "deit_tiny_distilled", *train, "--teacher.labels", "/nowhere",
         ],
-        "there are 160 images to train on fewer than a global batch of 1024": ["deit_tiny", *train],
+        "there are 160 images to train on, fewer than a global batch of 1024": ["deit_tiny", *train],
         "batch is 100, not a multiple of departures.mix_group": ["deit_tiny", *train, "--run.global_batch", "100"],
         "set --model.num_classes 4": ["deit_tiny", *train, "--model.num_classes", "2"],
         "augment.color_jitter 0.5 has no effect": ["deit_tiny", *train, "--augment.color_jitter", "0.5"],

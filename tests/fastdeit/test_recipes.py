@@ -232,7 +232,7 @@ def test_every_option_of_timm_leads_to_one_of_ours():
 
 
 def test_a_word_that_belongs_to_no_option():
-    with pytest.raises(UserError, match=r"'photos' follows the recipe without an option: .* --data\.train photos"):
+    with pytest.raises(UserError, match=r"'photos' belongs to no option: .* --data\.train photos"):
         parse_recipe(["deit_tiny", "photos", "--run.epochs", "3"])
 
 

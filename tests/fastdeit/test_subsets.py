@@ -91,7 +91,7 @@ def test_the_choice_is_the_same_everywhere():
         ({"hold_out": 0.1}, "leave one of them out"),
         ({"hold_out": 1.0, "val": None}, r"data\.hold_out is 1\.0"),
         ({"fraction": 0.0}, r"data\.fraction is 0\.0"),
-        ({"fraction": 0.01}, "there are 4 images to train on fewer than a global batch of 32"),
+        ({"fraction": 0.01}, "there are 4 images to train on, fewer than a global batch of 32"),
     ],
 )
 def test_bad_shares_are_refused(tiny, fields, reason):
@@ -161,7 +161,7 @@ def test_a_held_out_image_that_does_not_decode(tiny, data, tmp_path, events):
     train(recipe)
     assert [event["replaced"] for event in events(recipe.run.output, "eval")] == [1, 1]
     scores = evaluate_checkpoint(Options(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1))
-    assert "ema: 1 images do not decode; others took their place" in table(scores)
+    assert "ema: held-out images replaced because they do not decode: 1" in table(scores)
 
 
 @pytest.mark.slow
@@ -178,13 +178,13 @@ def test_a_data_set_that_was_converted_again_deals_other_images(tiny, data, imag
     shutil.copytree(images / "train", tmp_path / "more")
     shutil.copy(next((tmp_path / "more/class0").iterdir()), tmp_path / "more/class0/again.jpg")
     convert(str(tmp_path / "more"), path, progress=False)
-    with pytest.raises(UserError, match="holds other images now than those that the run trained on"):
+    with pytest.raises(UserError, match="no longer holds the images that the run trained on"):
         evaluate_checkpoint(options)
     with world("cpu") as joined:
         found = look(read_run(recipe.run.output), joined, images=8, batch=8)
     for part in (found.samples, found.judged):
         assert isinstance(part, Missing)
-        assert "holds other images now" in part.why
+        assert "no longer holds the images" in part.why
     path.unlink()
-    with pytest.raises(UserError, match=r"the run's data\.train, .*copy\.beton, is not here"):
+    with pytest.raises(UserError, match=r"the run's data\.train, .*copy\.beton, does not exist"):
         evaluate_checkpoint(options)

@@ -22,7 +22,7 @@ def timms_network(recipe, weights):
 
 
 def timms_outputs(recipe, weights, images):
-    """What `timms_network` says of `images`, by head."""
+    """The outputs of `timms_network` for `images`, by head."""
     network = timms_network(recipe, weights)
     with torch.no_grad():
         tokens = network.forward_features(images)

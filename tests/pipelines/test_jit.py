@@ -71,7 +71,7 @@ print(*[one.message for one in said if "compiled code" in str(one.message)], sep
 
 @pytest.fixture
 def open_folder():
-    """A folder that any user may enter. Not one of pytest's, which each start of pytest closes to other users."""
+    """A folder that any user may enter. pytest's own folders are closed to other users."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         yield Path(name)
@@ -95,7 +95,7 @@ def test_a_read_only_installation_without_a_home(open_folder):
     temporary.mkdir()
     temporary.chmod(0o1777)
     for hits in (0, 1):
-        # Not through PYTHONPATH, by which the code under test would be found before the copy.
+        # No PYTHONPATH: through it, Python would find the code under test before the copy.
         done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath})
         assert done.returncode == 0, done.stderr
         folder, found, *said = done.stdout.splitlines()

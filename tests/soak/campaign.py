@@ -57,7 +57,7 @@ class Options:
     """Watch epochs of loading and augmenting for leaks; exit status 1 if something grows."""
 
     minutes: float = 60.0
-    epochs: int = 1  # at least, however long they take
+    epochs: int = 1  # the least number, however long they take
     photos: Path = Path("runs/photos")  # JPEG files as an ImageFolder tree; cut from Debian's wallpapers if not there
     data: Path | None = None  # a .beton file or a folder of shards in place of the photographs
     loader: str = "turbo"  # a name that data.loader takes
@@ -131,7 +131,7 @@ class Watch:
 
 
 def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] | None = None) -> list[Sample]:
-    """Run over the data set at `data` until time and epochs are over; returns the samples.
+    """Run over the data set at `data` until both the time and the epochs are up; returns the samples.
 
     consume  called with every batch
     """

@@ -1,4 +1,4 @@
-"""`fastdeit report`: the page as a browser's parser reads it, beside what the run logged; and what it leaves alone."""
+"""`fastdeit report`: the page as an HTML parser reads it, against the run's log; and which files it leaves alone."""
 
 import base64
 import hashlib
@@ -125,7 +125,7 @@ def test_several_runs_share_their_curves(reported, tmp_path, monkeypatch, capsys
     assert str(path) == "report.html"
     assert {each["name"] for each in page.figures["figure-rate"]["data"]} == {"run", "other"}
     assert "optim.lr" in page.text
-    assert "incomplete: still going on, or killed" in page.text
+    assert "incomplete: still running, or killed" in page.text
     assert {"run1-confusion", "run2-network"} <= {attributes.get("id") for _, attributes in page.tags}
     why = f"{other}/checkpoints: there is no checkpoint yet"
     assert f"Not shown: {why}" in page.text
@@ -150,7 +150,7 @@ def test_a_run_without_its_network(plain):
     assert "</script><script>alert(3)</script><img src=x>\\x1b[2J\\u202e" in page.text
     assert "90 s (1m 30s); the run has not finished" in page.text
     assert "not measured" in page.text
-    assert "Every field is that of the recipe deit_tiny_distilled." in page.text
+    assert "Every field is as in the recipe deit_tiny_distilled." in page.text
 
 
 def test_a_run_without_incidents_says_none(tmp_path):
@@ -173,7 +173,7 @@ def test_a_long_log_makes_a_small_page(tmp_path):
 def test_a_file_of_somebody_is_left_alone(plain, tmp_path):
     mine, away = tmp_path / "report.html", tmp_path / "away.html"
     mine.write_text("<!doctype html>\nmy own notes")
-    with pytest.raises(UserError, match=r"report\.html: is a file that fastdeit report did not write: .*--overwrite"):
+    with pytest.raises(UserError, match=r"report\.html: exists, and fastdeit report did not write it: .*--overwrite"):
         written(plain, model=False, output=mine)
     assert mine.read_text().endswith("my own notes")
     written(plain, model=False, output=mine, overwrite=True)
@@ -209,5 +209,5 @@ def test_a_record_is_shown(plain):
     record["starts"][0] |= {"versions": {"torch": "2.13", "ffcv": None}, "commit": "abc-dirty"}
     (plain / "run.json").write_text(json.dumps(record))
     _, page = written(plain, model=False)
-    for shown in ("feed", "fastdeit train <x>", "node1: 2 x H100", "torch 2.13", "abc, with changes that were not"):
+    for shown in ("feed", "fastdeit train <x>", "node1: 2 x H100", "torch 2.13", "abc, with uncommitted changes"):
         assert shown in page.text

@@ -131,7 +131,7 @@ def test_data_that_are_elsewhere(reported, tmp_path, part):
         found = look(run, joined, images=4, batch=4)
     lost, there = (found.samples, found.judged) if part == "train" else (found.judged, found.samples)
     assert lost == Missing(
-        f"the run's data.{part}, {tmp_path}/gone.beton, is not here: put it back, or name another data set"
+        f"the run's data.{part}, {tmp_path}/gone.beton, does not exist: put it back, or evaluate on another data set"
     )
     assert not isinstance(there, Missing)
 

@@ -77,14 +77,14 @@ def test_every_kind_of_incident(tmp_path):
     run = read_run(write_run(tmp_path, start(), train(11), *events))
     assert [(each.place, each.kind, each.text) for each in run.incidents] == [
         ("after step 11", "warning", "the clocks are low"),
-        ("epoch 1", "replaced", "9 images do not decode and were replaced: 0 by 1, 1 by 2, 2 by 3, 3 by 4, 4 by 5, "
+        ("epoch 1", "replaced", "replaced 9 images that could not be decoded: 0 by 1, 1 by 2, 2 by 3, 3 by 4, 4 by 5, "
          "5 by 6, 6 by 7, 7 by 8, ..."),
-        ("epoch 3", "fallbacks", "1 image that the loader's decoder refused was read by PIL: 77"),
+        ("epoch 3", "fallbacks", "PIL read 1 image that the loader's decoder refused: 77"),
         ("step 12", "nonfinite", "loss nan; the batch is stored in nonfinite-rank0.pt"),
-        ("step 12", "rewind", "diverged at step 15; went back to checkpoint-000000010.pt; left out steps 14 to 15"),
+        ("step 12", "rewind", "diverged at step 15; went back to checkpoint-000000010.pt; skipped steps 14 to 15"),
         ("step 12", "resume", "continued from checkpoint-000000010.pt; changed: optim.lr is 1, was 2"),
-        ("step 12", "checkpoint", "training waited 2.5 s for checkpoint-000000010.pt, which took 3.0 s"),
-        ("epoch 1", "waits", "process 1 (node7): 60 s for data, 50% of the epoch"),
+        ("step 12", "checkpoint", "training waited 2.5 s for checkpoint-000000010.pt, which took 3.0 s to write"),
+        ("epoch 1", "waits", "process 1 (node7) waited 60 s for data, 50% of the epoch"),
         ("step 6", "stopped", "by SIGTERM"),
     ]  # fmt: skip
     assert [(mark.step, mark.kind) for mark in run.marks] == [(12, "rewind"), (12, "resume"), (6, "stopped")]
@@ -106,10 +106,10 @@ def test_a_line_cut_short_is_left_out(tmp_path):
         ('{"event": 3}\n', r"line 2: not an event of a run"),
         ('{"event": "train"}\n', r"line 2: not a line that a run writes \(train: no 'time'\): restore or delete it"),
         ('{"event": "train", "time": 1}\n', r"line 2: .*train: no 'global_step'"),
-        (json.dumps(train(1, loss="low")) + "\n", r"line 2: .*loss is no number"),
+        (json.dumps(train(1, loss="low")) + "\n", r"line 2: .*loss is not a number"),
         (json.dumps(train(1, time=1e300)) + "\n", r"line 2: .*time is out of range"),
         (json.dumps({**evaluation(0, 50.0), "class": [1]}) + "\n", r"line 2: .*\(eval: "),
-        (json.dumps(start(world="two")) + "\n", r"line 2: .*world is no number"),
+        (json.dumps(start(world="two")) + "\n", r"line 2: .*world is not a number"),
         (json.dumps({"event": "waits", "time": 1, "epoch": 0, "processes": [3]}) + "\n", r"line 2: .*\(waits: "),
         ('{"event": "x", "time": 1' + "0" * 200 + "}\n", r"line 2: not JSON"),
     ],
@@ -123,7 +123,7 @@ def test_a_damaged_line_is_named(tmp_path, line, said):
 def test_a_damaged_line_of_the_other_log_is_named(tmp_path):
     write_run(tmp_path, start())
     (tmp_path / "log-redone.jsonl").write_text('{"event": "train", "time": "late"}\n')
-    with pytest.raises(UserError, match=r"log-redone\.jsonl, line 1: .*time is no number"):
+    with pytest.raises(UserError, match=r"log-redone\.jsonl, line 1: .*time is not a number"):
         read_run(tmp_path)
 
 

@@ -160,7 +160,7 @@ def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tin
         run={"global_batch": 10, "checkpoint_every": 5, "keep_checkpoints": 9, "output": tmp_path / "after"},
     )
     straight = trained(recipe)
-    assert "in each layer 0.5 times that of the layer above" in capsys.readouterr().out
+    assert "each layer's 0.5 times the next layer's" in capsys.readouterr().out
     assert len(straight["optimizer"]["param_groups"]) == 2 * 4
     assert {group["lr_scale"] for group in straight["optimizer"]["param_groups"]} == {1, 0.5, 0.25, 0.125}
     rewind(recipe, 15)
@@ -169,14 +169,14 @@ def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tin
         train(changed(recipe, "optim", layer_decay=0.75))
     other = changed(changed(recipe, "run", resume_changed=True), "optim", layer_decay=1.0)
     with pytest.raises(
-        UserError, match=r"optim\.layer_decay is 0\.5 in it, but 1\.0 in this run, so the optimizer has"
+        UserError, match=r"trained with optim\.layer_decay 0\.5, but this run has 1\.0, so the optimizer's"
     ):
         train(other)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_layers_rates_are_tensors_that_a_graph_reads(device):
-    """Groups of one scale share a tensor, which a new rate and loaded moments keep; the step is that of the CPU."""
+    """Groups of one scale share a tensor, also after a new rate and a loaded state; the step matches the CPU's."""
     recipe, weights = deit_tiny_finetune().filled(), []
     for place in (device, torch.device("cpu")):
         torch.manual_seed(0)
