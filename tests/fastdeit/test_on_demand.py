@@ -66,9 +66,9 @@ def test_an_interrupted_conversion_goes_on(images, tmp_path):
         os.link(images / "train" / "class0" / "000.jpg", tree / f"{i % 3}" / f"{i}.jpg")
     code = "import sys; from pathlib import Path; from fastdeit.on_demand import converted; " \
         "converted(Path(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tree), str(cache)], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # On a busy machine, the conversion must not end before this process sees that it has begun.
+    command = ["nice", "-n", "19", sys.executable, "-c", code, str(tree), str(cache)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not any(path.read_bytes().count(b"\n") >= 2 for path in cache.glob("*.journal")):
         assert process.poll() is None, process.communicate()
