@@ -17,7 +17,7 @@ class Field(NamedTuple):
 FIRST = (
     Field("data.train", "--data-dir", "a folder of images, or what fastdeit-convert wrote"),
     Field("data.val", "", "the same, to evaluate on"),
-    Field("data.hold_out", "", "or the share of each class's training images to hold out for evaluation"),
+    Field("data.hold_out", "", "or the share of each class to hold out of training for it"),
     Field("run.output", "--output", "folder of the run; the same command resumes it"),
     Field("run.epochs", "--epochs", ""),
     Field("run.global_batch", "--batch-size", "images a step on all GPUs together; timm counts one GPU's"),

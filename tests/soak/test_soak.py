@@ -33,7 +33,7 @@ SHORT = {"loader": "torch", "batch": 16, "threads": 2, "img_size": 32, "sample_s
 def test_the_pipeline_is_flat_and_recorded(photos, tmp_path):
     """In a process of its own, since other tests may have left threads that still end."""
     results, picture = tmp_path / "soak.jsonl", tmp_path / "soak.png"
-    options = {**SHORT, "minutes": 4 / 60, "epochs": 40, "photos": photos, "results": results, "plot": picture}
+    options = {**SHORT, "minutes": 12 / 60, "epochs": 40, "photos": photos, "results": results, "plot": picture}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     out = run_python("-m", "tests.soak", *words, cwd=RESULTS.parents[1])
     assert out.returncode == 0, out.stdout + out.stderr
@@ -60,7 +60,7 @@ def test_leaks_into_the_pipeline_are_found(photos, tmp_path):
             threading.Thread(target=stop.wait, daemon=True).start()
 
     try:
-        options = Options(minutes=3 / 60, epochs=30, **SHORT)
+        options = Options(minutes=7 / 60, epochs=30, **SHORT)
         verdict = judge(campaign.soak(options, tmp_path / "photos.beton", leak))
     finally:
         stop.set()

@@ -101,7 +101,7 @@ def test_the_papers_recipes_raise_no_warning(name, data):
 
 def test_a_run_without_validation_images_says_how_to_have_some(tiny, capsys, tmp_path):
     train(tiny(data={"val": None}, run={"epochs": 1}))
-    assert "hold images out with --data.hold_out 0.1" in capsys.readouterr().out
+    assert "give --data.val or --data.hold_out 0.1" in capsys.readouterr().out
     train(tiny(data={"val": None, "hold_out": 0.1}, run={"epochs": 1, "output": tmp_path / "other"}))
     assert "--data.hold_out 0.1" not in capsys.readouterr().out
 
