@@ -23,7 +23,7 @@ INSTALL := sh -c '{ [ -x $(BIN)/uv ] && $(BIN)/uv pip install -q --python $(BIN)
 demo: env  ## train and distil a small DeiT on scikit-learn's digits
 	$(BIN)/python -m fastdeit.commands.demo runs/demo
 
-test: env dataset style  ## lint, types, tests: 14 minutes on two cores
+test: env dataset style  ## lint, types, tests: 10 minutes on two cores
 	@$(MAKE) --no-print-directory -j2 types pytest
 
 fast: warm  ## the tests that are not marked slow: 2 minutes on two cores
