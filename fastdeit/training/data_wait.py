@@ -42,11 +42,21 @@ class DataWait:
     def __init__(self, world: World, path: Path) -> None:
         self._world, self._path = world, path
         self._named: set[int] = set()
+        self._first = True
         self._since = self._now(0.0)
 
     def start(self, waited: float) -> None:
         """Begin an epoch; `waited` is the prefetcher's total of seconds so far."""
         self._since = self._now(waited)
+
+    def arrived(self, waited: float) -> None:
+        """Note that a batch has arrived.
+
+        Before the first one, numba compiles and the loader opens its files, so the measurement begins after it.
+        """
+        if self._first:
+            self._first = False
+            self.start(waited)
 
     def gathered(self, waited: float) -> list[Wait]:
         """The waits of all processes since `start`. Call it on all processes."""

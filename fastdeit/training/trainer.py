@@ -299,6 +299,7 @@ class Trainer:
         pending: list[Callable[[], None]] = []  # each reads numbers of the device, and may wait for them
         while state.step < steps:
             batch = next(batches)
+            self.waits.arrived(batches.wait_seconds)
             self.images.add(batch)
             if state.global_step + 1 in state.skipped:
                 _read_all(pending)

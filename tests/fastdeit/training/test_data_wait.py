@@ -80,3 +80,21 @@ def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
     warnings = [event["text"] for event in events(recipe.run.output, "warning") if "waited for data" in event["text"]]
     assert len(warnings) == 1
     assert "a faster disk would help" in warnings[0]
+
+
+def test_the_wait_for_the_first_batch_blames_no_disk(tiny, monkeypatch, events):
+    """It includes compilation, which no faster disk shortens."""
+    decode, waited = TorchLoader.decode_image, []
+
+    def slow_at_first(self, *args, **kwargs):
+        if not waited:
+            waited.append(True)
+            time.sleep(2)
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(TorchLoader, "decode_image", slow_at_first)
+    monkeypatch.setattr(data_wait, "_SECONDS", 1.0)
+    recipe = tiny(run={"epochs": 1}, data={"val": None})
+    train(recipe)
+    assert waited
+    assert not any("waited for data" in event["text"] for event in events(recipe.run.output, "warning"))
