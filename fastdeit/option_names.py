@@ -41,16 +41,17 @@ TIMM = {
     "--warmup-lr": "optim.warmup_lr",
     "--workers": "data.threads",
 } | {field.timm: field.name for field in FIRST if field.timm}
-_OTHERS = ["config", "help", "help-all", "print-config"]
+_OTHERS = ("config", "help", "help-all")
+_ELSEWHERE = ("print-config",)  # `fastdeit train` takes it out of the words before it parses them
 
 
 def with_values(args: Sequence[str]) -> list[str]:
     """`args` with "True" after each boolean option that has no value."""
-    switches = {f"--{name}" for name, value in fields(Recipe(name="").filled()).items() if type(value) is bool}
+    switches = {name for name, value in fields(Recipe(name="").filled()).items() if type(value) is bool}
     out: list[str] = []
     for word, following in pairwise([*args, "--"]):
         out.append(word)
-        if word.replace("-", "_").replace("__", "--", 1) in switches and following.startswith("--"):
+        if word.startswith("--") and _name(word) in switches and following.startswith("-"):
             out.append("True")
     return out
 
@@ -65,20 +66,24 @@ def check_options(args: Sequence[str]) -> None:
     names = [*fields(Recipe(name=""))]
     for word in args:
         typed = word.partition("=")[0]
-        if not typed.startswith("--") or len(typed) == 2:
-            continue
-        name = typed[2:].replace("-", "_")
-        if name not in names and typed[2:] not in _OTHERS[:3]:
-            raise UserError(f"there is no option {typed}: {_meant(typed, name, names)}")
+        known = _name(typed) in names or typed[2:] in ("", *_OTHERS)
+        if typed.startswith("--") and not known:
+            raise UserError(f"there is no option {typed}: {_meant(typed, names)}")
 
 
-def _meant(typed: str, name: str, names: list[str]) -> str:
+def _name(option: str) -> str:
+    """The field's name in an option as it was typed."""
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _meant(typed: str, names: list[str]) -> str:
+    name = _name(typed)
     if (here := TIMM.get(typed.replace("_", "-"))) is not None:
         meaning = next((field.meaning for field in FIRST if field.name == here), "")
         return f"did you mean --{here}?" + (f" ({meaning})" if meaning else "")
     last = name.rpartition(".")[2]
     near = [each for each in names if each.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(name, [*names, *_OTHERS], n=3, cutoff=0.8)
+    near = near or difflib.get_close_matches(name, [*names, *_OTHERS, *_ELSEWHERE], n=3, cutoff=0.8)
     if len(last) > 4:  # too many short words are alike
         alike = difflib.get_close_matches(last, {each.rpartition(".")[2] for each in names}, n=3, cutoff=0.8)
         near = near or [each for each in names if each.rpartition(".")[2] in alike]
