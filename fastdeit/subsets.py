@@ -1,4 +1,4 @@
-"""Chooses which images of a data set a run trains on, and which it holds out for validation."""
+"""Chooses images of a data set: to train on, to hold out for validation, or a few to stand for all."""
 
 from dataclasses import dataclass
 
@@ -48,3 +48,8 @@ def divide(cfg: DataConfig, labels: np.ndarray) -> Subsets:
     kept = np.maximum(1, np.rint(cfg.fraction * (count - held)))
     held_of, last = np.repeat(held, count), np.repeat(held + kept, count)
     return Subsets(np.sort(order[(place >= held_of) & (place < last)]), np.sort(order[place < held_of]))
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` positions, evenly spaced from the first to the last, int64."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))

@@ -22,11 +22,11 @@ from fastdeit.model.deit import DeiT
 from fastdeit.pipelines.console import progress_bar
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats.dataset import Dataset
-from fastdeit.report.pictures import Missing, Picture, as_pixels, described, spaced
+from fastdeit.report.pictures import Missing, Picture, as_pixels, described
 from fastdeit.report.runs import Run
 from fastdeit.report.tokens import look_at_tokens
 from fastdeit.setup import set_up
-from fastdeit.subsets import divide
+from fastdeit.subsets import divide, spaced
 from fastdeit.training.best import best_names
 
 T = TypeVar("T")

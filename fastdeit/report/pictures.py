@@ -44,9 +44,3 @@ def described(plan: Plan, sample: int) -> str:
         group = int(plan.group[sample])
         parts.append(f"{'CutMix' if plan.mix[group] == CUTMIX else 'Mixup'} {plan.lam[group]:.2f}")
     return ", ".join(parts) or "crop only"
-
-
-def spaced(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` positions, evenly spaced, int64."""
-    most = min(count, most)
-    return np.arange(most, dtype=np.int64) * count // max(1, most)

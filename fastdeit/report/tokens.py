@@ -11,7 +11,8 @@ from torch import Tensor
 from fastdeit.loading import Loaded
 from fastdeit.memory import enough_for
 from fastdeit.model.deit import DeiT, token_cosines
-from fastdeit.report.pictures import Missing, Picture, as_pixels, spaced
+from fastdeit.report.pictures import Missing, Picture, as_pixels
+from fastdeit.subsets import spaced
 
 MAPS = 6  # images
 _ORANGE = (255.0, 130.0, 20.0)

@@ -10,6 +10,7 @@ from fastdeit.data import evaluation_batch
 from fastdeit.distributed import World
 from fastdeit.inputs import DataSets
 from fastdeit.precision import Precision
+from fastdeit.subsets import spaced
 from fastdeit.teacher.teacher import Teacher
 
 CHANCE_IMAGES = 64  # shown to the teacher
@@ -30,7 +31,7 @@ def teacher_warnings(recipe: Recipe, teacher: Teacher, sets: DataSets, world: Wo
     if not world.main:
         return out
     known, images = (sets.train, sets.train_images) if sets.val is None else (sets.val, sets.val_images)
-    index = images[np.unique(np.linspace(0, len(images) - 1, min(CHANCE_IMAGES, len(images))).astype(np.int64))]
+    index = images[spaced(len(images), CHANCE_IMAGES)]
     with evaluation_batch(recipe, known, world, index) as batch, torch.no_grad(), precision.autocast():
         decisions = teacher.labels(batch.images.to(world.device)).cpu().numpy()
         labels = batch.label_a.cpu().numpy()

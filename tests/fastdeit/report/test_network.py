@@ -15,10 +15,10 @@ from fastdeit.model.deit import token_cosines
 from fastdeit.model.networks import build_network
 from fastdeit.recipes import convnet_teacher, deit_base, deit_small, deit_tiny
 from fastdeit.report.network import SAMPLES, affordable, chosen_checkpoint, look
-from fastdeit.report.pictures import Missing, spaced
+from fastdeit.report.pictures import Missing
 from fastdeit.report.runs import read_run
 from fastdeit.report.tokens import attention_maps, look_at_tokens
-from fastdeit.subsets import divide
+from fastdeit.subsets import divide, spaced
 from fastdeit.training.evaluation import headline_head
 from runs import changed, final_state, train
 
