@@ -1,6 +1,7 @@
 """The DALI loader against PIL: pixels of every kind of JPEG, what it must not accept, and life after a failure."""
 
 import os
+import time
 from collections import Counter
 
 import numpy as np
@@ -208,7 +209,13 @@ def test_chunks_and_raw_images(opened, tmp_path, monkeypatch):
 
 def test_closing_frees_the_pipeline(opened, tmp_path):
     def threads():
-        return len(os.listdir("/proc/self/task"))
+        """Their number, once those that are ending, also of other tests, have ended: the same for half a second."""
+        counts = []
+        while len(set(counts[-6:])) != 1 or len(counts) < 6:
+            assert len(counts) < 100
+            counts.append(len(os.listdir("/proc/self/task")))
+            time.sleep(0.1)
+        return counts[-1]
 
     dataset = write(tmp_path / "t.beton", [(jpeg(picture(0, (50, 40))), (50, 40))] * 4)
     with opened(dataset) as loader:
