@@ -47,6 +47,8 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     cache = cache or _users_cache()
     cache.mkdir(parents=True, exist_ok=True)
     dest = cache / f"{path.resolve().stem}-{_fingerprint(source)[:16]}.beton"
+    if dest.exists():  # needs no lock, which a read-only or another user's folder refuses
+        return dest
     with one_at_a_time(dest, partial(say, name="stderr"), "convert"):
         if not dest.exists():
             say(f"{path} is converted to {dest}, this once ({len(source)} images)", "stderr")

@@ -28,9 +28,9 @@ _PARTIAL = ".partial-"
 def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, progress: bool = False) -> Dataset:
     """The copy of `dataset` in the folder `cache`, made now if it is not there yet; itself if it lies in that folder.
 
-    Each copy has its own folder, named after the data set and its content hash, so a data set that is converted again
-    is copied again. Processes that want the same copy at the same time wait for the first. The folder gets its name
-    only when the copy is complete and the checksum of each image is right.
+    Each copy has its own folder, named after the data set and its sidecar's seal, so a data set that is converted again
+    is copied again, also if only its class names changed. Processes that want the same copy at the same time wait for
+    the first. The folder gets its name only when the copy is complete and the checksum of each image is right.
 
     say       is called with a sentence when copying begins, and when this process waits for another
     progress  whether to show a bar
@@ -38,7 +38,7 @@ def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, p
     Raises UserError for a data set without checksums, or one that changed while it was copied; MachineError if the disk
     is too small or fails; OSError if `cache` cannot be made.
     """
-    if dataset.content_hash is None or dataset.checksums is None:
+    if dataset.sidecar is None or dataset.checksums is None:
         raise UserError(
             f"{dataset.path} has no checksums, so a copy of it could not be checked: convert it with fastdeit-convert, "
             f"or leave out --data.cache_dir"
@@ -46,38 +46,42 @@ def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, p
     path = dataset.path.resolve()
     if str(path.parent) == os.path.realpath(cache):  # where it was converted to
         return dataset
-    folder = cache / f"{path.stem}-{dataset.content_hash[:16]}"
+    folder = cache / f"{path.name}-{dataset.sidecar['seal'][:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     try:
-        with one_at_a_time(folder, say):
-            if not folder.exists():
-                _make(dataset, folder, say, progress)
+        if not folder.exists():  # a finished copy needs no lock, which a read-only or another user's folder refuses
+            with one_at_a_time(folder, say) as locked:
+                if not folder.exists():
+                    _make(dataset, folder, say, progress, locked=locked)
     except OSError as error:
         raise machine_error(error, f"{dataset.path}: cannot be copied to {folder}") from error
     return _open(folder / path.name, dataset)
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy") -> Iterator[None]:
-    """Hold the lock of a file or folder that is made. The lock's file stays: another process may be waiting for it."""
+def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy") -> Iterator[bool]:
+    """Hold the lock of a file or folder that is made. The lock's file stays: another process may be waiting for it.
+
+    Yields False if the file system has no locks.
+    """
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as file:
         try:
-            lock(file)
+            locked = lock(file)
         except BlockingIOError:
             say(f"waiting for another process to {verb} to {folder}")
-            lock(file, wait=True)
-        yield
+            locked = lock(file, wait=True)
+        yield locked
 
 
-def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress: bool) -> None:
+def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress: bool, *, locked: bool) -> None:
     files = _files(dataset)
     size = sum(path.stat().st_size for path in files.values())
-    check_space(folder.parent, size, str(dataset.path), "--data.cache_dir")
     # Without file locks, two processes may copy at once: each has its own folder, and the first to finish wins.
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}")
     for other in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
-        if _was_left(other):
+        if _was_left(other, locked):
             shutil.rmtree(other, ignore_errors=True)
+    check_space(folder.parent, size, str(dataset.path), "--data.cache_dir")
     say(f"copying {dataset.path} ({size / 1e9:.1f} GB) to {folder}")
     try:
         bar = tqdm(total=size, unit="B", unit_scale=True, desc="copy", leave=False, disable=None if progress else True)
@@ -126,7 +130,7 @@ def _open(copy: Path, original: Dataset) -> Dataset:
         raise UserError(
             f"{copy} is missing: delete the folder {copy.parent}, and the next run copies it again"
         ) from error
-    if dataset.content_hash != original.content_hash:
+    if (dataset.sidecar or {}).get("seal") != (original.sidecar or {}).get("seal"):
         raise UserError(
             f"{copy} is not a copy of {original.path}, which may have changed while it was copied: delete the folder "
             f"{copy.parent}, and run the same command again"
@@ -151,7 +155,10 @@ def _check(copy: Dataset, original: Dataset) -> None:
         )
 
 
-def _was_left(partial: Path) -> bool:
-    """Whether a process of this machine made `partial` and has ended."""
+def _was_left(partial: Path, locked: bool) -> bool:
+    """Whether a process of this machine made `partial` and has ended.
+
+    Whoever holds the lock is the only one who copies, and in a restarted container another process may have that id.
+    """
     host, _, pid = partial.name.rpartition(_PARTIAL)[2].rpartition("-")
-    return host == socket.gethostname() and pid.isdecimal() and not Path(f"/proc/{pid}").exists()
+    return host == socket.gethostname() and pid.isdecimal() and (locked or not Path(f"/proc/{pid}").exists())

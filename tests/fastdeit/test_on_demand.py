@@ -49,6 +49,15 @@ def test_what_a_conversion_wrote_is_taken_as_it_is(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_finished_data_set_needs_no_lock(images, tmp_path):
+    made = converted(images / "val", tmp_path / "cache")
+    lock = made.with_name(f"{made.name}.lock")
+    lock.unlink()
+    lock.mkdir()  # cannot be opened for writing, as in a read-only folder or in another user's
+    assert converted(images / "val", tmp_path / "cache") == made
+
+
+@pytest.mark.slow
 def test_processes_that_come_together_convert_once(images, tmp_path):
     cache = tmp_path / "cache"
     processes = [Forked(converted, images / "val", cache) for _ in range(2)]

@@ -13,6 +13,8 @@ from fastdeit.pipelines.formats import local_copy as module
 from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.local_copy import local_copy
+from fastdeit.pipelines.formats.sidecar import _seal
+from fastdeit.pipelines.formats.sidecar import write as write_sidecar
 from fastdeit.pipelines.machine import MachineError
 from pictures import picture
 from tiny_datasets import stored, write
@@ -51,7 +53,7 @@ def test_a_copy_is_made_once(original, tmp_path):
     again, said = fill(cache, original)
     assert (again.path, said) == (copy.path, [])
     assert tree(cache) == before
-    assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]
+    assert sorted(path.name for path in cache.iterdir()) == [f"{copy.path.parent.name}{end}" for end in ("", ".lock")]
 
 
 def test_processes_wait_for_the_first(original, tmp_path, monkeypatch):
@@ -104,22 +106,57 @@ def test_a_full_disk_is_the_machines_fault(original, tmp_path, monkeypatch):
         fill(tmp_path / "cache", original)
 
 
-def test_what_a_killed_process_left_is_removed(original, tmp_path):
+def test_what_a_killed_process_left_is_removed_first(original, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     folder = fill(cache, original)[0].path.parent
     shutil.rmtree(folder)
-    left, other = (cache / f"{folder.name}.partial-{host}-4194305" for host in (socket.gethostname(), "another"))
-    for each in (left, other):
+    ends = (f"{socket.gethostname()}-4194305", f"{socket.gethostname()}-1", "another-9")
+    left, reused, other = (cache / f"{folder.name}.partial-{end}" for end in ends)
+    for each in (left, reused, other):
         each.mkdir()
         (each / "half").write_bytes(b"x")
+    there = []
+    monkeypatch.setattr(module, "check_space", lambda *_: there.extend((left.exists(), reused.exists())))
     fill(cache, original)
-    assert (left.exists(), other.exists()) == (False, True)  # the other machine may still write there
+    assert there == [False, False]  # else what was left may take the room that the copy needs
+    assert other.exists()  # the other machine may still write there
 
 
 def test_another_data_set_of_the_same_name_has_its_own_copy(tmp_path):
     first = make(tmp_path / "a" / "train.beton")
     other = make(tmp_path / "b" / "train.beton", seed=9)
     assert fill(tmp_path, first)[0].path != fill(tmp_path, other)[0].path
+
+
+def test_other_class_names_have_their_own_copy(tmp_path):
+    first = make(tmp_path / "a" / "train.beton")
+    changed = {**first.sidecar, "class_names": ["other", *first.class_names[1:]]}
+    del changed["seal"]
+    renamed = tmp_path / "b" / "train.beton"
+    renamed.parent.mkdir()
+    shutil.copy(first.path, renamed)
+    write_sidecar(sidecar_path(renamed), {**changed, "seal": _seal(changed)})
+    other = open_dataset(renamed)
+    assert other.content_hash == first.content_hash
+    cache = tmp_path / "cache"
+    assert [fill(cache, each)[0].class_names for each in (first, other)] == [first.class_names, other.class_names]
+
+
+def test_both_formats_of_the_same_images_have_their_own_copies(tmp_path):
+    first, other = make(tmp_path / "a" / "train.beton"), make(tmp_path / "a" / "train")
+    assert first.content_hash == other.content_hash
+    for each in (first, other):
+        copy, _ = fill(tmp_path / "cache", each)
+        assert copy.path.name == each.path.name
+
+
+def test_a_finished_copy_needs_no_lock(original, tmp_path):
+    copy, _ = fill(tmp_path / "cache", original)
+    lock = tmp_path / "cache" / f"{copy.path.parent.name}.lock"
+    lock.unlink()
+    lock.mkdir()  # cannot be opened for writing, as in a read-only folder or in another user's
+    again, said = fill(tmp_path / "cache", original)
+    assert (again.path, said) == (copy.path, [])
 
 
 def test_without_checksums_there_is_no_copy(tmp_path):
