@@ -61,13 +61,16 @@ class Meeting:
 def open_store(rank: int, minutes: float = MINUTES, environ: Mapping[str, str] = os.environ) -> dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT: torchrun's, or one that the main process serves.
 
-    Raises UserError if a variable is missing, if the port is taken, or if no store answers there within `minutes`.
+    Raises UserError if a variable is missing or wrong, if the port is taken, or if no store answers there within
+    `minutes`.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if missing:
         raise UserError(
             f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}: start the processes with torchrun"
         )
+    if not environ["MASTER_PORT"].isdecimal():
+        raise UserError(f"MASTER_PORT={environ['MASTER_PORT']} is not a port: start the processes with torchrun")
     host, port, deadline = environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), time.monotonic() + 60 * minutes
     serves = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while True:
@@ -95,15 +98,21 @@ def meet(store: dist.Store, rank: int, size: int, facts: Mapping[str, str], minu
     """Wait for all processes of this start, and compare their versions and `facts` with the main process's.
 
     Raises UserError, with the same message on all processes, if some have not joined within `minutes`, or if facts
-    differ. The message names the ranks, the hosts and the differences.
+    differ. The message names the ranks, the hosts and the differences. Raises it also if the store is lost meanwhile.
     """
     versions = {"fastdeit": __version__, "torch": torch.__version__}
     card = {"host": socket.gethostname(), "pid": os.getpid(), "facts": {**versions, **facts}}
     end = time.monotonic() + 60 * minutes
-    if rank == 0:
-        held, result = _receive(store, size, card, end, minutes)
-    else:
-        held, result = _ask(store, rank, card, end, minutes)
+    try:
+        if rank == 0:
+            held, result = _receive(store, size, card, end, minutes)
+        else:
+            held, result = _ask(store, rank, card, end, minutes)
+    except dist.DistError as error:
+        raise UserError(
+            f"{_peer(rank, card)} has lost its connection to the store before all processes had joined: "
+            f"{'rank 0 or ' * (rank > 0)}torchrun has ended, and its log has the reason"
+        ) from error
     if result["refused"] is not None:
         raise UserError(result["refused"])
     peers = tuple(Peer(number, host, pid) for number, (host, pid) in enumerate(result["peers"]))
@@ -153,22 +162,16 @@ def _ask(
 ) -> tuple[dist.Store, dict[str, Any]]:
     """Another process's part: ask for the start's name, hand in the card, and wait for the main process's result."""
     token = uuid.uuid4().hex
-    try:
-        store.set(_asks(rank), token)
-        name = _wait(store, f"fastdeit/names/{token}", end)
-        if name is not None:
-            held = dist.PrefixStore(f"fastdeit/starts/{name.decode()}", store)
-            held.set(f"card/{rank}", json.dumps({**card, "clock": time.time()}))
-            # The main process may time out a little later than this one, and its message says more.
-            result = _wait(held, "result", end + 30)
-            if result is not None:
-                held.set(f"read/{rank}", "")
-                return held, parse_json(result)
-    except dist.DistError as error:
-        raise UserError(
-            f"{_peer(rank, card)} has lost its connection to the store before all processes had joined: rank 0 or "
-            f"torchrun has ended, and its log has the reason"
-        ) from error
+    store.set(_asks(rank), token)
+    name = _wait(store, f"fastdeit/names/{token}", end)
+    if name is not None:
+        held = dist.PrefixStore(f"fastdeit/starts/{name.decode()}", store)
+        held.set(f"card/{rank}", json.dumps({**card, "clock": time.time()}))
+        # The main process may time out a little later than this one, and its message says more.
+        result = _wait(held, "result", end + 30)
+        if result is not None:
+            held.set(f"read/{rank}", "")
+            return held, parse_json(result)
     raise UserError(
         f"rank 0 has not answered {_peer(rank, card)} within {minutes:g} minutes: the log of its machine has the reason"
     )

@@ -17,6 +17,7 @@ _COUNTS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
 }
+_PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _REMEDY = (
     "start one task on each node, and in it torchrun: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES "
     "--nproc_per_node=GPUS --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 -m fastdeit.train RECIPE ..."
@@ -82,8 +83,15 @@ def size(environ: Mapping[str, str] = os.environ) -> int:
 def check_launch(environ: Mapping[str, str] = os.environ) -> str | None:
     """A warning if a SLURM job has more tasks than this one, else None.
 
-    Raises UserError if a launcher other than torchrun started several processes: each would train alone.
+    Raises UserError if a launcher other than torchrun started several processes: each would train alone. Likewise for
+    torchrun's variables with values that torchrun does not set.
     """
+    given = {name: environ[name] for name in _PLACES if name in environ}
+    if not all(text.isdecimal() for text in given.values()) or not rank(environ) < size(environ):
+        raise UserError(
+            f"{', '.join(f'{name}={text}' for name, text in given.items())}: torchrun sets no such values: start the "
+            f"processes with torchrun, or unset the variable{'s' * (len(given) > 1)} to run one process"
+        )
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return None
     for variable, launcher in _COUNTS.items():

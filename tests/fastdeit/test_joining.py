@@ -155,6 +155,18 @@ def test_a_store_that_is_lost_while_processes_join_is_told():
             joining_one.result()
 
 
+def test_the_main_process_too_is_told_that_torchruns_store_is_lost():
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    served = open_store(0, environ=where)
+    with ThreadPoolExecutor(1) as pool:
+        client = open_store(0, environ={**where, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+        joining_main = pool.submit(meet, client, 0, 2, {})
+        time.sleep(0.2)
+        del served
+        with pytest.raises(UserError, match=r"rank 0 \(process .* lost its connection .*: torchrun has ended"):
+            joining_main.result()
+
+
 def test_a_store_that_nobody_serves_is_named():
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for environ in (where, {**where, "TORCHELASTIC_USE_AGENT_STORE": "True"}):
@@ -165,6 +177,8 @@ def test_a_store_that_nobody_serves_is_named():
 def test_variables_that_are_missing_are_named():
     with pytest.raises(UserError, match=r"not MASTER_ADDR and MASTER_PORT.*torchrun"):
         open_store(0, environ={})
+    with pytest.raises(UserError, match="MASTER_PORT=http is not a port: start the processes with torchrun"):
+        open_store(0, environ={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"})
 
 
 def test_the_main_process_serves_the_store_unless_torchrun_does():

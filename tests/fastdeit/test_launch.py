@@ -40,6 +40,21 @@ def test_a_script_that_joins_the_world_is_refused_too(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"},
+    ],
+)
+def test_variables_that_torchrun_does_not_set_are_refused(environ):
+    with pytest.raises(UserError, match=r"^RANK=.*start the processes with torchrun, or unset the variable"):
+        check_launch(environ)
+
+
+@pytest.mark.parametrize(
     ("environ", "warned"),
     [
         ({}, False),
@@ -64,7 +79,7 @@ def test_several_machines_that_share_torchruns_store_are_a_warning():
 # A process starts another in torchrun's place, tells its number, and waits.
 PARENT = """
 import os, subprocess, sys
-environ = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "RANK": "3"}
+environ = {**os.environ, "TORCHELASTIC_RUN_ID": "1", "RANK": "3", "WORLD_SIZE": "4"}
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=environ)
 print(child.pid, flush=True)
 child.wait()
