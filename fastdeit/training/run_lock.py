@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, naming
 from fastdeit.pipelines.formats.files import is_at
 from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.parsing import parse_json
@@ -35,7 +35,10 @@ class RunLock:
         self._ended = threading.Event()
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:  # its general remedy, to remove what is there, would cost a file
+                raise UserError(f"{error.filename}: is there, but is not a folder: {_ELSEWHERE}") from error
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             try:
                 self._take()
@@ -72,9 +75,10 @@ class RunLock:
                     f"stop it there, or {_ELSEWHERE}"
                 )
             self.notes.append(f"{self.path} was left by {_process(left)}, which no longer touches it: taken over")
-        self._file.truncate(0)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        self._file.write(json.dumps(me).encode() + b"\n")
+        with naming(self.path):
+            self._file.truncate(0)
+            self._file.write(json.dumps(me).encode() + b"\n")
 
     def _holder(self) -> dict[str, Any]:
         """The holder that the file names; empty if it names none."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -82,6 +83,28 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         RunLock(tmp_path)
     first.close()
     RunLock(tmp_path).close()
+
+
+def test_a_full_disk_is_named(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            RunLock(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(tmp_path / "run" / NAME)
+
+
+def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path):
+    """The general remedy for a name that is taken is to remove it."""
+    file, link = tmp_path / "train.beton", tmp_path / "link"
+    file.write_bytes(b"data")
+    link.symlink_to("nowhere")
+    for taken in (file, link):
+        with pytest.raises(UserError, match=r"is not a folder: give another --run\.output"):
+            RunLock(taken)
+    assert file.read_bytes() == b"data"
 
 
 def test_a_file_of_nonsense_is_no_holder(tmp_path):
