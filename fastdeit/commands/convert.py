@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,8 @@ from fastdeit.pipelines.console import settle
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import open_dataset
 
+_SHARDS = ("shard_size", "nodes")
+_SOURCE = ("split", "class_names")  # how to read SOURCE
 BAD = 3  # exit status: images were left out, or the verification found damage
 
 
@@ -78,6 +81,8 @@ def convert_options(options: Options) -> int:
         return verify_options(options, options.verify)
     if options.source is None or options.dest is None or options.against is not None:
         raise UserError("give SOURCE and DEST, or --verify DEST [--against SOURCE]; see --help")
+    if options.format == "beton":
+        _refuse(options, _SHARDS, "without --format webdataset")
     from fastdeit.pipelines.conversion.convert import convert
     from fastdeit.pipelines.sources import open_source
 
@@ -113,8 +118,19 @@ def verify_options(options: Options, dest: Path) -> int:
     if options.source is not None:
         raise UserError("--verify takes only DEST; give the source to compare with as --against SOURCE")
     against = options.against
+    of_conversions = {field.name for field in dataclasses.fields(options)} - {"verify", "against", "workers", *_SOURCE}
+    _refuse(options, of_conversions, "with --verify, which converts nothing")
+    if not against:
+        _refuse(options, _SOURCE, "without --against")
     source = against and open_source(against, options.split, class_names(options.class_names))
     return 0 if verify(dest, source or None, workers=options.workers).ok else BAD
+
+
+def _refuse(options: Options, names: Collection[str], where: str) -> None:
+    """Raise UserError if one of the fields `names` was given another value than its default."""
+    for field in dataclasses.fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')} has no effect {where}: leave it out")
 
 
 def class_names(path: Path | None) -> list[str] | None:

@@ -92,10 +92,12 @@ def verify(
 
     A problem of the data set is a finding, not an error. Raises FileNotFoundError for a missing data set, MachineError
     where the machine cannot read it, SourceError for a source that cannot be read, and VerifyError if the sidecar of
-    `dest` lacks the options of its conversion.
+    `dest` lacks the options of its conversion, or for fewer workers than 0.
     """
     start = time.perf_counter()
     dest = Path(dest)
+    if workers < 0:
+        raise VerifyError(f"{workers} workers: give 0 for all cores, or how many")
     if isinstance(against, (str, os.PathLike)):
         against = open_source(against)
     result = Verification(dest)

@@ -45,6 +45,8 @@ def test_converts_and_reports(images, tmp_path):
         (["images", "--split", "val", "--quality", "200"], "quality 200"),
         (["images", "--split", "val", "--on-error", "fail", "--against", "x"], "give SOURCE and DEST, or --verify"),
         (["images", "--verify", "x.beton"], "give the source to compare with as --against"),
+        (["images", "--shard-size", "9"], "--shard-size has no effect without --format webdataset: leave it out"),
+        (["images", "--nodes", "2"], "--nodes has no effect without --format webdataset"),
     ],
 )
 def test_mistakes_are_one_sentence(images, tmp_path, arguments, reason):
@@ -53,6 +55,21 @@ def test_mistakes_are_one_sentence(images, tmp_path, arguments, reason):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+    assert reason in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--limit", "3"], "--limit has no effect with --verify, which converts nothing: leave it out"),
+        (["--split", "val"], "--split has no effect without --against"),
+        (["--workers", "-1"], "-1 workers: give 0 for all cores, or how many"),
+    ],
+)
+def test_mistakes_in_a_check_are_one_sentence(data, arguments, reason):
+    done = call("--verify", data / "val.beton", *arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert reason in done.stderr
 
 
@@ -75,7 +92,8 @@ def test_statuses_rejects_and_verification(images, tmp_path, format):
     whole = bad.read_bytes()
     bad.write_bytes(whole[:100])
     dest = tmp_path / ("val.beton" if format == "beton" else "val")
-    command = (tree, dest, "--format", format, "--shard-size", 20, "--nodes", 2)
+    of_shards = () if format == "beton" else ("--shard-size", 20, "--nodes", 2)
+    command = (tree, dest, "--format", format, *of_shards)
     done = call(*command)
     assert done.returncode == 2
     assert f"error: {bad}, sample 14: cannot be converted" in done.stderr
