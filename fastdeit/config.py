@@ -140,7 +140,7 @@ class RunConfig:
     micro_batch: int = 0  # samples per forward pass of a process; 0: its whole share of the batch
     seed: int = 0
     output: Path = Path("runs/default")
-    resume: str = "auto"  # auto: the run's own latest checkpoint; none; or a path
+    resume: str = "auto"  # auto: the run's own latest checkpoint; none; or the path of one to begin from
     resume_changed: bool = False  # resume with another recipe; the result equals neither run
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on a GPU that has it, else fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -14,6 +14,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.training.best import forget_best
 from fastdeit.training.resume_checks import check_log, check_position, check_state, damage_remedy, stored_kernels
+from fastdeit.training.run_record import began_from
 from fastdeit.training.state import START, RunState
 from fastdeit.training.step import TrainingStep
 
@@ -140,7 +141,7 @@ def set_damaged_aside(recipe: Recipe, folder: Path) -> list[str]:
     Returns a sentence for each. If none is whole, nothing is renamed, and resuming raises the error later. Call it on
     the main process before any process looks for checkpoints. Raises MachineError if a file cannot be renamed.
     """
-    if recipe.run.resume != "auto":
+    if not _goes_on(recipe, folder / "checkpoints"):
         return []
     damaged: dict[Path, str] = {}
     for path in checkpoint.found(folder / "checkpoints"):
@@ -191,9 +192,11 @@ def restore(state: RunState, training: TrainingStep, effective: dict[str, Any]) 
     """Load the checkpoint that the run continues from; returns None for a fresh start.
 
     `run.resume` "auto" takes the newest checkpoint of the run's own folder, if any; "none" starts afresh and refuses
-    a folder that holds checkpoints; anything else is a path. The main process reads it for all, so other machines need
-    not see the folder. Raises UserError if the checkpoint belongs to another recipe or other data, naming the field,
-    unless `run.resume_changed`; and if the folder holds later checkpoints than the one asked for.
+    a folder that holds checkpoints; anything else is a path. A run that began from a path of another folder and is
+    started again, by torchrun or by the same command, takes the newest of its own. The main process reads it for all,
+    so other machines need not see the folder. Raises UserError if the checkpoint belongs to another recipe or other
+    data, naming the field, unless `run.resume_changed`; and if the folder holds later checkpoints than the one asked
+    for.
     """
     run, folder, world = training.recipe.run, state.checkpoints, training.world
     stored = path = None
@@ -229,7 +232,8 @@ def _read_for(path: Path | None, folder: Path, how: str) -> dict[str, Any] | Non
     stored = _read(path)
     if checkpoints and checkpoints[0] > checkpoint.step_path(folder, stored["global_step"]):
         raise UserError(
-            f"{folder} holds checkpoints later than {path}: delete them to go back, or choose another --run.output"
+            f"{folder} holds checkpoints later than {path}: delete them to go back, continue from them with "
+            f"--run.resume auto, or choose another --run.output"
         )
     return stored
 
@@ -239,7 +243,18 @@ def _path(recipe: Recipe, folder: Path) -> Path | None:
     how, checkpoints = recipe.run.resume, checkpoint.found(folder)
     if how == "none":
         return None
-    return (checkpoints[0] if checkpoints else None) if how == "auto" else Path(how)
+    if _goes_on(recipe, folder) and (checkpoints or how == "auto"):
+        return checkpoints[0] if checkpoints else None
+    return Path(how)
+
+
+def _goes_on(recipe: Recipe, folder: Path) -> bool:
+    """Whether the run continues from the newest of its own checkpoints in `folder`, if it has one."""
+    how = recipe.run.resume
+    if how in ("auto", "none"):
+        return how == "auto"
+    elsewhere = Path(how).resolve().parent != folder.resolve()  # in its own folder, a path asks to go back
+    return elsewhere and began_from(folder.parent, how)
 
 
 def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:

@@ -70,6 +70,14 @@ def started_in(folder: Path) -> Path | None:
         return None
 
 
+def began_from(folder: Path, checkpoint: str) -> bool:
+    """Whether the `run.json` in `folder` names a start from `checkpoint`."""
+    try:
+        return any(start["checkpoint"] == checkpoint for start in _read(folder / NAME)["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA, fastdeit and the packages that it computes with; None for one that is missing."""
 

@@ -125,6 +125,22 @@ def test_going_back_needs_the_later_checkpoints_gone(tiny):
 
 
 @pytest.mark.slow
+def test_a_run_that_began_from_another_runs_checkpoint_goes_on_from_its_own(tiny, tiny_in, tmp_path, events):
+    """torchrun and a scheduler start a run again with the same command."""
+    train(tiny(run={"epochs": 3, "keep_checkpoints": 3}))
+    end, _, first = checkpoint.found(tmp_path / "run" / "checkpoints")
+    recipe = tiny_in(tmp_path / "other", run={"epochs": 3, "resume": str(first), "keep_checkpoints": 3})
+    train(recipe)
+    own = checkpoint.found(recipe.run.output / "checkpoints")
+    own[0].unlink()
+    train(recipe)
+    assert [event["path"] for event in events(recipe.run.output, "resume")] == [str(first), str(own[1])]
+    assert_same_state(final_state(recipe), torch.load(end, weights_only=True))
+    with pytest.raises(UserError, match=r"later than .* continue from them with --run\.resume auto"):
+        train(tiny_in(tmp_path / "other", run={"epochs": 3, "resume": str(own[1])}))
+
+
+@pytest.mark.slow
 def test_what_auto_became_is_compared(tiny, data):
     pytest.importorskip("ffcv")
     first = tiny(run={"epochs": 1})
