@@ -122,10 +122,13 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk."""
+    """Put the names in a folder on disk, if its file system can: Windows' disks under WSL (9p) cannot."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(folder)
 
