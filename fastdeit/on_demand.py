@@ -94,15 +94,19 @@ def _fingerprint(source: Source) -> str:
 
 def _convert(path: Path, dest: Path, like: Path | None) -> None:
     """Convert in a program of its own: its workers would import the caller's script anew."""
-    from fastdeit.pipelines.conversion.destination import journal_path
+    from fastdeit.pipelines.conversion.destination import beside, journal_path
 
     package = str(Path(__file__).parents[1])  # in a checkout that is not installed
     places = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "fastdeit.commands.convert", str(path.resolve()), str(dest)]
-    command += ["--resume"] if journal_path(dest).exists() else []
+    journal = journal_path(dest)
+    resumes = journal.exists()
+    command += ["--resume"] if resumes else []
     command += ["--class-names", str(like)] if like is not None else []
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": places}, stdout=sys.stderr, check=False)
     if done.returncode != 0:
+        afresh = f"delete {journal} and {beside(dest, '.partial')} to start again, " if resumes else ""
         raise UserError(
-            f"{path} could not be converted, for the reason above: mend it, or run fastdeit-convert with other options"
+            f"{path} could not be converted, for the reason above: mend it, {afresh}or run fastdeit-convert with other "
+            f"options"
         )

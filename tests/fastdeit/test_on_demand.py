@@ -14,7 +14,9 @@ from PIL import Image
 import fastdeit
 from fastdeit.inputs import open_dataset
 from fastdeit.on_demand import converted, with_converted_data
+from fastdeit.pipelines.conversion.journal import Journal
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.formats.local_copy import local_copy
 from forked import Forked
 from system import run_python
@@ -103,6 +105,24 @@ def test_bad_images_are_named(images, tmp_path, capfd):
         converted(tree, tmp_path / "cache")
     assert "bad.jpg" in capfd.readouterr().err
     assert beton_files(tmp_path / "cache") == []
+
+
+@pytest.mark.slow
+def test_a_conversion_that_cannot_go_on_can_start_again(images, tmp_path, capfd):
+    """The interrupted one ran with another Pillow."""
+    made = converted(images / "val", tmp_path / "cache")
+    expected = made.read_bytes()
+    for file in (made, sidecar_path(made)):
+        file.unlink()
+    partial, journal = (made.with_name(f"{made.name}.{end}") for end in ("partial", "journal"))
+    with Journal(journal) as begun:
+        begun.begin({"options": {"pillow": "9.0"}})
+    partial.touch()
+    with pytest.raises(UserError, match=f"delete {journal} and {partial} to start again"):
+        converted(images / "val", tmp_path / "cache")
+    for file in (journal, partial):
+        file.unlink()
+    assert converted(images / "val", tmp_path / "cache").read_bytes() == expected
 
 
 @pytest.mark.slow
