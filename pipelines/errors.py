@@ -43,7 +43,7 @@ _PATH = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "part of this path is a file, not a folder: check it",
     errno.EISDIR: "name a file",
-    errno.EEXIST: "remove it, or name another place",
+    errno.EEXIST: "move it away, or name another place",
     errno.ENOTEMPTY: "empty it, or name another place",
     errno.ELOOP: "its links form a loop: name the file itself",
     errno.EXDEV: "name a place on the same file system",

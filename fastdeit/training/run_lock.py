@@ -35,10 +35,7 @@ class RunLock:
         self._ended = threading.Event()
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         while True:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except FileExistsError as error:  # its general remedy, to remove what is there, would cost a file
-                raise UserError(f"{error.filename}: is there, but is not a folder: {_ELSEWHERE}") from error
+            folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             try:
                 self._take()

@@ -125,7 +125,7 @@ def test_an_output_that_is_a_file(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(SystemExit, match="2"):
         run(lambda: RunLock(tmp_path / "out"))
-    assert capsys.readouterr().err == f"error: {tmp_path}/out: File exists: remove it, or name another place\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: File exists: move it away, or name another place\n"
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -96,17 +96,6 @@ def test_a_full_disk_is_named(tmp_path):
     assert caught.value.filename == str(tmp_path / "run" / NAME)
 
 
-def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path):
-    """The general remedy for a name that is taken is to remove it."""
-    file, link = tmp_path / "train.beton", tmp_path / "link"
-    file.write_bytes(b"data")
-    link.symlink_to("nowhere")
-    for taken in (file, link):
-        with pytest.raises(UserError, match=r"is not a folder: give another --run\.output"):
-            RunLock(taken)
-    assert file.read_bytes() == b"data"
-
-
 def test_a_file_of_nonsense_is_no_holder(tmp_path):
     for text in (b"\x00\xff", b"[1]", b"{", b'{"pid": 3}'):
         (tmp_path / NAME).write_bytes(text)
