@@ -1,6 +1,7 @@
 """How the run was launched: by torchrun, or as one process."""
 
 import contextlib
+import functools
 import os
 import select
 import sys
@@ -40,6 +41,7 @@ def prepare() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+@functools.cache  # a program may train several times
 def _end_with(parent: int) -> None:
     """End this process, naming the reason, as soon as process `parent` has ended.
 

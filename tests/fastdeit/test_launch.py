@@ -85,10 +85,12 @@ print(child.pid, flush=True)
 child.wait()
 """
 CHILD = """
-import os, time
+import os, threading, time
 from fastdeit import launch
 {patch}
 launch.prepare()
+launch.prepare()
+assert [thread.name for thread in threading.enumerate()].count("fastdeit-parent") == 1
 print("ready", flush=True)
 while True:
     time.sleep(1)
