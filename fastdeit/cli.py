@@ -23,6 +23,7 @@ from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
 from fastdeit.pipelines.terminal import colours, escape_streams
 from fastdeit.recipes import RECIPES, recipe_named
+from fastdeit.streams import hold_descriptors
 from fastdeit.version import __version__
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ def run(main: Callable[[], T]) -> T:
     process of a container, which would ignore it by default. If the reader of stdout has gone, as under `| head`, the
     program ends without a word and with status 141. From this call on, stdout and stderr escape control characters.
     """
+    hold_descriptors()
     escape_streams()
     if sys.argv[1:] == ["--version"]:
         print(f"fastdeit {__version__}")

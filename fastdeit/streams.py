@@ -10,22 +10,29 @@ _LOST = "cannot be written ({error}): the run goes on, but its later output may 
 _faults: list[str] = []
 
 
-def keep_streams() -> None:
-    """Make this process's stdout and stderr fault-tolerant (`Steady`) and line-buffered.
+def hold_descriptors() -> None:
+    """Open /dev/null in the place of each standard stream that is closed, also for the processes that this one starts.
 
-    A stream that is already closed becomes /dev/null. Otherwise the next file to be opened would get its descriptor,
-    and libraries would print into that file.
+    Otherwise the next file to be opened would get its descriptor, and libraries would print into that file.
     """
-    for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-            if descriptor:
-                setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
-    for name in ("stdout", "stderr"):
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+
+
+def keep_streams() -> None:
+    """Make this process's stdout and stderr fault-tolerant (`Steady`) and line-buffered.
+
+    A stream that is already closed becomes /dev/null.
+    """
+    hold_descriptors()
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Steady):
+        if stream is None:
+            setattr(sys, name, stream := open(descriptor, "w", closefd=False))  # noqa: SIM115
+        if not isinstance(stream, Steady):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(line_buffering=True)
             steady = Steady(stream, f"{name} {_LOST}", _faults)

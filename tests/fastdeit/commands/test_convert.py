@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from fastdeit.pipelines.conversion.verify import verify
 from fastdeit.pipelines.formats.beton import BetonDataset
 from forked import Forked, run_module
 
@@ -116,6 +119,27 @@ def test_statuses_rejects_and_verification(images, tmp_path, format):
     assert done.returncode == 3
     assert f"{bad}, sample 14 of the source: was left out, but can be read now" in done.stdout
     assert call("--verify", tmp_path / "none").returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("format", ["beton", "webdataset"])
+def test_closed_streams_do_not_get_into_the_data(tmp_path, format, workers):
+    """libtiff prints its messages to descriptor 2, whatever file that is."""
+    tree, noise = tmp_path / "tree", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    for i in range(30):
+        file = tree / "ab"[i % 2] / f"{i}.tif"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(file, compression="tiff_lzw")
+        if i % 3 == 0:
+            data = file.read_bytes()
+            file.write_bytes(data[:200] + bytes(byte ^ 0xFF for byte in data[200:-400]) + data[-400:])
+    dest = tmp_path / ("x.beton" if format == "beton" else "x")
+    words = [str(tree), str(dest), "--format", format, "--on-error", "skip", "--workers", str(workers)]
+    command = [sys.executable, "-m", "fastdeit.commands.convert", *words]
+    done = subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *command], check=False, timeout=120)
+    assert done.returncode == 3
+    assert verify(dest, progress=False).ok
 
 
 @pytest.mark.slow
