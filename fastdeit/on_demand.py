@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from fastdeit.config import Recipe
 from fastdeit.pipelines.console import say
@@ -49,10 +49,10 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     dest = cache / f"{path.resolve().stem}-{_fingerprint(source)[:16]}.beton"
     if dest.exists():  # needs no lock, which a read-only or another user's folder refuses
         return dest
-    with one_at_a_time(dest, partial(say, name="stderr"), "convert"):
+    with one_at_a_time(dest, partial(say, name="stderr"), "convert") as held:
         if not dest.exists():
             say(f"{path} is converted to {dest}, this once ({len(source)} images)", "stderr")
-            _convert(path, dest, None if names is None else like)
+            _convert(path, dest, None if names is None else like, held)
     return dest
 
 
@@ -92,8 +92,11 @@ def _fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _convert(path: Path, dest: Path, like: Path | None) -> None:
-    """Convert in a program of its own: its workers would import the caller's script anew."""
+def _convert(path: Path, dest: Path, like: Path | None, held: IO[Any] | None) -> None:
+    """Convert in a program of its own: its workers would import the caller's script anew.
+
+    It inherits the lock, so if this process is killed and started again, it waits for that program's end.
+    """
     from fastdeit.pipelines.conversion.destination import beside, journal_path
 
     package = str(Path(__file__).parents[1])  # in a checkout that is not installed
@@ -103,7 +106,9 @@ def _convert(path: Path, dest: Path, like: Path | None) -> None:
     resumes = journal.exists()
     command += ["--resume"] if resumes else []
     command += ["--class-names", str(like)] if like is not None else []
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": places}, stdout=sys.stderr, check=False)
+    inherited = () if held is None else (held.fileno(),)
+    environ = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run(command, env=environ, stdout=sys.stderr, check=False, pass_fds=inherited)
     if done.returncode != 0:
         afresh = f"delete {journal} and {beside(dest, '.partial')} to start again, " if resumes else ""
         raise UserError(

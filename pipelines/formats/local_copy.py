@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -50,19 +51,20 @@ def local_copy(dataset: Dataset, cache: Path, say: Callable[[str], object], *, p
     cache.mkdir(parents=True, exist_ok=True)
     try:
         if not folder.exists():  # a finished copy needs no lock, which a read-only or another user's folder refuses
-            with one_at_a_time(folder, say) as locked:
+            with one_at_a_time(folder, say) as held:
                 if not folder.exists():
-                    _make(dataset, folder, say, progress, locked=locked)
+                    _make(dataset, folder, say, progress, locked=held is not None)
     except OSError as error:
         raise machine_error(error, f"{dataset.path}: cannot be copied to {folder}") from error
     return _open(folder / path.name, dataset)
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy") -> Iterator[bool]:
+def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy") -> Iterator[IO[Any] | None]:
     """Hold the lock of a file or folder that is made. The lock's file stays: another process may be waiting for it.
 
-    Yields False if the file system has no locks.
+    Yields that file, or None if the file system has no locks. A process that inherits its descriptor holds the lock
+    too.
     """
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as file:
         try:
@@ -70,7 +72,7 @@ def one_at_a_time(folder: Path, say: Callable[[str], object], verb: str = "copy"
         except BlockingIOError:
             say(f"waiting for another process to {verb} to {folder}")
             locked = lock(file, wait=True)
-        yield locked
+        yield file if locked else None
 
 
 def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress: bool, *, locked: bool) -> None:

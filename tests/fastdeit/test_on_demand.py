@@ -69,28 +69,54 @@ def test_processes_that_come_together_convert_once(images, tmp_path):
     assert len(beton_files(cache)) == 1
 
 
+CODE = "import sys; from pathlib import Path; from fastdeit.on_demand import converted; " \
+    "converted(Path(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Function: begin to convert many images, and return the process once its journal has that many lines."""
+
+    def begun(cache, lines):
+        # Large images, so that the conversion takes longer than the two seconds between the lines of its journal.
+        Image.linear_gradient("L").resize((2400, 2400)).convert("RGB").save(tmp_path / "large.jpg")
+        tree = tmp_path / "many"
+        for i in range(3000):
+            (tree / f"{i % 3}").mkdir(exist_ok=True, parents=True)
+            os.link(tmp_path / "large.jpg", tree / f"{i % 3}" / f"{i}.jpg")
+        # On a busy machine, the conversion must not end before this process sees that it has begun.
+        command = ["nice", "-n", "19", sys.executable, "-c", CODE, str(tree), str(cache)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not any(path.read_bytes().count(b"\n") >= lines for path in cache.glob("*.journal")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return tree, process
+
+    return begun
+
+
 @pytest.mark.slow
-def test_an_interrupted_conversion_goes_on(tmp_path):
-    tree, cache = tmp_path / "many", tmp_path / "cache"
-    # Large images, so that the conversion takes longer than the two seconds between the lines of its journal.
-    Image.linear_gradient("L").resize((2400, 2400)).convert("RGB").save(tmp_path / "large.jpg")
-    for i in range(3000):
-        (tree / f"{i % 3}").mkdir(exist_ok=True, parents=True)
-        os.link(tmp_path / "large.jpg", tree / f"{i % 3}" / f"{i}.jpg")
-    code = "import sys; from pathlib import Path; from fastdeit.on_demand import converted; " \
-        "converted(Path(sys.argv[1]), Path(sys.argv[2]))"  # fmt: skip
-    # On a busy machine, the conversion must not end before this process sees that it has begun.
-    command = ["nice", "-n", "19", sys.executable, "-c", code, str(tree), str(cache)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not any(path.read_bytes().count(b"\n") >= 2 for path in cache.glob("*.journal")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_a_conversion_that_outlives_its_run_is_waited_for(begin, tmp_path, capfd):
+    """A run that is killed cannot end the program that converts for it."""
+    tree, process = begin(tmp_path / "cache", 1)
+    process.kill()
+    process.wait()
+    made = converted(tree, tmp_path / "cache")
+    process.communicate(timeout=60)
+    assert f"waiting for another process to convert to {made}" in capfd.readouterr().err
+    assert len(open_dataset(made, "x")) == 3000
+
+
+@pytest.mark.slow
+def test_an_interrupted_conversion_goes_on(begin, tmp_path):
+    cache = tmp_path / "cache"
+    tree, process = begin(cache, 2)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert beton_files(cache) == []
-    done = run_python("-c", code, tree, cache)
+    done = run_python("-c", CODE, tree, cache)
     assert done.returncode == 0
     assert "continued after" in done.stderr
     assert len(open_dataset(beton_files(cache)[0], "x")) == 3000
