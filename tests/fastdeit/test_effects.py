@@ -235,6 +235,11 @@ def test_a_rate_that_skips_no_sample_or_all_is_refused_before_training(tiny, gro
     ("words", "message"),
     [
         ("--optim.lr -1", r"optim\.lr is -1\.0: it must be 0 or more"),
+        ("--run.checkpoint_patience nan", r"run\.checkpoint_patience is nan: it must be a finite number"),
+        ("--run.divergence_band nan", r"run\.divergence_band is nan: it must be a finite number"),
+        ("--augment.std 1 inf 1", r"augment\.std is \(1\.0, inf, 1\.0\): it must be a finite number"),
+        ("--run.timeout_minutes inf", r"run\.timeout_minutes is inf: it must be a finite number"),
+        ("--run.timeout_minutes 1e9", r"run\.timeout_minutes is 1e\+09: it must be more than 0 and at most 527040"),
         ("--optim.betas 0.9 1.5", r"optim\.betas are \(0\.9, 1\.5\)"),
         ("--model.num_heads 0", r"model\.num_heads is 0: it must be at least 1"),
         ("--model.patch_size 0", r"model\.patch_size is 0: it must be at least 1"),
