@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import socket
@@ -80,7 +81,7 @@ def _make(dataset: Dataset, folder: Path, say: Callable[[str], object], progress
     size = sum(path.stat().st_size for path in files.values())
     # Without file locks, two processes may copy at once: each has its own folder, and the first to finish wins.
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{socket.gethostname()}-{os.getpid()}")
-    for other in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
+    for other in folder.parent.glob(f"{glob.escape(folder.name)}{_PARTIAL}*"):
         if _was_left(other, locked):
             shutil.rmtree(other, ignore_errors=True)
     check_space(folder.parent, size, str(dataset.path), "--data.cache_dir")

@@ -25,7 +25,7 @@ def make(path, seed=0):
     return write(path, [stored(picture(seed + i, (30, 20))) for i in range(5)])
 
 
-@pytest.fixture(params=["train.beton", "train"])
+@pytest.fixture(params=["train.beton", "train", "train [1].beton"])
 def original(request, tmp_path):
     """A data set of a few images."""
     return make(tmp_path / "source" / request.param)
