@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,14 +44,14 @@ class Options:
 def images_of(paths: Iterable[Path]) -> list[Path]:
     """The image files that `paths` name: files, and all images in and below folders, sorted; "-" reads from stdin.
 
-    Raises UserError for a path that is not there and a folder without images.
+    Raises UserError for a path that is not there and a folder without images, OSError for a folder that cannot be read.
     """
     out: list[Path] = []
     for path in paths:
         if str(path) == "-":
             out += images_of(Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
         elif path.is_dir():
-            found = sorted(each for each in path.rglob("*") if is_image(each.name) and each.is_file())
+            found = sorted(each for each in _below(path) if is_image(each.name) and each.is_file())
             if not found:
                 raise UserError(f"{path}: no images in this folder ({', '.join(IMG_EXTENSIONS)}): name another")
             out += found
@@ -59,6 +60,23 @@ def images_of(paths: Iterable[Path]) -> list[Path]:
         else:
             raise UserError(f"{path}: there is no such image or folder: check the path")
     return out
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, also those that links lead to; a folder with several names counts once."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:  # a link may lead back
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (Path(root, name) for name in names)
 
 
 def predict(options: Options) -> int:

@@ -12,7 +12,7 @@ import torch
 from judges import timms_outputs, timms_transform
 from PIL import Image
 
-from fastdeit.commands.predict import BAD, Options, predict
+from fastdeit.commands.predict import BAD, Options, images_of, predict
 from fastdeit.image_files import read_batches
 from fastdeit.loading import load
 from fastdeit.pipelines.errors import UserError
@@ -85,6 +85,16 @@ def test_mistakes_end_before_pytorch(options, message, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         predict(Options(**{"model": tmp_path / "x.pt", "images": (tmp_path / "x.jpg",), **options}))
+
+
+def test_folders_behind_links_count_once(tmp_path):
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    for folder in (tree / "own", elsewhere / "deeper"):
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").touch()
+    (tree / "linked").symlink_to(elsewhere)
+    (tree / "own" / "back").symlink_to(tree)
+    assert images_of([tree]) == [tree / "linked" / "deeper" / "a.jpg", tree / "own" / "a.jpg"]
 
 
 def test_a_folder_without_images(tmp_path):
