@@ -15,7 +15,9 @@ _REMEDIES = MACHINE | {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions, or name another place"),
 }
 _REFUSED = "the operating system refuses: find out why, then run the same command again"
-_SHARED_MEMORY = "shared memory (/dev/shm) is full or missing: docker run --shm-size=8g, or remove files there"
+_SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full, missing or read-only: docker run --shm-size=8g, or remove files there"
+)
 
 
 class MachineError(UserError):
@@ -69,7 +71,7 @@ def machine_error(error: OSError | MemoryError, what: str) -> MachineError:
 
 def shared_memory_error(error: OSError, what: str) -> MachineError:
     """Like `machine_error`, for an action that needs a semaphore or a segment in /dev/shm."""
-    if error.errno in (errno.ENOSPC, errno.ENOENT, errno.ENOSYS, errno.EACCES):
+    if error.errno in (errno.ENOSPC, errno.ENOENT, errno.ENOSYS, errno.EACCES, errno.EROFS):
         return MachineError(f"{what}: {_SHARED_MEMORY} ({os.strerror(error.errno)})")
     return machine_error(error, what)
 

@@ -201,8 +201,9 @@ def test_a_conversion_leaves_out_no_image_for_the_machine():
     assert type(list(encoded(failing_source(errno.EACCES), range(3), Encoding()))[1]).__name__ == "Reject"
 
 
-def test_no_room_in_shared_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refusing(errno.ENOSPC))
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_no_room_in_shared_memory(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refusing(number))
     source = failing_source(errno.EIO)
     source.in_memory = False
     with pytest.raises(MachineError, match=r"2 workers cannot be started .*/dev/shm"):
