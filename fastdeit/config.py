@@ -40,12 +40,16 @@ class ModelConfig:
     num_heads: int = 6
     mlp_ratio: float = 4.0
     distilled: bool = False  # distillation token and its head
+    layer_scale: float = 0.0  # initial factor of each branch's channels (timm: init_values); 0: no LayerScale
+    no_embed_class: bool = False  # only patches have a position, tokens do not (as in DeiT III)
     drop_rate: float = 0.0
-    drop_path: float = 0.1  # stochastic depth of the last block; grows linearly from 0
+    drop_path: float = 0.1  # stochastic depth of the last block
+    drop_path_uniform: bool = False  # of all blocks (as in DeiT III), instead of growing linearly from 0
     # mask: each sample is drawn on its own, and dropped ones are multiplied by 0; skip: a fixed number in each mixing
     # group is dropped and not computed
     drop_path_mode: Literal["mask", "skip"] = "mask"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # of the residual stream; bfloat16 needs precision bf16
+    grad_checkpointing: bool = False  # compute each block twice instead of keeping its activations: less memory
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: the faster one for each operation on this GPU; logged
     num_classes: int | None = None  # None: the number in the training set
     init: Path | None = None  # checkpoint to start from (fine-tuning, transfer)
@@ -238,6 +242,10 @@ LATER = {
     "data.cache_dir",
     "data.fraction",
     "data.hold_out",
+    "model.drop_path_uniform",
+    "model.grad_checkpointing",
+    "model.layer_scale",
+    "model.no_embed_class",
     "model.residual_dtype",
     "optim.layer_decay",
     "run.checkpoint_minutes",
@@ -318,6 +326,7 @@ class Recipe:
             ("optim.eps", optim.eps),
             ("optim.weight_decay", optim.weight_decay),
             ("optim.momentum", optim.momentum),
+            ("model.layer_scale", model.layer_scale),
         ):
             if not value >= 0:
                 raise UserError(f"{name} is {value}: it must be 0 or more")

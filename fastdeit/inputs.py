@@ -61,9 +61,12 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
         _check_given(teacher.checkpoint, "teacher.checkpoint")
     order = epoch_order(recipe, sets.train_images, world=world)
     if skips_samples(recipe):
-        from fastdeit.pipelines.plan.drop_path import dropped_samples  # imported here: it imports numba
+        # Imported here: it imports numba.
+        from fastdeit.pipelines.plan.drop_path import drop_path_rates, dropped_samples
 
-        dropped_samples(recipe.model.depth, recipe.model.drop_path, order.group_size)
+        cfg = recipe.model
+        rates = drop_path_rates(cfg.depth, cfg.drop_path, uniform=cfg.drop_path_uniform)
+        dropped_samples(rates, order.group_size)
     return sets
 
 

@@ -34,6 +34,7 @@ def _find(slots, sample, in_rows, samples, rows_per_sample, width):
 def _add_layer_norm_forward(
     x,
     branch,
+    gamma,
     mask,
     slots,
     only,
@@ -50,6 +51,7 @@ def _add_layer_norm_forward(
     width,
     eps,
     BRANCH: tl.constexpr,
+    SCALE: tl.constexpr,
     MASK: tl.constexpr,
     SLOTS: tl.constexpr,
     ONLY: tl.constexpr,
@@ -70,11 +72,15 @@ def _add_layer_norm_forward(
             branch_value = tl.load(moved, mask=inside & kept[:, None], other=0.0).to(tl.float32)
         else:
             branch_value = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+        if SCALE:
+            branch_value *= tl.load(gamma + columns, mask=in_width, other=0.0).to(tl.float32)[None, :]
         if MASK:
             factor = tl.load(mask + rows // rows_per_sample, mask=in_rows, other=0.0)
             branch_value = branch_value * factor[:, None]
+        if not SCALE:
+            branch_value = branch_value.to(branch.dtype.element_ty).to(tl.float32)
         # Normalize the sum as it is stored, rounded: that is what the next block reads.
-        value = (value + branch_value.to(branch.dtype.element_ty).to(tl.float32)).to(total.dtype.element_ty)
+        value = (value + branch_value).to(total.dtype.element_ty)
         tl.store(total + offsets, value, mask=inside)
         value = value.to(tl.float32)
     row_mean = tl.sum(value, axis=1) / width
@@ -98,6 +104,8 @@ def _add_layer_norm_backward(
     grad_out,
     grad_total,
     total,
+    branch,
+    gamma,
     mask,
     slots,
     only,
@@ -114,6 +122,7 @@ def _add_layer_norm_backward(
     width,
     chunk,
     BRANCH: tl.constexpr,
+    SCALE: tl.constexpr,
     MASK: tl.constexpr,
     SLOTS: tl.constexpr,
     ONLY: tl.constexpr,
@@ -122,13 +131,16 @@ def _add_layer_norm_backward(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Each program handles `chunk` rows and writes its own partial sums for weight, bias and the branch's bias.
+    # Each program handles `chunk` rows and writes its own partial sums for weight, bias, the branch's bias and gamma.
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
     scale = tl.load(weight + columns, mask=in_width, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    if SCALE:
+        branch_scale = tl.load(gamma + columns, mask=in_width, other=0.0).to(tl.float32)
+        grad_gamma = tl.zeros((ROWS, BLOCK), tl.float32)
     # 64-bit offsets only for the program's first row: within the loop they would cost registers.
     first_row = tl.program_id(0).to(tl.int64) * chunk
     total += first_row * width
@@ -136,6 +148,7 @@ def _add_layer_norm_backward(
     grad_total += first_row * width
     grad_x += first_row * width
     grad_branch += first_row * width
+    branch += first_row * width
     mean += first_row
     rstd += first_row
     own_rows = tl.minimum(chunk, num_rows - first_row).to(tl.int32)
@@ -172,36 +185,50 @@ def _add_layer_norm_backward(
                 to_branch = grad_value * factor[:, None]
             if SLOTS:
                 kept, shift = _find(slots, sample, in_rows, branch_samples, rows_per_sample, width)
+                if SCALE:
+                    moved = (branch + shift)[:, None] + offsets
+                    branch_value = tl.load(moved, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+                    grad_gamma += to_branch * branch_value
+                    to_branch *= branch_scale[None, :]
                 moved = (grad_branch + shift)[:, None] + offsets
                 tl.store(moved, to_branch.to(grad_branch.dtype.element_ty), mask=inside & kept[:, None])
             else:
+                if SCALE:
+                    branch_value = tl.load(branch + offsets, mask=inside, other=0.0).to(tl.float32)
+                    grad_gamma += to_branch * branch_value
+                    to_branch *= branch_scale[None, :]
                 tl.store(grad_branch + offsets, to_branch.to(grad_branch.dtype.element_ty), mask=inside)
             if BRANCH_BIAS:
                 grad_branch_bias += to_branch
         tl.store(grad_x + offsets, grad_value.to(grad_x.dtype.element_ty), mask=inside)
-    offset = tl.program_id(0).to(tl.int64) * (3 if BRANCH_BIAS else 2) * width + columns
+    offset = tl.program_id(0).to(tl.int64) * (2 + BRANCH_BIAS + SCALE) * width + columns
     tl.store(partial + offset, tl.sum(grad_weight, axis=0), mask=in_width)
     tl.store(partial + offset + width, tl.sum(grad_bias, axis=0), mask=in_width)
     if BRANCH_BIAS:
         tl.store(partial + offset + 2 * width, tl.sum(grad_branch_bias, axis=0), mask=in_width)
+    if SCALE:
+        tl.store(partial + offset + (2 + BRANCH_BIAS) * width, tl.sum(grad_gamma, axis=0), mask=in_width)
 
 
 MAX_WIDTH = 4096  # channels that fit the registers of a program with 16 warps
 
 
-def _forward_launch(width: int, branch: bool, mask: bool, slots: bool, only: bool) -> Launch:
+def _forward_launch(width: int, branch: bool, scale: bool, mask: bool, slots: bool, only: bool) -> Launch:
     """16 elements a thread, and at least four warps."""
     block = max(16, next_power_of_two(width))
-    constants = (("BRANCH", branch), ("MASK", mask), ("SLOTS", slots), ("ONLY", only))
+    constants = (("BRANCH", branch), ("SCALE", scale), ("MASK", mask), ("SLOTS", slots), ("ONLY", only))
     constants += (("ROWS", max(1, 2048 // block)), ("BLOCK", block))
     return Launch(constants=constants, num_warps=max(4, min(16, block // 512)))
 
 
-def _backward_launch(width: int, branch: bool, mask: bool, slots: bool, only: bool, branch_bias: bool) -> Launch:
+def _backward_launch(
+    width: int, branch: bool, scale: bool, mask: bool, slots: bool, only: bool, branch_bias: bool
+) -> Launch:
     """8 or 16 elements a thread; tuned on an H200."""
     block = max(16, next_power_of_two(width))
     warps = 2 if block <= 512 else min(16, block // 256)
-    constants = (("BRANCH", branch), ("MASK", mask), ("SLOTS", slots), ("ONLY", only), ("BRANCH_BIAS", branch_bias))
+    constants = (("BRANCH", branch), ("SCALE", scale), ("MASK", mask), ("SLOTS", slots), ("ONLY", only))
+    constants += (("BRANCH_BIAS", branch_bias),)
     # Few programs share a multiprocessor, so prefetch the next rows while one is computed.
     constants += (("ROWS", max(1, 1024 // block)), ("BLOCK", block), ("STAGES", 3))
     return Launch(constants=constants, num_warps=warps)
@@ -220,6 +247,7 @@ def _op(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
+    scale: Tensor | None,
     mask: Tensor | None,
     slots: Tensor | None,
     only: Tensor | None,
@@ -229,19 +257,20 @@ def _op(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _fake(x, branch, branch_bias, mask, slots, only, out_samples, weight, bias, eps, dtype)
+    outputs = _fake(x, branch, branch_bias, scale, mask, slots, only, out_samples, weight, bias, eps, dtype)
     if not x.numel():
         return outputs
     total, out, mean, rstd = outputs
     width = x.shape[-1]
     rows = x.numel() // width
-    mode = mask is not None, slots is not None, only is not None
+    mode = scale is not None, mask is not None, slots is not None, only is not None
     default = _forward_launch(width, branch is not None, *mode)
     launch = chosen("add_layer_norm_forward", default)
     x = x.contiguous()
     _add_layer_norm_forward[(cdiv(rows, dict(launch.constants)["ROWS"]),)](
         x,
         x if branch is None else branch.contiguous(),
+        x if scale is None else scale.contiguous(),
         x if mask is None else mask.contiguous(),
         x if slots is None else slots.contiguous(),
         x if only is None else only.contiguous(),
@@ -267,6 +296,7 @@ def _fake(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
+    scale: Tensor | None,
     mask: Tensor | None,
     slots: Tensor | None,
     only: Tensor | None,
@@ -288,6 +318,8 @@ def _backward_op(
     grad_out: Tensor,
     grad_total: Tensor | None,
     total: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
     mask: Tensor | None,
     slots: Tensor | None,
     only: Tensor | None,
@@ -300,16 +332,15 @@ def _backward_op(
     sum_branch: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtypes = x_dtype, branch_dtype, sum_branch
-    outputs = _backward_fake(
-        grad_out, grad_total, total, mask, slots, only, branch_samples, weight, mean, rstd, *dtypes
-    )
+    kept = slots, only, branch_samples
+    outputs = _backward_fake(grad_out, grad_total, total, branch, scale, mask, *kept, weight, mean, rstd, *dtypes)
     grad_x, grad_branch, sums = outputs
     if not total.numel():
         sums.zero_()
         return outputs
     width = total.shape[-1]
     rows = total.numel() // width
-    mode = mask is not None, slots is not None, only is not None
+    mode = scale is not None, mask is not None, slots is not None, only is not None
     default = _backward_launch(width, branch_dtype is not None, *mode, sum_branch)
     launch = chosen("add_layer_norm_backward", default)
     tile = dict(launch.constants)["ROWS"]
@@ -321,6 +352,8 @@ def _backward_op(
         grad_out.contiguous(),
         total if grad_total is None else grad_total.contiguous(),
         total,
+        total if branch is None else branch.contiguous(),
+        mean if scale is None else scale.contiguous(),
         mean if mask is None else mask.contiguous(),
         mean if slots is None else slots.contiguous(),
         mean if only is None else only.contiguous(),
@@ -348,6 +381,8 @@ def _backward_fake(
     grad_out: Tensor,
     grad_total: Tensor | None,
     total: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
     mask: Tensor | None,
     slots: Tensor | None,
     only: Tensor | None,
@@ -362,32 +397,35 @@ def _backward_fake(
     grad_x = total.new_empty(total.shape, dtype=x_dtype)
     shape = (branch_samples, *total.shape[1:]) if branch_dtype is not None else (0,)
     grad_branch = total.new_empty(shape, dtype=branch_dtype)
-    sums = total.new_empty((3 if sum_branch else 2, total.shape[-1]), dtype=torch.float32)
+    sums = total.new_empty((2 + sum_branch + (scale is not None), total.shape[-1]), dtype=torch.float32)
     return grad_x, grad_branch, sums
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, branch, branch_bias, mask, slots, only, _, weight, bias, _, _ = inputs
+    x, branch, branch_bias, scale, mask, slots, only, _, weight, bias, _, _ = inputs
     total, _, mean, rstd = output
-    ctx.save_for_backward(x if branch is None else total, mask, slots, only, weight, mean, rstd)
-    ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, branch_bias, weight, bias)]
+    # Only the gradient of `scale` needs the branch.
+    scaled = None if scale is None else branch
+    ctx.save_for_backward(x if branch is None else total, scaled, scale, mask, slots, only, weight, mean, rstd)
+    ctx.dtypes = [None if t is None else t.dtype for t in (x, branch, branch_bias, scale, weight, bias)]
     ctx.branch_samples = 0 if branch is None else len(branch)
 
 
 def _autograd(ctx, grad_total, grad_out, *_):
-    total, mask, slots, only, weight, mean, rstd = ctx.saved_tensors
-    x_dtype, branch_dtype, branch_bias_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    total, scaled, scale, mask, slots, only, weight, mean, rstd = ctx.saved_tensors
+    x_dtype, branch_dtype, branch_bias_dtype, scale_dtype, weight_dtype, bias_dtype = ctx.dtypes
     sum_branch = branch_bias_dtype is not None
     if branch_dtype is None:
         grad_total = None
     kept = slots, only, ctx.branch_samples
     grad_x, grad_branch, sums = _backward_op(
-        grad_out, grad_total, total, mask, *kept, weight, mean, rstd, x_dtype, branch_dtype, sum_branch
+        grad_out, grad_total, total, scaled, scale, mask, *kept, weight, mean, rstd, x_dtype, branch_dtype, sum_branch
     )
     branch = None if branch_dtype is None else grad_branch
     branch_bias = sums[2].to(branch_bias_dtype) if sum_branch else None
+    gamma = None if scale_dtype is None else sums[-1].to(scale_dtype)
     weight, bias = sums[0].to(weight_dtype), sums[1].to(bias_dtype)
-    return grad_x, branch, branch_bias, None, None, None, None, weight, bias, None, None
+    return grad_x, branch, branch_bias, gamma, None, None, None, None, weight, bias, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -413,7 +451,7 @@ def layer_norm(
     float32 in a fixed order. Raises ValueError for mismatched shapes and without a GPU. Source: Ba et al.,
     arXiv 1607.06450.
     """
-    return _call(x, None, None, None, only, weight, bias, eps, dtype or x.dtype)[1]
+    return _call(x, None, None, None, None, only, weight, bias, eps, dtype or x.dtype)[1]
 
 
 def add_layer_norm(
@@ -423,6 +461,7 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     *,
+    scale: Tensor | None = None,
     mask: Tensor | Kept | None = None,
     only: Kept | None = None,
     branch_bias: Tensor | None = None,
@@ -432,6 +471,7 @@ def add_layer_norm(
 
     x       (B, ..., C) the residual stream
     branch  (B, ..., C) the output of attention or the MLP; (count, ..., C) if `mask` is a `Kept`
+    scale   (C,) LayerScale's factor of each channel of the branch, or None (Touvron et al., arXiv 2103.17239)
     mask    (B,) float32 factors of stochastic depth, one a sample: 0 or 1 / keep probability; a `Kept` if `branch`
             holds only the kept samples; or None
     only    normalise only these samples, those of the next branch, so that the result is (count, ..., C); None: all
@@ -439,18 +479,20 @@ def add_layer_norm(
             its gradient, the sum of the branch's gradient over all rows, from the pass that computes the latter
     dtype   of the normalised result; None: the dtype of the sum
 
-    Returns (x + mask * branch, its normalisation). The sum has the wider dtype of `x` and `branch`; the masked branch
-    is first rounded to the branch's dtype, as in `fastdeit.model.drop_path.DropPath`. No gradient reaches the mask.
-    Other arguments and errors: see `layer_norm`.
+    Returns (x + mask * scale * branch, its normalisation). The sum has the wider dtype of `x` and `branch`. Without
+    `scale` the masked branch is first rounded to the branch's dtype, as in `fastdeit.model.drop_path.DropPath`; with
+    it only the sum is rounded, as PyTorch does for a float32 `scale`. No gradient reaches the mask; that of `scale` is
+    summed like the weight's. Other arguments and errors: see `layer_norm`.
     """
     dtype = dtype or torch.promote_types(x.dtype, branch.dtype)
-    return _call(x, branch, branch_bias, mask, only, weight, bias, eps, dtype)
+    return _call(x, branch, branch_bias, scale, mask, only, weight, bias, eps, dtype)
 
 
 def _call(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
+    scale: Tensor | None,
     mask: Tensor | Kept | None,
     only: Kept | None,
     weight: Tensor,
@@ -473,7 +515,8 @@ def _call(
                 f"layer_norm: slots are {tuple(own.shape)} {own.dtype} on {own.device}: "
                 f"give an int32 for each of {len(x)} samples on {x.device}"
             )
-    check("layer_norm", x=x, branch=branch, branch_bias=branch_bias, mask=mask, weight=weight, bias=bias)
+    tensors = {"x": x, "branch": branch, "branch_bias": branch_bias, "scale": scale, "mask": mask}
+    check("layer_norm", **tensors, weight=weight, bias=bias)
     check_dtype("layer_norm", "dtype", dtype)
     if x.ndim < 2 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(
@@ -486,40 +529,50 @@ def _call(
         )
     if branch is not None and branch.shape != shape:
         raise ValueError(f"add_layer_norm: branch is {tuple(branch.shape)}, not {tuple(shape)} as x and mask require")
-    if branch_bias is not None and branch_bias.shape != x.shape[-1:]:
-        raise ValueError(f"add_layer_norm: branch_bias is {tuple(branch_bias.shape)}: give it ({x.shape[-1]},)")
+    for name, own in (("branch_bias", branch_bias), ("scale", scale)):
+        if own is not None and own.shape != x.shape[-1:]:
+            raise ValueError(f"add_layer_norm: {name} is {tuple(own.shape)}: give it ({x.shape[-1]},)")
     places, samples = (None, len(x)) if only is None else (only.slots, only.count)
-    total, out, _, _ = _op(x, branch, branch_bias, mask, slots, places, samples, weight, bias, eps, dtype)
+    total, out, _, _ = _op(x, branch, branch_bias, scale, mask, slots, places, samples, weight, bias, eps, dtype)
     return total, out
 
 
 def variants() -> list[Variant]:
-    """The launches for DeiT-Ti, S and B; bf16 branch, float32 or bf16 stream.
+    """The launches for DeiT-Ti, S and B, and for DeiT III S, B, L and H; bf16 branch, float32 or bf16 stream.
 
-    They are without a branch, with one, and with one that holds only the samples that stochastic depth keeps ("kept").
+    They are without a branch, with one, with one that holds only the samples that stochastic depth keeps ("kept"), and
+    with LayerScale ("scaled").
     """
-    variants = []
-    forms = (("layer_norm", False, False), ("add_layer_norm", True, False), ("add_layer_norm_kept", True, True))
-    for width in (192, 384, 768):
-        for stream, (kind, branch, kept) in (
-            (torch.float32, forms[1]),
-            (torch.bfloat16, forms[1]),
-            (torch.float32, forms[0]),
-            (torch.float32, forms[2]),
-        ):
-            forward_launch = _forward_launch(width, branch, branch, kept, kept)
-            backward_launch = _backward_launch(width, branch, branch, kept, kept, branch)
-            wide, low = pointer(stream), pointer(torch.bfloat16)
-            name = f"{DTYPES[stream]} C{width}"
-            sizes = dict.fromkeys(("num_rows", "rows_per_sample", "branch_samples", "out_samples", "width"), "i32")
-            common = {"mask": "*fp32", "slots": "*i32", "only": "*i32", "weight": "*fp32", "mean": "*fp32"}
-            common |= {"rstd": "*fp32", "total": wide} | sizes
-            forward = {"x": wide, "branch": low, "bias": "*fp32", "out": low, "eps": "fp32"} | common
-            backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low} | common
-            backward |= {"partial": "*fp32", "chunk": "i32"}
-            both = ("num_rows", "width")
-            variants.append(forward_launch.variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, both))
-            variants.append(
-                backward_launch.variant(f"{kind}_backward {name}", _add_layer_norm_backward, backward, both)
-            )
-    return variants
+    plain, added = ("layer_norm", False, False, False), ("add_layer_norm", True, False, False)
+    kept, scaled = ("add_layer_norm_kept", True, False, True), ("add_layer_norm_scaled", True, True, False)
+    cases = [
+        (width, stream, form)
+        for width in (192, 384, 768)
+        for stream, form in (
+            (torch.float32, added),
+            (torch.bfloat16, added),
+            (torch.float32, plain),
+            (torch.float32, kept),
+        )
+    ]
+    cases += [(width, torch.float32, scaled) for width in (384, 768, 1024, 1280)]
+    return [variant for case in cases for variant in _variants(*case)]
+
+
+def _variants(width: int, stream: torch.dtype, form: tuple[str, bool, bool, bool]) -> tuple[Variant, Variant]:
+    kind, branch, scale, kept = form
+    wide, low, full = pointer(stream), pointer(torch.bfloat16), pointer(torch.float32)
+    name = f"{DTYPES[stream]} C{width}"
+    common = dict.fromkeys(("num_rows", "rows_per_sample", "branch_samples", "out_samples", "width"), "i32")
+    common |= dict.fromkeys(("gamma", "mask", "weight", "mean", "rstd"), full)
+    common |= {"branch": low, "slots": "*i32", "only": "*i32", "total": wide}
+    forward = {"x": wide, "bias": full, "out": low, "eps": "fp32"} | common
+    backward = {"grad_out": low, "grad_total": wide, "grad_x": wide, "grad_branch": low, "partial": full} | common
+    backward |= {"chunk": "i32"}
+    mode, multiples = (width, branch, scale, branch, kept, kept), ("num_rows", "width")
+    return (
+        _forward_launch(*mode).variant(f"{kind}_forward {name}", _add_layer_norm_forward, forward, multiples),
+        _backward_launch(*mode, branch).variant(
+            f"{kind}_backward {name}", _add_layer_norm_backward, backward, multiples
+        ),
+    )

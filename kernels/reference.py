@@ -109,10 +109,17 @@ def select_kept(x: Tensor, kept: Kept | None) -> Tensor:
     return x if kept is None else x.index_select(0, kept.index)
 
 
-def add_branch(x: Tensor, branch: Tensor, mask: Tensor | Kept | None) -> Tensor:
-    """x + mask * branch; x (B, ..., C). With a `Kept`, `branch` holds only the kept samples, (count, ..., C)."""
+def add_branch(x: Tensor, branch: Tensor, mask: Tensor | Kept | None, scale: Tensor | None = None) -> Tensor:
+    """x + mask * scale * branch; x (B, ..., C), scale (C,) or None: LayerScale's.
+
+    With a `Kept`, `branch` holds only the kept samples, (count, ..., C). The sum has the wider dtype of `x` and
+    `branch`, whatever that of `scale` is.
+    """
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    if scale is not None:
+        branch = branch * scale
     if not isinstance(mask, Kept):
-        return x + scale_branch(branch, mask)
+        return (x + scale_branch(branch, mask)).to(dtype)
     index = mask.index
     return x.index_add(0, index, scale_branch(branch, mask.mask.index_select(0, index)).to(x.dtype))
 
@@ -124,11 +131,12 @@ def add_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     *,
+    scale: Tensor | None = None,
     mask: Tensor | Kept | None = None,
     only: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of `add_branch`, and its layer normalisation, only for the samples that `only` keeps."""
-    total = add_branch(x, branch, mask)
+    total = add_branch(x, branch, mask, scale)
     return total, layer_norm(select_kept(total, only), weight, bias, eps)
 
 
@@ -146,18 +154,21 @@ def assemble_tokens(
     Arguments and result as in `fastdeit.kernels.token_assembly.assemble_tokens`. Raises ValueError if the positions
     do not match the tokens.
     """
-    tokens = [cls_token] if dist_token is None else [cls_token, dist_token]
+    tokens = cls_token if dist_token is None else torch.cat([cls_token, dist_token], dim=1)
     batch, count, _ = patches.shape
-    if pos_embed.shape[1] != count + len(tokens):
+    whole = count + tokens.shape[1]
+    if pos_embed.shape[1] not in (count, whole):
         raise ValueError(
-            f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {len(tokens)} tokens: "
-            f"give it {count + len(tokens)}"
+            f"pos_embed has {pos_embed.shape[1]} rows for {count} patches and {tokens.shape[1]} tokens: "
+            f"give it {whole}, or {count} if only patches have a position"
         )
     dtype = dtype or torch.promote_types(patches.dtype, pos_embed.dtype)
     if bias is not None:
         patches = _at_least_float32(patches) + bias
-    prefix = [token.expand(batch, -1, -1) for token in tokens]
-    return (torch.cat([*prefix, patches], dim=1) + pos_embed).to(dtype)
+    prefix = tokens.expand(batch, -1, -1)
+    if pos_embed.shape[1] == count:
+        return torch.cat([prefix, patches + pos_embed], dim=1).to(dtype)
+    return (torch.cat([prefix, patches], dim=1) + pos_embed).to(dtype)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def _assemble_tokens_forward(
     num_tokens,
     embed_dim,
     PREFIX: tl.constexpr,
+    POSITIONED: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -43,11 +44,15 @@ def _assemble_tokens_forward(
         value = tl.where(is_patch, value + bias_row[None, :], value)
     cls_row = tl.load(cls_token + c, mask=in_c, other=0.0).to(tl.float32)
     value = tl.where((n == 0)[:, None], cls_row[None, :], value)
-    if PREFIX == 2:
-        dist_row = tl.load(dist_token + c, mask=in_c, other=0.0).to(tl.float32)
-        value = tl.where((n == 1)[:, None], dist_row[None, :], value)
+    if PREFIX > 1:
+        is_other = inside & ((n >= 1) & (n < PREFIX))[:, None]
+        others = tl.load(dist_token + (n - 1)[:, None] * embed_dim + c[None, :], mask=is_other, other=0.0)
+        value = tl.where(is_other, others.to(tl.float32), value)
     offsets = n[:, None] * embed_dim + c[None, :]
-    value += tl.load(pos_embed + offsets, mask=inside, other=0.0).to(tl.float32)
+    if POSITIONED:
+        value += tl.load(pos_embed + offsets, mask=inside, other=0.0).to(tl.float32)
+    else:
+        value += tl.load(pos_embed + offsets - PREFIX * embed_dim, mask=is_patch, other=0.0).to(tl.float32)
     tl.store(out + sample * num_tokens * embed_dim + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -89,9 +94,10 @@ def _block_c(embed_dim: int) -> int:
     return max(64, min(256, embed_dim & -embed_dim))
 
 
-def _forward_launch(embed_dim: int, prefix: int, bias: bool) -> Launch:
+def _forward_launch(embed_dim: int, prefix: int, positioned: bool, bias: bool) -> Launch:
     block_c = _block_c(embed_dim)
-    constants = (("PREFIX", prefix), ("BIAS", bias), ("BLOCK_N", 2048 // block_c), ("BLOCK_C", block_c))
+    constants = (("PREFIX", prefix), ("POSITIONED", positioned), ("BIAS", bias))
+    constants += (("BLOCK_N", 2048 // block_c), ("BLOCK_C", block_c))
     return Launch(constants=constants, num_warps=4)
 
 
@@ -104,6 +110,10 @@ def _backward_launch(embed_dim: int, prefix: int) -> Launch:
 _SAMPLES_PER_SPLIT = 64
 
 
+def _prefix(dist_token: Tensor | None) -> int:
+    return 1 if dist_token is None else 1 + dist_token.shape[1]
+
+
 @operator("fastdeit::assemble_tokens")
 def _op(
     patches: Tensor,
@@ -114,9 +124,11 @@ def _op(
     dtype: torch.dtype,
 ) -> Tensor:
     batch, count, width = patches.shape
-    prefix = 1 if dist_token is None else 2
+    prefix = _prefix(dist_token)
     out = _fake(patches, bias, cls_token, dist_token, pos_embed, dtype)
-    launch = chosen("assemble_tokens_forward", _forward_launch(width, prefix, bias is not None))
+    launch = chosen(
+        "assemble_tokens_forward", _forward_launch(width, prefix, pos_embed.shape[1] > count, bias is not None)
+    )
     blocks = dict(launch.constants)
     if out.numel():
         _assemble_tokens_forward[(batch, cdiv(count + prefix, blocks["BLOCK_N"]), cdiv(width, blocks["BLOCK_C"]))](
@@ -145,8 +157,8 @@ def _fake(
     pos_embed: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    batch, _, width = patches.shape
-    return patches.new_empty((batch, pos_embed.shape[1], width), dtype=dtype)
+    batch, count, width = patches.shape
+    return patches.new_empty((batch, count + _prefix(dist_token), width), dtype=dtype)
 
 
 @operator("fastdeit::assemble_tokens_backward")
@@ -182,7 +194,7 @@ def _backward_fake(grad: Tensor, prefix: int, dtype: torch.dtype) -> tuple[Tenso
 
 def _setup(ctx, inputs, output) -> None:
     patches, bias, cls_token, dist_token, pos_embed, _ = inputs
-    ctx.prefix = 1 if dist_token is None else 2
+    ctx.prefix, ctx.positions = _prefix(dist_token), pos_embed.shape[1]
     ctx.dtypes = [None if t is None else t.dtype for t in (patches, bias, cls_token, dist_token, pos_embed)]
 
 
@@ -194,8 +206,8 @@ def _autograd(ctx, grad):
         grad_patches,
         None if bias_dtype is None else total[ctx.prefix :].sum(0).to(bias_dtype),
         total[None, :1].to(cls_dtype, copy=True),
-        None if dist_dtype is None else total[None, 1:2].to(dist_dtype, copy=True),
-        total[None].to(pos_dtype),
+        None if dist_dtype is None else total[None, 1 : ctx.prefix].to(dist_dtype, copy=True),
+        total[None, len(total) - ctx.positions :].to(pos_dtype),
         None,
     )
 
@@ -216,14 +228,15 @@ def assemble_tokens(
 
     patches     (B, P, C), any strides, such as a convolution's output flattened and transposed
     cls_token   (1, 1, C)
-    dist_token  (1, 1, C) or None
-    pos_embed   (1, N, C), N = P + 1 or P + 2: rows in the order class, distillation, patches
+    dist_token  (1, R, C) or None: the distillation token, R = 1, or register tokens (Darcet et al., arXiv 2309.16588)
+    pos_embed   (1, N, C), N = P + 1 + R: rows in the order class, distillation, patches. Or (1, P, C): only patches
+                have a position, as in DeiT III (arXiv 2204.07118)
     bias        (C,) of the patch projection, if `patches` lack it, or None
     dtype       of the result; None: the wider one of `patches` and `pos_embed`
 
-    All are float32, float16 or bfloat16; the sums are float32. Returns (B, N, C), contiguous. The gradients of tokens,
-    positions and bias are summed over the batch in float32 in a fixed order. Raises ValueError for mismatched shapes,
-    another dtype and without a GPU. Source: Touvron et al., arXiv 2012.12877, section 4, "distillation token".
+    All are float32, float16 or bfloat16; the sums are float32. Returns (B, P + 1 + R, C), contiguous. The gradients of
+    tokens, positions and bias are summed over the batch in float32 in a fixed order. Raises ValueError for mismatched
+    shapes, another dtype and without a GPU. Source: Touvron et al., arXiv 2012.12877, section 4, "distillation token".
     """
     check(
         "assemble_tokens",
@@ -236,10 +249,11 @@ def assemble_tokens(
     if patches.ndim != 3:
         raise ValueError(f"patches are {tuple(patches.shape)}: give (batch, patches, channels)")
     _, count, width = patches.shape
-    rows = count + (1 if dist_token is None else 2)
+    others = 1 if dist_token is None or dist_token.ndim != 3 else max(1, dist_token.shape[1])
+    rows = count if pos_embed.shape[1:2] == (count,) else count + (0 if dist_token is None else others) + 1
     for name, tensor, shape in (
         ("cls_token", cls_token, (1, 1, width)),
-        ("dist_token", dist_token, (1, 1, width)),
+        ("dist_token", dist_token, (1, others, width)),
         ("bias", bias, (width,)),
         ("pos_embed", pos_embed, (1, rows, width)),
     ):
@@ -281,7 +295,7 @@ def variants() -> list[Variant]:
     variants = []
     for width in (192, 384, 768):
         for dtype in (torch.float32, torch.bfloat16):
-            forward, backward = _forward_launch(width, 2, True), _backward_launch(width, 2)
+            forward, backward = _forward_launch(width, 2, True, True), _backward_launch(width, 2)
             sequence, name = pointer(dtype), f"{DTYPES[dtype]} C{width}"
             parameters = dict.fromkeys(("bias", "cls_token", "dist_token", "pos_embed", "out"), sequence)
             variants.append(

@@ -18,7 +18,7 @@ from typing import Literal
 from fastdeit.budget.cards import Card
 from fastdeit.config import ModelConfig
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.plan.drop_path import dropped_samples
+from fastdeit.pipelines.plan.drop_path import drop_path_rates, dropped_samples
 
 Inputs = Literal["images", "patches"]
 Product = Literal["forward", "input gradient", "weight gradient"]
@@ -218,7 +218,8 @@ def kept_samples(model: ModelConfig, batch: int) -> list[int]:
     if model.drop_path_mode == "mask":
         return [batch] * model.depth
     group = min(64, batch)
-    return (batch - batch // group * dropped_samples(model.depth, model.drop_path, group)).tolist()
+    rates = drop_path_rates(model.depth, model.drop_path, uniform=model.drop_path_uniform)
+    return (batch - batch // group * dropped_samples(rates, group)).tolist()
 
 
 def parameters(model: ModelConfig, num_classes: int = 1000) -> int:

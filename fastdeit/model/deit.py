@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, trunc_normal_
+from timm.layers import LayerScale, PatchEmbed, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdeit.config import ModelConfig
 from fastdeit.kernels.reference import Kept, assemble_tokens, select_kept
@@ -25,20 +26,28 @@ class StudentOutput(NamedTuple):
     dist: Tensor | None
 
 
+class NarrowLayerScale(LayerScale):
+    """LayerScale whose result has the dtype of its input, as a residual stream in bf16 needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gamma).to(x.dtype)
+
+
 class SkippingBlock(Block):
     """A block whose branches skip the samples that stochastic depth drops."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("a block that skips samples has no attention mask: set model.drop_path_mode 'mask'")
-        x = self.drop_path1(x, lambda kept: self.attn(self.norm1(kept)))
-        return self.drop_path2(x, lambda kept: self.mlp(self.norm2(kept)))
+        x = self.drop_path1(x, lambda kept: self.ls1(self.attn(self.norm1(kept))))
+        return self.drop_path2(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))))
 
 
 class DeiT(nn.Module):
-    """A DeiT with or without distillation token (paper, section 4, Figure 2).
+    """A DeiT with or without distillation token (paper, section 4, Figure 2), or a DeiT III (arXiv 2204.07118).
 
-    Its state dict matches timm's `deit_*_patch16_*` or `deit_*_distilled_patch16_*`. Weights are initialised as in the
+    Its state dict matches timm's `deit_*_patch16_*` or `deit_*_distilled_patch16_*`, and with `layer_scale` and
+    `no_embed_class` timm's `deit3_*`; a DeiT III may have a distillation token, too. Weights are initialised as in the
     released code: truncated normal with standard deviation 0.02 for linear layers, tokens and positions, zero biases,
     and PyTorch's default for the patch projection. (timm 1.0 differs only in `cls_token`: 1e-6.)
     """
@@ -54,11 +63,18 @@ class DeiT(nn.Module):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         distilled: bool = False,
+        layer_scale: float = 0.0,
+        no_embed_class: bool = False,
         drop_rate: float = 0.0,
         drop_path_mode: Literal["mask", "skip"] = "mask",
         residual_dtype: Literal["float32", "bfloat16"] = "float32",
+        grad_checkpointing: bool = False,
     ) -> None:
-        """`drop_rate` applies to the tokens after the position embedding, to the output of attention, and in the MLP
+        """`layer_scale` is the initial value of LayerScale's factors, 0 for none (Touvron et al., arXiv 2103.17239).
+        `no_embed_class` gives only the patches a position. `grad_checkpointing` keeps only the tensors between blocks
+        for the backward pass, which computes each block again; the gradients have the same bits.
+
+        `drop_rate` applies to the tokens after the position embedding, to the output of attention, and in the MLP
         after the activation and to the output: see `set_dropout`.
 
         `drop_path_mode` "skip" leaves dropped samples out of the computation: see `set_drop_path`. `residual_dtype`
@@ -69,14 +85,21 @@ class DeiT(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=3, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_prefix_tokens, embed_dim))
+        positions = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.pos_drop = nn.Dropout(0.0)
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self._skips, self._residual_dtype = drop_path_mode == "skip", getattr(torch, residual_dtype)
+        self._grad_checkpointing = grad_checkpointing
         block, path = (SkippingBlock, SkipPath) if self._skips else (Block, DropPath)
+        scale = layer_scale or None
         self.blocks = nn.ModuleList(
-            block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, init_values=scale)
+            for _ in range(depth)
         )
+        if scale is not None and self._residual_dtype is torch.bfloat16:
+            for module in self.blocks:
+                module.ls1, module.ls2 = (NarrowLayerScale(embed_dim, scale) for _ in range(2))
         self._drop_paths: list[Any] = []
         for module in self.blocks:
             module.drop_path1, module.drop_path2 = path(), path()
@@ -169,9 +192,16 @@ class DeiT(nn.Module):
     def _embed(self, pixels: Tensor) -> Tensor:
         return self.pos_drop(self._assemble(pixels))
 
+    def _checkpointed(self, function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        """The result of `function`; with gradient checkpointing, autograd keeps only `tensors` of what it computes."""
+        if not (self._grad_checkpointing and torch.is_grad_enabled()):
+            return function(*tensors)
+        random = self.training and any(dropout.keys is None for dropout, _ in self._dropouts)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=random)
+
     def _run_blocks(self, tokens: Tensor) -> Tensor:
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = self._checkpointed(block, tokens)
         return tokens
 
     def _prefix(self, tokens: Tensor) -> Tensor:
@@ -229,7 +259,10 @@ def build_model(cfg: ModelConfig, num_classes: int) -> DeiT:
         mlp_ratio=cfg.mlp_ratio,
         num_classes=num_classes,
         distilled=cfg.distilled,
+        layer_scale=cfg.layer_scale,
+        no_embed_class=cfg.no_embed_class,
         drop_rate=cfg.drop_rate,
         drop_path_mode=cfg.drop_path_mode,
         residual_dtype=cfg.residual_dtype,
+        grad_checkpointing=cfg.grad_checkpointing,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, LayerNorm, Mlp
+from timm.layers import Attention, DropPath, LayerNorm, LayerScale, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
 from fastdeit.kernels.reference import Kept, add_branch, as_patches
 from fastdeit.kernels.token_assembly import assemble_tokens, embed_patches
-from fastdeit.model.deit import DeiT, SkippingBlock, StudentOutput
+from fastdeit.model.deit import DeiT, NarrowLayerScale, SkippingBlock, StudentOutput
 from fastdeit.model.drop_path import DropPath as PlannedDropPath
 from fastdeit.model.drop_path import SkipPath, check_batch
 
@@ -26,12 +27,14 @@ from fastdeit.model.drop_path import SkipPath, check_batch
 class Branch(NamedTuple):
     """The output of attention or an MLP, not yet added to the residual stream.
 
-    bias  of the layer that made it, if the addition must also compute the bias's gradient; None: the layer does
-    mask  factors (B,) of stochastic depth; a `Kept` if `value` holds only the kept samples; or None
+    bias   of the layer that made it, if the addition must also compute the bias's gradient; None: the layer does
+    scale  factors (C,) of LayerScale, or None
+    mask   factors (B,) of stochastic depth; a `Kept` if `value` holds only the kept samples; or None
     """
 
     value: Tensor
     bias: Tensor | None
+    scale: Tensor | None
     mask: Tensor | Kept | None
 
 
@@ -59,6 +62,7 @@ def _add_norm(x: Tensor, branch: Branch, module: Any, only: Kept | None = None) 
         module.weight,
         module.bias,
         module.eps,
+        scale=branch.scale,
         mask=branch.mask,
         only=only,
         branch_bias=branch.bias,
@@ -72,14 +76,20 @@ def _is_plain(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in vars(module)
 
 
-def _linear(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The result of a layer, and its bias if the caller must compute the bias's gradient; None if the layer does.
+def _separate_bias(layer: nn.Module) -> Tensor | None:
+    """A layer's bias if the code that reads its result computes the bias's gradient; None if the layer does.
 
-    Leaving it to the caller saves a pass over the gradient. Adapters, parametrisations and hooks stay as they are.
+    That saves a pass over the gradient. Adapters, parametrisations and hooks stay as they are.
     """
     if type(layer) is not nn.Linear or layer.bias is None or not layer.bias.requires_grad or not _is_plain(layer):
-        return layer(x), None
-    return F.linear(x, layer.weight, layer.bias.detach()), layer.bias
+        return None
+    return layer.bias
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """The result of a layer, without gradient for its `_separate_bias`."""
+    bias = _separate_bias(layer)
+    return layer(x) if bias is None else F.linear(x, layer.weight, bias.detach())
 
 
 def _does_nothing(dropout: nn.Module) -> bool:
@@ -119,24 +129,32 @@ class _Attention(Attention):
         """The first `rows` tokens of the result, (B, rows, C)."""
         return self.proj_drop(self.proj(self._attend(x, rows)))
 
-    def branch(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
-        """As `first_rows`, and the bias in it whose gradient is left to the caller, or None."""
-        if _does_nothing(self.proj_drop):
-            return _linear(self.proj, self._attend(x, rows))
-        return self.first_rows(x, rows), None
+    def branch(self, x: Tensor, rows: int) -> Tensor:
+        """As `first_rows`, without gradient for `branch_bias`."""
+        return _linear(self.proj, self._attend(x, rows)) if self.branch_bias is not None else self.first_rows(x, rows)
+
+    @property
+    def branch_bias(self) -> Tensor | None:
+        """The bias in the result of `branch` that lacks its gradient, or None."""
+        return _separate_bias(self.proj) if _does_nothing(self.proj_drop) else None
 
     def _attend(self, x: Tensor, rows: int) -> Tensor:
-        qkv, bias = _linear(self.qkv, x)
-        return attention(qkv.view(*x.shape[:2], 3, self.num_heads, self.head_dim), bias=bias, rows=rows)
+        qkv = _linear(self.qkv, x).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        return attention(qkv, bias=_separate_bias(self.qkv), rows=rows)
 
 
 class _Mlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self._hidden(x)))
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The result, and the bias in it whose gradient is left to the caller, or None."""
-        return _linear(self.fc2, self._hidden(x)) if _does_nothing(self.drop2) else (self(x), None)
+    def branch(self, x: Tensor) -> Tensor:
+        """The result, without gradient for `branch_bias`."""
+        return _linear(self.fc2, self._hidden(x)) if self.branch_bias is not None else self(x)
+
+    @property
+    def branch_bias(self) -> Tensor | None:
+        """The bias in the result of `branch` that lacks its gradient, or None."""
+        return _separate_bias(self.fc2) if _does_nothing(self.drop2) else None
 
     def _hidden(self, x: Tensor) -> Tensor:
         if type(self.fc1) is not nn.Linear:  # replaced by an adapter after fusing
@@ -161,33 +179,39 @@ class _Block(Block):
 
         rows  compute only the first tokens of the result; None: all
         """
-        rows = x.shape[1] if rows is None else rows
-        value, bias = (
-            self.attn.branch(normalized, rows)
-            if isinstance(self.attn, _Attention) and _is_plain(self.attn)
-            else (self.attn(normalized)[:, :rows], None)
-        )
-        branch = Branch(value, bias, _drop_path_mask(self.drop_path1, value))
+        rows, attn = x.shape[1] if rows is None else rows, self.attn
+        if isinstance(attn, _Attention) and _is_plain(attn):
+            value, bias = attn.branch(normalized, rows), attn.branch_bias
+        else:
+            value, bias = attn(normalized)[:, :rows], None
+        branch = Branch(value, bias, _scale(self.ls1), _drop_path_mask(self.drop_path1, value))
         return _add_norm(x[:, :rows], branch, self.norm2, _kept(self.drop_path2, x))
 
-    def feed(self, normalized: Tensor) -> Branch:
-        """The MLP's branch, from the stream's second normalisation."""
+    def feed(self, normalized: Tensor) -> Tensor:
+        """The value of the MLP's branch, from the stream's second normalisation."""
         mlp = self.mlp
-        if isinstance(mlp, _Mlp) and _is_plain(mlp):
-            value, bias = mlp.branch(normalized)
-        else:
-            value, bias = mlp(normalized), None
-        return Branch(value, bias, _drop_path_mask(self.drop_path2, value))
+        return mlp.branch(normalized) if isinstance(mlp, _Mlp) and _is_plain(mlp) else mlp(normalized)
+
+    def pending(self, value: Tensor) -> Branch:
+        """The MLP's branch with the value that `feed` returned."""
+        mlp = self.mlp
+        bias = mlp.branch_bias if isinstance(mlp, _Mlp) and _is_plain(mlp) else None
+        return Branch(value, bias, _scale(self.ls2), _drop_path_mask(self.drop_path2, value))
 
     def end(self, x: Tensor, normalized: Tensor) -> Tensor:
         """The stream after the MLP, without another normalisation."""
         value = self.mlp(normalized)
-        return add_branch(x, value, _drop_path_mask(self.drop_path2, value))
+        return add_branch(x, value, _drop_path_mask(self.drop_path2, value), _scale(self.ls2))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("the fused attention has no mask: take a model that `fuse` has not touched")
         return self.end(*self.attend(*self.begin(x, None)))
+
+
+def _scale(module: nn.Module) -> Tensor | None:
+    """The factors of LayerScale; None without it."""
+    return module.gamma if isinstance(module, LayerScale) else None
 
 
 def _all_fused(blocks: Iterable[nn.Module]) -> bool:
@@ -206,8 +230,17 @@ class _Blocks(nn.Sequential):
             x, normalized = block.attend(*block.begin(x, pending))
             if number == len(self):
                 return block.end(x, normalized)
-            pending = block.feed(normalized)
+            pending = block.pending(block.feed(normalized))
         return x
+
+
+def _run_block(
+    block: _Block, previous: _Block | None, rows: int | None, x: Tensor, value: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A block of a DeiT up to its MLP, after adding the `value` of the MLP in the `previous` block."""
+    pending = None if previous is None or value is None else previous.pending(value)
+    x, normalized = block.attend(*block.begin(x, pending), rows)
+    return x, block.feed(normalized)
 
 
 class _DeiT(DeiT):
@@ -216,15 +249,16 @@ class _DeiT(DeiT):
     def _prefix(self, tokens: Tensor) -> Tensor:
         if not _all_fused(self.blocks):
             return super()._prefix(tokens)
-        x = tokens
-        pending: Branch | None = None
+        # Between two blocks are the stream and the value of the MLP before, which is not added yet.
+        x, value, previous = tokens, None, None
         for number, block in enumerate(self.blocks, 1):
             assert isinstance(block, _Block)
             rows = self.num_prefix_tokens if number == len(self.blocks) else None
-            x, normalized = block.attend(*block.begin(x, pending), rows)
-            pending = block.feed(normalized)
-        assert pending is not None
-        return _add_norm(x, pending, self.norm)[1]
+            x, value = self._checkpointed(partial(_run_block, block, previous, rows), x, value)
+            previous = block
+        assert previous is not None
+        assert value is not None
+        return _add_norm(x, previous.pending(value), self.norm)[1]
 
     def _logits(self, prefix: Tensor) -> StudentOutput:
         if self.head_dist is None:
@@ -247,8 +281,10 @@ class _AssemblingDeiT(_DeiT):
 
 class _Tokens:
     def _pos_embed(self, x: Tensor) -> Tensor:
-        dist_token = getattr(self, "dist_token", None)
-        return self.pos_drop(assemble_tokens(x, self.cls_token, dist_token, self.pos_embed))  # pyright: ignore
+        other: Any = getattr(self, "dist_token", None)
+        if other is None:
+            other = getattr(self, "reg_token", None)
+        return self.pos_drop(assemble_tokens(x, self.cls_token, other, self.pos_embed))  # pyright: ignore
 
 
 class _VisionTransformer(_Tokens, VisionTransformer):
@@ -283,8 +319,8 @@ def _why_not_mlp(module: Mlp) -> str | None:
 
 def _why_not_block(module: Block) -> str | None:
     for name in ("ls1", "ls2"):
-        if not isinstance(getattr(module, name), nn.Identity):
-            return "has LayerScale"
+        if type(getattr(module, name)) not in (nn.Identity, LayerScale, NarrowLayerScale):
+            return f"{name} is unknown"
     for name in ("norm1", "norm2"):
         norm = getattr(module, name)
         if type(norm) not in (nn.LayerNorm, LayerNorm) or norm.weight is None or norm.bias is None:
@@ -300,10 +336,7 @@ def _why_not_block(module: Block) -> str | None:
 def _why_not_tokens(module: VisionTransformer) -> str | None:
     if module.cls_token is None or module.pos_embed is None:
         return "has no class token or no position embedding"
-    for name in ("dynamic_img_size", "no_embed_class"):
-        if getattr(module, name):
-            return f"{name} is set"
-    return "has register tokens" if module.reg_token is not None else None
+    return "dynamic_img_size is set" if module.dynamic_img_size else None
 
 
 def _suits(module: nn.Module) -> None:
@@ -327,8 +360,8 @@ def fuse(model: nn.Module, without: Mapping[str, str] = MappingProxyType({})) ->
     """Make a timm ViT or DeiT, or this package's DeiT, run the Triton kernels wherever they compute the same.
 
     model    changed in place: attention, MLP, block and token assembly get another forward pass; parameters, buffers,
-             module names and state dict stay. Forward hooks of blocks, of their norms and stochastic depth, and of
-             an MLP's fc1 and act no longer run; hooks of other modules do
+             module names and state dict stay. Forward hooks of blocks, of their norms, LayerScale and stochastic
+             depth, and of an MLP's fc1 and act no longer run; hooks of other modules do
     without  operations to leave to PyTorch, and why: "assemble_tokens", "attention", "layer_norm" or "bias_gelu"
 
     Returns the replaced modules, and the others with the reason, including subclasses of the replaceable types. A fused

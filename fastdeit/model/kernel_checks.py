@@ -140,7 +140,8 @@ def _outcome(function: Function, inputs: list[Tensor]) -> list[Tensor]:
 
 def _assemble_tokens(s: Inputs) -> Check:
     width = s.cfg.embed_dim
-    inputs = [s.draw(s.batch, s.patches, width, dtype=s.low), s.draw(width), s.draw(1, s.tokens, width)]
+    positions = s.patches if s.cfg.no_embed_class else s.tokens
+    inputs = [s.draw(s.batch, s.patches, width, dtype=s.low), s.draw(width), s.draw(1, positions, width)]
     inputs += [s.draw(1, 1, width) for _ in range(1 + s.cfg.distilled)]
     dtype = s.stream
 
@@ -172,13 +173,18 @@ def _layer_norm(s: Inputs) -> Check:
         samples = s.batch - 1
         mask, only = kept_samples(torch.stack([factors, factors.flip(0)]), [samples] * 2)
     inputs = [s.draw(s.batch, s.tokens, width, dtype=s.stream), s.draw(samples, s.tokens, width, dtype=s.low)]
-    inputs += [s.draw(width) for _ in range(3)]
+    inputs += [s.draw(width) for _ in range(4 if s.cfg.layer_scale else 3)]
 
-    def kernel(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
-        return add_layer_norm(x, branch, weight, bias, mask=mask, only=only, branch_bias=of_branch, dtype=branch.dtype)
+    def kernel(
+        x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor, scale: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"scale": scale, "mask": mask, "only": only, "dtype": branch.dtype}
+        return add_layer_norm(x, branch, weight, bias, branch_bias=of_branch, **options)
 
-    def judge(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor) -> tuple[Tensor, ...]:
-        total = reference.add_branch(x, _with_added_bias(branch, of_branch), mask)
+    def judge(
+        x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, of_branch: Tensor, scale: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        total = reference.add_branch(x, _with_added_bias(branch, of_branch), mask, scale)
         # As under autocast: on a GPU, PyTorch's LayerNorm takes one dtype.
         rows = reference.select_kept(total, only).to(weight.dtype)
         return total, reference.layer_norm(rows, weight, bias).to(branch.dtype)

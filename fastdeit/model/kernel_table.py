@@ -40,7 +40,8 @@ def _rows(cfg: ModelConfig, classes: int) -> str:
 
 
 def _normalized(cfg: ModelConfig, classes: int) -> str:
-    return _rows(cfg, classes) + ", skipping dropped samples" * (cfg.drop_path_mode == "skip")
+    scaled = ", LayerScale" * (cfg.layer_scale > 0)
+    return _rows(cfg, classes) + scaled + ", skipping dropped samples" * (cfg.drop_path_mode == "skip")
 
 
 def _heads(cfg: ModelConfig, classes: int) -> str:

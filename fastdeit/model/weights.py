@@ -6,6 +6,7 @@ Files are untrusted: only tensors and plain containers are read from a pickle.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ T = TypeVar("T")
 _MODEL_KEYS = ("model", "state_dict")
 _EMA_KEYS = ("ema", "model_ema", "state_dict_ema")
 _LARGEST_PATCH = 64  # side in pixels of the largest patch to resample
+_GAMMA = re.compile(r"^(blocks\.\d+\.)gamma_([12])$")
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
@@ -50,7 +52,8 @@ def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the 
     out: State = dict(chosen)
     while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in out)), None):
         out = {name.removeprefix(prefix): value for name, value in out.items()}
-    return out
+    # The authors' DeiT III (arXiv 2204.07118) names the factors of LayerScale otherwise than timm does.
+    return {_GAMMA.sub(r"\1ls\2.gamma", name): value for name, value in out.items()}
 
 
 def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
@@ -224,8 +227,10 @@ def _adapt_positions(state: State, model: DeiT, source: str) -> list[str]:
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3 or positions.shape[2] != model.pos_embed.shape[2]:
         return []
-    prefix = 2 if "dist_token" in state else 1
-    side = math.isqrt(max(0, positions.shape[1] - prefix))
+    count = positions.shape[1]
+    # No square is 1 or 2 more than another, so a square number of rows has none for tokens.
+    prefix = 0 if count and math.isqrt(count) ** 2 == count else 2 if "dist_token" in state else 1
+    side = math.isqrt(max(0, count - prefix))
     if side < 1 or side**2 != positions.shape[1] - prefix:
         raise UserError(
             f"{source}: pos_embed has {positions.shape[1]} rows, which is not {prefix} plus a square grid of patches"
@@ -244,14 +249,18 @@ def _adapt_distillation(state: State, fresh: State) -> list[str]:
     if has == wants or "pos_embed" not in state:
         return []
     positions, extra = state["pos_embed"], ("dist_token", "head_dist.weight", "head_dist.bias")
+    # Both have as many patches by now: without positions of tokens there is none to change.
+    placed = positions.shape[1] != fresh["pos_embed"].shape[1]
+    token = "distillation token, its position" if placed else "distillation token"
     if has:
         for name in extra:
             state.pop(name, None)
-        state["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
-        return ["distillation token, its position and its head are left out: this model has none"]
+        if placed:
+            state["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+        return [f"{token} and its head are left out: this model has none"]
     for name in extra:
         state[name] = fresh[name]
     own = fresh["pos_embed"][:, 1:2].to(positions)
-    if own.shape[2] == positions.shape[2]:
+    if placed and own.shape[2] == positions.shape[2]:
         state["pos_embed"] = torch.cat([positions[:, :1], own, positions[:, 1:]], dim=1)
-    return ["distillation token, its position and head_dist reset: the checkpoint has none"]
+    return [f"{token} and head_dist reset: the checkpoint has none"]

@@ -184,11 +184,11 @@ def skip_sentence(training: TrainingStep) -> str | None:
     if dropped is None:
         return None
     model = training.recipe.model
-    numbers = ", ".join(map(str, dropped))
+    numbers, rates = ", ".join(map(str, dropped)), training.rates
     return (
         f"stochastic depth: of each {group} samples, both branches of the blocks drop exactly {numbers}, "
         f"{dropped.mean() / group:.2%} on average and {dropped[-1] / group:.2%} in the last block; model.drop_path "
-        f"{model.drop_path:g} asks for {model.drop_path / 2:.2%} and {model.drop_path:.2%}. The paper draws each "
+        f"{model.drop_path:g} asks for {rates.mean():.2%} and {rates[-1]:.2%}. The paper draws each "
         f"sample on its own (model.drop_path_mode 'mask')"
     )
 

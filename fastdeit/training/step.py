@@ -23,7 +23,7 @@ from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent
 from fastdeit.pipelines.batch import Batch
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, dropped_samples
+from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates, dropped_samples
 from fastdeit.pipelines.plan.dropout import draw_dropout_keys
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
@@ -130,7 +130,8 @@ class TrainingStep:
         self.ema = Ema(model, recipe.ema.decay) if recipe.ema.enabled else None
         self.scaler = torch.amp.GradScaler(world.device.type) if precision.name == "fp16" else None
         self.group, cfg = recipe.mixing_group(world.size), recipe.model
-        self.dropped = dropped_samples(cfg.depth, cfg.drop_path, self.group) if skips_samples(recipe) else None
+        self.rates = drop_path_rates(cfg.depth, cfg.drop_path, uniform=cfg.drop_path_uniform)
+        self.dropped = dropped_samples(self.rates, self.group) if skips_samples(recipe) else None
         self.graphs = choose_graphs(recipe, world, precision)
         self.shared: SharedGradients | None = None
         self._replayed: Replayed | None = None
@@ -244,7 +245,7 @@ class TrainingStep:
             return None
         drawn = self.recipe.run.seed, global_step, positions
         if self.dropped is None:
-            masks = draw_drop_path(*drawn, cfg.depth, cfg.drop_path)
+            masks = draw_drop_path(*drawn, self.rates)
         else:
             masks = draw_fixed_drop_path(*drawn, self.dropped, self.group)
         return self._on_device(torch.from_numpy(masks))

@@ -13,27 +13,29 @@ from fastdeit.pipelines.jit import compiled
 from fastdeit.pipelines.plan.philox import DROP, DROP_GROUP, check_seed, philox, unit
 
 
-def draw_drop_path(seed: int, step: int, positions: np.ndarray, depth: int, max_rate: float) -> np.ndarray:
+def draw_drop_path(seed: int, step: int, positions: np.ndarray, rates: np.ndarray) -> np.ndarray:
     """Factors of the residual branches, each sample drawn on its own.
 
     step       global step of the run
     positions  (B,) integers: positions in the global batch, so the draw is the same on any number of processes
-    max_rate   drop rate of the last block; the rate grows linearly from 0 over the blocks
+    rates      (depth,) drop rates of the blocks, from `drop_path_rates`
 
-    Raises UserError for a rate outside [0, 1), ValueError for a step or position of more than 32 bits.
+    Raises ValueError for a step or position of more than 32 bits.
     """
-    rates = _rates(depth, max_rate)
-    out = np.empty((depth, 2, len(positions)), dtype=np.float32)
+    out = np.empty((len(rates), 2, len(positions)), dtype=np.float32)
     _draw(np.uint64(check_seed(seed)), *counters(step, positions), rates, out)
     return out
 
 
-def dropped_samples(depth: int, max_rate: float, group: int) -> np.ndarray:
+def dropped_samples(rates: np.ndarray, group: int) -> np.ndarray:
     """(depth,) int64: how many of `group` samples each branch of a block drops: its rate times `group`, rounded.
 
-    Raises UserError for a rate outside [0, 1), and if no block drops a sample, or one drops all.
+    rates  (depth,) drop rates of the blocks, from `drop_path_rates`
+
+    Raises UserError if no block drops a sample, or one drops all.
     """
-    dropped = np.floor(_rates(depth, max_rate) * group + 0.5).astype(np.int64)
+    dropped = np.floor(rates * group + 0.5).astype(np.int64)
+    max_rate = rates.max()
     if not dropped.any():
         raise UserError(
             f"model.drop_path {max_rate} drops none of a group's {group} samples in any block "
@@ -70,10 +72,14 @@ def draw_fixed_drop_path(seed: int, step: int, positions: np.ndarray, dropped: n
     return out.reshape(len(dropped), 2, len(wide))
 
 
-def _rates(depth: int, max_rate: float) -> np.ndarray:
+def drop_path_rates(depth: int, max_rate: float, *, uniform: bool = False) -> np.ndarray:
+    """(depth,) float64: drop rates of the blocks, which grow linearly from 0 to `max_rate`, or all are `max_rate`.
+
+    Raises UserError for a rate outside [0, 1).
+    """
     if not 0 <= max_rate < 1:
         raise UserError(f"a drop path rate of {max_rate} is outside [0, 1): choose a smaller model.drop_path")
-    return np.linspace(0.0, max_rate, depth)
+    return np.full(depth, max_rate) if uniform else np.linspace(0.0, max_rate, depth)
 
 
 def counters(step: int, positions: np.ndarray) -> tuple[int, np.ndarray]:

@@ -139,6 +139,73 @@ def test_branches_of_the_kept_samples_alone(device, equals_pytorch, shape, own, 
     )
 
 
+def layer_scale(device, width, dtype):
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randn(width, generator=generator) / 10).to(device, dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(3, 50, 64), (2, 7, 200), (4, 1), (1, 1, 1025)])
+def test_layer_scale_and_the_bias_of_the_branch(device, equals_pytorch, shape, masked, dtype):
+    """As timm's block computes it: LayerScale, stochastic depth, addition, normalisation."""
+    x, branch, weight, bias, mask = inputs(device, shape, dtype, masked)
+    gamma = layer_scale(device, shape[-1], dtype)
+    own = bias.detach().clone().requires_grad_()
+
+    def fused(x, branch, weight, bias, gamma, own):
+        return add_layer_norm(x, branch + own.detach(), weight, bias, EPS, scale=gamma, mask=mask, branch_bias=own)
+
+    def plain(x, branch, weight, bias, gamma, own):
+        return by_pytorch(x, (branch + own) * gamma, weight, bias, mask)
+
+    equals_pytorch(fused, plain, (x, branch, weight, bias, gamma, own), (*NAMES, "scale", "branch_bias"))
+
+
+def test_a_float32_layer_scale_of_a_branch_of_half_precision(device):
+    """As under autocast: the product stays in float32, and only the sum is rounded."""
+    x, branch, weight, bias, mask = inputs(device, (3, 4, 32), torch.float32)
+    low, gamma = branch.detach().bfloat16().requires_grad_(), layer_scale(device, 32, torch.float32)
+    total, _ = add_layer_norm(x, low, weight, bias, EPS, scale=gamma, mask=mask)
+    torch.testing.assert_close(total, x + low * gamma * mask[:, None, None], rtol=1e-6, atol=1e-6)
+    total, _ = add_layer_norm(x.bfloat16(), low, weight, bias, EPS, scale=gamma, mask=mask)
+    assert total.dtype is torch.bfloat16
+    total.float().sum().backward()
+    assert (gamma.grad.dtype, low.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_layer_scale_of_kept_samples_has_the_bits_that_masks_give(device):
+    kept, only = keeping(device, 0, 3, batch=5), keeping(device, 0, 1, 4, batch=5)
+    x, branch, weight, bias, _ = inputs(device, (5, 60, 24), torch.float16)
+    gamma = layer_scale(device, 24, torch.float32)
+
+    def skipped(x, branch, weight, bias, gamma):
+        return add_layer_norm(x, branch[kept.index], weight, bias, EPS, scale=gamma, mask=kept, only=only)
+
+    def masked(x, branch, weight, bias, gamma):
+        total, out = add_layer_norm(x, branch, weight, bias, EPS, scale=gamma, mask=kept.mask)
+        return total, out[only.index]
+
+    arguments = x, branch, weight, bias, gamma
+    weights = [torch.randn(shape, device=device) for shape in (x.shape, (3, 60, 24))]
+    assert_same_bits(results(skipped, arguments, weights), results(masked, arguments, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [384, 768, 1024, 1280])
+def test_layer_scale_at_full_size(device, equals_pytorch, width):
+    x, branch, weight, bias, mask = inputs(device, (128, 197, width), torch.bfloat16)
+    gamma = layer_scale(device, width, torch.bfloat16)
+
+    def fused(x, branch, weight, bias, gamma):
+        return add_layer_norm(x, branch, weight, bias, EPS, scale=gamma, mask=mask)
+
+    def plain(x, branch, weight, bias, gamma):
+        return by_pytorch(x, branch * gamma, weight, bias, mask)
+
+    equals_pytorch(fused, plain, (x, branch, weight, bias, gamma), (*NAMES, "scale"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [192, 384, 768])
 def test_branches_of_the_kept_samples_at_full_size(device, equals_pytorch, width):
@@ -234,9 +301,10 @@ def test_opcheck_and_compile_without_a_graph_break(device):
     x, branch, weight, bias, mask = arguments = inputs(device, (2, 3, 16), torch.float32)
     slots = torch.tensor([-1, 0], dtype=torch.int32, device=device)
     rest = weight, bias, EPS, torch.float32
-    torch.library.opcheck(module._op, (x, branch, bias, mask, None, None, 2, *rest))
-    torch.library.opcheck(module._op, (x, None, None, None, None, None, 2, *rest))
-    torch.library.opcheck(module._op, (x, branch[:1].detach(), bias, mask, slots, slots, 1, *rest))
+    torch.library.opcheck(module._op, (x, branch, bias, None, mask, None, None, 2, *rest))
+    torch.library.opcheck(module._op, (x, branch, bias, bias, mask, None, None, 2, *rest))
+    torch.library.opcheck(module._op, (x, None, None, None, None, None, None, 2, *rest))
+    torch.library.opcheck(module._op, (x, branch[:1].detach(), bias, weight, mask, slots, slots, 1, *rest))
     weights = [torch.randn(2, 3, 16, device=device) for _ in range(2)]
     whole = torch.compile(ours, fullgraph=True, backend="aot_eager")
     assert_same_bits(results(whole, arguments, weights), results(ours, arguments, weights))
@@ -247,6 +315,7 @@ def test_what_does_not_fit_is_refused(device):
     kept = keeping(device, 1, batch=2)
     for message, call in (
         (r"give both \(16,\)", lambda: layer_norm(x, weight[:8], bias)),
+        (r"scale is \(8,\): give it \(16,\)", lambda: add_layer_norm(x, branch, weight, bias, scale=bias[:8])),
         ("branch is", lambda: add_layer_norm(x, branch[:1], weight, bias)),
         ("each of 2 samples", lambda: add_layer_norm(x, branch, weight, bias, mask=mask[:1])),
         ("each of 2 samples", lambda: add_layer_norm(x, branch, weight, bias, mask=mask > 0)),

@@ -11,7 +11,7 @@ from operators import assert_same_bits, results
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def inputs(device, batch, patches, width, prefix, bias, dtype, seed=0):
+def inputs(device, batch, patches, width, prefix, bias, dtype, seed=0, positioned=True):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -20,8 +20,8 @@ def inputs(device, batch, patches, width, prefix, bias, dtype, seed=0):
     return (
         draw(batch, patches, width),
         draw(1, 1, width),
-        draw(1, 1, width) if prefix == 2 else None,
-        draw(1, patches + prefix, width),
+        draw(1, prefix - 1, width) if prefix > 1 else None,
+        draw(1, patches + (prefix if positioned else 0), width),
         draw(width) if bias else None,
     )
 
@@ -29,6 +29,8 @@ def inputs(device, batch, patches, width, prefix, bias, dtype, seed=0):
 def by_pytorch(patches, cls_token, dist_token, pos_embed, bias):
     patches = patches if bias is None else patches + bias
     tokens = [t.expand(len(patches), -1, -1) for t in (cls_token, dist_token) if t is not None]
+    if pos_embed.shape[1] == patches.shape[1]:
+        return torch.cat([*tokens, patches + pos_embed], 1)
     return torch.cat([*tokens, patches], 1) + pos_embed
 
 
@@ -43,6 +45,14 @@ def compare(equals_pytorch, arguments):
 @pytest.mark.parametrize(("batch", "patches", "width"), [(3, 4, 64), (2, 5, 200), (1, 1, 1), (70, 2, 32)])
 def test_equals_pytorch(device, equals_pytorch, batch, patches, width, prefix, bias, dtype):
     compare(equals_pytorch, inputs(device, batch, patches, width, prefix, bias, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+@pytest.mark.parametrize("positioned", [False, True])
+def test_register_tokens_and_tokens_without_position(device, equals_pytorch, positioned, prefix, dtype):
+    """As in DINOv2 (arXiv 2309.16588) and DeiT III (arXiv 2204.07118)."""
+    compare(equals_pytorch, inputs(device, 70, 4, 40, prefix, True, dtype, positioned=positioned))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
-from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path
+from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -50,6 +50,56 @@ def test_names_and_shapes_are_timms(distilled, size):
         ours = build_model(cfg, 1000)
     shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
     assert shapes == {name: tuple(value.shape) for name, value in judge.state_dict().items()}
+
+
+DEIT_3 = {
+    "small_patch16": (384, 12, 6),
+    "medium_patch16": (512, 12, 8),
+    "base_patch16": (768, 12, 12),
+    "large_patch16": (1024, 24, 16),
+    "huge_patch14": (1280, 32, 16),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("img_size", [224, 384])
+@pytest.mark.parametrize("name", DEIT_3)
+def test_names_and_shapes_are_those_of_timms_deit_3(name, img_size):
+    width, depth, heads = DEIT_3[name]
+    patch = int(name[-2:])
+    size = img_size // patch * patch
+    with torch.device("meta"):
+        judge = timm.create_model(f"deit3_{name}_224", img_size=size)
+        shape = {"embed_dim": width, "depth": depth, "num_heads": heads, "patch_size": patch, "img_size": size}
+        ours = build_model(ModelConfig(**shape, layer_scale=1e-4, no_embed_class=True), 1000)
+    shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    assert shapes == {name: tuple(value.shape) for name, value in judge.state_dict().items()}
+
+
+def test_deit_3_starts_and_computes_as_timms():
+    ours = tiny(layer_scale=1e-4, no_embed_class=True).eval()
+    judge = timm.create_model("deit3_small_patch16_224", num_classes=7, **TINY).eval()
+    for block, theirs in zip(ours.blocks, judge.blocks, strict=True):
+        torch.testing.assert_close(block.ls1.gamma, torch.full((48,), 1e-4))
+        torch.testing.assert_close(theirs.ls2.gamma.new_full((48,), 1e-6), theirs.ls2.gamma)
+    judge.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(images).cls, judge(images))
+
+
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_layer_scale_keeps_a_bfloat16_stream(mode):
+    ours = tiny(layer_scale=0.1, residual_dtype="bfloat16", drop_path_mode=mode).train()
+    seen = []
+    for block in ours.blocks:
+        block.register_forward_hook(lambda module, arguments, out: seen.append(out.dtype))
+        block.norm2.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    masks = torch.tensor([0.0, 2.0]).expand(3, 2, 2)
+    ours.set_drop_path(masks, [1, 1, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours(torch.randn(2, 3, 32, 32)).cls.float().sum().backward()
+    assert set(seen) == {torch.bfloat16}
+    assert all(block.ls1.gamma.grad.any() for block in ours.blocks)
 
 
 @pytest.mark.slow
@@ -146,7 +196,7 @@ def test_dropout_acts_in_training_alone():
 
 def test_bf16_autocast_stays_near_float32():
     ours = tiny(True).train()
-    ours.set_drop_path(torch.from_numpy(draw_drop_path(0, 0, np.arange(4), 3, 0.5)))
+    ours.set_drop_path(torch.from_numpy(draw_drop_path(0, 0, np.arange(4), drop_path_rates(3, 0.5))))
     images = torch.randn(4, 3, 32, 32)
     exact = ours(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -187,7 +237,7 @@ def test_one_graph_serves_every_step(mode):
     dropped = np.array([0, 1, 2])
     for step in range(3):
         if mode == "mask":
-            ours.set_drop_path(torch.from_numpy(draw_drop_path(0, step, np.arange(4), 3, 0.5)))
+            ours.set_drop_path(torch.from_numpy(draw_drop_path(0, step, np.arange(4), drop_path_rates(3, 0.5))))
         else:
             ours.set_drop_path(
                 torch.from_numpy(draw_fixed_drop_path(0, step, np.arange(4), dropped, 4)), (4 - dropped).tolist()

@@ -10,7 +10,7 @@ from scipy import stats
 
 from fastdeit.model.deit import DeiT
 from fastdeit.model.dropout import KeyedDropout
-from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path
+from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates
 from fastdeit.pipelines.plan.dropout import draw_dropout_keys
 
 
@@ -82,7 +82,7 @@ def test_a_part_of_a_batch_drops_what_the_whole_batch_drops(mode):
             masks = draw_fixed_drop_path(1, 0, positions, dropped, 8)
             model.set_drop_path(torch.from_numpy(masks), [(stop - start) // 8 * (8 - d) for d in dropped.tolist()])
         else:
-            model.set_drop_path(torch.from_numpy(draw_drop_path(1, 0, positions, 2, 0.3)))
+            model.set_drop_path(torch.from_numpy(draw_drop_path(1, 0, positions, drop_path_rates(2, 0.3))))
         model.set_dropout(keys_of(positions, step))
         return model(images[start:stop]).cls
 

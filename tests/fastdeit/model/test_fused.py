@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from timm.layers import Attention, LayerScale
+from timm.layers import Attention
 from torch import nn
 from torch.nn.utils import prune
 
@@ -38,7 +39,17 @@ def step(model, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_dinov2",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_tiny_patch16_224.augreg_in21k",
+    ],
+)
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_equals_timm(device, name, drop_path):
     model, fused, swap = pair(name, device, drop_path_rate=drop_path)
@@ -118,6 +129,56 @@ def test_our_own_model_with_planned_stochastic_depth(device):
         m.set_drop_path(masks)
     for mine, theirs in zip(fused(images), model(images), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("mode", ["mask", "skip"])
+def test_deit_3_with_and_without_kernels(device, distilled, mode):
+    """Also with a distillation token, which timm's deit3 does not have, and with half the samples dropped."""
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    cfg = ModelConfig(**shape, distilled=distilled, layer_scale=0.1, no_embed_class=True, drop_path_mode=mode)
+    model = build_model(cfg, 5).to(device)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    fused = copy.deepcopy(model)
+    assert not fuse(fused).left
+    images, masks = torch.randn(4, 3, 16, 16, device=device), torch.tensor([0.0, 2.0, 2.0, 0.0], device=device)
+    gradients = []
+    for m in (model, fused):
+        m.set_drop_path(masks.expand(3, 2, 4), [2, 2, 2])
+        out = m(images)
+        loss = out.cls.square().sum() + (0 if out.dist is None else out.dist.sum())
+        gradients.append(torch.autograd.grad(loss, list(m.parameters())))
+    for (name, _), theirs, mine in zip(model.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.2])
+def test_gradient_checkpointing_gives_the_same_bits(device, kernels, drop_rate):
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    images, masks = torch.randn(4, 3, 16, 16, device=device), torch.tensor([0.0, 2.0, 2.0, 0.0], device=device)
+    gradients, saved = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        cfg = ModelConfig(**shape, distilled=True, layer_scale=0.1, drop_rate=drop_rate)
+        model = build_model(replace(cfg, grad_checkpointing=checkpointing), 5).to(device)
+        if kernels:
+            fuse(model)
+        model.set_drop_path(masks.expand(3, 2, 4))
+        model.set_dropout(None)  # PyTorch's generator draws: both passes over a block must see the same numbers
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            out = model(images)
+        saved.append(sum(sizes))
+        loss = out.cls.square().sum() + out.dist.sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for (name, _), plain, checkpointed in zip(model.named_parameters(), *gradients, strict=True):
+        assert torch.equal(plain, checkpointed), name
+    assert saved[1] < saved[0] / 2
 
 
 class Scale(nn.Module):
@@ -207,13 +268,27 @@ def test_under_torch_compile_without_a_graph_break(device):
         torch.testing.assert_close(compiled, eager)
 
 
+@pytest.mark.slow
+def test_gradient_checkpointing_under_torch_compile(device):
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = build_model(ModelConfig(**shape, layer_scale=0.1, grad_checkpointing=True), 5).to(device)
+    fuse(model)
+    model.set_drop_path(torch.tensor([0.0, 2.0], device=device).expand(2, 2, 2))
+    images = torch.randn(2, 3, 16, 16, device=device)
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    eager, compiled = (torch.autograd.grad(m(images).cls.sum(), list(model.parameters())) for m in (model, whole))
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_what_is_left_is_named(device):
     model = timm.create_model("deit_tiny_patch16_224", **SMALL, qk_norm=True, act_layer=nn.ReLU)
-    model.blocks[1].ls1 = LayerScale(32)
+    model.blocks[1].ls1 = Scale(0.5)
     swap = fuse(model)
     assert "blocks.0.attn: has q_norm" in swap.left
     assert "blocks.0.mlp: its activation is ReLU, not the exact GELU" in swap.left
-    assert "blocks.1: has LayerScale" in swap.left
+    assert "blocks.1: ls1 is unknown" in swap.left
     assert "blocks.0" in swap.replaced
     assert "blocks" not in swap.replaced
 

@@ -101,6 +101,64 @@ def test_resolution_and_patch_are_adapted_as_timm_does(distilled, change):
     assert not any("reset" in m for m in messages)
 
 
+DEIT_3 = {"layer_scale": 1e-4, "no_embed_class": True}
+
+
+def released_deit_3(**fields):
+    model = timm.create_model("deit3_small_patch16_224", num_classes=7, **{**TINY, **fields}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_the_authors_names_of_layer_scale():
+    """`gamma_1` in their models_v2.py is `ls1.gamma` in timm, whose own conversion is the judge."""
+    judge = released_deit_3()
+    theirs = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+              for name, value in judge.state_dict().items()}  # fmt: skip
+    again = released_deit_3()
+    again.load_state_dict(checkpoint_filter_fn(theirs, again, adapt_layer_scale=True))
+    ours = student(**DEIT_3)
+    assert load_weights(ours, {"model": theirs}) == []
+    assert_same_scores(ours, judge)
+    assert_same_scores(ours, again)
+
+
+def test_deit_3_is_resized_as_timm_does():
+    old, judge = released_deit_3(), released_deit_3(img_size=48)
+    adapt(judge, old)
+    ours = student(img_size=48, **DEIT_3)
+    assert load_weights(ours, old.state_dict()) == ["position embedding resized from 4 x 4 to 6 x 6 patches"]
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(ours(images).cls, judge(images))
+
+
+@pytest.mark.parametrize("img_size", [32, 48])
+def test_a_token_is_added_to_deit_3_and_taken_out_again(img_size):
+    old = released_deit_3()
+    ours = student(True, img_size=img_size, **DEIT_3)
+    fresh = {name: value.clone() for name, value in ours.state_dict().items()}
+    messages = load_weights(ours, old.state_dict())
+    assert messages[-1] == "distillation token and head_dist reset: the checkpoint has none"
+    for name in ("dist_token", "head_dist.weight", "head_dist.bias"):
+        assert torch.equal(ours.state_dict()[name], fresh[name])
+    without = student(img_size=img_size, **DEIT_3)
+    assert load_weights(without, ours.state_dict()) == [
+        "distillation token and its head are left out: this model has none"
+    ]
+    judge = released_deit_3(img_size=img_size)
+    adapt(judge, old)
+    images = torch.randn(2, 3, img_size, img_size)
+    torch.testing.assert_close(without(images).cls, judge(images))
+
+
+def test_deit_and_deit_3_do_not_mix():
+    with pytest.raises(UserError, match=r"missing: blocks\.0\.ls1\.gamma"):
+        load_weights(student(**DEIT_3), released().state_dict())
+    with pytest.raises(UserError, match=r"unexpected: blocks\.0\.ls1\.gamma"):
+        load_weights(student(), released_deit_3().state_dict())
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 def test_heads_of_other_classes_stay_fresh(distilled):
     old, ours = released(distilled), student(distilled, classes=3)

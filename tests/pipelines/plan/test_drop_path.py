@@ -9,12 +9,12 @@ from scipy import stats
 from timm.layers import calculate_drop_path_rates
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, dropped_samples
+from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates, dropped_samples
 
 
 def test_drop_path_follows_timms_rates():
     count, depth, rate = 20_000, 6, 0.4
-    masks = draw_drop_path(7, 3, np.arange(count), depth, rate)
+    masks = draw_drop_path(7, 3, np.arange(count), drop_path_rates(depth, rate))
     assert masks.shape == (depth, 2, count)
     assert masks.dtype == np.float32
     for layer, expected in enumerate(calculate_drop_path_rates(rate, depth)):
@@ -27,37 +27,50 @@ def test_drop_path_follows_timms_rates():
     correlation = np.corrcoef(kept)
     assert np.abs(correlation - np.eye(len(kept))).max() < 0.04
     for seed, step in ((7, 4), (8, 3)):
-        other = draw_drop_path(seed, step, np.arange(count), depth, rate)
+        other = draw_drop_path(seed, step, np.arange(count), drop_path_rates(depth, rate))
         assert abs(np.corrcoef(masks[-1, 0], other[-1, 0])[0, 1]) < 0.04
 
 
 def test_drop_path_knows_neither_process_nor_batch():
-    whole = draw_drop_path(1, 10, np.arange(64), 4, 0.3)
+    whole = draw_drop_path(1, 10, np.arange(64), drop_path_rates(4, 0.3))
     order = np.random.default_rng(0).permutation(64)
-    np.testing.assert_array_equal(draw_drop_path(1, 10, order, 4, 0.3), whole[..., order])
-    np.testing.assert_array_equal(draw_drop_path(1, 10, np.arange(32, 64), 4, 0.3), whole[..., 32:])
-    assert draw_drop_path(1, 10, np.array([], dtype=np.int64), 4, 0.3).shape == (4, 2, 0)
+    np.testing.assert_array_equal(draw_drop_path(1, 10, order, drop_path_rates(4, 0.3)), whole[..., order])
+    np.testing.assert_array_equal(draw_drop_path(1, 10, np.arange(32, 64), drop_path_rates(4, 0.3)), whole[..., 32:])
+    assert draw_drop_path(1, 10, np.array([], dtype=np.int64), drop_path_rates(4, 0.3)).shape == (4, 2, 0)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_rate": 1.0}, "outside"),
-        ({"max_rate": -0.1}, "outside"),
         ({"step": -1}, "step -1"),
         ({"positions": np.array([2**32])}, "position"),
         ({"seed": -1}, "seed -1"),
     ],
 )
 def test_drop_path_refuses_what_its_counter_cannot_hold(values, message):
-    good = {"seed": 0, "step": 0, "positions": np.arange(2), "depth": 3, "max_rate": 0.1}
+    good = {"seed": 0, "step": 0, "positions": np.arange(2), "rates": drop_path_rates(3, 0.1)}
     with pytest.raises((UserError, ValueError), match=message):
         draw_drop_path(**{**good, **values})
 
 
+@pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_rate_outside_its_range_is_refused(rate, uniform):
+    with pytest.raises(UserError, match="outside"):
+        drop_path_rates(3, rate, uniform=uniform)
+
+
+def test_uniform_rates_drop_as_many_samples_of_every_block():
+    """DeiT III: `dpr = [drop_path_rate for i in range(depth)]` (arXiv 2204.07118, released code)."""
+    count, rates = 20_000, drop_path_rates(5, 0.3, uniform=True)
+    dropped = (draw_drop_path(7, 3, np.arange(count), rates) == 0).mean(-1)
+    assert np.abs(dropped - 0.3).max() < 4 * (0.3 * 0.7 / count) ** 0.5
+    assert dropped_samples(rates, 64).tolist() == [19] * 5
+
+
 @pytest.mark.parametrize(("depth", "rate", "group"), [(12, 0.1, 64), (12, 0.05, 64), (6, 0.4, 8), (3, 0.5, 1024)])
 def test_a_fixed_number_is_the_rates_rounded(depth, rate, group):
-    dropped = dropped_samples(depth, rate, group)
+    dropped = dropped_samples(drop_path_rates(depth, rate), group)
     wanted = np.array(calculate_drop_path_rates(rate, depth)) * group
     assert np.abs(dropped - wanted).max() <= 0.5
     assert (np.diff(dropped) >= 0).all()
@@ -74,7 +87,7 @@ def test_a_fixed_number_is_the_rates_rounded(depth, rate, group):
 )
 def test_a_number_that_drops_nothing_or_everything_is_refused(rate, group, message):
     with pytest.raises(UserError, match=message):
-        dropped_samples(12, rate, group)
+        dropped_samples(drop_path_rates(12, rate), group)
 
 
 def test_every_group_drops_exactly_its_number_and_the_expectation_is_one():
@@ -109,7 +122,7 @@ def test_draws_of_branches_groups_steps_and_seeds_are_independent():
     for seed, step in ((7, 4), (8, 3)):
         rows.append((draw_fixed_drop_path(seed, step, np.arange(groups * 64), dropped, 64)[0, 0] == 0).ravel())
     rows.append(np.roll(rows[0], 64))  # the next group
-    rows.append((draw_drop_path(7, 3, np.arange(groups * 64), 2, 0.25)[1, 0] == 0).ravel())
+    rows.append((draw_drop_path(7, 3, np.arange(groups * 64), drop_path_rates(2, 0.25))[1, 0] == 0).ravel())
     correlation = np.corrcoef(np.array(rows))
     assert np.abs(correlation - np.eye(len(rows))).max() < 0.01
 
