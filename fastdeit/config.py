@@ -93,6 +93,9 @@ class ObjectiveConfig:
     With `model.distilled` the distillation token learns from the teacher, otherwise the class token.
     """
 
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"  # with the true label; bce: binary cross-entropy
+    bce_target_thresh: float | None = None  # bce: classes above it count as 1, others as 0; None: soft targets
+    bce_sum: bool = False  # bce: sum the loss over the classes instead of taking their mean
     distillation: Literal["none", "soft", "hard"] = "none"
     alpha: float | None = None  # soft: weight of the teacher's loss; None: 0.1 (paper), 0.5 (released)
     tau: float | None = None  # soft: temperature; None: 3.0 (paper), 1.0 (released)
@@ -247,6 +250,9 @@ LATER = {
     "model.layer_scale",
     "model.no_embed_class",
     "model.residual_dtype",
+    "objective.bce_sum",
+    "objective.bce_target_thresh",
+    "objective.loss",
     "optim.layer_decay",
     "run.checkpoint_minutes",
     "run.checkpoint_patience",
@@ -381,6 +387,7 @@ class Recipe:
         self._check_batch()
         if self.optim.name == "sgd" and self.optim.implementation != "torch":
             raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")
+        self._check_objective()
         if not 0 <= self.data.hold_out < 1:
             raise UserError(f"data.hold_out is {self.data.hold_out}: it must be at least 0 and less than 1")
         if self.data.hold_out and self.data.val is not None:
@@ -407,6 +414,17 @@ class Recipe:
             raise UserError(
                 "compat 'released' refuses distillation while fine-tuning: "
                 "set departures.finetune_distillation to 'allowed', or objective.distillation to 'none'"
+            )
+
+    def _check_objective(self) -> None:
+        objective, smoothing = self.objective, self.augment.label_smoothing
+        threshold = objective.bce_target_thresh
+        if threshold is not None and not 0 <= threshold < 1:
+            raise UserError(f"objective.bce_target_thresh is {threshold}: it must be at least 0 and less than 1")
+        if objective.loss == "bce" and threshold == 0 and smoothing > 0:
+            raise UserError(
+                f"objective.bce_target_thresh 0 with augment.label_smoothing {smoothing:g} makes every class a target: "
+                f"set --augment.label_smoothing 0, or another --objective.bce_target_thresh"
             )
 
     def _check_batch(self) -> None:

@@ -70,6 +70,7 @@ _TEACHER = Effect(
     "distillation: set objective.distillation to 'hard' or 'soft'; with teacher.labels give teacher.checkpoint too",
 )
 _SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
+_BCE = Effect(lambda r: r.objective.loss == "bce", "objective.loss 'bce'")
 _ADAMW = Effect(lambda r: r.optim.name == "adamw", "optim.name 'adamw'")
 _SGD = Effect(lambda r: r.optim.name == "sgd", "optim.name 'sgd'")
 _WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
@@ -140,6 +141,9 @@ EFFECTS: dict[str, Effect] = {
     "augment.mean": ALWAYS,
     "augment.std": ALWAYS,
     "augment.eval_crop": ALWAYS,  # fastdeit-eval takes it from the stored recipe
+    "objective.loss": ALWAYS,
+    "objective.bce_target_thresh": _BCE,
+    "objective.bce_sum": _BCE,
     "objective.distillation": ALWAYS,
     "objective.alpha": _SOFT,
     "objective.tau": _SOFT,

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdeit.kernels.distillation_rows import loss_gradients, loss_parts, teacher_kind
+from fastdeit.kernels.distillation_rows import base_kind, loss_gradients, loss_parts, teacher_kind
 from fastdeit.kernels.launch import check, operator
-from fastdeit.kernels.reference import LossParts, MixedLabels
+from fastdeit.kernels.reference import BinaryTargets, LossParts, MixedLabels
 
 
 @operator("fastdeit::distillation_loss")
@@ -25,14 +25,17 @@ def _op(
     tau: float,
     weight_base: float,
     weight_distill: float,
+    base_divisor: float,
     divisor: float,
+    base: str,
+    threshold: float,
 ) -> Tensor:
-    scalars = (smoothing, tau, weight_base, weight_distill, divisor)
+    scalars = (smoothing, tau, weight_base, weight_distill, base_divisor, divisor, base, threshold)
     return loss_parts((cls, dist, dense, label_a, label_b, lam, teacher), scalars)
 
 
 @_op.register_fake
-def _fake(cls, dist, dense, label_a, label_b, lam, teacher, smoothing, tau, weight_base, weight_distill, divisor):
+def _fake(cls, *arguments):
     return cls.new_empty(3, dtype=torch.float32)
 
 
@@ -50,9 +53,12 @@ def _backward_op(
     tau: float,
     weight_base: float,
     weight_distill: float,
+    base_divisor: float,
     divisor: float,
+    base: str,
+    threshold: float,
 ) -> list[Tensor]:
-    scalars = (smoothing, tau, weight_base, weight_distill, divisor)
+    scalars = (smoothing, tau, weight_base, weight_distill, base_divisor, divisor, base, threshold)
     return loss_gradients(grad_parts, (cls, dist, dense, label_a, label_b, lam, teacher), scalars)
 
 
@@ -68,7 +74,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_parts):
     grads = _backward_op(grad_parts, *ctx.saved_tensors, *ctx.scalars)
-    return grads[0], grads[1] if len(grads) == 2 else None, *[None] * 10
+    return grads[0], grads[1] if len(grads) == 2 else None, *[None] * 13
 
 
 _op.register_autograd(_autograd, setup_context=_setup)
@@ -83,6 +89,7 @@ def distillation_loss(
     alpha: float = 0.1,
     tau: float = 3.0,
     reduction: Literal["batchmean", "elements"] = "batchmean",
+    binary: BinaryTargets | None = None,
 ) -> LossParts:
     """The losses of the paper's Table 3; `fastdeit.training.objective.Objective` states them.
 
@@ -93,6 +100,7 @@ def distillation_loss(
                  distillation, both parts weighted 1/2. Logits (B, K): soft, tau^2 KL(teacher / tau || student / tau),
                  weighted alpha, the base part weighted 1 - alpha
     reduction    of the soft part. "batchmean": mean over the rows; "elements": divided by B K (deit issue 61)
+    binary       binary cross-entropy with the true labels instead of cross-entropy; the teacher's part does not change
 
     Logits are float32, float16 or bfloat16, with any row stride; the arithmetic is float32. The backward pass computes
     the gradients from the logits and rounds them once, so nothing of size (B, K) is saved. The loss of an empty batch
@@ -120,7 +128,10 @@ def distillation_loss(
         float(tau),
         1.0 - weight,
         weight,
+        float(cls_logits.shape[1]) if binary is not None and not binary.sum_classes else 1.0,
         float(cls_logits.shape[1]) if kind == "soft" and reduction == "elements" else 1.0,
+        base_kind(binary),
+        0.0 if binary is None else float(binary.threshold or 0.0),
     )
     return LossParts(*parts.unbind())
 

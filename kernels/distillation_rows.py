@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdeit.kernels.launch import DTYPES, Launch, next_power_of_two, pointer
+from fastdeit.kernels.reference import BinaryTargets
 from fastdeit.kernels.variants import Variant
 
 PLAIN, _SOFTENED = tl.constexpr(False), tl.constexpr(True)
@@ -44,12 +45,26 @@ def _minus_max(row, offsets, inside, tau, row_max, SOFTEN: tl.constexpr):
 
 
 @triton.jit
-def _target(dense_row, a, b, lam, smoothing, offsets, inside, num_classes, DENSE: tl.constexpr):
+def _softplus_and_sigmoid(z):
+    """log(1 + exp(z)) and its derivative, exact for logits far from 0 too."""
+    small = tl.exp(-tl.abs(z))
+    whole = 1.0 + small
+    # log(1 + small) without the error of rounding the sum (Goldberg, ACM Computing Surveys 23(1), 1991, theorem 4).
+    log_whole = tl.where(whole == 1.0, small, tl.log(whole) * small / tl.where(whole == 1.0, 1.0, whole - 1.0))
+    return tl.maximum(z, 0.0) + log_whole, tl.where(z >= 0, 1.0, small) / whole
+
+
+@triton.jit
+def _target(
+    dense_row, a, b, lam, smoothing, threshold, offsets, inside, num_classes, DENSE: tl.constexpr, BASE: tl.constexpr
+):
     if DENSE:
         target = tl.load(dense_row + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
         one_hot = tl.where(offsets == a, lam, 0.0) + tl.where(offsets == b, 1.0 - lam, 0.0)
         target = smoothing / num_classes + (1.0 - smoothing) * one_hot
+    if BASE == "binary_threshold":
+        target = tl.where(target > threshold, 1.0, 0.0)
     return target
 
 
@@ -73,6 +88,7 @@ def _distillation_rows(
     batch,
     num_classes,
     smoothing,
+    threshold,
     tau,
     weight_base,
     weight_distill,
@@ -80,19 +96,27 @@ def _distillation_rows(
     distill_scale,
     DIST: tl.constexpr,
     DENSE: tl.constexpr,
+    BASE: tl.constexpr,
     TEACHER: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Each program reads its row twice: for the softmax statistics, then, from the cache, for the losses or gradients.
+    # Binary cross-entropy needs no statistics.
     # The terms are those of PyTorch's log_softmax and kl_div: subtracting sums of exponentials would lose a small
     # divergence to cancellation.
     sample = tl.program_id(0).to(tl.int64)
     cls += sample * stride_cls
     dist += sample * stride_dist
     dense += sample * stride_dense
-    cls_max, cls_total = softmax_stats(cls, tau, num_classes, PLAIN, BLOCK)
-    if DIST:
+    BINARY: tl.constexpr = BASE != "cross_entropy"
+    cls_max = 0.0
+    cls_total = 1.0
+    dist_max = 0.0
+    dist_total = 1.0
+    if not BINARY or (TEACHER == "hard" and not DIST):
+        cls_max, cls_total = softmax_stats(cls, tau, num_classes, PLAIN, BLOCK)
+    if DIST and (not BINARY or TEACHER == "hard"):
         dist_max, dist_total = softmax_stats(dist, tau, num_classes, PLAIN, BLOCK)
     a = 0
     b = 0
@@ -121,7 +145,7 @@ def _distillation_rows(
         loss_grad = tl.load(grad_parts)
         base_grad = (loss_grad * weight_base + tl.load(grad_parts + 1)) * base_scale + poison
         distill_grad = (loss_grad * weight_distill + tl.load(grad_parts + 2)) * distill_scale + poison
-        if DENSE:
+        if DENSE and not BINARY:
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, num_classes, BLOCK):
                 offsets = start + columns
@@ -132,24 +156,35 @@ def _distillation_rows(
     for start in range(0, num_classes, BLOCK):
         offsets = start + columns
         inside = offsets < num_classes
-        target = _target(dense, a, b, lam_a, smoothing, offsets, inside, num_classes, DENSE)
+        target = _target(dense, a, b, lam_a, smoothing, threshold, offsets, inside, num_classes, DENSE, BASE)
         cls_z = _minus_max(cls, offsets, inside, tau, cls_max, PLAIN)
         learner_z = cls_z
         learner_total = cls_total
         if DIST:
             learner_z = _minus_max(dist, offsets, inside, tau, dist_max, PLAIN)
             learner_total = dist_total
+        if BINARY:
+            cls_raw = _minus_max(cls, offsets, inside, tau, 0.0, PLAIN)
+            cls_softplus, cls_sigmoid = _softplus_and_sigmoid(cls_raw)
+            if DIST and TEACHER == "none":
+                learner_raw = _minus_max(dist, offsets, inside, tau, 0.0, PLAIN)
+                learner_softplus, learner_sigmoid = _softplus_and_sigmoid(learner_raw)
         if TEACHER == "soft":
             teacher_z = _minus_max(teacher, offsets, inside, tau, teacher_max, _SOFTENED)
             student_z = _minus_max(learner, offsets, inside, tau, student_max, _SOFTENED)
         if GRADIENT:
-            cls_grad = base_grad * (target_sum * (tl.exp(cls_z) / cls_total) - target)
+            if BINARY:
+                cls_grad = base_grad * (cls_sigmoid - target)
+            else:
+                cls_grad = base_grad * (target_sum * (tl.exp(cls_z) / cls_total) - target)
             if TEACHER == "hard":
                 learner_grad = distill_grad * (
                     tl.exp(learner_z) / learner_total - tl.where(offsets == teacher_label, 1.0, 0.0)
                 )
             elif TEACHER == "soft":
                 learner_grad = distill_grad * (tl.exp(student_z) / student_total - tl.exp(teacher_z) / teacher_total)
+            elif DIST and BINARY:
+                learner_grad = base_grad * (learner_sigmoid - target)
             elif DIST:
                 learner_grad = base_grad * (target_sum * (tl.exp(learner_z) / learner_total) - target)
             else:
@@ -161,7 +196,10 @@ def _distillation_rows(
                 cls_grad += learner_grad
             tl.store(grad_cls + sample * num_classes + offsets, cls_grad.to(grad_cls.dtype.element_ty), mask=inside)
         else:
-            base += tl.where(inside, -target * (cls_z - tl.log(cls_total)), 0.0)
+            if BINARY:
+                base += tl.where(inside, cls_softplus - target * cls_raw, 0.0)
+            else:
+                base += tl.where(inside, -target * (cls_z - tl.log(cls_total)), 0.0)
             learner_lp = learner_z - tl.log(learner_total)
             if TEACHER == "hard":
                 distill += tl.where(inside & (offsets == teacher_label), -learner_lp, 0.0)
@@ -169,6 +207,8 @@ def _distillation_rows(
                 teacher_lp = teacher_z - tl.log(teacher_total)
                 divergence = tl.exp(teacher_z) / teacher_total * (teacher_lp - (student_z - tl.log(student_total)))
                 distill += tl.where(inside, divergence, 0.0)
+            elif DIST and BINARY:
+                base += tl.where(inside, learner_softplus - target * learner_raw, 0.0)
             elif DIST:
                 base += tl.where(inside, -target * learner_lp, 0.0)
     if not GRADIENT:
@@ -200,18 +240,27 @@ def teacher_kind(teacher: Tensor | None) -> Literal["none", "hard", "soft"]:
     return "soft" if teacher.is_floating_point() else "hard"
 
 
-def _launch(num_classes: int, *, dist: bool, dense: bool, teacher: str, gradient: bool) -> Launch:
+def base_kind(binary: BinaryTargets | None) -> str:
+    """The kernel's form of the loss against the true label."""
+    if binary is None:
+        return "cross_entropy"
+    return "binary" if binary.threshold is None else "binary_threshold"
+
+
+def _launch(num_classes: int, *, dist: bool, dense: bool, base: str, teacher: str, gradient: bool) -> Launch:
     block = max(128, min(2048, next_power_of_two(num_classes)))
-    constants = (("DIST", dist), ("DENSE", dense), ("TEACHER", teacher), ("GRADIENT", gradient), ("BLOCK", block))
+    constants = (("DIST", dist), ("DENSE", dense), ("BASE", base), ("TEACHER", teacher), ("GRADIENT", gradient))
+    constants += (("BLOCK", block),)
     return Launch(constants=constants, num_warps=max(1, block // 128))
 
 
 _MEAN = Launch(constants=(("BLOCK", 1024),), num_warps=4)
 
 # Arguments of both operators. Tensors: logits of both heads; a dense target, or labels a, b and lambda; the teacher's
-# logits or labels. Scalars: smoothing, tau, the weights of both parts, and a further divisor of the teacher's part.
+# logits or labels. Scalars: smoothing, tau, the weights of both parts, and further divisors of the base part and of
+# the teacher's part. Then the form of the base part, and the threshold of its targets.
 Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-Scalars = tuple[float, float, float, float, float]
+Scalars = tuple[float, float, float, float, float, float, str, float]
 
 
 def loss_parts(tensors: Tensors, scalars: Scalars) -> Tensor:
@@ -248,14 +297,15 @@ def _launch_rows(
         num_classes,
         dist=dist is not None,
         dense=dense is not None,
+        base=scalars[6],
         teacher=teacher_kind(teacher),
         gradient=bool(grads),
     )
 
     # Multiply constants here, in double precision.
-    smoothing, tau, weight_base, weight_distill, divisor = scalars
+    smoothing, tau, weight_base, weight_distill, base_divisor, divisor, _, threshold = scalars
     kind = teacher_kind(teacher)
-    base_scale = 0.5 if dist is not None and kind == "none" else 1.0
+    base_scale = (0.5 if dist is not None and kind == "none" else 1.0) / base_divisor
     distill_scale = (tau**2 if kind == "soft" else 1.0) / divisor
     if grads:
         base_scale /= batch
@@ -284,6 +334,7 @@ def _launch_rows(
         batch,
         num_classes,
         smoothing,
+        threshold,
         tau,
         weight_base,
         weight_distill,
@@ -294,12 +345,17 @@ def _launch_rows(
 
 
 def variants() -> list[Variant]:
-    """Losses and gradients of DeiT's heads for ImageNet-1k and ImageNet-21k: mixed labels, each kind of teacher."""
+    """Losses and gradients of DeiT's heads for ImageNet-1k and ImageNet-21k: mixed labels, each kind of teacher.
+
+    The last is DeiT III's binary cross-entropy.
+    """
     variants = []
-    cases = [(1000, True, "hard"), (1000, True, "soft"), (1000, False, "none"), (21841, True, "hard")]
-    for num_classes, dist, teacher in cases:
+    plain = "cross_entropy"
+    cases = [(1000, True, plain, "hard"), (1000, True, plain, "soft"), (1000, False, plain, "none")]
+    cases += [(21841, True, plain, "hard"), (1000, False, "binary_threshold", "none")]
+    for num_classes, dist, base, teacher in cases:
         for gradient in (False, True):
-            launch = _launch(num_classes, dist=dist, dense=False, teacher=teacher, gradient=gradient)
+            launch = _launch(num_classes, dist=dist, dense=False, base=base, teacher=teacher, gradient=gradient)
             logits, losses = pointer(torch.bfloat16), pointer(torch.float32)
             signature = dict.fromkeys(("cls", "dist", "dense", "grad_cls", "grad_dist"), logits)
             signature |= {"label_a": "*i64", "label_b": "*i64", "lam": losses}
@@ -307,9 +363,10 @@ def variants() -> list[Variant]:
             signature |= {"row_losses": losses, "grad_parts": losses}
             signature |= dict.fromkeys(("stride_cls", "stride_dist", "stride_dense", "batch", "num_classes"), "i32")
             signature |= {"stride_teacher": "i32"} if teacher == "soft" else {}
-            floats = ("smoothing", "tau", "weight_base", "weight_distill", "base_scale", "distill_scale")
+            floats = ("smoothing", "threshold", "tau", "weight_base", "weight_distill", "base_scale", "distill_scale")
             signature |= dict.fromkeys(floats, "fp32")
-            name = f"{'backward' if gradient else 'forward'} {teacher} {'two heads' if dist else 'one head'}"
+            kind = teacher if base == plain else "binary"
+            name = f"{'backward' if gradient else 'forward'} {kind} {'two heads' if dist else 'one head'}"
             variants.append(
                 launch.variant(
                     f"distillation_loss_{name} {DTYPES[torch.bfloat16]} K{num_classes}",

@@ -6,6 +6,7 @@ inputs give float64 results, so the same definitions judge kernels in float64.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -42,6 +43,17 @@ class MixedLabels(NamedTuple):
         )
         lam = self.lam[:, None]
         return a * lam + b * (1.0 - lam)
+
+
+class BinaryTargets(NamedTuple):
+    """How binary cross-entropy reads a target (B, K): each class is a yes or no of its own (arXiv 2110.00476).
+
+    threshold    a class above it counts as 1, any other as 0; None: the target's own numbers
+    sum_classes  sum the loss over the classes instead of taking their mean
+    """
+
+    threshold: float | None = None
+    sum_classes: bool = False
 
 
 class Kept(NamedTuple):
@@ -179,6 +191,15 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets.float() * F.log_softmax(_at_least_float32(logits), dim=-1)).sum(-1).mean()
 
 
+def binary_cross_entropy(logits: Tensor, targets: Tensor, binary: BinaryTargets) -> Tensor:
+    """Binary cross-entropy of all classes, mean over the rows; arguments as in `soft_cross_entropy`."""
+    targets = targets.float()
+    if binary.threshold is not None:
+        targets = targets.gt(binary.threshold).float()
+    loss = F.binary_cross_entropy_with_logits(_at_least_float32(logits), targets, reduction="none")
+    return (loss.sum(-1) if binary.sum_classes else loss.mean(-1)).mean()
+
+
 def soft_distillation(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -223,14 +244,16 @@ def distillation_loss(
     alpha: float = 0.1,
     tau: float = 3.0,
     reduction: Literal["batchmean", "elements"] = "batchmean",
+    binary: BinaryTargets | None = None,
 ) -> LossParts:
     """The joint loss of both heads; arguments as in `fastdeit.kernels.distillation_loss.distillation_loss`."""
     if isinstance(targets, MixedLabels):
         targets = targets.dense(cls_logits.shape[-1])
-    base = soft_cross_entropy(cls_logits, targets)
+    of_labels = soft_cross_entropy if binary is None else partial(binary_cross_entropy, binary=binary)
+    base = of_labels(cls_logits, targets)
     if teacher is None:
         if dist_logits is not None:
-            base = (base + soft_cross_entropy(dist_logits, targets)) / 2
+            base = (base + of_labels(dist_logits, targets)) / 2
         return LossParts(base, base, torch.zeros_like(base))
     student = cls_logits if dist_logits is None else dist_logits
     if teacher.is_floating_point():

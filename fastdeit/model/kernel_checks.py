@@ -17,7 +17,7 @@ from fastdeit.kernels.bias_gelu import bias_gelu
 from fastdeit.kernels.distillation_loss import distillation_loss
 from fastdeit.kernels.head_evaluation import evaluate_heads
 from fastdeit.kernels.layer_norm import add_layer_norm
-from fastdeit.kernels.reference import MixedLabels
+from fastdeit.kernels.reference import BinaryTargets, MixedLabels
 from fastdeit.kernels.token_assembly import assemble_tokens
 from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.drop_path import kept_samples
@@ -198,13 +198,13 @@ def _bias_gelu(s: Inputs) -> Check:
     return Check(inputs, lambda x, b: (bias_gelu(x, b),), lambda x, b: (reference.bias_gelu(x, b),))
 
 
-def _distillation_loss(s: Inputs, soft: bool = False) -> Check:
+def _distillation_loss(s: Inputs, soft: bool = False, binary: BinaryTargets | None = None) -> Check:
     inputs = [s.draw(s.batch, s.num_classes, dtype=s.low) for _ in range(1 + s.cfg.distilled)]
     labels = MixedLabels(s.classes(), s.classes(), torch.linspace(0, 1, s.batch, device=s.device), 0.1)
     teacher = s.draw(s.batch, s.num_classes) if soft else s.classes()
 
     def with_teacher(loss: Callable[..., reference.LossParts]) -> Function:
-        return lambda cls, dist=None: (loss(cls, dist, labels, teacher).loss,)
+        return lambda cls, dist=None: (loss(cls, dist, labels, teacher, binary=binary).loss,)
 
     return Check(inputs, with_teacher(distillation_loss), with_teacher(reference.distillation_loss))
 
@@ -231,6 +231,10 @@ _CHECKS: dict[str, tuple[Callable[[Inputs], Check], ...]] = {
     "attention": (_attention, partial(_attention, first_rows=True)),  # the second: only the tokens that the heads read
     "layer_norm": (_layer_norm,),
     "bias_gelu": (_bias_gelu,),
-    "distillation_loss": (_distillation_loss, partial(_distillation_loss, soft=True)),
+    "distillation_loss": (
+        _distillation_loss,
+        partial(_distillation_loss, soft=True),
+        partial(_distillation_loss, binary=BinaryTargets()),
+    ),
     "evaluate_heads": (_evaluate_heads,),
 }

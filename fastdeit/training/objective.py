@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdeit.config import Departures, ObjectiveConfig
 from fastdeit.kernels import reference
-from fastdeit.kernels.reference import LossParts, MixedLabels
+from fastdeit.kernels.reference import BinaryTargets, LossParts, MixedLabels
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
 
@@ -21,6 +21,9 @@ class Objective:
     soft  (1 - alpha) L_CE(class head, y) + alpha tau^2 KL(teacher / tau || student / tau)
     hard  1/2 L_CE(class head, y) + 1/2 L_CE(student, argmax teacher)
 
+    With `binary`, binary cross-entropy takes the place of L_CE(., y), as in DeiT III (arXiv 2204.07118); the teacher's
+    term stays as it is.
+
     "student" is the distillation head if there is one, else the class head. With `kernels`, the loss and its gradients
     come from `fastdeit.kernels.distillation_loss`.
     """
@@ -30,6 +33,7 @@ class Objective:
     alpha: float
     tau: float
     reduction: Literal["batchmean", "elements"]
+    binary: BinaryTargets | None = None
     kernels: bool = False
 
     def __call__(self, student: StudentOutput, targets: Tensor | MixedLabels, teacher: Tensor | None) -> LossParts:
@@ -46,7 +50,8 @@ class Objective:
         if self.kernels:
             from fastdeit.kernels.distillation_loss import distillation_loss as loss  # here, since it needs Triton
 
-        return loss(*student, targets, teacher, alpha=self.alpha, tau=self.tau, reduction=self.reduction)
+        options = {"alpha": self.alpha, "tau": self.tau, "reduction": self.reduction, "binary": self.binary}
+        return loss(*student, targets, teacher, **options)
 
     def _check(self, student: StudentOutput, teacher: Tensor | None) -> None:
         if self.distilled != (student.dist is not None):
@@ -89,5 +94,6 @@ def build_objective(
         alpha=cfg.alpha,
         tau=cfg.tau,
         reduction=departures.soft_reduction,
+        binary=BinaryTargets(cfg.bce_target_thresh, cfg.bce_sum) if cfg.loss == "bce" else None,
         kernels=kernels,
     )

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy
 
 from fastdeit.kernels import distillation_loss as module
-from fastdeit.kernels.distillation_loss import MixedLabels, distillation_loss
+from fastdeit.kernels.distillation_loss import distillation_loss
+from fastdeit.kernels.reference import BinaryTargets, MixedLabels
 from operators import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -31,11 +33,14 @@ def exactly(labels, classes):
     return labels.lam[:, None].double() * sides[0] + (1 - labels.lam[:, None]) * sides[1] + labels.smoothing / classes
 
 
-def by_pytorch(cls, dist, dense, teacher, alpha, tau, reduction):
+def by_pytorch(cls, dist, dense, teacher, alpha, tau, reduction, binary=None):
     dense = dense.to(cls.dtype)
-    base = F.cross_entropy(cls, dense)
+    of_labels = F.cross_entropy
+    if binary is not None:
+        of_labels = BinaryCrossEntropy(target_threshold=binary.threshold, sum_classes=binary.sum_classes)
+    base = of_labels(cls, dense)
     if teacher is None:
-        base = base if dist is None else (base + F.cross_entropy(dist, dense)) / 2
+        base = base if dist is None else (base + of_labels(dist, dense)) / 2
         return base, base, torch.zeros_like(base)
     learner = cls if dist is None else dist
     if not teacher.is_floating_point():
@@ -92,6 +97,55 @@ def test_equals_pytorch_at_sizes(device, at_most_twice, rows, classes, reduction
     cls, dist, teacher = (draw(device, rows, classes, torch.float32, seed) for seed in range(3))
     labels, target = mixed(device, rows, classes)
     compare(at_most_twice, device, cls, dist, labels, target, teacher, alpha=0.3, tau=1.7, reduction=reduction)
+
+
+BINARY = {"soft targets": BinaryTargets(), "sum": BinaryTargets(sum_classes=True), "threshold": BinaryTargets(0.0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("teacher", ["none", "hard", "soft"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("binary", BINARY)
+def test_binary_cross_entropy_is_timms(device, at_most_twice, dtype, teacher, heads, binary):
+    rows, classes = 5, 300
+    cls = draw(device, rows, classes, dtype, 0)
+    dist = draw(device, rows, classes, dtype, 1) if heads == 2 else None
+    logits = draw(device, rows, classes, dtype, 2)
+    told = {"none": None, "hard": logits.argmax(1), "soft": logits}[teacher]
+    labels, target = mixed(device, rows, classes, smoothing=0.0)
+    for targets in (labels, target):
+        compare(at_most_twice, device, cls, dist, targets, target, told, binary=BINARY[binary])
+
+
+def test_binary_cross_entropy_of_a_threshold_between_the_two_labels(device):
+    """Lambda is 0.375: only the second label counts. By the numbers that timm's class gives for an integer target."""
+    cls = draw(device, 4, 9, torch.float32, 0)
+    labels, _ = mixed(device, 4, 9)
+    loss = distillation_loss(cls, None, labels, None, binary=BinaryTargets(0.5)).loss
+    torch.testing.assert_close(loss, BinaryCrossEntropy(smoothing=0.0)(cls, labels.label_b))
+
+
+def test_binary_cross_entropy_of_extreme_logits_is_exact(device):
+    """log(1 + exp(z)) of logits far below 0 is as small as in float64, not 0."""
+    logits = torch.tensor([[-15.0, -17.5, -30.0, 30.0, -100.0, 100.0]], device=device).requires_grad_()
+    target = torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0, 1.0]], device=device)
+    loss = distillation_loss(logits, None, target, None, binary=BinaryTargets()).loss
+    wide = logits.detach().double().requires_grad_()
+    exact = F.binary_cross_entropy_with_logits(wide, target.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    gradient, judge = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(exact, wide)[0]
+    torch.testing.assert_close(gradient[:, :3].double(), judge[:, :3], rtol=1e-6, atol=0)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("binary", [None, *BINARY])
+@pytest.mark.parametrize("teacher", ["none", "hard"])
+def test_binary_cross_entropy_at_full_size(device, at_most_twice, binary, teacher):
+    cls, logits = (draw(device, 1024, 1000, torch.bfloat16, seed) for seed in range(2))
+    labels, target = mixed(device, 1024, 1000, smoothing=0.0)
+    told = None if teacher == "none" else logits.argmax(1)
+    compare(at_most_twice, device, cls, None, labels, target, told, binary=BINARY.get(binary))
 
 
 @pytest.mark.gpu
@@ -199,9 +253,10 @@ def test_opcheck_and_compile_without_a_graph_break(device):
     cls, dist, teacher = (draw(device, 3, 8, torch.float32, seed) for seed in range(3))
     heads = cls.requires_grad_(), dist.requires_grad_()
     labels, target = mixed(device, 3, 8)
-    scalars = 0.1, 3.0, 0.9, 0.1, 1.0
-    torch.library.opcheck(module._op, (cls, dist, None, *labels[:3], teacher, *scalars))
-    torch.library.opcheck(module._op, (cls, None, target, None, None, None, None, *scalars))
+    scalars = 0.1, 3.0, 0.9, 0.1, 1.0, 1.0
+    plain, binary = ("cross_entropy", 0.0), ("binary_threshold", 0.2)
+    torch.library.opcheck(module._op, (cls, dist, None, *labels[:3], teacher, *scalars, *plain))
+    torch.library.opcheck(module._op, (cls, None, target, None, None, None, None, *scalars, *binary))
     found = []
     for function in (distillation_loss, torch.compile(distillation_loss, fullgraph=True, backend="aot_eager")):
         parts = function(cls, dist, labels, teacher)

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.task.distillation import LogitDistillationTask
 from timm.task.token_distillation import TokenDistillationTask
 
-from fastdeit.config import Departures, ObjectiveConfig, Recipe
+from fastdeit.config import AugmentConfig, Departures, ObjectiveConfig, Recipe
 from fastdeit.kernels.reference import head_log_probabilities
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
@@ -29,9 +29,9 @@ def batch(distilled, seed=0):
     return student, draw().softmax(-1), draw()
 
 
-def objective(distillation, distilled, compat="paper", **fields):
-    recipe = Recipe(name="test", compat=compat, objective=ObjectiveConfig(distillation=distillation, **fields))
-    recipe = recipe.resolved()
+def objective(distillation, distilled, compat="paper", smoothing=0.1, **fields):
+    cfg, augment = ObjectiveConfig(distillation=distillation, **fields), AugmentConfig(label_smoothing=smoothing)
+    recipe = Recipe(name="test", compat=compat, objective=cfg, augment=augment).resolved()
     return build_objective(recipe.objective, distilled, recipe.departures)
 
 
@@ -54,6 +54,44 @@ def test_released_compat_is_the_released_loss(kind, distilled):
     told = teacher if kind == "soft" else teacher.argmax(-1)
     parts = objective(kind, distilled, "released")(student, targets, told)
     torch.testing.assert_close(parts.loss, released_loss(student, targets, teacher, kind, 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "judge"),
+    [
+        ({}, BinaryCrossEntropy()),
+        ({"bce_target_thresh": 0.0}, BinaryCrossEntropy(target_threshold=0.0)),
+        ({"bce_target_thresh": 0.1, "bce_sum": True}, BinaryCrossEntropy(target_threshold=0.1, sum_classes=True)),
+    ],
+)
+def test_binary_cross_entropy_is_timms(fields, judge):
+    student, targets, _ = batch(False)
+    parts = objective("none", False, smoothing=0.0, loss="bce", **fields)(student, targets, None)
+    torch.testing.assert_close(parts.loss, judge(student.cls, targets))
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_binary_cross_entropy_with_a_teacher_is_the_released_loss(kind):
+    """Its main.py gives `DistillationLoss` a BCEWithLogitsLoss, its engine.py the targets above 0."""
+    student, targets, teacher = batch(True)
+    told = teacher if kind == "soft" else teacher.argmax(-1)
+    fields = {"loss": "bce", "bce_target_thresh": 0.0}
+    parts = objective(kind, True, "released", smoothing=0.0, **fields)(student, targets, told)
+    base = torch.nn.BCEWithLogitsLoss()(student.cls, targets.gt(0.0).float())
+    with_ce = released_loss(student, targets, teacher, kind, 0.5, 1.0)
+    expected = with_ce + 0.5 * (base - SoftTargetCrossEntropy()(student.cls, targets))
+    torch.testing.assert_close(parts.loss, expected)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
+def test_a_threshold_that_no_target_can_be_above_or_below_is_refused(threshold):
+    with pytest.raises(UserError, match=r"bce_target_thresh is .*: it must be at least 0 and less than 1"):
+        objective("none", False, loss="bce", bce_target_thresh=threshold)
+
+
+def test_smoothing_that_makes_every_class_a_target_is_refused():
+    with pytest.raises(UserError, match=r"label_smoothing 0\.1 makes every class a target"):
+        objective("none", False, loss="bce", bce_target_thresh=0.0)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
