@@ -117,14 +117,16 @@ class TeacherConfig:
 class OptimConfig:
     """Optimizer and schedule (paper, Table 9)."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    implementation: Literal["torch", "apex"] = "torch"  # of AdamW; apex: NVIDIA's FusedAdam, if installed
+    name: str = "adamw"  # adamw, sgd, or an optimizer of timm, such as lamb, lion or muon
+    implementation: Literal["torch", "apex"] = "torch"  # of adamw and lamb; apex: NVIDIA's fused form, if installed
     lr: float = 5e-4  # at batch size `lr_batch`; scales linearly with the global batch
     lr_batch: int = 512  # 0: no scaling
     weight_decay: float = 0.05  # not on 1-d parameters, biases, position embedding and tokens
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.9  # sgd
+    betas: tuple[float, float] | None = None  # None: (0.9, 0.999) for adamw, timm's own for its optimizers
+    eps: float | None = None  # None: 1e-8 for adamw, timm's own for its optimizers
+    momentum: float = 0.9  # sgd, and optimizers of timm that have one
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up; wsd: constant, then a linear decay
+    decay_epochs: float = 0.0  # wsd: length of the decay at the end
     layer_decay: float = 1.0  # each block's learning rate is the next block's times this; 1: all the same
     clip_grad: float | None = None
     warmup_epochs: float = 5.0
@@ -253,7 +255,9 @@ LATER = {
     "objective.bce_sum",
     "objective.bce_target_thresh",
     "objective.loss",
+    "optim.decay_epochs",
     "optim.layer_decay",
+    "optim.schedule",
     "run.checkpoint_minutes",
     "run.checkpoint_patience",
     "run.best_metric",
@@ -305,11 +309,17 @@ class Recipe:
             alpha=alpha if self.objective.alpha is None else self.objective.alpha,
             tau=tau if self.objective.tau is None else self.objective.tau,
         )
+        optim = self.optim
+        if optim.name == "adamw":
+            optim = dataclasses.replace(
+                optim, betas=optim.betas or (0.9, 0.999), eps=1e-8 if optim.eps is None else optim.eps
+            )
         run: dict[str, Any] = {k: v for k, v in COMPAT_RUN[self.compat].items() if getattr(self.run, k) is None}
         return dataclasses.replace(
             self,
             departures=dataclasses.replace(self.departures, **filled),
             objective=objective,
+            optim=optim,
             run=dataclasses.replace(self.run, **run),
         )
 
@@ -329,7 +339,7 @@ class Recipe:
                 raise UserError(f"model.{name} is {getattr(model, name)}: it must be at least 1")
         for name, value in (
             ("optim.lr", optim.lr),
-            ("optim.eps", optim.eps),
+            ("optim.eps", optim.eps or 0),
             ("optim.weight_decay", optim.weight_decay),
             ("optim.momentum", optim.momentum),
             ("model.layer_scale", model.layer_scale),
@@ -343,7 +353,7 @@ class Recipe:
                 f"optim.layer_decay {optim.layer_decay:g} needs model.arch 'deit' and optim.implementation 'torch': "
                 f"set --optim.layer_decay 1"
             )
-        if not all(0 <= beta < 1 for beta in optim.betas):
+        if not all(0 <= beta < 1 for beta in optim.betas or ()):
             raise UserError(f"optim.betas are {optim.betas}: each must be at least 0 and less than 1")
         for name, value in (("model.drop_rate", model.drop_rate), ("model.drop_path", model.drop_path)):
             if not 0 <= value < 1:
@@ -385,8 +395,16 @@ class Recipe:
                 f"run.timeout_minutes is {run.timeout_minutes:g}: it must be more than 0 and at most {_YEAR}, a year"
             )
         self._check_batch()
-        if self.optim.name == "sgd" and self.optim.implementation != "torch":
-            raise UserError("optim.implementation applies to AdamW only: leave it at 'torch' with optim.name 'sgd'")
+        if optim.name not in ("adamw", "lamb") and optim.implementation != "torch":
+            raise UserError(
+                f"optim.implementation applies to adamw and lamb: leave it at 'torch' with optim.name '{optim.name}'"
+            )
+        after = max(0.0, run.epochs - optim.warmup_epochs)
+        if optim.schedule == "wsd" and not 0 <= optim.decay_epochs <= after:
+            raise UserError(
+                f"optim.decay_epochs is {optim.decay_epochs:g}: with optim.schedule 'wsd' it must be from 0 to "
+                f"{after:g}, the epochs after warm-up"
+            )
         self._check_objective()
         if not 0 <= self.data.hold_out < 1:
             raise UserError(f"data.hold_out is {self.data.hold_out}: it must be at least 0 and less than 1")

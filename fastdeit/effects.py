@@ -71,8 +71,10 @@ _TEACHER = Effect(
 )
 _SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
 _BCE = Effect(lambda r: r.objective.loss == "bce", "objective.loss 'bce'")
-_ADAMW = Effect(lambda r: r.optim.name == "adamw", "optim.name 'adamw'")
-_SGD = Effect(lambda r: r.optim.name == "sgd", "optim.name 'sgd'")
+_NOT_SGD = Effect(lambda r: r.optim.name != "sgd", "another optim.name than 'sgd'")
+_FUSED = Effect(lambda r: r.optim.name in ("adamw", "lamb"), "optim.name 'adamw' or 'lamb'")
+_NOT_ADAMW = Effect(lambda r: r.optim.name != "adamw", "optim.name 'sgd', or another that has a momentum")
+_WSD = Effect(lambda r: r.optim.schedule == "wsd", "optim.schedule 'wsd'")
 _WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
 _EMA = Effect(lambda r: r.ema.enabled, "ema.enabled True")
 _EMA_SCORES = Effect(lambda r: r.ema.enabled and evaluates(r), "ema.enabled True, and data.val or data.hold_out")
@@ -155,13 +157,15 @@ EFFECTS: dict[str, Effect] = {
     "teacher.mean": _TEACHER,
     "teacher.std": _TEACHER,
     "optim.name": ALWAYS,
-    "optim.implementation": _ADAMW,
+    "optim.implementation": _FUSED,
     "optim.lr": ALWAYS,
     "optim.lr_batch": ALWAYS,
     "optim.weight_decay": ALWAYS,
-    "optim.betas": _ADAMW,
-    "optim.eps": _ADAMW,
-    "optim.momentum": _SGD,
+    "optim.betas": _NOT_SGD,
+    "optim.eps": _NOT_SGD,
+    "optim.momentum": _NOT_ADAMW,
+    "optim.schedule": ALWAYS,
+    "optim.decay_epochs": _WSD,
     "optim.layer_decay": ALWAYS,
     "optim.clip_grad": ALWAYS,
     "optim.warmup_epochs": ALWAYS,

@@ -59,6 +59,10 @@ def check_inputs(recipe: Recipe, *, world: int = 1, labels: bool = True) -> Data
         else:
             check_teacher(teacher)
         _check_given(teacher.checkpoint, "teacher.checkpoint")
+    if recipe.optim.name not in ("adamw", "sgd"):
+        from fastdeit.training.timm_optim import check_name  # imported here: it imports timm
+
+        check_name(recipe.optim)
     order = epoch_order(recipe, sets.train_images, world=world)
     if skips_samples(recipe):
         # Imported here: it imports numba.

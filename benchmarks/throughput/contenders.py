@@ -202,11 +202,10 @@ def _timm_train_step(
     model: nn.Module, called: Any, case: ModelCase, inputs: Inputs, *, graph: bool, recorder: Recorder | None = None
 ) -> Step:
     """`graph`: replay the step as one CUDA graph, recorded as ours is; `recorder` None: on the case's device."""
-    cfg, cuda = case.recipe.optim, case.device.type == "cuda"
+    cfg, cuda = case.recipe.filled().optim, case.device.type == "cuda"
     groups = parameter_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(
-        groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=cuda, capturable=graph and cuda
-    )
+    options: dict[str, Any] = {"betas": cfg.betas, "eps": cfg.eps, "capturable": graph and cuda}
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=cuda, **options)
     ema = ModelEmaV3(model, decay=case.recipe.ema.decay) if case.ema else None
     soft, hard = SoftTargetCrossEntropy(), nn.CrossEntropyLoss()
 

@@ -19,6 +19,7 @@ from fastdeit.config import Recipe
 from fastdeit.distributed import World, release_before_leaving
 from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.precision import Precision
+from fastdeit.training.timm_optim import can_be_captured
 
 WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, the optimizer's state
 _FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch 2.11's allocator of pinned memory keeps pointers to them
@@ -30,11 +31,18 @@ def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
     reasons = (
         (world.device.type != "cuda", "there is no GPU"),
         (precision.name == "fp16", "fp16 has a loss scale, which skips steps"),
-        (recipe.optim.name == "sgd", "SGD takes its learning rate from the host"),
+        (not _captures(recipe), f"{recipe.optim.name} takes its learning rate from the host"),
         (run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before the update"),
         (model.arch != "deit", f"{model.arch} draws its stochastic depth from PyTorch's generator"),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+def _captures(recipe: Recipe) -> bool:
+    """Whether the update of a recipe's optimizer can be part of a graph."""
+    if recipe.optim.name in ("adamw", "sgd") or recipe.optim.implementation == "apex":
+        return recipe.optim.name == "adamw"
+    return can_be_captured(recipe.optim.name)
 
 
 def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[bool, str]:
@@ -47,6 +55,8 @@ def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[b
         raise UserError(f"run.cuda_graphs 'on' is not available here: {reason}. Set it to 'auto'")
     if how != "auto":
         return how == "on", "as requested"
+    if reason is None and recipe.optim.name != "adamw":
+        reason = f"timm's {recipe.optim.name} has not run in a graph yet: --run.cuda_graphs on tries it"
     if reason is None and world.size > 1:
         reason = "a graph of several processes has not run on several GPUs yet: --run.cuda_graphs on tries it"
     return reason is None, reason or "nothing in a step waits for the host"

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fastdeit.config import OptimConfig, Recipe
-from fastdeit.training.apex_adam import build_apex_adam, is_apex_adam, to_apex, to_torch
+from fastdeit.training.apex_optim import build_apex, is_apex, to_apex, to_torch
+from fastdeit.training.timm_optim import build_timm_optimizer
 
 _TOKENS = ("cls_token", "pos_embed")
 
@@ -56,10 +57,11 @@ def _layer(name: str, last: int) -> int:
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -> torch.optim.Optimizer:
-    """AdamW or SGD over `parameter_groups`; fused if the parameters are on a GPU.
+    """The recipe's optimizer over `parameter_groups`; AdamW and SGD are fused if the parameters are on a GPU.
 
     On a GPU, AdamW's learning rate is a tensor that `set_lr` overwrites, so a CUDA graph reads the current value.
-    `scaled` means that a GradScaler takes the step. Raises UserError for an implementation that is not installed.
+    `scaled` means that a GradScaler takes the step. Raises UserError for an implementation that is not installed, and
+    for a name that neither PyTorch nor timm has.
     """
     cfg = recipe.optim
     decay_dist_token = bool(recipe.departures.decay_dist_token)
@@ -70,13 +72,23 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=cuda)
     if cfg.implementation == "apex":
         # A capturable FusedAdam needs an older scaler than PyTorch's present one.
-        return build_apex_adam(groups, cfg, capturable=cuda and not scaled)
+        return build_apex(groups, cfg, capturable=cuda and not scaled)
+    if cfg.name != "adamw":
+        peak = peak_lr(cfg, recipe.run.global_batch)
+        captured = cuda and recipe.run.cuda_graphs == "on"
+        return build_timm_optimizer(_with_tensors(groups, peak) if captured else groups, cfg, peak, capturable=captured)
+    options: dict[str, Any] = {"betas": cfg.betas or (0.9, 0.999), "eps": 1e-8 if cfg.eps is None else cfg.eps}
     if cuda:
-        rates = {scale: torch.tensor(cfg.lr * scale, device=device) for scale in {1.0, *map(_scale, groups)}}
-        groups = [{**group, "lr": rates[_scale(group)]} for group in groups]
-        return torch.optim.AdamW(groups, lr=rates[1.0], betas=cfg.betas, eps=cfg.eps, fused=True, capturable=True)
+        return torch.optim.AdamW(_with_tensors(groups, cfg.lr), lr=cfg.lr, fused=True, capturable=True, **options)
     # On a CPU only the foreach form gives the same bits on any number of threads.
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, foreach=True, **options)
+
+
+def _with_tensors(groups: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    """The groups with their learning rates as tensors on the device; groups of one scale share a tensor."""
+    device = groups[0]["params"][0].device
+    rates = {scale: torch.tensor(lr * scale, device=device) for scale in {1.0, *map(_scale, groups)}}
+    return [{**group, "lr": rates[_scale(group)]} for group in groups]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -99,8 +111,8 @@ def _scale(group: dict[str, Any]) -> float:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state in PyTorch's form, for checkpoints, whichever implementation runs."""
     state = optimizer.state_dict()
-    if is_apex_adam(optimizer):
-        state = to_torch(state)
+    if is_apex(optimizer):
+        state = to_torch(state, optimizer)
     return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
 
 
@@ -112,14 +124,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     parameters.
     """
     kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    if is_apex_adam(optimizer):
+    if is_apex(optimizer):
         first = optimizer.param_groups[0]
         capturable = isinstance(first["lr"], torch.Tensor)
-        state = to_apex(state, capturable=capturable, device=first["params"][0].device)
-        kept = [
-            {**mine, **{name: theirs[name] for name in ("step",) if name in theirs}}
-            for mine, theirs in zip(kept, state["param_groups"], strict=True)
-        ]
+        state = to_apex(state, optimizer, capturable=capturable, device=first["params"][0].device)
+    # Some optimizers count their steps in the group, which has no such entry before the first step.
+    kept = [
+        {**{name: theirs[name] for name in ("step",) if name in theirs}, **mine}
+        for mine, theirs in zip(kept, state["param_groups"], strict=True)
+    ]
     groups = [{**mine, "params": saved["params"]} for mine, saved in zip(kept, state["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for group, mine in zip(optimizer.param_groups, kept, strict=True):
@@ -134,6 +147,9 @@ def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
 def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step: linear warm-up, then a cosine to `min_lr` at the end of the last epoch.
 
+    With `optim.schedule` "wsd" (warm-up, stable, decay) it stays at its peak until the last `decay_epochs`, over which
+    it falls linearly to `min_lr` (Haegele et al., arXiv 2405.18392).
+
     With `departures.schedule_unit` "epoch" it moves once an epoch, and `schedule_lag` epochs late: the released
     code's loop runs epochs 0 and 1 at the first value (deit issue 145).
     """
@@ -145,6 +161,9 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -
     top = peak_lr(cfg, recipe.run.global_batch)
     if time < cfg.warmup_epochs:
         return cfg.warmup_lr + (top - cfg.warmup_lr) * time / cfg.warmup_epochs
+    if cfg.schedule == "wsd":
+        left = recipe.run.epochs - time
+        return top if left >= cfg.decay_epochs else cfg.min_lr + (top - cfg.min_lr) * left / cfg.decay_epochs
     return cfg.min_lr + 0.5 * (top - cfg.min_lr) * (1 + math.cos(math.pi * time / recipe.run.epochs))
 
 

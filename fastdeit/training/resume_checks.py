@@ -147,6 +147,9 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
     if unknown:
         raise UserError(f"{path}: its field 'optimizer.state' has an unknown {min(map(str, unknown))}; {NOT_OURS}")
     moments = _moments(training)
+    if moments is None:
+        _check_alike(path, states, own)
+        return
     # A timm model may have unused parameters.
     gaps = bool(states) and training.recipe.model.arch != "deit"
     for index, parameter in enumerate(parameters):
@@ -159,11 +162,27 @@ def _check_optimizer(path: Path, stored: dict[str, Any], training: TrainingStep,
         _check_moments(path, field, held, parameter, moments, global_step)
 
 
-def _moments(training: TrainingStep) -> tuple[str, ...]:
-    """The moments that the optimizer keeps for each parameter, each in the parameter's shape."""
+def _moments(training: TrainingStep) -> tuple[str, ...] | None:
+    """The moments that the optimizer keeps for each parameter, in the parameter's shape; None: only timm knows them."""
     if training.recipe.optim.name == "sgd":
         return ("momentum_buffer",) if training.recipe.optim.momentum else ()
-    return "exp_avg", "exp_avg_sq"
+    return ("exp_avg", "exp_avg_sq") if training.recipe.optim.name == "adamw" else None
+
+
+def _check_alike(path: Path, states: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise UserError unless each parameter's state is a dict whose tensors are no larger than the optimizer's."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for index, held in states.items():
+        field = f"optimizer.state[{index}]"
+        if not isinstance(held, dict):
+            raise UserError(f"{path}: its field '{field}' is a {type(held).__name__}, not a state; {NOT_OURS}")
+        shapes = {name: value.shape for name, value in held.items() if isinstance(value, Tensor) and value.ndim}
+        for name, shape in shapes.items():
+            if "exp_avg" in name and shape != parameters[index].shape:
+                raise UserError(
+                    f"{path}: its field '{field}.{name}' is {tuple(shape)}, but the parameter is "
+                    f"{tuple(parameters[index].shape)}; {NOT_OURS}"
+                )
 
 
 def _check_moments(

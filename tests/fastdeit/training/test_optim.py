@@ -6,7 +6,7 @@ import math
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
@@ -23,6 +23,7 @@ from fastdeit.training.optim import (
     peak_lr,
     set_lr,
 )
+from fastdeit.training.timm_optim import check_name
 from runs import assert_same_state, changed, newest, rewind, train, trained
 
 
@@ -144,6 +145,99 @@ def test_optimizer_takes_the_recipe(network, name):
     if name == "adamw":
         assert optimizer.defaults["betas"] == (0.9, 0.999)
         assert optimizer.defaults["eps"] == 1e-8
+
+
+TIMM = [name for name in list_optimizers() if not name.startswith(("bnb", "fused", "adahessian", "kron"))]
+
+
+def stepped(model, optimizer, steps):
+    for number in steps:
+        inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        set_lr(optimizer, 1e-3 * (number + 1))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_optimizers_resume_to_the_same_bits(tmp_path, name):
+    """Each of them: its state goes through a file, and its update equals that of timm's own factory."""
+    cfg = OptimConfig(name=name, lr=1e-3, lr_batch=0)
+    recipe = dataclasses.replace(RECIPES["deit_tiny"](), optim=cfg).resolved()
+
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+
+    straight, judge, model = network(), network(), network()
+    stepped(straight, build_optimizer(straight, recipe), range(4))
+    theirs = create_optimizer_v2(judge, opt=name, lr=1e-3, weight_decay=0.05, momentum=0.9)
+    stepped(judge, theirs, range(4))
+    for mine, other in zip(straight.parameters(), judge.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+    optimizer = build_optimizer(model, recipe)
+    stepped(model, optimizer, range(2))
+    torch.save(optimizer_state(optimizer), tmp_path / "state.pt")
+    again = build_optimizer(model, recipe)
+    load_optimizer(again, torch.load(tmp_path / "state.pt", weights_only=True))
+    stepped(model, again, range(2, 4))
+    for mine, other in zip(model.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "lamp"}, "'lamp' is neither adamw, sgd nor an optimizer of timm, such as lamb"),
+        ({"name": "fusedlamb"}, "set --optim.name lamb --optim.implementation apex"),
+        ({"name": "bnblion"}, "needs another package"),
+        ({"name": "adahessian"}, "needs second derivatives"),
+        ({"name": "kron"}, "draws random numbers that no checkpoint holds"),
+        ({"name": "lion", "eps": 1e-6}, r"optim\.eps has no effect: lion takes none"),
+        ({"name": "adan", "betas": (0.9, 0.99)}, r"optim\.betas has no effect: adan does not take two betas"),
+    ],
+)
+def test_what_timms_optimizers_do_not_take_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        check_name(OptimConfig(**fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lamb", "muon"])
+def test_a_run_with_an_optimizer_of_timm_resumes_to_the_same_bits(tiny, tmp_path, name):
+    """LAMB counts its steps in the groups, Muon marks each parameter's kind."""
+    recipe = tiny(optim={"name": name}, run={"checkpoint_every": 5, "keep_checkpoints": 9, "output": tmp_path / "run"})
+    straight = trained(recipe)
+    rewind(recipe, 15)
+    assert_same_state(straight, trained(recipe))
+
+
+def wsd(**fields):
+    recipe = RECIPES["deit_tiny"]()
+    optim = dataclasses.replace(recipe.optim, schedule="wsd", **fields)
+    return dataclasses.replace(recipe, optim=optim, run=dataclasses.replace(recipe.run, epochs=20)).resolved()
+
+
+def test_warm_up_stable_decay_is_pytorchs():
+    """Chained from PyTorch's own schedulers, stepped once a batch."""
+    recipe, steps = wsd(warmup_epochs=2.0, decay_epochs=5.0), 10
+    top = peak_lr(recipe.optim, recipe.run.global_batch)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=top)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, recipe.optim.warmup_lr / top, 1.0, total_iters=2 * steps)
+    flat = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, total_iters=1)
+    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, recipe.optim.min_lr / top, total_iters=5 * steps)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, flat, fall], [2 * steps, 15 * steps])
+    for number in range(20 * steps):
+        ours = learning_rate(recipe, *divmod(number, steps), steps)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), number
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("decay_epochs", [-1.0, 18.5, float("nan")])
+def test_a_decay_longer_than_the_run_is_refused(decay_epochs):
+    with pytest.raises(UserError, match=r"optim\.decay_epochs is .* from 0 to 18, the epochs after warm-up"):
+        wsd(warmup_epochs=2.0, decay_epochs=decay_epochs)
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ import types
 
 import pytest
 import torch
+from timm.optim import Lamb
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
-from fastdeit.training import apex_adam
+from fastdeit.training import apex_optim
 from fastdeit.training.optim import build_optimizer, load_optimizer, optimizer_state, set_lr
 from runs import changed
 
@@ -52,13 +53,31 @@ class FusedAdam(torch.optim.Optimizer):
                 p.sub_((update + group["weight_decay"] * p) * group["lr"])
 
 
+class FusedLAMB(Lamb):
+    """The signature and the state of apex's; timm's LAMB is a port of it."""
+
+    def __init__(
+        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, amsgrad=False,
+        adam_w_mode=True, grad_averaging=True, set_grad_none=True, max_grad_norm=1.0, use_nvlamb=False,
+    ):  # fmt: skip
+        assert adam_w_mode
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = torch.tensor(float(group.get("step", 0)))
+        super().step()
+        for group in self.param_groups:
+            group["step"] = int(group["step"])
+
+
 @pytest.fixture
 def apex(monkeypatch):
     package, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
-    optimizers.FusedAdam = FusedAdam
+    optimizers.FusedAdam, optimizers.FusedLAMB = FusedAdam, FusedLAMB
     monkeypatch.setitem(sys.modules, "apex", package)
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
-    monkeypatch.setattr(apex_adam, "DEVICE", "cpu")
+    monkeypatch.setattr(apex_optim, "DEVICE", "cpu")
 
 
 def recipe(implementation):
@@ -83,7 +102,7 @@ def train(model, optimizer, steps):
 def test_the_update_is_adamws(apex):
     ours, judge = network(), network()
     optimizer = build_optimizer(ours, recipe("apex"))
-    assert apex_adam.is_apex_adam(optimizer)
+    assert apex_optim.is_apex(optimizer)
     train(ours, optimizer, range(6))
     decayed = [p for p in judge.parameters() if p.ndim > 1]
     plain = [p for p in judge.parameters() if p.ndim == 1]
@@ -97,8 +116,8 @@ def test_the_update_is_adamws(apex):
 @pytest.mark.parametrize("way", [("torch", "apex"), ("apex", "torch"), ("apex", "apex")])
 def test_a_run_goes_on_with_the_other(apex, monkeypatch, way, capturable):
     if capturable:
-        plain = apex_adam.build_apex_adam
-        monkeypatch.setattr("fastdeit.training.optim.build_apex_adam", lambda *args, **_: plain(*args, capturable=True))
+        plain = apex_optim.build_apex
+        monkeypatch.setattr("fastdeit.training.optim.build_apex", lambda *args, **_: plain(*args, capturable=True))
     straight = network()
     train(straight, build_optimizer(straight, recipe("torch")), range(8))
 
@@ -113,6 +132,25 @@ def test_a_run_goes_on_with_the_other(apex, monkeypatch, way, capturable):
     train(model, optimizer, range(4, 8))
     for a, b in zip(model.parameters(), straight.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", [("torch", "apex"), ("apex", "torch"), ("apex", "apex"), ("torch", "torch")])
+def test_a_run_with_lamb_goes_on_with_the_other(apex, way):
+    first, second = (
+        changed(recipe(implementation), "optim", name="lamb", betas=None, eps=None) for implementation in way
+    )
+    straight, model = network(), network()
+    train(straight, build_optimizer(straight, first), range(8))
+    optimizer = build_optimizer(model, first)
+    assert apex_optim.is_apex(optimizer) == (way[0] == "apex")
+    train(model, optimizer, range(4))
+    stored = copy.deepcopy(optimizer_state(optimizer))
+    assert all(group["step"].item() == 4.0 for group in stored["param_groups"])
+    optimizer = build_optimizer(model, second)
+    load_optimizer(optimizer, stored)
+    train(model, optimizer, range(4, 8))
+    for a, b in zip(model.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_what_is_stored_is_what_adamw_stores(apex):
@@ -150,7 +188,7 @@ def test_a_changed_weight_decay_is_taken_on_resuming():
 
 
 def test_without_apex_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr(apex_adam.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(apex_optim.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match=r"not installed: build it from https://github.com/NVIDIA/apex .*torch"):
         build_optimizer(network(), recipe("apex"))
@@ -168,7 +206,7 @@ def test_pypis_apex_is_told_apart(monkeypatch, tmp_path):
 
 
 def test_a_cpu_is_refused(apex, monkeypatch):
-    monkeypatch.setattr(apex_adam, "DEVICE", "cuda")
+    monkeypatch.setattr(apex_optim, "DEVICE", "cuda")
     with pytest.raises(UserError, match="runs on a GPU, but the weights are on cpu"):
         build_optimizer(network(), recipe("apex"))
 

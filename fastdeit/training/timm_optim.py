@@ -1,0 +1,66 @@
+"""Optimizers of timm under timm's names: LAMB, Lion, Muon and their like."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+
+from fastdeit.config import OptimConfig
+from fastdeit.pipelines.errors import UserError
+
+# timm lists these too; here NVIDIA's apex has a switch of its own, and nothing has tested bitsandbytes.
+_OTHER_PACKAGES = {"fused": "--optim.name lamb --optim.implementation apex, or adamw", "bnb": "a name without bnb"}
+
+
+def check_name(cfg: OptimConfig) -> None:
+    """Raise UserError unless timm has an optimizer `optim.name` that a training step can use, with these options."""
+    known = [name for name in map(str, list_optimizers()) if not name.startswith(tuple(_OTHER_PACKAGES))]
+    for prefix, remedy in _OTHER_PACKAGES.items():
+        if cfg.name.startswith(prefix):
+            raise UserError(f"optim.name '{cfg.name}' needs another package: set {remedy}")
+    if cfg.name not in known:
+        close: list[str] = difflib.get_close_matches(cfg.name, known, 4) or ["lamb", "lion", "muon"]
+        raise UserError(
+            f"optim.name '{cfg.name}' is neither adamw, sgd nor an optimizer of timm, such as {', '.join(close)}"
+        )
+    info = get_optimizer_info(cfg.name)
+    if info.second_order:
+        raise UserError(f"optim.name '{cfg.name}' needs second derivatives, which a training step does not compute")
+    if cfg.name.startswith("kron"):
+        raise UserError(f"optim.name '{cfg.name}' draws random numbers that no checkpoint holds: it cannot be resumed")
+    if cfg.betas is not None and not (info.has_betas and info.num_betas == 2):
+        raise UserError(f"optim.betas has no effect: {cfg.name} does not take two betas. Leave it out")
+    if cfg.eps is not None and not info.has_eps:
+        raise UserError(f"optim.eps has no effect: {cfg.name} takes none. Leave it out")
+
+
+def can_be_captured(name: str) -> bool:
+    """Whether timm's optimizer `name` says that a CUDA graph can hold its update."""
+    return "capturable" in inspect.signature(get_optimizer_info(name).opt_class).parameters  # pyright: ignore
+
+
+def build_timm_optimizer(
+    groups: list[dict[str, Any]], cfg: OptimConfig, lr: float, *, capturable: bool
+) -> torch.optim.Optimizer:
+    """timm's optimizer `optim.name` over `groups`, with timm's own betas and eps unless the recipe gives them.
+
+    lr          the learning rate after warm-up, to which some of the optimizers refer the weight decay
+    capturable  keep the learning rate in tensors on the device, as a CUDA graph needs
+
+    Raises UserError as `check_name` does.
+    """
+    check_name(cfg)
+    options: dict[str, Any] = {"betas": cfg.betas, "eps": cfg.eps}
+    options = {name: value for name, value in options.items() if value is not None}
+    if capturable:
+        options["capturable"] = True
+    info = get_optimizer_info(cfg.name)
+    if info.has_momentum:
+        options["momentum"] = cfg.momentum
+    return create_optimizer_v2(
+        groups, opt=cfg.name, lr=lr, weight_decay=cfg.weight_decay, filter_bias_and_bn=False, **options
+    )
