@@ -1,6 +1,6 @@
 """The dataclasses of a recipe: everything that determines a training run.
 
-Named recipes are in `recipes.py`. You can override every field on the command line (`--optim.lr 1e-3`) or from a file
+Named recipes are in `recipes/`. You can override every field on the command line (`--optim.lr 1e-3`) or from a file
 (`--config run.toml`). A run stores its resolved recipe. Default values come from Touvron et al., arXiv 2012.12877,
 Table 9.
 
