@@ -52,12 +52,19 @@ def export_timm(loaded: Loaded, folder: Path) -> None:
 
 def _timm_arguments(loaded: Loaded) -> dict[str, Any]:
     cfg = loaded.recipe.model
-    return {name: getattr(cfg, name) for name in _SHAPE} if cfg.arch == "deit" else {}
+    if cfg.arch != "deit":
+        return {}
+    arguments = {name: getattr(cfg, name) for name in _SHAPE}
+    if cfg.layer_scale:
+        arguments["init_values"] = cfg.layer_scale
+    return arguments | ({"no_embed_class": True} if cfg.no_embed_class else {})
 
 
 def _timm_model(loaded: Loaded) -> nn.Module:
     """timm's own network with these weights, and with this preprocessing in its configuration."""
     cfg, augment = loaded.recipe.model, loaded.recipe.augment
+    if cfg.distilled and cfg.no_embed_class:
+        raise UserError("timm has no model with a distillation token that has no position: export it as onnx or torch")
     arch = "deit_tiny_distilled_patch16_224" if cfg.distilled else "deit_tiny_patch16_224"
     overlay = {
         "input_size": (3, cfg.img_size, cfg.img_size),
@@ -85,6 +92,8 @@ def export_transformers(loaded: Loaded, folder: Path) -> None:
     cfg, augment = loaded.recipe.model, loaded.recipe.augment
     if cfg.arch != "deit":
         raise UserError(f"{cfg.arch} has no layout in transformers here: export it as timm, onnx or torch")
+    if cfg.layer_scale or cfg.no_embed_class:
+        raise UserError("transformers has no DeiT III: export it as timm, onnx or torch")
     kind = "deit" if cfg.distilled else "vit"
     names = loaded.class_names or [f"LABEL_{i}" for i in range(cfg.num_classes or 0)]
     config = {

@@ -65,7 +65,9 @@ def enough_to_train(recipe: Recipe, processes: int, device: torch.device) -> Abs
     images = min(recipe.run.micro_batch or share, share)
     # `model.drop_path_mode` "skip" needs whole mixing groups.
     least = recipe.mixing_group(processes) if recipe.model.drop_path_mode == "skip" else 1
-    return _enough("training with", images, recipe.model.img_size, "--run.micro_batch", device, least)
+    cfg = recipe.model
+    other = "" if cfg.arch != "deit" or cfg.grad_checkpointing else ", or --model.grad_checkpointing True"
+    return _enough("training with", images, cfg.img_size, "--run.micro_batch", device, least, other)
 
 
 def enough_for(work: str, images: Tensor, option: str, device: torch.device) -> AbstractContextManager[None]:
@@ -74,8 +76,9 @@ def enough_for(work: str, images: Tensor, option: str, device: torch.device) -> 
 
 
 def _enough(
-    work: str, images: int, size: int, option: str, device: torch.device, least: int = 1
+    work: str, images: int, size: int, option: str, device: torch.device, least: int = 1, other: str = ""
 ) -> AbstractContextManager[None]:
     fewer = images // 2 // least * least
     remedy = f"set {option} {fewer} or less" if fewer else "take a smaller model or smaller images"
+    remedy += other
     return enough_memory(f"{work} {images} images of {size} x {size} at once", remedy, device)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -44,14 +45,21 @@ def create_model(
         "num_heads": cfg.num_heads,
         "mlp_ratio": cfg.mlp_ratio,
         "num_classes": num_classes,
+        "init_values": cfg.layer_scale or None,
         "drop_path_rate": cfg.drop_path,
         "proj_drop_rate": cfg.drop_rate,
         "pos_drop_rate": cfg.drop_rate,
+        **({"no_embed_class": True} if cfg.no_embed_class else {}),
     }
-    if not cfg.distilled:
-        return VisionTransformer(**shape)
-    model = VisionTransformerDistilled(**shape)
-    model.set_distilled_training(True)
+    if cfg.distilled and cfg.no_embed_class:
+        raise UserError("timm has no network with a distillation token that has no position: set distilled to False")
+    model = (VisionTransformerDistilled if cfg.distilled else VisionTransformer)(**shape)
+    if cfg.drop_path and cfg.drop_path_uniform:
+        for block in model.blocks:
+            block.drop_path1, block.drop_path2 = (DropPath(cfg.drop_path) for _ in range(2))
+    model.set_grad_checkpointing(cfg.grad_checkpointing)
+    if isinstance(model, VisionTransformerDistilled):
+        model.set_distilled_training(True)
     return model
 
 

@@ -190,6 +190,11 @@ class _Shape:
         return self.batch * self.heads
 
     @property
+    def forwards(self) -> int:
+        """Forward passes over a block; with gradient checkpointing the backward pass makes another."""
+        return 2 if self.model.grad_checkpointing else 1
+
+    @property
     def kept(self) -> list[int]:
         """How many samples each block's branches compute."""
         return kept_samples(self.model, self.batch)
@@ -209,8 +214,10 @@ class _Shape:
     @property
     def parameters(self) -> int:
         width = self.width
-        vectors = self.model.depth * (sum(outputs for _, _, outputs in self.layers) + 4 * width)
-        return self.matrices + vectors + (3 + self.heads + self.tokens) * width + self.heads * self.classes
+        norms_and_scales = (4 + 2 * (self.model.layer_scale > 0)) * width
+        vectors = self.model.depth * (sum(outputs for _, _, outputs in self.layers) + norms_and_scales)
+        positions = self.patches if self.model.no_embed_class else self.tokens
+        return self.matrices + vectors + (3 + self.heads + positions) * width + self.heads * self.classes
 
 
 def kept_samples(model: ModelConfig, batch: int) -> list[int]:
@@ -241,6 +248,8 @@ def memory(model: ModelConfig, batch: int, *, num_classes: int = 1000, ema: bool
     block = 2 * stream * shape.width + BF16 * (6 * shape.width + 2 * shape.hidden)
     last = stream * shape.width + BF16 * 4 * shape.width
     kept = shape.rows * (block * (model.depth - 1) + last + stream * shape.width)
+    if model.grad_checkpointing:  # the stream and the branch between two blocks, and one block at a time
+        kept = shape.rows * ((stream + BF16) * shape.width * model.depth + block)
     pixels = shape.batch * shape.patches * shape.patch_values
     return states + kept + pixels * (2 * FP32 + BF16)
 
@@ -262,7 +271,9 @@ def gemms(model: ModelConfig, batch: int, *, num_classes: int = 1000) -> list[Ge
     forward.append(("head", shape.heads, batch, shape.width, num_classes))
     out: list[Gemm] = []
     for name, count, rows, inputs, outputs in forward:
-        out.append(Gemm(name=name, product="forward", count=count, m=rows, n=outputs, k=inputs))
+        # A second forward pass over a block ends at the input of its last layer.
+        times = shape.forwards if name.partition(",")[0] in ("qkv", "proj", "fc1") else 1
+        out.append(Gemm(name=name, product="forward", count=count * times, m=rows, n=outputs, k=inputs))
         if name != "patch embedding":
             out.append(Gemm(name=name, product="input gradient", count=count, m=rows, n=inputs, k=outputs))
         out.append(Gemm(name=name, product="weight gradient", count=count, m=outputs, n=inputs, k=rows))
@@ -300,7 +311,14 @@ def _attention(shape: _Shape) -> list[Pass]:
         flops = 2.0 * own * shape.tokens  # of one product, over all heads
         moved = BF16 * (3 * values + own), BF16 * (6 * values + 2 * own)
         out += [
-            Pass(part=ATTENTION, name=f"forward{where}", count=count, bytes=moved[0], flops=2 * flops, share=forward),
+            Pass(
+                part=ATTENTION,
+                name=f"forward{where}",
+                count=count * shape.forwards,
+                bytes=moved[0],
+                flops=2 * flops,
+                share=forward,
+            ),
             Pass(
                 part=ATTENTION,
                 name=f"backward{where}",
@@ -322,15 +340,19 @@ def _layer_norm(shape: _Shape, stream: int) -> list[Pass]:
     sites = [(pair, shape.rows, shape.tokens, count, "") for pair, count in pairs.items()]
     last = Counter(((kept[-2], kept[-2]), (kept[-2], kept[-1])))
     sites += [(pair, shape.few, shape.heads, count, ", last block") for pair, count in last.items()]
-    for (branch, following), rows, tokens, count, where in sites:
+    for number, ((branch, following), rows, tokens, count, where) in enumerate(sites, 1):
         # Forward reads the stream and a branch, writes the sum and its normalisation. Backward reads two gradients and
-        # the sum, and writes two gradients.
+        # the sum, and writes two gradients; with LayerScale it reads the branch as well.
         both = BF16 * (branch + following) * tokens * shape.width
         forward, backward = (n * stream * rows * shape.width + both for n in (2, 3))
-        out.append(Pass(part=LAYER_NORM, name=f"with residual, forward{where}", count=count, bytes=forward))
+        if shape.model.layer_scale:
+            backward += BF16 * branch * tokens * shape.width
+        # The last one is after all blocks, and so is not computed again.
+        times = count * shape.forwards - (shape.forwards - 1) * (number == len(sites))
+        out.append(Pass(part=LAYER_NORM, name=f"with residual, forward{where}", count=times, bytes=forward))
         out.append(Pass(part=LAYER_NORM, name=f"with residual, backward{where}", count=count, bytes=backward))
     values = shape.rows * shape.width
-    out.append(Pass(part=LAYER_NORM, name="first, forward", count=1, bytes=values * (stream + BF16)))
+    out.append(Pass(part=LAYER_NORM, name="first, forward", count=shape.forwards, bytes=values * (stream + BF16)))
     out.append(Pass(part=LAYER_NORM, name="first, backward", count=1, bytes=values * (2 * stream + BF16)))
     return out
 
@@ -339,9 +361,10 @@ def _gelu(shape: _Shape) -> list[Pass]:
     out = []
     for kept, tokens, count, where in _blocks(shape):
         values = kept * tokens * shape.hidden
-        for name, tensors, each in zip(("forward", "backward"), (2, 3), GELU_INSTRUCTIONS, strict=True):
-            moved, issued = tensors * BF16 * values, float(each * values)
-            out.append(Pass(part=GELU, name=f"{name}{where}", count=count, bytes=moved, instructions=issued))
+        passes_over = ("forward", shape.forwards, 2), ("backward", 1, 3)
+        for (name, times, tensors), each in zip(passes_over, GELU_INSTRUCTIONS, strict=True):
+            work = {"bytes": tensors * BF16 * values, "instructions": float(each * values)}
+            out.append(Pass(part=GELU, name=f"{name}{where}", count=count * times, **work))
     return out
 
 

@@ -19,6 +19,7 @@ from fastdeit.recipes import RECIPES
         ("deit_tiny", "deit_tiny_patch16_224"),
         ("deit_tiny_distilled", "deit_tiny_distilled_patch16_224"),
         ("deit_small_distilled_384", "deit_small_distilled_patch16_224"),
+        ("deit3_small", "deit3_small_patch16_224"),
     ],
 )
 def test_the_network_is_timms(recipe, name):
@@ -29,7 +30,9 @@ def test_the_network_is_timms(recipe, name):
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
     rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in ours.blocks]
-    assert max(rates) == pytest.approx(RECIPES[recipe]().model.drop_path)
+    cfg = RECIPES[recipe]().model
+    assert max(rates) == pytest.approx(cfg.drop_path)
+    assert (min(rates) == max(rates)) == cfg.drop_path_uniform
     assert isinstance(ours.train()(images), tuple) == ("distilled" in recipe)
 
 
@@ -38,6 +41,9 @@ def test_mistakes_in_a_network_are_named():
         fastdeit.create_model("deit_tiny", img_size=33)
     with pytest.raises(UserError, match=r"trains a resnet18: timm.create_model\('resnet18'\) makes it"):
         fastdeit.create_model("convnet_teacher")
+    distilled = dataclasses.replace(RECIPES["deit3_small"]().model, distilled=True)
+    with pytest.raises(UserError, match="no network with a distillation token that has no position"):
+        fastdeit.create_model(dataclasses.replace(RECIPES["deit3_small"](), model=distilled))
     with pytest.raises(UserError, match="there is no recipe 'deit_huge'"):
         fastdeit.create_model("deit_huge")
 

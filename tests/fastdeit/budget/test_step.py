@@ -88,6 +88,9 @@ def run_on_meta(cfg, monkeypatch):
         ("deit_tiny", {"depth": 3, "mlp_ratio": 3.0, "patch_size": 32}),
         ("deit_base", SKIPS),
         ("deit_small_distilled", {**SKIPS, "drop_path": 0.5}),
+        ("deit3_base", {}),
+        ("deit3_large", {}),
+        ("deit3_base", {**SKIPS, "grad_checkpointing": True}),
     ],
 )
 def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
@@ -108,7 +111,7 @@ def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"residual_dtype": "bfloat16"}, SKIPS, {**SKIPS, "drop_path": 0.5}])
-@pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled"])
+@pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled", "deit3_base", "deit3_huge"])
 def test_the_passes_move_the_tensors_of_the_operators(name, changes, monkeypatch):
     cfg = config(name, **changes)
     _, recorder = run_on_meta(cfg, monkeypatch)
@@ -122,7 +125,7 @@ def test_the_passes_move_the_tensors_of_the_operators(name, changes, monkeypatch
             assert sum(each.count * each.bytes for each in moved) == pytest.approx(recorder.bytes[name], rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny", "deit_small_distilled", "deit_base_384"])
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_small_distilled", "deit_base_384", "deit3_base", "deit3_huge_224"])
 def test_the_parameters_are_those_of_the_real_model(name):
     with torch.device("meta"):
         model = build_model(config(name), 1000)

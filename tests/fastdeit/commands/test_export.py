@@ -15,7 +15,7 @@ from fastdeit.exporting import Classifier
 from fastdeit.loading import load
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
-from fastdeit.recipes import convnet_teacher, deit_tiny
+from fastdeit.recipes import convnet_teacher, deit3_small, deit_tiny
 from runs import newest, train
 from system import run_python
 
@@ -24,9 +24,10 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 @pytest.fixture(scope="module")
 def trained(tiny_in, tmp_path_factory):
-    """Checkpoints of a distilled student, a plain one and a convnet."""
+    """Checkpoints of a distilled student, a plain one, a DeiT III and a convnet."""
     paths = {}
-    for name, base in (("distilled", None), ("plain", deit_tiny), ("convnet", convnet_teacher)):
+    bases = {"distilled": None, "plain": deit_tiny, "deit3": deit3_small, "convnet": convnet_teacher}
+    for name, base in bases.items():
         recipe = tiny_in(tmp_path_factory.mktemp(name) / "run", base, run={"epochs": 1})
         train(recipe)
         paths[name] = newest(recipe)
@@ -42,7 +43,7 @@ def logits_mean(loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["distilled", "plain", "convnet"])
+@pytest.mark.parametrize("kind", ["distilled", "plain", "deit3", "convnet"])
 def test_timm_loads_it(trained, tmp_path, kind):
     export(Options(checkpoint=trained[kind], dest=tmp_path))
     loaded, folder = load(trained[kind]), tmp_path / "timm"
@@ -131,6 +132,15 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(trained, tmp_path, monk
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="no such checkpoint"):
         export(Options(checkpoint=tmp_path / "none.pt", dest=tmp_path))
+
+
+def test_layouts_that_others_do_not_have_are_refused(trained, tmp_path, tiny):
+    with pytest.raises(UserError, match="transformers has no DeiT III: export it as timm, onnx or torch"):
+        export(Options(checkpoint=trained["deit3"], dest=tmp_path / "a", formats=("transformers",)))
+    recipe = tiny(deit3_small, model={"distilled": True}, run={"epochs": 1})
+    train(recipe)
+    with pytest.raises(UserError, match="timm has no model with a distillation token that has no position"):
+        export(Options(checkpoint=newest(recipe), dest=tmp_path / "b", formats=("timm",)))
 
 
 def test_a_convnet_has_no_layout_in_transformers(trained, tmp_path):
