@@ -20,6 +20,7 @@ COMMANDS = {  # module and one line of help
     "gpu": ("gpu", "every check and figure that needs a GPU, in five parts"),
     "roof": ("roof.benchmark", "predicted time of a training step by part, beside what was measured; needs no GPU"),
     "residual": ("residual", "accuracy with a residual stream in bf16 and in float32, on Fashion-MNIST; needs no GPU"),
+    "findings": ("findings.benchmark", "which claims of the papers hold in small models, over seeds; needs no GPU"),
     "tables": ("tables", "the results as Markdown"),
 }
 

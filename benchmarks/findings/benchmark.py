@@ -1,0 +1,168 @@
+"""`python -m benchmarks findings`: which claims of the papers hold in small models, over several seeds.
+
+It trains every cell of `cells.CELLS` with each seed, and appends a line to the results after each run. The same command
+goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.findings.cells import CELLS, Study, recipe
+from benchmarks.findings.report import write
+from benchmarks.record import RESULTS, append, environment
+from benchmarks.tables import read
+from fastdeit.cli import parse, run
+from fastdeit.commands.demo import teacher_recipe, write_digits
+from fastdeit.config import Recipe
+from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
+from fastdeit.loading import evaluation_transform
+from fastdeit.model.deit import DeiT, token_cosines
+from fastdeit.pipelines.conversion.convert import convert
+from fastdeit.pipelines.conversion.encode import decode
+from fastdeit.pipelines.errors import UserError
+from fastdeit.recipes import RECIPES
+from fastdeit.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train the cells of the study, then write the table and the picture of what they show."""
+
+    data: Literal["digits", "fashion-mnist"] = "digits"
+    train: Path | None = None  # Fashion-MNIST's training images, converted
+    val: Path | None = None  # its test images, converted
+    teacher: Path | None = None  # a checkpoint of fashion_mnist_teacher
+    cells: tuple[str, ...] = ()  # names of cells; none: all
+    seeds: int = 5
+    epochs: int = 0  # 0: 40 on digits, 12 on Fashion-MNIST
+    threads: int = 1  # of PyTorch; the results are the same with any number
+    folder: Path = Path("runs/findings")  # for data and runs, which are deleted when their line is written
+    results: Path = RESULTS / "findings.jsonl"
+    report: Path | None = None  # the page to write, such as docs/findings.md; None: none
+    only_report: bool = False  # do not train
+
+
+def _digits(options: Options) -> Study:
+    folder = options.folder / "digits"
+    for split in ("train", "val"):
+        if not (folder / f"{split}.beton").exists():
+            if not (folder / "images").exists():
+                write_digits(folder / "images")
+            convert(str(folder / "images" / split), folder / f"{split}.beton", progress=False)
+    teacher = replace_run(teacher_recipe(folder), device="cpu", progress=False)
+    checkpoint = Path(teacher.run.output) / "checkpoints" / "last.pt"
+    if not checkpoint.exists():
+        _scores(teacher)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    # A mirrored digit is another sign; the crops are those of the demo.
+    augment = {"hflip": 0.0, "crop_scale": (0.6, 1.0), "crop_ratio": (0.85, 1.18), "eval_crop": 1.0}
+    epochs = options.epochs or 40
+    return Study(folder / "train.beton", folder / "val.beton", checkpoint, "resnet10t", epochs, shape, augment)
+
+
+def _fashion_mnist(options: Options) -> Study:
+    if options.train is None or options.val is None or options.teacher is None:
+        raise UserError("--data fashion-mnist needs --train, --val and --teacher: see docs/benchmarks.md")
+    base = RECIPES["fashion_mnist_distilled"]().augment
+    shape = {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    names = ("crop_scale", "crop_ratio", "eval_crop", "mean", "std")
+    augment = {name: getattr(base, name) for name in names}
+    epochs = options.epochs or 12
+    return Study(options.train, options.val, options.teacher, "resnet10t", epochs, shape, augment)
+
+
+def replace_run(made: Recipe, **fields: Any) -> Recipe:
+    """The recipe with these fields of `run`."""
+    return replace(made, run=replace(made.run, **fields))
+
+
+def _scores(made: Recipe) -> dict[str, Any]:
+    """Train; the scores by weights and head, and the cosine of both tokens by layer."""
+    with world("cpu") as joined, contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(made.resolved(), joined)
+        scores = trainer.run()
+        found: dict[str, Any] = {
+            weights: {
+                head: {name: score[name] for name in ("top1", "loss")}
+                for head, score in heads.items()
+                if isinstance(score, dict)
+            }
+            for weights, heads in scores.items()
+        }
+        model = trainer.model
+    if isinstance(model, DeiT) and model.distilled:
+        images = torch.stack([_val_image(made, number) for number in range(64)])
+        found["cosines"] = [round(value, 4) for value in token_cosines(model.eval().tokens_by_layer(images))]
+    return found
+
+
+def _val_image(made: Recipe, number: int) -> torch.Tensor:
+    data = open_dataset(made.data.val, "data.val")
+    try:
+        return evaluation_transform(made)(decode(data.read(number).tobytes()))
+    finally:
+        data.close()
+
+
+def settings(made: Recipe) -> str:
+    """A hash of everything in a recipe but its paths and its seed, so that a changed study starts afresh."""
+    plain = made.filled().to_dict()
+    paths = ("data", "train"), ("data", "val"), ("data", "threads"), ("teacher", "checkpoint")
+    for section, name in (*paths, ("run", "output"), ("run", "seed")):
+        plain[section].pop(name)
+    return f"{zlib.crc32(repr(sorted(plain.items())).encode()):08x}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, prog="python -m benchmarks findings", args=argv)
+    unknown = set(options.cells) - set(CELLS)
+    if unknown:
+        raise UserError(f"there is no cell '{min(unknown)}': choose from {', '.join(map(repr, CELLS))}")
+    if not options.only_report:
+        torch.set_num_threads(options.threads)
+        _train_all(options)
+    if options.report is not None:
+        write(read(options.results), options.report)
+
+
+def _train_all(options: Options) -> None:
+    study = _digits(options) if options.data == "digits" else _fashion_mnist(options)
+    done = {
+        (record["data"], record["cell"], record["seed"], record["settings"])
+        for record in (read(options.results) if options.results.exists() else [])
+    }
+    for seed in range(options.seeds):
+        for cell in options.cells or CELLS:
+            output = options.folder / options.data / f"run-{zlib.crc32(cell.encode()):08x}-{seed}"
+            made = recipe(study, cell, seed, output)
+            key = (options.data, cell, seed, settings(made))
+            if key in done:
+                continue
+            began = time.monotonic()
+            shutil.rmtree(output, ignore_errors=True)
+            scores = _scores(made)
+            record = dict(zip(("data", "cell", "seed", "settings"), key, strict=True))
+            record |= {"epochs": study.epochs, "seconds": round(time.monotonic() - began, 1), "scores": scores}
+            append(options.results, {**record, "environment": environment()})
+            shutil.rmtree(output)
+            top1 = scores["model"]["class"]["top1"]
+            print(f"seed {seed}, {cell}: top-1 {top1:.2f} in {record['seconds']:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
