@@ -168,6 +168,20 @@ def check_class_names(one: str, names: list[str] | None, other: str, others: lis
     )
 
 
+def class_columns(one: str, names: list[str] | None, other: str, others: list[str] | None) -> list[int] | None:
+    """The places of `others` among `names`, if they are some of them; None if both are the same, or one is None.
+
+    Raises UserError as `check_class_names` does for any other difference.
+    """
+    if names is None or others is None or names == others:
+        return None
+    place = {name: number for number, name in enumerate(names)}
+    some = len(others) < len(names) and len(place) == len(names) and len(set(others)) == len(others)
+    if not (some and set(others) < place.keys()):
+        check_class_names(one, names, other, others)
+    return [place[name] for name in others]
+
+
 def check_teacher(cfg: TeacherConfig) -> None:
     """Raise UserError if a teacher has no weights, or a checkpoint beside its own."""
     if cfg.name == LITE0:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import recipe_from_dict
@@ -21,7 +21,7 @@ from fastdeit.model.kernel_choice import TORCH, Kernels
 from fastdeit.model.networks import ConvnetStudent, build_network
 from fastdeit.model.weights import check_described, describe, load_weights, state_dict
 from fastdeit.pipelines.errors import UserError
-from fastdeit.recipes import recipe_named
+from fastdeit.recipes import convnet_teacher, recipe_of
 from fastdeit.training.evaluation import headline_head
 
 Weights = Literal["model", "ema"]
@@ -65,15 +65,53 @@ class OpenedCheckpoint:
         return model, messages
 
 
-def open_checkpoint(path: Path, recipe: str | None = None, img_size: int | None = None) -> OpenedCheckpoint:
+class OfClasses(nn.Module):
+    """A network whose logits are those of some of its classes, `columns`, in that order."""
+
+    columns: Tensor
+
+    def __init__(self, network: nn.Module, columns: list[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        cls, dist = self.network(images)
+        return StudentOutput(cls[:, self.columns], None if dist is None else dist[:, self.columns])
+
+
+def timm_recipe(arch: str) -> tuple[Recipe, list[str]]:
+    """A recipe that describes timm's model `arch` and its preprocessing; sentences on what evaluation does otherwise.
+
+    Raises UserError if timm has no configuration for it.
+    """
+    import timm
+
+    cfg: Any = timm.get_pretrained_cfg(arch) if timm.is_model(arch) else None
+    if cfg is None:
+        raise UserError(f"--arch {arch} is not a model that timm has a configuration for: see timm.list_models()")
+    base, size = convnet_teacher(), cfg.input_size[-1]
+    said = [
+        f"timm's configuration of {arch} says {name} '{value}', but evaluation here takes {ours}"
+        for name, value, ours in (
+            ("interpolation", cfg.interpolation, "bicubic"),
+            ("crop_mode", cfg.crop_mode, "center"),
+        )
+        if value != ours
+    ]
+    augment = replace(base.augment, mean=tuple(cfg.mean), std=tuple(cfg.std), eval_crop=cfg.crop_pct)
+    return replace(base, name=arch, model=replace(base.model, arch=arch, img_size=size), augment=augment), said
+
+
+def open_checkpoint(path: Path, recipe: str | Recipe | None = None, img_size: int | None = None) -> OpenedCheckpoint:
     """Read a checkpoint of any layout that `load_weights` knows, or the newest one of a run's folder.
 
-    recipe    name of the recipe that describes its network; None: the checkpoint holds its own
+    recipe    the recipe that describes its network, or its name; None: the checkpoint holds its own
     img_size  resolution, if it is not the recipe's
 
     Raises UserError if the file is missing or damaged, has no recipe, or holds another network than its recipe says.
     """
-    named = None if recipe is None else recipe_named(recipe)
+    named = None if recipe is None else recipe_of(recipe)
     path = checkpoint_file(path)
     stored = read_checkpoint(path)
     described = describe(stored, str(path))

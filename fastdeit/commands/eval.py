@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,27 +12,35 @@ import tyro
 from fastdeit import launch
 from fastdeit.cli import parse, program, run
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_checkpoint, check_class_names, checkpoint_file, open_dataset, open_runs_set
+from fastdeit.inputs import check_checkpoint, checkpoint_file, class_columns, open_dataset, open_runs_set
 from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.recipes import recipe_named
 from fastdeit.streams import keep_streams
 from fastdeit.subsets import divide
 
 if TYPE_CHECKING:
+    from fastdeit.distributed import World
     from fastdeit.loading import OpenedCheckpoint
+    from fastdeit.model.kernel_choice import Kernels
+    from fastdeit.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Top-1, top-5 and loss of every head of a checkpoint; also ReaL accuracy if the data set holds ReaL's labels."""
+    """Top-1, top-5 and loss of every head of a checkpoint, on one data set or several.
+
+    Also ReaL accuracy if a data set holds ReaL's labels. A data set may have some of the checkpoint's classes, as
+    ImageNet-A and ImageNet-R do: then only these classes can be chosen.
+    """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint of fastdeit, DeiT or timm, or a run's folder
-    # what fastdeit-convert wrote, or a folder or archive of images; None: the run's own validation images
-    val: Annotated[Path | None, tyro.conf.Positional] = None
+    # data sets that fastdeit-convert wrote, or folders or archives of images; none: the run's own validation images
+    val: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
+    arch: str | None = None  # for a checkpoint of a timm model, such as a teacher: its name in timm, e.g. regnety_160
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
     img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
     batch: int = 256
@@ -44,67 +53,116 @@ class Options:
     json: bool = False  # print one JSON object instead of a table
 
 
-def evaluate_checkpoint(options: Options) -> dict[str, Any]:
-    """Scores by kind of weights. Raises UserError where checkpoint, recipe and data set do not fit together."""
-    val = _checked(options)
+def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
+    """Scores by data set and kind of weights; on other processes than the main one, none.
+
+    Raises UserError where checkpoint, recipe and data sets do not fit together.
+    """
+    sets = _checked(options)
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.loading import open_checkpoint
-    from fastdeit.memory import moved
     from fastdeit.model.kernel_choice import choose_kernels
-    from fastdeit.pipelines.formats.checksums import unchecked
-    from fastdeit.setup import open_evaluation_data, set_up, silent
-    from fastdeit.training.evaluation import evaluate
+    from fastdeit.setup import set_up, silent
 
-    opened = open_checkpoint(options.checkpoint, options.recipe, options.img_size)
+    said: list[str] = []
+    named = options.recipe
+    if options.arch is not None:
+        from fastdeit.loading import timm_recipe
+
+        named, said = timm_recipe(options.arch)
+    opened = open_checkpoint(options.checkpoint, named, options.img_size)
     recipe = _with_options(opened.recipe, options)
-    val, images = (val, None) if val is not None else _runs_own(opened)
-    kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
-    if options.weights == "both" and not opened.has_average:
-        kinds = ["model"]
+    images = None
+    if not sets:
+        own, images = _runs_own(opened)
+        sets = {str(own.path): own}
+    names = opened.described.get("class_names")
+    columns = {path: class_columns(str(options.checkpoint), names, path, val.class_names) for path, val in sets.items()}
+    classes = recipe.model.num_classes or len(names or ()) or next(iter(sets.values())).num_classes
     with world(options.device) as joined:
-        verbose = joined.main and not options.json
-        say = console.say if verbose else silent
+        say = console.say if joined.main and not options.json else silent
         precision = set_up(recipe, joined)
-        named = opened.described.get("class_names")
-        check_class_names(str(options.checkpoint), named, str(val.path), val.class_names)
-        classes = recipe.model.num_classes or val.num_classes
         kernels = choose_kernels(recipe.model, precision, classes, joined)
-        data = open_evaluation_data(recipe, val, joined, precision, kernels, images=images, say=say)
         if precision.note:
-            say(precision.note)
+            said.append(precision.note)
         if opened.path != options.checkpoint:
-            say(f"the newest checkpoint of the run: {opened.path}")
-        if options.val is None:
-            which = "" if images is None else f", the {len(images)} images that the run held out"
-            say(f"the run's data set: {val.path}{which}")
-        say(kernels.sentence())
+            said.append(f"the newest checkpoint of the run: {opened.path}")
+        for sentence in (*said, kernels.sentence()):
+            say(sentence)
+        out: dict[str, dict[str, Any]] = {}
+        for path, val in sets.items():
+            if not options.val:
+                which = "" if images is None else f", the {len(images)} images that the run held out"
+                say(f"the run's data set: {path}{which}")
+            run = _Evaluation(opened, recipe, joined, precision, kernels, classes, say)
+            out[path] = run.on(val, images, columns[path], options)
+    return out if joined.main else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """What the evaluations of one checkpoint on several data sets share."""
+
+    opened: "OpenedCheckpoint"
+    recipe: Recipe
+    world: "World"
+    precision: "Precision"
+    kernels: "Kernels"
+    classes: int
+    say: Callable[[str], object]
+
+    def on(
+        self, val: Dataset, images: np.ndarray | None, columns: list[int] | None, options: Options
+    ) -> dict[str, Any]:
+        """Scores by kind of weights, of the network's classes `columns` (None: all)."""
+        from fastdeit.loading import OfClasses
+        from fastdeit.memory import moved
+        from fastdeit.pipelines.formats.checksums import unchecked
+        from fastdeit.setup import open_evaluation_data
+        from fastdeit.training.evaluation import evaluate
+
+        world, say, kernels = self.world, self.say, self.kernels
+        if columns is not None:
+            say(f"{val.path} has {len(columns)} of the checkpoint's {self.classes} classes: the others do not count")
+        data = open_evaluation_data(self.recipe, val, world, self.precision, kernels, images=images, say=say)
         say(f"loader {data.loader.name}: {data.loader.reason}")
         say(f"images made on the {data.stage.name}: {data.stage.reason}")
         without = unchecked(val.path, val.checksums)
-        if joined.main and without is not None:
+        if world.main and without is not None:
             console.say(without, "stderr")
-        out: dict[str, Any] = {}
+        kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
+        if options.weights == "both" and not self.opened.has_average:
+            kinds = ["model"]
+        scores: dict[str, Any] = {}
         try:
             for kind in kinds:
-                model, messages = opened.network(classes, kind, kernels, f"cannot be evaluated on {val.path}")
+                fault = f"cannot be evaluated on {val.path}"
+                network, messages = self.opened.network(self.classes, kind, kernels, fault)
                 for message in messages:
                     say(message)
-                moved(model, joined.device)
-                out[kind] = evaluate(
-                    model, data, joined, precision, kernels=kernels, progress=verbose, batch_option="--batch"
+                model = network if columns is None else OfClasses(network, columns)
+                moved(model, world.device)
+                progress = world.main and not options.json
+                scores[kind] = evaluate(
+                    model, data, world, self.precision, kernels=kernels, progress=progress, batch_option="--batch"
                 )
         finally:
             data.close()
-        return out if joined.main else {}
+        return scores
 
 
-def _checked(options: Options) -> Dataset | None:
-    """Make the checks that need no PyTorch; return the data set that the command names, if any. Raises UserError."""
+def _checked(options: Options) -> dict[str, Dataset]:
+    """Make the checks that need no PyTorch; return the data sets that the command names. Raises UserError."""
     if options.recipe is not None:
         recipe_named(options.recipe)
+        if options.arch is not None:
+            raise UserError(f"--recipe {options.recipe} and --arch {options.arch} exclude each other: leave one out")
     check_checkpoint(checkpoint_file(options.checkpoint))
-    return None if options.val is None else open_dataset(converted(options.val), "val")
+    repeated = next((path for path in options.val if options.val.count(path) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{repeated} is named twice: name each data set once")
+    return {str(path): open_dataset(converted(path), "val") for path in options.val}
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:
@@ -148,6 +206,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables(results: dict[str, dict[str, Any]]) -> str:
+    """The table of each data set; with several, its path above it."""
+    if len(results) == 1:
+        return table(next(iter(results.values())))
+    return "\n\n".join(f"{printable(path)}\n{table(scores)}" for path, scores in results.items())
+
+
+def _as_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """With one data set its scores, otherwise the scores by data set."""
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
 def main() -> None:
     def go() -> None:
         keep_streams()
@@ -155,7 +225,7 @@ def main() -> None:
         launch.prepare()
         results = evaluate_checkpoint(options)
         if results:
-            print(json.dumps(results) if options.json else table(results))
+            print(json.dumps(_as_json(results)) if options.json else tables(results))
 
     run(go)
 

@@ -18,7 +18,6 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.checkpoint_file import DamagedError, ForeignError
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import TeacherConfig
 from fastdeit.distributed import world
 from fastdeit.model.networks import build_network
@@ -29,7 +28,7 @@ from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.resume import restore, set_damaged_aside
 from fastdeit.training.resume_checks import check_position
 from fastdeit.training.trainer import Trainer
-from runs import assert_same_state, changed, newest, train
+from runs import assert_same_state, changed, evaluated, newest, train
 from system import refusing, run_python
 
 
@@ -512,7 +511,7 @@ def test_an_edited_recipe_is_compared_before_it_is_built(own, data, field, value
     state["recipe"]["model"] |= {field: value} | ({"distilled": False} if field == "arch" else {})
     torch.save(state, path)
     with pytest.raises(UserError, match=message) as caught:
-        evaluate_checkpoint(Options(checkpoint=path, val=data / "val.beton"))
+        evaluated(checkpoint=path, val=data / "val.beton")
     assert str(path) in str(caught.value)
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.recipes import convnet_teacher
-from runs import final_state, newest
+from runs import evaluated, final_state, newest
 
 
 @pytest.mark.slow
@@ -42,8 +41,7 @@ def test_a_convnet_is_scored_with_the_statistics_it_is_saved_with(tiny, launch, 
     process = launch(recipe, 2)
     assert process.returncode == 0, process.err
     logged = events(recipe.run.output, "eval")[-1]
-    options = Options(checkpoint=newest(recipe), val=data / "val.beton", loader="torch", device="cpu", threads=1)
-    found = evaluate_checkpoint(options)["model"]
+    found = evaluated(newest(recipe), data / "val.beton", loader="torch", device="cpu", threads=1)["model"]
     assert logged["images"] == found["images"] == 44
     assert logged["class"]["loss"] == pytest.approx(found["class"]["loss"], rel=1e-5)
 

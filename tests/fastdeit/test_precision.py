@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fastdeit import setup
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, allow_tf32
 from fastdeit.recipes import deit_tiny
 from fastdeit.teacher.labelling import label_run
 from fastdeit.training.trainer import Trainer
+from runs import evaluated
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -43,11 +43,7 @@ def test_every_command_sets_float32_alike(command, precision, tiny, teacher_chec
     teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": tmp_path / "labels"}
     torch.backends.cudnn.allow_tf32 = precision == "fp32"
     if command == "eval":
-        evaluate_checkpoint(
-            Options(
-                checkpoint=teacher_checkpoint, val=tiny().data.val, precision=precision, device="cpu", loader="torch"
-            )
-        )
+        evaluated(checkpoint=teacher_checkpoint, val=tiny().data.val, precision=precision, device="cpu", loader="torch")
     else:
         recipe = tiny(run={"precision": precision, "epochs": 1})
         if command == "label":

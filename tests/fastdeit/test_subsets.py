@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
 from fastdeit import create_loader, load
-from fastdeit.commands.eval import Options, evaluate_checkpoint, table
+from fastdeit.commands.eval import table
 from fastdeit.config import DataConfig
 from fastdeit.data import TrainingData
 from fastdeit.distributed import world
@@ -23,7 +23,7 @@ from fastdeit.report.network import look
 from fastdeit.report.pictures import Missing
 from fastdeit.report.runs import read_run
 from fastdeit.subsets import divide
-from runs import newest, train
+from runs import evaluated, newest, train
 
 
 def copied(data, folder):
@@ -120,7 +120,7 @@ def test_a_run_is_judged_by_images_that_it_never_saw(tiny, data, capsys):
     scores = train(recipe)
     assert scores["model"]["images"] == 40
     assert "96 of 160 images (40 are held out for validation)" in capsys.readouterr().out
-    again = evaluate_checkpoint(Options(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1))
+    again = evaluated(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1)
     assert again["model"]["class"] == pytest.approx(scores["model"]["class"])
     assert f"{recipe.data.train}, the 40 images that the run held out" in capsys.readouterr().out
 
@@ -128,12 +128,12 @@ def test_a_run_is_judged_by_images_that_it_never_saw(tiny, data, capsys):
 def test_a_run_evaluates_on_its_own_validation_set_by_default(tiny, capsys):
     recipe = tiny(run={"epochs": 1})
     scores = train(recipe)
-    again = evaluate_checkpoint(Options(checkpoint=newest(recipe), loader="torch", device="cpu", threads=1))
+    again = evaluated(checkpoint=newest(recipe), loader="torch", device="cpu", threads=1)
     assert again["ema"]["class"] == pytest.approx(scores["ema"]["class"])
     alone = tiny(data={"val": None}, run={"epochs": 1, "output": recipe.run.output / "other"})
     train(alone)
     with pytest.raises(UserError, match="name a data set after it"):
-        evaluate_checkpoint(Options(checkpoint=alone.run.output, device="cpu"))
+        evaluated(checkpoint=alone.run.output, device="cpu")
 
 
 def test_a_held_out_image_replaces_none(tiny, data, tmp_path):
@@ -160,7 +160,7 @@ def test_a_held_out_image_that_does_not_decode(tiny, data, tmp_path, events):
     damage(path, dataset, int(divide(recipe.data, dataset.label).held_out[3]))
     train(recipe)
     assert [event["replaced"] for event in events(recipe.run.output, "eval")] == [1, 1]
-    scores = evaluate_checkpoint(Options(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1))
+    scores = evaluated(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1)
     assert "ema: held-out images replaced because they do not decode: 1" in table(scores)
 
 
@@ -171,15 +171,15 @@ def test_a_data_set_that_was_converted_again_deals_other_images(tiny, data, imag
     recipe = tiny(data={"train": Path(path.name), "val": None, "hold_out": 0.25}, run={"epochs": 1})
     monkeypatch.chdir(tmp_path)
     train(recipe)
-    options = Options(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1)
+    options = {"checkpoint": recipe.run.output, "loader": "torch", "device": "cpu", "threads": 1}
     monkeypatch.chdir("/")
-    assert evaluate_checkpoint(options)["model"]["images"] == 40  # the path is relative to where the run was started
+    assert evaluated(**options)["model"]["images"] == 40  # the path is relative to where the run was started
     assert load(recipe.run.output).recipe.data.hold_out == 0  # every image of another data set
     shutil.copytree(images / "train", tmp_path / "more")
     shutil.copy(next((tmp_path / "more/class0").iterdir()), tmp_path / "more/class0/again.jpg")
     convert(str(tmp_path / "more"), path, progress=False)
     with pytest.raises(UserError, match="no longer holds the images that the run trained on"):
-        evaluate_checkpoint(options)
+        evaluated(**options)
     with world("cpu") as joined:
         found = look(read_run(recipe.run.output), joined, images=8, batch=8)
     for part in (found.samples, found.judged):
@@ -187,4 +187,4 @@ def test_a_data_set_that_was_converted_again_deals_other_images(tiny, data, imag
         assert "no longer holds the images" in part.why
     path.unlink()
     with pytest.raises(UserError, match=r"the run's data\.train, .*copy\.beton, does not exist"):
-        evaluate_checkpoint(options)
+        evaluated(**options)

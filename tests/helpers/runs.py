@@ -7,6 +7,7 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.cli import parse_recipe
+from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import Recipe
 from fastdeit.distributed import world
 from fastdeit.training.resume import FREE
@@ -29,6 +30,13 @@ def train(recipe):
     """The scores of a whole run."""
     with world(recipe.run.device) as joined:
         return Trainer(recipe, joined).run()
+
+
+def evaluated(checkpoint, val=None, **options):
+    """The scores by kind of weights that `fastdeit eval` finds on one data set; None: the run's own."""
+    sets = () if val is None else (val,)
+    [scores] = evaluate_checkpoint(Options(checkpoint=checkpoint, val=sets, **options)).values()
+    return scores
 
 
 def newest(recipe):

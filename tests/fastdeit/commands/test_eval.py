@@ -14,13 +14,14 @@ from timm.utils import accuracy
 from torchvision.datasets import ImageFolder
 
 from fastdeit import checkpoint
-from fastdeit.commands.eval import Options, evaluate_checkpoint, table
+from fastdeit.commands.eval import Options, evaluate_checkpoint, table, tables
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
+from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from forked import Forked, run_module
-from runs import newest, train
-from tiny_datasets import add_all
+from runs import evaluated, newest, train
+from tiny_datasets import add_all, reseal
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,7 @@ def judge_outputs(recipe, weights, folder):
 @pytest.mark.slow
 def test_scores_are_those_of_timm(trained, data, images):
     recipe, path, scores = trained
-    found = evaluate_checkpoint(
-        Options(checkpoint=path, val=data / "val.beton", loader="torch", device="cpu", threads=1)
-    )
+    found = evaluated(checkpoint=path, val=data / "val.beton", loader="torch", device="cpu", threads=1)
     stored = checkpoint.load(path)
     for kind in ("model", "ema"):
         outputs, labels = judge_outputs(recipe, stored[kind], images / "val")
@@ -66,7 +65,7 @@ def test_real_accuracy_is_timms(trained, data, images, tmp_path):
     rng = np.random.default_rng(5)
     real = [sorted(rng.choice(4, rng.integers(0, 4), replace=False).tolist()) for _ in range(44)]
     val = with_real_labels(data / "val.beton", tmp_path / "real.beton", real)
-    found = evaluate_checkpoint(Options(checkpoint=path, val=val, loader="torch", device="cpu", threads=1))
+    found = evaluated(checkpoint=path, val=val, loader="torch", device="cpu", threads=1)
 
     (tmp_path / "real.json").write_text(json.dumps(real))
     files = [f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(44)]
@@ -84,7 +83,7 @@ def test_real_accuracy_is_timms(trained, data, images, tmp_path):
 def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
     val = with_real_labels(data / "val.beton", tmp_path / "real.beton", real)
     with pytest.raises(UserError, match=r"real\.beton\.json: its real_labels are not"):
-        evaluate_checkpoint(Options(checkpoint=trained[1], val=val, loader="torch", device="cpu", threads=1))
+        evaluated(checkpoint=trained[1], val=val, loader="torch", device="cpu", threads=1)
 
 
 @pytest.mark.slow
@@ -92,11 +91,11 @@ def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=4).state_dict()}, released)
     with pytest.raises(UserError, match="--recipe"):
-        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton"))
+        evaluated(checkpoint=released, val=data / "val.beton")
     with pytest.raises(UserError, match="no recipe 'deit'"):
-        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit"))
-    found = evaluate_checkpoint(
-        Options(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu", threads=1, img_size=64)
+        evaluated(checkpoint=released, val=data / "val.beton", recipe="deit")
+    found = evaluated(
+        checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu", threads=1, img_size=64
     )
     assert set(found["model"]) == {"images", "class"}
 
@@ -106,7 +105,7 @@ def test_a_head_of_other_classes_is_refused(data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=7).state_dict()}, released)
     with pytest.raises(UserError, match="cannot be evaluated"):
-        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu"))
+        evaluated(checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu")
 
 
 @pytest.mark.slow
@@ -132,6 +131,77 @@ def test_command_line(trained, data):
 def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, data, capsys):
     recipe, path, _ = trained
     options = {"val": data / "val.beton", "loader": "torch", "device": "cpu", "weights": "model"}
-    found = evaluate_checkpoint(Options(checkpoint=recipe.run.output, **options))
+    found = evaluated(checkpoint=recipe.run.output, **options)
     assert f"the newest checkpoint of the run: {path}" in capsys.readouterr().out
-    assert found == evaluate_checkpoint(Options(checkpoint=path, **options))
+    assert found == evaluated(checkpoint=path, **options)
+
+
+@pytest.mark.slow
+def test_several_data_sets(trained, data, capsys):
+    path = trained[1]
+    options = {"loader": "torch", "device": "cpu", "threads": 1}
+    both = (data / "val.beton", data / "train.beton")
+    found = evaluate_checkpoint(Options(checkpoint=path, val=both, **options))
+    assert found == {str(one): evaluated(path, one, **options) for one in both}
+    assert [scores["model"]["images"] for scores in found.values()] == [44, 160]
+    assert tables(found).count("fused_probabilities") == 4
+    assert f"{both[1]}\nweights" in tables(found)
+    with pytest.raises(UserError, match="is named twice"):
+        evaluate_checkpoint(Options(checkpoint=path, val=(both[0], both[0])))
+
+
+def some_classes(source, path, names):
+    """A data set of those images of `source` that are of the classes `names`."""
+    with BetonDataset(source) as data:
+        kept = [i for i, label in enumerate(data.label) if data.class_names[label] in names]
+        with BetonWriter(path, len(kept)) as writer:
+            for i in kept:
+                sides = {"height": int(data.height[i]), "width": int(data.width[i])}
+                label = names.index(data.class_names[data.label[i]])
+                writer.add(data.read(i).tobytes(), label=label, mode=JPEG if data.is_jpeg(i) else RAW, **sides)
+            writer.finish(class_names=names)
+    return path
+
+
+@pytest.mark.slow
+def test_a_data_set_with_some_of_the_classes(trained, data, images, tmp_path, capsys):
+    """As ImageNet-A and ImageNet-R have them, in any order: the judge leaves out the other columns."""
+    recipe, path, _ = trained
+    few = some_classes(data / "val.beton", tmp_path / "few.beton", ["class3", "class0"])
+    found = evaluated(path, few, loader="torch", device="cpu", threads=1)["model"]
+    assert "has 2 of the checkpoint's 4 classes: the others do not count" in capsys.readouterr().out
+    outputs, labels = judge_outputs(recipe, checkpoint.load(path)["model"], images / "val")
+    chosen = (labels == 0) | (labels == 3)
+    targets = (labels[chosen] == 0).long()
+    for head in ("class", "distillation"):
+        scores = outputs[head][chosen][:, [3, 0]]
+        assert found[head]["top1"] == pytest.approx(accuracy(scores, targets, (1,))[0].item())
+    assert found["images"] == int(chosen.sum())
+    other = some_classes(data / "val.beton", tmp_path / "other.beton", ["class1"])
+    reseal(tmp_path / "other.beton.json", class_names=["unknown"])
+    with pytest.raises(UserError, match="do not name the same classes"):
+        evaluated(path, other, device="cpu")
+
+
+@pytest.mark.slow
+def test_a_timm_model_is_scored_with_its_own_preprocessing(data, images, tmp_path, capsys):
+    torch.manual_seed(0)
+    judge = timm.create_model("resnet18.a1_in1k", num_classes=4).eval()
+    torch.save(judge.state_dict(), tmp_path / "teacher.pth")
+    found = evaluated(
+        tmp_path / "teacher.pth", data / "val.beton", arch="resnet18.a1_in1k", loader="torch", device="cpu"
+    )
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(judge), is_training=False)
+    folder = ImageFolder(str(images / "val"), transform)
+    with torch.no_grad():
+        output = judge(torch.stack([image for image, _ in folder]))
+    assert found["model"]["class"]["top1"] == pytest.approx(
+        accuracy(output, torch.tensor(folder.targets), (1,))[0].item()
+    )
+    assert found["model"]["class"]["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(output, torch.tensor(folder.targets)).item(), rel=1e-4
+    )
+    with pytest.raises(UserError, match="--arch resnet1000 is not a model that timm has a configuration for"):
+        evaluated(tmp_path / "teacher.pth", data / "val.beton", arch="resnet1000")
+    with pytest.raises(UserError, match="exclude each other"):
+        evaluated(tmp_path / "teacher.pth", data / "val.beton", arch="resnet18", recipe="deit_tiny")

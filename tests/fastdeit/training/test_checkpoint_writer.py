@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import RunConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
@@ -17,7 +16,7 @@ from fastdeit.training.best import best_names, note_best
 from fastdeit.training.checkpoint_writer import CheckpointWriter, copied
 from fastdeit.training.logs import RunLog
 from fastdeit.training.stop import Stop
-from runs import assert_same_state, newest, train, trained
+from runs import assert_same_state, evaluated, newest, train, trained
 
 
 @pytest.fixture
@@ -212,8 +211,7 @@ def test_a_run_keeps_its_best_checkpoint_and_the_commands_take_it(tiny, events, 
     steps = checkpoint.load(folder / "best.pt")["global_step"]
     assert best_names(folder) == {checkpoint.step_path(folder, steps).name}
     assert len(checkpoint.found(folder)) == 2
-    options = Options(checkpoint=folder / "best.pt", val=data / "val.beton", loader="torch", device="cpu", threads=1)
-    assert evaluate_checkpoint(options)
+    assert evaluated(folder / "best.pt", data / "val.beton", loader="torch", device="cpu", threads=1)
 
 
 @pytest.mark.slow

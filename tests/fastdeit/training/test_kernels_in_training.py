@@ -8,7 +8,6 @@ import timm
 import torch
 
 import fastdeit.model.kernel_choice
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import ModelConfig
 from fastdeit.distributed import World, world
 from fastdeit.model.kernel_checks import failure
@@ -19,7 +18,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
 from fastdeit.teacher.labelling import label_run
-from runs import changed, final_state, newest, train, trained
+from runs import changed, evaluated, final_state, newest, train, trained
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,8 +161,7 @@ def test_scores_are_those_without_kernels(images, short, tmp_path):
     train(recipe)
     options = {"checkpoint": newest(recipe), "val": few, "batch": 6, "device": DEVICE, "precision": "fp32"}
     found = [
-        evaluate_checkpoint(Options(**options, loader="torch", kernels=kernels, json=True))["model"]
-        for kernels in ("torch", "triton")
+        evaluated(**options, loader="torch", kernels=kernels, json=True)["model"] for kernels in ("torch", "triton")
     ]
     assert found[0].keys() == found[1].keys() > {"images", "class", "distillation", "fused_probabilities"}
     for head, scores in found[0].items():

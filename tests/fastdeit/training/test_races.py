@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.data import EvaluationData
 from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
@@ -16,7 +15,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, pixels_of
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from runs import newest, train
+from runs import evaluated, newest, train
 
 
 def installed():
@@ -58,7 +57,7 @@ def test_every_outcome_of_the_loaders_race_gives_the_same_bits(tiny, outcome, ev
         path = newest(recipe)
         weights[name] = checkpoint.load(path)["model"]
         first = checkpoint.found(tmp_path / "torch" / "checkpoints")[0]
-        scores[name].append(evaluate_checkpoint(Options(checkpoint=first, val=recipe.data.val, device="cpu")))
+        scores[name].append(evaluated(checkpoint=first, val=recipe.data.val, device="cpu"))
     for name in names[1:]:
         assert losses[name] == losses["torch"]
         assert scores[name] == scores["torch"]

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import COMPAT_RUN
 from fastdeit.pipelines.errors import UserError
-from runs import assert_same_state, final_state, newest, train, trained
+from runs import assert_same_state, evaluated, final_state, newest, train, trained
 
 
 @pytest.mark.slow
@@ -189,5 +188,5 @@ def test_a_checkpoint_with_an_older_versions_recipe_goes_on(tiny):
     train(recipe)
     with pytest.raises(UserError, match=r"run\.loss_sync = deferred, this run has every_step"):
         train(tiny(run={"epochs": 1, "loss_sync": "every_step"}))
-    scores = evaluate_checkpoint(Options(checkpoint=path, val=recipe.data.val, device="cpu", loader="torch"))
+    scores = evaluated(checkpoint=path, val=recipe.data.val, device="cpu", loader="torch")
     assert scores["model"]["images"] == 44

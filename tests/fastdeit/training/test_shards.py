@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.training.trainer import Trainer
-from runs import final_state, train
+from runs import evaluated, final_state, train
 from tiny_datasets import add_all
 
 
@@ -63,9 +62,7 @@ def test_a_checkpoint_of_the_beton_is_taken_up_on_the_shards(tiny, shards):
 @pytest.mark.slow
 def test_evaluation_reads_a_folder(teacher_checkpoint, data, shards):
     options = {"checkpoint": teacher_checkpoint, "loader": "torch", "device": "cpu", "threads": 2}
-    on_beton, on_shards = (
-        evaluate_checkpoint(Options(val=path, **options)) for path in (data / "val.beton", shards / "val")
-    )
+    on_beton, on_shards = (evaluated(val=path, **options) for path in (data / "val.beton", shards / "val"))
     assert on_beton["model"]["images"] == 44
     assert on_beton == on_shards
 
