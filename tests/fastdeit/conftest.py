@@ -1,6 +1,5 @@
 """A small data set of photographs-like JPEGs, converted, and recipes that train on it in seconds."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from runs import changed, newest, train
 from tiny_datasets import reseal
 
 CLASSES = 4
+RUN = {"epochs": 2, "global_batch": 32, "log_every": 1, "tensorboard": False, "progress": False, "device": "cpu"}
 HOSTILE = ["</script><script>alert(1)//", '"><img src=x onerror=alert(2)>', "\x1b[31mred\u202e", "{{x}} & <b>bold</b>"]
 
 
@@ -70,30 +70,21 @@ def tiny_in(data):
         return sections.get("ema", {}).get("enabled", recipe.ema.enabled)
 
     def make(output, base=None, **sections) -> Recipe:
-        replace = dataclasses.replace
         recipe = (base or deit_tiny_distilled)()
-        recipe = replace(
+        recipe = changed(
             recipe,
-            data=replace(recipe.data, train=data / "train.beton", val=data / "val.beton", threads=2, loader="torch"),
-            optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
-            ema=replace(recipe.ema, decay=0.9) if on(recipe, sections) else recipe.ema,
-            run=replace(
-                recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
-                output=output,
-            ),
-            departures=replace(recipe.departures, mix_group=8),
-        )  # fmt: skip
+            data={"train": data / "train.beton", "val": data / "val.beton", "threads": 2, "loader": "torch"},
+            optim={"warmup_epochs": 1, "lr": 2e-3, "lr_batch": 0},
+            ema={"decay": 0.9} if on(recipe, sections) else {},
+            run={**RUN, "output": output},
+            departures={"mix_group": 8},
+        )
         if recipe.model.arch == "deit":
-            recipe = replace(
-                recipe,
-                model=replace(recipe.model, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2),
-                objective=replace(recipe.objective, distillation="none"),
-            )
+            shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+            recipe = changed(recipe, model=shape, objective={"distillation": "none"})
         else:
-            recipe = changed(recipe, "model", arch="resnet10t", img_size=32)
-        for name, values in sections.items():
-            recipe = replace(recipe, **{name: replace(getattr(recipe, name), **values)})
-        return recipe.resolved()
+            recipe = changed(recipe, model={"arch": "resnet10t", "img_size": 32})
+        return changed(recipe, **sections).resolved()
 
     return make
 
@@ -105,20 +96,9 @@ def tiny(tiny_in, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def teacher_checkpoint(data, tmp_path_factory):
+def teacher_checkpoint(tiny_in, tmp_path_factory):
     """A convnet teacher that the project trained on the small data set."""
-    replace = dataclasses.replace
-    recipe = convnet_teacher()
-    folder = tmp_path_factory.mktemp("teacher")
-    recipe = replace(
-        recipe,
-        model=replace(recipe.model, arch="resnet10t", img_size=32),
-        data=replace(recipe.data, train=data / "train.beton", threads=2, loader="torch"),
-        optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
-        run=replace(
-            recipe.run, epochs=3, global_batch=32, tensorboard=False, progress=False, device="cpu", output=folder
-        ),
-    ).resolved()
+    recipe = tiny_in(tmp_path_factory.mktemp("teacher"), convnet_teacher, data={"val": None}, run={"epochs": 3})
     train(recipe)
     return newest(recipe)
 
@@ -131,7 +111,7 @@ def reported(data, tiny_in, tmp_path_factory):
         for file in (name, f"{name}.json"):
             shutil.copy(data / file, folder / file)
         reseal(folder / f"{name}.json", class_names=HOSTILE)
-    recipe = changed(tiny_in(folder / "run"), "data", train=folder / "train.beton", val=folder / "val.beton")
+    recipe = changed(tiny_in(folder / "run"), data={"train": folder / "train.beton", "val": folder / "val.beton"})
     train(recipe)
     return recipe
 

@@ -1,7 +1,6 @@
 """The pixels of what "auto" became stay: over a resume, with stored labels, in evaluation, on every process."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from fastdeit.pipelines.loaders.pillow import TorchLoader
 from fastdeit.teacher.labelling import label_run
 from fastdeit.training.trainer import Trainer
 from ordered import need_loader
-from runs import newest, train, trained
+from runs import changed, newest, train, trained
 
 
 @pytest.fixture
@@ -58,8 +57,8 @@ def test_a_resumed_run_may_choose_again_among_equal_pixels(tiny, fastest, events
 
 
 def with_loader(recipe, name, output=None):
-    run = recipe.run if output is None else replace(recipe.run, output=recipe.run.output.with_name(output))
-    return replace(recipe, data=replace(recipe.data, loader=name), run=run)
+    run = {} if output is None else {"output": recipe.run.output.with_name(output)}
+    return changed(recipe, data={"loader": name}, run=run)
 
 
 def rewritten(path, pixels):
@@ -104,12 +103,12 @@ def test_a_checkpoint_of_other_pixels_is_refused(tiny, capsys):
 @pytest.mark.slow
 def test_a_loader_of_equal_pixels_goes_on_with_the_same_bits(tiny, events):
     need_loader("turbo")
-    straight, changed = (with_loader(tiny(run={"epochs": 2}), "torch", name) for name in ("straight", "changed"))
+    straight, switched = (with_loader(tiny(run={"epochs": 2}), "torch", name) for name in ("straight", "switched"))
     expected = trained(straight)
-    train(changed)
-    newest(changed).unlink()  # the first epoch's is left
-    found = trained(with_loader(changed, "turbo"))
-    assert [e["loader"] for e in events(changed.run.output, "start")] == ["torch", "turbo"]
+    train(switched)
+    newest(switched).unlink()  # the first epoch's is left
+    found = trained(with_loader(switched, "turbo"))
+    assert [e["loader"] for e in events(switched.run.output, "start")] == ["torch", "turbo"]
     assert found["global_step"] == expected["global_step"] == 10
     assert all(torch.equal(found["model"][name], expected["model"][name]) for name in expected["model"])
 

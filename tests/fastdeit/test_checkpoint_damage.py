@@ -386,7 +386,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_named_with_a_whole_one(finis
     recipe, found = finished
     flip_a_bit(found[0])
     with pytest.raises(UserError) as caught:
-        train(changed(recipe, "run", resume=str(found[0])))
+        train(changed(recipe, run={"resume": str(found[0])}))
     assert str(caught.value).startswith(f"{found[0]} is damaged (Bad CRC-32 for file")
     assert f"{found[1]} is whole: move {found[0].name} to another folder" in str(caught.value)
 

@@ -1,6 +1,5 @@
 """`create_loader`: the trainer's own batches, for another loop; timm and PIL judge the evaluation transform."""
 
-import dataclasses
 import json
 
 import pytest
@@ -16,16 +15,11 @@ from fastdeit.inputs import open_dataset
 from fastdeit.loader import ImageLoader
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import deit_tiny
+from runs import changed
 
 
 def recipe(**departures):
-    small = deit_tiny()
-    return dataclasses.replace(
-        small,
-        model=dataclasses.replace(small.model, img_size=32),
-        data=dataclasses.replace(small.data, loader="torch"),
-        departures=dataclasses.replace(small.departures, **departures),
-    )
+    return changed(deit_tiny(), model={"img_size": 32}, data={"loader": "torch"}, departures=departures)
 
 
 def opened(data, batch_size=32, **options):
@@ -88,9 +82,8 @@ def test_a_batch_of_any_even_size(data):
 
 
 def test_without_mixing_and_smoothing_labels_are_numbers(data):
-    plain = recipe()
-    augment = dataclasses.replace(plain.augment, mix_prob=0.0, label_smoothing=0.0)
-    with opened(data, batch_size=7, recipe=dataclasses.replace(plain, augment=augment)) as loader:
+    plain = changed(recipe(), augment={"mix_prob": 0.0, "label_smoothing": 0.0})
+    with opened(data, batch_size=7, recipe=plain) as loader:
         images, targets = next(iter(loader))
     assert (len(images), targets.dtype, targets.shape) == (7, torch.int64, (7,))
 

@@ -1,16 +1,14 @@
 """A recipe's network and loss in anyone's loop, beside timm's and PyTorch's own."""
 
-import dataclasses
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
 import fastdeit
-from fastdeit.config import Recipe
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from runs import changed
 
 
 @pytest.mark.parametrize(
@@ -59,10 +57,8 @@ def test_hard_distillation_takes_the_teachers_decision(teacher):
 
 
 def test_soft_distillation_is_the_papers():
-    made = RECIPES["deit_tiny_distilled"]()
-    recipe: Recipe = dataclasses.replace(
-        made, objective=dataclasses.replace(made.objective, distillation="soft", alpha=0.3, tau=2.0)
-    )
+    soft = {"distillation": "soft", "alpha": 0.3, "tau": 2.0}
+    recipe = changed(RECIPES["deit_tiny_distilled"](), objective=soft)
     heads, labels, taught = (torch.randn(6, 5), torch.randn(6, 5)), torch.randint(5, (6,)), torch.randn(6, 5)
     divergence = F.kl_div(
         F.log_softmax(heads[1] / 2, 1), F.log_softmax(taught / 2, 1), reduction="batchmean", log_target=True

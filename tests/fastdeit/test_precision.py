@@ -13,6 +13,7 @@ from fastdeit.precision import Precision, allow_tf32
 from fastdeit.recipes import deit_tiny
 from fastdeit.teacher.labelling import label_run
 from fastdeit.training.trainer import Trainer
+from runs import changed
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -43,19 +44,12 @@ def test_every_command_sets_float32_alike(command, precision, tiny, teacher_chec
     teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint, "labels": tmp_path / "labels"}
     torch.backends.cudnn.allow_tf32 = precision == "fp32"
     if command == "eval":
-        evaluate_checkpoint(
-            Options(
-                checkpoint=teacher_checkpoint, val=tiny().data.val, precision=precision, device="cpu", loader="torch"
-            )
-        )
+        options = {"checkpoint": teacher_checkpoint, "val": tiny().data.val, "precision": precision}
+        evaluate_checkpoint(Options(**options, device="cpu", loader="torch"))
     else:
         recipe = tiny(run={"precision": precision, "epochs": 1})
         if command == "label":
-            recipe = dataclasses.replace(
-                recipe,
-                teacher=dataclasses.replace(recipe.teacher, **teacher),
-                objective=dataclasses.replace(recipe.objective, distillation="hard"),
-            )
+            recipe = changed(recipe, teacher=teacher, objective={"distillation": "hard"})
         with world("cpu") as joined:
             if command == "label":
                 label_run(recipe, joined, first_epoch=0, end_epoch=1, topk=0)

@@ -16,7 +16,7 @@ from fastdeit.effects import fields
 from fastdeit.option_names import TIMM
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
-from runs import parse_file
+from runs import changed, parse_file
 
 
 @pytest.mark.slow
@@ -55,9 +55,8 @@ def test_every_departure_is_decided_in_both_columns():
 
 
 def test_resolving_keeps_what_was_chosen():
-    recipe = dataclasses.replace(
-        RECIPES["deit_tiny"](), compat="released", departures=Departures(late_fusion="probabilities")
-    ).resolved()
+    fused = Departures(late_fusion="probabilities")
+    recipe = changed(RECIPES["deit_tiny"](), compat="released", departures=fused).resolved()
     assert recipe.departures.late_fusion == "probabilities"
     assert recipe.departures.schedule_unit == "epoch"
     assert (recipe.objective.alpha, recipe.objective.tau) == (0.5, 1.0)
@@ -104,7 +103,7 @@ def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
 
 
 def test_a_stored_run_of_another_name_starts_again(tmp_path):
-    recipe = dataclasses.replace(RECIPES["deit_tiny"](), name="mine").resolved()
+    recipe = changed(RECIPES["deit_tiny"](), name="mine").resolved()
     file = tmp_path / "recipe.json"
     assert parse_file(file, recipe) == recipe
     assert parse_file(file, recipe, "--optim.lr", "0.25").optim.lr == 0.25
@@ -123,7 +122,7 @@ OLD = Path(__file__).parent / "old_recipe.json"  # as an older version stored it
 
 def test_compat_decides_the_engineering_fields_of_run():
     for compat, values in COMPAT_RUN.items():
-        run = dataclasses.replace(RECIPES["deit_tiny"](), compat=compat).resolved().run
+        run = changed(RECIPES["deit_tiny"](), compat=compat).resolved().run
         assert {name: getattr(run, name) for name in values} == values
     recipe = parse_recipe(["deit_tiny", "--compat", "released", "--run.amp_dtype", "bf16"]).resolved()
     assert (recipe.run.amp_dtype, recipe.run.loss_sync) == ("bf16", "every_step")
@@ -142,7 +141,7 @@ def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
         assert run == {**{name: newer[name] for name in run}, **stored["run"]}
     stored["name"] = "mine"
     file = tmp_path / "recipe.json"
-    assert parse_file(file, stored) == dataclasses.replace(recipe, name="mine")
+    assert parse_file(file, stored) == changed(recipe, name="mine")
     # What a compat had decided follows another compat, as in a recipe of this version.
     stored["departures"] |= COMPAT_RUN["paper"]
     released = parse_file(file, stored, "--compat", "released").resolved()

@@ -13,9 +13,10 @@ from fastdeit.training.resume import FREE
 from fastdeit.training.trainer import Trainer
 
 
-def changed(recipe, section, **values):
-    """`recipe` with other values in a section."""
-    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+def changed(recipe, **fields):
+    """`recipe` with other fields; a dict holds those of a section that change."""
+    sections = {name: replace(getattr(recipe, name), **of) for name, of in fields.items() if isinstance(of, dict)}
+    return replace(recipe, **{**fields, **sections})
 
 
 def parse_file(path, content, *words):

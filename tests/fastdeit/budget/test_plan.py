@@ -1,6 +1,5 @@
 """The forecast against measured runs, timm's FLOP counts, and arithmetic on the paper's figures."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -14,15 +13,14 @@ from fastdeit.budget.plan import TEACHER_GMAC, Images, Machine, fewest_gpus, pla
 from fastdeit.budget.step import memory
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from runs import changed
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "throughput.jsonl"
 FORM = "fastdeit compiled + kernels + graph"
 
 
 def recipe(name="deit_small", **sections):
-    made = RECIPES[name]()
-    changed = {key: dataclasses.replace(getattr(made, key), **values) for key, values in sections.items()}
-    return dataclasses.replace(made, **changed).resolved()
+    return changed(RECIPES[name](), **sections).resolved()
 
 
 def on(gpus=1, card="H200", **options):

@@ -122,8 +122,7 @@ def test_data_that_are_elsewhere(reported, tmp_path, part):
     """The part of the page that needs them says so; a path may be relative to where the run was started."""
     run = read_run(reported.run.output)
     state = final_state(reported)
-    here = changed(reported, "data", train="train.beton", val="val.beton")
-    here = changed(here, "data", **{part: tmp_path / "gone.beton"})
+    here = changed(reported, data={"train": "train.beton", "val": "val.beton", part: tmp_path / "gone.beton"})
     folder = tmp_path / "run" / "checkpoints"
     checkpoint.save(folder / "checkpoint-000000010.pt", {**state, "recipe": here.to_dict()})
     run.folder, run.best, run.record = tmp_path / "run", None, {"starts": [{"folder": str(reported.data.train.parent)}]}

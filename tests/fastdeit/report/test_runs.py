@@ -165,8 +165,8 @@ def test_a_record_that_is_not_one_is_no_error(tmp_path, record):
     [
         (deit_small(), 1251, 50_000, 79.8),
         (deit_tiny(), 1251, 50_000, 72.2),
-        (changed(deit_tiny(), "model", num_classes=1000), 1251, 50_000, 72.2),
-        (changed(deit_tiny(), "model", num_classes=100), 1251, 50_000, None),
+        (changed(deit_tiny(), model={"num_classes": 1000}), 1251, 50_000, 72.2),
+        (changed(deit_tiny(), model={"num_classes": 100}), 1251, 50_000, None),
         (deit_tiny(), 1250, 50_000, None),
         (deit_tiny(), 1251, 10_000, None),
         (deit_tiny(), 10, 44, None),

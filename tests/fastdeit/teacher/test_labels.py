@@ -75,9 +75,9 @@ def equal(one, other):
 @pytest.mark.parametrize("micro_batch", [0, 12])
 def test_a_run_with_labels_is_the_run_with_the_teacher(distilled, tmp_path, micro_batch):
     recipe = distilled(run={"micro_batch": micro_batch})
-    live = weights(changed(changed(recipe, "teacher", labels=None), "run", output=tmp_path / "live"))
+    live = weights(changed(recipe, teacher={"labels": None}, run={"output": tmp_path / "live"}))
     label(recipe)
-    assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
+    assert equal(weights(changed(recipe, teacher={"checkpoint": None})), live)
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_the_teacher_is_compiled_where_training_compiles_it(distilled, tmp_path,
     stored = []
     for compile in ("off", "on"):
         recipe = distilled(run={"compile": compile})
-        recipe = changed(recipe, "teacher", labels=tmp_path / compile)
+        recipe = changed(recipe, teacher={"labels": tmp_path / compile})
         torch._dynamo.utils.counters.clear()
         label(recipe)
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1) == (compile == "on")
@@ -107,10 +107,10 @@ def test_round_trip_on_fashion_mnist(distilled, teacher_checkpoint, tmp_path):
     state["model"]["fc.weight"], state["model"]["fc.bias"] = head, torch.zeros(10)
     torch.save(state, tmp_path / "teacher.pt")
     recipe = distilled(data={"train": tmp_path / "fm.beton", "val": None}, run={"epochs": 1})
-    recipe = changed(recipe, "teacher", checkpoint=tmp_path / "teacher.pt")
+    recipe = changed(recipe, teacher={"checkpoint": tmp_path / "teacher.pt"})
     label(recipe)
-    live = weights(changed(changed(recipe, "teacher", labels=None), "run", output=tmp_path / "live"))
-    assert equal(weights(changed(recipe, "teacher", checkpoint=None)), live)
+    live = weights(changed(recipe, teacher={"labels": None}, run={"output": tmp_path / "live"}))
+    assert equal(weights(changed(recipe, teacher={"checkpoint": None})), live)
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_soft_labels_keep_the_largest_logits(distilled, topk):
     with pytest.raises(UserError, match=f"holds soft labels \\(topk {topk}"):
         label(recipe, topk=topk - 1)
     with pytest.raises(UserError, match="holds soft labels of 4 classes, but the run distils hard"):
-        weights(changed(recipe, "objective", distillation="hard"))
+        weights(changed(recipe, objective={"distillation": "hard"}))
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
     recipe = distilled()
     label(recipe)
     file = tmp_path / "recipe.json"
-    file.write_text(json.dumps(changed(recipe, "teacher", labels=tmp_path / "two").to_dict()))
+    file.write_text(json.dumps(changed(recipe, teacher={"labels": tmp_path / "two"}).to_dict()))
     words = [recipe.name, "--config", str(file)]
     two = Forked(run_module_twice, "fastdeit.commands.label", words)
     out, err = two.communicate(timeout=300)
@@ -181,7 +181,7 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
     ],
 )
 def test_labels_of_other_pixels_are_refused_by_field(labelled, section, values, named):
-    other = changed(labelled, section, **values)
+    other = changed(labelled, **{section: values})
     with pytest.raises(UserError, match=named):
         weights(other)
     with pytest.raises(UserError, match=named):
@@ -192,14 +192,14 @@ def test_labels_of_other_pixels_are_refused_by_field(labelled, section, values, 
 def test_what_reaches_no_pixel_may_differ(distilled):
     recipe = distilled(run={"epochs": 1})
     label(recipe)
-    weights(changed(changed(recipe, "augment", label_smoothing=0.0), "optim", lr=1e-4))
+    weights(changed(recipe, augment={"label_smoothing": 0.0}, optim={"lr": 1e-4}))
 
 
 @pytest.mark.slow
 def test_data_of_other_content_are_refused(labelled, images, tmp_path):
     convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=1, progress=False)
     with pytest.raises(UserError, match=r"data.train \(content\) is"):
-        weights(changed(labelled, "data", train=tmp_path / "other.beton"))
+        weights(changed(labelled, data={"train": tmp_path / "other.beton"}))
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_another_teacher_is_refused(labelled, teacher_checkpoint, tmp_path):
     state["model"]["fc.bias"] += 1
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(UserError, match="another teacher made them"):
-        label(changed(labelled, "teacher", checkpoint=tmp_path / "other.pt"))
+        label(changed(labelled, teacher={"checkpoint": tmp_path / "other.pt"}))
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_what_goes_to_the_hardware_decoder_is_named_where_it_reaches_pixels(dist
         data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), joined)
         for pixels in ("pillow", "nvjpeg"):
             data.loader.pixels = pixels
-            shares = [changed(recipe, "data", hw_decoder_load=load) for load in (0.65, 0.0)]
+            shares = [changed(recipe, data={"hw_decoder_load": load}) for load in (0.65, 0.0)]
             key[pixels] = [pixel_key(share, data) for share in shares]
         data.close()
     assert key["pillow"][0] == key["pillow"][1]
@@ -279,7 +279,7 @@ def test_mistakes_of_the_recipe(distilled, tiny):
     with pytest.raises(UserError, match="does not distil"):
         label(tiny())
     with pytest.raises(UserError, match=r"give --teacher\.labels"):
-        label(changed(distilled(), "teacher", labels=None))
+        label(changed(distilled(), teacher={"labels": None}))
     with pytest.raises(UserError, match="the data set has 4 classes"):
         label(distilled("soft"), topk=5)
     with pytest.raises(UserError, match="make them with fastdeit-label"):

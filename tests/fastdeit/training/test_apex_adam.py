@@ -62,8 +62,7 @@ def apex(monkeypatch):
 
 
 def recipe(implementation):
-    made = RECIPES["deit_tiny"]()
-    return changed(made, "optim", implementation=implementation).resolved()
+    return changed(RECIPES["deit_tiny"](), optim={"implementation": implementation}).resolved()
 
 
 def network():
@@ -142,9 +141,7 @@ def test_a_changed_weight_decay_is_taken_on_resuming():
     model = network()
     optimizer = build_optimizer(model, recipe("torch"))
     train(model, optimizer, range(2))
-    made = recipe("torch")
-    other = changed(made, "optim", weight_decay=0.3)
-    again = build_optimizer(model, other)
+    again = build_optimizer(model, changed(recipe("torch"), optim={"weight_decay": 0.3}))
     load_optimizer(again, optimizer_state(optimizer))
     assert [group["weight_decay"] for group in again.param_groups] == [0.3, 0.0]
 
@@ -176,4 +173,4 @@ def test_a_cpu_is_refused(apex, monkeypatch):
 def test_sgd_has_no_implementation_but_its_own():
     made = recipe("apex")
     with pytest.raises(UserError, match="leave it at 'torch'"):
-        changed(made, "optim", name="sgd").resolved()
+        changed(made, optim={"name": "sgd"}).resolved()

@@ -1,6 +1,5 @@
 """A step that is replayed is the step: chosen where it can be, the same bits, no waiting, no growing memory."""
 
-import dataclasses
 import json
 import time
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from fastdeit.training.graphs import WARM_UP, CudaRecorder, RecordingError, Repl
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
 from forked import Forked
-from runs import final_state, rewind, train, trained
+from runs import changed, final_state, rewind, train, trained
 from steps import (
     Tape,
     Torn,
@@ -281,12 +280,8 @@ def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(monkeypatch, ins
 
 def deit_tiny_on_small_images():
     """DeiT-Ti in all that a step's host sees; its images are small, since a GPU would copy them, not the host."""
-    recipe = deit_tiny()
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, img_size=16),
-        run=dataclasses.replace(recipe.run, device="cpu", compile="off", global_batch=512),
-    ).resolved()
+    run = {"device": "cpu", "compile": "off", "global_batch": 512}
+    return changed(deit_tiny(), model={"img_size": 16}, run=run).resolved()
 
 
 @pytest.mark.slow
@@ -421,9 +416,8 @@ def test_on_a_gpu_a_recording_that_fails_leaves_nothing(tiny, deterministic, ncc
 @pytest.mark.gpu
 def test_on_a_gpu_a_replayed_step_takes_little_of_the_host(nccl):
     """DeiT-Ti, 256 images of 224 pixels, under 1.5 ms of the host's time with the launch."""
-    recipe = deit_tiny()
-    run = dataclasses.replace(recipe.run, precision="bf16", compile="off", cuda_graphs="on", global_batch=256)
-    recipe = dataclasses.replace(recipe, run=run).resolved()
+    run = {"precision": "bf16", "compile": "off", "cuda_graphs": "on", "global_batch": 256}
+    recipe = changed(deit_tiny(), run=run).resolved()
     training = build(recipe, nccl)
     training.shared = SharedGradients(training.model.named_parameters())
     batches, taken = [synthetic(recipe, nccl.device, 256)(i) for i in range(2)], []
@@ -449,8 +443,7 @@ def test_on_a_gpu_a_replayed_run_resumes_with_the_same_bits(tiny, deterministic,
     same_bits(first, trained(runs[1]))
     # A run of one kind goes on as the other.
     rewind(runs[1], 6)
-    eager = dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, cuda_graphs="off"))
-    same_bits(first, trained(eager))
+    same_bits(first, trained(changed(runs[1], run={"cuda_graphs": "off"})))
 
 
 @pytest.mark.gpu

@@ -65,7 +65,7 @@ def test_steps_on_fashion_mnist_equal_pytorchs(short, events, tmp_path, stored):
     convert(str(FASHION / "train-images-idx3-ubyte.gz"), fashion, limit=12, progress=False)
     recipes = [short(fashion, kernels, kernels, drop_path=0.3) for kernels in ("torch", "triton")]
     if stored:
-        recipes = [changed(r, "teacher", labels=tmp_path / "labels") for r in recipes]
+        recipes = [changed(r, teacher={"labels": tmp_path / "labels"}) for r in recipes]
         with world(DEVICE) as joined:
             label_run(recipes[0], joined, first_epoch=0, end_epoch=1, topk=4)
     for recipe in recipes:
@@ -89,9 +89,8 @@ def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, shor
     weights = []
     for kernels in ("torch", "triton"):
         recipe = short(tmp_path / "few.beton", kernels, kernels, depth=1)
-        optim = replace(recipe.optim, name="sgd", lr=0.5, warmup_epochs=0, clip_grad=0.5)
-        recipe = replace(recipe, optim=optim, run=replace(recipe.run, micro_batch=3))
-        weights.append(trained(recipe)["model"])
+        sgd = {"name": "sgd", "lr": 0.5, "warmup_epochs": 0, "clip_grad": 0.5}
+        weights.append(trained(changed(recipe, optim=sgd, run={"micro_batch": 3}))["model"])
     for name, right in weights[0].items():
         torch.testing.assert_close(weights[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -101,12 +100,10 @@ def test_resuming_with_other_kernels_is_a_change(data, short, events):
     """Sums are in another order, so that the run would be another than either."""
     recipe = short(data / "train.beton", "run", "torch", depth=1)
     train(recipe)
-    more = changed(recipe, "run", epochs=2)
-    more = changed(more, "model", kernels="triton")
-    taken = changed(more, "run", resume_changed=True, epochs=1)
+    other = changed(recipe, model={"kernels": "triton"})
     with pytest.raises(UserError, match=r"another model\.kernels \(torch, this run has triton\)"):
-        train(changed(more, "run", epochs=1))
-    train(taken)
+        train(other)
+    train(changed(other, run={"resume_changed": True}))
     assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
 
 
@@ -126,7 +123,7 @@ def test_a_resumed_run_keeps_the_choice_of_another_table(images, short, events, 
     """The result is the same to the bit; a fresh run takes the new table's choice."""
     convert(str(images / "train"), tmp_path / "few.beton", limit=8, progress=False)
     straight, recipe, fresh = (
-        changed(short(tmp_path / "few.beton", name, "auto", depth=1), "run", epochs=2)
+        changed(short(tmp_path / "few.beton", name, "auto", depth=1), run={"epochs": 2})
         for name in ("straight", "run", "fresh")
     )
     flash = {"ours": [2.0], "flash": [1.0]}
@@ -144,7 +141,7 @@ def test_a_resumed_run_keeps_the_choice_of_another_table(images, short, events, 
     path = newest(recipe)
     monkeypatch.setattr(fastdeit.model.kernel_table, "read", lambda: new)
     with pytest.raises(UserError, match=r"without assemble_tokens, attention \(flash\), .*, this run has torch\)"):
-        train(changed(recipe, "model", kernels="torch"))
+        train(changed(recipe, model={"kernels": "torch"}))
     found = trained(recipe)
     out = capsys.readouterr().out
     assert f"kernels triton, as in the checkpoint {path}: the loss; not token assembly: PyTorch takes 1.000 ms" in out

@@ -1,6 +1,5 @@
 """Optimizer groups, schedule and average, with timm and the paper's figures as judges."""
 
-import dataclasses
 import math
 
 import pytest
@@ -97,7 +96,7 @@ def test_schedule_per_step_is_timms():
 
 
 def test_released_schedule_is_timms_stepped_an_epoch_late():
-    recipe = dataclasses.replace(RECIPES["deit_small"](), compat="released").resolved()
+    recipe = changed(RECIPES["deit_small"](), compat="released").resolved()
     scheduler = timm_schedule(recipe, 1)
     rates = [learning_rate(recipe, e, s, 10) for e in range(300) for s in (0, 9)]
     assert rates[0] == rates[2] == recipe.optim.warmup_lr  # epochs 0 and 1
@@ -136,9 +135,7 @@ def test_average_is_timms():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_optimizer_takes_the_recipe(network, name):
-    recipe = RECIPES["deit_tiny"]()
-    recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, name=name)).resolved()
-    optimizer = build_optimizer(network, recipe)
+    optimizer = build_optimizer(network, changed(RECIPES["deit_tiny"](), optim={"name": name}).resolved())
     assert type(optimizer).__name__.lower() == name
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
     if name == "adamw":
@@ -166,8 +163,8 @@ def test_fine_tuning_with_layers_of_their_own_rates_resumes_to_the_same_bits(tin
     rewind(recipe, 15)
     assert_same_state(straight, trained(recipe))
     with pytest.raises(UserError, match=r"optim\.layer_decay"):
-        train(changed(recipe, "optim", layer_decay=0.75))
-    other = changed(changed(recipe, "run", resume_changed=True), "optim", layer_decay=1.0)
+        train(changed(recipe, optim={"layer_decay": 0.75}))
+    other = changed(recipe, run={"resume_changed": True}, optim={"layer_decay": 1.0})
     with pytest.raises(
         UserError, match=r"trained with optim\.layer_decay 0\.5, but this run has 1\.0, so the optimizer's"
     ):

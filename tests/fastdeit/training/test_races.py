@@ -1,7 +1,6 @@
 """What is raced at the start changes no bit: each outcome is forced, and the runs are compared."""
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, pixels_of
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from runs import newest, train
+from runs import changed, newest, train
 
 
 def installed():
@@ -120,7 +119,7 @@ def test_every_outcome_of_the_stages_race_gives_the_same_batches(tiny, monkeypat
 
     monkeypatch.setattr(stage_choice, "choose_stage", choose)
     recipe = tiny(data={"stage": "auto"}, run={"device": "cuda"})
-    host = replace(recipe, data=replace(recipe.data, stage="host"), run=replace(recipe.run, device="cpu"))
+    host = changed(recipe, data={"stage": "host"}, run={"device": "cpu"})
     found = []
     for one in (recipe, host):
         with world(one.run.device) as joined:

@@ -1,6 +1,5 @@
 """What a run says before its first step, and while it trains without a terminal."""
 
-import dataclasses
 import re
 from types import SimpleNamespace
 from typing import cast
@@ -148,7 +147,7 @@ def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_
             trainer.run()
             assert trainer.train_step.model.training == training
         assert said in capsys.readouterr().out
-    released = dataclasses.replace(deit_tiny(), compat="released").resolved()
+    released = changed(deit_tiny(), compat="released").resolved()
     assert released.departures.finetune_mode == "eval"  # the released code's model.train(args.finetune == '')
 
 
@@ -193,10 +192,10 @@ def test_compiling_is_announced_where_nothing_is_cached(monkeypatch):
     ("recipe", "said"),
     [
         (deit_tiny(), None),
-        (changed(deit_tiny(), "model", drop_rate=0.1), None),
-        (changed(convnet_teacher(), "model", drop_rate=0.1), "(model.drop_rate)"),
+        (changed(deit_tiny(), model={"drop_rate": 0.1}), None),
+        (changed(convnet_teacher(), model={"drop_rate": 0.1}), "(model.drop_rate)"),
         (convnet_teacher(), "batch normalisation"),
-        (dataclasses.replace(deit_tiny(), compat="released"), "departures.mix_group 0"),
+        (changed(deit_tiny(), compat="released"), "departures.mix_group 0"),
     ],
 )
 def test_what_depends_on_the_number_of_processes_is_said(recipe, said):

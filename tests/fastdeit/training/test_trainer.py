@@ -1,6 +1,5 @@
 """Training: what it logs, accumulation, stopping on NaN, the compat switch, fine-tuning, mistakes."""
 
-import dataclasses
 import math
 
 import pytest
@@ -9,6 +8,7 @@ import torch._dynamo
 
 import steps
 from fastdeit import checkpoint
+from fastdeit.config import Departures
 from fastdeit.distributed import world
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.errors import UserError
@@ -90,7 +90,7 @@ def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoi
     a, b = (final_state(r)["model"] for r in runs)
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(UserError, match=r"another run.compile"):
-        train(changed(runs[1], "run", compile="off"))
+        train(changed(runs[1], run={"compile": "off"}))
 
 
 @pytest.mark.slow
@@ -123,9 +123,8 @@ def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
 
 @pytest.mark.slow
 def test_released_compat(tiny, events, capsys):
-    recipe = dataclasses.replace(tiny(deit_tiny), compat="released", departures=type(tiny().departures)()).resolved()
-    recipe = changed(recipe, "run", epochs=3)
-    recipe = changed(recipe, "departures", epoch_multiple=32)
+    recipe = changed(tiny(deit_tiny, run={"epochs": 3}), compat="released", departures=Departures()).resolved()
+    recipe = changed(recipe, departures={"epoch_multiple": 32})
     scores = train(recipe)
     assert set(scores) == {"model"}  # its average is kept, never evaluated
     assert final_state(recipe)["ema"] is not None

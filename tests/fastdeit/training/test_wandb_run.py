@@ -52,7 +52,7 @@ def train_offline(recipe):
 def test_all_starts_are_one_run_with_the_losses_of_the_log(tiny, events):
     recipe = tiny(run={"epochs": 1, "tensorboard": True, "wandb": "deit"})
     for epochs in (1, 2):  # the second start resumes
-        process = Forked(train_offline, changed(recipe, "run", epochs=epochs, resume_changed=True))
+        process = Forked(train_offline, changed(recipe, run={"epochs": epochs, "resume_changed": True}))
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     folder = recipe.run.output
