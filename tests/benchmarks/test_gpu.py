@@ -85,7 +85,7 @@ def test_a_benchmark_that_dies_or_hangs_ends_alone(tmp_path, monkeypatch, progra
     assert message in step.message
 
 
-def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
+def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch, ended):
     called = []
     monkeypatch.setattr(kernels, "run_benchmark", lambda options: called.append(options) or True)
     monkeypatch.setattr(throughput, "run_benchmark", lambda options: called.append(options) or False)
@@ -93,9 +93,7 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "tune_launches", lambda options: called.append(options) or True)
     for name in ("kernels", "augment", "tune"):
         gpu.main(["--in-process", name, "--budget", "9", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
-    assert ended.value.code == 1
+    ended(1, gpu.main, ["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
     *_, augment, chosen, tuned, throughputs = called
     assert all(0 < options.budget <= 9 for options in called)
     assert [options.results.stem for options in called] == ["kernels"] * 5 + ["tune", "tune", "throughput"]
@@ -216,11 +214,19 @@ def test_the_whole_loader_has_a_target():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_says_so(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(["--results", str(tmp_path)])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: PyTorch sees no GPU")
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (gpu.main, ["--results", "."], "PyTorch sees no GPU"),
+        (kernels.main, ["--results", "kernels.jsonl"], "the kernels benchmark needs a GPU"),
+        (tune.main, [], "launches are tuned on a GPU, and PyTorch sees none: fastdeit-doctor tells why"),
+        (tune.main, ["--choose", "--recipe", "deit_tiny"], "measuring a card needs a GPU, and PyTorch sees none: fast"),
+        (throughput.main, ["--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
+    ],
+)
+def test_without_a_gpu_one_sentence_says_so(tmp_path, monkeypatch, ended, main, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert ended(2, main, words).err.startswith(f"error: {said}")
     assert not list(tmp_path.iterdir())
 
 

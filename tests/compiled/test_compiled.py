@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeit.pipelines.errors import UserError
+from refusals import refused
 from tests.compiled import report
 from tests.compiled.report import ARCHITECTURES, LIMITS, Compiled, differences, updated
 
@@ -109,8 +109,7 @@ def test_a_figure_that_changed_is_found_and_other_versions_are_not_compared(monk
     assert updated(text, [example()]) == text
     monkeypatch.setattr(report, "versions", lambda: "Triton 99")
     assert differences(text, [example(registers=41)]) is None
-    with pytest.raises(UserError, match="compiled: begin"):
-        updated("no marks", [])
+    refused("compiled: begin", updated, "no marks", [])
 
 
 def test_faults_are_told():
@@ -120,13 +119,10 @@ def test_faults_are_told():
     assert "shared memory of" in example(shared=LIMITS[90].shared - 1023).fault()
 
 
-def test_the_whole_table_is_written_or_nothing(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        report.main(["--update", "kernels.md", "--first"])
-    assert "leave --match, --first and --architectures away" in capsys.readouterr().err
+def test_the_whole_table_is_written_or_nothing(ended):
+    said = ended(2, report.main, ["--update", "kernels.md", "--first"]).err
+    assert "leave --match, --first and --architectures away" in said
 
 
-def test_a_name_that_no_kernel_has_is_an_error(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        report.main(["--match", "atention"])
-    assert "no kernel has that in its name" in capsys.readouterr().err
+def test_a_name_that_no_kernel_has_is_an_error(ended):
+    assert "no kernel has that in its name" in ended(2, report.main, ["--match", "atention"]).err

@@ -1,6 +1,7 @@
 """A small data set of photographs-like JPEGs, converted, and recipes that train on it in seconds."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,13 @@ def teacher_checkpoint(tiny_in, tmp_path_factory):
     return newest(recipe)
 
 
+@pytest.fixture
+def taught(teacher_checkpoint):
+    """Sections of a recipe that distils hard from that teacher."""
+    teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint}
+    return {"objective": {"distillation": "hard"}, "teacher": teacher}
+
+
 @pytest.fixture(scope="session")
 def reported(data, tiny_in, tmp_path_factory):
     """The recipe of a finished run of a distilled student, whose classes have the names of an attacker."""
@@ -114,6 +122,14 @@ def reported(data, tiny_in, tmp_path_factory):
     recipe = changed(tiny_in(folder / "run"), data={"train": folder / "train.beton", "val": folder / "val.beton"})
     train(recipe)
     return recipe
+
+
+@pytest.fixture
+def small_files():
+    """Function: files of this process may have so many bytes at most; the system then refuses as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -131,11 +147,12 @@ def events():
 def launch():
     """Function: run `fastdeit-train` on a recipe in a process of its own, or in two that torchrun joins.
 
-    The processes are forked, unless `stdout_reader` is a command that reads what the run prints.
+    It ends with `status`, unless nobody waits for it. The processes are forked, unless `stdout_reader` is a command
+    that reads what the run prints.
     """
     started = []
 
-    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None):
+    def start(recipe: Recipe, processes=1, *, wait=True, status=0, stdout_reader: str | None = None):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
@@ -151,6 +168,7 @@ def launch():
         started.append(process)
         if wait:
             process.out, process.err = process.communicate(timeout=300)
+            assert process.returncode == status, process.err
         return process
 
     yield start

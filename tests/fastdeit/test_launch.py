@@ -11,6 +11,7 @@ import pytest
 
 from fastdeit.launch import check_launch, check_store
 from fastdeit.pipelines.errors import UserError
+from refusals import refused
 from system import run_python
 
 
@@ -24,10 +25,7 @@ from system import run_python
     ],
 )
 def test_tasks_without_torchrun_are_refused(environ):
-    with pytest.raises(
-        UserError, match=r"without torchrun each would train alone: start one task on each node.*torchrun"
-    ):
-        check_launch(environ)
+    refused(r"without torchrun each would train alone: start one task on each node.*torchrun", check_launch, environ)
     assert check_launch({**environ, "RANK": "0", "WORLD_SIZE": "2"}) is None
 
 

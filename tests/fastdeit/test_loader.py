@@ -8,13 +8,13 @@ from PIL import Image
 from timm.data import create_transform
 
 import fastdeit
+import runs
 import steps
 from fastdeit.data import TrainingData
-from fastdeit.distributed import world
-from fastdeit.inputs import open_dataset
 from fastdeit.loader import ImageLoader
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import deit_tiny
+from refusals import refused
 from runs import changed
 
 
@@ -28,11 +28,9 @@ def opened(data, batch_size=32, **options):
 
 
 def test_the_batches_are_the_trainers(data):
-    with opened(data, batch_size=64, epoch=3) as loader, world("cpu") as alone:
+    with opened(data, batch_size=64, epoch=3) as loader, runs.opened(TrainingData, loader.recipe) as judge:
         found = list(loader)
-        judge = TrainingData(loader.recipe, open_dataset(data / "train.beton", "x"), alone)
         expected = [batch for *_, batch in judge.flow(3)]
-        judge.close()
     assert len(found) == len(expected) == len(loader) == 2
     for (images, targets), batch in zip(found, expected, strict=True):
         assert torch.equal(images, batch.images)
@@ -110,8 +108,7 @@ def test_two_processes_share_the_steps_of_one(data, tmp_path):
     ],
 )
 def test_mistakes(data, options, message):
-    with pytest.raises(UserError, match=message):
-        opened(data, **options)
+    refused(message, opened, data, **options)
 
 
 def test_a_state_of_another_loader_is_refused(data):

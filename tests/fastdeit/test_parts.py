@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import fastdeit
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from refusals import refused
 from runs import changed
 
 
@@ -34,10 +35,8 @@ def test_the_network_is_timms(recipe, name):
 def test_mistakes_in_a_network_are_named():
     with pytest.raises(UserError, match="img_size 33 is not a multiple of the recipe's patches of 16 pixels"):
         fastdeit.create_model("deit_tiny", img_size=33)
-    with pytest.raises(UserError, match=r"trains a resnet18: timm.create_model\('resnet18'\) makes it"):
-        fastdeit.create_model("convnet_teacher")
-    with pytest.raises(UserError, match="there is no recipe 'deit_huge'"):
-        fastdeit.create_model("deit_huge")
+    refused(r"trains a resnet18: timm.create_model\('resnet18'\) makes it", fastdeit.create_model, "convnet_teacher")
+    refused("there is no recipe 'deit_huge'", fastdeit.create_model, "deit_huge")
 
 
 def test_the_loss_of_one_head_is_cross_entropy():
@@ -87,5 +86,4 @@ def test_inputs_that_do_not_fit_the_recipe_are_refused():
     ],
 )
 def test_mistakes_in_a_run_are_named(sections, message):
-    with pytest.raises(UserError, match=message):
-        fastdeit.Trainer("deit_tiny", **sections)
+    refused(message, fastdeit.Trainer, "deit_tiny", **sections)

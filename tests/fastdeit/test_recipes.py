@@ -16,6 +16,7 @@ from fastdeit.effects import fields
 from fastdeit.option_names import TIMM
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from refusals import refused
 from runs import changed, parse_file
 
 
@@ -150,8 +151,7 @@ def test_a_recipe_that_an_older_version_stored_is_read(tmp_path):
 
 @pytest.mark.slow
 def test_the_old_names_are_read_from_files_alone(tmp_path):
-    with pytest.raises(UserError, match=r"did you mean --run\.loss_sync\?"):
-        parse_recipe(["deit_tiny", "--departures.loss_sync", "deferred"])
+    refused(r"did you mean --run\.loss_sync\?", parse_recipe, ["deit_tiny", "--departures.loss_sync", "deferred"])
     # A file may still hold them: with others, alone, and beside a section of runs, whose own value wins.
     file = tmp_path / "run.toml"
     for text in ("", "mix_group = 32\n", "[run]\nepochs = 3\n", '[run]\nloss_sync = "every_step"\n'):
@@ -162,12 +162,9 @@ def test_the_old_names_are_read_from_files_alone(tmp_path):
 
 def test_a_file_without_a_recipe_is_named(tmp_path):
     file = tmp_path / "run.json"
-    with pytest.raises(UserError, match=r"run\.json holds a list"):
-        parse_file(file, "[1, 2]", "deit_tiny")
-    with pytest.raises(UserError, match=r"run\.json holds no settings"):
-        parse_file(file, "{}", "deit_tiny")
-    with pytest.raises(UserError, match=r"run\.json does not name its recipe"):
-        parse_file(file, '{"run": {"epochs": 3}}')
+    refused(r"run\.json holds a list", parse_file, file, "[1, 2]", "deit_tiny")
+    refused(r"run\.json holds no settings", parse_file, file, "{}", "deit_tiny")
+    refused(r"run\.json does not name its recipe", parse_file, file, '{"run": {"epochs": 3}}')
 
 
 @pytest.mark.parametrize(
@@ -187,17 +184,14 @@ def test_mistakes_in_a_file_are_named(tmp_path, text, message):
 
 
 def test_unknown_recipe_and_missing_file():
-    with pytest.raises(UserError, match=r"no recipe 'deit_huge'.*deit_base"):
-        parse_recipe(["deit_huge"])
-    with pytest.raises(UserError, match="No such file"):
-        parse_recipe(["deit_tiny", "--config", "/nonexistent.toml"])
+    refused(r"no recipe 'deit_huge'.*deit_base", parse_recipe, ["deit_huge"])
+    refused("No such file", parse_recipe, ["deit_tiny", "--config", "/nonexistent.toml"])
 
 
 def test_a_stored_recipe_of_wrong_types_is_refused():
     values = Recipe(name="x").to_dict()
     values["optim"]["lr"] = "much"
-    with pytest.raises(UserError, match="does not fit"):
-        recipe_from_dict(values)
+    refused("does not fit", recipe_from_dict, values)
 
 
 @pytest.mark.parametrize(
@@ -218,16 +212,14 @@ def test_a_stored_recipe_of_wrong_types_is_refused():
     ],
 )
 def test_an_unknown_option_names_the_nearest(typed, meant):
-    with pytest.raises(UserError, match=meant):
-        parse_recipe(["deit_tiny", typed, "3"])
+    refused(meant, parse_recipe, ["deit_tiny", typed, "3"])
 
 
 def test_every_option_of_timm_leads_to_one_of_ours():
     known = {name: str(value) for name, value in fields(RECIPES["deit_tiny"]()).items()}
     for typed, name in TIMM.items():
         assert name in known, typed
-        with pytest.raises(UserError, match=rf"did you mean --{re.escape(name)}\?"):
-            parse_recipe(["deit_tiny", typed, known[name]])
+        refused(rf"did you mean --{re.escape(name)}\?", parse_recipe, ["deit_tiny", typed, known[name]])
 
 
 def test_a_word_that_belongs_to_no_option():

@@ -126,11 +126,9 @@ def test_slope_is_theil_and_sens(count):
     assert (low, high) == pytest.approx((wanted.low_slope, wanted.high_slope))
 
 
-def test_failing_ends_the_command_with_1(monkeypatch, tmp_path, capsys):
+def test_failing_ends_the_command_with_1(monkeypatch, tmp_path, ended):
     failed = Verdict(9.0, (8.0, 10.0), 0.2, (6, 9), (5, 5), ("descriptors went from 6 to 9",))
     monkeypatch.setattr(campaign, "soak", lambda options, data: samples(lambda i: 500))
     monkeypatch.setattr(campaign, "judge", lambda found: failed)
-    with pytest.raises(SystemExit) as ended:
-        campaign.main(["--data", str(tmp_path), "--results", str(tmp_path / "soak.jsonl")])
-    assert ended.value.code == 1
-    assert "failed: descriptors went from 6 to 9" in capsys.readouterr().out
+    words = ["--data", str(tmp_path), "--results", str(tmp_path / "soak.jsonl")]
+    assert "failed: descriptors went from 6 to 9" in ended(1, campaign.main, words).out

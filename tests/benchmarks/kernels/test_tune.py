@@ -1,7 +1,6 @@
 """The search for a faster launch: which are tried, that a wrong one is none, and that every kernel can be told."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -72,12 +71,3 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, monkeypatch, capsys):
     options = Options(ops=("bias_gelu",), models=("tiny",), tokens=(7,), batch=3, results=tmp_path / "t")  # type: ignore[arg-type]
     assert not tune.tune_launches(options, DEVICE, Clock(lambda call: [1.0], lambda call: None))
     assert "its own launch fails: output 0: error" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tune"])
-    with pytest.raises(SystemExit) as ended:
-        tune.main([])
-    assert ended.value.code == 2
-    assert "PyTorch sees none: fastdeit-doctor tells why" in capsys.readouterr().err

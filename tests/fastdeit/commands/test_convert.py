@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from fastdeit.pipelines.formats.beton import BetonDataset
 from forked import Forked, run_module
+from system import wait_for
+
+pytestmark = pytest.mark.slow
 
 
 def call(*arguments):
@@ -21,7 +24,6 @@ def call(*arguments):
     return SimpleNamespace(returncode=process.returncode, stdout=out, stderr=err)
 
 
-@pytest.mark.slow
 def test_converts_and_reports(images, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("class3\nclass2\nclass1\nclass0\n")
@@ -34,7 +36,6 @@ def test_converts_and_reports(images, tmp_path):
         assert dataset.label[0] == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -56,7 +57,6 @@ def test_mistakes_are_one_sentence(images, tmp_path, arguments, reason):
     assert reason in done.stderr
 
 
-@pytest.mark.slow
 def test_no_arguments_and_help():
     done = call()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -67,7 +67,6 @@ def test_no_arguments_and_help():
         assert word in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["beton", "webdataset"])
 def test_statuses_rejects_and_verification(images, tmp_path, format):
     tree = shutil.copytree(images / "val", tmp_path / "tree")
@@ -100,7 +99,6 @@ def test_statuses_rejects_and_verification(images, tmp_path, format):
     assert call("--verify", tmp_path / "none").returncode == 2
 
 
-@pytest.mark.slow
 def test_class_names_of_a_converted_data_set(images, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("class3\nclass1\nclass0\nclass2\n")
@@ -116,12 +114,6 @@ def test_class_names_of_a_converted_data_set(images, tmp_path):
     assert "two.beton: has no sidecar with class names" in done.stderr
 
 
-def children(pid):
-    """The processes that a process has started and that have not ended."""
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.5])
 def test_ctrl_c_while_workers_start(images, tmp_path, delay):
     """A terminal sends it to all of them, and each spends its first second importing."""
@@ -129,10 +121,7 @@ def test_ctrl_c_while_workers_start(images, tmp_path, delay):
     process = subprocess.Popen(
         [*command, "--workers", "4"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
     )
-    deadline = time.monotonic() + 60
-    while len(children(process.pid)) < 2:  # the first one only looks after the others' leftovers
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: len(psutil.Process(process.pid).children()) > 1)  # the first one only cleans up after the others
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)

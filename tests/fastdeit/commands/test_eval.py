@@ -1,8 +1,6 @@
 """`fastdeit-eval` against timm's model, timm's transform and torchvision's data set."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,8 +16,10 @@ from fastdeit.commands.eval import Options, evaluate_checkpoint, table
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
-from forked import Forked, run_module
+from forked import run_module, succeed
+from refusals import refused
 from runs import newest, train
+from system import run_python
 from tiny_datasets import add_all
 
 
@@ -91,8 +91,7 @@ def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
 def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=4).state_dict()}, released)
-    with pytest.raises(UserError, match="--recipe"):
-        evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton"))
+    refused("--recipe", evaluate_checkpoint, Options(checkpoint=released, val=data / "val.beton"))
     with pytest.raises(UserError, match="no recipe 'deit'"):
         evaluate_checkpoint(Options(checkpoint=released, val=data / "val.beton", recipe="deit"))
     found = evaluate_checkpoint(
@@ -113,16 +112,12 @@ def test_a_head_of_other_classes_is_refused(data, tmp_path):
 def test_command_line(trained, data):
     _, path, _ = trained
     words = [str(path), str(data / "val.beton"), "--device", "cpu", "--json"]
-    process = Forked(run_module, "fastdeit.commands.eval", words)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    results = json.loads(out)
+    results = json.loads(succeed(run_module, "fastdeit.commands.eval", words)[0])
     assert results["ema"]["images"] == 44
     lines = table(results).splitlines()
     assert len(lines) == 1 + 2 * 4
     assert f"{results['model']['class']['top1']:.2f}" in lines[1]
-    command = [sys.executable, "-m", "fastdeit.commands.eval", "missing.pt", "x.beton"]
-    wrong = subprocess.run(command, capture_output=True, text=True)
+    wrong = run_python("-m", "fastdeit.commands.eval", "missing.pt", "x.beton")
     assert wrong.returncode == 2
     assert "missing.pt" in wrong.stderr
     assert "Traceback" not in wrong.stderr

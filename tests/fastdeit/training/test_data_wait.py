@@ -1,7 +1,6 @@
 """A process that waits for data is named, with its machine, cores and file system."""
 
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from fastdeit.pipelines.machine import file_system
 from fastdeit.training import data_wait
 from fastdeit.training.data_wait import DataWait, Wait
 from runs import train
+from system import run
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("path", ["/proc", "/dev/shm", "/", "."])
 def test_the_file_system_is_the_one_that_findmnt_names(path):
-    command = ["findmnt", "-n", "-o", "FSTYPE,SOURCE", "-T", str(Path(path).resolve())]
-    mounts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    mounts = run("findmnt", "-n", "-o", "FSTYPE,SOURCE", "-T", Path(path).resolve(), check=True).stdout.splitlines()
     kind, source = mounts[-1].split()
     assert file_system(Path(path)) == f"{kind} ({source})"
 

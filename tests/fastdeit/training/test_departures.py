@@ -7,11 +7,11 @@ from fastdeit.config import COMPAT, COMPAT_RUN, Departures
 from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import open_dataset
-from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import resolve
 from fastdeit.recipes import deit_tiny
 from fastdeit.training.evaluation import headline
 from fastdeit.training.objective import build_objective
+from refusals import refused
 from runs import changed
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -58,8 +58,7 @@ def test_placement(released):
 
 def test_epoch_multiple_and_order_seed(released):
     # 160 images are no whole 256, so the released code would train on none of them.
-    with pytest.raises(UserError, match="fewer than a global batch"):
-        training(released("epoch_multiple"))
+    refused("fewer than a global batch", training, released("epoch_multiple"))
     first = training(released("order_seed", run={"seed": 0})).order.permutation(1)
     other = training(released("order_seed", run={"seed": 5})).order.permutation(1)
     assert first.tolist() == other.tolist() == torch.randperm(160, generator=torch.Generator().manual_seed(1)).tolist()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -15,11 +16,11 @@ from fastdeit.model.kernel_checks import failure
 from fastdeit.model.kernel_choice import OPS, choose_kernels
 from fastdeit.model.kernel_table import Row, Table, decide, key
 from fastdeit.pipelines.conversion.convert import convert
-from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
 from fastdeit.teacher.labelling import label_run
-from runs import changed, final_state, newest, train, trained
+from refusals import refused
+from runs import changed, final_state, newest, same_values, train, trained
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,8 +102,7 @@ def test_resuming_with_other_kernels_is_a_change(data, short, events):
     recipe = short(data / "train.beton", "run", "torch", depth=1)
     train(recipe)
     other = changed(recipe, model={"kernels": "triton"})
-    with pytest.raises(UserError, match=r"another model\.kernels \(torch, this run has triton\)"):
-        train(other)
+    refused(r"another model\.kernels \(torch, this run has triton\)", train, other)
     train(changed(other, run={"resume_changed": True}))
     assert events(recipe.run.output, "resume")[0]["changed"] == ["another model.kernels (torch, this run has triton)"]
 
@@ -140,13 +140,16 @@ def test_a_resumed_run_keeps_the_choice_of_another_table(images, short, events, 
     assert stored["left"]["attention"] == "PyTorch's flash takes 1.000 ms, ours 2.000"
     path = newest(recipe)
     monkeypatch.setattr(fastdeit.model.kernel_table, "read", lambda: new)
-    with pytest.raises(UserError, match=r"without assemble_tokens, attention \(flash\), .*, this run has torch\)"):
-        train(changed(recipe, model={"kernels": "torch"}))
+    refused(
+        r"without assemble_tokens, attention \(flash\), .*, this run has torch\)",
+        train,
+        changed(recipe, model={"kernels": "torch"}),
+    )
     found = trained(recipe)
     out = capsys.readouterr().out
     assert f"kernels triton, as in the checkpoint {path}: the loss; not token assembly: PyTorch takes 1.000 ms" in out
     assert found["kernels"]["table"] == 5
-    assert all(torch.equal(found["model"][name], expected["model"][name]) for name in expected["model"])
+    assert same_values(found["model"], expected["model"])
     assert trained(fresh)["kernels"]["table"] == 6
     assert events(fresh.run.output, "start")[0]["kernels"]["ops"] == []
 
@@ -173,11 +176,9 @@ def test_auto_is_pytorch_without_a_gpu(monkeypatch):
     assert (kernels.name, kernels.sentence()) == ("torch", "kernels torch: there is no GPU")
     assert chosen(replace(cfg, kernels="torch")).sentence() == "kernels torch: as requested"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(UserError, match=r"there is no GPU\. Set --model\.kernels torch, or auto"):
-        chosen(replace(cfg, kernels="triton"), "cpu")
+    refused(r"there is no GPU\. Set --model\.kernels torch, or auto", chosen, replace(cfg, kernels="triton"), "cpu")
     monkeypatch.setattr(fastdeit.model.kernel_choice.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install triton"):
-        chosen(replace(cfg, kernels="triton"))
+    refused("pip install triton", chosen, replace(cfg, kernels="triton"))
 
 
 def test_what_has_no_place_in_a_model_is_said():
@@ -204,9 +205,7 @@ def test_auto_leaves_a_kernel_that_is_wrong_or_fails(monkeypatch):
     cfg, here = ModelConfig(**SMALL), torch.device(DEVICE)
     attention = fastdeit.model.kernel_checks.attention
 
-    def broken(*_, **__):
-        raise RuntimeError("out of resource: shared memory\nmore lines")
-
+    broken = Mock(side_effect=RuntimeError("out of resource: shared memory\nmore lines"))
     monkeypatch.setattr(
         fastdeit.model.kernel_checks, "attention", lambda *arguments, **options: attention(*arguments, **options) * 1.01
     )
