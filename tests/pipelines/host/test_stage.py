@@ -20,12 +20,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(40, 50), (100, 80), (33, 70), (1, 1), (90, 3), (2, 60), (120, 130)]
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with ThreadPoolExecutor(3) as executor:
-        yield executor
-
-
 def make_stage(pool, size, threads=2, dtype=torch.float32):
     return HostStage(size, MEAN, STD, pool=pool, threads=threads, dtype=dtype)
 
@@ -90,7 +84,7 @@ def test_memory_of_a_batch_is_used_again(pool, drawn, monkeypatch):
         stage(decoded, plan)
     # Also where the pool has no thread for it, so that what it was given waits there.
     blocked = threading.Event()
-    held = [pool.submit(blocked.wait) for _ in range(3)]
+    held = [pool.submit(blocked.wait) for _ in range(4)]
     try:
         for _ in range(10):
             stage(decoded, plan)

@@ -15,11 +15,11 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, BetonError
 from fastdeit.pipelines.loaders import base
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
+from fastdeit.pipelines.loaders.choose import LOADERS
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered, assert_images
+from ordered import assert_images, first_batch
 from pictures import jpeg, picture
 from tiny_datasets import Hooked, stored
 
@@ -63,23 +63,6 @@ class Unreadable(Hooked):
         self.counts[index] += 1
         if index in self.bad:
             raise self.error("Input/output error")
-
-
-@pytest.fixture(params=["torch", "ffcv", "turbo", "dali"])
-def opened(request):
-    with make_pool(4) as pool:
-
-        def open_one(dataset, order, threads=3, regions=None, **options):
-            try:
-                loader = open_loader(request.param, dataset, pool=pool, threads=threads, **options)
-            except UserError as error:
-                if "install" in str(error):
-                    pytest.skip(str(error))
-                raise
-            return Ordered(loader, order, regions)
-
-        open_one.name = request.param
-        yield open_one
 
 
 def expected_image(dataset, index):
@@ -195,8 +178,7 @@ def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
 
     # The upper half of image 0 is there: whether it counts as damaged must not depend on what is needed of it.
     order = EvalOrder(COUNT, batch=4)
-    with opened(damaged, order, on_error="replace", regions=regions) as loader:
-        batch = next(loader.batches(0))
+    batch = first_batch(opened(damaged, order, on_error="replace", regions=regions))
     assert batch.region is None
     assert batch.replaced == [(3, 4)]
 

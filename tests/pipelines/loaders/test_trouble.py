@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,6 +16,7 @@ from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
 from ordered import assert_images
 from pictures import encoded, jpeg, picture
+from system import end_when_ready, wait_for
 from tiny_datasets import Hooked, write
 
 
@@ -139,10 +138,7 @@ def test_closing_early_leaves_no_thread(opened, many, pool):
     for _ in range(3):
         with opened(many) as loader, Prefetcher(loader.batches(0), 2) as batches:
             next(batches)
-    deadline = time.monotonic() + 5  # the kernel lists a thread for a moment after it was joined
-    while threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() <= before
+    wait_for(lambda: threads() <= before)  # the kernel lists a thread for a moment after it was joined
 
 
 SCRIPT = """
@@ -170,13 +166,6 @@ with make_pool(2) as pool:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_program(opened, many):
-    command = [sys.executable, "-c", SCRIPT, opened.name, str(many.path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
-    finally:
-        process.kill()
+    error, code = end_when_ready("-c", SCRIPT, opened.name, many.path)
     assert error.rstrip().endswith("KeyboardInterrupt")
-    assert process.returncode == -signal.SIGINT
+    assert code == -signal.SIGINT

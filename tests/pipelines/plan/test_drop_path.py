@@ -10,6 +10,7 @@ from timm.layers import calculate_drop_path_rates
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, dropped_samples
+from refusals import refused
 
 
 def test_drop_path_follows_timms_rates():
@@ -73,8 +74,7 @@ def test_a_fixed_number_is_the_rates_rounded(depth, rate, group):
     ],
 )
 def test_a_number_that_drops_nothing_or_everything_is_refused(rate, group, message):
-    with pytest.raises(UserError, match=message):
-        dropped_samples(12, rate, group)
+    refused(message, dropped_samples, 12, rate, group)
 
 
 def test_every_group_drops_exactly_its_number_and_the_expectation_is_one():

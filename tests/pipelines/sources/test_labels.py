@@ -18,18 +18,14 @@ from fastdeit.pipelines.sources import open_source
 NAMES = ["cat", "dog", "owl"]
 
 
-def json_source(folder, labels):
-    files = {}
-    for i, label in enumerate(labels):
-        files |= {f"{i}.jpg": jpeg(i), f"{i}.json": json.dumps({"label": label}).encode()}
-    return str(pack(folder / "a.tar", files)), "a.tar:{}.jpg"
+def tar_source(kind, written):
+    def make(folder, labels):
+        files = {}
+        for i, label in enumerate(labels):
+            files |= {f"{i}.jpg": jpeg(i), f"{i}.{kind}": written(label).encode()}
+        return str(pack(folder / "a.tar", files)), "a.tar:{}.jpg"
 
-
-def cls_source(folder, labels):
-    files = {}
-    for i, label in enumerate(labels):
-        files |= {f"{i}.jpg": jpeg(i), f"{i}.cls": str(label).encode()}
-    return str(pack(folder / "a.tar", files)), "a.tar:{}.jpg"
+    return make
 
 
 def parquet_source(folder, labels):
@@ -70,8 +66,8 @@ ANYTHING = [*NUMBERS, "owl", "1.5", 10**30]
 @pytest.mark.parametrize(
     ("make", "labels"),
     [
-        (json_source, [*ANYTHING, None, True, [1], {"a": 1}]),
-        (cls_source, [*ANYTHING, ""]),
+        (tar_source("json", lambda label: json.dumps({"label": label})), [*ANYTHING, None, True, [1], {"a": 1}]),
+        (tar_source("cls", str), [*ANYTHING, ""]),
         (parquet_source, NUMBERS),
         (cifar_source, [*ANYTHING, None, True, 10**5000]),
         (torchvision_source, [*ANYTHING, np.float32(0.5), np.int64(-3), np.float64(math.nan)]),
