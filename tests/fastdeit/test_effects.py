@@ -225,6 +225,7 @@ def test_a_rate_that_skips_no_sample_or_all_is_refused_before_training(tiny, gro
     ("words", "message"),
     [
         ("--optim.lr -1", r"optim\.lr is -1\.0: it must be 0 or more"),
+        ("--run.divergence_band nan", r"run\.divergence_band is nan: it must be 0 or more"),
         ("--optim.betas 0.9 1.5", r"optim\.betas are \(0\.9, 1\.5\)"),
         ("--model.num_heads 0", r"model\.num_heads is 0: it must be at least 1"),
         ("--model.patch_size 0", r"model\.patch_size is 0: it must be at least 1"),
