@@ -2,7 +2,6 @@
 
 import json
 import resource
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -17,7 +16,7 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
 from forked import Forked, run_module, run_module_twice
 from runs import changed, newest, train
-from tiny_datasets import reseal
+from tiny_datasets import copy_beton, reseal
 
 CLASSES = 4
 RUN = {"epochs": 2, "global_batch": 32, "log_every": 1, "tensorboard": False, "progress": False, "device": "cpu"}
@@ -116,8 +115,7 @@ def reported(data, tiny_in, tmp_path_factory):
     """The recipe of a finished run of a distilled student, whose classes have the names of an attacker."""
     folder = tmp_path_factory.mktemp("reported")
     for name in ("train.beton", "val.beton"):
-        for file in (name, f"{name}.json"):
-            shutil.copy(data / file, folder / file)
+        copy_beton(data / name, folder / name)
         reseal(folder / f"{name}.json", class_names=HOSTILE)
     recipe = changed(tiny_in(folder / "run"), data={"train": folder / "train.beton", "val": folder / "val.beton"})
     train(recipe)

@@ -41,6 +41,17 @@ def plain_file(kind):
     return made[kind](), image.size
 
 
+def refused_jpegs():
+    """Files of 40 x 30 pixels that decoders may refuse, and PIL reads; the first is a plain one, which none may."""
+    plain = jpeg(picture(2, (40, 30)))
+    return [
+        plain,
+        jpeg(picture(1, (40, 30)).convert("CMYK")),
+        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
+        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
+    ]
+
+
 def random_jpegs(sampled_jpeg, rng, sampling, *, times, quality):
     """`times` JPEG files of every kind in one sampling of chroma, each with its size; the range of their quality."""
     files = []

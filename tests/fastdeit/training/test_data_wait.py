@@ -1,6 +1,7 @@
 """A process that waits for data is named, with its machine, cores and file system."""
 
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -60,14 +61,22 @@ def test_the_process_that_waits_is_named_once(tmp_path):
     assert sentence.endswith("a faster disk would help, such as a local one for --data.cache_dir")
 
 
-def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
-    decode = TorchLoader.decode_image
+def slow_down(monkeypatch, seconds, images=sys.maxsize):
+    """Decoding takes so many seconds longer for the first `images`; returns a list with an item for each of them."""
+    decode, waited = TorchLoader.decode_image, []
 
     def slowly(self, *args, **kwargs):
-        time.sleep(0.1)
+        if len(waited) < images:
+            waited.append(True)
+            time.sleep(seconds)
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(TorchLoader, "decode_image", slowly)
+    return waited
+
+
+def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
+    slow_down(monkeypatch, 0.1)
     monkeypatch.setattr(data_wait, "_SECONDS", 0.2)
     recipe = tiny(run={"epochs": 2}, data={"val": None})
     train(recipe)
@@ -83,15 +92,7 @@ def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
 
 def test_the_wait_for_the_first_batch_blames_no_disk(tiny, monkeypatch, events):
     """It includes compilation, which no faster disk shortens."""
-    decode, waited = TorchLoader.decode_image, []
-
-    def slow_at_first(self, *args, **kwargs):
-        if not waited:
-            waited.append(True)
-            time.sleep(2)
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(TorchLoader, "decode_image", slow_at_first)
+    waited = slow_down(monkeypatch, 2, images=1)
     monkeypatch.setattr(data_wait, "_SECONDS", 1.0)
     recipe = tiny(run={"epochs": 1}, data={"val": None})
     train(recipe)

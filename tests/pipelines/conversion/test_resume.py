@@ -188,8 +188,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
     convert(Items(data), tmp_path / "mended", progress=False)
     convert(Items(items), tmp_path / "skipped", on_error="skip", progress=False)
     for dest, source, on_error in (("a", data, "fail"), ("b", items, "skip")):
-        with pytest.raises(ConvertError, match="item 6, sample 6"):
-            convert(Items(items), tmp_path / dest, progress=False)
+        refused("item 6, sample 6", convert, Items(items), tmp_path / dest, progress=False, error=ConvertError)
         report = convert(Items(source), tmp_path / dest, on_error=on_error, resume=True, progress=False)
         assert report.done == 24
     for one, other in (("a", "mended"), ("b", "skipped")):

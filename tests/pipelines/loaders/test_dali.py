@@ -171,8 +171,7 @@ def test_damage_among_good_images(opened, tmp_path):
     with opened(dataset, batch=10) as loader:
         steps = loader.batches(0, 1)
         before = next(steps)
-        with pytest.raises(DecodeError, match="image 20"):
-            next(steps)
+        refused("image 20", next, steps, error=DecodeError)
         after = next(loader.batches(0, 3))
     for first, batch in ((10, before), (30, after)):
         assert_images(batch, [decoded_or_none(data) for data, _ in images[first : first + 10]])

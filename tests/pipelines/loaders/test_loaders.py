@@ -12,7 +12,7 @@ from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from ordered import assert_images, first_batch
-from pictures import decoded, jpeg, picture
+from pictures import decoded, jpeg, picture, refused_jpegs
 from tiny_datasets import Hooked
 
 # What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
@@ -152,13 +152,7 @@ def test_raw_pixels_are_copied(opened, tmp_path):
 
 
 def test_what_the_decoder_refuses_is_read_by_pil_and_listed(opened, tmp_path):
-    plain = jpeg(picture(2, (40, 30)))
-    stored = [
-        plain,
-        jpeg(picture(1, (40, 30)).convert("CMYK")),
-        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
-        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
-    ]
+    stored = refused_jpegs()
     dataset = write(tmp_path / "c.beton", [(data, (40, 30), JPEG) for data in stored])
     batch = first_batch(opened(dataset))
     assert batch.fallbacks == REFUSED[opened.name]

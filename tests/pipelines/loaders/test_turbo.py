@@ -19,7 +19,7 @@ from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.plan.plan import evaluation_plan
 from fastdeit.pipelines.plan.policy import Policy
 from ordered import Ordered, first_batch, need_loader
-from pictures import KINDS, SAMPLINGS, decoded, jpeg, picture, plain_file, random_jpegs
+from pictures import KINDS, SAMPLINGS, decoded, jpeg, picture, plain_file, random_jpegs, refused_jpegs
 from refusals import refused
 from tiny_datasets import write
 
@@ -75,15 +75,9 @@ def test_other_plain_files(opened, tmp_path, kind):
 
 
 def test_what_is_refused_is_read_by_pil_whole_and_listed(opened, tmp_path):
-    plain = jpeg(picture(2, (40, 30)))
     progressive = jpeg(picture(2, (40, 30)), progressive=True)
-    images = [
-        plain,
-        jpeg(picture(1, (40, 30)).convert("CMYK")),
-        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
-        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
-        progressive[: progressive.rindex(b"\xff\xda")] + b"\xff\xd9",  # without its last scan, and no warning
-    ]
+    unfinished = progressive[: progressive.rindex(b"\xff\xda")] + b"\xff\xd9"  # without its last scan, and no warning
+    images = [*refused_jpegs(), unfinished]
     dataset = write(tmp_path / "c.beton", [(data, (40, 30)) for data in images])
 
     def regions(samples):

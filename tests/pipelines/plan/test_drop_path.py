@@ -124,5 +124,4 @@ def test_fixed_draws_know_neither_process_nor_micro_batch():
 
 @pytest.mark.parametrize("positions", [np.arange(12), np.arange(4, 12), np.arange(8)[::-1], np.zeros(8, int)])
 def test_positions_that_are_not_whole_groups_are_refused(positions):
-    with pytest.raises(ValueError, match="whole groups of 8 samples"):
-        draw_fixed_drop_path(0, 0, positions, np.array([1]), 8)
+    refused("whole groups of 8 samples", draw_fixed_drop_path, 0, 0, positions, np.array([1]), 8, error=ValueError)
