@@ -248,8 +248,7 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
         "assert all(m.__file__.startswith(sys.argv[1]) for m in (fastdeit, fastdeit.kernels, fastdeit.pipelines))\n"
         "gpu.main(['--help'])\n"
     )
-    done = run_python("-c", program, tmp_path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", program, tmp_path, cwd=tmp_path, status=0)
     assert "--minutes" in done.stdout
 
 
@@ -257,7 +256,6 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
 def test_a_package_that_is_not_there_is_told_in_a_sentence(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = run_python("-m", "benchmarks", "throughput", cwd=ROOT, env=environment)
-    assert done.returncode == 2
+    done = run_python("-m", "benchmarks", "throughput", cwd=ROOT, env=environment, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: No module named 'tyro'")
     assert "Traceback" not in done.stderr

@@ -6,13 +6,12 @@ sm_86 and sm_100. With FASTDEIT_COMPILE_ALL=1, all configurations are compiled f
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from refusals import refused
+from system import run_python
 from tests.compiled import report
 from tests.compiled.report import ARCHITECTURES, LIMITS, Compiled, differences, updated
 
@@ -29,10 +28,9 @@ def found():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     lines = []
     for match, architectures in TESTED.items():
-        command = [sys.executable, "-m", "tests.compiled", "--json", "--architectures", *map(str, architectures)]
+        command = ["-m", "tests.compiled", "--json", "--architectures", *architectures]
         command += [*(["--match", match] if match else []), *([] if ALL else ["--first"])]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = run_python(*command, cwd=ROOT, env=environment, status=0)
         lines += done.stdout.splitlines()
     return [Compiled(**json.loads(line)) for line in lines]
 

@@ -166,8 +166,7 @@ def test_hostile_files_are_refused_without_memory_or_time(tmp_path):
     said = make_hostile(tmp_path)
     torch.save({"model": weights()}, tmp_path / "good.pt")
     names = [str(tmp_path / f"{name}.pt") for name in ("good", *said)]
-    done = run_python("-c", HOSTILE, *names, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", HOSTILE, *names, timeout=120, status=0)
     found, grown = json.loads(done.stdout)
     for name, reason in said.items():
         text = found[str(tmp_path / f"{name}.pt")]

@@ -35,8 +35,7 @@ def test_output_that_cannot_be_written_is_noted_in_the_log(tmp_path, events, how
         f'"{sys.executable}" -c "$CODE" "{tmp_path}" '
         + {"head": "| head -n 1", "full": "> /dev/full", "closed": ">&-", "closed stderr": "2>&- > /dev/null"}[how]
     )
-    done = run("bash", "-c", f"set -o pipefail; {command}", timeout=60, env={**os.environ, "CODE": PRINTS})
-    assert done.returncode == 0, done.stderr
+    done = run("bash", "-c", f"set -o pipefail; {command}", timeout=60, env={**os.environ, "CODE": PRINTS}, status=0)
     assert done.stderr == ""
     assert len(events(tmp_path, "train")) == 3000
     said = [event["text"] for event in events(tmp_path, "warning")]
@@ -98,8 +97,7 @@ def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, event
 @pytest.mark.parametrize("words", ["budget deit_tiny", "budget deit_tiny --json", "train deit_tiny --print-config"])
 def test_an_answer_that_cannot_be_written_is_an_error(words):
     """Unlike a run, these commands are nothing but their output."""
-    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full', timeout=60)
-    assert done.returncode == 2
+    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full', timeout=60, status=2)
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -108,7 +106,6 @@ def test_an_answer_that_cannot_be_written_is_an_error(words):
 @pytest.mark.parametrize("words", ["budget deit_tiny", "completion bash", "doctor", "train deit_tiny --print-config"])
 def test_a_reader_that_went_away_ends_a_command_in_silence(words):
     command = f'"{sys.executable}" -m fastdeit {words} | sleep 0; exit ${{PIPESTATUS[0]}}'
-    done = run("bash", "-c", command, timeout=60)
-    assert done.returncode == 128 + signal.SIGPIPE
+    done = run("bash", "-c", command, timeout=60, status=128 + signal.SIGPIPE)
     assert "Traceback" not in done.stderr
     assert "Broken pipe" not in done.stderr

@@ -233,13 +233,11 @@ def test_every_stream_of_a_process(tmp_path):
         "    raise ValueError(NAME)\n"
         "run(main)\n"
     )
-    done = run_python(script, env={"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 1
+    done = run_python(script, env={"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ":".join(sys.path)}, status=1)
     on_terminal(done.stdout)
     on_terminal(done.stderr)
     assert done.stderr.count(GOOD) >= 4
-    done = run_python(script, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 1
+    done = run_python(script, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}, status=1)
     assert r"caf\xe9 \u65e5" in done.stdout
     assert not ACTED_ON.search(done.stdout + done.stderr)
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from fastdeit.pipelines.conversion.convert import convert
+from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
 
 
@@ -10,3 +12,8 @@ def refused(reason, call, *arguments, error=UserError, **options):
     with pytest.raises(error, match=reason) as caught:
         call(*arguments, **options)
     return str(caught.value)
+
+
+def not_converted(reason, source, dest, *, error=ConvertError, **options):
+    """The message of the error with which a conversion ends."""
+    return refused(reason, convert, source, dest, error=error, **{"progress": False, **options})

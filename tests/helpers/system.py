@@ -10,9 +10,11 @@ import sys
 import time
 
 
-def run(*words, **options):
-    """A finished process of this program with these arguments, its output as text."""
-    return subprocess.run([*map(str, words)], capture_output=True, text=True, **options)
+def run(*words, status=None, **options):
+    """A finished process of this program with these arguments, its output as text; it must end with `status`."""
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, **options)
+    assert status in (None, done.returncode), done.stdout + done.stderr
+    return done
 
 
 def run_python(*words, **options):

@@ -14,8 +14,8 @@ from archives import jpeg, pack
 from fastdeit.pipelines import console
 from fastdeit.pipelines.conversion import job
 from fastdeit.pipelines.conversion.convert import convert
-from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
+from refusals import not_converted
 from system import bind_socket, run, run_python
 from tiny_datasets import FORMATS, assert_whole, image_folder
 
@@ -51,8 +51,7 @@ def refused(source, dest, match=REFUSED, **options):
     """Assert that a conversion is refused, in every way to ask for it, and changes nothing."""
     before = state(dest.parent)
     for resume in (False, True):
-        with pytest.raises(ERRORS, match=match):
-            convert(source, dest, resume=resume, progress=False, **options)
+        not_converted(match, source, dest, resume=resume, **options, error=ERRORS)
         assert state(dest.parent) == before
 
 
@@ -199,8 +198,7 @@ def test_a_file_that_appears_meanwhile_stays(tree, tmp_path, monkeypatch, format
         write(*arguments)
 
     monkeypatch.setattr(job, "_write_rejects", meanwhile)
-    with pytest.raises(ERRORS, match="data: is "):
-        convert(tree, dest, format=format, progress=False)
+    not_converted("data: is ", tree, dest, format=format, error=ERRORS)
     monkeypatch.undo()
     assert dest.read_text() == "a thesis"
     dest.unlink()
@@ -275,8 +273,7 @@ def test_a_crash_between_two_names_is_resumed(tree, out, tmp_path, monkeypatch, 
 def test_a_report_that_nobody_can_read(tree, tmp_path, redirect, reason):
     dest = tmp_path / "data"
     command = f"{sys.executable} -m fastdeit.commands.convert {tree} {dest} {redirect}; exit ${{PIPESTATUS[0]}}"
-    done = run("bash", "-c", command)
-    assert done.returncode == 0, done.stderr
+    done = run("bash", "-c", command, status=0)
     assert "Traceback" not in done.stderr
     if reason:
         assert done.stderr == f"note: standard output cannot be written ({reason}): {dest} is complete\n"
@@ -307,5 +304,4 @@ def test_names_that_the_terminal_cannot_show(monkeypatch):
 
 
 def test_a_place_without_a_name(tree):
-    with pytest.raises(ConvertError, match=r"has no name of its own: name a file or folder in it"):
-        convert(tree, Path("/"), progress=False)
+    not_converted(r"has no name of its own: name a file or folder in it", tree, Path("/"))

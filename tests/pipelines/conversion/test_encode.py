@@ -203,8 +203,7 @@ def test_png_metadata_bombs(chunk, tmp_path):
     else:
         info.add(b"iTXt", b"Comment\0\1\0\0\0" + huge)
     (tmp_path / "bomb.png").write_bytes(encoded(picture(), "PNG", pnginfo=info))
-    done = run_python("-c", LITTLE_MEMORY, tmp_path / "bomb.png", timeout=60)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", LITTLE_MEMORY, tmp_path / "bomb.png", timeout=60, status=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])

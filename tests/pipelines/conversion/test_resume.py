@@ -22,10 +22,11 @@ from fastdeit.pipelines.conversion import job
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.journal import Journal, JournalError, Kept
 from fastdeit.pipelines.conversion.workers import ConvertError
+from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from pictures import encoded, picture
-from refusals import refused
+from refusals import not_converted
 from system import refusing, run, run_python
 from tiny_datasets import FORMATS, Items, assert_whole, files, image_folder
 
@@ -188,7 +189,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
     convert(Items(data), tmp_path / "mended", progress=False)
     convert(Items(items), tmp_path / "skipped", on_error="skip", progress=False)
     for dest, source, on_error in (("a", data, "fail"), ("b", items, "skip")):
-        refused("item 6, sample 6", convert, Items(items), tmp_path / dest, progress=False, error=ConvertError)
+        not_converted("item 6, sample 6", Items(items), tmp_path / dest)
         report = convert(Items(source), tmp_path / dest, on_error=on_error, resume=True, progress=False)
         assert report.done == 24
     for one, other in (("a", "mended"), ("b", "skipped")):
@@ -196,8 +197,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
             assert (tmp_path / (one + suffix)).read_bytes() == (tmp_path / (other + suffix)).read_bytes()
     # What was left out is not taken back by a stricter resumption.
     interrupted(items, 20, tmp_path / "c", on_error="skip")
-    with pytest.raises(ConvertError, match=r"item 6, sample 6: was left out before .* start again"):
-        convert(Items(items), tmp_path / "c", resume=True, progress=False)
+    not_converted(r"item 6, sample 6: was left out before .* start again", Items(items), tmp_path / "c", resume=True)
     assert convert(Items(items), tmp_path / "c", on_error="skip", resume=True, progress=False).done == 10
 
 
@@ -217,7 +217,7 @@ def test_what_another_format_left_is_not_touched(data, tmp_path):
     for format, other in ((FORMATS[0], FORMATS[1]), (FORMATS[1], FORMATS[0])):
         interrupted(data, 9, tmp_path / format, format=format)
         left = files(tmp_path)
-        refused(rf"{format}\.partial: is ", convert, Items(data), tmp_path / format, format=other, progress=False)
+        not_converted(rf"{format}\.partial: is ", Items(data), tmp_path / format, format=other, error=UserError)
         assert files(tmp_path) == left
         assert convert(Items(data), tmp_path / format, format=format, resume=True, progress=False).done == 21
 
@@ -364,8 +364,7 @@ def test_a_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
     interrupted(data, 9, tmp_path / "data")
     monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
-    with pytest.raises(ConvertError, match=r"data: cannot be written \(Input/output error\)"):
-        convert(Items(data), tmp_path / "data", resume=True, progress=False)
+    not_converted(r"data: cannot be written \(Input/output error\)", Items(data), tmp_path / "data", resume=True)
     monkeypatch.undo()
     assert convert(Items(data), tmp_path / "data", resume=True, progress=False).done == 21
 
