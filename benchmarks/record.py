@@ -1,6 +1,5 @@
 """Measure and store a figure: timed windows, and a record with machine, versions, commit and command."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ import torch
 
 from fastdeit.pipelines.errors import naming
 from fastdeit.pipelines.loaders.prefetch import usable_cores
-from fastdeit.training.run_record import source_commit
+from fastdeit.training.run_record import source_commit, version
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "pillow", "triton", "ffcv")
@@ -86,7 +85,7 @@ def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         "gpu": _gpu(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: version(name) for name in packages},
     }
 
 
@@ -108,13 +107,6 @@ def _gpu() -> dict[str, Any] | None:
         "driver": _first_match(Path("/proc/driver/nvidia/version"), r"Kernel Module.*?\s(\d+\.[\d.]+)"),
         "cuda": torch.version.cuda,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _first_match(path: Path, pattern: str) -> str | None:

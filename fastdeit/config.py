@@ -334,18 +334,9 @@ class Recipe:
                 each = value if isinstance(value, tuple) else (value,)
                 if not all(math.isfinite(number) for number in each if isinstance(number, float)):
                     raise UserError(f"{section}.{name} is {value}: it must be a finite number")
-        for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads"):
-            if getattr(model, name) < 1:
-                raise UserError(f"model.{name} is {getattr(model, name)}: it must be at least 1")
-        for name, value in (
-            ("optim.lr", optim.lr),
-            ("optim.eps", optim.eps or 0),
-            ("optim.weight_decay", optim.weight_decay),
-            ("optim.momentum", optim.momentum),
-            ("model.layer_scale", model.layer_scale),
-        ):
-            if not value >= 0:
-                raise UserError(f"{name} is {value}: it must be 0 or more")
+        self._check_least(1, "model", "img_size", "patch_size", "embed_dim", "depth", "num_heads")
+        self._check_least(0, "optim", "lr", "eps", "weight_decay", "momentum")
+        self._check_least(0, "model", "layer_scale")
         if not 0 < optim.layer_decay <= 1:
             raise UserError(f"optim.layer_decay is {optim.layer_decay}: it must be more than 0 and at most 1")
         if optim.layer_decay != 1 and (model.arch != "deit" or optim.implementation != "torch"):
@@ -367,29 +358,11 @@ class Recipe:
             raise UserError(f"model.img_size {model.img_size} is not a multiple of model.patch_size {model.patch_size}")
         elif model.embed_dim % model.num_heads:
             raise UserError(f"model.embed_dim {model.embed_dim} is not a multiple of model.num_heads {model.num_heads}")
-        for name, value in (
-            ("run.epochs", run.epochs),
-            ("run.global_batch", run.global_batch),
-            ("data.repeats", self.data.repeats),
-            ("data.cell_groups", self.data.cell_groups),
-            ("data.prefetch", self.data.prefetch),
-            ("run.eval_batch", run.eval_batch),
-            ("run.eval_every", run.eval_every),
-            ("run.log_every", run.log_every),
-            ("run.keep_checkpoints", run.keep_checkpoints),
-        ):
-            if value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
-        for name, value in (
-            ("run.micro_batch", run.micro_batch),
-            ("run.checkpoint_every", run.checkpoint_every),
-            ("run.checkpoint_minutes", run.checkpoint_minutes),
-            ("run.checkpoint_patience", run.checkpoint_patience),
-            ("run.divergence_band", run.divergence_band),
-            ("run.profile", run.profile),
-        ):
-            if value < 0:
-                raise UserError(f"{name} is {value}: it must be 0 or more")
+        self._check_least(1, "run", "epochs", "global_batch")
+        self._check_least(1, "data", "repeats", "cell_groups", "prefetch")
+        self._check_least(1, "run", "eval_batch", "eval_every", "log_every", "keep_checkpoints")
+        self._check_least(0, "run", "micro_batch", "checkpoint_every", "checkpoint_minutes", "checkpoint_patience")
+        self._check_least(0, "run", "divergence_band", "profile")
         if not 0 < run.timeout_minutes <= _YEAR:
             raise UserError(
                 f"run.timeout_minutes is {run.timeout_minutes:g}: it must be more than 0 and at most {_YEAR}, a year"
@@ -433,6 +406,14 @@ class Recipe:
                 "compat 'released' refuses distillation while fine-tuning: "
                 "set departures.finetune_distillation to 'allowed', or objective.distillation to 'none'"
             )
+
+    def _check_least(self, least: int, section: str, *names: str) -> None:
+        """Each of the fields must be `least` or more, or None."""
+        for name in names:
+            value = getattr(getattr(self, section), name)
+            if value is not None and value < least:
+                wanted = f"at least {least}" if least else "0 or more"
+                raise UserError(f"{section}.{name} is {value}: it must be {wanted}")
 
     def _check_objective(self) -> None:
         objective, smoothing = self.objective, self.augment.label_smoothing

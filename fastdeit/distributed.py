@@ -159,10 +159,7 @@ def world(device: str = "auto", minutes: float = MINUTES, facts: Mapping[str, st
     """
     launch.check_launch()
     rank, size = launch.rank(), launch.size()
-    local_rank, local_size = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda and local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -292,20 +292,7 @@ def _op(
 
 
 @_op.register_fake
-def _fake(
-    x: Tensor,
-    branch: Tensor | None,
-    branch_bias: Tensor | None,
-    scale: Tensor | None,
-    mask: Tensor | None,
-    slots: Tensor | None,
-    only: Tensor | None,
-    out_samples: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x, branch, branch_bias, scale, mask, slots, only, out_samples, weight, bias, eps, dtype):
     # Without a branch the sum is `x`, and an operator may not return its argument.
     kind = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     total = x.new_empty(x.shape if branch is not None else (0,), dtype=kind)
@@ -378,22 +365,22 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _backward_fake(
-    grad_out: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
-    mask: Tensor | None,
-    slots: Tensor | None,
-    only: Tensor | None,
-    branch_samples: int,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    branch_dtype: torch.dtype | None,
-    sum_branch: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out,
+    grad_total,
+    total,
+    branch,
+    scale,
+    mask,
+    slots,
+    only,
+    branch_samples,
+    weight,
+    mean,
+    rstd,
+    x_dtype,
+    branch_dtype,
+    sum_branch,
+):
     grad_x = total.new_empty(total.shape, dtype=x_dtype)
     shape = (branch_samples, *total.shape[1:]) if branch_dtype is not None else (0,)
     grad_branch = total.new_empty(shape, dtype=branch_dtype)

@@ -149,14 +149,7 @@ def _op(
 
 
 @_op.register_fake
-def _fake(
-    patches: Tensor,
-    bias: Tensor | None,
-    cls_token: Tensor,
-    dist_token: Tensor | None,
-    pos_embed: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _fake(patches, bias, cls_token, dist_token, pos_embed, dtype):
     batch, count, width = patches.shape
     return patches.new_empty((batch, count + _prefix(dist_token), width), dtype=dtype)
 

@@ -134,6 +134,19 @@ def pytest_fixture_setup(fixturedef):
 
 
 @pytest.fixture
+def ended(capsys):
+    """Function: what a command has printed, stdout and stderr, that ends with this exit status."""
+
+    def run(status, main, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(*arguments)
+        assert stop.value.code == status
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def device():
     """The GPU, or the CPU, where Triton's interpreter runs the kernels."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,12 @@
 """The documentation site: it builds without a warning, every page is in it, and its tables are true."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fastdeit.recipes import RECIPES
+from system import run_python
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -18,9 +17,7 @@ def site(tmp_path_factory):
     for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(package, reason="pip install 'fastdeit[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder, cwd=ROOT, status=0)
     return folder
 
 

@@ -1,8 +1,6 @@
 """What a release holds: the sdist, the wheel built from it, and the files that name the version."""
 
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,6 +11,7 @@ import yaml
 from fastdeit import __version__
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.turbo import find_turbo
+from system import run_python
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = {"fastdeit": "fastdeit", "kernels": "fastdeit/kernels", "pipelines": "fastdeit/pipelines"}
@@ -48,9 +47,7 @@ def built(tmp_path_factory):
     for name in JUNK:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("junk")
-    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", root / "dist", root]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python("-m", "build", "--no-isolation", "--outdir", root / "dist", root, cwd=root, status=0)
     (sdist,) = (root / "dist").glob("*.tar.gz")
     (wheel,) = (root / "dist").glob("*.whl")
     with tarfile.open(sdist) as tar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -19,6 +20,9 @@ MOST_REWINDS = 5  # attempts for one divergence; the last leaves out 32 steps
 NEAR = 100  # steps after a divergence within which another one counts as the same
 _MILDER = "a lower --optim.lr, --optim.clip_grad 1, or --run.precision bf16 instead of fp16"
 _DECAY, _SETTLED = 0.98, 100  # of the band's mean and variance; losses before it judges one
+
+Position = dict[str, int]  # of a step: its `epoch`, its `step`, and its `global_step`, counted from 1
+Save = Callable[[float, TrainBatch, Position], str]
 
 
 class DivergedError(UserError):
@@ -81,22 +85,8 @@ class DivergenceGuard:
         """Whether this process has found a bad loss and waits for the others."""
         return self._bad is not None
 
-    def check(
-        self,
-        loss: float,
-        batch: TrainBatch,
-        position: dict[str, int],
-        *,
-        updated: bool,
-        state: RunState,
-        training: TrainingStep,
-        log: RunLog,
-    ) -> None:
-        """Check the `loss` of the step with this `batch`.
-
-        `position` holds the step's `epoch`, its `step`, and its `global_step`, counted from 1. If the loss is bad, the
-        batch is saved, and also the weights that gave the loss, unless they have been `updated` since.
-        """
+    def check(self, loss: float, batch: TrainBatch, position: Position, state: RunState, save: Save) -> None:
+        """Check the `loss` of the step with this `batch`; if it is bad, `save` is called: see `save_evidence`."""
         if self._bad is not None:
             return
         above = self._band.outlier(loss) if math.isfinite(loss) else math.inf
@@ -107,8 +97,7 @@ class DivergenceGuard:
             what += f", {above:.0f} standard deviations above those before it (run.divergence_band)"
         indices = batch.data.index.tolist()
         where = f"epoch {position['epoch'] + 1}, step {position['step']}, samples {indices[:8]}..."
-        left = _save_evidence(loss, batch, position, updated=updated, state=state, training=training, log=log)
-        error = self._error(f"{what} at {where}; {left}", position["global_step"], state)
+        error = self._error(f"{what} at {where}; {save(loss, batch, position)}", position["global_step"], state)
         if self._run.on_divergence == "stop":
             raise error
         self._bad = error
@@ -177,17 +166,17 @@ class DivergenceGuard:
         self._band.load(state[rank] if len(state) == self._world.size else state[0])
 
 
-def _save_evidence(
+def save_evidence(
     loss: float,
     batch: TrainBatch,
-    position: dict[str, int],
+    position: Position,
     *,
     updated: bool,
     state: RunState,
     training: TrainingStep,
     log: RunLog,
 ) -> str:
-    """Save the batch of a bad loss, and say where it is."""
+    """Save the batch of a bad loss, and say where it is; also the weights that gave it, unless `updated` since."""
     rank, recipe = training.world.rank, training.recipe
     path = state.folder / f"nonfinite-rank{rank}.pt"
     last = next(iter(checkpoint.found(state.checkpoints)), None)

@@ -78,15 +78,16 @@ def began_from(folder: Path, checkpoint: str) -> bool:
         return False
 
 
+def version(package: str) -> str | None:
+    """The version of an installed package; None if it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA, fastdeit and the packages that it computes with; None for one that is missing."""
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     own = {"python": platform.python_version(), "fastdeit": __version__, "cuda": torch.version.cuda}
     return {**own, **{name: version(name) for name in _PACKAGES}}
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +37,7 @@ from fastdeit.teacher.label_cache import labelled_pixels
 from fastdeit.training.best import note_best
 from fastdeit.training.checkpoint_writer import CheckpointWriter
 from fastdeit.training.data_wait import DataWait
-from fastdeit.training.divergence import DivergedError, DivergenceGuard
+from fastdeit.training.divergence import DivergedError, DivergenceGuard, save_evidence
 from fastdeit.training.evaluation import Scores, evaluate, swapped_weights
 from fastdeit.training.gpu_health import GpuHealth
 from fastdeit.training.logs import RunLog
@@ -362,10 +363,10 @@ class Trainer:
     def _loss_check(self, batch: TrainBatch, position: dict[str, int], *, updated: bool) -> Callable[[float], None]:
         """A function that checks the loss of a step, before or after the weights move."""
 
+        save = partial(save_evidence, updated=updated, state=self.state, training=self.train_step, log=self.log)
+
         def check(loss: float) -> None:
-            self.guard.check(
-                loss, batch, position, updated=updated, state=self.state, training=self.train_step, log=self.log
-            )
+            self.guard.check(loss, batch, position, self.state, save)
             self.log.progress.loss(loss)
 
         return check

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from fastdeit.pipelines.closing import Closing
 from fastdeit.pipelines.conversion.workers import Reject
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import kind, sync_folder
@@ -39,7 +39,7 @@ class Kept:
     changes: tuple[str, ...]
 
 
-class Journal:
+class Journal(Closing):
     """A log of stored and rejected samples, in the order of the conversion; a context manager.
 
     path    the file, which stays until `remove`
@@ -95,12 +95,7 @@ class Journal:
                 f"{self.path}: another conversion to the same place is under way. Wait for it, or name another place"
             ) from error
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def remove(self) -> None:

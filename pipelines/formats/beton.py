@@ -229,12 +229,3 @@ class BetonDataset(StoredImages):
     def close(self) -> None:
         """Drop the file; it closes after the last read in progress."""
         self._file = None
-
-    def __enter__(self) -> BetonDataset:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[type[BetonDataset], tuple[Path]]:
-        return BetonDataset, (self.path,)

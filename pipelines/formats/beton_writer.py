@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -64,9 +63,7 @@ class BetonWriter(Writer):
         self._own: set[Path] = set()  # of the two, those that this writer made or took over
         self._flushed: int | None = None  # the end of what is known to be on disk
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         # A failed close loses nothing: `restore` relies only on what `flush` put on disk.
         with suppress(OSError):
             if self._file is not None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -93,9 +92,7 @@ class ShardWriter(Writer):
         self._flushed: tuple[int, int] | None = None  # shard and byte up to which everything is on disk
         self.check()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         # A failed close loses nothing: `restore` relies only on what `flush` put on disk.
         with suppress(OSError):
             if self._file is not None:

@@ -287,12 +287,3 @@ class ShardDataset(StoredImages):
         with self._lock:
             self._closed = True
             self._files.clear()
-
-    def __enter__(self) -> ShardDataset:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[type[ShardDataset], tuple[Path]]:
-        return ShardDataset, (self.path,)

@@ -1,16 +1,17 @@
 """What data sets of both formats do alike once their tables are read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
+from fastdeit.pipelines.closing import Closing
 from fastdeit.pipelines.formats import sidecar
 from fastdeit.pipelines.formats.beton_layout import JPEG
 from fastdeit.pipelines.formats.checksums import Checksums
 
 
-class StoredImages:
+class StoredImages(Closing):
     """The base of both kinds of `Dataset`: its sidecar, and what it says of a sample. A subclass sets the fields."""
 
     path: Path
@@ -32,6 +33,9 @@ class StoredImages:
         self.class_names, self.content_hash = self.sidecar["class_names"], self.sidecar["content_hash"]
         self.checksums = Checksums(sidecar.crc32s(self.sidecar))
         self.num_classes = len(self.sidecar["class_names"])
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
 
     def __len__(self) -> int:
         return len(self.label)

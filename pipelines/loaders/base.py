@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from types import TracebackType
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.closing import Closing
 from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.machine import machine_error
@@ -32,7 +32,7 @@ class DecodeError(UserError):
     """A damaged image: it does not decode, or its checksum differs. Names data set, index, reason and remedy."""
 
 
-class ThreadedLoader:
+class ThreadedLoader(Closing):
     """Decodes every image of a step once for all its repeats; a `Loader`.
 
     dataset  stored images
@@ -150,14 +150,6 @@ class ThreadedLoader:
     def close(self) -> None:
         """Stop a `decode` that is running in another thread, which then raises RuntimeError."""
         self._closed.set()
-
-    def __enter__(self) -> ThreadedLoader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _memory(self, size: int) -> np.ndarray | Tensor:
         """(size,) uint8 for the images of a batch. Raises MachineError."""

@@ -10,9 +10,9 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
+from fastdeit.pipelines.closing import Closing
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import thread_error
 
@@ -103,7 +103,7 @@ class _Queue(Generic[T]):
                 self.changed.notify_all()
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Closing, Generic[T]):
     """Iterator over `items` that prepares up to `depth` of them ahead, in one background thread.
 
     items  any iterable; only the background thread iterates it and, if it is a generator, closes it
@@ -162,14 +162,6 @@ class Prefetcher(Generic[T]):
         """End the thread and drop the items that are ready; may be called twice."""
         self._queue.stop()
         self._thread.join()
-
-    def __enter__(self) -> Prefetcher[T]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 _running: weakref.WeakKeyDictionary[threading.Thread, _Queue] = weakref.WeakKeyDictionary()

@@ -42,6 +42,15 @@ class _TarImages:
     def in_memory(self) -> bool:
         return self.archive.data is not None
 
+    def _index(self) -> list[tuple[str, int, int]]:
+        """Name, offset and size of the archive's images; what else there is, is counted."""
+        with tar.progress(self.archive.size) as bar:
+            members = tar.index(self.archive, str(self.archive.path), bar=bar)
+        found = _images(members)
+        others = len(members.names) - len(found)
+        self.left_out = {"files_that_are_no_images": others, "hidden_files": members.ignored}
+        return found
+
     def __len__(self) -> int:
         return len(self.members)
 
@@ -127,9 +136,7 @@ class ImageNetVal(_TarImages):
         self.archive = tar.Archive(path)
         self.labels = labels or _labels_beside(path)
         wnids, truth = _val_truth(self.labels)
-        with tar.progress(self.archive.size) as bar:
-            members = tar.index(self.archive, str(path), bar=bar)
-        found = _images(members)
+        found = self._index()
         if len(found) != len(truth):
             raise SourceError(f"{path}: {len(found)} images, but {len(truth)} labels in {self.labels}")
         label = class_labels(wnids, class_names, str(self.labels))
@@ -142,8 +149,6 @@ class ImageNetVal(_TarImages):
             images.append((name.rpartition("/")[2], name, offset, size, label[truth[number - 1]]))
         if len({image[0] for image in images}) != len(images):
             raise SourceError(f"{path}: has an image twice, in several folders")
-        others = len(members.names) - len(found)
-        self.left_out = {"files_that_are_no_images": others, "hidden_files": members.ignored}
         self._fill(images)
 
     def inputs(self) -> list[Path]:
@@ -165,9 +170,7 @@ class ImageNetV2(_TarImages):
     def __init__(self, path: Path, class_names: list[str] | None = None) -> None:
         self.archive = tar.Archive(path)
         self.class_names = class_names or _wnids()
-        with tar.progress(self.archive.size) as bar:
-            members = tar.index(self.archive, str(path), bar=bar)
-        found = _images(members)
+        found = self._index()
         images: list[tuple[Any, ...]] = []
         for name, offset, size in found:
             folder = name.split("/")[-2:-1]
@@ -176,8 +179,6 @@ class ImageNetV2(_TarImages):
             images.append((label, name, offset, size, label))
         if images and max(images)[0] < 0:
             raise SourceError(f"{path}:{images[0][1]}: is not in a folder named by the number of its class")
-        others = len(members.names) - len(found)
-        self.left_out = {"files_that_are_no_images": others, "hidden_files": members.ignored}
         self._fill(images)
 
 

@@ -85,7 +85,7 @@ def test_a_benchmark_that_dies_or_hangs_ends_alone(tmp_path, monkeypatch, progra
     assert message in step.message
 
 
-def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
+def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch, ended):
     called = []
     monkeypatch.setattr(kernels, "run_benchmark", lambda options: called.append(options) or True)
     monkeypatch.setattr(throughput, "run_benchmark", lambda options: called.append(options) or False)
@@ -93,9 +93,7 @@ def test_a_part_is_what_its_process_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "tune_launches", lambda options: called.append(options) or True)
     for name in ("kernels", "augment", "tune"):
         gpu.main(["--in-process", name, "--budget", "9", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
-    assert ended.value.code == 1
+    ended(1, gpu.main, ["--in-process", "throughput", "--budget", "8", "--results", str(tmp_path)])
     *_, augment, chosen, tuned, throughputs = called
     assert all(0 < options.budget <= 9 for options in called)
     assert [options.results.stem for options in called] == ["kernels"] * 5 + ["tune", "tune", "throughput"]
@@ -216,11 +214,19 @@ def test_the_whole_loader_has_a_target():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_says_so(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        gpu.main(["--results", str(tmp_path)])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: PyTorch sees no GPU")
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (gpu.main, ["--results", "."], "PyTorch sees no GPU"),
+        (kernels.main, ["--results", "kernels.jsonl"], "the kernels benchmark needs a GPU"),
+        (tune.main, [], "launches are tuned on a GPU, and PyTorch sees none: fastdeit-doctor tells why"),
+        (tune.main, ["--choose", "--recipe", "deit_tiny"], "measuring a card needs a GPU, and PyTorch sees none: fast"),
+        (throughput.main, ["--device", "cuda"], "--device cuda: PyTorch sees no GPU"),
+    ],
+)
+def test_without_a_gpu_one_sentence_says_so(tmp_path, monkeypatch, ended, main, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert ended(2, main, words).err.startswith(f"error: {said}")
     assert not list(tmp_path.iterdir())
 
 
@@ -242,8 +248,7 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
         "assert all(m.__file__.startswith(sys.argv[1]) for m in (fastdeit, fastdeit.kernels, fastdeit.pipelines))\n"
         "gpu.main(['--help'])\n"
     )
-    done = run_python("-c", program, tmp_path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", program, tmp_path, cwd=tmp_path, status=0)
     assert "--minutes" in done.stdout
 
 
@@ -251,7 +256,6 @@ def test_a_checkout_needs_no_installation_and_no_tyro(tmp_path):
 def test_a_package_that_is_not_there_is_told_in_a_sentence(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = run_python("-m", "benchmarks", "throughput", cwd=ROOT, env=environment)
-    assert done.returncode == 2
+    done = run_python("-m", "benchmarks", "throughput", cwd=ROOT, env=environment, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: No module named 'tyro'")
     assert "Traceback" not in done.stderr

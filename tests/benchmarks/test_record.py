@@ -1,14 +1,13 @@
 """Windows are counted right, and a record says what a figure needs."""
 
 import json
-import subprocess
 import time
 
 import pytest
 import torch
 
 from benchmarks import record
-from system import run_python
+from system import run, run_python
 
 
 def test_a_window_measures_a_known_rate():
@@ -40,7 +39,7 @@ def test_environment_is_json_and_agrees_with_git():
     assert found["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["cores"] >= 1
     assert found["memory_gib"] > 0
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=record.RESULTS.parent)
+    git = run("git", "rev-parse", "HEAD", cwd=record.RESULTS.parent)
     if git.returncode == 0:
         assert found["commit"].startswith(git.stdout.strip())
     else:
@@ -51,8 +50,7 @@ def test_environment_is_json_and_agrees_with_git():
 def test_command_is_the_one_that_was_typed():
     code = "from benchmarks.record import environment; print(environment()['command'])"
     folder = record.RESULTS.parent.parent
-    out = run_python("-c", code, "--flag", "two words", cwd=folder)
-    assert out.returncode == 0, out.stderr
+    out = run_python("-c", code, "--flag", "two words", cwd=folder, status=0)
     assert out.stdout.strip().endswith("--flag 'two words'")
 
 

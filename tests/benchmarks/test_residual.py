@@ -70,18 +70,9 @@ def test_trains_with_both_and_records(tmp_path, capsys):
         for number in range(256):
             draw_digit(number, tmp_path / split / f"class{number % 10}" / f"{number}.png")
         convert(str(tmp_path / split), tmp_path / f"{split}.beton", progress=False)
-    words = [
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--output",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path / "r.jsonl"),
-    ]
-    words += ["--train", str(tmp_path / "train.beton"), "--val", str(tmp_path / "val.beton")]
-    residual.main(words)
+    places = {"output": "runs", "results": "r.jsonl", "train": "train.beton", "val": "val.beton"}
+    words = [word for name, file in places.items() for word in (f"--{name}", str(tmp_path / file))]
+    residual.main([*words, "--seeds", "1", "--epochs", "1"])
     record = json.loads((tmp_path / "r.jsonl").read_text())
     losses = [record["scores"][name][0]["loss"] for name in ("float32", "bfloat16")]
     assert 0 < losses[0] != losses[1] > 0

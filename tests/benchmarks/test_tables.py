@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import tables
-from fastdeit.pipelines.errors import UserError
+from refusals import refused
 
 GPU = {"name": "NVIDIA H200", "driver": "580.95"}
 
@@ -138,19 +138,14 @@ def test_the_plot_is_a_picture(tmp_path, kind, width):
 
 
 def test_a_plot_without_figures_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no figure to draw"):
-        tables.plot_loaders([], tmp_path / "loaders.png")
+    refused("no figure to draw", tables.plot_loaders, [], tmp_path / "loaders.png")
 
 
-def test_missing_and_damaged_files_are_named(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        tables.main(["--results", str(tmp_path)])
-    assert ended.value.code == 2
-    assert "no results yet" in capsys.readouterr().err
+def test_missing_and_damaged_files_are_named(tmp_path, ended):
+    assert "no results yet" in ended(2, tables.main, ["--results", str(tmp_path)]).err
     path = tmp_path / "throughput.jsonl"
     path.write_text('{"a": 1}\n{"b":\n')
-    with pytest.raises(UserError, match=r"throughput\.jsonl, line 2 is not JSON"):
-        tables.read(path)
+    refused(r"throughput\.jsonl, line 2 is not JSON", tables.read, path)
 
 
 def test_an_older_record_has_its_pass_renamed(tmp_path):

@@ -6,13 +6,12 @@ sm_86 and sm_100. With FASTDEIT_COMPILE_ALL=1, all configurations are compiled f
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from fastdeit.pipelines.errors import UserError
+from refusals import refused
+from system import run_python
 from tests.compiled import report
 from tests.compiled.report import ARCHITECTURES, LIMITS, Compiled, differences, updated
 
@@ -29,10 +28,9 @@ def found():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     lines = []
     for match, architectures in TESTED.items():
-        command = [sys.executable, "-m", "tests.compiled", "--json", "--architectures", *map(str, architectures)]
+        command = ["-m", "tests.compiled", "--json", "--architectures", *architectures]
         command += [*(["--match", match] if match else []), *([] if ALL else ["--first"])]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = run_python(*command, cwd=ROOT, env=environment, status=0)
         lines += done.stdout.splitlines()
     return [Compiled(**json.loads(line)) for line in lines]
 
@@ -109,8 +107,7 @@ def test_a_figure_that_changed_is_found_and_other_versions_are_not_compared(monk
     assert updated(text, [example()]) == text
     monkeypatch.setattr(report, "versions", lambda: "Triton 99")
     assert differences(text, [example(registers=41)]) is None
-    with pytest.raises(UserError, match="compiled: begin"):
-        updated("no marks", [])
+    refused("compiled: begin", updated, "no marks", [])
 
 
 def test_faults_are_told():
@@ -120,13 +117,10 @@ def test_faults_are_told():
     assert "shared memory of" in example(shared=LIMITS[90].shared - 1023).fault()
 
 
-def test_the_whole_table_is_written_or_nothing(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        report.main(["--update", "kernels.md", "--first"])
-    assert "leave --match, --first and --architectures away" in capsys.readouterr().err
+def test_the_whole_table_is_written_or_nothing(ended):
+    said = ended(2, report.main, ["--update", "kernels.md", "--first"]).err
+    assert "leave --match, --first and --architectures away" in said
 
 
-def test_a_name_that_no_kernel_has_is_an_error(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        report.main(["--match", "atention"])
-    assert "no kernel has that in its name" in capsys.readouterr().err
+def test_a_name_that_no_kernel_has_is_an_error(ended):
+    assert "no kernel has that in its name" in ended(2, report.main, ["--match", "atention"]).err

@@ -1,8 +1,7 @@
 """A small data set of photographs-like JPEGs, converted, and recipes that train on it in seconds."""
 
-import dataclasses
 import json
-import shutil
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -17,9 +16,10 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny_distilled
 from forked import Forked, run_module, run_module_twice
 from runs import changed, newest, train
-from tiny_datasets import reseal
+from tiny_datasets import copy_beton, reseal
 
 CLASSES = 4
+RUN = {"epochs": 2, "global_batch": 32, "log_every": 1, "tensorboard": False, "progress": False, "device": "cpu"}
 HOSTILE = ["</script><script>alert(1)//", '"><img src=x onerror=alert(2)>', "\x1b[31mred\u202e", "{{x}} & <b>bold</b>"]
 
 
@@ -70,30 +70,21 @@ def tiny_in(data):
         return sections.get("ema", {}).get("enabled", recipe.ema.enabled)
 
     def make(output, base=None, **sections) -> Recipe:
-        replace = dataclasses.replace
         recipe = (base or deit_tiny_distilled)()
-        recipe = replace(
+        recipe = changed(
             recipe,
-            data=replace(recipe.data, train=data / "train.beton", val=data / "val.beton", threads=2, loader="torch"),
-            optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
-            ema=replace(recipe.ema, decay=0.9) if on(recipe, sections) else recipe.ema,
-            run=replace(
-                recipe.run, epochs=2, global_batch=32, log_every=1, tensorboard=False, progress=False, device="cpu",
-                output=output,
-            ),
-            departures=replace(recipe.departures, mix_group=8),
-        )  # fmt: skip
+            data={"train": data / "train.beton", "val": data / "val.beton", "threads": 2, "loader": "torch"},
+            optim={"warmup_epochs": 1, "lr": 2e-3, "lr_batch": 0},
+            ema={"decay": 0.9} if on(recipe, sections) else {},
+            run={**RUN, "output": output},
+            departures={"mix_group": 8},
+        )
         if recipe.model.arch == "deit":
-            recipe = replace(
-                recipe,
-                model=replace(recipe.model, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2),
-                objective=replace(recipe.objective, distillation="none"),
-            )
+            shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+            recipe = changed(recipe, model=shape, objective={"distillation": "none"})
         else:
-            recipe = changed(recipe, "model", arch="resnet10t", img_size=32)
-        for name, values in sections.items():
-            recipe = replace(recipe, **{name: replace(getattr(recipe, name), **values)})
-        return recipe.resolved()
+            recipe = changed(recipe, model={"arch": "resnet10t", "img_size": 32})
+        return changed(recipe, **sections).resolved()
 
     return make
 
@@ -105,22 +96,18 @@ def tiny(tiny_in, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def teacher_checkpoint(data, tmp_path_factory):
+def teacher_checkpoint(tiny_in, tmp_path_factory):
     """A convnet teacher that the project trained on the small data set."""
-    replace = dataclasses.replace
-    recipe = convnet_teacher()
-    folder = tmp_path_factory.mktemp("teacher")
-    recipe = replace(
-        recipe,
-        model=replace(recipe.model, arch="resnet10t", img_size=32),
-        data=replace(recipe.data, train=data / "train.beton", threads=2, loader="torch"),
-        optim=replace(recipe.optim, warmup_epochs=1, lr=2e-3, lr_batch=0),
-        run=replace(
-            recipe.run, epochs=3, global_batch=32, tensorboard=False, progress=False, device="cpu", output=folder
-        ),
-    ).resolved()
+    recipe = tiny_in(tmp_path_factory.mktemp("teacher"), convnet_teacher, data={"val": None}, run={"epochs": 3})
     train(recipe)
     return newest(recipe)
+
+
+@pytest.fixture
+def taught(teacher_checkpoint):
+    """Sections of a recipe that distils hard from that teacher."""
+    teacher = {"name": "resnet10t", "checkpoint": teacher_checkpoint}
+    return {"objective": {"distillation": "hard"}, "teacher": teacher}
 
 
 @pytest.fixture(scope="session")
@@ -128,12 +115,19 @@ def reported(data, tiny_in, tmp_path_factory):
     """The recipe of a finished run of a distilled student, whose classes have the names of an attacker."""
     folder = tmp_path_factory.mktemp("reported")
     for name in ("train.beton", "val.beton"):
-        for file in (name, f"{name}.json"):
-            shutil.copy(data / file, folder / file)
+        copy_beton(data / name, folder / name)
         reseal(folder / f"{name}.json", class_names=HOSTILE)
-    recipe = changed(tiny_in(folder / "run"), "data", train=folder / "train.beton", val=folder / "val.beton")
+    recipe = changed(tiny_in(folder / "run"), data={"train": folder / "train.beton", "val": folder / "val.beton"})
     train(recipe)
     return recipe
+
+
+@pytest.fixture
+def small_files():
+    """Function: files of this process may have so many bytes at most; the system then refuses as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -151,11 +145,12 @@ def events():
 def launch():
     """Function: run `fastdeit-train` on a recipe in a process of its own, or in two that torchrun joins.
 
-    The processes are forked, unless `stdout_reader` is a command that reads what the run prints.
+    It ends with `status`, unless nobody waits for it. The processes are forked, unless `stdout_reader` is a command
+    that reads what the run prints.
     """
     started = []
 
-    def start(recipe: Recipe, processes: int = 1, wait: bool = True, stdout_reader: str | None = None):
+    def start(recipe: Recipe, processes=1, *, wait=True, status=0, stdout_reader: str | None = None):
         folder = Path(recipe.run.output)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.parent / f"{folder.name}.json"
@@ -171,6 +166,7 @@ def launch():
         started.append(process)
         if wait:
             process.out, process.err = process.communicate(timeout=300)
+            assert process.returncode == status, process.err
         return process
 
     yield start

@@ -18,9 +18,8 @@ def folder(tmp_path):
 
 def test_the_newest_checkpoint_of_a_folder_is_taken(tiny, folder):
     newest = folder / "checkpoints" / "checkpoint-000000010.pt"
-    recipe = changed(tiny(), "model", init=folder)
-    recipe = changed(changed(recipe, "teacher", checkpoint=folder), "run", resume=str(folder))
-    found = with_checkpoint_files(recipe)
+    given = {"model": {"init": folder}, "teacher": {"checkpoint": folder}, "run": {"resume": str(folder)}}
+    found = with_checkpoint_files(changed(tiny(), **given))
     assert (found.model.init, found.teacher.checkpoint, found.run.resume) == (newest, newest, str(newest))
     assert with_checkpoint_files(found) == found
     assert with_checkpoint_files(tiny()) == tiny()
@@ -30,4 +29,4 @@ def test_the_newest_checkpoint_of_a_folder_is_taken(tiny, folder):
 def test_a_folder_without_checkpoints_is_named_with_its_option(tiny, tmp_path, section, field):
     value = str(tmp_path) if field == "resume" else tmp_path
     with pytest.raises(UserError, match=rf"--{section}\.{field} .* is a folder without checkpoints"):
-        with_checkpoint_files(changed(tiny(), section, **{field: value}))
+        with_checkpoint_files(changed(tiny(), **{section: {field: value}}))

@@ -1,7 +1,5 @@
 """What was given has an effect, or is refused by name; a file names the recipe that it starts from."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from fastdeit.inputs import check_inputs
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES, deit_tiny
 from fastdeit.training.trainer import Trainer
+from refusals import refused
 from runs import changed, newest, parse_file, trained
 from steps import build
 
@@ -50,8 +49,7 @@ def test_what_has_no_effect_is_refused_by_name(args, named, tmp_path):
     if named is None:
         parse_recipe(args)
         return
-    with pytest.raises(UserError, match=rf"{named}\S* .* has no effect in this run"):
-        parse_recipe(args)
+    refused(rf"{named}\S* .* has no effect in this run", parse_recipe, args)
     # The same in a file.
     flags = [word for word in args[1:] if word.startswith("--")]
     values: dict = {"name": args[0]}
@@ -60,8 +58,7 @@ def test_what_has_no_effect_is_refused_by_name(args, named, tmp_path):
         at = args.index(flag) + 1
         words = args[at : next((i for i in range(at, len(args)) if args[i].startswith("--")), len(args))]
         values.setdefault(section, {})[name] = words if len(words) > 1 else words[0]
-    with pytest.raises(UserError, match=rf"run\.json.*{named}\S* .* has no effect in this run"):
-        parse_file(tmp_path / "run.json", values)
+    refused(rf"run\.json.*{named}\S* .* has no effect in this run", parse_file, tmp_path / "run.json", values)
 
 
 @pytest.mark.slow
@@ -81,16 +78,14 @@ def test_the_same_value_with_an_effect_is_taken():
 @pytest.mark.parametrize("name", ["deit_tiny_distilled", "deit_base_384", "deit_base_transfer"])
 @pytest.mark.parametrize("compat", ["paper", "released"])
 def test_a_stored_recipe_starts_the_same_run(name, compat, tmp_path):
-    init = dataclasses.replace(
-        RECIPES[name]().model, init=tmp_path / "w.pt" if RECIPES[name]().model.finetune else None
-    )
-    recipe = dataclasses.replace(RECIPES[name](), compat=compat, model=init)
-    if compat == "released" and init.init is not None:
-        recipe = changed(recipe, "objective", distillation="none")
+    recipe = changed(RECIPES[name](), compat=compat)
+    if recipe.model.finetune:
+        none = {"distillation": "none"} if compat == "released" else {}
+        recipe = changed(recipe, model={"init": tmp_path / "w.pt"}, objective=none)
     recipe = recipe.resolved()
     assert parse_file(tmp_path / "recipe.json", recipe) == recipe
     # As versions stored it in which every run that starts from weights was in eval mode.
-    old = changed(recipe, "departures", finetune_mode="eval")
+    old = changed(recipe, departures={"finetune_mode": "eval"})
     assert parse_file(tmp_path / "recipe.json", old) == old
 
 
@@ -165,8 +160,7 @@ def test_a_checkpoint_that_differs_in_an_idle_field_goes_on(tiny, tmp_path):
         state["recipe"]["departures"]["finetune_mode"] = "eval"
         torch.save(state, path)
         trainer = Trainer(fine, joined)
-        with pytest.raises(UserError, match=r"departures\.finetune_mode = eval, this run has train"):
-            trainer.run()
+        refused(r"departures\.finetune_mode = eval, this run has train", trainer.run)
 
 
 def test_no_switch_hides_itself():
@@ -182,9 +176,7 @@ def test_no_switch_hides_itself():
             else:
                 continue
             for other in others:
-                part = dataclasses.replace(getattr(recipe, section), **{field: other})
-                changed = dataclasses.replace(recipe, **{section: part})
-                assert has_effect(changed, name) == has_effect(recipe, name), name
+                assert has_effect(changed(recipe, **{section: {field: other}}), name) == has_effect(recipe, name), name
 
 
 def test_what_turns_mixing_off_is_no_field_without_effect():
@@ -216,19 +208,17 @@ def test_micro_batches_that_cut_a_group_of_skipped_samples_are_refused(tiny, sec
     if message is None:
         tiny(**sections)
     else:
-        with pytest.raises(UserError, match=message):
-            tiny(**sections)
+        refused(message, tiny, **sections)
 
 
 @pytest.mark.parametrize(("group", "world", "rate"), [(8, 1, 0.05), (0, 4, 0.05), (8, 2, 0.95)])
 def test_a_rate_that_skips_no_sample_or_all_is_refused_before_training(tiny, group, world, rate):
     recipe = tiny(model={"drop_path_mode": "skip", "drop_path": rate}, departures={"mix_group": group})
-    with pytest.raises(UserError, match=f"model.drop_path {rate} drops (none|all) of a group's 8 samples"):
-        check_inputs(recipe, world=world)
+    refused(f"model.drop_path {rate} drops (none|all) of a group's 8 samples", check_inputs, recipe, world=world)
     if world == 1:
         with world_of("cpu") as joined, pytest.raises(UserError, match="drops none of"):
             build(recipe, joined)
-    check_inputs(changed(recipe, "model", drop_path_mode="mask"), world=world)
+    check_inputs(changed(recipe, model={"drop_path_mode": "mask"}), world=world)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.sources import open_source
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.training.run_lock import RunLock
-from system import run_python
+from system import refusing, run_python
 
 SCRIPT = """
 import errno, os, sys
@@ -51,7 +52,7 @@ def test_ctrl_c():
     assert end("KeyboardInterrupt") == (130, "interrupted\n")
 
 
-def test_ctrl_c_that_a_library_turns_into_another_error(capsys):
+def test_ctrl_c_that_a_library_turns_into_another_error(ended):
     """As NumPy's import does, into a RecursionError."""
 
     def main():
@@ -60,38 +61,25 @@ def test_ctrl_c_that_a_library_turns_into_another_error(capsys):
         except KeyboardInterrupt:
             raise RecursionError("maximum recursion depth exceeded") from None
 
-    with pytest.raises(SystemExit, match="130"):
-        run(main)
-    assert capsys.readouterr().err == "interrupted\n"
+    assert ended(130, run, main).err == "interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
     "number", [n for n in errno.errorcode if n not in (errno.EPIPE, errno.ECHILD, errno.ESRCH, errno.EINTR)]
 )
-def test_an_error_about_a_path_names_it_and_the_remedy(number, capsys):
-    def main():
-        raise OSError(number, os.strerror(number), "/data/train\n.beton")
-
-    with pytest.raises(SystemExit) as caught:
-        run(main)
-    said = capsys.readouterr().err
-    assert caught.value.code == 2
+def test_an_error_about_a_path_names_it_and_the_remedy(number, ended):
+    said = ended(2, run, Mock(side_effect=OSError(number, os.strerror(number), "/data/train\n.beton"))).err
     assert said.startswith(f"error: /data/train\\n.beton: {os.strerror(number)}: ")
     assert said.count("\n") == 1
 
 
-def test_a_full_machine_needs_no_path(capsys):
-    def fail(number):
-        raise OSError(number, os.strerror(number))
-
-    with pytest.raises(SystemExit, match="2"):
-        run(lambda: fail(errno.ENOSPC))
-    assert "No space left on device: free space" in capsys.readouterr().err
+def test_a_full_machine_needs_no_path(ended):
+    assert "No space left on device: free space" in ended(2, run, refusing(errno.ENOSPC)).err
     # Not the disk's fault: a bug, or a connection that has nothing to do with files.
     for number in (errno.EBADF, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENODEV):
         with pytest.raises(OSError, match=os.strerror(number)):
-            run(lambda number=number: fail(number))
+            run(refusing(number))
 
 
 def test_a_refusal_without_a_known_remedy_invents_none():
@@ -121,11 +109,10 @@ def test_a_checkpoint_on_a_full_disk(tmp_path, size):
     assert torch.load(tmp_path / "checkpoint-000000001.pt")["weight"].sum() == 3
 
 
-def test_an_output_that_is_a_file(tmp_path, capsys):
+def test_an_output_that_is_a_file(tmp_path, ended):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(SystemExit, match="2"):
-        run(lambda: RunLock(tmp_path / "out"))
-    assert capsys.readouterr().err == f"error: {tmp_path}/out: File exists: move it away, or name another place\n"
+    said = ended(2, run, lambda: RunLock(tmp_path / "out")).err
+    assert said == f"error: {tmp_path}/out: File exists: move it away, or name another place\n"
     assert (tmp_path / "out").read_text() == "mine"
 
 

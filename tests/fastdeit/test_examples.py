@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from fastdeit.cli import parse_recipe
 from fastdeit.recipes import RECIPES
+from system import run, wait_for
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -36,10 +36,9 @@ def check_torchrun(words, expected):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_valid_bash(name):
-    assert subprocess.run(["bash", "-n", EXAMPLES / name], check=False).returncode == 0
+    assert run("bash", "-n", EXAMPLES / name).returncode == 0
     if shutil.which("shellcheck") is not None:
-        done = subprocess.run(["shellcheck", EXAMPLES / name], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+        run("shellcheck", EXAMPLES / name, status=0)
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ RECORD = 'printf "%s\\n" "$@" > "$HERE/{}"'
 def test_local_starts_a_process_for_each_gpu(stubs, tmp_path, gpus, processes):
     stubs("nvidia-smi", gpus)
     environ = stubs("torchrun", RECORD.format("torchrun"))
-    assert subprocess.run([EXAMPLES / "local.sh", *WORDS], env=environ, check=False).returncode == 0
+    assert run(EXAMPLES / "local.sh", *WORDS, env=environ).returncode == 0
     options = check_torchrun((tmp_path / "torchrun").read_text().splitlines(), WORDS)
     assert (options.nproc_per_node, options.max_restarts, options.standalone) == (processes, 3, True)
 
@@ -80,10 +79,7 @@ def test_local_trains(tiny, tmp_path, events):
         "PYTHONPATH": str(EXAMPLES.parent),
         "PROCESSES": "2",
     }
-    done = subprocess.run(
-        [EXAMPLES / "local.sh", recipe.name, "--config", file], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run(EXAMPLES / "local.sh", recipe.name, "--config", file, env=environ, status=0)
     assert len(events(recipe.run.output, "train")) == 5
 
 
@@ -113,11 +109,7 @@ def job(stubs, tmp_path):
     environ = stubs("scancel", SCANCEL)
     slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
     process = subprocess.Popen(["bash", EXAMPLES / "slurm.sbatch", *WORDS], env={**environ, **slurm})
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "srun").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for((tmp_path / "srun").exists, process)
     yield process
     end(tmp_path, 0)
     process.kill()
@@ -227,7 +219,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def test_the_image_installs_the_system_packages_of_the_makefile():
     (line,) = re.findall(r"^SYSTEM := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    (install,) = (run for run in RUNS if "apt-get install" in run)
+    (install,) = (code for code in RUNS if "apt-get install" in code)
     _, _, words = install.partition("--no-install-recommends")
     assert set(words.partition("&&")[0].split()) == set(line.split()) - {"python3-venv"}
 
@@ -243,7 +235,7 @@ def test_the_image_gets_what_the_build_needs():
 
 
 def test_the_image_keeps_its_pytorch_which_is_new_enough():
-    installs = [run for run in RUNS if "pip install" in run]
+    installs = [code for code in RUNS if "pip install" in code]
     assert len(installs) == 1
     assert installs[0].count("pip install") == installs[0].count("pip install -c constraints.txt")
     (pattern,) = re.findall(r"grep -E '([^']*)'", installs[0])
@@ -263,11 +255,10 @@ def test_the_image_runs_a_command_that_exists_and_not_as_root():
 
 
 def test_the_commands_in_the_image_are_valid():
-    for run in RUNS:
-        assert subprocess.run(["bash", "-n", "-c", run], check=False).returncode == 0
+    for code in RUNS:
+        assert run("bash", "-n", "-c", code).returncode == 0
     if shutil.which("hadolint") is not None:
-        done = subprocess.run(["hadolint", EXAMPLES / "Dockerfile"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
+        run("hadolint", EXAMPLES / "Dockerfile", status=0)
 
 
 def test_the_images_comments_start_commands_that_exist():

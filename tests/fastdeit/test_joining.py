@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fastdeit import joining
 from fastdeit.joining import meet, open_store
 from fastdeit.pipelines.errors import UserError
+from refusals import refused
 
 SECONDS = 1 / 60
 
@@ -56,8 +57,7 @@ def test_processes_that_are_missing_are_named_on_those_that_came():
     with ThreadPoolExecutor(2) as pool:
         tasks = [pool.submit(meet, store, rank, 4, {}, 2 * SECONDS) for rank in (0, 2)]
         for task in tasks:
-            with pytest.raises(UserError, match=rf"ranks 1, 3 of 4 processes have not joined.*{socket.gethostname()}"):
-                task.result()
+            refused(rf"ranks 1, 3 of 4 processes have not joined.*{socket.gethostname()}", task.result)
 
 
 def test_without_the_main_process_the_others_say_so():
@@ -96,8 +96,7 @@ def test_another_version_is_refused(monkeypatch):
     store = dist.HashStore()
     stranger(store, facts={"fastdeit": "0.0.9", "torch": joining.torch.__version__})
     expected = rf"rank 1 \(process 7 on host far\) has fastdeit 0\.0\.9 instead of {joining.__version__} on rank 0"
-    with pytest.raises(UserError, match=expected):
-        meet(store, 0, 2, {})
+    refused(expected, meet, store, 0, 2, {})
 
 
 @pytest.mark.parametrize(("skew", "word"), [(90, "90 seconds ahead of"), (-3600, "3600 seconds behind"), (20, None)])
@@ -151,8 +150,7 @@ def test_a_store_that_is_lost_while_processes_join_is_told():
         while not served.check(["fastdeit/asks/1"]):
             time.sleep(0.01)
         del served
-        with pytest.raises(UserError, match=r"rank 1 \(process .* has lost its connection to the store before all"):
-            joining_one.result()
+        refused(r"rank 1 \(process .* has lost its connection to the store before all", joining_one.result)
 
 
 def test_the_main_process_too_is_told_that_torchruns_store_is_lost():
@@ -163,20 +161,17 @@ def test_the_main_process_too_is_told_that_torchruns_store_is_lost():
         joining_main = pool.submit(meet, client, 0, 2, {})
         time.sleep(0.2)
         del served
-        with pytest.raises(UserError, match=r"rank 0 \(process .* lost its connection .*: torchrun has ended"):
-            joining_main.result()
+        refused(r"rank 0 \(process .* lost its connection .*: torchrun has ended", joining_main.result)
 
 
 def test_a_store_that_nobody_serves_is_named():
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for environ in (where, {**where, "TORCHELASTIC_USE_AGENT_STORE": "True"}):
-        with pytest.raises(UserError, match=r"rank 1 on host \S+ could not reach the store at 127\.0\.0\.1:"):
-            open_store(1, SECONDS, environ)
+        refused(r"rank 1 on host \S+ could not reach the store at 127\.0\.0\.1:", open_store, 1, SECONDS, environ)
 
 
 def test_variables_that_are_missing_are_named():
-    with pytest.raises(UserError, match=r"not MASTER_ADDR and MASTER_PORT.*torchrun"):
-        open_store(0, environ={})
+    refused(r"not MASTER_ADDR and MASTER_PORT.*torchrun", open_store, 0, environ={})
     with pytest.raises(UserError, match="MASTER_PORT=http is not a port: start the processes with torchrun"):
         open_store(0, environ={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"})
 

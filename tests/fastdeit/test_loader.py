@@ -1,6 +1,5 @@
 """`create_loader`: the trainer's own batches, for another loop; timm and PIL judge the evaluation transform."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,23 +8,18 @@ from PIL import Image
 from timm.data import create_transform
 
 import fastdeit
+import runs
 import steps
 from fastdeit.data import TrainingData
-from fastdeit.distributed import world
-from fastdeit.inputs import open_dataset
 from fastdeit.loader import ImageLoader
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import deit_tiny
+from refusals import refused
+from runs import changed
 
 
 def recipe(**departures):
-    small = deit_tiny()
-    return dataclasses.replace(
-        small,
-        model=dataclasses.replace(small.model, img_size=32),
-        data=dataclasses.replace(small.data, loader="torch"),
-        departures=dataclasses.replace(small.departures, **departures),
-    )
+    return changed(deit_tiny(), model={"img_size": 32}, data={"loader": "torch"}, departures=departures)
 
 
 def opened(data, batch_size=32, **options):
@@ -34,11 +28,9 @@ def opened(data, batch_size=32, **options):
 
 
 def test_the_batches_are_the_trainers(data):
-    with opened(data, batch_size=64, epoch=3) as loader, world("cpu") as alone:
+    with opened(data, batch_size=64, epoch=3) as loader, runs.opened(TrainingData, loader.recipe) as judge:
         found = list(loader)
-        judge = TrainingData(loader.recipe, open_dataset(data / "train.beton", "x"), alone)
         expected = [batch for *_, batch in judge.flow(3)]
-        judge.close()
     assert len(found) == len(expected) == len(loader) == 2
     for (images, targets), batch in zip(found, expected, strict=True):
         assert torch.equal(images, batch.images)
@@ -88,9 +80,8 @@ def test_a_batch_of_any_even_size(data):
 
 
 def test_without_mixing_and_smoothing_labels_are_numbers(data):
-    plain = recipe()
-    augment = dataclasses.replace(plain.augment, mix_prob=0.0, label_smoothing=0.0)
-    with opened(data, batch_size=7, recipe=dataclasses.replace(plain, augment=augment)) as loader:
+    plain = changed(recipe(), augment={"mix_prob": 0.0, "label_smoothing": 0.0})
+    with opened(data, batch_size=7, recipe=plain) as loader:
         images, targets = next(iter(loader))
     assert (len(images), targets.dtype, targets.shape) == (7, torch.int64, (7,))
 
@@ -117,8 +108,7 @@ def test_two_processes_share_the_steps_of_one(data, tmp_path):
     ],
 )
 def test_mistakes(data, options, message):
-    with pytest.raises(UserError, match=message):
-        opened(data, **options)
+    refused(message, opened, data, **options)
 
 
 def test_a_state_of_another_loader_is_refused(data):

@@ -1,17 +1,15 @@
 """A batch that does not fit into memory ends in a sentence with a remedy."""
 
-import dataclasses
 import re
 
 import pytest
 import torch
 
-from fastdeit.distributed import world
 from fastdeit.memory import enough_for, enough_memory, enough_to_train, moved
 from fastdeit.model.deit import DeiT
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.recipes import RECIPES
-from fastdeit.training.trainer import Trainer
+from runs import changed, train
 
 CPU = torch.device("cpu")
 
@@ -79,15 +77,12 @@ def test_other_errors_pass():
     ],
 )
 def test_the_remedy_is_a_batch_that_the_recipe_allows(run, model, processes, remedy):
-    recipe = RECIPES["deit_base"]()
-    replaced = dataclasses.replace(recipe.run, **run), dataclasses.replace(recipe.model, **model)
-    recipe = dataclasses.replace(recipe, run=replaced[0], model=replaced[1]).resolved()
+    recipe = changed(RECIPES["deit_base"](), run=run, model=model).resolved()
     with pytest.raises(MachineError, match=remedy) as told, enough_to_train(recipe, processes, CPU):
         fill_memory()
     named = re.search(r"--run.micro_batch (\d+)", str(told.value))
     if named:
-        smaller = dataclasses.replace(recipe.run, micro_batch=int(named[1]))
-        dataclasses.replace(recipe, run=smaller).resolved()
+        changed(recipe, run={"micro_batch": int(named[1])}).resolved()
 
 
 @pytest.mark.parametrize(
@@ -107,9 +102,8 @@ def test_a_run_says_which_batch_was_too_large(tiny, monkeypatch, training, sente
         return fill_memory() if self.training is training else forward(self, images)
 
     monkeypatch.setattr(DeiT, "forward", full)
-    recipe = tiny(run={"global_batch": 8, "eval_batch": 6, "epochs": 1})
-    with world("cpu") as joined, pytest.raises(MachineError, match=re.escape(sentence)):
-        Trainer(recipe, joined).run()
+    with pytest.raises(MachineError, match=re.escape(sentence)):
+        train(tiny(run={"global_batch": 8, "eval_batch": 6, "epochs": 1}))
 
 
 @pytest.mark.gpu

@@ -2,8 +2,9 @@
 
 import pytest
 
-from elastic import finish, kill_tree, logged, missing, printed, starter, two_machines, wait_for, workers
+from elastic import kill_tree, logged, missing, printed, starter, two_machines, workers
 from runs import assert_same_state, final_state
+from system import wait_for
 
 WHY_NOT = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -47,13 +48,13 @@ def straight(tiny_in, starting, tmp_path_factory):
     """The recipe of a run on two machines that has ended, with torchrun's own store."""
     recipe = tiny_in(tmp_path_factory.mktemp("straight") / "run", run=RUN)
     for process in [starting(recipe, number) for number in (0, 1)]:
-        finish(process)
+        process.finish()
     return recipe
 
 
 def test_two_machines_equal_one_process(tiny, straight, launch, events):
     alone = tiny(run=RUN)
-    assert launch(alone).returncode == 0
+    launch(alone)
     assert events(straight.run.output, "start")[0]["world"] == 2
     losses = [[event["loss"] for event in events(each.run.output, "train")] for each in (alone, straight)]
     assert len(losses[0]) == 15
@@ -66,8 +67,8 @@ def test_a_machine_that_is_lost_and_returns(tiny, straight, start):
     wait_for(lambda: logged(recipe) >= 4 and workers(second), first)
     kill_tree(second)
     again = start(recipe, 1, max_restarts=3)
-    finish(first)
-    finish(again)
+    first.finish()
+    again.finish()
     assert_same_state(final_state(straight), final_state(recipe))
 
 
@@ -97,7 +98,7 @@ def test_a_machine_that_falls_off_the_network_is_named_and_the_other_goes_on_alo
     lost = workers(second)[0].pid
     machines[1].cut()
     try:
-        err = finish(first)
+        _, err = first.finish()
         # The machine that is cut off does not train on alone either.
         wait_for(lambda: f"rank 1 (process {lost} on host beta) cannot reach the run's store" in printed(second))
     finally:

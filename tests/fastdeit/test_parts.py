@@ -1,16 +1,15 @@
 """A recipe's network and loss in anyone's loop, beside timm's and PyTorch's own."""
 
-import dataclasses
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
 import fastdeit
-from fastdeit.config import Recipe
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from refusals import refused
+from runs import changed
 
 
 @pytest.mark.parametrize(
@@ -39,13 +38,10 @@ def test_the_network_is_timms(recipe, name):
 def test_mistakes_in_a_network_are_named():
     with pytest.raises(UserError, match="img_size 33 is not a multiple of the recipe's patches of 16 pixels"):
         fastdeit.create_model("deit_tiny", img_size=33)
-    with pytest.raises(UserError, match=r"trains a resnet18: timm.create_model\('resnet18'\) makes it"):
-        fastdeit.create_model("convnet_teacher")
-    distilled = dataclasses.replace(RECIPES["deit3_small"]().model, distilled=True)
-    with pytest.raises(UserError, match="no network with a distillation token that has no position"):
-        fastdeit.create_model(dataclasses.replace(RECIPES["deit3_small"](), model=distilled))
-    with pytest.raises(UserError, match="there is no recipe 'deit_huge'"):
-        fastdeit.create_model("deit_huge")
+    refused(r"trains a resnet18: timm.create_model\('resnet18'\) makes it", fastdeit.create_model, "convnet_teacher")
+    distilled = changed(RECIPES["deit3_small"](), model={"distilled": True})
+    refused("no network with a distillation token that has no position", fastdeit.create_model, distilled)
+    refused("there is no recipe 'deit_huge'", fastdeit.create_model, "deit_huge")
 
 
 def test_the_loss_of_one_head_is_cross_entropy():
@@ -65,10 +61,8 @@ def test_hard_distillation_takes_the_teachers_decision(teacher):
 
 
 def test_soft_distillation_is_the_papers():
-    made = RECIPES["deit_tiny_distilled"]()
-    recipe: Recipe = dataclasses.replace(
-        made, objective=dataclasses.replace(made.objective, distillation="soft", alpha=0.3, tau=2.0)
-    )
+    soft = {"distillation": "soft", "alpha": 0.3, "tau": 2.0}
+    recipe = changed(RECIPES["deit_tiny_distilled"](), objective=soft)
     heads, labels, taught = (torch.randn(6, 5), torch.randn(6, 5)), torch.randint(5, (6,)), torch.randn(6, 5)
     divergence = F.kl_div(
         F.log_softmax(heads[1] / 2, 1), F.log_softmax(taught / 2, 1), reduction="batchmean", log_target=True
@@ -97,5 +91,4 @@ def test_inputs_that_do_not_fit_the_recipe_are_refused():
     ],
 )
 def test_mistakes_in_a_run_are_named(sections, message):
-    with pytest.raises(UserError, match=message):
-        fastdeit.Trainer("deit_tiny", **sections)
+    refused(message, fastdeit.Trainer, "deit_tiny", **sections)

@@ -26,12 +26,18 @@ def folder(data, images, tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(code, sizes, small):
+    """Run an example with other constants in the place of `sizes`, the right sides of its first line."""
+    names, given = (re.search(r"^(SIZE, .*) = (.*)$", code, re.MULTILINE)).groups()
+    assert given == sizes
+    exec(code.replace(f"{names} = {sizes}", f"{names} = {small}"), held := {})
+    return held
+
+
 @pytest.mark.slow
 def test_the_training_loop(folder, capsys):
     (loop,) = (code for code in EXAMPLES if "cross_entropy" in code)
-    sizes = "SIZE, BATCH, EPOCHS = 224, 256, 300"
-    assert sizes in loop
-    exec(loop.replace(sizes, "SIZE, BATCH, EPOCHS = 32, 64, 2"), {})
+    run(loop, "224, 256, 300", "32, 64, 2")
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["epoch 0", "epoch 1"]
     assert (folder / "last.pt").exists()
@@ -51,9 +57,7 @@ def test_a_checkpoint_as_a_classifier(folder, tiny, capsys):
 @pytest.mark.slow
 def test_distillation_in_a_loop(folder, capsys):
     (code,) = (code for code in EXAMPLES if "fastdeit.objective" in code)
-    sizes = 'SIZE, BATCH, TEACHER = 224, 256, "regnety_160"'
-    assert sizes in code
-    exec(code.replace(sizes, 'SIZE, BATCH, TEACHER = 32, 64, "resnet10t"'), {})
+    run(code, '224, 256, "regnety_160"', '32, 64, "resnet10t"')
     assert re.fullmatch(r"the last loss: \d\.\d{3}\n", capsys.readouterr().out)
 
 
@@ -82,19 +86,16 @@ def test_the_readmes_example(folder, capsys):
 
 
 def example(page):
-    """The only Python example of a page of docs/, and its first line of constants."""
+    """The only Python example of a page of docs/."""
     (code,) = PYTHON.findall((ROOT / "docs" / page).read_text())
-    (sizes,) = re.findall(r"^SIZE, .*$", code, re.MULTILINE)
-    return code, sizes
+    return code
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_lightning_example(folder, capsys):
     pytest.importorskip("lightning", reason="pip install lightning")
-    code, sizes = example("lightning.md")
-    assert sizes == "SIZE, BATCH, EPOCHS, CLASSES = 224, 256, 300, 1000"
-    exec(code.replace(sizes, "SIZE, BATCH, EPOCHS, CLASSES = 32, 64, 2, 4"), {})
+    run(example("lightning.md"), "224, 256, 300, 1000", "32, 64, 2, 4")
     assert re.search(r"^top-1 \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -102,10 +103,9 @@ def test_the_lightning_example(folder, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_resumes_in_the_middle_of_an_epoch_with_the_same_weights(folder):
     lightning = pytest.importorskip("lightning", reason="pip install lightning")
-    code, sizes = example("lightning.md")
-    names = {}
-    code = code.partition("trainer = ")[0].replace("deit_small_patch16_224", "deit_tiny_patch16_224")
-    exec(code.replace(sizes, "SIZE, BATCH, EPOCHS, CLASSES = 32, 32, 2, 4"), names)
+    code = example("lightning.md").partition("trainer = ")[0]
+    code = code.replace("deit_small_patch16_224", "deit_tiny_patch16_224")
+    names = run(code, "224, 256, 300, 1000", "32, 32, 2, 4")
 
     def fit(place, checkpoint=None):
         lightning.seed_everything(0, verbose=False)
@@ -130,7 +130,5 @@ def test_the_transformers_example(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)  # it would take this checkout's folder for a package of its own
     for package in ("transformers", "accelerate"):
         pytest.importorskip(package, reason=f"pip install {package}")
-    code, sizes = example("huggingface.md")
-    assert sizes == "SIZE, BATCH, EPOCHS, CLASSES, WIDTH, DEPTH = 224, 256, 300, 1000, 384, 12"
-    exec(code.replace(sizes, "SIZE, BATCH, EPOCHS, CLASSES, WIDTH, DEPTH = 32, 32, 2, 4, 64, 2"), {})
+    run(example("huggingface.md"), "224, 256, 300, 1000, 384, 12", "32, 32, 2, 4, 64, 2")
     assert re.search(r"^top-1 \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)

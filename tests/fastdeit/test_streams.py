@@ -1,17 +1,16 @@
 """A reader that goes away, a full disk, a closed stdout: training goes on and the log says so."""
 
-import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from fastdeit import checkpoint
-from fastdeit.training.logs import RunLog
+from run_logs import run_log
+from system import run
 
 PRINTS = """
 import json, sys
@@ -30,28 +29,16 @@ assert opened.fileno() > 2
 """
 
 
-def warnings(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert sum(line["event"] == "train" for line in lines) == 3000
-    return [line["text"] for line in lines if line["event"] == "warning"]
-
-
 @pytest.mark.parametrize("how", ["head", "full", "closed", "closed stderr"])
-def test_output_that_cannot_be_written_is_noted_in_the_log(tmp_path, how):
+def test_output_that_cannot_be_written_is_noted_in_the_log(tmp_path, events, how):
     command = (
         f'"{sys.executable}" -c "$CODE" "{tmp_path}" '
         + {"head": "| head -n 1", "full": "> /dev/full", "closed": ">&-", "closed stderr": "2>&- > /dev/null"}[how]
     )
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "CODE": PRINTS},
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("bash", "-c", f"set -o pipefail; {command}", timeout=60, env={**os.environ, "CODE": PRINTS}, status=0)
     assert done.stderr == ""
-    said = warnings(tmp_path)
+    assert len(events(tmp_path, "train")) == 3000
+    said = [event["text"] for event in events(tmp_path, "warning")]
     wanted = {"head": "Broken pipe", "full": "No space left on device"}.get(how)
     if wanted is None:
         assert said == []
@@ -72,47 +59,35 @@ def test_training_outlives_the_reader_of_its_output(tiny, launch, events):
     assert checkpoint.found(recipe.run.output / "checkpoints")
 
 
-@pytest.fixture
-def small_files():
-    """Function: files of this process may have so many bytes at most; the system then refuses as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in tensorboard's own thread
-def test_a_tensorboard_folder_that_refuses_ends_no_run(tmp_path, capsys):
-    log = RunLog(tmp_path, active=True, tensorboard=True, progress=False)
-    log.event("train", epoch=0, step=0, global_step=0, loss=1.0)
-    log._board.flush()
-    shutil.rmtree(tmp_path / "tensorboard")
-    (tmp_path / "tensorboard").write_text("in the way")
-    for i in range(1, 200):  # its own thread writes when it likes
-        log.event("train", epoch=0, step=i, global_step=i, loss=1.0)
-    log.event("end", epoch=1)
-    log.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert sum(line["event"] == "train" for line in lines) == 200
-    (warning,) = [line["text"] for line in lines if line["event"] == "warning"]
+def test_a_tensorboard_folder_that_refuses_ends_no_run(tmp_path, events, capsys):
+    with run_log(tmp_path, tensorboard=True) as log:
+        log.event("train", epoch=0, step=0, global_step=0, loss=1.0)
+        log._board.flush()
+        shutil.rmtree(tmp_path / "tensorboard")
+        (tmp_path / "tensorboard").write_text("in the way")
+        for i in range(1, 200):  # its own thread writes when it likes
+            log.event("train", epoch=0, step=i, global_step=i, loss=1.0)
+        log.event("end", epoch=1)
+    assert len(events(tmp_path, "train")) == 200
+    (warning,) = [line["text"] for line in events(tmp_path, "warning")]
     assert warning.startswith("TensorBoard's files cannot be written")
     assert capsys.readouterr().out == f"warning: {warning}\n"
-    blocked = RunLog(tmp_path, active=True, tensorboard=True, progress=False)  # from the start
-    blocked.event("end", epoch=1)
-    blocked.close()
+    with run_log(tmp_path, tensorboard=True) as blocked:  # from the start
+        blocked.event("end", epoch=1)
     assert "TensorBoard's files cannot be written" in capsys.readouterr().out
 
 
-def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, capsys):
-    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
-    log.event("train", step=0)
-    size = (tmp_path / "log.jsonl").stat().st_size
-    small_files(size + 10)  # a torn line
-    for i in range(1, 4):
-        log.event("train", step=i)
-    small_files(resource.RLIM_INFINITY)
-    log.event("train", step=4)
-    log.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, events, capsys):
+    with run_log(tmp_path) as log:
+        log.event("train", step=0)
+        size = (tmp_path / "log.jsonl").stat().st_size
+        small_files(size + 10)  # a torn line
+        for i in range(1, 4):
+            log.event("train", step=i)
+        small_files(resource.RLIM_INFINITY)
+        log.event("train", step=4)
+    lines = events(tmp_path)
     assert [line.get("step", line["event"]) for line in lines] == [0, "warning", 4]
     assert "3 events are missing here" in lines[1]["text"]
     assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
@@ -122,13 +97,7 @@ def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, capsy
 @pytest.mark.parametrize("words", ["budget deit_tiny", "budget deit_tiny --json", "train deit_tiny --print-config"])
 def test_an_answer_that_cannot_be_written_is_an_error(words):
     """Unlike a run, these commands are nothing but their output."""
-    done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full'],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
+    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full', timeout=60, status=2)
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -137,7 +106,6 @@ def test_an_answer_that_cannot_be_written_is_an_error(words):
 @pytest.mark.parametrize("words", ["budget deit_tiny", "completion bash", "doctor", "train deit_tiny --print-config"])
 def test_a_reader_that_went_away_ends_a_command_in_silence(words):
     command = f'"{sys.executable}" -m fastdeit {words} | sleep 0; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 128 + signal.SIGPIPE
+    done = run("bash", "-c", command, timeout=60, status=128 + signal.SIGPIPE)
     assert "Traceback" not in done.stderr
     assert "Broken pipe" not in done.stderr

@@ -16,27 +16,20 @@ from fastdeit.data import TrainingData
 from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.conversion.convert import convert
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
-from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.report.network import look
 from fastdeit.report.pictures import Missing
 from fastdeit.report.runs import read_run
 from fastdeit.subsets import divide
-from runs import evaluated, newest, train
+from refusals import refused
+from runs import evaluated, newest, opened, train
+from tiny_datasets import copy_beton, overwrite
 
 
-def copied(data, folder):
-    path = folder / "copy.beton"
-    shutil.copy(data / "train.beton", path)
-    shutil.copy(sidecar_path(data / "train.beton"), sidecar_path(path))
-    return path
-
-
-def damage(path, dataset, index):
-    with open(path, "r+b") as file:
-        file.seek(int(dataset.offset[index]))
-        file.write(bytes(int(dataset.size[index])))
+@pytest.fixture
+def copied(data, tmp_path):
+    """A copy of the training set."""
+    return copy_beton(data / "train.beton", tmp_path / "copy.beton")
 
 
 def shares(labels, **fields):
@@ -95,13 +88,11 @@ def test_the_choice_is_the_same_everywhere():
     ],
 )
 def test_bad_shares_are_refused(tiny, fields, reason):
-    with pytest.raises(UserError, match=reason):
-        train(tiny(data=fields))
+    refused(reason, lambda: train(tiny(data=fields)))
 
 
 def test_no_class_with_two_images():
-    with pytest.raises(UserError, match="keeps no image for validation"):
-        shares(np.arange(5), hold_out=0.2)
+    refused("keeps no image for validation", shares, np.arange(5), hold_out=0.2)
 
 
 def test_a_run_is_judged_by_images_that_it_never_saw(tiny, data, capsys):
@@ -132,32 +123,27 @@ def test_a_run_evaluates_on_its_own_validation_set_by_default(tiny, capsys):
     assert again["ema"]["class"] == pytest.approx(scores["ema"]["class"])
     alone = tiny(data={"val": None}, run={"epochs": 1, "output": recipe.run.output / "other"})
     train(alone)
-    with pytest.raises(UserError, match="name a data set after it"):
-        evaluated(checkpoint=alone.run.output, device="cpu")
+    refused("name a data set after it", evaluated, checkpoint=alone.run.output, device="cpu")
 
 
-def test_a_held_out_image_replaces_none(tiny, data, tmp_path):
-    path = copied(data, tmp_path)
-    recipe = tiny(data={"train": path, "val": None, "hold_out": 0.5, "on_error": "replace", "repeats": 1})
-    dataset = BetonDataset(path)
+def test_a_held_out_image_replaces_none(tiny, copied):
+    recipe = tiny(data={"train": copied, "val": None, "hold_out": 0.5, "on_error": "replace", "repeats": 1})
+    dataset = BetonDataset(copied)
     images = divide(recipe.data, dataset.label)
     bad = next(int(i) for i in images.train if i + 1 in images.held_out)
-    damage(path, dataset, bad)
-    with world("cpu") as joined:
-        batches = TrainingData(recipe, dataset, joined)
+    overwrite(copied, dataset, bad)
+    with opened(TrainingData, recipe, dataset) as batches:
         replaced = {pair for epoch in range(2) for _, decoded, _ in batches.flow(epoch) for pair in decoded.replaced}
-        batches.close()
     following = int(images.train[images.train > bad][0])
     assert replaced == {(bad, following)}
 
 
 @pytest.mark.slow
-def test_a_held_out_image_that_does_not_decode(tiny, data, tmp_path, events):
+def test_a_held_out_image_that_does_not_decode(tiny, copied, events):
     """With `data.on_error` "replace", another held-out image takes its place in the evaluation, which says so."""
-    path = copied(data, tmp_path)
-    recipe = tiny(data={"train": path, "val": None, "hold_out": 0.25, "on_error": "replace"}, run={"epochs": 1})
-    dataset = BetonDataset(path)
-    damage(path, dataset, int(divide(recipe.data, dataset.label).held_out[3]))
+    recipe = tiny(data={"train": copied, "val": None, "hold_out": 0.25, "on_error": "replace"}, run={"epochs": 1})
+    dataset = BetonDataset(copied)
+    overwrite(copied, dataset, int(divide(recipe.data, dataset.label).held_out[3]))
     train(recipe)
     assert [event["replaced"] for event in events(recipe.run.output, "eval")] == [1, 1]
     scores = evaluated(checkpoint=recipe.run.output, loader="torch", device="cpu", threads=1)
@@ -165,10 +151,9 @@ def test_a_held_out_image_that_does_not_decode(tiny, data, tmp_path, events):
 
 
 @pytest.mark.slow
-def test_a_data_set_that_was_converted_again_deals_other_images(tiny, data, images, tmp_path, monkeypatch):
+def test_a_data_set_that_was_converted_again_deals_other_images(tiny, copied, images, tmp_path, monkeypatch):
     """Images that the run trained on must not pass for held-out ones."""
-    path = copied(data, tmp_path)
-    recipe = tiny(data={"train": Path(path.name), "val": None, "hold_out": 0.25}, run={"epochs": 1})
+    recipe = tiny(data={"train": Path(copied.name), "val": None, "hold_out": 0.25}, run={"epochs": 1})
     monkeypatch.chdir(tmp_path)
     train(recipe)
     options = {"checkpoint": recipe.run.output, "loader": "torch", "device": "cpu", "threads": 1}
@@ -177,14 +162,12 @@ def test_a_data_set_that_was_converted_again_deals_other_images(tiny, data, imag
     assert load(recipe.run.output).recipe.data.hold_out == 0  # every image of another data set
     shutil.copytree(images / "train", tmp_path / "more")
     shutil.copy(next((tmp_path / "more/class0").iterdir()), tmp_path / "more/class0/again.jpg")
-    convert(str(tmp_path / "more"), path, progress=False)
-    with pytest.raises(UserError, match="no longer holds the images that the run trained on"):
-        evaluated(**options)
+    convert(str(tmp_path / "more"), copied, progress=False)
+    refused("no longer holds the images that the run trained on", evaluated, **options)
     with world("cpu") as joined:
         found = look(read_run(recipe.run.output), joined, images=8, batch=8)
     for part in (found.samples, found.judged):
         assert isinstance(part, Missing)
         assert "no longer holds the images" in part.why
-    path.unlink()
-    with pytest.raises(UserError, match=r"the run's data\.train, .*copy\.beton, does not exist"):
-        evaluated(**options)
+    copied.unlink()
+    refused(r"the run's data\.train, .*copy\.beton, does not exist", evaluated, **options)

@@ -18,15 +18,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from archives import jpeg, pack
+from archives import jpeg, pack, packed
 from fastdeit.cli import run
 from fastdeit.commands import convert, train
 from fastdeit.model import kernel_table
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.teacher.label_cache import LabelCache
-from fastdeit.training.logs import RunLog
 from hostile import command, forked
 from pictures import picture
+from run_logs import open_log
 from tiny_datasets import image_folder, reseal, stored, write
 
 MB = 1 << 20
@@ -47,12 +47,15 @@ def tar_header(name, size):
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def recipe(name, data):
-    def case(folder):
-        (folder / name).write_bytes(data)
-        return command(train.main, "deit_tiny", "--config", folder / name)
+def of_a_folder(make):
+    """`make(folder, ...)` as a function of the rest that returns a case: a function of the folder."""
+    return lambda *given, **named: lambda folder: make(folder, *given, **named)
 
-    return case
+
+@of_a_folder
+def recipe(folder, name, data):
+    (folder / name).write_bytes(data)
+    return command(train.main, "deit_tiny", "--config", folder / name)
 
 
 def converted(folder, name, data, *words, form="{}"):
@@ -66,20 +69,16 @@ def dataset(folder):
     return folder / "x.beton.json"
 
 
-def sidecar(data):
-    def case(folder):
-        dataset(folder).write_bytes(data)
-        return lambda: run(lambda: open_dataset(folder / "x.beton"))
-
-    return case
+@of_a_folder
+def sidecar(folder, data):
+    dataset(folder).write_bytes(data)
+    return lambda: run(lambda: open_dataset(folder / "x.beton"))
 
 
-def resealed(**changes):
-    def case(folder):
-        reseal(dataset(folder), **changes)
-        return lambda: run(lambda: open_dataset(folder / "x.beton"))
-
-    return case
+@of_a_folder
+def resealed(folder, **changes):
+    reseal(dataset(folder), **changes)
+    return lambda: run(lambda: open_dataset(folder / "x.beton"))
 
 
 def options_of_a_sidecar(folder):
@@ -89,12 +88,10 @@ def options_of_a_sidecar(folder):
     return command(convert.main, "--verify", folder / "x.beton", "--against", source)
 
 
-def labels(data):
-    def case(folder):
-        (folder / "labels.json").write_bytes(data)
-        return lambda: run(lambda: LabelCache(folder))
-
-    return case
+@of_a_folder
+def labels(folder, data):
+    (folder / "labels.json").write_bytes(data)
+    return lambda: run(lambda: LabelCache(folder))
 
 
 def soft_labels(folder, data):
@@ -139,13 +136,11 @@ def real_labels(folder):
     return command(convert.main, source, folder / "x.beton", "--real-labels", folder / "real.json")
 
 
-def classes(data):
-    def case(folder):
-        source = image_folder(folder / "images", [jpeg()], 1)
-        (folder / "names.txt").write_bytes(data)
-        return command(convert.main, source, folder / "x.beton", "--class-names", folder / "names.txt")
-
-    return case
+@of_a_folder
+def classes(folder, data):
+    source = image_folder(folder / "images", [jpeg()], 1)
+    (folder / "names.txt").write_bytes(data)
+    return command(convert.main, source, folder / "x.beton", "--class-names", folder / "names.txt")
 
 
 def kaggle(folder):
@@ -178,13 +173,11 @@ def cifar_archive(folder):
     return converted(folder, "cifar-10-python.tar.gz", bomb(tar_header("a", 400 * MB)), form="cifar:{}:train")
 
 
-def cifar(batch):
-    def case(folder):
-        path = folder / "cifar-10-python.tar"
-        pack(path, {"c/batches.meta": pickle.dumps({"label_names": ["a"]}, 2), "c/test_batch": batch})
-        return command(convert.main, f"cifar:{path}:test", folder / "x.beton")
-
-    return case
+@of_a_folder
+def cifar(folder, batch):
+    path = folder / "cifar-10-python.tar"
+    pack(path, {"c/batches.meta": pickle.dumps({"label_names": ["a"]}, 2), "c/test_batch": batch})
+    return command(convert.main, f"cifar:{path}:test", folder / "x.beton")
 
 
 def text(data):
@@ -248,34 +241,28 @@ FOOTERS = {
 }  # fmt: skip
 
 
-def footer(kind):
-    def case(folder):
-        pytest.importorskip("pyarrow.parquet")
-        return converted(folder, "a.parquet", parquet_footer(*FOOTERS[kind]))
-
-    return case
+@of_a_folder
+def footer(folder, kind):
+    pytest.importorskip("pyarrow.parquet")
+    return converted(folder, "a.parquet", parquet_footer(*FOOTERS[kind]))
 
 
 def long_name(folder):
-    data = {"a" * 200_000 + ".jpg": jpeg()}
-    path = pack(folder / "a.tar", data)
-    return command(convert.main, path, folder / "x.beton")
+    return converted(folder, "a.tar", packed({"a" * 200_000 + ".jpg": jpeg()}))
 
 
 def label_of_lists(folder):
-    path = pack(folder / "a.tar", {"0.jpg": jpeg(), "0.json": b'{"label": [' + b"[]," * 340_000 + b"[]]}"})
-    return command(convert.main, path, folder / "x.beton")
+    files = {"0.jpg": jpeg(), "0.json": b'{"label": [' + b"[]," * 340_000 + b"[]]}"}
+    return converted(folder, "a.tar", packed(files))
 
 
-def journal(*values):
-    def case(folder):
-        with open(folder / "x.beton.journal", "wb") as file:
-            for value in ({"journal": 1}, *values):
-                line = value if isinstance(value, bytes) else json.dumps(value).encode()
-                file.write(b"%08x %b\n" % (binascii.crc32(line), line))
-        return command(convert.main, image_folder(folder / "images", [jpeg()], 1), folder / "x.beton")
-
-    return case
+@of_a_folder
+def journal(folder, *values):
+    with open(folder / "x.beton.journal", "wb") as file:
+        for value in ({"journal": 1}, *values):
+            line = value if isinstance(value, bytes) else json.dumps(value).encode()
+            file.write(b"%08x %b\n" % (binascii.crc32(line), line))
+    return command(convert.main, image_folder(folder / "images", [jpeg()], 1), folder / "x.beton")
 
 
 def torn_journal(folder):
@@ -295,21 +282,18 @@ def tiled_tiff(folder):
     tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(zeros)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     tiff = b"II*\0" + struct.pack("<I", 8 + len(zeros)) + zeros + struct.pack("<H", len(tags)) + entries + bytes(4)
-    path = pack(folder / "a.tar", {"0.tif": tiff, "0.cls": b"0"})
-    return command(convert.main, path, folder / "x.beton")
+    return converted(folder, "a.tar", packed({"0.tif": tiff, "0.cls": b"0"}))
 
 
 def log(folder):
     (folder / "log.jsonl").write_bytes(NESTED + b"\n")
-    return partial(RunLog(folder, active=True, tensorboard=False, progress=False).go_back, 0, 0, evaluates=False)
+    return partial(open_log(folder).go_back, 0, 0, evaluates=False)
 
 
-def table_of_kernels(data):
-    def case(folder):
-        (folder / "table.json").write_bytes(data)
-        return lambda: run(lambda: kernel_table.read(folder / "table.json"))
-
-    return case
+@of_a_folder
+def table_of_kernels(folder, data):
+    (folder / "table.json").write_bytes(data)
+    return lambda: run(lambda: kernel_table.read(folder / "table.json"))
 
 
 def results(folder):

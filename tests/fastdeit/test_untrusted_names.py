@@ -22,9 +22,9 @@ from fastdeit.model.weights import describe
 from fastdeit.pipelines.errors import printable
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.teacher.teacher import Teacher
-from fastdeit.training.logs import RunLog
 from fastdeit.training.startup import _labels_sentence
 from hostile import ACTED_ON, command, forked
+from run_logs import open_log, run_log
 from system import run_python
 from tiny_datasets import image_folder, reseal
 
@@ -155,7 +155,7 @@ def key_of_labels(tmp_path):
 
 def teacher_of_labels(tmp_path):
     sentence = _labels_sentence(labels(tmp_path, teacher_name=NAME))
-    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
+    log = open_log(tmp_path)
     return lambda: (log.say(sentence), log.warn(sentence))
 
 
@@ -233,21 +233,18 @@ def test_every_stream_of_a_process(tmp_path):
         "    raise ValueError(NAME)\n"
         "run(main)\n"
     )
-    done = run_python(script, env={"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 1
+    done = run_python(script, env={"PYTHONIOENCODING": "utf-8", "PYTHONPATH": ":".join(sys.path)}, status=1)
     on_terminal(done.stdout)
     on_terminal(done.stderr)
     assert done.stderr.count(GOOD) >= 4
-    done = run_python(script, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)})
-    assert done.returncode == 1
+    done = run_python(script, env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)}, status=1)
     assert r"caf\xe9 \u65e5" in done.stdout
     assert not ACTED_ON.search(done.stdout + done.stderr)
 
 
 def test_the_log_holds_the_name_and_prints_it_escaped(tmp_path, capsys):
-    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
-    log.warn(NAME)
-    log.close()
+    with run_log(tmp_path) as log:
+        log.warn(NAME)
     on_terminal(capsys.readouterr().out)
     line = (tmp_path / "log.jsonl").read_text()
     assert line.isascii()
@@ -255,13 +252,6 @@ def test_the_log_holds_the_name_and_prints_it_escaped(tmp_path, capsys):
 
 
 def test_readable_names_stay():
-    for name in (
-        GOOD + JOINED,
-        "Ångström",
-        "العربية",
-        "हिन्दी",
-        "n01440764 tench, Tinca tinca",
-        "全角\u3000空白",
-        "a\\b",
-    ):
+    latin = ["Ångström", "n01440764 tench, Tinca tinca", "a\\b"]
+    for name in (GOOD + JOINED, "العربية", "हिन्दी", "全角\u3000空白", *latin):
         assert printable(name) == name

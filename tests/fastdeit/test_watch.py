@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import threading
-import time
 
 import pytest
 import torch.distributed as dist
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from fastdeit import watch
 from fastdeit.joining import Meeting, Peer
 from fastdeit.watch import Attendance, Watch
+from system import wait_for
 
 PEERS = tuple(Peer(rank, f"host{rank}", 100 + rank) for rank in range(3))
 
@@ -92,25 +92,18 @@ def watching(monkeypatch):
         yield start, ended, store
 
 
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_both_processes_learn_who_hangs(watching):
     start, ended, _ = watching
     for rank, begun in enumerate((4, 3)):
         start(rank, lambda begun=begun: begun, minutes=0.02)
-    until(lambda: len(ended) >= 2)
+    wait_for(lambda: len(ended) >= 2)
     assert all(sentence.startswith("rank 1 (process 101 on host host1) has kept") for sentence in ended)
 
 
 def test_a_process_without_a_watch_is_named(watching):
     start, ended, _ = watching
     start(0, lambda: 0)
-    until(lambda: ended)
+    wait_for(lambda: ended)
     assert ended[0].startswith("rank 1 (process 101 on host host1) has sent no heartbeat")
 
 
@@ -133,7 +126,7 @@ def test_a_store_that_does_not_answer_ends_the_process(watching):
     answers = threading.Event()
     try:
         start(1, lambda: 0, answers=answers)
-        until(lambda: ended)
+        wait_for(lambda: ended)
     finally:
         answers.set()
     assert ended[0].startswith("rank 1 (process 101 on host host1) cannot reach the run's store (no answer for")

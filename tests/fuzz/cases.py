@@ -22,6 +22,7 @@ from tests.fuzz.containers import OUTPUTS, SOURCES, Container, damage
 from tests.fuzz.images import KINDS, mutant
 from tests.fuzz.judge import REENCODED_MEAN, Expected, check_loaders, check_stored, pillow, stored_pixels
 from tests.fuzz.process import Ended, in_child
+from tests.helpers.damage import same_json
 
 _UNDAMAGED = 3  # the first so many images of a kind
 _ITEM_SECONDS = 1.0  # beside what every command gets
@@ -261,7 +262,7 @@ def damaged_output(
         rng = np.random.default_rng([seed, 99, list(OUTPUTS).index(kind), number])
         # Of a page's padding, zeros over zeros damage nothing.
         target.write_bytes(next(data for data in iter(lambda: damage(before, rng), None) if data != before))
-    same = target.read_bytes() == before or (name.endswith("json") and _same_json(before, target.read_bytes()))
+    same = target.read_bytes() == before or (name.endswith("json") and same_json(before, target.read_bytes()))
     ended = _command(folder, "--verify", dest)
     if ended.broke or ended.status not in (0, convert.BAD, 2):
         case.problems.append(f"{where}: --verify: {_how(ended)}")
@@ -310,10 +311,3 @@ def _is_written(dataset: Dataset, written: Dataset, index: int) -> bool:
         and int(dataset.label[index]) == int(written.label[index])
         and np.array_equal(found, stored_pixels(written, index))
     )
-
-
-def _same_json(one: bytes, other: bytes) -> bool:
-    try:
-        return json.loads(one) == json.loads(other)
-    except (ValueError, RecursionError):
-        return False

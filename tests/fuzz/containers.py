@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.fuzz.images import KINDS
+from tests.helpers import archives
 from tests.helpers.archives import packed
 from tests.helpers.damage import BLOCK, edit_tar_header, mutate, tar_headers
 
@@ -52,23 +53,20 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _imagenet_train() -> Container:
-    name = "ILSVRC2012_img_train.tar"
-    inner = {
-        f"n0000000{c}.tar": packed({f"n0000000{c}_{i}.JPEG": _jpeg(4 * c + i) for i in range(3)}) for c in range(3)
-    }
+    name, archive = archives.imagenet_train(_jpeg)
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         for outer, data in _members(files[name]):
             for _, content in _members(data):
                 yield content, outer.removesuffix(".tar")
 
-    return Container({name: packed(inner)}, f"{{}}/{name}", (name,), read)
+    return Container({name: archive}, f"{{}}/{name}", (name,), read)
 
 
 def _imagenet_val() -> Container:
-    name, labels = "ILSVRC2012_img_val.tar", "imagenet_2012_validation_synset_labels.txt"
-    files = {name: packed({f"ILSVRC2012_val_{i:08d}.JPEG": _jpeg(i) for i in range(1, 7)})}
-    files[labels] = b"".join(b"n0000000%d\n" % (i % 3) for i in range(6))
+    name, archive = archives.imagenet_val(_jpeg)
+    labels = "imagenet_2012_validation_synset_labels.txt"
+    files = {name: archive, labels: b"".join(b"n0000000%d\n" % (i % 3) for i in range(6))}
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         classes = files[labels].decode("latin-1").splitlines()
@@ -84,9 +82,8 @@ def _imagenet_v2(zipped: bool) -> Container:
     from timm.data import ImageNetInfo
 
     wnids = ImageNetInfo().label_names()
-    name = "imagenetv2-top-images.tar" + ".gz" * zipped
-    members = {f"imagenetv2-top-images-format-val/{i}/{'long' * 30}.jpeg": _jpeg(i) for i in range(5)}
-    archive = packed(members, tarfile.PAX_FORMAT)
+    name, archive = archives.imagenet_v2(_jpeg)
+    name += ".gz" * zipped
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         data = files[name]
@@ -105,11 +102,8 @@ def _imagenet_v2(zipped: bool) -> Container:
 def _webdataset() -> Container:
     files = {}
     for shard in range(2):
-        members = {}
-        for i in range(4):
-            members[f"{'folder' * 20}/{i}.jpg"] = _jpeg(4 * shard + i)
-            members[f"{'folder' * 20}/{i}.{'cls' if i % 2 else 'json'}"] = b"%d" % i if i % 2 else b'{"label": %d}' % i
-        files[f"train-000{shard}.tar"] = packed(members)
+        samples = ((f"{'folder' * 20}/{i}", _jpeg(4 * shard + i), i) for i in range(4))
+        files[f"train-000{shard}.tar"] = packed(archives.labelled(samples))
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         for data in files.values():
@@ -129,16 +123,9 @@ def _webdataset() -> Container:
 
 
 def _parquet(compression: str) -> Container:
-    import pyarrow
     import pyarrow.parquet as pq
 
-    name = "train-00000-of-00001.parquet"
-    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
-    images = [{"bytes": _jpeg(i), "path": f"{i}.jpg"} for i in range(7)]
-    table = pyarrow.table({"image": images, "label": [i % 2 for i in range(7)]})
-    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    file = io.BytesIO()
-    pq.write_table(table, file, row_group_size=3, compression=compression)
+    name, table = archives.parquet(_jpeg, compression=compression)
 
     def read(files: Files) -> Iterator[tuple[bytes, str]]:
         try:
@@ -158,7 +145,7 @@ def _parquet(compression: str) -> Container:
                     named = isinstance(classes, list) and 0 <= label < len(classes)
                     yield image["bytes"], str(classes[label]) if named else str(label)
 
-    return Container({name: file.getvalue()}, f"{{}}/{name}", (name,), read)
+    return Container({name: table}, f"{{}}/{name}", (name,), read)
 
 
 def _idx(zipped: bool) -> Container:

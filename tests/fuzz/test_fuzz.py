@@ -24,7 +24,7 @@ FUZZ = int(os.environ.get("FASTDEIT_FUZZ", "1"))
 def run(*words, cwd=RESULTS.parents[1]):
     """Python in a process of its own, since it forks, which the threads of other tests forbid."""
     environment = {**os.environ, "PYTHONPATH": str(RESULTS.parents[1])}
-    return run_python(*words, cwd=cwd, env=environment)
+    return run_python(*words, cwd=cwd, env=environment, status=0)
 
 
 @pytest.mark.slow
@@ -32,8 +32,7 @@ def test_a_small_campaign(tmp_path):
     images, containers = len(KINDS) * (1 + 3 * FUZZ), (len(SOURCES) + len(OUTPUTS)) * 2 * FUZZ
     results = tmp_path / "fuzz.jsonl"
     sizes = ("--images", str(images), "--containers", str(containers))
-    out = run("-m", "tests.fuzz", *sizes, "--results", str(results))
-    assert out.returncode == 0, out.stdout + out.stderr
+    run("-m", "tests.fuzz", *sizes, "--results", str(results))
     record = json.loads(results.read_text())
     assert record["passed"]
     counts = record["counts"]
@@ -104,7 +103,6 @@ FOUND = {
 @pytest.mark.slow
 def test_planted_faults_are_found(tmp_path):
     out = run("-c", PLANTED, cwd=tmp_path)
-    assert out.returncode == 0, out.stderr
     told = [block.strip() for block in out.stdout.split("== ")[1:]]
     assert told[:3] == ["nothing"] * 3
     for found, (name, what) in zip(told[3:], FOUND.items(), strict=True):

@@ -1,10 +1,27 @@
 """Random damage to images, archives and data sets, for the fuzz campaign and the fuzz tests."""
 
+import contextlib
+import faulthandler
+import json
 import zlib
 
 LENGTHS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 MARKERS = (0, 1, 0xFF, 0xFFC0, 0xFFC4, 0xFFD0, 0xFFD9, 0xFFDA)  # of a JPEG file
 BLOCK = 512  # of a tar archive
+SECONDS = 60  # that a case of a fuzz test may take
+
+
+@contextlib.contextmanager
+def guarded(name, data):
+    """An error within names the case and shows its data; one that takes too long ends the process with a traceback."""
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{name}: {data.hex()}")
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def mutate(data, rng, block=64, *, start=0, place=None, lengths=LENGTHS):
@@ -85,6 +102,14 @@ def edit_tar_header(data, rng):
     out[at + 148 : at + 156] = b" " * 8
     out[at + 148 : at + 156] = b"%06o\0 " % sum(out[at : at + BLOCK])
     return bytes(out)
+
+
+def same_json(one, other):
+    """Whether two texts hold the same JSON: white space says nothing."""
+    try:
+        return json.loads(one) == json.loads(other)
+    except (ValueError, RecursionError):
+        return False
 
 
 def uniform(rng, size):

@@ -7,13 +7,13 @@ import os
 import signal
 import socket
 import subprocess
-import time
 import uuid
 
 import psutil
 
 from fastdeit import joining
 from forked import Forked, run_module
+from system import run
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
@@ -87,7 +87,7 @@ class Machine:
 
 
 def ip(*words):
-    subprocess.run(["ip", *words], check=True, capture_output=True)
+    run("ip", *words, check=True)
 
 
 def missing():
@@ -127,16 +127,6 @@ def printed(agent):
     return agent._files[1].read_text()
 
 
-def wait_for(condition, process=None, seconds=240):
-    """The first true value of `condition()`; fails if `process` ends before, or after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
-
-
 def kill_tree(process):
     """Kill a process and all that it started, as the loss of a machine does."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -159,13 +149,6 @@ def logged(recipe):
     """The number of steps in the run's log."""
     path = recipe.run.output / "log.jsonl"
     return path.read_text().count('"event": "train"') if path.exists() else 0
-
-
-def finish(process, seconds=240):
-    """What it printed to stderr, once it has ended without an error."""
-    out, err = process.communicate(timeout=seconds)
-    assert process.returncode == 0, f"{out}\n{err}"
-    return err
 
 
 @contextlib.contextmanager

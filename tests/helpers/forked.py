@@ -49,6 +49,17 @@ class Forked:
         out, err = (file.read_text() if file.exists() else "" for file in self._files)
         return out, err
 
+    def finish(self, timeout: float = 300) -> tuple[str, str]:
+        """The same, once it has ended without an error."""
+        out, err = self.communicate(timeout)
+        assert self.returncode == 0, f"{out}\n{err}"
+        return out, err
+
+
+def succeed(function: Callable[..., Any], *arguments: Any) -> tuple[str, str]:
+    """What a process that calls the function printed, once it has ended without an error."""
+    return Forked(function, *arguments).finish()
+
 
 def run_module(module: str, words: Sequence[str]) -> None:
     """What `python -m MODULE WORDS` does."""

@@ -21,6 +21,12 @@ def assert_images(batch, images):
         np.testing.assert_array_equal(batch.image(slot), image)
 
 
+def first_batch(loader):
+    """Of the first epoch; the loader is closed."""
+    with loader:
+        return next(loader.batches(0))
+
+
 class Ordered:
     """Attributes are the loader's; a context manager that closes it.
 

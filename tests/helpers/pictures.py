@@ -27,6 +27,40 @@ def jpeg(image, **options):
     return encoded(image, "JPEG", **{"quality": 92, **options})
 
 
+def plain_file(kind):
+    """A JPEG file out of the ordinary that decoders read all the same, and the (width, height) of its image."""
+    image = picture(3, (61, 47))
+    made = {
+        "rotated": lambda: jpeg(image, exif=exif(6)),  # as it is stored: the converter turns it
+        "exif": lambda: jpeg(image, exif=b"Exif\0\0" + bytes(300)),
+        "cmyk": lambda: jpeg(image.convert("CMYK")),
+        "keep_rgb": lambda: jpeg(image, keep_rgb=True),
+        "mpo": lambda: jpeg(image) + jpeg(picture(4, image.size)),
+        "trailing": lambda: jpeg(image) + bytes(100),
+    }
+    return made[kind](), image.size
+
+
+def refused_jpegs():
+    """Files of 40 x 30 pixels that decoders may refuse, and PIL reads; the first is a plain one, which none may."""
+    plain = jpeg(picture(2, (40, 30)))
+    return [
+        plain,
+        jpeg(picture(1, (40, 30)).convert("CMYK")),
+        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
+        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
+    ]
+
+
+def random_jpegs(sampled_jpeg, rng, sampling, *, times, quality):
+    """`times` JPEG files of every kind in one sampling of chroma, each with its size; the range of their quality."""
+    files = []
+    for i, options in enumerate(KINDS * times):
+        size = int(rng.integers(1, 140)), int(rng.integers(1, 140))
+        files.append(sampled_jpeg(i, size, sampling, quality=int(rng.integers(*quality)), **options))
+    return files
+
+
 def decoded(data):
     """PIL's RGB pixels of a file, (height, width, 3) uint8."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

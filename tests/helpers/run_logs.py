@@ -2,12 +2,23 @@
 
 import json
 import math
+from contextlib import closing
 from html.parser import HTMLParser
 
 from fastdeit.recipes import deit_tiny_distilled
+from fastdeit.training.logs import RunLog
 
 BEGAN = 1_700_000_000.0
 VOID = {"meta", "img", "br", "link"}
+
+
+def open_log(folder, **options):
+    return RunLog(folder, **{"active": True, "tensorboard": False, "progress": False, **options})
+
+
+def run_log(folder, **options):
+    """The same, which `with` closes."""
+    return closing(open_log(folder, **options))
 
 
 def start(time=BEGAN, world=1, recipe=None, **fields):

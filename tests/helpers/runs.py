@@ -1,6 +1,7 @@
 """Recipes that differ in a few fields, and training runs in this process."""
 
 import json
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import torch
@@ -9,14 +10,17 @@ from fastdeit import checkpoint
 from fastdeit.cli import parse_recipe
 from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.config import Recipe
+from fastdeit.data import TrainingData
 from fastdeit.distributed import world
+from fastdeit.inputs import open_dataset
 from fastdeit.training.resume import FREE
 from fastdeit.training.trainer import Trainer
 
 
-def changed(recipe, section, **values):
-    """`recipe` with other values in a section."""
-    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+def changed(recipe, **fields):
+    """`recipe` with other fields; a dict holds those of a section that change."""
+    sections = {name: replace(getattr(recipe, name), **of) for name, of in fields.items() if isinstance(of, dict)}
+    return replace(recipe, **{**fields, **sections})
 
 
 def parse_file(path, content, *words):
@@ -37,6 +41,15 @@ def evaluated(checkpoint, val=None, **options):
     sets = () if val is None else (val,)
     [scores] = evaluate_checkpoint(Options(checkpoint=checkpoint, val=sets, **options)).values()
     return scores
+
+
+@contextmanager
+def opened(kind, recipe, dataset=None):
+    """`TrainingData` or `EvaluationData` of a recipe in this process alone; of its own data set, or of `dataset`."""
+    with world(recipe.run.device) as joined:
+        dataset = dataset or open_dataset(recipe.data.train if kind is TrainingData else recipe.data.val, "data")
+        with closing(kind(recipe, dataset, joined)) as data:
+            yield data
 
 
 def newest(recipe):
@@ -62,23 +75,24 @@ def trained(recipe):
     return final_state(recipe)
 
 
-def _flat(value, prefix=""):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}/{key}")
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from _flat(inner, f"{prefix}/{i}")
+def differing(one, other, path=""):
+    """Where two nested states differ in keys, types or bits: the paths."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        inner = [differing(one[key], other[key], f"{path}/{key}") for key in one.keys() & other.keys()]
+        return sum(inner, [f"{path}/{key}" for key in one.keys() ^ other.keys()])
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
     else:
-        yield prefix, value
+        same = type(one) is type(other) and one == other
+    return [] if same else [path]
+
+
+def same_values(one, other):
+    return not differing(one, other)
 
 
 def assert_same_state(a, b):
     """Assert that two checkpoints are equal, except for fields of `run` that a resume may change, as its folder."""
-    first, second = dict(_flat(a)), dict(_flat(b))
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, second[key]), key
-        elif key.removeprefix("/recipe/run/") not in FREE["run"]:
-            assert value == second[key], key
+    assert [path for path in differing(a, b) if path.removeprefix("/recipe/run/") not in FREE["run"]] == []

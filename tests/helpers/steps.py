@@ -116,16 +116,19 @@ def build(recipe, joined, seed=0):
     return TrainingStep(recipe, joined, precision, model, kernels, num_classes=CLASSES, steps_per_epoch=100)
 
 
+def weights_of(training):
+    """Copies of the weights and their average."""
+    state = {**training.model.state_dict(), **{f"ema.{k}": v for k, v in training.ema.shadow.items()}}
+    return {name: value.clone() for name, value in state.items()}
+
+
 def in_two_processes(function, folder: Path, *arguments) -> list:
     """What `function(joined, *arguments)` returns in each of two gloo processes; it is a function of this module."""
     store = folder / uuid.uuid4().hex
     processes = [Forked(_work, function, rank, store, arguments) for rank in range(2)]
-    results = []
-    for rank, process in enumerate(processes):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, f"{out}\n{err}"
-        results.append(torch.load(f"{store}-{rank}.pt", weights_only=True))
-    return results
+    for process in processes:
+        process.finish()
+    return [torch.load(f"{store}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def _work(function, rank, store, arguments):
@@ -257,8 +260,7 @@ def start_apart(joined, recipes):
     for kind in ("before", "after"):
         if kind == "after":
             training.distribute()
-        state = {**training.model.state_dict(), **{f"ema.{k}": v for k, v in training.ema.shadow.items()}}
-        states[kind] = {name: value.clone() for name, value in state.items()}
+        states[kind] = weights_of(training)
     return states
 
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
+import shutil
 from functools import partial
 
 import numpy as np
 
-from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW
+from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, sidecar_path
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.shard_writer import ShardWriter
@@ -35,6 +37,13 @@ def write(path, samples, labels=None, **options):
         names = [f"class {i}" for i in range(max(labels) + 1)]
         writer.finish(class_names=names, source={}, options={}, counts={})
     return open_dataset(path)
+
+
+def assert_whole(path, count):
+    """The data set holds so many images, and all its parts fit each other."""
+    with open_dataset(path) as dataset:
+        assert len(dataset) == count
+        assert dataset.check() == []
 
 
 def add_all(writer, dataset):
@@ -72,6 +81,28 @@ def image_folder(root, files, classes):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return root
+
+
+def linked(file, root, count, classes):
+    """A folder of classes of `count` links to a file; returns it."""
+    for i in range(count):
+        (root / f"{i % classes}").mkdir(parents=True, exist_ok=True)
+        os.link(file, root / f"{i % classes}" / f"{i}.jpg")
+    return root
+
+
+def copy_beton(path, to):
+    """A copy of a beton file and its sidecar; returns its path."""
+    shutil.copy(path, to)
+    shutil.copy(sidecar_path(path), sidecar_path(to))
+    return to
+
+
+def overwrite(path, dataset, index):
+    """Write zeros over an image in the file of a data set."""
+    with open(path, "r+b") as file:
+        file.seek(int(dataset.offset[index]))
+        file.write(bytes(int(dataset.size[index])))
 
 
 def files(folder):

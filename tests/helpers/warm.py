@@ -6,7 +6,6 @@ would load the code again, unless it is forked from one that has loaded it.
 
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import deit_tiny_distilled
+from tests.helpers.runs import changed
 
 
 def load():
@@ -41,12 +41,11 @@ def fill():
             picture = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
             Image.fromarray(picture).save(path / "images" / f"{i % 2}" / f"{i}.jpg")
         convert(str(path / "images"), path / "x.beton", progress=False, workers=0)
-        recipe = deit_tiny_distilled()
-        recipe = replace(
-            recipe,
-            data=replace(recipe.data, train=path / "x.beton", loader="torch", threads=1),
-            run=replace(recipe.run, global_batch=16, device="cpu", epochs=1),
-            departures=replace(recipe.departures, mix_group=8),
+        recipe = changed(
+            deit_tiny_distilled(),
+            data={"train": path / "x.beton", "loader": "torch", "threads": 1},
+            run={"global_batch": 16, "device": "cpu", "epochs": 1},
+            departures={"mix_group": 8},
         ).resolved()
         with world("cpu") as joined:
             data = TrainingData(recipe, open_dataset(path / "x.beton", "data.train"), joined)

@@ -15,10 +15,8 @@ def by_pillow(image, crop, window, size, vertical_first, flip):
     top, left, height, width = crop
     out_height, out_width, from_row, from_column = window
     part = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
-    first, second = ((width, out_height), (out_width, out_height))
-    if not vertical_first:
-        first = (out_width, height)
-    out = part.resize(first, Image.Resampling.BICUBIC).resize(second, Image.Resampling.BICUBIC)
+    first = (width, out_height) if vertical_first else (out_width, height)
+    out = part.resize(first, Image.Resampling.BICUBIC).resize((out_width, out_height), Image.Resampling.BICUBIC)
     out = np.asarray(out)[from_row : from_row + size, from_column : from_column + size]
     return out[:, ::-1] if flip else out
 

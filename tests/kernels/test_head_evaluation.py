@@ -62,12 +62,8 @@ def test_a_nan_is_no_hit_and_no_class_is_no_label(device):
 def test_strided_and_empty(device):
     cls, dist, labels = draw(device, 3, 20)
     both = torch.cat([cls, dist], 1)
-    for mine, judge in zip(
-        evaluate_heads(both[:, :20], both.mT.contiguous().mT[:, 20:], labels),
-        evaluate_heads(cls, dist, labels),
-        strict=True,
-    ):
-        assert torch.equal(mine, judge)
+    mine = evaluate_heads(both[:, :20], both.mT.contiguous().mT[:, 20:], labels)
+    assert all(map(torch.equal, mine, evaluate_heads(cls, dist, labels)))
     assert evaluate_heads(cls[:0], dist[:0], labels[:0]).rank.shape == (0, 4)
 
 
@@ -78,13 +74,12 @@ def test_opcheck(device):
 
 def test_what_does_not_fit_is_refused(device):
     cls, dist, labels = draw(device, 3, 20)
-    with pytest.raises(ValueError, match="dist_logits is"):
-        evaluate_heads(cls, dist[:2], labels)
-    with pytest.raises(ValueError, match="give 3 integers"):
-        evaluate_heads(cls, dist, labels.float())
-    with pytest.raises(ValueError, match=r"cls_logits is \(20,\)"):
-        evaluate_heads(cls[0], None, labels)
-    with pytest.raises(ValueError, match=r"cls_logits is \(3, 0\)"):
-        evaluate_heads(cls[:, :0], None, labels)
-    with pytest.raises(ValueError, match="labels lie on meta"):
-        evaluate_heads(cls, dist, labels.to("meta"))
+    for message, arguments in (
+        ("dist_logits is", (cls, dist[:2], labels)),
+        ("give 3 integers", (cls, dist, labels.float())),
+        (r"cls_logits is \(20,\)", (cls[0], None, labels)),
+        (r"cls_logits is \(3, 0\)", (cls[:, :0], None, labels)),
+        ("labels lie on meta", (cls, dist, labels.to("meta"))),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_heads(*arguments)

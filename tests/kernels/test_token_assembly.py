@@ -139,18 +139,20 @@ def test_opcheck_and_compile_without_a_graph_break(device):
 
 def test_what_does_not_fit_is_refused(device):
     patches, cls_token, dist_token, pos_embed, bias = inputs(device, 2, 3, 16, 2, True, torch.float32)
-    with pytest.raises(ValueError, match=r"pos_embed is \(1, 5, 16\), .* need \(1, 4, 16\)"):
-        assemble_tokens(patches, cls_token, None, pos_embed)
-    with pytest.raises(ValueError, match=r"bias is \(8,\), .* need \(16,\)"):
-        assemble_tokens(patches, cls_token, dist_token, pos_embed, bias[:8])
-    with pytest.raises(ValueError, match=r"cls_token is \(2, 1, 16\), .* need \(1, 1, 16\)"):
-        assemble_tokens(patches, cls_token.expand(2, -1, -1), dist_token, pos_embed)
-    with pytest.raises(ValueError, match=r"patches are \(6, 16\)"):
-        assemble_tokens(patches.flatten(0, 1), cls_token, dist_token, pos_embed)
+    for message, arguments in (
+        (r"pos_embed is \(1, 5, 16\), .* need \(1, 4, 16\)", (patches, cls_token, None, pos_embed)),
+        (r"bias is \(8,\), .* need \(16,\)", (patches, cls_token, dist_token, pos_embed, bias[:8])),
+        (
+            r"cls_token is \(2, 1, 16\), .* need \(1, 1, 16\)",
+            (patches, cls_token.expand(2, -1, -1), dist_token, pos_embed),
+        ),
+        (r"patches are \(6, 16\)", (patches.flatten(0, 1), cls_token, dist_token, pos_embed)),
+        (r"patches is torch\.float64", (patches.double(), cls_token, dist_token, pos_embed)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            assemble_tokens(*arguments)
     with pytest.raises(ValueError, match="lay images out with"):
         embed_patches(torch.zeros(2, 3, 8, 8, device=device), bias.new_zeros(16, 3, 4, 4), None, *[cls_token] * 3)
-    with pytest.raises(ValueError, match=r"patches is torch\.float64"):
-        assemble_tokens(patches.double(), cls_token, dist_token, pos_embed)
 
 
 def test_without_a_gpu_a_remedy_is_named(device, on_gpu, monkeypatch):

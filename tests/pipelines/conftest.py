@@ -9,7 +9,31 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fastdeit.pipelines.batch import DecodedBatch
+from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
+from fastdeit.pipelines.loaders.prefetch import make_pool
+from fastdeit.pipelines.plan.order import EvalOrder
 from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan, whole_windows
+from ordered import Ordered, need_loader
+
+
+@pytest.fixture
+def pool():
+    with make_pool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(params=LOADERS)
+def opened(request, pool):
+    """Opens the loader under test on a data set and an order; by default evaluation in batches of 8."""
+    need_loader(request.param)
+
+    def open_one(dataset, order=None, threads=3, regions=None, **options):
+        loader = open_loader(request.param, dataset, pool=pool, threads=threads, **options)
+        return Ordered(loader, order or EvalOrder(len(dataset), batch=8), regions)
+
+    open_one.name = request.param
+    return open_one
+
 
 RANGES = {
     "Rotate": (-30.0, 30.0),

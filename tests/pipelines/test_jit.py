@@ -96,8 +96,7 @@ def test_a_read_only_installation_without_a_home(open_folder):
     temporary.chmod(0o1777)
     for hits in (0, 1):
         # No PYTHONPATH: through it, Python would find the code under test before the copy.
-        done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath})
-        assert done.returncode == 0, done.stderr
+        done = run_python("-c", CONTAINER, root, temporary, cwd="/", env={"PATH": os.defpath}, status=0)
         folder, found, *said = done.stdout.splitlines()
         own = Path(folder).relative_to(temporary).parts[0]
         assert (temporary / own).stat().st_mode & 0o777 == 0o700

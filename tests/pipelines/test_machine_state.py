@@ -4,34 +4,35 @@ import errno
 import functools
 import os
 import resource
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import refusals
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.encode import Encoding
 from fastdeit.pipelines.conversion.workers import encoded
 from fastdeit.pipelines.formats import open_file, sidecar
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import METADATA_START, RAW, sidecar_path
-from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.formats.files import NoRegularFileError, open_regular
 from fastdeit.pipelines.formats.shard_layout import SAMPLE
-from fastdeit.pipelines.formats.shard_writer import ShardWriter
 from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.sidecar import SidecarError
 from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
-from system import refusing, run_python
-from tiny_datasets import Items
+from system import limited_files, make_odd, refusing, run_python
+from tiny_datasets import Items, write
+
+refused = partial(refusals.refused, error=MachineError)
 
 COUNT = 120
 
@@ -45,20 +46,14 @@ def pixels():
 def shards(tmp_path_factory, pixels):
     """120 raw images, one a shard."""
     path = tmp_path_factory.mktemp("shards") / "train"
-    with ShardWriter(path, COUNT, shard_size=1) as writer:
-        for i in range(COUNT):
-            writer.add(pixels[i].tobytes(), height=8, width=9, label=i, mode=RAW)
-        writer.finish(class_names=[str(i) for i in range(COUNT)], source={}, options={}, counts={})
+    write(path, [(image.tobytes(), (9, 8), RAW) for image in pixels], shard_size=1).close()
     return path
 
 
 @pytest.fixture
 def beton(tmp_path, pixels):
     path = tmp_path / "x.beton"
-    with BetonWriter(path, 4) as writer:
-        for i in range(4):
-            writer.add(pixels[i].tobytes(), height=8, width=9, label=i, mode=RAW)
-        writer.finish(class_names=list("abcd"), source={}, options={}, counts={})
+    write(path, [(image.tobytes(), (9, 8), RAW) for image in pixels[:4]]).close()
     return path
 
 
@@ -70,7 +65,7 @@ def open_all(held):
     """Open files until there is no more to be had."""
     with suppress(OSError):
         while True:
-            held.append(os.open("/dev/null", os.O_RDONLY))
+            held.callback(os.close, os.open("/dev/null", os.O_RDONLY))
 
 
 FEW_FILES = """
@@ -100,8 +95,7 @@ assert verify(path, progress=False).ok
 @pytest.mark.slow
 def test_few_open_files_are_enough_for_many_shards(shards, pixels, tmp_path):
     few_files = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
-    done = run_python("-c", FEW_FILES, shards, tmp_path / "seen.npy", preexec_fn=few_files)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", FEW_FILES, shards, tmp_path / "seen.npy", preexec_fn=few_files, status=0)
     np.testing.assert_array_equal(np.load(tmp_path / "seen.npy"), pixels)
 
 
@@ -125,11 +119,8 @@ def test_open_files_are_bounded_and_no_read_meets_a_closed_one(shards, pixels, m
 
 def test_without_any_file_to_open_the_limit_is_named(shards):
     """Others may hold all files: then shards are let go first, and an error comes last."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ShardDataset(shards) as dataset:
-        held = []
-        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 8, hard))
-        try:
+        with limited_files(open_files() + 8), ExitStack() as held:
             for i in range(5):
                 dataset.read(i)
             open_all(held)
@@ -137,17 +128,10 @@ def test_without_any_file_to_open_the_limit_is_named(shards):
                 dataset.read(i)
             dataset._files.clear()
             open_all(held)
-            with pytest.raises(MachineError, match=r"shard-000077\.tar, sample 77: .*ulimit -n 4096") as caught:
-                dataset.read(77)
-            with pytest.raises(MachineError, match="ulimit -n 4096"):
-                ShardDataset(shards)
-            with pytest.raises(MachineError, match="ulimit -n 4096"):
-                dataset.check()
-        finally:
-            for descriptor in held:
-                os.close(descriptor)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        assert "onvert" not in str(caught.value)
+            message = refused(r"shard-000077\.tar, sample 77: .*ulimit -n 4096", dataset.read, 77)
+            refused("ulimit -n 4096", ShardDataset, shards)
+            refused("ulimit -n 4096", dataset.check)
+        assert "onvert" not in message
         dataset.read(77)
 
 
@@ -161,10 +145,9 @@ def choose_and_decode(dataset, samples, **options):
 def test_a_read_that_the_system_refuses(beton, shards, monkeypatch, number, kind):
     with open_dataset(beton if kind == "beton" else shards) as dataset:
         monkeypatch.setattr(open_file.os, "preadv", refusing(number))
-        with pytest.raises(MachineError, match=r"(x\.beton|shard-000002\.tar), sample 2: cannot be read: ") as caught:
-            dataset.read(2)
-        assert os.strerror(number) in str(caught.value)
-        assert "onvert" not in str(caught.value)
+        message = refused(r"(x\.beton|shard-000002\.tar), sample 2: cannot be read: ", dataset.read, 2)
+        assert os.strerror(number) in message
+        assert "onvert" not in message
         with pytest.raises(MachineError):
             dataset.check()
         with make_pool(1) as pool, pytest.raises(MachineError):  # nor is another loader taken for it
@@ -179,8 +162,7 @@ def test_a_mount_that_vanishes(shards, tmp_path):
             dataset.read(0)
             os.rename(moved, shards)
             assert len(dataset.read(0))  # is open
-            with pytest.raises(MachineError, match=r"shard-000001\.tar, sample 1: .* is gone"):
-                dataset.read(1)
+            refused(r"shard-000001\.tar, sample 1: .* is gone", dataset.read, 1)
     finally:
         if moved.exists():
             os.rename(moved, shards)
@@ -196,8 +178,7 @@ def test_a_conversion_leaves_out_no_image_for_the_machine():
     for number in (errno.EMFILE, errno.EIO, errno.ESTALE):
         samples = encoded(failing_source(number), range(3), Encoding())
         next(samples)
-        with pytest.raises(MachineError, match=r"item 1, sample 1: cannot be read: "):
-            next(samples)
+        refused(r"item 1, sample 1: cannot be read: ", next, samples)
     assert type(list(encoded(failing_source(errno.EACCES), range(3), Encoding()))[1]).__name__ == "Reject"
 
 
@@ -206,31 +187,20 @@ def test_no_room_in_shared_memory(tmp_path, monkeypatch, number):
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refusing(number))
     source = failing_source(errno.EIO)
     source.in_memory = False
-    with pytest.raises(MachineError, match=r"2 workers cannot be started .*/dev/shm"):
-        next(encoded(source, range(3), Encoding(), 2))
+    refused(r"2 workers cannot be started .*/dev/shm", next, encoded(source, range(3), Encoding(), 2))
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
-def test_what_is_no_file_is_refused_at_once(tmp_path, beton, kind, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
-    path = tmp_path / "odd.beton"
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "socket":
-        bound = socket.socket(socket.AF_UNIX)
-        bound.bind("odd.beton")
-    else:
-        path.symlink_to("/dev/zero")
+def test_what_is_no_file_is_refused_at_once(beton, kind):
     results = []
 
     def attempt(opening, target):
-        with pytest.raises(NoRegularFileError, match=f"Is a {kind}, not a file: name a regular file"):
-            opening(target)
+        refused(f"Is a {kind}, not a file: name a regular file", opening, target, error=NoRegularFileError)
         results.append(target)
 
-    sidecar_path(beton).unlink()
-    path.rename(sidecar_path(beton))
     odd = sidecar_path(beton)
+    odd.unlink()
+    make_odd(odd, kind)
     for one in ((open_regular, odd), (open_dataset, odd), (open_dataset, beton)):
         thread = threading.Thread(target=attempt, args=one, daemon=True)
         thread.start()
@@ -280,8 +250,7 @@ def test_a_file_of_holes_takes_no_memory(beton, shards, tmp_path, kind):
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "[[]" + ",[]" * 20_000_000])
 def test_a_sidecar_that_is_deep_or_long(beton, text):
     sidecar_path(beton).write_text(text)
-    with pytest.raises(SidecarError, match=r"x\.beton\.json: damaged"):
-        BetonDataset(beton)
+    refused(r"x\.beton\.json: damaged", BetonDataset, beton, error=SidecarError)
 
 
 @pytest.mark.slow
@@ -291,8 +260,7 @@ def test_as_many_class_names_as_labels_may_be(beton):
     described["class_names"] = [""] * ((1 << 20) + 1)
     del described["seal"]
     sidecar.write(sidecar_path(beton), {**described, "seal": sidecar._seal(described)})
-    with pytest.raises(SidecarError, match="1048577 class names, but at most 1048576 are allowed"):
-        BetonDataset(beton)
+    refused("1048577 class names, but at most 1048576 are allowed", BetonDataset, beton, error=SidecarError)
 
 
 def test_conversion_and_reading_under_a_user_of_another_limit(tmp_path):
@@ -302,14 +270,9 @@ def test_conversion_and_reading_under_a_user_of_another_limit(tmp_path):
     for i in range(60):
         Image.new("RGB", (20, 20), (4 * i, 0, 0)).save(folder / f"{i:02d}.jpg")
     convert(str(folder.parent), tmp_path / "out", format="webdataset", shard_size=1, progress=False)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 12, hard))
-    try:
-        with ShardDataset(tmp_path / "out") as dataset:
-            assert len({dataset.read(i).tobytes() for i in range(60)}) == 60
-            assert dataset.check() == []
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with limited_files(open_files() + 12), ShardDataset(tmp_path / "out") as dataset:
+        assert len({dataset.read(i).tobytes() for i in range(60)}) == 60
+        assert dataset.check() == []
 
 
 @pytest.mark.parametrize("started", [0, 2])
@@ -325,13 +288,11 @@ def test_threads_that_do_not_start(monkeypatch, started):
 
     with monkeypatch.context() as few:
         few.setattr(threading.Thread, "start", start)
-        with pytest.raises(MachineError, match=r"4 worker threads cannot be started: .*ulimit -u"):
-            make_pool(4)
+        refused(r"4 worker threads cannot be started: .*ulimit -u", make_pool, 4)
     with monkeypatch.context() as few:
         few.setattr(threading.Thread, "start", lambda _: start(None))
         count = 9
-        with pytest.raises(MachineError, match="the thread that prepares batches cannot be started"):
-            Prefetcher(iter(()), 1)
+        refused("the thread that prepares batches cannot be started", Prefetcher, iter(()), 1)
     assert threading.active_count() == before
     with make_pool(3) as pool:
         assert list(pool.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]

@@ -45,6 +45,7 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.recipes import deit_small
+from tests.helpers.runs import changed
 
 MAX_SLOPE = 1.0  # MiB per 1000 batches
 MAX_GROWTH = 0.05
@@ -163,14 +164,9 @@ def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] |
 
 
 def _recipe(options: Options, epochs: int) -> Recipe:
-    recipe = deit_small()
-    loader: Any = options.loader
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, img_size=options.img_size),
-        data=dataclasses.replace(recipe.data, loader=loader, threads=options.threads, repeats=options.repeats),
-        run=dataclasses.replace(recipe.run, global_batch=options.batch, epochs=epochs),
-    ).resolved()
+    data = {"loader": options.loader, "threads": options.threads, "repeats": options.repeats}
+    run = {"global_batch": options.batch, "epochs": epochs}
+    return changed(deit_small(), model={"img_size": options.img_size}, data=data, run=run).resolved()
 
 
 @dataclass(frozen=True)

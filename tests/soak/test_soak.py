@@ -35,8 +35,7 @@ def test_the_pipeline_is_flat_and_recorded(photos, tmp_path):
     results, picture = tmp_path / "soak.jsonl", tmp_path / "soak.png"
     options = {**SHORT, "minutes": 12 / 60, "epochs": 40, "photos": photos, "results": results, "plot": picture}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    out = run_python("-m", "tests.soak", *words, cwd=RESULTS.parents[1])
-    assert out.returncode == 0, out.stdout + out.stderr
+    out = run_python("-m", "tests.soak", *words, cwd=RESULTS.parents[1], status=0)
     record = json.loads(results.read_text())
     assert record["passed"]
     assert record["batches"] == 2 * record["epochs"] >= 80
@@ -126,11 +125,9 @@ def test_slope_is_theil_and_sens(count):
     assert (low, high) == pytest.approx((wanted.low_slope, wanted.high_slope))
 
 
-def test_failing_ends_the_command_with_1(monkeypatch, tmp_path, capsys):
+def test_failing_ends_the_command_with_1(monkeypatch, tmp_path, ended):
     failed = Verdict(9.0, (8.0, 10.0), 0.2, (6, 9), (5, 5), ("descriptors went from 6 to 9",))
     monkeypatch.setattr(campaign, "soak", lambda options, data: samples(lambda i: 500))
     monkeypatch.setattr(campaign, "judge", lambda found: failed)
-    with pytest.raises(SystemExit) as ended:
-        campaign.main(["--data", str(tmp_path), "--results", str(tmp_path / "soak.jsonl")])
-    assert ended.value.code == 1
-    assert "failed: descriptors went from 6 to 9" in capsys.readouterr().out
+    words = ["--data", str(tmp_path), "--results", str(tmp_path / "soak.jsonl")]
+    assert "failed: descriptors went from 6 to 9" in ended(1, campaign.main, words).out

@@ -6,8 +6,8 @@ from unittest.mock import Mock
 import pytest
 
 from benchmarks.convert import benchmark as convert
-from fastdeit.pipelines.errors import UserError
 from pictures import jpeg, picture
+from refusals import refused
 from tiny_datasets import image_folder
 
 
@@ -17,7 +17,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, capsys):
+def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, ended):
     pytest.importorskip("ffcv")
     pytest.importorskip("webdataset")
     pytest.importorskip("wds2idx", reason="a module that DALI installs")
@@ -31,9 +31,7 @@ def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, c
     )
     results = tmp_path / "convert.jsonl"
     command = ["--photos", str(photos), "--images", "70", "--workers", "1", "--windows", "2", "--results", str(results)]
-    with pytest.raises(SystemExit) as caught:
-        convert.main(command)
-    assert caught.value.code == 1
+    printed = ended(1, convert.main, command).out
     record = json.loads(results.read_text())
     assert record["sides"].keys() == convert.CONVERTERS.keys() - own.keys()
     assert all(len(side["windows"]) == 2 for side in record["sides"].values())
@@ -43,7 +41,6 @@ def test_converters_take_turns_and_are_recorded(photos, tmp_path, monkeypatch, c
     assert record["images"] == 70
     assert record["failed"] == {"broken": "OSError: no such luck", "lazy": "RuntimeError: 3 of 64 images were written"}
     assert "No module named 'nothing': pip install" in record["missing"]["absent"]
-    printed = capsys.readouterr().out
     assert all(name in printed for name in convert.CONVERTERS)
 
 
@@ -53,5 +50,4 @@ def test_mistaken_options(photos, tmp_path):
         ({"windows": 0}, "give at least 1"),
         ({"images": 3}, "give at least 1 and 64"),
     ):
-        with pytest.raises(UserError, match=reason):
-            convert.measure(convert.Options(photos=photos, **options), tmp_path)
+        refused(reason, convert.measure, convert.Options(photos=photos, **options), tmp_path)

@@ -9,6 +9,8 @@ import torch
 from benchmarks.kernels import augment
 from benchmarks.kernels.augment import Job, measure
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def job(monkeypatch):
@@ -27,7 +29,6 @@ def no_graph(call):
     return None
 
 
-@pytest.mark.slow
 def test_every_pass_is_timed_beside_its_peers(job, device):
     records = {record["pass"]: record for record in measure(job, device, by_the_clock, no_graph, 1e9)}
     assert list(records) == ["resize", "operations", "normalize_erase_mix", "augment", "stage", "stage from the host"]
@@ -40,7 +41,6 @@ def test_every_pass_is_timed_beside_its_peers(job, device):
     assert records["normalize_erase_mix"]["floor_ms"] == pytest.approx(4 * 768 * 5 / 1e6)
 
 
-@pytest.mark.slow
 def test_our_passes_are_held_against_the_floor_without_their_launches(job, device):
     captured = []
 
@@ -58,7 +58,6 @@ def test_our_passes_are_held_against_the_floor_without_their_launches(job, devic
         assert not any("graph_ms" in peer for peer in records[name]["sides"].values())
 
 
-@pytest.mark.slow
 def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, device, monkeypatch):
     monkeypatch.setattr(
         augment, "_add_kornia", Mock(side_effect=AttributeError("module 'kornia' has no attribute 'auto'\nsome more"))
@@ -71,7 +70,6 @@ def test_a_peer_that_cannot_be_put_together_is_told_and_costs_no_figure(job, dev
     assert all("fastdeit" in record["sides"] for record in records.values())
 
 
-@pytest.mark.slow
 def test_what_is_wrong_is_not_timed(job, device, monkeypatch):
     monkeypatch.setattr("fastdeit.pipelines.device.stage.normalized_levels", lambda *_: torch.zeros(3, 256).numpy())
     (record,) = measure(job, device, by_the_clock, no_graph, 1e9)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.kernels import choose, tune
+from benchmarks.kernels import choose
 from benchmarks.kernels.benchmark import Clock
 from benchmarks.kernels.choose import Options, cases, training_call
 from fastdeit.config import ModelConfig, Recipe
@@ -114,11 +114,3 @@ def test_an_operation_without_gradients_runs_forward_alone():
     assert training_call(lambda x, y: ((x * y).detach(),), inputs)() == ()
     gradients = training_call(lambda x, y: (x * y, (x + y).detach()), inputs)()
     assert [tuple(gradient.shape) for gradient in gradients] == [(2, 3), (3,)]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence_says_so(capsys):
-    with pytest.raises(SystemExit) as ended:
-        tune.main(["--choose", "--recipe", "deit_tiny"])
-    assert ended.value.code == 2
-    assert "measuring a card needs a GPU, and PyTorch sees none: fastdeit-doctor tells why" in capsys.readouterr().err

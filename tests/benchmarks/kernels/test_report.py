@@ -6,7 +6,7 @@ from PIL import Image
 from benchmarks import tables
 from benchmarks.kernels.report import record_table, targets
 from benchmarks.render import target_lines
-from fastdeit.pipelines.errors import UserError
+from refusals import refused
 
 ENVIRONMENT = {
     "date": "2026-01-01T00:00",
@@ -124,8 +124,7 @@ def test_the_plot_has_a_panel_an_operation(tmp_path):
     tables.plot_kernels(RECORDS[:1], few)
     with Image.open(few) as picture:
         assert 400 < picture.width < 800
-    with pytest.raises(UserError, match="no figure to draw"):
-        tables.plot_kernels(RECORDS[-1:], path)
+    refused("no figure to draw", tables.plot_kernels, RECORDS[-1:], path)
 
 
 def test_conversions_have_a_table_of_their_own():

@@ -17,8 +17,8 @@ from benchmarks.loaders.peers.stream import Missing, Setting
 from benchmarks.loaders.peers.timm_loader import posterize
 from benchmarks.loaders.report import table
 from benchmarks.photos import prepare_photos
-from fastdeit.pipelines.errors import UserError
 from pictures import jpeg, picture
+from refusals import refused
 from tiny_datasets import image_folder
 
 
@@ -101,12 +101,9 @@ def test_a_side_without_its_data_says_so(photos, tmp_path):
 
 
 def test_what_cannot_be_measured_is_refused(photos):
-    with pytest.raises(UserError, match="--sides dali: there are only fastdeit-turbo-x3, "):
-        chosen_contenders(options(photos, ("timm", "dali")))
-    with pytest.raises(UserError, match="--repeats 2: no contender"):
-        chosen_contenders(options(photos, ("fastdeit-ffcv-x3",), repeats=(2,)))
-    with pytest.raises(UserError, match="--threads 1000: this process may use"):
-        cases(options(photos, ("timm",), threads=(1, 1000)))
+    refused("--sides dali: there are only fastdeit-turbo-x3, ", chosen_contenders, options(photos, ("timm", "dali")))
+    refused("--repeats 2: no contender", chosen_contenders, options(photos, ("fastdeit-ffcv-x3",), repeats=(2,)))
+    refused("--threads 1000: this process may use", cases, options(photos, ("timm",), threads=(1, 1000)))
 
 
 def test_cases_are_every_combination():
@@ -129,5 +126,4 @@ def test_repeats_choose_among_ours_only():
 
 
 def test_a_folder_without_jpegs_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no JPEG files"):
-        prepare_photos(tmp_path)
+    refused("no JPEG files", prepare_photos, tmp_path)

@@ -3,11 +3,11 @@
 import mmap
 import os
 import shutil
-import subprocess
 
 import pytest
 
 from benchmarks.loaders.page_cache import evict, resident, warm
+from system import run
 
 
 @pytest.fixture
@@ -29,8 +29,7 @@ def on_a_disk(files):
 
 def fincore(path):
     """Bytes of a file in the page cache as util-linux counts them."""
-    out = subprocess.run(["fincore", "-nbo", "RES", str(path)], capture_output=True, text=True, check=True).stdout
-    return int(out)
+    return int(run("fincore", "-nbo", "RES", path, check=True).stdout)
 
 
 def test_warm_files_are_resident_and_evicted_ones_are_not(files, on_a_disk):

@@ -14,8 +14,8 @@ from fastdeit.budget.cards import CARDS, find_card
 from fastdeit.budget.step import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, kept_samples, parameters, passes, predict
 from fastdeit.model import fused
 from fastdeit.model.deit import build_model
-from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from refusals import refused
 
 BATCH, LOW = 256, torch.bfloat16
 SKIPS = {"drop_path_mode": "skip"}
@@ -162,14 +162,10 @@ def test_what_saves_bytes_or_launches_saves_time():
 
 
 def test_what_cannot_be_predicted_is_named():
-    with pytest.raises(UserError, match="arch 'deit', not 'resnet50'"):
-        predict(config("deit_tiny", arch="resnet50"), CARDS["H200"])
-    with pytest.raises(UserError, match="at least 1"):
-        predict(config("deit_tiny"), CARDS["H200"], batch=0)
-    with pytest.raises(UserError, match="no card 'V100' in the table: choose one of H200, H100"):
-        find_card("V100")
-    with pytest.raises(UserError, match="no card 'NVIDIA GH200 480GB'"):
-        find_card("NVIDIA GH200 480GB")
+    refused("arch 'deit', not 'resnet50'", predict, config("deit_tiny", arch="resnet50"), CARDS["H200"])
+    refused("at least 1", predict, config("deit_tiny"), CARDS["H200"], batch=0)
+    refused("no card 'V100' in the table: choose one of H200, H100", find_card, "V100")
+    refused("no card 'NVIDIA GH200 480GB'", find_card, "NVIDIA GH200 480GB")
 
 
 def test_a_card_is_found_by_pytorchs_name():

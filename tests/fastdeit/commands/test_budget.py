@@ -1,25 +1,29 @@
 """`fastdeit budget` on the command line."""
 
 import json
-import sys
 
 import pytest
 
 from fastdeit.budget.plan import IMAGE_BYTES
-from fastdeit.commands import budget
 from fastdeit.commands.budget import images_of, main, parse
+from hostile import command
 
 
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["fastdeit budget", *map(str, words)])
-    main()
-    return capsys.readouterr().out
+@pytest.fixture
+def printed(capsys):
+    """Function: what the command prints of these words."""
+
+    def run(*words):
+        command(main, *words)()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_the_page_has_the_figures_of_the_forecast(monkeypatch, capsys):
+def test_the_page_has_the_figures_of_the_forecast(printed):
     words = ["--gpus", 8, "--gpu", "NVIDIA H100 80GB HBM3", "--price", 2.5, "--deadline", 1000, "deit_base"]
-    page = command(monkeypatch, capsys, *words)
-    made = json.loads(command(monkeypatch, capsys, *words, "--json"))
+    page = printed(*words)
+    made = json.loads(printed(*words, "--json"))
     assert page.startswith("deit_base on 8 x H100, a forecast\n")
     assert f"{made['cost']:,.2f} at 2.5 a GPU and hour" in page
     assert f"{made['images_per_second']:,.0f} images/s" in page
@@ -29,13 +33,13 @@ def test_the_page_has_the_figures_of_the_forecast(monkeypatch, capsys):
     assert all(len(line) < 130 for line in page.splitlines())
 
 
-def test_a_batch_too_large_is_pointed_out(monkeypatch, capsys):
+def test_a_batch_too_large_is_pointed_out(printed):
     words = ["--gpu", "rtx4090", "--gpus", 1, "deit_base", "--run.micro_batch", 1024]
-    assert "of 24 GB a GPU at 1024 images at once: TOO MUCH" in command(monkeypatch, capsys, *words)
+    assert "of 24 GB a GPU at 1024 images at once: TOO MUCH" in printed(*words)
 
 
-def test_fine_tuning_needs_no_weights_for_a_forecast(monkeypatch, capsys):
-    assert "deit_base_384 on 8 x H100" in command(monkeypatch, capsys, "deit_base_384")
+def test_fine_tuning_needs_no_weights_for_a_forecast(printed):
+    assert "deit_base_384 on 8 x H100" in printed("deit_base_384")
 
 
 def test_the_images_are_those_of_the_data_set(data, images):
@@ -60,9 +64,5 @@ def test_the_images_are_those_of_the_data_set(data, images):
         ([], "name a recipe: deit_tiny, "),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(monkeypatch, capsys, words, message):
-    monkeypatch.setattr(sys, "argv", ["fastdeit budget", *words])
-    with pytest.raises(SystemExit) as stop:
-        budget.main()
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_told_in_a_sentence(ended, words, message):
+    assert message in ended(2, command(main, *words)).err

@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from fastdeit.commands.main import COMMANDS
 from fastdeit.config import Recipe
 from fastdeit.effects import fields
 from fastdeit.recipes import RECIPES
-from system import run_python
+from system import run, run_python
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +31,7 @@ def completed(tmp_path_factory):
             _fastdeit
             printf '%s\\n' "${{COMPREPLY[@]}}"
         """
-        done = subprocess.run(["bash", "--norc", "-uc", code], capture_output=True, text=True, check=True)
+        done = run("bash", "--norc", "-uc", code, check=True)
         assert done.stderr == ""
         return done.stdout.split()
 
@@ -104,15 +103,12 @@ def test_zsh_offers_the_same(tmp_path):
         zpty -r shell out '*transfer*'
         print -r -- "$out"
     """
-    done = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert "deit_base_transfer" in done.stdout
+    assert "deit_base_transfer" in run("zsh", "-f", "-c", code, timeout=60).stdout
 
 
-def test_the_command_prints_the_script(capsys, monkeypatch):
+def test_the_command_prints_the_script(capsys, ended):
     from fastdeit.commands.main import main
 
     main(["completion", "bash"])
     assert capsys.readouterr().out == script("bash")
-    with pytest.raises(SystemExit, match="2"):
-        main(["completion", "tcsh"])
-    assert "choose from" in capsys.readouterr().err
+    assert "choose from" in ended(2, main, ["completion", "tcsh"]).err

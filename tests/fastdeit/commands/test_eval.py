@@ -1,8 +1,6 @@
 """`fastdeit-eval` against timm's model, timm's transform and torchvision's data set."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,8 +17,10 @@ from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
-from forked import Forked, run_module
+from forked import run_module, succeed
+from refusals import refused
 from runs import evaluated, newest, train
+from system import run_python
 from tiny_datasets import add_all, reseal
 
 
@@ -90,10 +90,8 @@ def test_damaged_real_labels_are_refused(trained, data, tmp_path, real):
 def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=4).state_dict()}, released)
-    with pytest.raises(UserError, match="--recipe"):
-        evaluated(checkpoint=released, val=data / "val.beton")
-    with pytest.raises(UserError, match="no recipe 'deit'"):
-        evaluated(checkpoint=released, val=data / "val.beton", recipe="deit")
+    refused("--recipe", evaluated, checkpoint=released, val=data / "val.beton")
+    refused("no recipe 'deit'", evaluated, checkpoint=released, val=data / "val.beton", recipe="deit")
     found = evaluated(
         checkpoint=released, val=data / "val.beton", recipe="deit_tiny", device="cpu", threads=1, img_size=64
     )
@@ -112,17 +110,12 @@ def test_a_head_of_other_classes_is_refused(data, tmp_path):
 def test_command_line(trained, data):
     _, path, _ = trained
     words = [str(path), str(data / "val.beton"), "--device", "cpu", "--json"]
-    process = Forked(run_module, "fastdeit.commands.eval", words)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    results = json.loads(out)
+    results = json.loads(succeed(run_module, "fastdeit.commands.eval", words)[0])
     assert results["ema"]["images"] == 44
     lines = table(results).splitlines()
     assert len(lines) == 1 + 2 * 4
     assert f"{results['model']['class']['top1']:.2f}" in lines[1]
-    command = [sys.executable, "-m", "fastdeit.commands.eval", "missing.pt", "x.beton"]
-    wrong = subprocess.run(command, capture_output=True, text=True)
-    assert wrong.returncode == 2
+    wrong = run_python("-m", "fastdeit.commands.eval", "missing.pt", "x.beton", status=2)
     assert "missing.pt" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
@@ -146,8 +139,7 @@ def test_several_data_sets(trained, data, capsys):
     assert [scores["model"]["images"] for scores in found.values()] == [44, 160]
     assert tables(found).count("fused_probabilities") == 4
     assert f"{both[1]}\nweights" in tables(found)
-    with pytest.raises(UserError, match="is named twice"):
-        evaluate_checkpoint(Options(checkpoint=path, val=(both[0], both[0])))
+    refused("is named twice", evaluate_checkpoint, Options(checkpoint=path, val=(both[0], both[0])))
 
 
 def some_classes(source, path, names):
@@ -179,8 +171,7 @@ def test_a_data_set_with_some_of_the_classes(trained, data, images, tmp_path, ca
     assert found["images"] == int(chosen.sum())
     other = some_classes(data / "val.beton", tmp_path / "other.beton", ["class1"])
     reseal(tmp_path / "other.beton.json", class_names=["unknown"])
-    with pytest.raises(UserError, match="do not name the same classes"):
-        evaluated(path, other, device="cpu")
+    refused("do not name the same classes", evaluated, path, other, device="cpu")
 
 
 @pytest.mark.slow

@@ -3,11 +3,9 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from fastdeit.commands import export as command
 from fastdeit.commands.export import Options, export
@@ -16,10 +14,13 @@ from fastdeit.loading import load
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.recipes import convnet_teacher, deit3_small, deit_tiny
+from pictures import picture
+from refusals import refused
 from runs import newest, train
 from system import run_python
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+PICTURE = picture(0, (70, 50), blur=0)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,8 @@ def test_timm_loads_it(trained, tmp_path, kind):
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.allclose(network(IMAGES).log_softmax(-1), logits_mean(loaded), atol=1e-5)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
     data = timm.data.resolve_model_data_config(network)
-    assert torch.equal(timm.data.create_transform(**data, is_training=False)(picture), loaded.transform(picture))
+    assert torch.equal(timm.data.create_transform(**data, is_training=False)(PICTURE), loaded.transform(PICTURE))
     config = json.loads((folder / "config.json").read_text())
     assert config["label_names"] == [f"class{i}" for i in range(4)]
     card = (folder / "README.md").read_text()
@@ -101,19 +101,17 @@ for kind, model_class in (
 
 @pytest.mark.slow
 def test_transformers_loads_it(trained, tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
-    picture.save(tmp_path / "picture.png")
+    PICTURE.save(tmp_path / "picture.png")
     torch.save(IMAGES, tmp_path / "images.pt")
     for kind in ("distilled", "plain"):
         export(Options(checkpoint=trained[kind], dest=tmp_path / kind, formats=("transformers",)))
     # In another folder: transformers looks for a package `kernels`, and would find this checkout's.
-    done = run_python("-c", TRANSFORMERS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", TRANSFORMERS, cwd=tmp_path, status=0)
     for kind in ("distilled", "plain"):
         loaded, (found, pixels, names) = load(trained[kind]), torch.load(tmp_path / f"{kind}.pt")
         assert torch.allclose(found, logits_mean(loaded), atol=1e-5)
         # Its processors resize tensors with torchvision, which rounds differently from Pillow.
-        assert (pixels - loaded.transform(picture)).abs().max() < 0.05
+        assert (pixels - loaded.transform(PICTURE)).abs().max() < 0.05
         assert names == [f"class{i}" for i in range(4)]
 
 
@@ -121,26 +119,23 @@ def test_transformers_loads_it(trained, tmp_path):
 def test_nothing_is_overwritten_and_nothing_half_is_left(trained, tmp_path, monkeypatch):
     path = trained["plain"]
     (tmp_path / "timm").mkdir()
-    with pytest.raises(UserError, match=r"timm: is there already"):
-        export(Options(checkpoint=path, dest=tmp_path))
+    refused(r"timm: is there already", export, Options(checkpoint=path, dest=tmp_path))
     monkeypatch.setattr("fastdeit.exporting.Classifier.forward", lambda self, images: self.model(images).cls * 2)
-    with pytest.raises(UserError, match=r"differ by .* from the model's"):
-        export(Options(checkpoint=path, dest=tmp_path, formats=("torch",)))
+    refused(r"differ by .* from the model's", export, Options(checkpoint=path, dest=tmp_path, formats=("torch",)))
     assert [each.name for each in tmp_path.iterdir()] == ["timm"]
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="no such checkpoint"):
-        export(Options(checkpoint=tmp_path / "none.pt", dest=tmp_path))
+    refused("no such checkpoint", export, Options(checkpoint=tmp_path / "none.pt", dest=tmp_path))
 
 
 def test_layouts_that_others_do_not_have_are_refused(trained, tmp_path, tiny):
-    with pytest.raises(UserError, match="transformers has no DeiT III: export it as timm, onnx or torch"):
-        export(Options(checkpoint=trained["deit3"], dest=tmp_path / "a", formats=("transformers",)))
+    options = Options(checkpoint=trained["deit3"], dest=tmp_path / "a", formats=("transformers",))
+    refused("transformers has no DeiT III: export it as timm, onnx or torch", export, options)
     recipe = tiny(deit3_small, model={"distilled": True}, run={"epochs": 1})
     train(recipe)
-    with pytest.raises(UserError, match="timm has no model with a distillation token that has no position"):
-        export(Options(checkpoint=newest(recipe), dest=tmp_path / "b", formats=("timm",)))
+    options = Options(checkpoint=newest(recipe), dest=tmp_path / "b", formats=("timm",))
+    refused("timm has no model with a distillation token that has no position", export, options)
 
 
 def test_a_convnet_has_no_layout_in_transformers(trained, tmp_path):

@@ -1,13 +1,10 @@
 """`fastdeit`: the commands under one name; each is the program of its own name."""
 
-import subprocess
-import sys
-
 import pytest
 
 from fastdeit import __version__
 from fastdeit.commands.main import COMMANDS, main
-from forked import Forked
+from forked import succeed
 from system import run_python
 
 
@@ -35,30 +32,24 @@ def test_help_needs_no_heavy_library():
         (["\x1b[31m"], r"there is no command '\x1b[31m'"),
     ],
 )
-def test_mistakes(words, said, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(words)
-    assert said in capsys.readouterr().err
+def test_mistakes(words, said, ended):
+    assert said in ended(2, main, words).err
 
 
 @pytest.mark.slow
 def test_every_command_explains_itself_under_the_name_that_was_typed():
     for command in COMMANDS:
-        process = Forked(main, [command, *(["deit_small"] if command == "train" else []), "--help"])
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+        out, _ = succeed(main, [command, *(["deit_small"] if command == "train" else []), "--help"])
         assert f"fastdeit {command}" in out
         assert f"fastdeit-{command}" not in out.partition("\n\n")[0]
 
 
 @pytest.mark.slow
 def test_a_command_reads_the_words_after_its_name(tmp_path):
-    process = run_python("-m", "fastdeit", "eval", tmp_path / "none.pt", tmp_path / "none.beton")
-    assert process.returncode == 2
+    process = run_python("-m", "fastdeit", "eval", tmp_path / "none.pt", tmp_path / "none.beton", status=2)
     assert "none.pt" in process.stderr
 
 
 def test_the_version():
     for words in (["-m", "fastdeit", "--version"], ["-m", "fastdeit", "train", "--version"]):
-        process = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-        assert process.stdout == f"fastdeit {__version__}\n"
+        assert run_python(*words).stdout == f"fastdeit {__version__}\n"

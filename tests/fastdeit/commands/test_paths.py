@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import runs
 from fastdeit.commands import budget, convert, export, label, predict, report, train
 from fastdeit.commands import eval as evaluate
+from system import bind_socket
 
 SECONDS = 30  # after which a command is taken to wait for a fifo
 REMEDY = re.compile(
@@ -45,15 +45,11 @@ def commands(data, images, student, teacher_checkpoint, tmp_path):
     weights, words = student
     taught = ["--objective.distillation", "hard", "--teacher.name", "resnet10t", "--teacher.checkpoint"]
     output = ["--run.output", f"{tmp_path}/out"]
+    plain = ("--config", "--data.train", "--data.val", "--data.cache_dir", "--model.init", "--run.resume")
     training = {
-        "--config": [*words, *output, "--config", "PATH"],
-        "--data.train": [*words, *output, "--data.train", "PATH"],
-        "--data.val": [*words, *output, "--data.val", "PATH"],
-        "--data.cache_dir": [*words, *output, "--data.cache_dir", "PATH"],
-        "--model.init": [*words, *output, "--model.init", "PATH"],
+        **{name: [*words, *output, name, "PATH"] for name in plain},
         "--teacher.checkpoint": [*words, *output, *taught, "PATH"],
         "--teacher.labels": [*words, *output, *taught, str(teacher_checkpoint), "--teacher.labels", "PATH"],
-        "--run.resume": [*words, *output, "--run.resume", "PATH"],
         "--run.output": [*words, "--run.output", "PATH"],
     }
     labelling = [*words, *output, *taught]
@@ -104,11 +100,7 @@ def kinds(folder):
     (folder / "loop").symlink_to("loop")
     (folder / "dangling").symlink_to("nowhere")
     os.mkfifo(folder / "fifo")
-    with socket.socket(socket.AF_UNIX) as listener:
-        here = os.getcwd()
-        os.chdir(folder)  # the path of a socket has at most 108 characters
-        listener.bind("socket")
-        os.chdir(here)
+    bind_socket(folder / "socket")
     (folder / "unreadable").write_text("secret")
     made = ("file", "empty", "page", "folder", "loop", "dangling", "fifo", "socket", "unreadable")
     return {
@@ -199,15 +191,12 @@ def judge(command, kind, path, status, said, printed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train --run.output", "label --teacher.labels"])
-def test_outputs_on_a_full_disk(command, commands, tmp_path, capsys, monkeypatch):
+def test_outputs_on_a_full_disk(command, commands, small_files, tmp_path, capsys, monkeypatch):
     """A limit on the size of files stands in for it, since it makes writing fail in the same place."""
     main, words = commands[command]
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-        status = call(main, [word.replace("PATH", f"{tmp_path}/made") for word in words], monkeypatch)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    small_files(100)
+    status = call(main, [word.replace("PATH", f"{tmp_path}/made") for word in words], monkeypatch)
+    small_files(resource.RLIM_INFINITY)
     said = capsys.readouterr().err
     assert status == 2, said
     assert re.search(rf"^error: {tmp_path}/made\S*: (.*: )?File too large: \S.*\n$", said, re.M)

@@ -15,7 +15,8 @@ from PIL import Image
 from fastdeit.commands.predict import BAD, Options, images_of, predict
 from fastdeit.image_files import read_batches
 from fastdeit.loading import load
-from fastdeit.pipelines.errors import UserError
+from pictures import exif
+from refusals import refused
 from runs import newest, train
 
 
@@ -83,8 +84,7 @@ def test_bad_images_cost_only_themselves(trained, images, tmp_path, capsys, monk
 )
 def test_mistakes_end_before_pytorch(options, message, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=message):
-        predict(Options(**{"model": tmp_path / "x.pt", "images": (tmp_path / "x.jpg",), **options}))
+    refused(message, predict, Options(**{"model": tmp_path / "x.pt", "images": (tmp_path / "x.jpg",), **options}))
 
 
 def test_folders_behind_links_count_once(tmp_path):
@@ -98,8 +98,7 @@ def test_folders_behind_links_count_once(tmp_path):
 
 
 def test_a_folder_without_images(tmp_path):
-    with pytest.raises(UserError, match=r"no images in this folder .*: name another"):
-        predict(Options(model=tmp_path / "x.pt", images=(tmp_path,)))
+    refused(r"no images in this folder .*: name another", predict, Options(model=tmp_path / "x.pt", images=(tmp_path,)))
 
 
 @pytest.mark.slow
@@ -107,9 +106,7 @@ def test_an_image_is_turned_upright(trained, images, tmp_path):
     """As the conversion does it."""
     loaded = load(trained[0])
     picture = Image.open(images / "val" / "class2" / "003.jpg").convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    picture.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    picture.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif(6))
     picture.save(tmp_path / "upright.png")
     (files,) = read_batches([tmp_path / "turned.png", tmp_path / "upright.png"], loaded.transform, batch=2, workers=0)
     assert torch.equal(files[0].image, files[1].image)
@@ -127,12 +124,9 @@ def test_load_says_what_it_loaded(trained):
     plain = load(path, weights="model", img_size=64)
     assert plain.recipe.model.img_size == 64
     assert plain.probabilities(torch.zeros(2, 3, 64, 64)).sum(1).tolist() == pytest.approx([1, 1])
-    with pytest.raises(UserError, match="there is no recipe 'nonsense'"):
-        load(path, recipe="nonsense")
-    with pytest.raises(UserError, match="no such checkpoint"):
-        load("none.pt")
-    with pytest.raises(UserError, match="is a folder without checkpoints"):
-        load(path.parent)
+    refused("there is no recipe 'nonsense'", load, path, recipe="nonsense")
+    refused("no such checkpoint", load, "none.pt")
+    refused("is a folder without checkpoints", load, path.parent)
 
 
 @pytest.mark.slow

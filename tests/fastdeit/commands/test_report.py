@@ -12,6 +12,7 @@ import pytest
 
 from fastdeit.commands.report import Options, report
 from fastdeit.pipelines.errors import UserError
+from refusals import refused
 from run_logs import BEGAN, Page, close_to, evaluation, start, train, write_run
 
 HOSTILE = "</script><script>alert(3)</script><img src=x>\x1b[2J\u202e"
@@ -178,14 +179,12 @@ def test_a_file_of_somebody_is_left_alone(plain, tmp_path):
     assert mine.read_text().endswith("my own notes")
     written(plain, model=False, output=mine, overwrite=True)
     written(plain, model=False, output=mine)  # a report may be replaced
-    with pytest.raises(UserError, match=r"there is no folder .*: make it"):
-        written(plain, model=False, output=tmp_path / "none" / "page.html")
+    refused(r"there is no folder .*: make it", written, plain, model=False, output=tmp_path / "none" / "page.html")
     away.symlink_to("nowhere")
     for path in (tmp_path, away, tmp_path / "fifo"):
         if path.name == "fifo":
             os.mkfifo(path)
-        with pytest.raises(OSError, match=str(path)):
-            written(plain, model=False, output=path, overwrite=True)
+        refused(str(path), written, plain, model=False, output=path, overwrite=True, error=OSError)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +192,12 @@ def test_a_file_of_somebody_is_left_alone(plain, tmp_path):
     [({"images": 0}, "--images 0: give at least 1"), ({"batch": -1}, "--batch -1"), ({"runs": ()}, "name the folder")],
 )
 def test_mistakes(plain, options, said):
-    with pytest.raises(UserError, match=said):
-        report(Options(**{"runs": (plain,), **options}))
+    refused(said, report, Options(**{"runs": (plain,), **options}))
 
 
 def test_without_plotly_the_sentence_says_how_to_get_it(plain, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(UserError, match=r"pip install 'fastdeit\[report\]'"):
-        written(plain, model=False)
+    refused(r"pip install 'fastdeit\[report\]'", written, plain, model=False)
     assert sorted(path.name for path in plain.iterdir()) == ["log.jsonl"]
 
 

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates
+from operators import Scale
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 
@@ -19,35 +20,24 @@ def tiny(distilled=False, classes=7, **fields):
 
 
 def timm_deit(distilled=False, classes=7, **fields):
-    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
+    name = f"deit_tiny_{'distilled_' * distilled}patch16_224"
     return timm.create_model(name, num_classes=classes, **{**TINY, **fields})
 
 
-def timm_copy(ours):
+def timm_copy(ours, **fields):
     """timm's model with the weights of ours, in eval mode."""
-    judge = timm_deit(ours.distilled).eval()
+    judge = timm_deit(ours.distilled, **fields).eval()
     judge.load_state_dict(ours.state_dict(), strict=True)
     return judge
-
-
-class Scale(torch.nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return x * self.factor
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("distilled", "size"), [(False, "tiny"), (True, "tiny"), (False, "small"), (True, "base")])
 def test_names_and_shapes_are_timms(distilled, size):
     width, heads = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}[size]
-    token = "distilled_" if distilled else ""
     with torch.device("meta"):
-        judge = timm.create_model(f"deit_{size}_{token}patch16_224")
-        cfg = ModelConfig(embed_dim=width, num_heads=heads, distilled=distilled)
-        ours = build_model(cfg, 1000)
+        judge = timm.create_model(f"deit_{size}_{'distilled_' * distilled}patch16_224")
+        ours = build_model(ModelConfig(embed_dim=width, num_heads=heads, distilled=distilled), 1000)
     shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
     assert shapes == {name: tuple(value.shape) for name, value in judge.state_dict().items()}
 
@@ -106,10 +96,9 @@ def test_layer_scale_keeps_a_bfloat16_stream(mode):
 @pytest.mark.parametrize("distilled", [False, True])
 def test_outputs_equal_timms(distilled):
     """deit_tiny at 224, weights of ours in timm."""
-    ours = build_model(ModelConfig(embed_dim=192, num_heads=3, distilled=distilled), 1000).eval()
-    name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
-    judge = timm.create_model(name).eval()
-    judge.load_state_dict(ours.state_dict(), strict=True)
+    shape = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12}
+    ours = tiny(distilled, 1000, **shape).eval()
+    judge = timm_copy(ours, classes=1000, **shape)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         output = ours(images)
@@ -239,9 +228,8 @@ def test_one_graph_serves_every_step(mode):
         if mode == "mask":
             ours.set_drop_path(torch.from_numpy(draw_drop_path(0, step, np.arange(4), drop_path_rates(3, 0.5))))
         else:
-            ours.set_drop_path(
-                torch.from_numpy(draw_fixed_drop_path(0, step, np.arange(4), dropped, 4)), (4 - dropped).tolist()
-            )
+            masks = torch.from_numpy(draw_fixed_drop_path(0, step, np.arange(4), dropped, 4))
+            ours.set_drop_path(masks, (4 - dropped).tolist())
         torch.testing.assert_close(compiled(images).cls, ours(images).cls)
     assert counter.frame_count == 1
 

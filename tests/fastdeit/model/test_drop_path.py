@@ -1,16 +1,21 @@
 """A model that skips dropped samples, compared with PyTorch's operations in float64, which multiply them by 0."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import refusals
 from fastdeit.config import ModelConfig
 from fastdeit.kernels.reference import Kept, add_branch, select_kept
 from fastdeit.model.deit import build_model
 from fastdeit.model.drop_path import kept_samples
+from fastdeit.model.fused import fuse
 from fastdeit.pipelines.plan.drop_path import draw_fixed_drop_path
+
+refused = partial(refusals.refused, error=ValueError)
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 GROUP, BATCH = 4, 8
@@ -18,8 +23,8 @@ DROPPED = np.array([0, 1, 2])  # block 0 drops none, so a complete branch is fol
 KEPT = (BATCH // GROUP * (GROUP - DROPPED)).tolist()
 
 
-def models(distilled=False, device="cpu", **fields):
-    """A model that skips, and a float64 model with the same weights that multiplies by masks."""
+def models(distilled=False, device="cpu", kernels=False, **fields):
+    """A model that skips, with our kernels or without, and a float64 model of the same weights that multiplies."""
     torch.manual_seed(0)
     cfg = {**SMALL, "distilled": distilled, **fields}
     skips = build_model(ModelConfig(**cfg, drop_path_mode="skip"), 5).to(device).train()
@@ -27,6 +32,8 @@ def models(distilled=False, device="cpu", **fields):
         parameter.data += torch.randn_like(parameter) * 0.1
     judge = build_model(ModelConfig(**cfg), 5).to(device).double().train()
     judge.load_state_dict(skips.state_dict())
+    if kernels:
+        fuse(skips)
     return skips, judge
 
 
@@ -61,15 +68,14 @@ def test_skipping_equals_multiplying_by_zero_in_float64(distilled):
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("without", [(), ("layer_norm",), ("attention", "bias_gelu", "assemble_tokens")])
 def test_the_kernels_skip_as_pytorch_does(device, distilled, without):
-    fused = pytest.importorskip("fastdeit.model.fused")
     skips, judge = models(distilled, device)
-    swap = fused.fuse(skips, dict.fromkeys(without, "the test leaves it out"))
+    swap = fuse(skips, dict.fromkeys(without, "the test leaves it out"))
     assert ("blocks.1" in swap.replaced) == ("layer_norm" not in without)
     images = torch.randn(BATCH, 3, 16, 16, device=device)
     skips.set_drop_path(draw(device=device), KEPT)
     judge.set_drop_path(draw(device=device).double())
     assert_near(outcome(skips, images), outcome(judge, images.double()))
-    assert not fused.fuse(skips).replaced or without
+    assert not fuse(skips).replaced or without
 
 
 def test_only_kept_samples_are_computed():
@@ -91,9 +97,7 @@ def test_only_kept_samples_are_computed():
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_eval_mode_and_no_masks_skip_nothing(device, kernels):
-    skips, judge = models(device=device)
-    if kernels:
-        pytest.importorskip("fastdeit.model.fused").fuse(skips)
+    skips, judge = models(device=device, kernels=kernels)
     images = torch.randn(3, 3, 16, 16, device=device)  # another batch size, as in evaluation
     skips.set_drop_path(draw(device=device), KEPT)
     exact = judge.eval()(images.double()).cls
@@ -104,9 +108,7 @@ def test_eval_mode_and_no_masks_skip_nothing(device, kernels):
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_another_batch_size_is_refused(device, kernels):
-    skips, _ = models(device=device)
-    if kernels:
-        pytest.importorskip("fastdeit.model.fused").fuse(skips)
+    skips, _ = models(device=device, kernels=kernels)
     skips.set_drop_path(draw(device=device), KEPT)
     with pytest.raises(ValueError, match="the drop path masks are for 8 samples, but the batch has 4: call set_drop"):
         skips(torch.randn(4, 3, 16, 16, device=device))
@@ -114,14 +116,10 @@ def test_another_batch_size_is_refused(device, kernels):
 
 def test_numbers_that_do_not_fit_the_masks_are_refused():
     skips, _ = models()
-    with pytest.raises(ValueError, match="needs the number of samples that each of 3 blocks keeps"):
-        skips.set_drop_path(draw())
-    with pytest.raises(ValueError, match="needs the number of samples"):
-        skips.set_drop_path(draw(), KEPT[:2])
-    with pytest.raises(ValueError, match=r"keep \[8, 8, 6, 6, 4, 4\] samples .*, not \[8, 8, 6, 6, 5, 5\]"):
-        skips.set_drop_path(draw(), [8, 6, 5])
-    with pytest.raises(ValueError, match=r"\(3, 2, batch\)"):
-        skips.set_drop_path(draw()[:2], KEPT)
+    refused("needs the number of samples that each of 3 blocks keeps", skips.set_drop_path, draw())
+    refused("needs the number of samples", skips.set_drop_path, draw(), KEPT[:2])
+    refused(r"keep \[8, 8, 6, 6, 4, 4\] samples .*, not \[8, 8, 6, 6, 5, 5\]", skips.set_drop_path, draw(), [8, 6, 5])
+    refused(r"\(3, 2, batch\)", skips.set_drop_path, draw()[:2], KEPT)
 
 
 def test_what_a_branch_keeps_has_slots_in_order():

@@ -11,10 +11,12 @@ import torch
 from timm.layers import Attention
 from torch import nn
 from torch.nn.utils import prune
+from torch.testing import assert_close as near
 
 from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
 from fastdeit.model.fused import fuse
+from operators import Scale
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -29,13 +31,22 @@ def pair(name="deit_tiny_patch16_224", device="cpu", **options):
     return model, fused, fuse(fused)
 
 
+def own_pair(device, classes=5, **fields):
+    """Our own model, and a fused copy."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(**{"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, **fields})
+    model = build_model(cfg, classes).to(device)
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    return model, fused
+
+
 def step(model, images):
     torch.manual_seed(1)
     out = model(images)
     loss = out.square().mean()
-    return loss, dict(
-        zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
-    )
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 @pytest.mark.slow
@@ -59,15 +70,13 @@ def test_equals_timm(device, name, drop_path):
     images = torch.randn(4, 3, 16, 16, device=device)
     loss, grads = step(model, images)
     mine, my_grads = step(fused, images)
-    torch.testing.assert_close(mine, loss, rtol=1e-5, atol=1e-6)
+    near(mine, loss, rtol=1e-5, atol=1e-6)
     for parameter, grad in grads.items():
-        torch.testing.assert_close(
-            my_grads[parameter], grad, rtol=1e-4, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}"
-        )
+        near(my_grads[parameter], grad, rtol=1e-4, atol=2e-6, msg=lambda m, p=parameter: f"{p}: {m}")
     model.eval(), fused.eval()
-    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    near(fused(images), model(images), rtol=1e-5, atol=1e-5)
     features = [m.forward_intermediates(images, indices=2)[1][0] for m in (model, fused)]
-    torch.testing.assert_close(*features, rtol=1e-5, atol=1e-5)
+    near(*features, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -85,7 +94,7 @@ def test_training_steps_equal_timms(device):
             optimizer.step()
             own.append(loss.detach())
         losses.append(torch.stack(own))
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    near(*losses, rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow
@@ -101,9 +110,7 @@ def test_accumulated_and_clipped_gradients_equal_timms(device, name):
             for m in (model, fused):
                 nn.utils.clip_grad_norm_(m.parameters(), clip)
         for (parameter, right), mine in zip(model.named_parameters(), fused.parameters(), strict=True):
-            torch.testing.assert_close(
-                mine.grad, right.grad, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}"
-            )
+            near(mine.grad, right.grad, rtol=1e-3, atol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
     gradients = [parameter.grad for parameter in fused.parameters()]
     for place, gradient in enumerate(gradients):
         gradient.fill_(place)
@@ -118,17 +125,13 @@ def test_state_dict_is_timms(device):
 
 
 def test_our_own_model_with_planned_stochastic_depth(device):
-    torch.manual_seed(0)
-    cfg = ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, distilled=True)
-    model = build_model(cfg, 5).to(device)
-    fused = copy.deepcopy(model)
-    fuse(fused)
+    model, fused = own_pair(device, distilled=True)
     images = torch.randn(3, 3, 16, 16, device=device)
     masks = torch.tensor([0.0, 1.0, 2.0], device=device).expand(2, 2, 3)
     for m in (model, fused):
         m.set_drop_path(masks)
     for mine, theirs in zip(fused(images), model(images), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        near(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -152,7 +155,7 @@ def test_deit_3_with_and_without_kernels(device, distilled, mode):
         loss = out.cls.square().sum() + (0 if out.dist is None else out.dist.sum())
         gradients.append(torch.autograd.grad(loss, list(m.parameters())))
     for (name, _), theirs, mine in zip(model.named_parameters(), *gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        near(mine, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
@@ -181,27 +184,16 @@ def test_gradient_checkpointing_gives_the_same_bits(device, kernels, drop_rate):
     assert saved[1] < saved[0] / 2
 
 
-class Scale(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return x * self.factor
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_biases_get_their_gradients_with_dropout_adapters_and_frozen_weights(device, frozen):
     """The kernels compute the gradients of biases that other layers have added."""
-    torch.manual_seed(0)
-    cfg = ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=2)
-    model = build_model(cfg, 5).to(device)
+    model, fused = own_pair(device, depth=4)
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=0.3)
-        parameter.requires_grad_(not frozen or name.endswith("bias"))
-    fused = copy.deepcopy(model)
-    fuse(fused)
+        for m in (model, fused):
+            m.get_parameter(name).requires_grad_(not frozen or name.endswith("bias"))
+    fused.load_state_dict(model.state_dict())
     for m in (model, fused):
         m.blocks[0].mlp.fc2.register_forward_hook(lambda module, arguments, out: 2 * out)
         m.blocks[1].attn.proj = nn.Sequential(m.blocks[1].attn.proj, nn.Linear(32, 32, device=device))
@@ -214,17 +206,14 @@ def test_biases_get_their_gradients_with_dropout_adapters_and_frozen_weights(dev
     for (name, mine), theirs in zip(fused.named_parameters(), model.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+            near(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["attn", "mlp", "attn.qkv", "attn.proj", "attn.proj_drop", "mlp.fc2", "mlp.drop2"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_hooks_and_replaced_methods_go_on(device, place, number):
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2), 5).to(device)
-    fused = copy.deepcopy(model)
-    fuse(fused)
+    model, fused = own_pair(device)
     seen, images = {"plain": [], "fused": []}, torch.randn(2, 3, 16, 16, device=device)
     outputs = []
     for name, m in (("plain", model), ("fused", fused)):
@@ -236,24 +225,19 @@ def test_hooks_and_replaced_methods_go_on(device, place, number):
         module.register_full_backward_hook(lambda module, into, out, name=name: seen[name].append("backward"))
         module.register_forward_hook(lambda module, arguments, out, name=name: seen[name].append("forward"))
         m(images).cls.sum().backward()
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    near(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     assert seen["fused"] == seen["plain"] == ["forward", "backward"]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies bfloat16 wrongly")
+@pytest.mark.gpu  # Triton's interpreter multiplies bfloat16 wrongly
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 def test_in_bfloat16_as_exact_as_pytorch(device, residual):
-    torch.manual_seed(0)
-    cfg = ModelConfig(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=3, residual_dtype=residual)
-    model = build_model(cfg, 10).to(device)
+    shape = {"img_size": 64, "embed_dim": 192, "depth": 4, "num_heads": 3}
+    model, fused = own_pair(device, 10, **shape, residual_dtype=residual)
     images = torch.randn(8, 3, 64, 64, device=device)
-    exact = model.double()(images.double()).cls
-    model.float()
+    exact = copy.deepcopy(model).double()(images.double()).cls
     errors = []
-    for m in (model, copy.deepcopy(model)):
-        if errors:
-            fuse(m)
+    for m in (model, fused):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             errors.append((m(images).cls.double() - exact).square().mean().sqrt())
     assert errors[1] <= 2 * errors[0]
@@ -265,21 +249,18 @@ def test_under_torch_compile_without_a_graph_break(device):
     images = torch.randn(2, 3, 16, 16, device=device)
     whole = torch.compile(fused, fullgraph=True, backend="aot_eager")
     for compiled, eager in zip(step(whole, images)[1].values(), step(fused, images)[1].values(), strict=True):
-        torch.testing.assert_close(compiled, eager)
+        near(compiled, eager)
 
 
 @pytest.mark.slow
 def test_gradient_checkpointing_under_torch_compile(device):
-    torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = build_model(ModelConfig(**shape, layer_scale=0.1, grad_checkpointing=True), 5).to(device)
-    fuse(model)
+    _, model = own_pair(device, layer_scale=0.1, grad_checkpointing=True)
     model.set_drop_path(torch.tensor([0.0, 2.0], device=device).expand(2, 2, 2))
     images = torch.randn(2, 3, 16, 16, device=device)
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager, compiled = (torch.autograd.grad(m(images).cls.sum(), list(model.parameters())) for m in (model, whole))
     for mine, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        near(mine, theirs)
 
 
 def test_what_is_left_is_named(device):
@@ -328,7 +309,7 @@ def test_what_a_subclass_or_a_hook_computes_is_kept(device):
     images = torch.randn(2, 3, 16, 16, device=device)
     for m in (model, fused):
         m.blocks[3].mlp.fc1.weight_orig.data += 1.0
-    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    near(fused(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_block_that_is_wrapped_afterwards_is_called(device):
@@ -346,7 +327,7 @@ def test_a_block_that_is_wrapped_afterwards_is_called(device):
     model, fused, _ = pair(device=device)
     fused.blocks[1] = Wrapped(fused.blocks[1])
     images = torch.randn(2, 3, 16, 16, device=device)
-    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    near(fused(images), model(images), rtol=1e-5, atol=1e-5)
     assert fused.blocks[1].calls == 1
 
 
@@ -395,7 +376,7 @@ def test_an_adapter_that_comes_afterwards_is_called(device):
     for one in (model, fused):
         one.blocks[0].mlp.fc1.__class__ = Adapted
     images = torch.randn(2, 3, 16, 16, device=device)
-    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
+    near(fused(images), model(images), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_no_model_or_no_operation_is_refused():

@@ -14,6 +14,7 @@ from fastdeit.model.kernel_table import Row, Table, decide, key, read, write
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
+from refusals import refused
 from steps import in_two_processes, kernels_on_two_cards
 
 CPU = torch.device("cpu")
@@ -135,8 +136,7 @@ def test_a_row_that_was_edited_is_refused_by_its_number(tmp_path, change, messag
 def test_a_damaged_table_is_refused(tmp_path, text):
     path = tmp_path / "table.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="restore the file from the repository"):
-        read(path)
+    refused("restore the file from the repository", read, path)
 
 
 def test_auto_takes_what_is_faster_and_names_it(choose):

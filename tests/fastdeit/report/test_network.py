@@ -20,7 +20,7 @@ from fastdeit.report.runs import read_run
 from fastdeit.report.tokens import attention_maps, look_at_tokens
 from fastdeit.subsets import divide, spaced
 from fastdeit.training.evaluation import headline_head
-from runs import changed, final_state, train
+from runs import changed, final_state, opened, train
 
 IMAGES = 21
 
@@ -101,11 +101,8 @@ def test_cosines_are_those_of_timms_tokens(found, judge, reported):
 @pytest.mark.slow
 def test_samples_are_those_that_were_trained_on(found, reported):
     train_set = open_dataset(reported.data.train, "data.train")
-    with world("cpu") as joined:
-        data = TrainingData(reported, train_set, joined)
-        with data.batches(0) as batches:
-            batch = next(iter(batches)).data
-        data.close()
+    with opened(TrainingData, reported, train_set) as data, data.batches(0) as batches:
+        batch = next(iter(batches)).data
     assert reported.departures.mix_group < SAMPLES
     first = batch.images[:SAMPLES]
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (reported.augment.mean, reported.augment.std))
@@ -122,8 +119,7 @@ def test_data_that_are_elsewhere(reported, tmp_path, part):
     """The part of the page that needs them says so; a path may be relative to where the run was started."""
     run = read_run(reported.run.output)
     state = final_state(reported)
-    here = changed(reported, "data", train="train.beton", val="val.beton")
-    here = changed(here, "data", **{part: tmp_path / "gone.beton"})
+    here = changed(reported, data={"train": "train.beton", "val": "val.beton", part: tmp_path / "gone.beton"})
     folder = tmp_path / "run" / "checkpoints"
     checkpoint.save(folder / "checkpoint-000000010.pt", {**state, "recipe": here.to_dict()})
     run.folder, run.best, run.record = tmp_path / "run", None, {"starts": [{"folder": str(reported.data.train.parent)}]}
@@ -158,13 +154,13 @@ def test_a_large_network_sees_fewer_images_on_a_cpu(make, images):
 @pytest.mark.slow
 def test_networks_without_a_second_token(reported, tiny):
     """A plain DeiT has one token, a convnet none."""
-    loaded, images = load(reported.run.output), torch.zeros(2, 3, 32, 32)
-    recipe = tiny(convnet_teacher)
-    convnet = loaded._replace(model=build_network(recipe.model, 4).eval(), recipe=recipe)
-    assert look_at_tokens(convnet, images, ["a", "b"]) == (Missing("a resnet10t has no tokens"),) * 2
-    recipe = tiny(model={"distilled": False})
-    plain = loaded._replace(model=build_network(recipe.model, 4).eval(), recipe=recipe)
-    cosine, maps = look_at_tokens(plain, images, ["a", "b"])
+
+    def looked_at(recipe):
+        loaded = load(reported.run.output)._replace(model=build_network(recipe.model, 4).eval(), recipe=recipe)
+        return look_at_tokens(loaded, torch.zeros(2, 3, 32, 32), ["a", "b"])
+
+    assert looked_at(tiny(convnet_teacher)) == (Missing("a resnet10t has no tokens"),) * 2
+    cosine, maps = looked_at(tiny(model={"distilled": False}))
     assert cosine == Missing("the network has no distillation token")
     assert [len(row) for row in maps] == [2, 2]
 

@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import deit_small, deit_tiny
 from fastdeit.report import incidents
 from fastdeit.report.runs import published, read_run, read_runs
 from fastdeit.training import data_wait
+from refusals import refused
 from run_logs import BEGAN, evaluation, start, train, write_run
 from runs import changed
 
@@ -116,15 +116,13 @@ def test_a_line_cut_short_is_left_out(tmp_path):
 )
 def test_a_damaged_line_is_named(tmp_path, line, said):
     folder = write_run(tmp_path, start(), tail=line + json.dumps(train(2)) + "\n")
-    with pytest.raises(UserError, match=said):
-        read_run(folder)
+    refused(said, read_run, folder)
 
 
 def test_a_damaged_line_of_the_other_log_is_named(tmp_path):
     write_run(tmp_path, start())
     (tmp_path / "log-redone.jsonl").write_text('{"event": "train", "time": "late"}\n')
-    with pytest.raises(UserError, match=r"log-redone\.jsonl, line 1: .*time is not a number"):
-        read_run(tmp_path)
+    refused(r"log-redone\.jsonl, line 1: .*time is not a number", read_run, tmp_path)
 
 
 def test_a_clock_that_goes_back_costs_nothing(tmp_path):
@@ -139,18 +137,15 @@ def test_what_is_no_run(tmp_path):
         (tmp_path, r"has no log\.jsonl: name"),
         (write_run(tmp_path / "empty"), "has no event 'start'"),
     ):
-        with pytest.raises(UserError, match=said):
-            read_run(path)
+        refused(said, read_run, path)
     os.mkfifo(tmp_path / "log.jsonl")
-    with pytest.raises(UserError, match=r"log\.jsonl: Is a fifo"):
-        read_run(tmp_path)
+    refused(r"log\.jsonl: Is a fifo", read_run, tmp_path)
 
 
 def test_labels_are_short_and_different(tmp_path):
     folders = [write_run(tmp_path / name, start()) for name in ("a/x", "b/x", "c/y")]
     assert [run.label for run in read_runs(folders)] == [str(folders[0]), str(folders[1]), "y"]
-    with pytest.raises(UserError, match="is named twice: give each run once"):
-        read_runs([folders[0], folders[0] / ".." / "x"])
+    refused("is named twice: give each run once", read_runs, [folders[0], folders[0] / ".." / "x"])
 
 
 @pytest.mark.parametrize("record", ["{", "[]", '{"starts": 3}', '{"starts": [[]], "id": 7}'])
@@ -165,8 +160,8 @@ def test_a_record_that_is_not_one_is_no_error(tmp_path, record):
     [
         (deit_small(), 1251, 50_000, 79.8),
         (deit_tiny(), 1251, 50_000, 72.2),
-        (changed(deit_tiny(), "model", num_classes=1000), 1251, 50_000, 72.2),
-        (changed(deit_tiny(), "model", num_classes=100), 1251, 50_000, None),
+        (changed(deit_tiny(), model={"num_classes": 1000}), 1251, 50_000, 72.2),
+        (changed(deit_tiny(), model={"num_classes": 100}), 1251, 50_000, None),
         (deit_tiny(), 1250, 50_000, None),
         (deit_tiny(), 1251, 10_000, None),
         (deit_tiny(), 10, 44, None),

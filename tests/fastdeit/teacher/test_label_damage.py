@@ -1,9 +1,7 @@
 """Hostile caches of labels, and machines that cannot read them. Judges: numpy, the OS's accounts."""
 
 import errno
-import hashlib
 import io
-import json
 import os
 import resource
 import zipfile
@@ -11,9 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.teacher.label_cache import Described, LabelCache, LabelWriter
+from hostile import vouch
+from refusals import refused
 from system import refusing
 
 ENTRIES = np.arange(50)
@@ -33,13 +32,6 @@ def cache(request, tmp_path):
 def read(folder):
     labels = LabelCache(folder)
     return labels.logits(0, ENTRIES) if labels.described.topk else labels.labels(0, ENTRIES)
-
-
-def vouch(folder, file):
-    """Have the index name the file as it is now: whoever can write the one can write the other."""
-    index = json.loads((folder / "labels.json").read_text())
-    index["epochs"]["0"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (folder / "labels.json").write_text(json.dumps(index))
 
 
 def array(shape, dtype="<u2", data=b""):
@@ -67,9 +59,8 @@ def test_more_than_the_file_holds_is_refused_without_memory(cache):
                 archive.writestr("logits.npy", array((10**12, 3), "<f2"))
         else:
             file.write_bytes(index[:1000])
-        vouch(folder, file)
-        with pytest.raises(UserError, match=r"epoch-0000\.np.: not (hard|soft) labels .*: remove it and make it again"):
-            read(folder)
+        vouch(file)
+        refused(r"epoch-0000\.np.: not (hard|soft) labels .*: remove it and make it again", read, folder)
     # What this test itself made is in it: the zeros and what they are packed into.
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 3 * 256 + 100
 
@@ -79,9 +70,8 @@ def test_the_machine_is_not_the_labels_damage(cache, monkeypatch):
     for number in (errno.EMFILE, errno.EIO, errno.ESTALE):
         with monkeypatch.context() as broken:
             broken.setattr("fastdeit.teacher.label_cache.open_regular", refusing(number))
-            with pytest.raises(MachineError, match=r"epoch-0000\.np.: cannot be read: ") as caught:
-                read(folder)
-            assert "fastdeit-label" not in str(caught.value)
+            message = refused(r"epoch-0000\.np.: cannot be read: ", read, folder, error=MachineError)
+            assert "fastdeit-label" not in message
     read(folder)
     assert file.exists()
 
@@ -90,16 +80,14 @@ def test_the_machine_is_not_the_labels_damage(cache, monkeypatch):
 def test_an_index_that_is_deep_or_long(cache, text):
     folder, _ = cache
     (folder / "labels.json").write_text(text)
-    with pytest.raises(UserError, match=r"labels\.json: damaged .*: make it again with fastdeit-label"):
-        LabelCache(folder)
+    refused(r"labels\.json: damaged .*: make it again with fastdeit-label", LabelCache, folder)
 
 
 def test_an_epoch_that_is_a_pipe_does_not_hang(cache):
     folder, file = cache
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(UserError, match=r"no labels for 1 of the run's epochs|is a pipe, not a file"):
-        read(folder)
+    refused(r"no labels for 1 of the run's epochs|is a pipe, not a file", read, folder)
 
 
 def test_a_full_disk_keeps_what_is_there(cache, monkeypatch):

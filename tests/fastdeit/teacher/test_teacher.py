@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import normalize, resize
 from fastdeit.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.teacher.teacher import LITE0, Teacher
+from refusals import refused
 
 OTHER_MEAN, OTHER_STD = (0.3, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -135,27 +136,23 @@ def test_a_transformer_teaches_at_another_resolution(tmp_path):
     ],
 )
 def test_checkpoints_are_checked(checkpoint, fields, cfg, message):
-    with pytest.raises(UserError, match=message):
-        Teacher(checkpoint(**cfg, **fields), IMAGENET_MEAN, IMAGENET_STD, 64, 5)
+    refused(message, Teacher, checkpoint(**cfg, **fields), IMAGENET_MEAN, IMAGENET_STD, 64, 5)
 
 
 def test_other_classes_than_the_students_are_refused(checkpoint):
-    with pytest.raises(UserError, match="has 5 output classes, the student 10"):
-        Teacher(checkpoint(), IMAGENET_MEAN, IMAGENET_STD, 64, 10)
+    refused("has 5 output classes, the student 10", Teacher, checkpoint(), IMAGENET_MEAN, IMAGENET_STD, 64, 10)
 
 
 def test_another_size_than_the_students_is_refused(checkpoint):
     teacher = Teacher(checkpoint(), IMAGENET_MEAN, IMAGENET_STD, 32, 5)
-    with pytest.raises(ValueError, match="images of 32 pixels"):
-        teacher.labels(pixels(64))
+    refused("images of 32 pixels", teacher.labels, pixels(64), error=ValueError)
 
 
 def test_missing_weights_end_in_a_remedy_and_no_download(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "timm.models._builder.load_pretrained", Mock(side_effect=AssertionError("a download was attempted"))
     )
-    with pytest.raises(UserError, match=r"--teacher\.checkpoint FILE"):
-        Teacher(TeacherConfig(), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
+    refused(r"--teacher\.checkpoint FILE", Teacher, TeacherConfig(), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
     with pytest.raises(UserError, match="no such checkpoint"):
         Teacher(TeacherConfig(checkpoint=tmp_path / "absent.pth"), IMAGENET_MEAN, IMAGENET_STD, 224, 1000)
 

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from fastdeit import checkpoint
 from fastdeit.config import RunConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
+from fastdeit.training import trainer
 from fastdeit.training.best import best_names, note_best
 from fastdeit.training.checkpoint_writer import CheckpointWriter, copied
-from fastdeit.training.logs import RunLog
 from fastdeit.training.stop import Stop
+from refusals import refused
+from run_logs import open_log
 from runs import assert_same_state, evaluated, newest, train, trained
 
 
@@ -24,8 +27,7 @@ def writer(tmp_path):
     """Function: a writer into `tmp_path` with these fields of `run`."""
 
     def make(**run):
-        log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
-        return CheckpointWriter(tmp_path / "checkpoints", RunConfig(**run), log)
+        return CheckpointWriter(tmp_path / "checkpoints", RunConfig(**run), open_log(tmp_path))
 
     return make
 
@@ -58,16 +60,12 @@ def test_the_loop_goes_on_and_the_file_holds_the_state_of_its_step(writer, tmp_p
     time.sleep(0.5)
     slow_disk.set()
     writing.wait()
-    stored = torch.load(newest_in(tmp_path), weights_only=True)
+    stored = torch.load(checkpoint.found(tmp_path / "checkpoints")[0], weights_only=True)
     assert stored["model"]["weight"].tolist() == [0, 0, 0]
     assert stored["optimizer"][0]["exp_avg"].tolist() == [1, 1]
     (event,) = events(tmp_path, "checkpoint")
     assert event["global_step"] == 1
     assert event["stall_seconds"] < 0.5 <= event["seconds"]
-
-
-def newest_in(folder):
-    return checkpoint.found(folder / "checkpoints")[0]
 
 
 def test_a_checkpoint_waits_for_the_one_before(writer, tmp_path, slow_disk, events):
@@ -88,27 +86,19 @@ def test_a_run_that_ends_for_another_reason_finishes_its_checkpoint(tiny, slow_d
 
     recipe = tiny(run={"checkpoint_every": 1, "epochs": 1})
     monkeypatch.setattr(Stop, "due", fail)
-    with pytest.raises(UserError, match="another reason"):
-        train(recipe)
+    refused("another reason", train, recipe)
     assert checkpoint.load(newest(recipe))["global_step"] == 1
 
 
 def test_an_error_that_is_not_the_disks_ends_the_run(writer, monkeypatch):
-    def fail(path, state):
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(checkpoint, "save", fail)
+    monkeypatch.setattr(checkpoint, "save", Mock(side_effect=ValueError("a bug")))
     writing = writer()
     writing.save(at(1), dict)
-    with pytest.raises(ValueError, match="a bug"):
-        writing.wait()
+    refused("a bug", writing.wait, error=ValueError)
 
 
 def test_a_failure_at_the_end_is_reported(writer, monkeypatch, capsys):
-    def fail(path, state):
-        raise MachineError("the disk is full")
-
-    monkeypatch.setattr(checkpoint, "save", fail)
+    monkeypatch.setattr(checkpoint, "save", Mock(side_effect=MachineError("the disk is full")))
     writing = writer()
     writing.save(at(1), dict)
     writing.close()
@@ -195,8 +185,6 @@ def test_a_best_file_that_is_not_ours_names_nothing(writer, tmp_path, text):
 
 @pytest.mark.slow
 def test_a_run_keeps_its_best_checkpoint_and_the_commands_take_it(tiny, events, data, tmp_path, monkeypatch):
-    from fastdeit.training import trainer
-
     given = iter((30.0, 90.0, 40.0, 50.0, 60.0))
     evaluate = trainer.evaluate
 
@@ -246,5 +234,4 @@ def test_an_edited_log_field_is_refused(tiny, log):
     state = trained(recipe)
     state["log"] = log if not log else {**state["log"], **log}
     torch.save(state, newest(recipe))
-    with pytest.raises(UserError, match="its field 'log'"):
-        train(tiny(run={"epochs": 2, "resume_changed": True}))
+    refused("its field 'log'", train, tiny(run={"epochs": 2, "resume_changed": True}))

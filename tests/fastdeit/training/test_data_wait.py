@@ -1,7 +1,7 @@
 """A process that waits for data is named, with its machine, cores and file system."""
 
 import re
-import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from fastdeit.pipelines.machine import file_system
 from fastdeit.training import data_wait
 from fastdeit.training.data_wait import DataWait, Wait
 from runs import train
+from system import run
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("path", ["/proc", "/dev/shm", "/", "."])
 def test_the_file_system_is_the_one_that_findmnt_names(path):
-    command = ["findmnt", "-n", "-o", "FSTYPE,SOURCE", "-T", str(Path(path).resolve())]
-    mounts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    mounts = run("findmnt", "-n", "-o", "FSTYPE,SOURCE", "-T", Path(path).resolve(), check=True).stdout.splitlines()
     kind, source = mounts[-1].split()
     assert file_system(Path(path)) == f"{kind} ({source})"
 
@@ -61,14 +61,22 @@ def test_the_process_that_waits_is_named_once(tmp_path):
     assert sentence.endswith("a faster disk would help, such as a local one for --data.cache_dir")
 
 
-def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
-    decode = TorchLoader.decode_image
+def slow_down(monkeypatch, seconds, images=sys.maxsize):
+    """Decoding takes so many seconds longer for the first `images`; returns a list with an item for each of them."""
+    decode, waited = TorchLoader.decode_image, []
 
     def slowly(self, *args, **kwargs):
-        time.sleep(0.1)
+        if len(waited) < images:
+            waited.append(True)
+            time.sleep(seconds)
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(TorchLoader, "decode_image", slowly)
+    return waited
+
+
+def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
+    slow_down(monkeypatch, 0.1)
     monkeypatch.setattr(data_wait, "_SECONDS", 0.2)
     recipe = tiny(run={"epochs": 2}, data={"val": None})
     train(recipe)
@@ -84,15 +92,7 @@ def test_a_run_with_a_slow_loader_says_so(tiny, monkeypatch, events):
 
 def test_the_wait_for_the_first_batch_blames_no_disk(tiny, monkeypatch, events):
     """It includes compilation, which no faster disk shortens."""
-    decode, waited = TorchLoader.decode_image, []
-
-    def slow_at_first(self, *args, **kwargs):
-        if not waited:
-            waited.append(True)
-            time.sleep(2)
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(TorchLoader, "decode_image", slow_at_first)
+    waited = slow_down(monkeypatch, 2, images=1)
     monkeypatch.setattr(data_wait, "_SECONDS", 1.0)
     recipe = tiny(run={"epochs": 1}, data={"val": None})
     train(recipe)

@@ -1,7 +1,5 @@
 """DeiT III's recipes: a step against timm's network, mixing and optimizer and the authors' loss, in float64."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import timm
@@ -25,9 +23,9 @@ NAMES = [name for name in RECIPES if name.startswith("deit3_")]
 
 def shrunk(name, **run):
     recipe = RECIPES[name]()
-    model = dataclasses.replace(recipe.model, **SMALL, kernels="torch", finetune=False)
-    recipe = changed(dataclasses.replace(recipe, model=model), "run", global_batch=BATCH, device="cpu", **run)
-    return changed(recipe, "departures", mix_group=BATCH)
+    model = {**SMALL, "kernels": "torch", "finetune": False}
+    run = {"global_batch": BATCH, "device": "cpu", **run}
+    return changed(recipe, model=model, run=run, departures={"mix_group": BATCH})
 
 
 class Scale(torch.nn.Module):
@@ -74,7 +72,7 @@ def judged(recipe, state, batches):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_equal_timms_network_and_optimizer_with_the_authors_loss(name):
-    recipe = changed(shrunk(name), "optim", warmup_epochs=0.0).filled()
+    recipe = changed(shrunk(name), optim={"warmup_epochs": 0.0}).filled()
     training = build(recipe, World(0, 1, 1, torch.device("cpu")))
     start = {key: value.clone() for key, value in training.model.state_dict().items()}
     make = synthetic(recipe, torch.device("cpu"), BATCH)

@@ -1,7 +1,5 @@
 """Each departure of the released code is one named choice that reaches the code it is about."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -9,11 +7,11 @@ from fastdeit.config import COMPAT, COMPAT_RUN, Departures
 from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import open_dataset
-from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import resolve
 from fastdeit.recipes import deit_tiny
 from fastdeit.training.evaluation import headline
 from fastdeit.training.objective import build_objective
+from refusals import refused
 from runs import changed
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -27,9 +25,8 @@ def released(tiny):
     def make(name, **sections):
         recipe = tiny(deit_tiny, **sections)
         if name in COMPAT_RUN["released"]:
-            return changed(recipe, "run", **{name: COMPAT_RUN["released"][name]})
-        value = getattr(COMPAT["released"], name)
-        return changed(recipe, "departures", **{name: value})
+            return changed(recipe, run={name: COMPAT_RUN["released"][name]})
+        return changed(recipe, departures={name: getattr(COMPAT["released"], name)})
 
     return make
 
@@ -56,13 +53,12 @@ def test_placement(released):
     # 32 samples in groups of 8: four groups, all of them one cell when copies are spread.
     recipe = released("placement", data={"cell_groups": 2})
     assert training(recipe).order.cell == 4
-    assert training(dataclasses.replace(recipe, departures=Departures(mix_group=8)).resolved()).order.cell == 2
+    assert training(changed(recipe, departures=Departures(mix_group=8)).resolved()).order.cell == 2
 
 
 def test_epoch_multiple_and_order_seed(released):
     # 160 images are no whole 256, so the released code would train on none of them.
-    with pytest.raises(UserError, match="fewer than a global batch"):
-        training(released("epoch_multiple"))
+    refused("fewer than a global batch", training, released("epoch_multiple"))
     first = training(released("order_seed", run={"seed": 0})).order.permutation(1)
     other = training(released("order_seed", run={"seed": 5})).order.permutation(1)
     assert first.tolist() == other.tolist() == torch.randperm(160, generator=torch.Generator().manual_seed(1)).tolist()
@@ -77,7 +73,7 @@ def test_eval_sharding(released):
     recipe = released("eval_sharding")
     val = open_dataset(recipe.data.val, "data.val")
     counts = []
-    partition = changed(recipe, "run", eval_sharding=None).resolved()
+    partition = changed(recipe, run={"eval_sharding": None}).resolved()
     for r in (recipe, partition):
         data = EvaluationData(r, val, SECOND)
         counts.append(sum(len(data.order.step(0, s).index) for s in range(data.order.steps)))

@@ -10,13 +10,13 @@ import steps
 from fastdeit import checkpoint
 from fastdeit.config import RunConfig
 from fastdeit.distributed import World
-from fastdeit.pipelines.errors import UserError
 from fastdeit.training.best import best_names, forget_best, note_best
 from fastdeit.training.divergence import DivergedError, DivergenceGuard, LossBand
 from fastdeit.training.objective import LossParts
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.stop import Stop
+from refusals import refused
 from runs import assert_same_state, train, trained
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
@@ -125,8 +125,7 @@ def test_more_steps_are_left_out_until_it_helps_and_not_for_ever(tiny, tmp_path,
     assert [event["diverged"] for event in events(recipe.run.output, "rewind")] == [9, 10, 11]
     assert state["skipped"] == list(range(4, 12))
     poison(monkeypatch, *range(6, 99))
-    with pytest.raises(DivergedError, match="gone back 5 times, in vain"):
-        train(tiny(run={**run, "output": tmp_path / "in vain"}))
+    refused("gone back 5 times, in vain", train, tiny(run={**run, "output": tmp_path / "in vain"}), error=DivergedError)
 
 
 @pytest.mark.slow
@@ -180,8 +179,7 @@ def test_a_loss_beyond_the_band_stops_a_run(tiny, monkeypatch, tmp_path):
 
     monkeypatch.setattr(TrainingStep, "__call__", jumps)
     recipe = tiny(run={"epochs": 2, "divergence_band": 10.0})
-    with pytest.raises(DivergedError, match=r"standard deviations above .* at epoch \d, step \d, samples"):
-        train(recipe)
+    refused(r"standard deviations above .* at epoch \d, step \d, samples", train, recipe, error=DivergedError)
     assert (recipe.run.output / "nonfinite-rank0.pt").exists()
     train(tiny(run={"epochs": 2, "divergence_band": 0.0, "resume": "auto", "output": tmp_path / "off"}))
 
@@ -196,8 +194,7 @@ def test_no_checkpoint_is_older_than_the_first_step_left_out(tiny, monkeypatch):
     run = {"epochs": 9, "keep_checkpoints": 1, "checkpoint_every": 1, "on_divergence": "rewind"}
     poison(monkeypatch, 4)
     recipe = tiny(run=run)
-    with pytest.raises(UserError, match=r"no checkpoint in .* is older than step 3"):
-        train(recipe)
+    refused(r"no checkpoint in .* is older than step 3", train, recipe)
     assert checkpoint.found(recipe.run.output / "checkpoints")
 
 

@@ -9,8 +9,8 @@ import torch
 from fastdeit.distributed import World
 from fastdeit.training import gpu_health
 from fastdeit.training.gpu_health import Gpu, GpuHealth
-from fastdeit.training.logs import RunLog
 from fastdeit.training.reports import report_gpus
+from run_logs import run_log
 
 pynvml = pytest.importorskip("pynvml")
 
@@ -120,10 +120,10 @@ def test_without_a_gpu_there_is_nothing_to_say():
 
 
 def test_the_line_of_the_log(tmp_path, events, capsys):
-    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
-    report_gpus(log, 3, [Gpu(3 * 2**30, 88, 690.4, 3500.2, ["power brake"]), Gpu(2**29, None, None, None, [])], ["x"])
-    report_gpus(log, 4, [], [])
-    log.close()
+    gpus = [Gpu(3 * 2**30, 88, 690.4, 3500.2, ["power brake"]), Gpu(2**29, None, None, None, [])]
+    with run_log(tmp_path) as log:
+        report_gpus(log, 3, gpus, ["x"])
+        report_gpus(log, 4, [], [])
     (line,) = events(tmp_path, "gpus")
     assert line["epoch"] == 3
     assert line["processes"] == [

@@ -12,8 +12,9 @@ from steps import (
     worlds_agree,
 )
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("passes", [1, 3])
 def test_sums_are_ddps_to_the_bit(tmp_path, passes):
     """Convolutions in channels-last layout, two dtypes, small buckets, a parameter that only the first pass uses."""
@@ -24,19 +25,16 @@ def test_sums_are_ddps_to_the_bit(tmp_path, passes):
             assert value.stride() == result["ddp"][name].stride()
 
 
-@pytest.mark.slow
 def test_a_parameter_without_a_gradient_is_named(tmp_path):
     for message in in_two_processes(sums_without_a_parameter, tmp_path):
         assert "does not depend on 1.bias" in message
 
 
-@pytest.mark.slow
 def test_an_error_in_a_backward_pass_leaves_nothing_behind(tmp_path):
     for result in in_two_processes(sums_after_an_error, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(*result, strict=True))
 
 
-@pytest.mark.slow
 def test_processes_start_from_the_same_weights(tiny, tmp_path):
     """The weights and averages of the main process; other networks are an error on all."""
     first, second = in_two_processes(start_apart, tmp_path, [tiny(), tiny()])
@@ -48,7 +46,6 @@ def test_processes_start_from_the_same_weights(tiny, tmp_path):
         in_two_processes(start_apart, tmp_path, recipes)
 
 
-@pytest.mark.slow
 def test_processes_agree_on_a_number_and_a_reason(tmp_path):
     for result in in_two_processes(worlds_agree, tmp_path):
         shared = result.pop("share")

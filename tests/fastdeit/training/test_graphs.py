@@ -1,6 +1,5 @@
 """A step that is replayed is the step: chosen where it can be, the same bits, no waiting, no growing memory."""
 
-import dataclasses
 import json
 import time
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ import torch.distributed as dist
 
 from fastdeit import checkpoint
 from fastdeit.distributed import World, release_graphs, world
-from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher, deit_tiny
 from fastdeit.training import graphs
@@ -20,8 +18,10 @@ from fastdeit.training.gradients import SharedGradients
 from fastdeit.training.graphs import WARM_UP, CudaRecorder, RecordingError, Replayed, choose_graphs, why_not
 from fastdeit.training.step import TrainingStep
 from fastdeit.training.trainer import Trainer
-from forked import Forked
-from runs import final_state, rewind, train, trained
+from forked import succeed
+from operators import never_waiting
+from refusals import refused
+from runs import changed, final_state, rewind, same_values, train, trained
 from steps import (
     Tape,
     Torn,
@@ -32,6 +32,7 @@ from steps import (
     run_steps,
     synthetic,
     train_replaying,
+    weights_of,
 )
 
 
@@ -47,7 +48,6 @@ def gpu(size=1):
         ({}, "fp16", 1, "loss scale"),
         ({"optim": {"name": "sgd"}}, "bf16", 1, "sgd takes its learning rate from the host"),
         ({"optim": {"name": "lamb"}}, "bf16", 1, "lamb takes its learning rate from the host"),
-        ({"optim": {"name": "muon"}}, "bf16", 1, "timm's muon has not run in a graph yet"),
         ({"model": {"drop_rate": 0.1}}, "bf16", 1, None),
         ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, None),
         ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
@@ -60,23 +60,28 @@ def test_auto_is_on_where_nothing_needs_the_host(tiny, sections, precision, proc
     chosen, why = choose_graphs(recipe, gpu(processes), found)
     assert chosen == (reason is None)
     assert (reason or "nothing in a step") in why
-    asked = {
-        kind: tiny(**{**sections, "run": {**sections.get("run", {}), "cuda_graphs": kind}}) for kind in ("on", "off")
-    }
+    asked = {kind: changed(recipe, run={"cuda_graphs": kind}) for kind in ("on", "off")}
     assert choose_graphs(asked["off"], gpu(processes), found) == (False, "as requested")
     if reason is None:
         assert choose_graphs(asked["on"], gpu(processes), found) == (True, "as requested")
     else:
-        with pytest.raises(UserError, match=f"{reason}.*'auto'"):
-            choose_graphs(asked["on"], gpu(processes), found)
+        refused(f"{reason}.*'auto'", choose_graphs, asked["on"], gpu(processes), found)
 
 
-def test_several_processes_are_replayed_on_request(tiny):
+@pytest.mark.parametrize(
+    ("optim", "processes", "reason"),
+    [
+        ({}, 2, "a graph of several processes has not run on several GPUs yet"),
+        ({"name": "muon"}, 1, "timm's muon has not run in a graph yet"),
+    ],
+)
+def test_what_has_not_run_yet_is_replayed_on_request(tiny, optim, processes, reason):
     found = Precision("bf16", torch.bfloat16, gpu().device)
-    chosen, why = choose_graphs(tiny(), gpu(2), found)
+    chosen, why = choose_graphs(tiny(optim=optim), gpu(processes), found)
     assert not chosen
-    assert "--run.cuda_graphs on tries it" in why
-    assert choose_graphs(tiny(run={"cuda_graphs": "on"}), gpu(2), found) == (True, "as requested")
+    assert why == f"{reason}: --run.cuda_graphs on tries it"
+    asked = tiny(optim=optim, run={"cuda_graphs": "on"})
+    assert choose_graphs(asked, gpu(processes), found) == (True, "as requested")
 
 
 def test_a_convnet_and_a_cpu_are_not_replayed(tiny):
@@ -84,8 +89,7 @@ def test_a_convnet_and_a_cpu_are_not_replayed(tiny):
     assert "resnet10t" in why_not(tiny(convnet_teacher), gpu(), exact)
     with world("cpu") as joined:
         assert choose_graphs(tiny(), joined, exact) == (False, "there is no GPU")
-        with pytest.raises(UserError, match="there is no GPU"):
-            Trainer(tiny(run={"cuda_graphs": "on"}), joined)
+        refused("there is no GPU", Trainer, tiny(run={"cuda_graphs": "on"}), joined)
 
 
 def test_the_first_calls_run_and_the_others_are_replayed_from_memory_that_stays():
@@ -104,48 +108,39 @@ def test_the_first_calls_run_and_the_others_are_replayed_from_memory_that_stays(
     assert len({pointer for pointer, _ in seen}) == 1
     assert seen[0][0] not in {tensor.data_ptr() for tensor in given}
     for other in (torch.zeros(3, 3), torch.zeros(2, 3).double()):
-        with pytest.raises(ValueError, match="recorded for tensors"):
-            replayed((other, None))
-    with pytest.raises(ValueError, match="recorded for tensors"):
-        replayed((given[0], given[0]))
+        refused("recorded for tensors", replayed, (other, None), error=ValueError)
+    refused("recorded for tensors", replayed, (given[0], given[0]), error=ValueError)
 
 
 @pytest.fixture
 def taped(monkeypatch):
     """Replays of a CPU's steps; the tapes of those that were made."""
     tapes = []
-
-    def make(device):
-        tapes.append(Tape())
-        return tapes[-1]
-
-    replay_with(make, monkeypatch.setattr)
+    replay_with(lambda device: tapes.append(Tape()) or tapes[-1], monkeypatch.setattr)
     return tapes
 
 
 def same_bits(a, b):
-    for kind in ("model", "ema"):
-        assert all(torch.equal(value, b[kind][name]) for name, value in a[kind].items())
-    for name, state in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][name][key]) for key, value in state.items())
+    kept = [(state["model"], state["ema"], state["optimizer"]["state"]) for state in (a, b)]
+    assert same_values(*kept)
 
 
-def variants(tiny, teacher_checkpoint, tmp_path, mode="mask", **run):
-    """Recipes with all that a step has, straight and stopped in the middle of an epoch."""
-    options = {
-        "model": {"drop_path": 0.3, "drop_path_mode": mode},
-        "objective": {"distillation": "hard"},
-        "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
-        "optim": {"clip_grad": 1.0},
-    }
-    run = {"micro_batch": 24 if mode == "skip" else 12, **run}
-    return [tiny(**options, run={"output": tmp_path / name, **run}) for name in ("eager", "graph")]
+@pytest.fixture
+def variants(tiny, taught, tmp_path):
+    """Function: recipes with all that a step has, straight and stopped in the middle of an epoch."""
+
+    def make(mode="mask", **run):
+        options = {**taught, "model": {"drop_path": 0.3, "drop_path_mode": mode}, "optim": {"clip_grad": 1.0}}
+        run = {"micro_batch": 24 if mode == "skip" else 12, **run}
+        return [tiny(**options, run={"output": tmp_path / name, **run}) for name in ("eager", "graph")]
+
+    return make
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, events, request, mode):
-    eager, graph = variants(tiny, teacher_checkpoint, tmp_path, mode)
+def test_a_replayed_run_has_the_same_bits(variants, events, request, mode):
+    eager, graph = variants(mode)
     first = trained(eager)
     tapes = request.getfixturevalue("taped")
     second = trained(graph)
@@ -158,8 +153,8 @@ def test_a_replayed_run_has_the_same_bits(tiny, teacher_checkpoint, tmp_path, ev
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(tiny, teacher_checkpoint, tmp_path, taped, mode):
-    straight, stopped = variants(tiny, teacher_checkpoint, tmp_path, mode, checkpoint_every=2, keep_checkpoints=9)
+def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(variants, taped, mode):
+    straight, stopped = variants(mode, checkpoint_every=2, keep_checkpoints=9)
     first = trained(straight)
     train(stopped)
     rewind(stopped, 4)
@@ -216,20 +211,16 @@ def test_all_processes_do_without_a_graph_if_one_cannot_record(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_replaying_processes_train_evaluate_and_resume_with_the_same_bits(
-    tiny, teacher_checkpoint, tmp_path, events, launch
-):
+def test_two_replaying_processes_train_evaluate_and_resume_with_the_same_bits(variants, tmp_path, events, launch):
     """Whole runs, with a teacher, micro-batches, evaluation of both kinds of weights, and a stop inside an epoch."""
-    eager, graph = variants(tiny, teacher_checkpoint, tmp_path, checkpoint_every=2, keep_checkpoints=9)
-    assert launch(eager, 2).returncode == 0
+    eager, graph = variants(checkpoint_every=2, keep_checkpoints=9)
+    launch(eager, 2)
     config = tmp_path / "graph.json"
     config.write_text(json.dumps(graph.to_dict()))
     for stopped in (False, True):
         if stopped:
             rewind(graph, 2)
-        process = Forked(train_replaying, [graph.name, "--config", str(config)])
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        succeed(train_replaying, [graph.name, "--config", str(config)])
         same_bits(final_state(eager), final_state(graph))
         scores = [[e["class"]["loss"] for e in events(recipe.run.output, "eval")][-2:] for recipe in (eager, graph)]
         assert scores[0] == scores[1]
@@ -244,8 +235,7 @@ def test_a_run_that_cannot_record_goes_on_with_the_same_bits_and_says_so_once(ti
     (warning,) = [e["text"] for e in events(runs[1].run.output, "warning") if "graph" in e["text"]]
     assert "out of memory" in warning
     asked = tiny(run={"cuda_graphs": "on", "output": tmp_path / "asked"})
-    with pytest.raises(UserError, match=r"\(out of memory\): set --run.cuda_graphs off"):
-        train(asked)
+    refused(r"\(out of memory\): set --run.cuda_graphs off", train, asked)
 
 
 @pytest.mark.parametrize("inside", [None, "operation not permitted when stream is capturing"])
@@ -283,12 +273,8 @@ def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(monkeypatch, ins
 
 def deit_tiny_on_small_images():
     """DeiT-Ti in all that a step's host sees; its images are small, since a GPU would copy them, not the host."""
-    recipe = deit_tiny()
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, img_size=16),
-        run=dataclasses.replace(recipe.run, device="cpu", compile="off", global_batch=512),
-    ).resolved()
+    run = {"device": "cpu", "compile": "off", "global_batch": 512}
+    return changed(deit_tiny(), model={"img_size": 16}, run=run).resolved()
 
 
 @pytest.mark.slow
@@ -307,6 +293,12 @@ def deterministic():
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = before
+
+
+def losses_of(training):
+    """Of a few steps, the last of which are replayed where steps are."""
+    make = synthetic(training.recipe, training.world.device)
+    return [training(make(number), 0, number, number).loss.item() for number in range(WARM_UP + 5)]
 
 
 def on_gpu(tiny, **sections):
@@ -329,11 +321,10 @@ def test_on_a_gpu_replayed_steps_are_the_eager_ones(tiny, deterministic, compile
         recipe = on_gpu(tiny, model=model, run={"cuda_graphs": how, "compile": compile, "micro_batch": micro_batch})
         with world("cuda") as joined:
             training = build(recipe, joined)
-            make = synthetic(recipe, joined.device)
-            losses.append([training(make(i), 0, i, i).loss.item() for i in range(WARM_UP + 5)])
-            weights.append({**training.model.state_dict(), **{f"ema.{k}": v for k, v in training.ema.shadow.items()}})
+            losses.append(losses_of(training))
+            weights.append(weights_of(training))
     assert losses[0] == losses[1]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert same_values(*weights)
 
 
 @pytest.fixture
@@ -345,12 +336,6 @@ def nccl(tmp_path):
     yield World(0, 1, 1, here)
     release_graphs()
     dist.destroy_process_group()
-
-
-def final(training):
-    """Copies of the weights and their average."""
-    state = {**training.model.state_dict(), **{f"ema.{k}": v for k, v in training.ema.shadow.items()}}
-    return {name: value.clone() for name, value in state.items()}
 
 
 @pytest.mark.gpu
@@ -365,12 +350,11 @@ def test_on_a_gpu_a_replayed_sum_over_processes_has_the_same_bits(tiny, determin
         training = build(recipe, nccl)
         if shares:
             training.shared = SharedGradients(training.model.named_parameters(), bucket_bytes=2**14)
-        make = synthetic(recipe, nccl.device)
-        losses.append([training(make(i), 0, i, i).loss.item() for i in range(WARM_UP + 5)])
-        weights.append(final(training))
+        losses.append(losses_of(training))
+        weights.append(weights_of(training))
     assert losses[0] == losses[1] == losses[2]
-    for other in weights[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    assert same_values(weights[0], weights[1])
+    assert same_values(weights[0], weights[2])
 
 
 def pools():
@@ -396,36 +380,30 @@ def test_on_a_gpu_a_recording_that_fails_leaves_nothing(tiny, deterministic, ncc
         training.warn = warned.append
         if shares:
             training.shared = SharedGradients(training.model.named_parameters(), bucket_bytes=2**14)
-        make = synthetic(recipe, nccl.device)
-        for number in range(WARM_UP + 5):
-            training(make(number), 0, number, number)
+        losses_of(training)
         return training
 
-    expected, before = final(steps("off")), pools()
+    expected, before = weights_of(steps("off")), pools()
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "_gradients", waits)
         fallen = steps("auto")
         assert not fallen.graphs[0]
-        with pytest.raises(UserError, match=r"set --run.cuda_graphs off"):
-            steps("on")
-    found = final(fallen)
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+        refused(r"set --run.cuda_graphs off", steps, "on")
+    assert same_values(expected, weights_of(fallen))
     (sentence,) = warned
     assert "captur" in sentence
     torch.rand(8, device="cuda")
     del fallen
     torch.cuda.empty_cache()
     assert len(pools() - before) <= 1  # that of "on", which ends a run
-    replayed = final(steps("on"))
-    assert all(torch.equal(value, replayed[name]) for name, value in expected.items())
+    assert same_values(expected, weights_of(steps("on")))
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_replayed_step_takes_little_of_the_host(nccl):
     """DeiT-Ti, 256 images of 224 pixels, under 1.5 ms of the host's time with the launch."""
-    recipe = deit_tiny()
-    run = dataclasses.replace(recipe.run, precision="bf16", compile="off", cuda_graphs="on", global_batch=256)
-    recipe = dataclasses.replace(recipe, run=run).resolved()
+    run = {"precision": "bf16", "compile": "off", "cuda_graphs": "on", "global_batch": 256}
+    recipe = changed(deit_tiny(), run=run).resolved()
     training = build(recipe, nccl)
     training.shared = SharedGradients(training.model.named_parameters())
     batches, taken = [synthetic(recipe, nccl.device, 256)(i) for i in range(2)], []
@@ -451,8 +429,7 @@ def test_on_a_gpu_a_replayed_run_resumes_with_the_same_bits(tiny, deterministic,
     same_bits(first, trained(runs[1]))
     # A run of one kind goes on as the other.
     rewind(runs[1], 6)
-    eager = dataclasses.replace(runs[1], run=dataclasses.replace(runs[1].run, cuda_graphs="off"))
-    same_bits(first, trained(eager))
+    same_bits(first, trained(changed(runs[1], run={"cuda_graphs": "off"})))
 
 
 @pytest.mark.gpu
@@ -467,12 +444,9 @@ def test_on_a_gpu_a_step_waits_for_nothing_and_keeps_its_memory(tiny, how):
             training(batches[number % 4], 0, number, number)
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with never_waiting():
             for number in range(6, 36):
                 training(batches[number % 4], 0, number, number)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         assert torch.cuda.memory_allocated() <= held + 2**20
 
@@ -522,8 +496,7 @@ def test_a_late_look_at_a_loss_that_is_not_finite_names_its_step(tiny, events):
     with world("cpu") as joined:
         trainer = Trainer(recipe, joined)
         trainer.deferred = True
-        with pytest.raises(DivergedError, match=r"epoch 1, step 1, .*; the batch is in"):
-            trainer.run()
+        refused(r"epoch 1, step 1, .*; the batch is in", trainer.run, error=DivergedError)
     (record,) = events(recipe.run.output, "nonfinite")
     saved = checkpoint.read_checkpoint(recipe.run.output / "nonfinite-rank0.pt")
     assert (record["step"], saved["step"], saved["model"]) == (1, 1, None)

@@ -5,20 +5,18 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from contextlib import suppress
 
 import pytest
 
-from elastic import wait_for
 from fastdeit import checkpoint
-from fastdeit.pipelines.errors import UserError
 from fastdeit.training import trainer
 from fastdeit.training.run_lock import RunLock
 from fastdeit.training.step import TrainingStep
-from forked import Forked
+from forked import Forked, succeed
+from refusals import refused
 from runs import assert_same_state, final_state, train, trained
-from system import refusing
+from system import refusing, run, wait_for
 
 STEPS = 10  # of the run
 
@@ -110,14 +108,13 @@ def test_a_run_ends_if_another_has_taken_its_folder(tiny, after_step):
         others.append(RunLock(folder))
 
     after_step(3, take)
-    with pytest.raises(UserError, match=f"{folder} is in use by process {os.getpid()}"):
-        train(recipe)
+    refused(f"{folder} is in use by process {os.getpid()}", train, recipe)
     assert (folder / "run.lock").exists()  # the other's
     others[0].close()
 
 
 def _mount(*words):
-    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+    run("mount", *words, check=True)
 
 
 def _own_mounts():
@@ -144,7 +141,7 @@ def make_read_only(folder):
 
 
 def make_writable(folder):
-    subprocess.run(["umount", folder], check=True)
+    run("umount", folder, check=True)
 
 
 def fill(folder):
@@ -170,9 +167,7 @@ def test_a_file_system_that_fails_for_a_while_costs_no_step(tiny, straight, even
     if not _may_mount():
         pytest.skip("this user may not mount file systems")
     recipe = tiny(run={"checkpoint_every": 2})
-    process = Forked(_train_on_a_file_system_that_fails, recipe, break_it, mend_it)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    out, _ = succeed(_train_on_a_file_system_that_fails, recipe, break_it, mend_it)
     folder = recipe.run.output.parent / "saved"
     (path, *_) = checkpoint.found(folder / "checkpoints")
     assert_same_state(straight, checkpoint.load(path))

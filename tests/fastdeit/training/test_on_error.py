@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 
 from fastdeit.data import EvaluationData, TrainingData
-from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
-from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.training.trainer import Trainer
 from ordered import need_loader
-from runs import train
+from runs import opened, train
+from tiny_datasets import copy_beton, overwrite
 
 BAD = 7
 
@@ -22,13 +20,8 @@ BAD = 7
 @pytest.fixture
 def damaged(data, tmp_path):
     """A copy of the training set with one image overwritten."""
-    path = tmp_path / "damaged.beton"
-    shutil.copy(data / "train.beton", path)
-    shutil.copy(sidecar_path(data / "train.beton"), sidecar_path(path))
-    dataset = BetonDataset(path)
-    with open(path, "r+b") as file:
-        file.seek(int(dataset.offset[BAD]))
-        file.write(bytes(int(dataset.size[BAD])))
+    path = copy_beton(data / "train.beton", tmp_path / "damaged.beton")
+    overwrite(path, BetonDataset(path), BAD)
     return path
 
 
@@ -52,14 +45,11 @@ def test_a_batch_has_the_label_of_the_image_it_shows(tiny, damaged):
     labels[BAD] = labels[BAD + 1] = 3  # classes are stored one behind another
     dataset.label = np.where(np.arange(len(labels)) == BAD, 0, labels)
     seen = 0
-    with world("cpu") as joined:
-        data = TrainingData(recipe, dataset, joined)
-        with data.batches() as batches:
-            for batch in batches:
-                assert batch.data.label_a.tolist() == labels[batch.data.index.numpy()].tolist()
-                assert batch.replaced == ([(BAD, BAD + 1)] if BAD in batch.data.index else [])
-                seen += len(batch.replaced)
-        data.close()
+    with opened(TrainingData, recipe, dataset) as data, data.batches() as batches:
+        for batch in batches:
+            assert batch.data.label_a.tolist() == labels[batch.data.index.numpy()].tolist()
+            assert batch.replaced == ([(BAD, BAD + 1)] if BAD in batch.data.index else [])
+            seen += len(batch.replaced)
     assert seen
 
 
@@ -69,12 +59,10 @@ def test_stored_labels_do_not_go_with_replaced_images(tiny, damaged, tmp_path):
 
 
 def test_nothing_is_replaced_in_an_evaluation(tiny, damaged):
-    recipe = tiny(data={"train": damaged, "on_error": "replace"})
-    with world("cpu") as joined:
-        data = EvaluationData(recipe, open_dataset(damaged, "data.val"), joined)
-        with data.batches() as batches, pytest.raises(DecodeError, match=f"image {BAD}: "):
-            list(batches)
-        data.close()
+    recipe = tiny(data={"val": damaged, "on_error": "replace"})
+    bad = pytest.raises(DecodeError, match=f"image {BAD}: ")
+    with opened(EvaluationData, recipe) as data, data.batches() as batches, bad:
+        list(batches)
 
 
 @pytest.mark.slow
@@ -83,12 +71,9 @@ def test_the_loader_that_crops_trains_the_same_run(tiny, events):
     losses = []
     for loader in ("torch", "turbo"):
         recipe = tiny(data={"loader": loader}, run={"resume": "none", "output": tiny().run.output / loader})
-        with world("cpu") as joined:
-            trainer = Trainer(recipe, joined)
-            trainer.run()
+        train(recipe)
         losses.append([event["loss"] for event in events(recipe.run.output, "train")])
-        evaluated = events(recipe.run.output, "eval")[-1]
-        losses[-1].append(evaluated["class"]["loss"])
+        losses[-1].append(events(recipe.run.output, "eval")[-1]["class"]["loss"])
     assert losses[0] == losses[1]
 
 

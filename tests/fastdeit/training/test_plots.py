@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from fastdeit.model.deit import token_cosines
-from fastdeit.pipelines.errors import UserError
 from fastdeit.training import plots
 from fastdeit.training.log_lines import read_log, without_repeats
+from refusals import refused
 
 
 def write_log(path, events, tail=""):
@@ -29,8 +29,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     write_log(log, [train_event(1), train_event(2)], tail='{"event": "tra')
     assert [e["global_step"] for e in read_log(log)] == [1, 2]
     log.write_text('{"event": "tra\n' + json.dumps(train_event(1)) + "\n")
-    with pytest.raises(UserError, match=r"log\.jsonl, line 1"):
-        read_log(log)
+    refused(r"log\.jsonl, line 1", read_log, log)
 
 
 def test_steps_done_twice_are_drawn_once():

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from fastdeit import checkpoint
 from fastdeit.distributed import world
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training.profiling import DISPATCH, REST, WARM_UP, Event, Profile, StepProfiler, group_of, room
 from fastdeit.training.trainer import Trainer
-from runs import train, trained
+from refusals import refused
+from runs import newest, same_values, train, trained
 
 
 def rows(text):
@@ -19,16 +19,12 @@ def rows(text):
 
 
 @pytest.mark.slow
-def test_a_profiled_run_is_the_same_run(tiny, teacher_checkpoint, tmp_path, events, capsys):
-    options = {
-        "objective": {"distillation": "hard"},
-        "teacher": {"name": "resnet10t", "checkpoint": teacher_checkpoint},
-        "data": {"val": None},
-    }
+def test_a_profiled_run_is_the_same_run(tiny, taught, tmp_path, events, capsys):
+    options = {**taught, "data": {"val": None}}
     plain = tiny(**options, run={"epochs": 3, "output": tmp_path / "plain"})
     profiled = tiny(**options, run={"epochs": 3, "output": tmp_path / "profiled", "profile": 3})
     first, second = (trained(recipe)["model"] for recipe in (plain, profiled))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert same_values(first, second)
     folder = profiled.run.output
     (event,) = events(folder, "profile")
     # Five steps an epoch: after six of them, one that starts the tracing and three.
@@ -60,8 +56,7 @@ def test_a_profiled_run_is_the_same_run(tiny, teacher_checkpoint, tmp_path, even
 def test_too_many_steps_are_refused_before_the_run(tiny):
     with world("cpu") as joined, pytest.raises(UserError, match="2 epochs of 5 steps leave 3 steps"):
         Trainer(tiny(run={"profile": 4}), joined)
-    with pytest.raises(UserError, match="0 or more"):
-        tiny(run={"profile": -1})
+    refused("0 or more", tiny, run={"profile": -1})
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(5, 1), (5, 2), (8, 1), (9, 1), (9, 2), (3, 3), (3, 2), (1, 9)])
@@ -79,11 +74,9 @@ def test_the_room_is_what_a_run_can_take(tmp_path, steps, epochs):
 
 @pytest.mark.slow
 def test_a_run_without_room_left_says_so(tiny, capsys):
-    options = {"run": {"checkpoint_every": 2, "keep_checkpoints": 9}, "data": {"val": None}}
-    recipe = tiny(**options)
+    recipe = tiny(run={"checkpoint_every": 2, "keep_checkpoints": 9}, data={"val": None})
     train(recipe)
-    for path in checkpoint.found(recipe.run.output / "checkpoints")[:1]:
-        path.unlink()
+    newest(recipe).unlink()
     train(tiny(run={"profile": 3}, data={"val": None}))
     assert "no profile: the run ended before 3 more steps" in capsys.readouterr().out
     assert not (recipe.run.output / "profile.md").exists()

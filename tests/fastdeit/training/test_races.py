@@ -1,21 +1,18 @@
 """What is raced at the start changes no bit: each outcome is forced, and the runs are compared."""
 
 import time
-from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
 
-from fastdeit import checkpoint
-from fastdeit.data import EvaluationData
-from fastdeit.distributed import world
-from fastdeit.inputs import open_dataset
+from fastdeit import checkpoint, stage_choice
+from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import choose as loading
 from fastdeit.pipelines.loaders.choose import FAST, LOADERS, pixels_of
 from fastdeit.pipelines.loaders.pillow import TorchLoader
-from runs import evaluated, newest, train
+from runs import changed, evaluated, newest, opened, same_values, train
 
 
 def installed():
@@ -61,20 +58,16 @@ def test_every_outcome_of_the_loaders_race_gives_the_same_bits(tiny, outcome, ev
     for name in names[1:]:
         assert losses[name] == losses["torch"]
         assert scores[name] == scores["torch"]
-        assert all(torch.equal(weights[name][key], weights["torch"][key]) for key in weights["torch"])
+        assert same_values(weights[name], weights["torch"])
 
 
-def missing():
-    raise UserError("not installed: install it")
+missing = Mock(side_effect=UserError("not installed: install it"))
 
 
 def test_a_machine_with_ffcv_alone_trains_with_pillow(tiny, monkeypatch):
     monkeypatch.setattr(loading, "FAST", {"turbo": missing, "ffcv": lambda: None, "dali": missing})
-    recipe = tiny(data={"loader": "auto"})
-    with world("cpu") as joined:
-        data = EvaluationData(recipe, open_dataset(recipe.data.val, "data.val"), joined)
+    with opened(EvaluationData, tiny(data={"loader": "auto"})) as data:
         assert data.loader.name == "torch"
-        data.close()
 
 
 def test_however_fast_another_decoder_is_it_does_not_take_part(tiny, monkeypatch):
@@ -96,11 +89,8 @@ def test_however_fast_another_decoder_is_it_does_not_take_part(tiny, monkeypatch
     for name, loader in (("turbo", Slow), ("ffcv", Instant)):
         monkeypatch.setitem(LOADERS, name, loader)
     monkeypatch.setattr(loading, "FAST", {"turbo": lambda: None, "ffcv": lambda: None, "dali": missing})
-    recipe = tiny(data={"loader": "auto"})
-    with world("cpu") as joined:
-        data = EvaluationData(recipe, open_dataset(recipe.data.val, "data.val"), joined)
+    with opened(EvaluationData, tiny(data={"loader": "auto"})) as data:
         assert data.loader.name == "turbo"
-        data.close()
 
 
 def test_on_a_gpu_dalis_own_pixels_take_no_part():
@@ -111,20 +101,14 @@ def test_on_a_gpu_dalis_own_pixels_take_no_part():
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", ["device", "host"])
 def test_every_outcome_of_the_stages_race_gives_the_same_batches(tiny, monkeypatch, stage):
-    from fastdeit import stage_choice
-    from fastdeit.data import TrainingData
-
     def choose(openers, first, device):
         return stage, "forced", openers[stage]()
 
     monkeypatch.setattr(stage_choice, "choose_stage", choose)
     recipe = tiny(data={"stage": "auto"}, run={"device": "cuda"})
-    host = replace(recipe, data=replace(recipe.data, stage="host"), run=replace(recipe.run, device="cpu"))
+    host = changed(recipe, data={"stage": "host"}, run={"device": "cpu"})
     found = []
     for one in (recipe, host):
-        with world(one.run.device) as joined:
-            data = TrainingData(one, open_dataset(one.data.train, "data.train"), joined)
-            with data.batches() as batches:
-                found.append([t.cpu().numpy() for _ in range(3) for t in next(batches).data.tensors()])
-            data.close()
+        with opened(TrainingData, one) as data, data.batches() as batches:
+            found.append([t.cpu().numpy() for _ in range(3) for t in next(batches).data.tensors()])
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))

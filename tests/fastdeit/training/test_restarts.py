@@ -7,8 +7,11 @@ from functools import partial
 import psutil
 import pytest
 
-from elastic import elastic, finish, kill_tree, logged, starter, wait_for, words_of, workers
+from elastic import elastic, kill_tree, logged, starter, words_of, workers
 from runs import assert_same_state, final_state
+from system import wait_for
+
+pytestmark = pytest.mark.slow
 
 RUN = {"epochs": 3, "eval_every": 3, "checkpoint_every": 1, "keep_checkpoints": 1}
 
@@ -24,7 +27,7 @@ def start():
 def undisturbed(tiny_in, tmp_path_factory):
     """The recipe of a run on two processes that has ended."""
     recipe = tiny_in(tmp_path_factory.mktemp("undisturbed") / "run", run=RUN)
-    finish(elastic(words_of(recipe), nproc_per_node=2))
+    elastic(words_of(recipe), nproc_per_node=2).finish()
     return recipe
 
 
@@ -47,7 +50,6 @@ def kill_one(process, recipe, rank, at):
     wait_for(lambda: not psutil.pid_exists(victim.pid), process)
 
 
-@pytest.mark.slow
 def test_killed_again_and_again_the_job_ends_with_the_same_bits(tiny, start, straight, events, monkeypatch):
     """With torchrun's own store, which keeps what the dead processes wrote."""
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
@@ -55,20 +57,19 @@ def test_killed_again_and_again_the_job_ends_with_the_same_bits(tiny, start, str
     process = start(recipe, max_restarts=3)
     for number, rank in enumerate((1, 0, 1)):
         kill_one(process, recipe, rank, at=3 + 4 * number)
-    finish(process)
+    process.finish()
     assert len(events(recipe.run.output, "resume")) == 3
     assert [event["global_step"] for event in events(recipe.run.output, "train")] == list(range(1, 16))
     assert_same_state(straight, final_state(recipe))
 
 
-@pytest.mark.slow
 def test_a_process_that_is_stopped_is_named_and_the_job_goes_on(tiny, start, straight):
     recipe = tiny(run={**RUN, "timeout_minutes": 0.1})
     process = start(recipe, max_restarts=1)
     wait_for(lambda: logged(recipe) >= 4 and len(workers(process)) == 2, process)
     victim = workers(process)[1]
     victim.send_signal(signal.SIGSTOP)
-    err = finish(process)
+    _, err = process.finish()
     assert f"rank 1 (process {victim.pid} on host " in err
     assert "has sent no heartbeat for 6 seconds" in err
     assert_same_state(straight, final_state(recipe))
@@ -92,10 +93,9 @@ def hang_once():
     TrainingStep.__call__ = hang_in_user_code
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_is_named_with_its_stack_and_the_job_goes_on(tiny, start, events):
     recipe = tiny(run={**RUN, "timeout_minutes": 0.2})
-    err = finish(start(recipe, max_restarts=1, before=hang_once))
+    _, err = start(recipe, max_restarts=1, before=hang_once).finish()
     assert "rank 1 (process " in err
     assert "has kept the others waiting for 0.2 minutes" in err
     assert "in hang_in_user_code" in err
@@ -104,30 +104,26 @@ def test_a_process_that_hangs_is_named_with_its_stack_and_the_job_goes_on(tiny, 
     assert [event["global_step"] for event in events(recipe.run.output, "train")] == list(range(1, 16))
 
 
-@pytest.mark.slow
 def test_if_torchrun_is_killed_its_processes_end_too(tiny, start, straight):
     recipe = tiny(run=RUN)
     process = start(recipe, max_restarts=1)
     wait_for(lambda: logged(recipe) >= 4 and len(workers(process)) == 2, process)
     orphans = workers(process)
     process.kill()
-    _, err = process.communicate(timeout=60)
     assert psutil.wait_procs(orphans, timeout=60)[1] == []
     _, err = process.communicate(timeout=60)
     for rank, orphan in enumerate(orphans):
         assert f"torchrun (process {process.pid}), which started rank {rank} (process {orphan.pid}), has ended" in err
-    process = start(recipe)
-    finish(process)
+    start(recipe).finish()
     assert_same_state(straight, final_state(recipe))
 
 
-@pytest.mark.slow
 def test_resumed_on_other_numbers_of_processes_the_losses_stay_the_same(tiny, start, straight_losses, events):
     recipe = tiny(run=RUN)
     for processes, at in ((1, 3), (2, 8), (4, None)):
         process = start(recipe, nproc_per_node=processes)
         if at is None:
-            finish(process)
+            process.finish()
         else:
             wait_for(lambda at=at: logged(recipe) >= at, process)
             kill_tree(process)

@@ -15,7 +15,8 @@ import pytest
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training import run_lock
 from fastdeit.training.run_lock import NAME, RunLock
-from system import refusing
+from refusals import refused
+from system import refusing, wait_for
 
 HOLD = """
 import sys, time, pathlib
@@ -61,8 +62,7 @@ def test_a_lock_that_only_another_machine_sees_counts_while_it_is_touched(tmp_pa
     other = threading.Thread(target=touch)
     other.start()
     try:
-        with pytest.raises(UserError, match=r"in use by process 4711 on host node17 .* does not see its lock"):
-            RunLock(tmp_path)
+        refused(r"in use by process 4711 on host node17 .* does not see its lock", RunLock, tmp_path)
     finally:
         ended.set()
         other.join()
@@ -79,8 +79,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.2)
     first = RunLock(tmp_path)
     assert "this file system has no locks" in first.notes[0]
-    with pytest.raises(UserError, match=rf"process {os.getpid()} on host"):
-        RunLock(tmp_path)
+    refused(rf"process {os.getpid()} on host", RunLock, tmp_path)
     first.close()
     RunLock(tmp_path).close()
 
@@ -109,13 +108,8 @@ def test_two_commands_with_one_output(tiny, launch):
     first = launch(recipe, wait=False)
     try:
         log = recipe.run.output / "log.jsonl"
-        end = time.monotonic() + 120
-        while not (log.exists() and '"train"' in log.read_text()):
-            assert first.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        second = launch(recipe)
-        assert second.returncode == 2
+        wait_for(lambda: log.exists() and '"train"' in log.read_text(), first)
+        second = launch(recipe, status=2)
         assert f"in use by process {first.pid} on host {socket.gethostname()}" in second.err
         assert log.read_text().count('"event": "start"') == 1
     finally:

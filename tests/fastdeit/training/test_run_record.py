@@ -1,7 +1,6 @@
 """`run.json`: the same id over all starts of a run, and how each was started."""
 
 import json
-import subprocess
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from fastdeit.distributed import World
 from fastdeit.training.run_record import describe_processes, record_start, source_commit
 from runs import train
+from system import run
 
 ALONE = World(0, 1, 1, torch.device("cpu"))
 
@@ -50,8 +50,7 @@ def test_the_log_names_the_run_and_a_file_that_is_not_ours_is_a_warning(tiny, ev
 def test_the_commit_is_of_the_files_own_checkout(tmp_path):
     def git(*words):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-        done = subprocess.run(["git", "-C", tmp_path, *identity, *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        return run("git", "-C", tmp_path, *identity, *words, check=True).stdout.strip()
 
     ours, installed = tmp_path / "ours.py", tmp_path / "site-packages" / "other.py"
     installed.parent.mkdir()

@@ -1,6 +1,5 @@
 """What a run says before its first step, and while it trains without a terminal."""
 
-import dataclasses
 import re
 from types import SimpleNamespace
 from typing import cast
@@ -12,10 +11,10 @@ import torch
 
 from fastdeit.distributed import World, world
 from fastdeit.inputs import DataSets
+from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.formats.dataset import Dataset, open_dataset
 from fastdeit.recipes import RECIPES, convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.training import progress
-from fastdeit.training.logs import RunLog
 from fastdeit.training.reports import report_end
 from fastdeit.training.startup import (
     forecast_run,
@@ -26,6 +25,7 @@ from fastdeit.training.startup import (
 )
 from fastdeit.training.state import RunState
 from fastdeit.training.trainer import Trainer
+from run_logs import run_log
 from runs import changed, newest, train
 
 
@@ -46,15 +46,8 @@ def test_probable_mistakes_are_said_in_the_opening_lines_and_in_the_log(tiny, ev
     opening = out[: out.index("epoch 1/1")]
     texts = warned(events, recipe)
     assert [f"warning: {text}\n" in opening for text in texts] == [True] * 4
-    average, few, same, warm_up = (
-        next(text for text in texts if phrase in text)
-        for phrase in (
-            "ema.decay 0.99996",
-            "of the 160 images, 3 times each",
-            "the same images as data.train",
-            "warmup",
-        )
-    )
+    phrases = ("ema.decay 0.99996", "of the 160 images, 3 times each", "the same images as data.train", "warmup")
+    average, few, same, warm_up = (next(text for text in texts if phrase in text) for phrase in phrases)
     assert "100% initial weights" in average
     assert "only 54" in few
     assert str(data / "train.beton") in same
@@ -75,8 +68,6 @@ def test_the_opening_lines_give_the_numbers_of_skipped_samples(tiny, capsys):
 
 @pytest.mark.slow
 def test_the_same_images_in_another_file_are_found(tiny, images, tmp_path, events):
-    from fastdeit.pipelines.conversion.convert import convert
-
     convert(str(images / "train"), tmp_path / "copy", format="webdataset", progress=False)
     recipe = tiny(data={"val": tmp_path / "copy", "repeats": 1}, run={"epochs": 1})
     train(recipe)
@@ -132,12 +123,9 @@ def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_
     train(first)
     weights = newest(first)
     capsys.readouterr()
+    trains = "in training mode, with stochastic depth 0.5 and dropout 0 (departures.finetune_mode 'train')"
     for base, training, said in (
-        (
-            deit_tiny,
-            True,
-            "in training mode, with stochastic depth 0.5 and dropout 0 (departures.finetune_mode 'train')",
-        ),
+        (deit_tiny, True, trains),
         (deit_tiny_384, False, "in eval mode: stochastic depth 0.5 and dropout 0 are off"),
     ):
         recipe = tiny(
@@ -148,7 +136,7 @@ def test_fine_tuning_says_its_mode_and_keeps_stochastic_depth(tiny, capsys, tmp_
             trainer.run()
             assert trainer.train_step.model.training == training
         assert said in capsys.readouterr().out
-    released = dataclasses.replace(deit_tiny(), compat="released").resolved()
+    released = changed(deit_tiny(), compat="released").resolved()
     assert released.departures.finetune_mode == "eval"  # the released code's model.train(args.finetune == '')
 
 
@@ -177,8 +165,6 @@ def test_an_epoch_ends_with_a_line_even_when_it_is_short(tiny, capsys):
 
 
 def test_compiling_is_announced_where_nothing_is_cached(monkeypatch):
-    from types import SimpleNamespace
-
     from fastdeit.pipelines.host import stage
 
     kept = SimpleNamespace(_cache=SimpleNamespace(_cache_file=SimpleNamespace(_load_index=lambda: {"key": 1})))
@@ -193,10 +179,10 @@ def test_compiling_is_announced_where_nothing_is_cached(monkeypatch):
     ("recipe", "said"),
     [
         (deit_tiny(), None),
-        (changed(deit_tiny(), "model", drop_rate=0.1), None),
-        (changed(convnet_teacher(), "model", drop_rate=0.1), "(model.drop_rate)"),
+        (changed(deit_tiny(), model={"drop_rate": 0.1}), None),
+        (changed(convnet_teacher(), model={"drop_rate": 0.1}), "(model.drop_rate)"),
         (convnet_teacher(), "batch normalisation"),
-        (dataclasses.replace(deit_tiny(), compat="released"), "departures.mix_group 0"),
+        (changed(deit_tiny(), compat="released"), "departures.mix_group 0"),
     ],
 )
 def test_what_depends_on_the_number_of_processes_is_said(recipe, said):
@@ -210,10 +196,8 @@ def test_a_resume_on_another_number_of_processes_says_what_differs(tiny):
     assert other_processes_sentence(tiny(), 2, 2) is None
     assert other_processes_sentence(tiny(), None, 2) is None
     changed = "the number of processes has changed from 2 to 1: "
-    assert other_processes_sentence(tiny(), 2, 1) == changed + "the losses differ by rounding only"
-    assert (
-        other_processes_sentence(tiny(model={"drop_rate": 0.1}), 2, 1) == changed + "the losses differ by rounding only"
-    )
+    for recipe in (tiny(), tiny(model={"drop_rate": 0.1})):
+        assert other_processes_sentence(recipe, 2, 1) == changed + "the losses differ by rounding only"
     convnet = other_processes_sentence(tiny(convnet_teacher, model={"drop_rate": 0.1}), 2, 1)
     assert convnet is not None
     assert convnet.startswith(changed + "each process draws dropout for its own share of the batch (model.drop_rate); ")
@@ -241,10 +225,9 @@ def test_a_run_on_a_known_card_has_a_forecast(monkeypatch):
 
 
 def test_the_end_of_a_run_is_compared_with_its_forecast(tmp_path, capsys):
-    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False, global_batch=8)
-    report_end(log, RunState(tmp_path, epoch=2), 120.0, 100.0)
-    report_end(log, RunState(tmp_path, epoch=2), 120.0, None)
-    log.close()
+    with run_log(tmp_path, global_batch=8) as log:
+        report_end(log, RunState(tmp_path, epoch=2), 120.0, 100.0)
+        report_end(log, RunState(tmp_path, epoch=2), 120.0, None)
     out = capsys.readouterr().out
     assert f"done: 2 epochs in 2m 00s, 1.20 times the forecast; {tmp_path}\n" in out
     assert f"done: 2 epochs in 2m 00s; {tmp_path}\n" in out

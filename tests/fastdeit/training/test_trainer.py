@@ -1,33 +1,32 @@
 """Training: what it logs, accumulation, stopping on NaN, the compat switch, fine-tuning, mistakes."""
 
-import dataclasses
 import math
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch._dynamo
 
 import steps
 from fastdeit import checkpoint
+from fastdeit.config import Departures
 from fastdeit.distributed import world
 from fastdeit.model.networks import build_network
-from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny, deit_tiny_384
 from fastdeit.teacher import teacher
 from fastdeit.training import step
 from fastdeit.training.best import best_names
 from fastdeit.training.divergence import DivergedError
 from fastdeit.training.trainer import Trainer
-from runs import changed, final_state, newest, train
+from refusals import refused
+from runs import changed, final_state, newest, same_values, train, trained
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_says_what_it_did(tiny, events, teacher_checkpoint):
-    recipe = tiny(
-        objective={"distillation": "hard"},
-        teacher={"name": "resnet10t", "checkpoint": teacher_checkpoint},
-        run={"epochs": 6, "tensorboard": True},
-    )
+def test_a_run_learns_and_says_what_it_did(tiny, events, taught):
+    recipe = tiny(**taught, run={"epochs": 6, "tensorboard": True})
     scores = train(recipe)
     assert scores["model"]["images"] == 44
     assert set(scores["ema"]) == {"images", "class", "distillation", "fused_probabilities", "fused_logits"}
@@ -48,11 +47,9 @@ def test_a_run_learns_and_says_what_it_did(tiny, events, teacher_checkpoint):
     assert [e["weights"] for e in events(folder, "eval")] == ["model", "ema"] * 6
     assert events(folder, "end")[0]["global_step"] == 30
     assert list((folder / "tensorboard").iterdir())
-    newest = checkpoint.found(folder / "checkpoints")[: recipe.run.keep_checkpoints]
-    best = {
-        path for path in checkpoint.found(folder / "checkpoints") if path.name in best_names(folder / "checkpoints")
-    }
-    assert set(checkpoint.found(folder / "checkpoints")) == {*newest, *best}
+    found = checkpoint.found(folder / "checkpoints")
+    best = [path for path in found if path.name in best_names(folder / "checkpoints")]
+    assert set(found) == {*found[: recipe.run.keep_checkpoints], *best}
 
 
 @pytest.mark.slow
@@ -66,15 +63,14 @@ def test_accumulation_keeps_the_global_batch(tiny, events):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoint, monkeypatch):
+def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, taught, monkeypatch):
     """aot_eager traces forward and backward as the default backend does, and then runs PyTorch's own ops."""
     for module in (step, teacher):
         monkeypatch.setattr(module, "COMPILER", "aot_eager")
     runs = [
         tiny(
+            **taught,
             model={"drop_path": 0.2},
-            objective={"distillation": "hard"},
-            teacher={"name": "resnet10t", "checkpoint": teacher_checkpoint},
             run={"output": tiny().run.output / compile, "compile": compile, "eval_every": 2},
         )
         for compile in ("off", "on")
@@ -87,28 +83,25 @@ def test_a_compiled_run_is_the_same_run_in_one_graph_each(tiny, teacher_checkpoi
     assert not counters["graph_break"]
     # Student and teacher in training, loss, and the student once more where it is evaluated, with batches of two sizes.
     assert counters["stats"]["unique_graphs"] <= 5
-    a, b = (final_state(r)["model"] for r in runs)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    with pytest.raises(UserError, match=r"another run.compile"):
-        train(changed(runs[1], "run", compile="off"))
+    assert same_values(*(final_state(r)["model"] for r in runs))
+    refused(r"another run.compile", train, changed(runs[1], run={"compile": "off"}))
 
 
 @pytest.mark.slow
 def test_same_seed_same_weights_other_seed_others(tiny):
-    runs = [tiny(run={"output": tiny().run.output / str(i), "seed": s}) for i, s in enumerate((0, 0, 1))]
-    for recipe in runs:
-        train(recipe)
-    a, b, c = (final_state(r)["model"] for r in runs)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert not all(torch.equal(a[k], c[k]) for k in a)
+    a, b, c = (
+        trained(tiny(run={"output": tiny().run.output / str(i), "seed": seed}))["model"]
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert same_values(a, b)
+    assert not same_values(a, c)
 
 
 def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
     recipe = tiny(optim={"lr": 1e30, "warmup_epochs": 0})
-    with pytest.raises(DivergedError, match="epoch 1, step") as caught:
-        train(recipe)
+    message = refused("epoch 1, step", train, recipe, error=DivergedError)
     record = events(recipe.run.output, "nonfinite")[0]
-    assert record["reproduction"] in str(caught.value)
+    assert record["reproduction"] in message
     saved = checkpoint.read_checkpoint(recipe.run.output / "nonfinite-rank0.pt")
     assert saved["index"].tolist() == record["indices"]
     assert saved["images"].shape == (32, 3, 32, 32)
@@ -123,9 +116,8 @@ def test_loss_that_is_not_finite_stops_with_a_reproduction(tiny, events):
 
 @pytest.mark.slow
 def test_released_compat(tiny, events, capsys):
-    recipe = dataclasses.replace(tiny(deit_tiny), compat="released", departures=type(tiny().departures)()).resolved()
-    recipe = changed(recipe, "run", epochs=3)
-    recipe = changed(recipe, "departures", epoch_multiple=32)
+    recipe = changed(tiny(deit_tiny, run={"epochs": 3}), compat="released", departures=Departures()).resolved()
+    recipe = changed(recipe, departures={"epoch_multiple": 32})
     scores = train(recipe)
     assert set(scores) == {"model"}  # its average is kept, never evaluated
     assert final_state(recipe)["ema"] is not None
@@ -158,8 +150,6 @@ def test_the_convnet_recipe_makes_a_teacher(teacher_checkpoint):
     state = checkpoint.load(teacher_checkpoint)
     assert state["arch"] == "resnet10t"
     assert state["num_classes"] == 4
-    import timm
-
     timm.create_model("resnet10t", num_classes=4).load_state_dict(state["model"], strict=True)
 
 
@@ -167,7 +157,7 @@ def test_the_convnet_recipe_makes_a_teacher(teacher_checkpoint):
     ("section", "values", "message"),
     [
         ("data", {"train": None}, "give --data.train"),
-        ("data", {"train": "nowhere.beton"}, "no such file"),
+        ("data", {"train": Path("nowhere.beton")}, "no such file"),
         ("model", {"num_classes": 2}, "classes, but .* has 4"),
         ("run", {"global_batch": 512}, "fewer than a global batch"),
         ("run", {"global_batch": 36}, r"^run\.global_batch is 36.* 32 or 40"),
@@ -175,25 +165,13 @@ def test_the_convnet_recipe_makes_a_teacher(teacher_checkpoint):
     ],
 )
 def test_mistakes_end_in_a_sentence(tiny, section, values, message):
-    from pathlib import Path
-
-    values = {k: Path(v) if k == "train" and v else v for k, v in values.items()}
-    with pytest.raises(UserError, match=message):
-        train(tiny(**{section: values}))
+    refused(message, lambda: train(tiny(**{section: values})))
 
 
 def test_classes_must_agree(tiny, images, tmp_path):
-    from fastdeit.pipelines.conversion.convert import convert
-
-    (tmp_path / "names.txt").write_text("class0\nclass1\nclass3\nclass2\n")
-    convert(
-        str(images / "val"),
-        tmp_path / "other.beton",
-        class_names=["class0", "class1", "class3", "class2"],
-        progress=False,
-    )
-    with pytest.raises(UserError, match="class 2 is 'class2' in one and 'class3' in the other"):
-        train(tiny(data={"val": tmp_path / "other.beton"}))
+    names = ["class0", "class1", "class3", "class2"]
+    convert(str(images / "val"), tmp_path / "other.beton", class_names=names, progress=False)
+    refused("class 2 is 'class2' in one and 'class3' in the other", train, tiny(data={"val": tmp_path / "other.beton"}))
 
 
 @pytest.mark.slow
@@ -209,10 +187,8 @@ def test_a_run_trains_from_its_machines_copy_and_resumes_without_it(tiny, tmp_pa
     half["run"]["epochs"] = 2
     train(tiny(**half))
     assert "copying" not in capsys.readouterr().out
-    copied = tiny(run={"output": tmp_path / "copied"}, data={"cache_dir": cache})
-    train(copied)
-    a, b = (final_state(recipe)["model"] for recipe in (whole, copied))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    copied = trained(tiny(run={"output": tmp_path / "copied"}, data={"cache_dir": cache}))
+    assert same_values(final_state(whole)["model"], copied["model"])
 
 
 def test_one_of_two_processes_copies(tiny, tmp_path):
@@ -234,8 +210,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
         trainer = Trainer(recipe, joined)
         with torch.no_grad():
             trainer.model.head.bias[0] = float("nan")
-        with pytest.raises(DivergedError, match="no checkpoint was written"):
-            trainer._save()
+        refused("no checkpoint was written", trainer._save, error=DivergedError)
         trainer.close()
     assert not checkpoint.found(recipe.run.output / "checkpoints")
 

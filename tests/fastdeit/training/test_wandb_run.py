@@ -1,14 +1,18 @@
 """`run.wandb`, offline; the judge is the file that W&B would send."""
 
 import json
+import os
 import re
+import sys
+from unittest.mock import Mock
 
 import pytest
 
 from fastdeit.pipelines.errors import UserError
-from fastdeit.training.logs import RunLog
 from fastdeit.training.wandb_run import open_wandb
-from forked import Forked
+from forked import succeed
+from refusals import refused
+from run_logs import open_log
 from runs import changed, train
 
 
@@ -42,8 +46,6 @@ def losses(path):
 
 
 def train_offline(recipe):
-    import os
-
     os.environ["WANDB_MODE"] = "offline"
     train(recipe)
 
@@ -52,9 +54,7 @@ def train_offline(recipe):
 def test_all_starts_are_one_run_with_the_losses_of_the_log(tiny, events):
     recipe = tiny(run={"epochs": 1, "tensorboard": True, "wandb": "deit"})
     for epochs in (1, 2):  # the second start resumes
-        process = Forked(train_offline, changed(recipe, "run", epochs=epochs, resume_changed=True))
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        out, _ = succeed(train_offline, changed(recipe, run={"epochs": epochs, "resume_changed": True}))
     folder = recipe.run.output
     run_id = json.loads((folder / "run.json").read_text())["id"]
     assert f"Weights & Biases: project deit, run {run_id} (offline)" in out
@@ -67,15 +67,11 @@ def test_all_starts_are_one_run_with_the_losses_of_the_log(tiny, events):
 
 
 def test_what_keeps_it_from_starting_is_told(tmp_path, monkeypatch):
-    log = RunLog(tmp_path, active=True, tensorboard=False, progress=False)
+    log = open_log(tmp_path)
+    refuse = Mock(side_effect=RuntimeError("No API key configured"))
     monkeypatch.setattr("wandb.init", refuse)
     with pytest.raises(UserError, match=re.escape("cannot be started (No API key configured): run `wandb login`, set")):
         open_wandb("deit", "0123abcd", tmp_path, {}, log)
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match=re.escape("pip install 'fastdeit[wandb]'")):
-        open_wandb("deit", "0123abcd", tmp_path, {}, log)
-
-
-def refuse(**options):
-    assert options["id"] == "0123abcd"
-    raise RuntimeError("No API key configured")
+    assert refuse.call_args.kwargs["id"] == "0123abcd"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(re.escape("pip install 'fastdeit[wandb]'"), open_wandb, "deit", "0123abcd", tmp_path, {}, log)

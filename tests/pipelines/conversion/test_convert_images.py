@@ -10,8 +10,10 @@ from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.encode import CHANGES
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.formats.beton import BetonDataset
-from pictures import encoded, picture
+from pictures import encoded, exif, picture
 from tiny_datasets import Items
+
+PHOTO = picture(0, (90, 60))
 
 
 def convert_one(tmp_path, item, **options):
@@ -33,14 +35,14 @@ def convert_one(tmp_path, item, **options):
 @pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": "4:4:4"}, {"quality": 30}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_kinds_of_jpeg_that_pass(tmp_path, mode, options):
-    file = encoded(picture(0, (90, 60)).convert(mode), "JPEG", **options)
+    file = encoded(PHOTO.convert(mode), "JPEG", **options)
     _, stored, done = convert_one(tmp_path, file)
     assert stored == file
     assert done == {"passed_through"}
 
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path):
-    file = encoded(picture(0, (90, 60)).convert("CMYK"), "JPEG", quality=95)
+    file = encoded(PHOTO.convert("CMYK"), "JPEG", quality=95)
     pixels, _, done = convert_one(tmp_path, file, quality=100)
     assert done == {"reencoded", "mode_converted"}
     assert np.abs(pixels.astype(int) - np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))).mean() < 1
@@ -48,9 +50,7 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = encoded(picture(0, (90, 60)), "JPEG", exif=exif, quality=95)
+    file = encoded(PHOTO, "JPEG", exif=exif(orientation), quality=95)
     pixels, stored, done = convert_one(tmp_path, file, quality=100)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
     assert np.abs(pixels.astype(int) - np.asarray(upright)).mean() < 1
@@ -60,7 +60,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGB", "CMYK", "YCbCr", "LAB"])
 def test_every_8_bit_mode_becomes_pils_rgb(tmp_path, mode):
-    image = (picture(0, (90, 60)).convert("L") if mode == "PA" else picture(0, (90, 60))).convert(mode)
+    image = (PHOTO.convert("L") if mode == "PA" else PHOTO).convert(mode)
     pixels, _, done = convert_one(tmp_path, encoded(image, "TIFF"), mode="raw")
     np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
     assert done == {"stored_raw", *(() if mode == "RGB" else ("mode_converted",))}
@@ -68,7 +68,7 @@ def test_every_8_bit_mode_becomes_pils_rgb(tmp_path, mode):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_16_bit_gray_is_scaled(tmp_path, dtype):
-    gray = np.asarray(picture(0, (90, 60)).convert("L"))
+    gray = np.asarray(PHOTO.convert("L"))
     wide = Image.fromarray(gray.astype(dtype) * 257)
     pixels, _, _ = convert_one(tmp_path, encoded(wide, "TIFF"), mode="raw")
     np.testing.assert_array_equal(pixels, np.repeat(gray[..., None], 3, axis=2))

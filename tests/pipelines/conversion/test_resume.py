@@ -25,10 +25,10 @@ from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
-from fastdeit.pipelines.formats.dataset import open_dataset
 from pictures import encoded, picture
-from system import refusing, run_python
-from tiny_datasets import FORMATS, Items, files
+from refusals import not_converted
+from system import refusing, run, run_python
+from tiny_datasets import FORMATS, Items, assert_whole, files, image_folder
 
 BAD = (3, 40, 41, 77)
 
@@ -40,12 +40,8 @@ def jpeg(seed):
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """120 JPEGs in four classes, four of them cut short."""
-    root = tmp_path_factory.mktemp("tree")
-    for i in range(120):
-        path = root / f"class{i // 30}" / f"{i:03d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(jpeg(i)[: 200 if i in BAD else None])
-    return root
+    images = [jpeg(i)[: 200 if i in BAD else None] for i in range(120)]
+    return image_folder(tmp_path_factory.mktemp("tree"), images, 4)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +52,13 @@ def data():
 def empty(folder):
     shutil.rmtree(folder)
     folder.mkdir()
+
+
+def unbroken(source, folder, **options):
+    """The files of an unbroken conversion to `folder / "data"`, a new folder; source is a path, or images."""
+    folder.mkdir()
+    convert(source, folder / "data", **{"progress": False, **options})
+    return files(folder)
 
 
 def interrupted(data, at, dest, **options):
@@ -69,9 +72,6 @@ def interrupted(data, at, dest, **options):
 SCRIPT = """
 import sys
 from fastdeit.pipelines.conversion import job
-from fastdeit.pipelines.conversion import convert as converting
-from fastdeit.pipelines.formats.beton_layout import MIN_PAGE
-from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.conversion.convert import convert
 
 if __name__ == "__main__":
@@ -86,8 +86,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("format", "workers"), [("beton", 1), ("webdataset", 1), ("beton", 2)])
 def test_killed_again_and_again(tree, out, tmp_path, format, workers):
     options = {"format": format, "shard_size": 13, "shuffle_seed": 1, "max_side": 35, "on_error": "skip"}
-    (tmp_path / "whole").mkdir()
-    convert(tree, tmp_path / "whole" / "data", progress=False, **options)
+    whole = unbroken(tree, tmp_path / "whole", **options)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tree), str(out / "data"), format, str(workers)]
@@ -105,8 +104,8 @@ def test_killed_again_and_again(tree, out, tmp_path, format, workers):
         if process.returncode:
             # Nothing that a reader takes for a data set.
             assert {path.name for path in out.iterdir()} <= {"data.journal", "data.partial", "data.json.partial"}
-    assert subprocess.run(command, check=False).returncode == 0
-    assert files(out) == files(tmp_path / "whole")
+    assert run(*command).returncode == 0
+    assert files(out) == whole
 
 
 @pytest.mark.slow
@@ -118,9 +117,7 @@ def test_whatever_a_crash_leaves_can_be_resumed(data, out, tmp_path, format, mon
     monkeypatch.setattr(converting, "BetonWriter", functools.partial(BetonWriter, page_size=MIN_PAGE))
     options = {"format": format, "shard_size": 8, "on_error": "skip", "progress": False}
     data = [*data[:5], b"bad", b"bad", *data[7:20], b"bad", *data[21:]]
-    (tmp_path / "whole").mkdir()
-    convert(Items(data), tmp_path / "whole" / "data", **options)
-    whole = files(tmp_path / "whole")
+    whole = unbroken(Items(data), tmp_path / "whole", **options)
     rng = np.random.default_rng(0)
     resumed = []
     for _ in range(30):
@@ -148,27 +145,23 @@ def test_whatever_a_crash_leaves_can_be_resumed(data, out, tmp_path, format, mon
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_interrupted_resumption_is_resumed(data, tmp_path, format):
+def test_an_interrupted_resumption_is_resumed(data, out, tmp_path, format):
     options = {"format": format, "shard_size": 7}
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "out").mkdir()
-    convert(Items(data), tmp_path / "whole" / "data", progress=False, **options)
+    whole = unbroken(Items(data), tmp_path / "whole", **options)
     for at in (4, 4, 11, 29):
-        interrupted(data, at, tmp_path / "out" / "data", resume=True, **options)
-    report = convert(Items(data), tmp_path / "out" / "data", resume=True, progress=False, **options)
+        interrupted(data, at, out / "data", resume=True, **options)
+    report = convert(Items(data), out / "data", resume=True, progress=False, **options)
     assert report.done == 1
     assert report.notes == ["it continued after 29 images of an interrupted conversion"]
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(out) == whole
 
 
 def test_another_conversion_is_not_resumed(data, tmp_path):
     dest = tmp_path / "data"
     interrupted(data, 9, dest, quality=90)
     left = files(tmp_path)
-    named = Items(data)
+    named, classes = Items(data), Items(data, class_names=("a", "b", "d"))
     named.name = lambda index: f"thing {index}"
-    classes = Items(data)
-    classes.class_names = ("a", "b", "d")
     for source, options, reason in (
         (Items(data), {"quality": 91}, "options.quality was 90 and is now 91"),
         (Items(data), {"shuffle_seed": 0}, "options.shuffle_seed was null and is now 0"),
@@ -196,8 +189,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
     convert(Items(data), tmp_path / "mended", progress=False)
     convert(Items(items), tmp_path / "skipped", on_error="skip", progress=False)
     for dest, source, on_error in (("a", data, "fail"), ("b", items, "skip")):
-        with pytest.raises(ConvertError, match="item 6, sample 6"):
-            convert(Items(items), tmp_path / dest, progress=False)
+        not_converted("item 6, sample 6", Items(items), tmp_path / dest)
         report = convert(Items(source), tmp_path / dest, on_error=on_error, resume=True, progress=False)
         assert report.done == 24
     for one, other in (("a", "mended"), ("b", "skipped")):
@@ -205,8 +197,7 @@ def test_a_bad_image_is_mended_or_left_out(data, tmp_path):
             assert (tmp_path / (one + suffix)).read_bytes() == (tmp_path / (other + suffix)).read_bytes()
     # What was left out is not taken back by a stricter resumption.
     interrupted(items, 20, tmp_path / "c", on_error="skip")
-    with pytest.raises(ConvertError, match=r"item 6, sample 6: was left out before .* start again"):
-        convert(Items(items), tmp_path / "c", resume=True, progress=False)
+    not_converted(r"item 6, sample 6: was left out before .* start again", Items(items), tmp_path / "c", resume=True)
     assert convert(Items(items), tmp_path / "c", on_error="skip", resume=True, progress=False).done == 10
 
 
@@ -218,9 +209,7 @@ def test_what_is_not_resumed_is_replaced_and_said(data, tmp_path, format):
     interrupted(data, 9, dest, format=format)
     report = convert(Items(data[:5]), dest, format=format, progress=False)
     assert report.notes == ["an interrupted conversion had done 9 images, which --resume would have kept"]
-    with open_dataset(dest) as dataset:
-        assert len(dataset) == 5
-        assert dataset.check() == []
+    assert_whole(dest, 5)
     assert not {"data.journal", "data.partial"} & {path.name for path in tmp_path.iterdir()}
 
 
@@ -228,8 +217,7 @@ def test_what_another_format_left_is_not_touched(data, tmp_path):
     for format, other in ((FORMATS[0], FORMATS[1]), (FORMATS[1], FORMATS[0])):
         interrupted(data, 9, tmp_path / format, format=format)
         left = files(tmp_path)
-        with pytest.raises(UserError, match=rf"{format}\.partial: is "):
-            convert(Items(data), tmp_path / format, format=other, progress=False)
+        not_converted(rf"{format}\.partial: is ", Items(data), tmp_path / format, format=other, error=UserError)
         assert files(tmp_path) == left
         assert convert(Items(data), tmp_path / format, format=format, resume=True, progress=False).done == 21
 
@@ -270,8 +258,7 @@ def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, num
     items = [*data[:2], b"bad", *data[3:6]]
     options = {"format": format, "shard_size": 3, "on_error": "skip", "progress": False}
     fails_at = -1
-    (tmp_path / "whole").mkdir()
-    convert(Items(items), tmp_path / "whole" / "data", **options)
+    whole = unbroken(Items(items), tmp_path / "whole", **options)
     calls = next(remaining)
     assert calls > 15
     done = []
@@ -281,7 +268,7 @@ def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, num
             convert(Items(items), out / "data", **options)
         if fails_at == calls - 1:  # of the folder, after all has its name
             assert "data: is complete, but may not survive a power cut" in str(caught.value)
-            assert files(out) == files(tmp_path / "whole")
+            assert files(out) == whole
             break
         assert "cannot be written" in str(caught.value)
         kept = re.search(r"(\d+) of 6 images are kept in .*data\.partial: make room", str(caught.value))
@@ -292,7 +279,7 @@ def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, num
         remaining = itertools.count(calls)
         report = convert(Items(items), out / "data", resume=True, **options)
         assert 6 - report.done == done[-1]
-        assert files(out) == files(tmp_path / "whole")
+        assert files(out) == whole
         empty(out)
     # Nothing is lost that an earlier sync had on disk.
     assert done == sorted(done)
@@ -303,9 +290,8 @@ def test_a_full_disk_at_every_sync(data, out, tmp_path, monkeypatch, format, num
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupt_at_any_sync_loses_no_image(data, out, tmp_path, monkeypatch, format, before):
     """Ctrl-C just before or just after a sync; each image that was encoded is kept, once."""
-    (tmp_path / "whole").mkdir()
     options = {"format": format, "shard_size": 3, "progress": False}
-    convert(Items(data[:6]), tmp_path / "whole" / "data", **options)
+    whole = unbroken(Items(data[:6]), tmp_path / "whole", **options)
     monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
     sync = os.fsync
 
@@ -325,7 +311,7 @@ def test_an_interrupt_at_any_sync_loses_no_image(data, out, tmp_path, monkeypatc
             convert(Items(data[:6]), out / "data", **options)
         remaining = itertools.count(100)
         kept.append(6 - convert(Items(data[:6]), out / "data", resume=True, **options).done)
-        assert files(out) == files(tmp_path / "whole")
+        assert files(out) == whole
         empty(out)
     assert kept == sorted(kept)
     assert kept[1] >= 1
@@ -358,9 +344,8 @@ for limit in range(base + 10_000, base + 200_000, 19_997):
 @pytest.mark.parametrize("format", FORMATS)
 def test_resuming_on_a_full_disk_loses_nothing(tree, out, tmp_path, format):
     """Judged by the kernel, which lets no file grow; each limit is met twice, and the next one is a little higher."""
-    (tmp_path / "whole").mkdir()
     options = {"format": format, "on_error": "skip", "mode": "raw", "progress": False}
-    convert(tree, tmp_path / "whole" / "data", **options)
+    whole = unbroken(tree, tmp_path / "whole", **options)
     done = run_python("-c", FILL, tree, out / "data", format, check=True)
     kept = [int(line) for line in done.stdout.split()]
     assert kept == sorted(kept)
@@ -372,16 +357,15 @@ def test_resuming_on_a_full_disk_loses_nothing(tree, out, tmp_path, format):
     assert sum(path.stat().st_blocks for path in stored) * 512 < 400_000
     report = convert(tree, out / "data", resume=True, **options)
     assert 120 - report.done == kept[-1]
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == whole
 
 
 def test_a_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "FLUSH_SECONDS", 0.0)
     interrupted(data, 9, tmp_path / "data")
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "fsync", refusing(errno.EIO))
-        with pytest.raises(ConvertError, match=r"data: cannot be written \(Input/output error\)"):
-            convert(Items(data), tmp_path / "data", resume=True, progress=False)
+    monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
+    not_converted(r"data: cannot be written \(Input/output error\)", Items(data), tmp_path / "data", resume=True)
+    monkeypatch.undo()
     assert convert(Items(data), tmp_path / "data", resume=True, progress=False).done == 21
 
 

@@ -1,7 +1,6 @@
 """The device stage against the host stage, which is tested against PIL, timm and torchvision: to the bit."""
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,15 +11,10 @@ from fastdeit.pipelines.device.stage import DeviceStage
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.plan.plan import CODE, CUTMIX, MIXUP, NO_MIX, OPS, evaluation_plan
+from operators import assert_same_batch, never_waiting
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(17, 21), (26, 15), (13, 24), (1, 1), (30, 3), (2, 20), (12, 12), (18, 9)]
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
 
 
 def host_stage(pool, size, dtype=torch.float32):
@@ -31,24 +25,13 @@ def device_stage(device, size, **options):
     return DeviceStage(size, MEAN, STD, device=device, **options)
 
 
-def assert_equal(batch, expected):
-    for field in dataclasses.fields(expected):
-        ours, host = getattr(batch, field.name).cpu(), getattr(expected, field.name)
-        assert ours.dtype == host.dtype, field.name
-        assert torch.equal(ours, host), f"{field.name}: samples {_differing(ours, host)}"
-
-
-def _differing(ours, host):
-    return [sample for sample, (a, b) in enumerate(zip(ours, host, strict=True)) if not torch.equal(a, b)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "samples", "groups", "layers"), [(12, 24, 6, 2), (13, 12, 6, 3), (16, 8, 2, 2), (17, 12, 6, 4)]
 )
 def test_random_plans_equal_the_host_stage_to_the_bit(size, samples, groups, layers, pool, device, drawn):
     decoded, plan = drawn(size, SIZES, samples, size, groups=groups, layers=layers)
-    assert_equal(device_stage(device, size)(decoded, plan), host_stage(pool, size)(decoded, plan))
+    assert_same_batch(device_stage(device, size)(decoded, plan), host_stage(pool, size)(decoded, plan))
 
 
 @pytest.mark.slow
@@ -64,7 +47,7 @@ def test_every_operation_equals_the_host_stage_to_the_bit(name, pool, device, ma
         interp=np.array([[2], [3], [2], [3]], np.int8),
         mix=np.full(4, NO_MIX, np.int8),
     )
-    assert_equal(device_stage(device, 14)(decoded, plan), host_stage(pool, 14)(decoded, plan))
+    assert_same_batch(device_stage(device, 14)(decoded, plan), host_stage(pool, 14)(decoded, plan))
 
 
 @pytest.mark.gpu
@@ -75,11 +58,11 @@ def test_random_plans_equal_the_host_stage_at_full_size(size, pool, device, make
     stage, host = device_stage(device, size), host_stage(pool, size)
     for layers in (2, 4):
         plan = make_plan(rng, decoded, size, groups=4, layers=layers)
-        assert_equal(stage(decoded, plan), host(decoded, plan))
+        assert_same_batch(stage(decoded, plan), host(decoded, plan))
     expected = host(decoded, plan)
     for dtype in (torch.bfloat16, torch.float16):
         narrow = dataclasses.replace(expected, images=expected.images.to(dtype))
-        assert_equal(device_stage(device, size, dtype=dtype)(decoded, plan), narrow)
+        assert_same_batch(device_stage(device, size, dtype=dtype)(decoded, plan), narrow)
 
 
 @pytest.mark.slow
@@ -109,7 +92,7 @@ def test_evaluation_equals_the_host_stage_to_the_bit(size, crop, pool, device, m
     decoded = make_decoded(rng, [(30, 41), (41, 30), (18, 18), (9, 8), (12, 50), (60, 11)], 6)
     decoded = dataclasses.replace(decoded, source=np.arange(6, dtype=np.int32))
     plan = evaluation_plan(decoded.index, decoded.height, decoded.width, size, crop)
-    assert_equal(device_stage(device, size)(decoded, plan), host_stage(pool, size)(decoded, plan))
+    assert_same_batch(device_stage(device, size)(decoded, plan), host_stage(pool, size)(decoded, plan))
 
 
 @pytest.mark.slow
@@ -133,7 +116,7 @@ def test_pixels_outside_the_decoded_region_change_nothing(pool, device, drawn):
     for slot, (top, left, height, width) in enumerate(crop[::2]):
         box = slice(top, top + height), slice(left, left + width)
         garbled.image(slot)[box] = decoded.image(slot)[box]
-    assert_equal(device_stage(device, 12)(garbled, plan), dataclasses.replace(before, images=before.images.cpu()))
+    assert_same_batch(device_stage(device, 12)(garbled, plan), before)
 
 
 @pytest.mark.slow
@@ -146,7 +129,7 @@ def test_a_batch_is_not_overwritten_by_those_that_follow(pool, device, make_deco
         plan = make_plan(rng, decoded, 6, groups=1, layers=1)
         batches.append((stage(decoded, plan), host(decoded, plan)))
     for ours, expected in batches:
-        assert_equal(ours, expected)
+        assert_same_batch(ours, expected)
 
 
 @pytest.mark.slow
@@ -154,7 +137,7 @@ def test_a_batch_is_not_overwritten_by_those_that_follow(pool, device, make_deco
 def test_what_does_not_mix_need_not_be_paired(samples, groups, pool, device, drawn):
     decoded, plan = drawn(samples, SIZES, samples, 7, groups=groups, layers=1)
     plan = dataclasses.replace(plan, mix=np.full(groups, NO_MIX, np.int8), lam=np.ones(groups))
-    assert_equal(device_stage(device, 7)(decoded, plan), host_stage(pool, 7)(decoded, plan))
+    assert_same_batch(device_stage(device, 7)(decoded, plan), host_stage(pool, 7)(decoded, plan))
 
 
 def test_an_empty_batch(pool, device, make_decoded, make_plan):
@@ -239,7 +222,7 @@ def test_pixels_may_be_pinned_or_on_the_device_already(pool, device, make_decode
         plan = make_plan(rng, decoded, 64, groups=2)
         pixels = torch.from_numpy(decoded.pixels)
         for given in (decoded.pixels, pixels.pin_memory().numpy(), pixels.to(device)):
-            assert_equal(stage(dataclasses.replace(decoded, pixels=given), plan), host(decoded, plan))
+            assert_same_batch(stage(dataclasses.replace(decoded, pixels=given), plan), host(decoded, plan))
     assert stage.passed_on == 6
 
 
@@ -254,14 +237,10 @@ def test_many_batches_in_a_row_wait_for_nothing(pool, device, make_decoded, make
         inputs.append((decoded, make_plan(rng, decoded, 96, groups=2)))
     for pair in inputs[:3]:
         stage(*pair)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         batches = [stage(*pair) for pair in inputs]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for batch, pair in zip(batches, inputs, strict=True):
-        assert_equal(batch, host(*pair))
+        assert_same_batch(batch, host(*pair))
 
 
 @pytest.mark.gpu

@@ -10,10 +10,9 @@ from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, sidecar_path
 from fastdeit.pipelines.formats.checksums import Checksums, unchecked
 from fastdeit.pipelines.formats.dataset import open_dataset
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.choose import LOADERS, choose_loader, open_loader
+from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered, need_loader
 from pictures import decoded_or_none, picture
 from tiny_datasets import stored, write
 
@@ -50,15 +49,6 @@ def rotten(request, tmp_path_factory):
 
 
 BAD = {2: 3, RAW_AT: 8, 11: 13, 12: 13, COUNT - 1: 0}
-
-
-@pytest.fixture(params=LOADERS)
-def opened(request):
-    need_loader(request.param)
-    with make_pool(3) as pool:
-        yield lambda dataset, order, **options: Ordered(
-            open_loader(request.param, dataset, pool=pool, threads=3, **options), order
-        )
 
 
 @pytest.mark.slow

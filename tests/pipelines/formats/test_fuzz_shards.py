@@ -4,7 +4,6 @@ FASTDEIT_FUZZ multiplies the number of cases.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import zlib
@@ -12,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from damage import BLOCK, mutate, uniform
+from damage import BLOCK, mutate, same_json, uniform
 from fastdeit.pipelines.formats import sidecar
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.shard_layout import SAMPLE, ShardError
@@ -35,14 +34,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def own(made, tmp_path):
     return shutil.copytree(made, tmp_path / "train")
-
-
-def same_json(one, other):
-    """Whether they differ in white space, which says nothing, or not at all."""
-    try:
-        return json.loads(one) == json.loads(other)
-    except ValueError:
-        return False
 
 
 def outcome(path, original):

@@ -8,7 +8,6 @@ from collections import namedtuple
 
 import pytest
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats import local_copy as module
 from fastdeit.pipelines.formats.beton_layout import sidecar_path
 from fastdeit.pipelines.formats.dataset import open_dataset
@@ -17,6 +16,7 @@ from fastdeit.pipelines.formats.sidecar import _seal
 from fastdeit.pipelines.formats.sidecar import write as write_sidecar
 from fastdeit.pipelines.machine import MachineError
 from pictures import picture
+from refusals import refused
 from tiny_datasets import stored, write
 
 
@@ -85,8 +85,7 @@ def test_a_damaged_image_is_named_and_leaves_no_copy(tmp_path):
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(UserError, match="the checksum of image 1 is wrong after copying"):
-        fill(tmp_path / "cache", open_dataset(original.path))
+    refused("the checksum of image 1 is wrong after copying", fill, tmp_path / "cache", open_dataset(original.path))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
@@ -102,8 +101,7 @@ def test_a_full_disk_is_the_machines_fault(original, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr(module, "_copy", full)
-    with pytest.raises(MachineError, match=r"cannot be copied to .*: No space left"):
-        fill(tmp_path / "cache", original)
+    refused(r"cannot be copied to .*: No space left", fill, tmp_path / "cache", original, error=MachineError)
 
 
 def test_what_a_killed_process_left_is_removed_first(original, tmp_path, monkeypatch):
@@ -162,8 +160,7 @@ def test_a_finished_copy_needs_no_lock(original, tmp_path):
 def test_without_checksums_there_is_no_copy(tmp_path):
     original = make(tmp_path / "train.beton")
     sidecar_path(original.path).unlink()
-    with pytest.raises(UserError, match=r"has no checksums, so a copy .* --data\.cache_dir"):
-        fill(tmp_path / "cache", open_dataset(original.path))
+    refused(r"has no checksums, so a copy .* --data\.cache_dir", fill, tmp_path / "cache", open_dataset(original.path))
 
 
 def test_a_copy_that_somebody_changed_is_refused(original, tmp_path):
@@ -172,5 +169,4 @@ def test_a_copy_that_somebody_changed_is_refused(original, tmp_path):
         shutil.rmtree(copy.path)
     else:
         copy.path.unlink()
-    with pytest.raises(UserError, match=r"delete the folder .*, and the next run copies it again"):
-        fill(tmp_path / "cache", original)
+    refused(r"delete the folder .*, and the next run copies it again", fill, tmp_path / "cache", original)

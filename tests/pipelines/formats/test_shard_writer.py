@@ -5,10 +5,12 @@ import os
 import shutil
 import tarfile
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
 
+import refusals
 from fastdeit.pipelines.formats import shard_writer
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.shard_layout import ShardError
@@ -17,11 +19,21 @@ from fastdeit.pipelines.formats.shards import ShardDataset
 from fastdeit.pipelines.formats.writer import Record
 from fastdeit.pipelines.machine import MachineError
 from system import run_python
-from tiny_datasets import CLASS_NAMES, files, make_samples, write_shards
+from tiny_datasets import CLASS_NAMES, assert_whole, files, make_samples, write_shards
+
+refused = partial(refusals.refused, error=ShardError)
 
 
 def record(data, described):
     return Record(size=len(data), crc32=zlib.crc32(data), **described)
+
+
+def take_up(writer, samples, left):
+    """Restore `left` of the samples and write the rest."""
+    assert writer.restore(record(*sample) for sample in samples) == left
+    for data, described in samples[left:]:
+        writer.add(data, **described)
+    writer.finish(class_names=CLASS_NAMES, source={"kind": "test"})
 
 
 @pytest.mark.parametrize(
@@ -67,8 +79,7 @@ def test_nothing_has_the_name_before_all_is_complete(samples, tmp_path):
         for data, described in samples[:8]:
             writer.add(data, **described)
         assert [p.name for p in tmp_path.iterdir()] == ["train.partial"]
-        with pytest.raises(ShardError, match=r"it has no samples\.npy"):
-            ShardDataset(tmp_path / "train.partial")
+        refused(r"it has no samples\.npy", ShardDataset, tmp_path / "train.partial")
     assert not list(tmp_path.iterdir())
 
 
@@ -82,10 +93,7 @@ def test_an_interrupted_writer_is_taken_up(made_shards, samples, tmp_path, done)
             if i == done // 2:
                 writer.flush()
     with ShardWriter(path, 11, **options) as writer:
-        assert writer.restore(record(*sample) for sample in samples) == done
-        for data, described in samples[done:]:
-            writer.add(data, **described)
-        writer.finish(class_names=CLASS_NAMES, source={"kind": "test"})
+        take_up(writer, samples, done)
     assert [p.name for p in tmp_path.iterdir()] == ["train"]
     assert files(path) == files(made_shards)
 
@@ -107,10 +115,7 @@ def test_what_is_damaged_is_not_taken_up(made_shards, samples, tmp_path, name, p
         file.seek(place, os.SEEK_SET if place >= 0 else os.SEEK_END)
         file.write(b"\1")
     with ShardWriter(path, 11, shard_size=3, nodes=2) as writer:
-        assert writer.restore(record(*sample) for sample in samples) == left
-        for data, described in samples[left:]:
-            writer.add(data, **described)
-        writer.finish(class_names=CLASS_NAMES, source={"kind": "test"})
+        take_up(writer, samples, left)
     assert files(path) == files(made_shards)
 
 
@@ -127,17 +132,12 @@ def test_a_data_set_is_replaced_whole(own, samples, monkeypatch, exchange):
     old.read(0)
     write_shards(own, samples[:2], shard_size=1)
     assert [p.name for p in own.parent.iterdir()] == ["train"]
-    with ShardDataset(own) as new:
-        assert len(new) == 2
-        assert new.check() == []
+    assert_whole(own, 2)
     # What is open is still the old data; what would be opened now is not.
     assert old.read(1).tobytes() == samples[1][0]
-    with pytest.raises(ShardError, match=r"shard-000001\.tar, sample 3: it was changed or replaced"):
-        old.read(3)
-    with pytest.raises(
-        MachineError, match=r"shard-000003\.tar, sample 10: cannot be opened: No such file or directory: it was there"
-    ):
-        old.read(10)
+    refused(r"shard-000001\.tar, sample 3: it was changed or replaced", old.read, 3)
+    gone = r"shard-000003\.tar, sample 10: cannot be opened: No such file or directory: it was there"
+    refused(gone, old.read, 10, error=MachineError)
 
 
 def test_files_of_others_are_not_touched(samples, tmp_path):
@@ -145,27 +145,22 @@ def test_files_of_others_are_not_touched(samples, tmp_path):
     folder.mkdir()
     write_shards(folder, samples[:1])  # an empty folder is as good as none
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(ShardError, match=r"photos: holds letter\.txt, which is not part of a data set"):
-        ShardWriter(folder, 1)
+    refused(r"photos: holds letter\.txt, which is not part of a data set", ShardWriter, folder, 1)
     other = tmp_path / "other"
     other.mkdir()
     (other / "shard-000000.tar").write_bytes(b"somebody's")
-    with pytest.raises(ShardError, match=r"other: is not a data set .*it has no samples\.npy\): move it away"):
-        ShardWriter(other, 1)
+    refused(r"other: is not a data set .*it has no samples\.npy\): move it away", ShardWriter, other, 1)
     partial = tmp_path / "new.partial"
     (partial / "nodes").mkdir(parents=True)
     (partial / "nodes" / "mine").write_text("")
     with ShardWriter(tmp_path / "new", 1) as writer:
-        with pytest.raises(ShardError, match=r"new\.partial: holds nodes/mine"):
-            writer.add(samples[0][0], **samples[0][1])
-        with pytest.raises(ShardError, match=r"new\.partial: holds nodes/mine"):
-            writer.restore([])
+        refused(r"new\.partial: holds nodes/mine", writer.add, samples[0][0], **samples[0][1])
+        refused(r"new\.partial: holds nodes/mine", writer.restore, [])
     assert (partial / "nodes" / "mine").exists()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(folder)
     for name in ("file", "link"):
-        with pytest.raises(ShardError, match="is not a folder"):
-            ShardWriter(tmp_path / name, 1)
+        refused("is not a folder", ShardWriter, tmp_path / name, 1)
         (tmp_path / f"of-{name}.partial").symlink_to(tmp_path / name)
         with (
             ShardWriter(tmp_path / f"of-{name}", 1) as writer,
@@ -185,18 +180,13 @@ def test_what_cannot_be_stored_is_said(tmp_path):
             (b"12", {"height": 0}, "2 x 0 pixels"),
             (b"12", {"label": -1}, "label -1 is negative"),
         ]:
-            with pytest.raises(ShardError, match=message):
-                writer.add(data, **{**good, **changed})
-        with pytest.raises(ShardError, match="no samples to write"):
-            writer.finish(class_names=CLASS_NAMES)
+            refused(message, writer.add, data, **{**good, **changed})
+        refused("no samples to write", writer.finish, class_names=CLASS_NAMES)
         writer.add(b"12", **good)
-        with pytest.raises(ShardError, match="more samples than the 1 announced"):
-            writer.add(b"12", **good)
-        with pytest.raises(ShardError, match="0 class names, but label 0"):
-            writer.finish(class_names=[])
+        refused("more samples than the 1 announced", writer.add, b"12", **good)
+        refused("0 class names, but label 0", writer.finish, class_names=[])
     for capacity, options in [(0, {}), (10**9 + 1, {}), (1, {"shard_size": 0}), (1, {"nodes": 0})]:
-        with pytest.raises(ShardError, match=r"give 1 or more|shards hold from 1"):
-            ShardWriter(tmp_path / "d", capacity, **options)
+        refused(r"give 1 or more|shards hold from 1", ShardWriter, tmp_path / "d", capacity, **options)
     with pytest.raises(ShardError, match=r"5 samples cannot be 6 shards, a multiple of 3 nodes"):
         ShardWriter(tmp_path / "d", 5, shard_size=1, nodes=3)
 

@@ -1,9 +1,9 @@
 """What `auto` chooses, why it says so, and that timing changes nothing; the judge of speed is a loader that sleeps."""
 
 import importlib.util
-import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from fastdeit.pipelines.loaders.choose import choose_loader, open_loader
 from fastdeit.pipelines.loaders.pillow import TorchLoader
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from pictures import picture
+from refusals import refused
+from system import run_python
 from tiny_datasets import stored
 
 COUNT = 40
@@ -124,10 +126,8 @@ def test_the_time_it_takes_is_bounded(candidates, jpegs, options, monkeypatch):
 
 def test_one_alone_is_not_timed(candidates, jpegs, options):
     used = candidates(alone=0)
-    assert choose_loader(jpegs, first_step(COUNT, 10), **options) == (
-        "alone",
-        "the only one of alone that is installed",
-    )
+    chosen = choose_loader(jpegs, first_step(COUNT, 10), **options)
+    assert chosen == ("alone", "the only one of alone that is installed")
     assert used == []
 
 
@@ -162,10 +162,7 @@ def test_an_image_that_does_not_decode_is_told(candidates, tmp_path, options):
 
 def test_one_that_cannot_be_opened_is_told(candidates, jpegs, options, monkeypatch):
     candidates(a=0, b=0.002, c=0)
-
-    def fail(self, *unused):
-        raise UserError("its library is broken: install another")
-
+    fail = Mock(side_effect=UserError("its library is broken: install another"))
     for method in ("_load", "decode_image"):
         monkeypatch.setitem(loading.LOADERS, "c", type("Broken", (TorchLoader,), {method: fail}))
         name, reason = choose_loader(jpegs, first_step(COUNT, 10), **options)
@@ -188,8 +185,7 @@ def test_without_any_it_is_torch_and_says_what_to_install(jpegs, options, monkey
     assert "NVIDIA DALI, which is not installed: pip install 'fastdeit[dali]'" in reason
     assert "libjpeg-turbo" in reason
     for name in ("ffcv", "dali", "turbo"):
-        with pytest.raises(UserError, match="install"):
-            open_loader(name, jpegs, **options)
+        refused("install", open_loader, name, jpegs, **options)
 
 
 def test_a_broken_ffcv_library_is_reported(tmp_path, monkeypatch):
@@ -199,8 +195,7 @@ def test_a_broken_ffcv_library_is_reported(tmp_path, monkeypatch):
     (package / "_libffcv.so").write_bytes(b"no library")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "ffcv", raising=False)  # a test before this one may have imported the real one
-    with pytest.raises(UserError, match="cannot be loaded"):
-        loading.find_libffcv()
+    refused("cannot be loaded", loading.find_libffcv)
 
 
 @pytest.mark.slow
@@ -216,9 +211,8 @@ for find in FAST.values():
         pass
 assert not {"ffcv", "nvidia.dali"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python("-c", code, check=True, timeout=60)
 
 
 def test_an_unknown_loader_is_refused(jpegs, options):
-    with pytest.raises(UserError, match="'none' is not one of auto, turbo, ffcv, dali, torch"):
-        open_loader("none", jpegs, **options)
+    refused("'none' is not one of auto, turbo, ffcv, dali, torch", open_loader, "none", jpegs, **options)

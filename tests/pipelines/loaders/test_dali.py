@@ -8,25 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.loaders import dali
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.dali import DaliLoader
 from fastdeit.pipelines.loaders.jpeg_markers import frame_size, is_common, is_whole
-from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered, assert_images, need_loader
-from pictures import KINDS, SAMPLINGS, decoded_or_none, exif, jpeg, picture
+from ordered import Ordered, assert_images, first_batch, need_loader
+from pictures import SAMPLINGS, decoded_or_none, jpeg, picture, plain_file, random_jpegs
+from refusals import refused
 from tiny_datasets import stored, write
 
 need_loader("dali")
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with make_pool(2) as pool:
-        yield pool
 
 
 @pytest.fixture
@@ -41,28 +34,16 @@ def opened(pool):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_every_pixel_is_pillows(opened, tmp_path, sampled_jpeg, sampling):
     rng = np.random.default_rng(SAMPLINGS.index(sampling))
-    images = []
-    for i, options in enumerate(KINDS * 16):
-        size = int(rng.integers(1, 140)), int(rng.integers(1, 140))
-        images.append(sampled_jpeg(i, size, sampling, quality=int(rng.integers(5, 101)), **options))
-    with opened(write(tmp_path / "k.beton", images)) as loader:
-        batch = next(loader.batches(0))
+    images = random_jpegs(sampled_jpeg, rng, sampling, times=16, quality=(5, 101))
+    batch = first_batch(opened(write(tmp_path / "k.beton", images)))
     assert batch.fallbacks == []
     assert_images(batch, [decoded_or_none(data) for data, _ in images])
 
 
 @pytest.mark.parametrize("kind", ["rotated", "cmyk", "keep_rgb", "mpo", "trailing"])
 def test_other_plain_files(opened, tmp_path, kind):
-    image = picture(3, (61, 47))
-    data = {
-        "rotated": lambda: jpeg(image, exif=exif(6)),  # as it is stored: the converter turns it
-        "cmyk": lambda: jpeg(image.convert("CMYK")),
-        "keep_rgb": lambda: jpeg(image, keep_rgb=True),
-        "mpo": lambda: jpeg(image) + jpeg(picture(4, (61, 47))),
-        "trailing": lambda: jpeg(image) + bytes(100),
-    }[kind]()
-    with opened(write(tmp_path / "k.beton", [(data, image.size)])) as loader:
-        batch = next(loader.batches(0))
+    data, size = plain_file(kind)
+    batch = first_batch(opened(write(tmp_path / "k.beton", [(data, size)])))
     assert batch.fallbacks == []
     np.testing.assert_array_equal(batch.image(0), decoded_or_none(data))
 
@@ -190,8 +171,7 @@ def test_damage_among_good_images(opened, tmp_path):
     with opened(dataset, batch=10) as loader:
         steps = loader.batches(0, 1)
         before = next(steps)
-        with pytest.raises(DecodeError, match="image 20"):
-            next(steps)
+        refused("image 20", next, steps, error=DecodeError)
         after = next(loader.batches(0, 3))
     for first, batch in ((10, before), (30, after)):
         assert_images(batch, [decoded_or_none(data) for data, _ in images[first : first + 10]])
@@ -202,8 +182,7 @@ def test_chunks_and_raw_images(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(dali, "_CPU_CHUNK", 6)
     pictures = [picture(i, (30 + i, 40)) for i in range(25)]
     samples = [stored(image, RAW if i % 4 == 1 else JPEG) for i, image in enumerate(pictures)]
-    with opened(write(tmp_path / "c.beton", samples)) as loader:
-        batch = next(loader.batches(0))
+    batch = first_batch(opened(write(tmp_path / "c.beton", samples)))
     assert_images(batch, [image if i % 4 == 1 else decoded_or_none(jpeg(image)) for i, image in enumerate(pictures)])
 
 
@@ -267,8 +246,7 @@ def test_pixels_stay_on_the_device(opened, on_device, tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_decoding_there_says_so(opened, tmp_path):
     dataset = write(tmp_path / "g.beton", [(jpeg(picture(0, (50, 40))), (50, 40))])
-    with pytest.raises(UserError, match=r"DALI cannot build its pipeline \(.*\): .*use another loader"):
-        opened(dataset, device_id=0)
+    refused(r"DALI cannot build its pipeline \(.*\): .*use another loader", opened, dataset, device_id=0)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 FASTDEIT_FUZZ multiplies the number of cases; a case that takes longer than a minute ends the process with a traceback.
 """
 
-import faulthandler
 import io
 import os
 import warnings
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from damage import mutate, with_png_checksums
+from damage import guarded, mutate, with_png_checksums
 from fastdeit.pipelines.conversion.encode import CHANGES, Encoding, encode
 from fastdeit.pipelines.formats.beton_layout import JPEG
 from pictures import encoded, exif
@@ -21,7 +20,6 @@ from pictures import picture as noise
 from tests.fuzz.judge import pillow
 
 CASES = 24 * int(os.environ.get("FASTDEIT_FUZZ", "1"))  # of each seed
-SECONDS = 60
 
 
 def picture(mode="RGB", seed=0):
@@ -84,15 +82,8 @@ def test_mutated_images(kind):
         file = mutate(seed, rng)
         if "png" in kind and case % 2:
             file = with_png_checksums(file)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                check(file, counts)
-        except AssertionError as error:
-            error.add_note(f"{kind}, case {case}: {file.hex()}")
-            raise
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        with guarded(f"{kind}, case {case}", file), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check(file, counts)
     print(kind, dict(counts))  # shown by -rP
     assert len(counts) > 1

@@ -11,8 +11,8 @@ import tiny_datasets
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import assert_images
-from pictures import decoded, jpeg, picture
+from ordered import assert_images, first_batch
+from pictures import decoded, jpeg, picture, refused_jpegs
 from tiny_datasets import Hooked
 
 # What libjpeg-turbo's fast DCT may differ from PIL: most and mean absolute levels, by quality. See `FfcvLoader`. All
@@ -65,8 +65,7 @@ def test_batches_are_those_of_the_order(opened, many):
 
 
 def test_images_do_not_overlap_and_are_aligned(opened, many):
-    with opened(many) as loader:
-        batch = next(iter(loader.batches(0)))
+    batch = first_batch(opened(many))
     assert ((batch.pixels.ctypes.data + batch.offset) % 64 == 0).all()
     end = batch.offset + batch.height.astype(np.int64) * batch.width * 3
     assert (end[:-1] <= batch.offset[1:]).all()
@@ -122,8 +121,7 @@ def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality,
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     data = [jpeg(image, quality=quality, subsampling=subsampling) for image in photographs]
     dataset = write(tmp_path / "p", [(d, i.size, JPEG) for d, i in zip(data, photographs, strict=True)])
-    with opened(dataset) as loader:
-        batch = next(iter(loader.batches(0)))
+    batch = first_batch(opened(dataset))
     check_pixels(dataset, batch, opened.name, quality)
 
 
@@ -141,8 +139,7 @@ def test_photographs_differ_from_pil_within_the_bound(opened, tmp_path, quality,
 def test_kinds_of_jpeg(opened, tmp_path, mode, options):
     image = picture(1, (61, 47)).convert(mode)
     dataset = write(tmp_path / "k.beton", [(jpeg(image, **options), image.size, JPEG)])
-    with opened(dataset) as loader:
-        batch = next(iter(loader.batches(0)))
+    batch = first_batch(opened(dataset))
     check_pixels(dataset, batch, opened.name)
     assert batch.fallbacks == []
 
@@ -150,22 +147,14 @@ def test_kinds_of_jpeg(opened, tmp_path, mode, options):
 def test_raw_pixels_are_copied(opened, tmp_path):
     images = [picture(i, (20 + i, 17)) for i in range(5)]
     dataset = write(tmp_path / "r.beton", [(i.tobytes(), i.size, RAW) for i in images])
-    with opened(dataset) as loader:
-        batch = next(iter(loader.batches(0)))
+    batch = first_batch(opened(dataset))
     assert_images(batch, images)
 
 
 def test_what_the_decoder_refuses_is_read_by_pil_and_listed(opened, tmp_path):
-    plain = jpeg(picture(2, (40, 30)))
-    stored = [
-        plain,
-        jpeg(picture(1, (40, 30)).convert("CMYK")),
-        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
-        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
-    ]
+    stored = refused_jpegs()
     dataset = write(tmp_path / "c.beton", [(data, (40, 30), JPEG) for data in stored])
-    with opened(dataset) as loader:
-        batch = next(iter(loader.batches(0)))
+    batch = first_batch(opened(dataset))
     assert batch.fallbacks == REFUSED[opened.name]
     for slot in (1, 2, 3):
         np.testing.assert_array_equal(batch.image(slot), decoded(stored[slot]))

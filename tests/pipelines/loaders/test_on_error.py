@@ -5,23 +5,27 @@ import io
 import itertools
 import os
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import refusals
 import tiny_datasets
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW, BetonError
 from fastdeit.pipelines.loaders import base
 from fastdeit.pipelines.loaders.base import DecodeError
-from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
+from fastdeit.pipelines.loaders.choose import LOADERS
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
-from ordered import Ordered, assert_images
+from ordered import assert_images, first_batch
 from pictures import jpeg, picture
 from tiny_datasets import Hooked, stored
+
+refused = partial(refusals.refused, error=DecodeError)
 
 COUNT = 24
 SIZES = [(40 + 3 * i, 60 - i) for i in range(COUNT)]
@@ -65,23 +69,6 @@ class Unreadable(Hooked):
             raise self.error("Input/output error")
 
 
-@pytest.fixture(params=["torch", "ffcv", "turbo", "dali"])
-def opened(request):
-    with make_pool(4) as pool:
-
-        def open_one(dataset, order, threads=3, regions=None, **options):
-            try:
-                loader = open_loader(request.param, dataset, pool=pool, threads=threads, **options)
-            except UserError as error:
-                if "install" in str(error):
-                    pytest.skip(str(error))
-                raise
-            return Ordered(loader, order, regions)
-
-        open_one.name = request.param
-        yield open_one
-
-
 def expected_image(dataset, index):
     """What PIL reads of the image used for `index`, at the size of `index`."""
     used = USED.get(index, index)
@@ -106,11 +93,8 @@ def check(dataset, batches, exact):
 
 def test_fail_names_the_image(opened, damaged):
     with opened(damaged, EvalOrder(COUNT, batch=8)) as loader:
-        with pytest.raises(DecodeError, match=r"damaged\.beton: image 3: .*; replace .* convert"):
-            next(loader.batches(0))
-        batches = loader.batches(0, 2)
-        with pytest.raises(DecodeError, match="image 23: "):
-            next(batches)
+        refused(r"damaged\.beton: image 3: .*; replace .* convert", next, loader.batches(0))
+        refused("image 23: ", next, loader.batches(0, 2))
 
 
 def test_replace_takes_the_next_that_decodes_and_its_label(opened, damaged):
@@ -164,13 +148,10 @@ def test_what_the_machine_refuses_is_named_and_never_replaced(opened, damaged, n
 
     dataset = Unreadable(damaged, bad=(1,), error=error)
     for on_error in ("fail", "replace"):  # without image 3, which another thread may come to first
-        with (
-            opened(dataset, EvalOrder(COUNT, batch=2), on_error=on_error) as loader,
-            pytest.raises(MachineError, match=r"damaged\.beton: image 1: cannot be read: ") as caught,
-        ):
-            next(loader.batches(0))
-        assert os.strerror(getattr(errno, number)) in str(caught.value)
-        assert "onvert" not in str(caught.value)
+        loader = opened(dataset, EvalOrder(COUNT, batch=2), on_error=on_error)
+        message = refused(r"damaged\.beton: image 1: cannot be read: ", first_batch, loader, error=MachineError)
+        assert os.strerror(getattr(errno, number)) in message
+        assert "onvert" not in message
 
 
 def test_what_is_no_damage_is_never_replaced(opened, damaged):
@@ -183,10 +164,8 @@ def test_what_is_no_damage_is_never_replaced(opened, damaged):
 def test_many_in_a_row_are_fatal_all_the_same(opened, tmp_path, monkeypatch):
     damaged = write(tmp_path / "damaged.beton", range(5, COUNT))
     monkeypatch.setattr(base, "MOST_SKIPPED", 6)
-    with opened(damaged, EvalOrder(COUNT, batch=8), on_error="replace") as loader:
-        message = r"image \d: .* The next 6 images do not decode either.* fastdeit-convert --verify .*damaged\.beton"
-        with pytest.raises(DecodeError, match=message):
-            next(loader.batches(0))
+    message = r"image \d: .* The next 6 images do not decode either.* fastdeit-convert --verify .*damaged\.beton"
+    refused(message, first_batch, opened(damaged, EvalOrder(COUNT, batch=8), on_error="replace"))
 
 
 def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
@@ -195,8 +174,7 @@ def test_all_is_decoded_whole_where_images_are_replaced(opened, damaged):
 
     # The upper half of image 0 is there: whether it counts as damaged must not depend on what is needed of it.
     order = EvalOrder(COUNT, batch=4)
-    with opened(damaged, order, on_error="replace", regions=regions) as loader:
-        batch = next(loader.batches(0))
+    batch = first_batch(opened(damaged, order, on_error="replace", regions=regions))
     assert batch.region is None
     assert batch.replaced == [(3, 4)]
 

@@ -3,35 +3,23 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from unittest.mock import Mock
 
 import pytest
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.loaders import prefetch
 from fastdeit.pipelines.loaders.prefetch import Prefetcher, make_pool, usable_cores
-from system import run_python
+from refusals import refused
+from system import end_when_ready, run_python, wait_for
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not left
-
-
-def until(condition):
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: set(threading.enumerate()) <= before, seconds=5)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
@@ -53,7 +41,7 @@ def test_never_more_ahead_than_the_depth():
 
     with Prefetcher(produce(), 3) as items:
         for taken in range(1, 6):
-            until(lambda: made == taken + 2)  # noqa: B023
+            wait_for(lambda: made == taken + 2)  # noqa: B023
             time.sleep(0.02)
             assert made == taken + 2
             assert next(items) == taken
@@ -108,8 +96,7 @@ def test_close_while_the_queue_is_full_runs_the_generators_cleanup_in_its_thread
     items.close()
     assert seen == [worker]
     assert worker != threading.get_ident()
-    with pytest.raises(RuntimeError, match="after the prefetcher was closed"):
-        next(items)
+    refused("after the prefetcher was closed", next, items, error=RuntimeError)
 
 
 def test_close_in_the_middle_of_an_item_waits_for_that_item_only():
@@ -156,16 +143,14 @@ def test_wait_seconds_is_the_time_without_data():
         list(items)
         assert 0.2 < items.wait_seconds < 2
     with Prefetcher(iter(range(3)), 3) as items:
-        until(lambda: len(items._queue.ready) == 3)
+        wait_for(lambda: len(items._queue.ready) == 3)
         list(items)
         assert items.wait_seconds < 0.1
 
 
 def test_depth_and_threads_are_checked():
-    with pytest.raises(UserError, match="at least 1 item"):
-        Prefetcher([], 0)
-    with pytest.raises(UserError, match="at least 1 is needed"):
-        make_pool(0)
+    refused("at least 1 item", Prefetcher, [], 0)
+    refused("at least 1 is needed", make_pool, 0)
 
 
 def test_pool_has_the_threads_asked_for():
@@ -200,19 +185,8 @@ print("ready", flush=True)
 """
 
 
-def finish(code, interrupt):
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        if interrupt:
-            process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=20)[1], process.returncode
-    finally:
-        process.kill()
-
-
 def test_the_program_ends_though_nobody_closed():
-    error, code = finish(SCRIPT, interrupt=False)
+    error, code = end_when_ready("-c", SCRIPT, interrupt=False)
     assert (error, code) == ("", 0)
 
 
@@ -226,7 +200,7 @@ def test_the_program_ends_though_nobody_closed():
     ids=["open", "with", "waiting"],
 )
 def test_ctrl_c_ends_the_program(tail):
-    error, code = finish(SCRIPT + tail, interrupt=True)
+    error, code = end_when_ready("-c", SCRIPT + tail)
     assert error.rstrip().endswith("KeyboardInterrupt")
     assert code == -signal.SIGINT
 

@@ -2,23 +2,26 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from PIL import EpsImagePlugin
 
+import refusals
 from fastdeit.pipelines.formats.beton_layout import JPEG, BetonError
 from fastdeit.pipelines.formats.shard_layout import ShardError
 from fastdeit.pipelines.loaders.base import DecodeError
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.machine import MachineError
 from fastdeit.pipelines.plan.order import EvalOrder
-from ordered import assert_images
+from ordered import assert_images, first_batch
 from pictures import encoded, jpeg, picture
+from system import end_when_ready, wait_for
 from tiny_datasets import Hooked, write
+
+refused = partial(refusals.refused, error=DecodeError)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +43,14 @@ def test_a_damaged_image_is_named_after_the_batches_before_it(opened, tmp_path, 
     dataset = write(tmp_path / "bad.beton", samples)
     with opened(dataset) as loader, Prefetcher(loader.batches(0), 2) as batches:
         assert next(batches).step == 0
-        with pytest.raises(DecodeError, match=r"bad\.beton: image 10: PIL cannot read it .*; replace .* convert"):
-            next(batches)
+        refused(r"bad\.beton: image 10: PIL cannot read it .*; replace .* convert", next, batches)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PNG"])
 def test_what_is_no_jpeg_is_not_read_as_anything_else(opened, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("an image started a program"))
     dataset = write(tmp_path / "other.beton", [(encoded(picture(0, (90, 70)), kind), (90, 70), JPEG)])
-    with opened(dataset) as loader, pytest.raises(DecodeError, match=r"other\.beton: image 0: PIL cannot read it"):
-        next(loader.batches(0))
+    refused(r"other\.beton: image 0: PIL cannot read it", first_batch, opened(dataset))
 
 
 @pytest.mark.parametrize("stored", [(90, 70), (45, 35), (180, 140), (70, 90)])
@@ -57,11 +58,7 @@ def test_what_is_no_jpeg_is_not_read_as_anything_else(opened, tmp_path, kind, mo
 def test_a_wrong_size_in_the_data_set_is_never_scaled_to_fit(opened, tmp_path, stored, progressive):
     data = jpeg(picture(0, stored), progressive=progressive)
     dataset = write(tmp_path / "size.beton", [(data, (90, 71), JPEG)])
-    with (
-        opened(dataset) as loader,
-        pytest.raises(DecodeError, match=rf"image 0: the JPEG is {stored[0]} x {stored[1]} "),
-    ):
-        next(iter(loader.batches(0)))
+    refused(rf"image 0: the JPEG is {stored[0]} x {stored[1]} ", first_batch, opened(dataset))
 
 
 def test_a_file_cut_short_under_its_reader_is_an_error_not_a_crash(opened, tmp_path):
@@ -72,10 +69,8 @@ def test_a_file_cut_short_under_its_reader_is_an_error_not_a_crash(opened, tmp_p
         with opened(dataset) as loader, Prefetcher(loader.batches(0), 1) as batches:
             next(batches)
             os.truncate(file, int(dataset.offset[18]) + 5)
-            with pytest.raises(
-                (BetonError, ShardError), match=r"(cut\.beton|shard-000000\.tar), sample \d+: .*cut short"
-            ):
-                list(batches)
+            message = r"(cut\.beton|shard-000000\.tar), sample \d+: .*cut short"
+            refused(message, list, batches, error=(BetonError, ShardError))
         # What is replaced would depend on when it was cut.
         with opened(dataset, on_error="replace") as loader, pytest.raises((BetonError, ShardError), match="cut short"):
             list(loader.batches(0))
@@ -139,10 +134,7 @@ def test_closing_early_leaves_no_thread(opened, many, pool):
     for _ in range(3):
         with opened(many) as loader, Prefetcher(loader.batches(0), 2) as batches:
             next(batches)
-    deadline = time.monotonic() + 5  # the kernel lists a thread for a moment after it was joined
-    while threads() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() <= before
+    wait_for(lambda: threads() <= before)  # the kernel lists a thread for a moment after it was joined
 
 
 SCRIPT = """
@@ -170,13 +162,6 @@ with make_pool(2) as pool:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_program(opened, many):
-    command = [sys.executable, "-c", SCRIPT, opened.name, str(many.path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
-    finally:
-        process.kill()
+    error, code = end_when_ready("-c", SCRIPT, opened.name, many.path)
     assert error.rstrip().endswith("KeyboardInterrupt")
-    assert process.returncode == -signal.SIGINT
+    assert code == -signal.SIGINT

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.loaders import turbo
 from fastdeit.pipelines.loaders.base import DecodeError, bounding_boxes
@@ -19,8 +18,9 @@ from fastdeit.pipelines.plan.draw import PlanDrawer
 from fastdeit.pipelines.plan.order import EpochOrder, EvalOrder
 from fastdeit.pipelines.plan.plan import evaluation_plan
 from fastdeit.pipelines.plan.policy import Policy
-from ordered import Ordered, need_loader
-from pictures import KINDS, SAMPLINGS, decoded, jpeg, picture
+from ordered import Ordered, first_batch, need_loader
+from pictures import KINDS, SAMPLINGS, decoded, jpeg, picture, plain_file, random_jpegs, refused_jpegs
+from refusals import refused
 from tiny_datasets import write
 
 need_loader("turbo")
@@ -50,10 +50,7 @@ def boxes(rng, height, width, count):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_every_pixel_of_a_region_is_pillows(opened, tmp_path, sampled_jpeg, sampling):
     rng = np.random.default_rng(SAMPLINGS.index(sampling))
-    images = []
-    for i, options in enumerate(KINDS * 8):
-        size = int(rng.integers(1, 140)), int(rng.integers(1, 140))
-        images.append(sampled_jpeg(i, size, sampling, quality=int(rng.integers(40, 99)), **options))
+    images = random_jpegs(sampled_jpeg, rng, sampling, times=8, quality=(40, 99))
     dataset = write(tmp_path / "r.beton", images)
     loader = opened(dataset)
     for index, (data, (width, height)) in enumerate(images):
@@ -71,33 +68,22 @@ def test_every_pixel_of_a_region_is_pillows(opened, tmp_path, sampled_jpeg, samp
 
 @pytest.mark.parametrize("kind", ["keep_rgb", "exif", "mpo"])
 def test_other_plain_files(opened, tmp_path, kind):
-    image = picture(3, (61, 47))
-    data = {
-        "keep_rgb": lambda: jpeg(image, keep_rgb=True),
-        "exif": lambda: jpeg(image, exif=b"Exif\0\0" + bytes(300)),
-        "mpo": lambda: jpeg(image) + jpeg(picture(4, (61, 47))),
-    }[kind]()
-    out = np.empty((47, 61, 3), np.uint8)
-    assert opened(write(tmp_path / "k.beton", [(data, image.size)])).decode_image(0, out)
+    data, size = plain_file(kind)
+    out = np.empty((*size[::-1], 3), np.uint8)
+    assert opened(write(tmp_path / "k.beton", [(data, size)])).decode_image(0, out)
     np.testing.assert_array_equal(out, decoded(data))
 
 
 def test_what_is_refused_is_read_by_pil_whole_and_listed(opened, tmp_path):
-    plain = jpeg(picture(2, (40, 30)))
     progressive = jpeg(picture(2, (40, 30)), progressive=True)
-    images = [
-        plain,
-        jpeg(picture(1, (40, 30)).convert("CMYK")),
-        plain[:20] + bytes(3) + plain[20:],  # stray bytes between the headers
-        plain[:-200] + b"\xfe" * 100 + plain[-100:],  # no such Huffman codes: libjpeg warns, and reads on
-        progressive[: progressive.rindex(b"\xff\xda")] + b"\xff\xd9",  # without its last scan, and no warning
-    ]
+    unfinished = progressive[: progressive.rindex(b"\xff\xda")] + b"\xff\xd9"  # without its last scan, and no warning
+    images = [*refused_jpegs(), unfinished]
     dataset = write(tmp_path / "c.beton", [(data, (40, 30)) for data in images])
 
     def regions(samples):
         return np.tile(np.array([25, 10, 5, 20], np.int32), (len(samples.index), 1))
 
-    batch = next(iter(opened(dataset, regions=regions).batches(0)))
+    batch = first_batch(opened(dataset, regions=regions))
     assert batch.fallbacks == [1, 2, 3, 4]
     for slot, data in enumerate(images):
         part = np.s_[25:30, 10:30] if slot == 0 else np.s_[:]
@@ -122,8 +108,7 @@ def test_more_than_64_scans_are_refused_by_name(opened, tmp_path):
     assert loader.decode_image(0, out)
     np.testing.assert_array_equal(out, decoded(few))
     np.testing.assert_array_equal(out, decoded(many))  # nothing else is wrong with it
-    with pytest.raises(DecodeError, match=r"scans\.beton: image 1: a JPEG of more than 64 scans"):
-        loader.decode_image(1, out)
+    refused(r"scans\.beton: image 1: a JPEG of more than 64 scans", loader.decode_image, 1, out, error=DecodeError)
 
 
 def test_arithmetic_coding_is_not_decoded(opened, tmp_path):
@@ -148,19 +133,16 @@ def test_a_file_cut_off_is_refused_within_its_region_and_not_looked_at_below(ope
     loader = opened(write(tmp_path / "cut.beton", [(good[: len(good) // 2], (64, 256))]))
     out = np.empty((256, 64, 3), np.uint8)
     for region in (None, (0, 0, 200, 64), (150, 3, 20, 5), (255, 0, 1, 1)):
-        with pytest.raises(DecodeError, match=r"image 0: PIL cannot read it"):
-            loader.decode_image(0, out, region)
+        refused(r"image 0: PIL cannot read it", loader.decode_image, 0, out, region, error=DecodeError)
     assert loader.decode_image(0, out, (0, 0, 64, 64))
     np.testing.assert_array_equal(out[:64], decoded(good)[:64])
 
 
 def test_a_missing_end_is_refused(opened, tmp_path):
     good = jpeg(picture(0, (64, 48)))
-    with pytest.raises(OSError, match="truncated"):
-        decoded(good[:-2])
+    refused("truncated", decoded, good[:-2], error=OSError)
     loader = opened(write(tmp_path / "end.beton", [(good[:-2], (64, 48))]))
-    with pytest.raises(DecodeError, match="image 0: PIL cannot read it"):
-        loader.decode_image(0, np.empty((48, 64, 3), np.uint8))
+    refused("image 0: PIL cannot read it", loader.decode_image, 0, np.empty((48, 64, 3), np.uint8), error=DecodeError)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +214,7 @@ def test_a_plan_that_needs_more_than_was_decoded_is_rejected(opened, pool, many)
         stage(batch, other.draw(samples))
     index = samples.index
     evaluation = evaluation_plan(index, many.height[index], many.width[index], 32, 1.0)
-    with pytest.raises(ValueError, match="needs more of its image than was decoded"):
-        stage(batch, evaluation)
+    refused("needs more of its image than was decoded", stage, batch, evaluation, error=ValueError)
 
 
 def test_bounding_boxes():
@@ -251,8 +232,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_without_the_library_it_says_what_to_install(opened, many, elsewhere):
-    with pytest.raises(UserError, match=r"was not built when fastdeit was installed: install libjpeg-turbo 2\.1"):
-        opened(many)
+    refused(r"was not built when fastdeit was installed: install libjpeg-turbo 2\.1", opened, many)
 
 
 @pytest.mark.parametrize("broken", ["no library", "another library"])
@@ -264,5 +244,4 @@ def test_a_library_that_cannot_be_used_is_reported(opened, many, elsewhere, brok
         import _ctypes
 
         shutil.copy(_ctypes.__file__, library)
-    with pytest.raises(UserError, match=r"cannot be loaded \(.*install libjpeg-turbo"):
-        opened(many)
+    refused(r"cannot be loaded \(.*install libjpeg-turbo", opened, many)

@@ -14,11 +14,11 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.draw import PlanDrawer, RandAugment
 from fastdeit.pipelines.plan.order import EpochOrder
 from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, OPS
 from fastdeit.pipelines.plan.policy import Policy
+from refusals import refused
 
 N = 6144
 ALPHA = 1e-3
@@ -233,8 +233,7 @@ def test_copies_epochs_and_seeds_differ(plan):
 
 def test_odd_group_is_refused():
     drawer = PlanDrawer(Policy(), 0, np.full(90, 32), np.full(90, 32), img_size=32)
-    with pytest.raises(UserError, match="cannot be paired"):
-        drawer.draw(EpochOrder(90, global_batch=15, group_size=5).step(0, 0))
+    refused("cannot be paired", drawer.draw, EpochOrder(90, global_batch=15, group_size=5).step(0, 0))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +241,7 @@ def test_odd_group_is_refused():
     [("m9", "does not start"), ("rand-m9", "inc1"), ("rand-x3-inc1", "section 'x3'"), ("rand-n9-inc1", "n must")],
 )
 def test_randaugment_notation(text, message):
-    with pytest.raises(UserError, match=message):
-        RandAugment.parse(text)
+    refused(message, RandAugment.parse, text)
 
 
 def test_randaugment_notation_means_what_timm_means():

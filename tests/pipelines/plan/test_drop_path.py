@@ -10,6 +10,7 @@ from timm.layers import calculate_drop_path_rates
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates, dropped_samples
+from refusals import refused
 
 
 def test_drop_path_follows_timms_rates():
@@ -56,8 +57,7 @@ def test_drop_path_refuses_what_its_counter_cannot_hold(values, message):
 @pytest.mark.parametrize("rate", [1.0, -0.1, float("nan")])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_a_rate_outside_its_range_is_refused(rate, uniform):
-    with pytest.raises(UserError, match="outside"):
-        drop_path_rates(3, rate, uniform=uniform)
+    refused("outside", drop_path_rates, 3, rate, uniform=uniform)
 
 
 def test_uniform_rates_drop_as_many_samples_of_every_block():
@@ -86,8 +86,7 @@ def test_a_fixed_number_is_the_rates_rounded(depth, rate, group):
     ],
 )
 def test_a_number_that_drops_nothing_or_everything_is_refused(rate, group, message):
-    with pytest.raises(UserError, match=message):
-        dropped_samples(drop_path_rates(12, rate), group)
+    refused(message, lambda: dropped_samples(drop_path_rates(12, rate), group))
 
 
 def test_every_group_drops_exactly_its_number_and_the_expectation_is_one():
@@ -137,5 +136,4 @@ def test_fixed_draws_know_neither_process_nor_micro_batch():
 
 @pytest.mark.parametrize("positions", [np.arange(12), np.arange(4, 12), np.arange(8)[::-1], np.zeros(8, int)])
 def test_positions_that_are_not_whole_groups_are_refused(positions):
-    with pytest.raises(ValueError, match="whole groups of 8 samples"):
-        draw_fixed_drop_path(0, 0, positions, np.array([1]), 8)
+    refused("whole groups of 8 samples", draw_fixed_drop_path, 0, 0, positions, np.array([1]), 8, error=ValueError)

@@ -3,63 +3,23 @@
 FASTDEIT_FUZZ multiplies the number of cases; a case that takes longer than a minute ends the process with a traceback.
 """
 
-import faulthandler
 import gzip
-import io
-import json
 import os
 import pickle
-import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from archives import packed
-from damage import BLOCK, edit_tar_header, mutate
+from archives import imagenet_train, imagenet_v2, imagenet_val, labelled, packed, parquet
+from damage import BLOCK, edit_tar_header, guarded, mutate
 from fastdeit.pipelines.sources import SampleError, SourceError, open_source
 
 CASES = 40 * int(os.environ.get("FASTDEIT_FUZZ", "1"))  # of each kind
-SECONDS = 60
 
 
 def jpeg(i):
     return b"\xff\xd8" + bytes([i]) * (100 + 60 * i) + b"\xff\xd9"
-
-
-def imagenet_train():
-    inner = {f"n0000000{c}.tar": packed({f"n0000000{c}_{i}.JPEG": jpeg(4 * c + i) for i in range(3)}) for c in range(3)}
-    return "ILSVRC2012_img_train.tar", packed(inner)
-
-
-def imagenet_val():
-    return "ILSVRC2012_img_val.tar", packed({f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(i) for i in range(1, 7)})
-
-
-def imagenet_v2():
-    files = {f"imagenetv2-top-images-format-val/{i}/{'long' * 30}.jpeg": jpeg(i) for i in range(5)}
-    return "imagenetv2-top-images.tar", packed(files, tarfile.PAX_FORMAT)
-
-
-def webdataset():
-    files = {}
-    for i in range(5):
-        files[f"{'folder' * 20}/{i}.jpg"] = jpeg(i)
-        files[f"{'folder' * 20}/{i}.{'cls' if i % 2 else 'json'}"] = b"%d" % i if i % 2 else b'{"label": %d}' % i
-    return "train-0000.tar", packed(files)
-
-
-def parquet(compression):
-    pyarrow = pytest.importorskip("pyarrow")
-    pq = pytest.importorskip("pyarrow.parquet")
-    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
-    images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(7)]
-    table = pyarrow.table({"image": images, "label": [i % 2 for i in range(7)]})
-    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    file = io.BytesIO()
-    checked = compression == "none"
-    pq.write_table(table, file, row_group_size=3, compression=compression, write_page_checksum=checked)
-    return "train-00000-of-00001.parquet", file.getvalue()
 
 
 def cifar():
@@ -73,12 +33,12 @@ def cifar():
 
 
 KINDS = {
-    "imagenet train": imagenet_train,
-    "imagenet val": imagenet_val,
-    "imagenet v2": imagenet_v2,
-    "webdataset": webdataset,
-    "parquet": lambda: parquet("none"),
-    "parquet snappy": lambda: parquet("snappy"),
+    "imagenet train": lambda: imagenet_train(jpeg),
+    "imagenet val": lambda: imagenet_val(jpeg),
+    "imagenet v2": lambda: imagenet_v2(jpeg),
+    "webdataset": lambda: ("train-0000.tar", packed(labelled((f"{'folder' * 20}/{i}", jpeg(i), i) for i in range(5)))),
+    "parquet": lambda: parquet(jpeg, compression="none", write_page_checksum=True),
+    "parquet snappy": lambda: parquet(jpeg, compression="snappy"),
     "cifar": cifar,
 }
 
@@ -131,14 +91,8 @@ def test_mutated_archives(kind, tmp_path):
         start = len(seed) * (case % 2) // 2
         mutated = edit_tar_header(seed, rng) if in_header else mutate(seed, rng, BLOCK, start=start)
         write(mutated)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        try:
+        with guarded(f"{kind}, case {case}", mutated):
             read_all(path, counts)
-        except Exception as error:
-            error.add_note(f"{kind}, case {case}: {mutated.hex()}")
-            raise
-        finally:
-            faulthandler.cancel_dump_traceback_later()
     print(kind, dict(counts))  # shown by -rP
     assert counts["refused"]
 
