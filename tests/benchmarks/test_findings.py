@@ -40,13 +40,11 @@ def test_every_claim_compares_two_cells_of_the_study():
 
 
 def records(first, second, cells=("hard, class token", "deit")):
+    def scores(value):
+        return {weights: {"class": {"top1": value}} for weights in ("model", "ema")}
+
     return [
-        {
-            "data": "digits",
-            "cell": cell,
-            "seed": seed,
-            "scores": dict.fromkeys(("model", "ema"), {"class": {"top1": value}}),
-        }
+        {"data": "digits", "cell": cell, "seed": seed, "scores": scores(value)}
         for cell, values in zip(cells, (first, second), strict=True)
         for seed, value in enumerate(values)
     ]
@@ -85,14 +83,14 @@ def test_verdicts(first, second, verdict):
 
 def test_the_page_is_replaced_between_its_marks(tmp_path):
     page = tmp_path / "findings.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
     for _ in range(2):
         write(records([60.0, 61.0, 62.0], [50.0, 50.9, 52.2]), page)
     text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert text.count("| hard distillation beats none | arXiv 2012.12877, Table 3 | +9.97 +- ") == 1
-    assert "old" not in text
+    assert "stale" not in text
     assert (tmp_path / "images" / "findings.svg").read_text().startswith("<?xml")
     page.write_text("no marks")
     with pytest.raises(UserError, match="lacks the lines"):
