@@ -105,7 +105,7 @@ def open_training_data(
     say      prints a sentence before numba compiles, which takes a minute
     """
     _announce_compilation(recipe, say)
-    dtype, layout = image_dtype(recipe, precision, teacher=teacher), image_layout(kernels, teacher=teacher)
+    dtype, layout = image_dtype(recipe, precision, teacher=teacher), image_layout(recipe, kernels, teacher=teacher)
     return TrainingData(recipe, train_set, world, dtype, layout, pixels=pixels)
 
 
@@ -127,7 +127,7 @@ def open_evaluation_data(
         val_set,
         world,
         image_dtype(recipe, precision, teacher=False),
-        image_layout(kernels, teacher=False),
+        image_layout(recipe, kernels, teacher=False),
         images=images,
         loader=None if like is None else (like.loader.name.removesuffix("-mixed"), "as in training"),
         stage=None if like is None else (like.stage.name, "as in training"),
@@ -154,7 +154,11 @@ def build_student(
     """The student with its initial weights, from `run.seed` or `model.init`; messages about the loading."""
     torch.manual_seed(recipe.run.seed)
     model = moved(build_network(recipe.model, num_classes, kernels), world.device)
-    return model, load_weights(model, recipe.model.init) if recipe.model.init is not None else []
+    messages = load_weights(model, recipe.model.init) if recipe.model.init is not None else []
+    if isinstance(model, ConvnetStudent) and model.left:
+        shown, more = "; ".join(model.left[:4]), len(model.left) - 4
+        messages.append(f"of {recipe.model.arch}, PyTorch runs {shown}" + (f"; and {more} more" if more > 0 else ""))
+    return model, messages
 
 
 @dataclass(frozen=True)

@@ -180,9 +180,11 @@ def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch
     return precision.dtype
 
 
-def image_layout(kernels: Kernels, *, teacher: bool) -> Layout:
-    """The layout of a run's images: "patches" if the model's kernels read patches and there is no `teacher`.
+def image_layout(recipe: Recipe, kernels: Kernels, *, teacher: bool) -> Layout:
+    """The layout of a run's images: "patches" if the DeiT's kernels read patches and there is no `teacher`.
 
-    The layout changes no result: given "nchw", a model with these kernels cuts the images into patches itself.
+    The layout changes no result: given "nchw", a DeiT with these kernels cuts the images into patches itself. timm's
+    models take images.
     """
-    return "patches" if "assemble_tokens" in kernels.ops and not teacher else "nchw"
+    patches = recipe.model.arch == "deit" and "assemble_tokens" in kernels.ops and not teacher
+    return "patches" if patches else "nchw"

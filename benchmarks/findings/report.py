@@ -42,6 +42,8 @@ class Finding(NamedTuple):
 
     @property
     def verdict(self) -> str:
+        if len(self.differences) < 2:
+            return "not shown"
         if self.p < SURE and not self.claim.equal:
             return "holds" if self.mean > 0 else "**the opposite**"
         if self.claim.equal:
@@ -82,9 +84,9 @@ def claims_table(found: Sequence[Finding]) -> str:
         (
             each.claim.text,
             each.claim.source,
-            f"{each.mean:+.2f} +- {each.spread:.2f}",
+            f"{each.mean:+.2f}" + (f" +- {each.spread:.2f}" if math.isfinite(each.spread) else ""),
             str(len(each.differences)),
-            f"{each.p:.3f}",
+            f"{each.p:.3f}" if len(each.differences) > 1 else "",
             each.verdict,
         )
         for each in found

@@ -12,6 +12,7 @@ import torch
 from fastdeit.config import ModelConfig
 from fastdeit.distributed import World
 from fastdeit.model import kernel_table
+from fastdeit.model.timm_vit import as_deit
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
 
@@ -81,7 +82,9 @@ def choose_kernels(
     """
     if cfg.kernels == "torch":
         return TORCH
-    device, left = precision.device, _unsuited(cfg)
+    shape = cfg if cfg.arch == "deit" else as_deit(cfg)
+    device, left = precision.device, _unsuited(cfg, shape)
+    cfg = shape or cfg
     obstacle = _obstacle(device)
     if cfg.kernels == "triton":
         if obstacle is not None:
@@ -147,12 +150,12 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _unsuited(cfg: ModelConfig) -> dict[str, str]:
-    """Kernels that this model cannot use."""
-    if cfg.arch != "deit":
+def _unsuited(cfg: ModelConfig, shape: ModelConfig | None) -> dict[str, str]:
+    """Kernels that this model cannot use; `shape` is that of a vision transformer, None of another network."""
+    if shape is None:
         return dict.fromkeys(MODEL_OPS, f"a {cfg.arch} is timm's own")
-    if cfg.embed_dim // cfg.num_heads > 128:
-        return {"attention": f"its head dim {cfg.embed_dim // cfg.num_heads} is above 128"}
+    if shape.embed_dim // shape.num_heads > 128:
+        return {"attention": f"its head dim {shape.embed_dim // shape.num_heads} is above 128"}
     return {}
 
 

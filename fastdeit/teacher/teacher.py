@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.config import LITE0, TeacherConfig
 from fastdeit.inputs import check_teacher
+from fastdeit.model.timm_vit import size_option
 from fastdeit.model.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
@@ -58,7 +59,7 @@ class Teacher(nn.Module):
         held = described.get("arch", "deit")
         if held != "deit" and _without_tag(held) != _without_tag(arch):
             raise UserError(f"{source} holds a {held}: give --teacher.name {held} instead of {arch}")
-        options = _size_option(arch, cfg.img_size or described.get("img_size"))
+        options = size_option(arch, cfg.img_size or described.get("img_size"))
 
         def build() -> nn.Module:
             return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
@@ -197,13 +198,6 @@ def _is_convnet(network: nn.Module) -> bool:
 def _without_tag(arch: str) -> str:
     """timm's name of an architecture, without the tag of its pretrained weights."""
     return arch.partition(".")[0]
-
-
-def _size_option(arch: str, img_size: int | None) -> dict[str, Any]:
-    """timm's `img_size` option, which only networks with a fixed input size take."""
-    cfg = timm.get_pretrained_cfg(arch)
-    fixed = cfg is not None and cfg.fixed_input_size
-    return {"img_size": img_size} if fixed and img_size is not None else {}
 
 
 def _check_classes(state: State, described: dict[str, Any], network: nn.Module, num_classes: int, source: str) -> None:

@@ -9,14 +9,16 @@ import timm
 import torch
 
 import fastdeit.model.kernel_choice
-from fastdeit.config import ModelConfig
+from fastdeit.config import ModelConfig, Recipe
 from fastdeit.distributed import World, world
 from fastdeit.model.kernel_checks import failure
 from fastdeit.model.kernel_choice import OPS, choose_kernels
 from fastdeit.model.kernel_table import Row, Table, decide, key
+from fastdeit.model.timm_vit import as_deit
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
+from fastdeit.setup import build_student
 from fastdeit.teacher.labelling import label_run
 from refusals import refused
 from runs import changed, evaluated, final_state, newest, same_values, train, trained
@@ -93,6 +95,62 @@ def test_micro_batches_and_clipping_move_the_weights_as_pytorchs_do(images, shor
         weights.append(trained(changed(recipe, optim=sgd, run={"micro_batch": 3}))["model"])
     for name, right in weights[0].items():
         torch.testing.assert_close(weights[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_a_vision_transformer_of_timm_runs_the_kernels(images, short, tmp_path, capsys, monkeypatch, arch):
+    """Two layers of it, since the interpreter is slow."""
+    create = timm.create_model
+    few = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+    monkeypatch.setattr(timm, "create_model", lambda name, **o: create(name, **o, **(few if name == arch else {})))
+    convert(str(images / "train"), tmp_path / "few.beton", limit=8, progress=False)
+    states = []
+    for kernels in ("torch", "triton"):
+        recipe = short(tmp_path / "few.beton", kernels, kernels)
+        plain = replace(recipe.objective, distillation="none")
+        recipe = replace(
+            recipe, model=ModelConfig(arch=arch, img_size=32, kernels=kernels, drop_path=0.0), objective=plain
+        )
+        states.append(trained(recipe)["model"])
+    out = capsys.readouterr().out
+    assert "kernels triton, as requested, under Triton's interpreter, which is slow: token assembly, attention" in out
+    for name, right in states[0].items():
+        torch.testing.assert_close(states[1][name], right, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_a_vision_transformer_of_timm_leaves_to_pytorch_is_said(tmp_path):
+    """SwiGLU instead of an MLP with GELU, and attention with normalised queries."""
+    recipe = Recipe(name="x", model=ModelConfig(arch="vit_little_patch16_reg1_gap_256", img_size=256, kernels="triton"))
+    kernels = chosen(recipe.model)
+    assert "layer_norm" in kernels.ops
+    _, messages = build_student(recipe, 10, kernels, World(0, 1, 1, torch.device("cpu")))
+    assert len(messages) == 1
+    assert messages[0].startswith("of vit_little_patch16_reg1_gap_256, PyTorch runs ")
+    assert chosen(replace(recipe.model, arch="resnet18")).ops == {"distillation_loss", "evaluate_heads"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape"),
+    [
+        ("deit_small_patch16_224", {}),
+        ("deit3_base_patch16_224", {"embed_dim": 768, "num_heads": 12, "layer_scale": 1e-5, "no_embed_class": True}),
+        (
+            "vit_large_patch14_dinov2",
+            {"img_size": 518, "patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+        ),
+        ("resnet18", None),
+        ("swin_tiny_patch4_window7_224", None),
+        ("beit_base_patch16_224", None),
+    ],
+)
+def test_the_shape_of_a_vision_transformer_of_timm(arch, shape):
+    cfg = ModelConfig(arch=arch, img_size=518 if "dinov2" in arch else 224)
+    found = as_deit(cfg)
+    if shape is None:
+        assert found is None
+    else:
+        assert found == replace(cfg, **{"arch": "deit", "layer_scale": 1e-5 if "dinov2" in arch else 0.0, **shape})
 
 
 @pytest.mark.slow
