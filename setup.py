@@ -36,7 +36,8 @@ def installed_packages() -> list[str]:
 setup(
     packages=installed_packages(),
     package_dir=MAPPING,
-    package_data={name: ["py.typed"] for name in MAPPING} | {"fastdeit.model": ["kernel_table.json"]},
+    package_data={name: ["py.typed"] for name in MAPPING}
+    | {"fastdeit.model": ["kernel_table.json"], "fastdeit.recipes": ["curves.json"]},
     include_package_data=False,  # otherwise jpeg.c would be installed, because the sdist has it
     ext_modules=[JPEG],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},

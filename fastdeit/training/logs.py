@@ -18,6 +18,7 @@ fallbacks   epoch, count, images (dataset indices that the loader's decoder refu
 replaced    epoch, count, images (pairs of dataset indices: one that does not decode, and the one in its place)
 checkpoint  path, epoch, step, global_step, seconds (to write it), stall_seconds (that training waited)
 best        checkpoint (the best so far), metric, weights, head, score, global_step
+pace        epoch, top1, expected (of a published run of the recipe, at this epoch), least (below it, a warning)
 gpus        epoch, processes: for each, by rank, memory_gib (the most that PyTorch allocated), temperature and watts
             (the highest readings), joules (used in the epoch), slowed (why the driver lowered the clocks)
 waits       epoch, processes: for each, by rank, share (of the epoch's time that it waited for data), seconds, busy

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdeit.config import Recipe
+from fastdeit.recipes import RECIPES
+from fastdeit.recipes.curves import SOURCE, band, is_imagenet
 from fastdeit.training.data_wait import Wait, event
 from fastdeit.training.divergence import DivergedError
 from fastdeit.training.evaluation import Scores, headline
@@ -101,6 +103,27 @@ def report_top1(log: RunLog, state: RunState, scores: dict[str, Scores], late_fu
     """Log the headline of each kind of weights, on one line."""
     shown = "  ".join(f"{kind} {headline(values, late_fusion):.2f}%" for kind, values in scores.items())
     log.say(f"epoch {state.epoch}: top-1 {shown}")
+
+
+def report_pace(log: RunLog, state: RunState, recipe: Recipe, training: int, classes: int, scores: Scores) -> None:
+    """Warn if the top-1 of the weights is far below that of a published run of the recipe at the same epoch.
+
+    training  images of an epoch
+    """
+    known = band(recipe.name, state.epoch)
+    length = RECIPES[recipe.name]().run.epochs if recipe.name in RECIPES else 0
+    if known is None or recipe.run.epochs != length:
+        return
+    if not is_imagenet(training, recipe.run.global_batch, classes, scores["images"]):
+        return
+    expected, least = known
+    top1 = scores["class"]["top1"]
+    log.event("pace", epoch=state.epoch, top1=top1, expected=round(expected, 2), least=round(least, 2))
+    if top1 < least:
+        log.warn(
+            f"epoch {state.epoch}: top-1 {top1:.2f}% is below {least:.1f}%; {SOURCE} of {recipe.name} had "
+            f"{expected:.1f}% there. Look for what differs (fastdeit report shows both curves) before training on"
+        )
 
 
 def report_best(log: RunLog, best: dict[str, Any] | None) -> None:

@@ -48,6 +48,7 @@ from fastdeit.training.reports import (
     report_end,
     report_gpus,
     report_images,
+    report_pace,
     report_profile,
     report_resume,
     report_rewind,
@@ -421,6 +422,8 @@ class Trainer:
             self.last_scores[kind] = scores
             report_scores(self.log, self.state, kind, scores)
         report_top1(self.log, self.state, self.last_scores, departures.late_fusion)
+        images = self.train_step.steps_per_epoch * run.global_batch
+        report_pace(self.log, self.state, self.recipe, images, self.train_step.num_classes, self.last_scores["model"])
         # Nothing looks after the folder while the run evaluates, and no step follows the last evaluation.
         if self.world.from_main(self._look_after_folder()):
             self._save(must=self.state.epoch == run.epochs)

@@ -1,0 +1,64 @@
+"""Published curves: their figures beside those of the recipes' docstrings, and a run that falls behind."""
+
+import dataclasses
+import re
+
+import pytest
+
+from fastdeit.recipes import RECIPES, curves, deit3_small
+from fastdeit.recipes.curves import band, curve, is_imagenet
+from fastdeit.training import reports
+from runs import train
+
+NAMES = [name for name in RECIPES if curve(name)]
+
+
+def test_curves_are_those_of_recipes_and_end_where_the_authors_tables_do():
+    assert set(NAMES) == {n for n in RECIPES if n.startswith("deit3_")} - {"deit3_medium"}
+    for name in NAMES:
+        points = curve(name)
+        assert [epoch for epoch, _ in points] == [*range(0, RECIPES[name]().run.epochs + 1, 5)]
+        stated = re.search(r"^    Top-1: (\d+\.\d+) \(authors", RECIPES[name].__doc__, re.MULTILINE)
+        if stated is not None:  # the tables have one decimal, and are of other runs
+            assert points[-1][1] == pytest.approx(float(stated[1]), abs=0.15), name
+
+
+def test_the_band_is_below_the_curve_and_holds_the_authors_other_sizes_at_epoch_10():
+    for epoch in (5, 10, 20, 100, 800):
+        expected, least = band("deit3_base", epoch)
+        assert 0 <= least < expected
+    sizes = [band(f"deit3_{size}", 10)[0] for size in ("small", "base", "large", "huge")]
+    assert max(sizes) - min(sizes) < 2.2
+    assert min(sizes) > band("deit3_base", 10)[1]
+    assert band("deit3_small", 7.5)[0] == pytest.approx((2.008 + 9.258) / 2)
+    assert band("deit_small", 10) is None
+
+
+def test_sizes_of_imagenet():
+    assert is_imagenet(1_281_167 // 2048 * 2048, 2048, 1000, 50_000)
+    assert is_imagenet(1_281_167, 1024, None, 50_000)
+    for changes in ({"images": 1_000_000}, {"classes": 100}, {"validation": 10_000}, {"images": 1_290_000}):
+        sizes = {"images": 1_281_000, "global_batch": 1024, "classes": 1000, "validation": 50_000, **changes}
+        assert not is_imagenet(**sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_run_that_falls_behind_is_warned(tiny, events, monkeypatch, capsys, ahead):
+    published = [(0, 0.0), (2, 0.1)] if ahead else [(0, 90.0), (2, 99.0)]
+    recipe = dataclasses.replace(tiny(deit3_small), name="deit3_small")
+    monkeypatch.setattr(curves, "_curves", lambda: {"deit3_small": published})
+    monkeypatch.setitem(RECIPES, "deit3_small", lambda: recipe)
+    monkeypatch.setattr(reports, "is_imagenet", lambda *sizes: True)
+    train(recipe)
+    paces = events(recipe.run.output, "pace")
+    assert [event["epoch"] for event in paces] == [1, 2]
+    out = capsys.readouterr()
+    said = out.out + out.err
+    assert ("is below 90.5%; the authors' run of deit3_small had 94.5% there" in said) == (not ahead)
+
+
+def test_a_run_on_other_data_is_not_compared(tiny, events):
+    recipe = dataclasses.replace(tiny(deit3_small, run={"epochs": 1}), name="deit3_small")
+    train(recipe)
+    assert events(recipe.run.output, "pace") == []
