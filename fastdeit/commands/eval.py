@@ -12,7 +12,14 @@ import tyro
 from fastdeit import launch
 from fastdeit.cli import parse, program, run
 from fastdeit.config import Recipe
-from fastdeit.inputs import check_checkpoint, checkpoint_file, class_columns, open_dataset, open_runs_set
+from fastdeit.inputs import (
+    check_checkpoint,
+    check_class_names,
+    checkpoint_file,
+    class_columns,
+    open_dataset,
+    open_runs_set,
+)
 from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
 from fastdeit.pipelines.errors import UserError, printable
@@ -22,9 +29,12 @@ from fastdeit.streams import keep_streams
 from fastdeit.subsets import divide
 
 if TYPE_CHECKING:
+    from fastdeit.data import EvaluationData
     from fastdeit.distributed import World
     from fastdeit.loading import OpenedCheckpoint
+    from fastdeit.model.deit import DeiT
     from fastdeit.model.kernel_choice import Kernels
+    from fastdeit.model.networks import ConvnetStudent
     from fastdeit.precision import Precision
 
 
@@ -41,6 +51,7 @@ class Options:
     val: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     recipe: str | None = None  # needed if the checkpoint does not hold its own, e.g. deit_small_distilled
     arch: str | None = None  # for a checkpoint of a timm model, such as a teacher: its name in timm, e.g. regnety_160
+    probe: Path | None = None  # training images: also score a k-NN and a linear classifier on the frozen features
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
     img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
     batch: int = 256
@@ -147,9 +158,26 @@ class _Evaluation:
                 scores[kind] = evaluate(
                     model, data, world, self.precision, kernels=kernels, progress=progress, batch_option="--batch"
                 )
+                if options.probe is not None:
+                    scores[kind] |= self._probed(network, data, options.probe, val, progress)
         finally:
             data.close()
         return scores
+
+    def _probed(
+        self, network: "DeiT | ConvnetStudent", val: "EvaluationData", path: Path, val_set: Dataset, progress: bool
+    ) -> dict[str, Any]:
+        """Scores of both classifiers on frozen features, trained on the features of the images at `path`."""
+        from fastdeit.setup import open_evaluation_data
+        from fastdeit.training.probes import features, probe
+
+        train = open_dataset(converted(path), "--probe")
+        data = open_evaluation_data(self.recipe, train, self.world, self.precision, self.kernels, say=self.say)
+        try:
+            both = [features(network, each, self.world, self.precision, progress=progress) for each in (data, val)]
+        finally:
+            data.close()
+        return probe(both[0], both[1], max(train.num_classes, val_set.num_classes))
 
 
 def _checked(options: Options) -> dict[str, Dataset]:
@@ -162,7 +190,13 @@ def _checked(options: Options) -> dict[str, Dataset]:
     repeated = next((path for path in options.val if options.val.count(path) > 1), None)
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
-    return {str(path): open_dataset(converted(path), "val") for path in options.val}
+    sets = {str(path): open_dataset(converted(path), "val") for path in options.val}
+    if options.probe is not None:
+        train = open_dataset(converted(options.probe), "--probe")
+        train.close()
+        for path, val in sets.items():
+            check_class_names(str(options.probe), train.class_names, path, val.class_names)
+    return sets
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:
@@ -195,8 +229,9 @@ def table(results: dict[str, Any]) -> str:
     for kind, scores in results.items():
         for head, values in scores.items():
             if isinstance(values, dict):
-                line = f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {values['loss']:8.4f}"
-                lines.append(line + (f" {values['real']:8.2f}" if real else ""))
+                loss = f"{values['loss']:8.4f}" if "loss" in values else ""
+                line = f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {loss}".rstrip()
+                lines.append(line + (f" {values['real']:8.2f}" if "real" in values else ""))
         if real:
             lines.append(f"{kind}: ReaL over the {scores['real_images']} of {scores['images']} images with such labels")
         if "fallbacks" in scores:
