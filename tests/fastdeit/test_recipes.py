@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit.cli import parse_recipe, recipe_from_dict
 from fastdeit.config import COMPAT, COMPAT_RUN, Departures, Recipe, RunConfig
 from fastdeit.effects import fields
+from fastdeit.model.deit import build_model
+from fastdeit.model.fused import fuse
 from fastdeit.option_names import TIMM
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
@@ -38,6 +41,24 @@ def test_shapes_are_those_of_timm(name):
     assert cfg.distilled == hasattr(model, "dist_token")
     assert cfg.img_size == model.patch_embed.img_size[0]
     assert cfg.patch_size == model.patch_embed.patch_size[0]
+
+
+@pytest.mark.slow
+def test_the_table_of_deit_3s_networks_is_true():
+    """FLOPs as PyTorch counts them."""
+    table = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| (deit3_\w+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", table, re.MULTILINE)
+    assert len(rows) == 5
+    for name, millions, gigas, modules in rows:
+        cfg = dataclasses.replace(RECIPES[name]().model, grad_checkpointing=False)
+        with torch.device("meta"):
+            model, image = build_model(cfg, 1000).eval(), torch.empty(1, 3, cfg.img_size, cfg.img_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            model(image)
+        swap = fuse(model)
+        found = sum(p.numel() for p in model.parameters()) / 1e6, flops.get_total_flops() / 1e9, len(swap.replaced)
+        assert (f"{found[0]:.1f}", f"{found[1]:.1f}", str(found[2])) == (millions, gigas, modules)
+        assert swap.left == []
 
 
 @pytest.mark.parametrize("name", RECIPES)
