@@ -183,7 +183,7 @@ def test_a_run_trains_from_its_machines_copy_and_resumes_without_it(tiny, tmp_pa
     half = {"run": {"output": tmp_path / "half", "epochs": 1, "resume_changed": True}}
     train(tiny(**half, data={"cache_dir": cache}))
     assert capsys.readouterr().out.count("copying ") == 2
-    assert {path.name.rpartition("-")[0] for path in cache.iterdir() if path.is_dir()} == {"train", "val"}
+    assert {path.name.rpartition("-")[0] for path in cache.iterdir() if path.is_dir()} == {"train.beton", "val.beton"}
     half["run"]["epochs"] = 2
     train(tiny(**half))
     assert "copying" not in capsys.readouterr().out
