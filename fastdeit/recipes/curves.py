@@ -7,10 +7,11 @@ average, on the 50,000 validation images, for each fifth epoch.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
+
+from fastdeit.pipelines.parsing import read_json
 
 SOURCE = "the authors' run"
 _IMAGES, _CLASSES, _VALIDATION = 1_281_167, 1000, 50_000
@@ -18,7 +19,7 @@ _IMAGES, _CLASSES, _VALIDATION = 1_281_167, 1000, 50_000
 
 @functools.cache
 def _curves() -> dict[str, list[tuple[float, float]]]:
-    return json.loads(Path(__file__).with_name("curves.json").read_text(encoding="utf-8"))
+    return read_json(Path(__file__).with_name("curves.json"))
 
 
 def is_imagenet(images: int, global_batch: int, classes: int | None, validation: int) -> bool:
