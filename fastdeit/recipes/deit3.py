@@ -58,7 +58,6 @@ def _pretrain(name: str) -> Recipe:
             no_embed_class=True,
             drop_path=size.drop_path,
             drop_path_uniform=True,
-            grad_checkpointing=name in ("large", "huge"),
         ),
         objective=ObjectiveConfig(loss="bce", bce_target_thresh=0.0),
         data=DataConfig(repeats=3),

@@ -89,7 +89,7 @@ def run_on_meta(cfg, monkeypatch):
         ("deit_base", SKIPS),
         ("deit_small_distilled", {**SKIPS, "drop_path": 0.5}),
         ("deit3_base", {}),
-        ("deit3_large", {}),
+        ("deit3_large", {"grad_checkpointing": True}),
         ("deit3_base", {**SKIPS, "grad_checkpointing": True}),
     ],
 )
@@ -110,8 +110,11 @@ def test_the_products_are_those_of_the_real_model(name, changes, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"residual_dtype": "bfloat16"}, SKIPS, {**SKIPS, "drop_path": 0.5}])
-@pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled", "deit3_base", "deit3_huge"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"residual_dtype": "bfloat16"}, SKIPS, {**SKIPS, "drop_path": 0.5}, {**SKIPS, "grad_checkpointing": True}],
+)
+@pytest.mark.parametrize("name", ["deit_base", "deit_small_distilled", "deit3_base"])
 def test_the_passes_move_the_tensors_of_the_operators(name, changes, monkeypatch):
     cfg = config(name, **changes)
     _, recorder = run_on_meta(cfg, monkeypatch)
