@@ -2,8 +2,10 @@
 
 import io
 import json
+import pickle
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -31,6 +33,41 @@ def pack(path, files, mode="w"):
     """Write an archive of `files` and return its path."""
     path.write_bytes(packed(files, mode=mode))
     return path
+
+
+def cifar_files(kind, count=6):
+    """The files of both versions of CIFAR-10 or CIFAR-100, of the same images, by the name of the archive."""
+    rng = np.random.default_rng(0)
+    batches = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if kind == "10" else ["train", "test"]
+    pickled, binary = {}, {}
+    for name in batches:
+        data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        fine, coarse = (rng.integers(0, n, count) for n in (10 if kind == "10" else 100, 20))
+        # As Python 2 pickled them, at protocol 2.
+        if kind == "10":
+            content = {"data": data, "labels": fine.tolist(), "batch_label": "x", "filenames": ["a"] * count}
+            labels = fine[:, None]
+        else:
+            content = {"data": data, "fine_labels": fine.tolist(), "coarse_labels": coarse.tolist()}
+            labels = np.stack([coarse, fine], axis=1)
+        pickled[name] = pickle.dumps(content, protocol=2)
+        binary[f"{name}.bin"] = np.concatenate([labels.astype(np.uint8), data], axis=1).tobytes()
+    if kind == "10":
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        pickled["batches.meta"] = pickle.dumps({"label_names": names, "num_vis": 3072}, protocol=2)
+        binary["batches.meta.txt"] = ("\n".join(names) + "\n\n").encode()
+        return {"cifar-10-batches-py": pickled}, {"cifar-10-batches-bin": binary}
+    names = [f"class_{i}" for i in range(100)]
+    pickled["meta"] = pickle.dumps({"fine_label_names": names, "coarse_label_names": ["x"] * 20}, protocol=2)
+    binary["fine_label_names.txt"] = ("\n".join(names) + "\n").encode()
+    return {"cifar-100-python": pickled}, {"cifar-100-binary": binary}
+
+
+def write_cifar(root, kind):
+    """Both versions of the archive, pickled and binary, in the folder `root`."""
+    for version, folders in zip(("python", "binary"), cifar_files(kind), strict=True):
+        files = {f"{folder}/{name}": data for folder, files in folders.items() for name, data in files.items()}
+        pack(root / f"cifar-{kind}-{version}.tar.gz", files, "w:gz")
 
 
 def imagenet_train(jpeg):
