@@ -14,6 +14,7 @@ from fastdeit.pipelines.errors import UserError, naming
 
 BEGIN, END = "<!-- findings -->", "<!-- end of findings -->"
 SURE = 0.05  # p-value below which a difference counts
+FEWEST = 3  # seeds without which nothing is said
 PICTURE = Path("images/findings.svg")  # beside the page
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # scores by cell and seed
@@ -36,14 +37,14 @@ class Finding(NamedTuple):
         from scipy.stats import t
 
         count = len(self.differences)
-        if count < 2:
+        if count < FEWEST:
             return math.inf
         return float(t.ppf(0.975, count - 1)) * statistics.stdev(self.differences) / math.sqrt(count)
 
     @property
     def verdict(self) -> str:
-        if len(self.differences) < 2:
-            return "not shown"
+        if len(self.differences) < FEWEST:
+            return "too few seeds"
         if self.p < SURE and not self.claim.equal:
             return "holds" if self.mean > 0 else "**the opposite**"
         if self.claim.equal:
@@ -86,7 +87,7 @@ def claims_table(found: Sequence[Finding]) -> str:
             each.claim.source,
             f"{each.mean:+.2f}" + (f" +- {each.spread:.2f}" if math.isfinite(each.spread) else ""),
             str(len(each.differences)),
-            f"{each.p:.3f}" if len(each.differences) > 1 else "",
+            f"{each.p:.3f}" if len(each.differences) >= FEWEST else "",
             each.verdict,
         )
         for each in found
@@ -168,7 +169,8 @@ def draw(found: Mapping[str, Sequence[Finding]], path: Path) -> None:
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for panel, (data, chosen) in zip(panels, found.items(), strict=True):
         for row, each in enumerate(reversed(chosen)):
-            colour = "#2f8f4e" if each.p < SURE and each.mean > 0 else "#b5432f" if each.p < SURE else "#8a8a8a"
+            sure = each.p < SURE and len(each.differences) >= FEWEST
+            colour = "#8a8a8a" if not sure else "#2f8f4e" if each.mean > 0 else "#b5432f"
             spread = each.spread if math.isfinite(each.spread) else 0.0
             panel.errorbar(each.mean, row, xerr=spread, fmt="o", color=colour, ms=4, capsize=2)
         panel.axvline(0, color="#444444", lw=0.8)
