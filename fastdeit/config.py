@@ -45,7 +45,7 @@ class ModelConfig:
     no_embed_class: bool = False  # only patches have a position, tokens do not (as in DeiT III)
     drop_rate: float = 0.0
     drop_path: float = 0.1  # stochastic depth of the last block
-    drop_path_uniform: bool = False  # of all blocks (as in DeiT III), instead of growing linearly from 0
+    drop_path_uniform: bool = False  # the same drop_path in all blocks (DeiT III), instead of growing from 0
     # mask: each sample is drawn on its own, and dropped ones are multiplied by 0; skip: a fixed number in each mixing
     # group is dropped and not computed
     drop_path_mode: Literal["mask", "skip"] = "mask"

@@ -71,7 +71,7 @@ _TEACHER = Effect(
 )
 _SOFT = Effect(lambda r: r.objective.distillation == "soft", "objective.distillation 'soft'")
 _BCE = Effect(lambda r: r.objective.loss == "bce", "objective.loss 'bce'")
-_NOT_SGD = Effect(lambda r: r.optim.name != "sgd", "another optim.name than 'sgd'")
+_NOT_SGD = Effect(lambda r: r.optim.name != "sgd", "an optim.name other than 'sgd'")
 _FUSED = Effect(lambda r: r.optim.name in ("adamw", "lamb"), "optim.name 'adamw' or 'lamb'")
 _NOT_ADAMW = Effect(lambda r: r.optim.name != "adamw", "optim.name 'sgd', or another that has a momentum")
 _WSD = Effect(lambda r: r.optim.schedule == "wsd", "optim.schedule 'wsd'")

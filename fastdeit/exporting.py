@@ -64,7 +64,7 @@ def _timm_model(loaded: Loaded) -> nn.Module:
     """timm's own network with these weights, and with this preprocessing in its configuration."""
     cfg, augment = loaded.recipe.model, loaded.recipe.augment
     if cfg.distilled and cfg.no_embed_class:
-        raise UserError("timm has no model with a distillation token that has no position: export it as onnx or torch")
+        raise UserError("timm has no model with a distillation token without a position: export it as onnx or torch")
     arch = "deit_tiny_distilled_patch16_224" if cfg.distilled else "deit_tiny_patch16_224"
     overlay = {
         "input_size": (3, cfg.img_size, cfg.img_size),
@@ -93,7 +93,9 @@ def export_transformers(loaded: Loaded, folder: Path) -> None:
     if cfg.arch != "deit":
         raise UserError(f"{cfg.arch} has no layout in transformers here: export it as timm, onnx or torch")
     if cfg.layer_scale or cfg.no_embed_class:
-        raise UserError("transformers has no DeiT III: export it as timm, onnx or torch")
+        raise UserError(
+            "transformers has no DeiT with LayerScale or without positions for tokens: export it as timm, onnx or torch"
+        )
     kind = "deit" if cfg.distilled else "vit"
     names = loaded.class_names or [f"LABEL_{i}" for i in range(cfg.num_classes or 0)]
     config = {

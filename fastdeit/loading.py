@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.cli import recipe_from_dict
@@ -65,21 +65,6 @@ class OpenedCheckpoint:
         return model, messages
 
 
-class OfClasses(nn.Module):
-    """A network whose logits are those of some of its classes, `columns`, in that order."""
-
-    columns: Tensor
-
-    def __init__(self, network: nn.Module, columns: list[int]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("columns", torch.tensor(columns), persistent=False)
-
-    def forward(self, images: Tensor) -> StudentOutput:
-        cls, dist = self.network(images)
-        return StudentOutput(cls[:, self.columns], None if dist is None else dist[:, self.columns])
-
-
 def timm_recipe(arch: str) -> tuple[Recipe, list[str]]:
     """A recipe that describes timm's model `arch` and its preprocessing; sentences on what evaluation does otherwise.
 
@@ -91,7 +76,9 @@ def timm_recipe(arch: str) -> tuple[Recipe, list[str]]:
     if cfg is None:
         raise UserError(f"--arch {arch} is not a model that timm has a configuration for: see timm.list_models()")
     base, size = convnet_teacher(), cfg.input_size[-1]
-    said = [
+    tag = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
+    said = [f"timm's configuration of {tag}: {size} pixels, crop {cfg.crop_pct}"]
+    said += [
         f"timm's configuration of {arch} says {name} '{value}', but evaluation here takes {ours}"
         for name, value, ours in (
             ("interpolation", cfg.interpolation, "bicubic"),

@@ -52,7 +52,7 @@ def create_model(
         **({"no_embed_class": True} if cfg.no_embed_class else {}),
     }
     if cfg.distilled and cfg.no_embed_class:
-        raise UserError("timm has no network with a distillation token that has no position: set distilled to False")
+        raise UserError("timm has no network with a distillation token without a position: set distilled to False")
     model = (VisionTransformerDistilled if cfg.distilled else VisionTransformer)(**shape)
     if cfg.drop_path and cfg.drop_path_uniform:
         for block in model.blocks:

@@ -157,7 +157,10 @@ def build_student(
     messages = load_weights(model, recipe.model.init) if recipe.model.init is not None else []
     if isinstance(model, ConvnetStudent) and model.left:
         shown, more = "; ".join(model.left[:4]), len(model.left) - 4
-        messages.append(f"of {recipe.model.arch}, PyTorch runs {shown}" + (f"; and {more} more" if more > 0 else ""))
+        messages.append(
+            f"these modules of {recipe.model.arch} stay with PyTorch: {shown}"
+            + (f"; and {more} more" if more > 0 else "")
+        )
     return model, messages
 
 

@@ -247,6 +247,8 @@ def memory(model: ModelConfig, batch: int, *, num_classes: int = 1000, ema: bool
     # the hidden layer before and after the GELU.
     block = 2 * stream * shape.width + BF16 * (6 * shape.width + 2 * shape.hidden)
     last = stream * shape.width + BF16 * 4 * shape.width
+    if model.layer_scale:  # the gradient of its factors needs both branches, and in the last block few rows of them
+        block += 2 * BF16 * shape.width
     kept = shape.rows * (block * (model.depth - 1) + last + stream * shape.width)
     if model.grad_checkpointing:  # the stream and the branch between two blocks, and one block at a time
         kept = shape.rows * ((stream + BF16) * shape.width * model.depth + block)

@@ -53,7 +53,7 @@ class Options:
     arch: str | None = None  # for a checkpoint of a timm model, such as a teacher: its name in timm, e.g. regnety_160
     probe: Path | None = None  # training images: also score a k-NN and a linear classifier on the frozen features
     weights: Literal["model", "ema", "both"] = "both"  # both: ema too if the checkpoint has it
-    img_size: int | None = None  # resolution, if it is not the recipe's; the position embedding is resized
+    img_size: int | None = None  # resolution, if it is not the recipe's; a DeiT's position embedding is resized
     batch: int = 256
     threads: int = 0
     loader: Literal["auto", "turbo", "ffcv", "dali", "torch"] = "auto"
@@ -89,8 +89,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
         own, images = _runs_own(opened)
         sets = {str(own.path): own}
     names = opened.described.get("class_names")
-    columns = {path: class_columns(str(options.checkpoint), names, path, val.class_names) for path, val in sets.items()}
-    classes = recipe.model.num_classes or len(names or ()) or next(iter(sets.values())).num_classes
+    classes, columns = _classes(str(options.checkpoint), names, recipe.model.num_classes, sets)
     with world(options.device) as joined:
         say = console.say if joined.main and not options.json else silent
         precision = set_up(recipe, joined)
@@ -111,6 +110,30 @@ def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
     return out if joined.main else {}
 
 
+def _classes(
+    checkpoint: str, names: list[str] | None, count: int | None, sets: dict[str, Dataset]
+) -> tuple[int, dict[str, list[int] | None]]:
+    """The number of the network's classes, and which of them each data set has: see `class_columns`.
+
+    A checkpoint without names has those of the data set with the most classes. Raises UserError for a data set of which
+    nothing says which classes it has.
+    """
+    own = names
+    if names is None:
+        largest = max(sets.values(), key=lambda val: val.num_classes)
+        checkpoint, names, count = str(largest.path), largest.class_names, count or largest.num_classes
+    classes = count or len(names or ())
+    columns = {path: class_columns(checkpoint, names, path, val.class_names) for path, val in sets.items()}
+    for path, val in sets.items():
+        known = own is not None and own == val.class_names  # the network may have more classes than names
+        if columns[path] is None and val.num_classes != classes and not known:
+            raise UserError(
+                f"{path} has {val.num_classes} classes, the network {classes}, and their names do not say which of "
+                f"them: convert it with the names of the network's classes"
+            )
+    return classes, columns
+
+
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
     """What the evaluations of one checkpoint on several data sets share."""
@@ -127,15 +150,15 @@ class _Evaluation:
         self, val: Dataset, images: np.ndarray | None, columns: list[int] | None, options: Options
     ) -> dict[str, Any]:
         """Scores by kind of weights, of the network's classes `columns` (None: all)."""
-        from fastdeit.loading import OfClasses
         from fastdeit.memory import moved
+        from fastdeit.model.networks import OfClasses
         from fastdeit.pipelines.formats.checksums import unchecked
         from fastdeit.setup import open_evaluation_data
         from fastdeit.training.evaluation import evaluate
 
         world, say, kernels = self.world, self.say, self.kernels
         if columns is not None:
-            say(f"{val.path} has {len(columns)} of the checkpoint's {self.classes} classes: the others do not count")
+            say(f"{val.path} has {len(columns)} of the network's {self.classes} classes: the others are ignored")
         data = open_evaluation_data(self.recipe, val, world, self.precision, kernels, images=images, say=say)
         say(f"loader {data.loader.name}: {data.loader.reason}")
         say(f"images made on the {data.stage.name}: {data.stage.reason}")
@@ -187,7 +210,8 @@ def _checked(options: Options) -> dict[str, Dataset]:
         if options.arch is not None:
             raise UserError(f"--recipe {options.recipe} and --arch {options.arch} exclude each other: leave one out")
     check_checkpoint(checkpoint_file(options.checkpoint))
-    repeated = next((path for path in options.val if options.val.count(path) > 1), None)
+    whole = [path.resolve() for path in options.val]
+    repeated = next((path for path in options.val if whole.count(path.resolve()) > 1), None)
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
     sets = {str(path): open_dataset(converted(path), "val") for path in options.val}

@@ -44,6 +44,21 @@ class ConvnetStudent(nn.Module):
         return self.network.load_state_dict(state_dict, strict=strict, assign=assign)
 
 
+class OfClasses(nn.Module):
+    """A network whose logits are those of some of its classes, `columns`, in that order."""
+
+    columns: torch.Tensor
+
+    def __init__(self, network: nn.Module, columns: Sequence[int]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("columns", torch.tensor(list(columns)), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> StudentOutput:
+        cls, dist = self.network(images)
+        return StudentOutput(cls[:, self.columns], None if dist is None else dist[:, self.columns])
+
+
 def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) -> DeiT | ConvnetStudent:
     """A freshly initialised network; a DeiT and timm's vision transformers use `kernels`.
 
@@ -62,7 +77,7 @@ def build_network(cfg: ModelConfig, num_classes: int, kernels: Kernels = TORCH) 
         options["drop_path_rate"] = cfg.drop_path
     try:
         network = timm.create_model(cfg.arch, pretrained=False, num_classes=num_classes, **options)
-    except AssertionError as error:
+    except (AssertionError, ArithmeticError, RuntimeError, ValueError) as error:
         raise UserError(f"timm cannot build {cfg.arch} with model.img_size {cfg.img_size}: {fact(error)}") from error
     return ConvnetStudent(network, _use(kernels, network))
 

@@ -52,8 +52,7 @@ def state_dict(stored: dict[str, Any], *, ema: bool = False, source: str = "the 
     out: State = dict(chosen)
     while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in out)), None):
         out = {name.removeprefix(prefix): value for name, value in out.items()}
-    # The authors' DeiT III (arXiv 2204.07118) names the factors of LayerScale otherwise than timm does.
-    return {_GAMMA.sub(r"\1ls\2.gamma", name): value for name, value in out.items()}
+    return out
 
 
 def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
@@ -104,6 +103,8 @@ def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *,
     fresh = network.state_dict()
     messages: list[str] = []
     if isinstance(network, DeiT):
+        # The authors' DeiT III (arXiv 2204.07118) names the factors of LayerScale otherwise than timm does.
+        state = {_GAMMA.sub(r"\1ls\2.gamma", name): value for name, value in state.items()}
         messages += _adapt_patches(state, fresh)
         messages += _adapt_positions(state, network, source)
         messages += _adapt_distillation(state, fresh)

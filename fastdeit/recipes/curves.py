@@ -46,4 +46,4 @@ def band(recipe: str, epoch: float) -> tuple[float, float] | None:
     if not points:
         return None
     expected = float(np.interp(epoch, [x for x, _ in points], [y for _, y in points]))
-    return expected, expected - min(4.0, max(1.5, expected / 3))
+    return expected, max(0.0, expected - min(4.0, max(1.5, expected / 3)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.recipes.curves import SOURCE, curve
-from fastdeit.report.runs import Run, published
+from fastdeit.report.runs import Run, published, trains_a_recipe_on_imagenet
 
 Figure = dict[str, Any]  # `data` and `layout` of plotly.js
 
@@ -147,7 +147,7 @@ def accuracy(runs: Sequence[Run]) -> Figure:
     layout: Figure = _axes("epoch", "validation top-1, %") | {"shapes": [], "annotations": []}
     if all(e.epoch < _FEW_EPOCHS for run in runs for e in run.evaluations):
         layout["xaxis"]["dtick"] = 1
-    for name in sorted({str(run.recipe.get("name")) for run in runs if published(run) is not None}):
+    for name in sorted({str(run.recipe.get("name")) for run in runs if trains_a_recipe_on_imagenet(run)}):
         points = curve(name)
         if points:
             x, y = (list(side) for side in zip(*points, strict=True))

@@ -269,17 +269,21 @@ def flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def published(run: Run) -> tuple[float, str] | None:
-    """The paper's top-1 for the run's recipe, and its source; None if the data set is not ImageNet."""
+def trains_a_recipe_on_imagenet(run: Run) -> bool:
+    """Whether a run has a named recipe, and data of the size of ImageNet-1k."""
     recipe, start = run.recipe, run.starts[-1]
     batch = int(recipe["run"]["global_batch"])
     images = int(start["steps_per_epoch"]) * batch
     classes = recipe.get("model", {}).get("num_classes")
-    make = RECIPES.get(str(recipe.get("name")))
-    sizes = {each.images for each in run.evaluations}
-    if make is None or not all(is_imagenet(images, batch, classes, size) for size in sizes or {50_000}):
+    sizes = {each.images for each in run.evaluations} or {50_000}
+    return recipe.get("name") in RECIPES and all(is_imagenet(images, batch, classes, size) for size in sizes)
+
+
+def published(run: Run) -> tuple[float, str] | None:
+    """The top-1 that the source of the run's recipe states, and the source; None if the data set is not ImageNet."""
+    if not trains_a_recipe_on_imagenet(run):
         return None
-    return _top1(make.__doc__ or "")
+    return _top1(RECIPES[run.recipe["name"]].__doc__ or "")
 
 
 def _top1(docstring: str) -> tuple[float, str] | None:

@@ -15,6 +15,7 @@ from fastdeit.kernels.reference import HEADS, head_log_probabilities
 from fastdeit.memory import enough_for
 from fastdeit.model.deit import StudentOutput
 from fastdeit.model.kernel_choice import TORCH, Kernels
+from fastdeit.model.networks import OfClasses
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.precision import Precision
@@ -65,7 +66,9 @@ def evaluate(
             ):
                 row[:4] += hits
                 if real is not None:
-                    row[4:] += _real_hits(decision, real[batch.index.to(world.device)])
+                    # ReaL's labels number all classes of the network.
+                    chosen = model.columns[decision] if isinstance(model, OfClasses) else decision
+                    row[4:] += _real_hits(chosen, real[batch.index.to(world.device)])
     model.train(training)
     counts = torch.tensor([float(len(data.fallbacks)), float(len(data.replaced))], device=world.device)
     if not data.replicate:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdeit.config import OptimConfig, Recipe
 from fastdeit.training.apex_optim import build_apex, is_apex, to_apex, to_torch
-from fastdeit.training.timm_optim import build_timm_optimizer
+from fastdeit.training.timm_optim import build_timm_optimizer, can_be_captured
 
 _TOKENS = ("cls_token", "pos_embed")
 
@@ -75,7 +75,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
         return build_apex(groups, cfg, capturable=cuda and not scaled)
     if cfg.name != "adamw":
         peak = peak_lr(cfg, recipe.run.global_batch)
-        captured = cuda and recipe.run.cuda_graphs == "on"
+        captured = cuda and recipe.run.cuda_graphs == "on" and can_be_captured(cfg.name)
         return build_timm_optimizer(_with_tensors(groups, peak) if captured else groups, cfg, peak, capturable=captured)
     options: dict[str, Any] = {"betas": cfg.betas or (0.9, 0.999), "eps": 1e-8 if cfg.eps is None else cfg.eps}
     if cuda:

@@ -111,14 +111,17 @@ def report_pace(log: RunLog, state: RunState, recipe: Recipe, training: int, cla
     training  images of an epoch
     """
     known = band(recipe.name, state.epoch)
-    length = RECIPES[recipe.name]().run.epochs if recipe.name in RECIPES else 0
-    if known is None or recipe.run.epochs != length:
+    if known is None or recipe.name not in RECIPES or recipe.model.distilled:
+        return
+    named = RECIPES[recipe.name]().filled()
+    same = all(getattr(recipe, each) == getattr(named, each) for each in ("augment", "objective", "optim"))
+    if not same or recipe.run.epochs != named.run.epochs:
         return
     if not is_imagenet(training, recipe.run.global_batch, classes, scores["images"]):
         return
     expected, least = known
     top1 = scores["class"]["top1"]
-    log.event("pace", epoch=state.epoch, top1=top1, expected=round(expected, 2), least=round(least, 2))
+    log.event("pace", epoch=state.epoch - 1, top1=top1, expected=round(expected, 2), least=round(least, 2))
     if top1 < least:
         log.warn(
             f"epoch {state.epoch}: top-1 {top1:.2f}% is below {least:.1f}%; {SOURCE} of {recipe.name} had "

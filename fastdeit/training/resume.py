@@ -28,7 +28,7 @@ FREE = {
         "timeout_minutes",
     },
     "data": {"train", "val", "cache_dir", "loader", "stage", "hw_decoder_load", "threads", "prefetch", "on_error"},
-    "model": {"init", "kernels"},
+    "model": {"init", "kernels", "grad_checkpointing"},
     # Its fingerprint is compared instead.
     "teacher": {"checkpoint", "labels", "name", "img_size", "mean", "std"},
 }  # fmt: skip

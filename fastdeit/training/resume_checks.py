@@ -75,7 +75,14 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     averaged = isinstance(recipe, dict) and recipe.get("enabled") is True
     if state["ema"] is not None or (averaged and training.ema is not None):
         _check_tensors(path, "ema", state["ema"], own)
-    stored, now = state["recipe"].get("optim"), training.recipe.optim.layer_decay
+    stored, optim = state["recipe"].get("optim"), training.recipe.optim
+    name = stored.get("name") if isinstance(stored, dict) else optim.name
+    if name != optim.name:
+        raise UserError(
+            f"{path}: was trained with optim.name {str(name)[:40]}, but this run has {optim.name}, "
+            f"which keeps another state: start from its weights with --model.init and another --run.output"
+        )
+    now = optim.layer_decay
     before = stored.get("layer_decay", 1.0) if isinstance(stored, dict) else now
     if (before == 1) != (now == 1):
         raise UserError(
@@ -170,7 +177,7 @@ def _moments(training: TrainingStep) -> tuple[str, ...] | None:
 
 
 def _check_alike(path: Path, states: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise UserError unless each parameter's state is a dict whose tensors are no larger than the optimizer's."""
+    """Raise UserError unless each parameter's state is a dict, and its moments have the parameter's shape."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     for index, held in states.items():
         field = f"optimizer.state[{index}]"

@@ -22,6 +22,8 @@ def check_name(cfg: OptimConfig) -> None:
     for prefix, remedy in _OTHER_PACKAGES.items():
         if cfg.name.startswith(prefix):
             raise UserError(f"optim.name '{cfg.name}' needs another package: set {remedy}")
+    if cfg.name not in known and cfg.name.lower() in known:
+        raise UserError(f"optim.name '{cfg.name}' is written in lower case: --optim.name {cfg.name.lower()}")
     if cfg.name not in known:
         close: list[str] = difflib.get_close_matches(cfg.name, known, 4) or ["lamb", "lion", "muon"]
         raise UserError(
@@ -33,9 +35,11 @@ def check_name(cfg: OptimConfig) -> None:
     if cfg.name.startswith("kron"):
         raise UserError(f"optim.name '{cfg.name}' draws random numbers that no checkpoint holds: it cannot be resumed")
     if cfg.betas is not None and not (info.has_betas and info.num_betas == 2):
-        raise UserError(f"optim.betas has no effect: {cfg.name} does not take two betas. Leave it out")
+        raise UserError(f"optim.betas has no effect: {cfg.name} does not take two betas. Set --optim.betas None")
     if cfg.eps is not None and not info.has_eps:
-        raise UserError(f"optim.eps has no effect: {cfg.name} takes none. Leave it out")
+        raise UserError(f"optim.eps has no effect: {cfg.name} takes none. Set --optim.eps None")
+    if cfg.momentum != OptimConfig().momentum and not info.has_momentum:
+        raise UserError(f"optim.momentum has no effect: {cfg.name} takes none. Leave it out")
 
 
 def can_be_captured(name: str) -> bool:

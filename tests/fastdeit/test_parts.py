@@ -40,7 +40,7 @@ def test_mistakes_in_a_network_are_named():
         fastdeit.create_model("deit_tiny", img_size=33)
     refused(r"trains a resnet18: timm.create_model\('resnet18'\) makes it", fastdeit.create_model, "convnet_teacher")
     distilled = changed(RECIPES["deit3_small"](), model={"distilled": True})
-    refused("no network with a distillation token that has no position", fastdeit.create_model, distilled)
+    refused("no network with a distillation token without a position", fastdeit.create_model, distilled)
     refused("there is no recipe 'deit_huge'", fastdeit.create_model, "deit_huge")
 
 

@@ -161,7 +161,7 @@ def test_a_data_set_with_some_of_the_classes(trained, data, images, tmp_path, ca
     recipe, path, _ = trained
     few = some_classes(data / "val.beton", tmp_path / "few.beton", ["class3", "class0"])
     found = evaluated(path, few, loader="torch", device="cpu", threads=1)["model"]
-    assert "has 2 of the checkpoint's 4 classes: the others do not count" in capsys.readouterr().out
+    assert "has 2 of the network's 4 classes: the others are ignored" in capsys.readouterr().out
     outputs, labels = judge_outputs(recipe, checkpoint.load(path)["model"], images / "val")
     chosen = (labels == 0) | (labels == 3)
     targets = (labels[chosen] == 0).long()
@@ -196,3 +196,30 @@ def test_a_timm_model_is_scored_with_its_own_preprocessing(data, images, tmp_pat
         evaluated(tmp_path / "teacher.pth", data / "val.beton", arch="resnet1000")
     with pytest.raises(UserError, match="exclude each other"):
         evaluated(tmp_path / "teacher.pth", data / "val.beton", arch="resnet18", recipe="deit_tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_checkpoint_without_names_has_those_of_the_largest_data_set(trained, data, tmp_path, order):
+    """As a timm checkpoint has none; a data set whose names say nothing is refused."""
+    _, path, _ = trained
+    named, nameless = checkpoint.load(path), tmp_path / "nameless.pth"
+    torch.save({"model": named["model"], "recipe": named["recipe"], "num_classes": 4}, nameless)
+    few = some_classes(data / "val.beton", tmp_path / "few.beton", ["class3", "class0"])
+    sets, options = (data / "val.beton", few)[::order], {"loader": "torch", "device": "cpu", "threads": 1}
+    expected = evaluate_checkpoint(Options(checkpoint=path, val=sets, weights="model", **options))
+    assert evaluate_checkpoint(Options(checkpoint=nameless, val=sets, weights="model", **options)) == expected
+    with pytest.raises(UserError, match=r"few\.beton has 2 classes, the network 4, and their names do not say which"):
+        evaluated(nameless, few, **options)
+
+
+@pytest.mark.slow
+def test_real_accuracy_of_some_of_the_classes(trained, data, tmp_path):
+    """ReaL's labels number all classes: with the true class as the only label, ReaL accuracy is top-1."""
+    names = ["class3", "class0"]
+    few = some_classes(data / "val.beton", tmp_path / "few.beton", names)
+    with BetonDataset(few) as own:
+        real = [[int(names[label][-1])] for label in own.label]
+    scores = evaluated(trained[1], with_real_labels(few, tmp_path / "real.beton", real), loader="torch", device="cpu")
+    assert scores["model"]["class"]["real"] == pytest.approx(scores["model"]["class"]["top1"])
+    assert scores["model"]["real_images"] == scores["model"]["images"] > 0

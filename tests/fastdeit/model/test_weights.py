@@ -265,3 +265,15 @@ def test_a_convnet_is_fine_tuned_with_other_classes(tmp_path):
     assert load_weights(ours, tmp_path / "convnet.pth") == ["fc reset: the checkpoint has 5 classes, this model 4"]
     for name, value in old.state_dict().items():
         assert name.startswith("fc.") or torch.equal(ours.state_dict()[name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["cait_xxs24_224", "beit_base_patch16_224"])
+def test_timms_own_gammas_keep_their_names(arch):
+    """CaiT and BEiT have parameters of the names that the authors of DeiT III gave to LayerScale's."""
+    torch.manual_seed(0)
+    model = build_network(ModelConfig(arch=arch, drop_path=0.0), 5)
+    other = timm.create_model(arch, num_classes=5)
+    assert "blocks.0.gamma_1" in other.state_dict()
+    assert load_weights(model, {"model": other.state_dict()}) == []
+    assert torch.equal(model.state_dict()["blocks.0.gamma_1"], other.state_dict()["blocks.0.gamma_1"])

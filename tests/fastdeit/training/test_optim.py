@@ -188,6 +188,8 @@ def test_timms_optimizers_resume_to_the_same_bits(tmp_path, name):
         ({"name": "fusedlamb"}, "set --optim.name lamb --optim.implementation apex"),
         ({"name": "bnblion"}, "needs another package"),
         ({"name": "adahessian"}, "needs second derivatives"),
+        ({"name": "AdamW"}, "is written in lower case: --optim.name adamw"),
+        ({"name": "lamb", "momentum": 0.8}, r"optim\.momentum has no effect: lamb takes none"),
         ({"name": "kron"}, "draws random numbers that no checkpoint holds"),
         ({"name": "lion", "eps": 1e-6}, r"optim\.eps has no effect: lion takes none"),
         ({"name": "adan", "betas": (0.9, 0.99)}, r"optim\.betas has no effect: adan does not take two betas"),
@@ -205,6 +207,8 @@ def test_a_run_with_an_optimizer_of_timm_resumes_to_the_same_bits(tiny, tmp_path
     straight = trained(recipe)
     rewind(recipe, 15)
     assert_same_state(straight, trained(recipe))
+    other = changed(recipe, run={"resume_changed": True}, optim={"name": "adan"})
+    refused(rf"trained with optim\.name {name}, but this run has adan, which keeps another state", train, other)
 
 
 def wsd(**fields):
