@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -210,8 +211,8 @@ def _checked(options: Options) -> dict[str, Dataset]:
         if options.arch is not None:
             raise UserError(f"--recipe {options.recipe} and --arch {options.arch} exclude each other: leave one out")
     check_checkpoint(checkpoint_file(options.checkpoint))
-    whole = [path.resolve() for path in options.val]
-    repeated = next((path for path in options.val if whole.count(path.resolve()) > 1), None)
+    whole = [os.path.realpath(path) for path in options.val]  # unlike Path.resolve, it takes a loop of links
+    repeated = next((path for path, own in zip(options.val, whole, strict=True) if whole.count(own) > 1), None)
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
     sets = {str(path): open_dataset(converted(path), "val") for path in options.val}

@@ -238,7 +238,8 @@ def outputs_to_damage(folder: Path) -> dict[tuple[str, str], Path]:
         out[format, mode] = folder / f"{format}-{mode}"
         out[format, mode].mkdir(exist_ok=True)
         dest = out[format, mode] / ("x.beton" if format == "beton" else "x")
-        ended = _command(folder, source, dest, "--format", format, "--mode", mode, "--shard-size", 4)
+        shards = ("--shard-size", 4) if format == "webdataset" else ()
+        ended = _command(folder, source, dest, "--format", format, "--mode", mode, *shards)
         if ended.status:
             raise RuntimeError(f"{dest}: {_how(ended)}")
     return out
