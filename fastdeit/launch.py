@@ -39,6 +39,13 @@ def prepare() -> None:
     # Loader threads share the cores with PyTorch's. A spinning OpenMP thread keeps the thread that it waits for off its
     # core: with one core taken, training ran at a tenth of the speed. OpenMP reads this when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    announce_start()
+
+
+def announce_start() -> None:
+    """Say on a terminal that PyTorch is being imported; nothing else is printed for some seconds."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0" and sys.stderr.isatty():
+        print("starting PyTorch ...", file=sys.stderr, flush=True)
 
 
 @functools.cache  # a program may train several times

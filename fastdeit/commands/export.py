@@ -10,6 +10,7 @@ import tyro
 
 from fastdeit.cli import parse, program, run
 from fastdeit.inputs import check_checkpoint, checkpoint_file
+from fastdeit.launch import announce_start
 from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import check_space
@@ -52,6 +53,7 @@ def export(options: Options) -> None:
         if os.path.lexists(options.dest / name):
             raise UserError(f"{options.dest / name}: is there already: remove it, or name another folder")
     # Imported here: mistakes in the command are found without waiting for PyTorch.
+    announce_start()
     from fastdeit.exporting import FORMATS, card
     from fastdeit.loading import load
 

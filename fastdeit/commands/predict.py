@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastdeit.cli import parse, program, run
+from fastdeit.launch import announce_start
 from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.sources.base import IMG_EXTENSIONS, is_image
@@ -88,6 +89,7 @@ def predict(options: Options) -> int:
     if not paths:
         raise UserError("no images: name files or folders, or give their paths on stdin")
     # Imported here: mistakes in the command are found without waiting for PyTorch.
+    announce_start()
     import torch
 
     from fastdeit.distributed import world

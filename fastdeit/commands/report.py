@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastdeit.cli import parse, program, run
+from fastdeit.launch import announce_start
 from fastdeit.pipelines.console import say
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write, check_regular
@@ -87,6 +88,7 @@ def is_report(path: Path) -> bool:
 
 def _look(runs: "Sequence[Run]", options: Options) -> "list[Findings]":
     # Imported here: mistakes in the command are found without waiting for PyTorch.
+    announce_start()
     from fastdeit.distributed import world
     from fastdeit.pipelines.host.stage import compile_sentence
     from fastdeit.report.network import look

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -160,3 +162,24 @@ def test_slurm_tasks_end_with_the_remedy(data):
     )
     assert done.returncode == 2
     assert "srun --ntasks-per-node=1 torchrun" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_sees_a_line_before_pytorch_is_imported(tmp_path):
+    """At once where a start takes seconds; nothing of it where the output goes to a file."""
+    (tmp_path / "picture.png").write_bytes(b"")
+    words = [sys.executable, "-m", "fastdeit", "predict", str(tmp_path / "missing.pt"), str(tmp_path / "picture.png")]
+    terminal, other = pty.openpty()
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=other) as process:
+        os.close(other)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal whose last process has ended
+            while part := os.read(terminal, 4096):
+                shown += part
+    os.close(terminal)
+    lines = shown.decode().splitlines()
+    assert process.returncode == 2
+    assert lines[0] == "starting PyTorch ..."
+    assert "missing.pt" in lines[-1]
+    quiet = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "starting" not in quiet.stderr
