@@ -30,6 +30,8 @@ from fastdeit.streams import keep_streams
 from fastdeit.subsets import divide
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastdeit.data import EvaluationData
     from fastdeit.distributed import World
     from fastdeit.loading import OpenedCheckpoint
@@ -89,6 +91,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
     if not sets:
         own, images = _runs_own(opened)
         sets = {str(own.path): own}
+        _check_probe(options.probe, sets)
     names = opened.described.get("class_names")
     classes, columns = _classes(str(options.checkpoint), names, recipe.model.num_classes, sets)
     with world(options.device) as joined:
@@ -101,13 +104,13 @@ def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
             said.append(f"the newest checkpoint of the run: {opened.path}")
         for sentence in (*said, kernels.sentence()):
             say(sentence)
+        evaluation = _Evaluation(opened, recipe, joined, precision, kernels, classes, say)
         out: dict[str, dict[str, Any]] = {}
         for path, val in sets.items():
             if not options.val:
                 which = "" if images is None else f", the {len(images)} images that the run held out"
                 say(f"the run's data set: {path}{which}")
-            run = _Evaluation(opened, recipe, joined, precision, kernels, classes, say)
-            out[path] = run.on(val, images, columns[path], options)
+            out[path] = evaluation.on(val, images, columns[path], options)
     return out if joined.main else {}
 
 
@@ -137,7 +140,10 @@ def _classes(
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
-    """What the evaluations of one checkpoint on several data sets share."""
+    """What the evaluations of one checkpoint on several data sets share.
+
+    trained  features and labels of the images to train probes on, by kind of weights, once they are computed
+    """
 
     opened: "OpenedCheckpoint"
     recipe: Recipe
@@ -146,6 +152,7 @@ class _Evaluation:
     kernels: "Kernels"
     classes: int
     say: Callable[[str], object]
+    trained: "dict[str, tuple[Tensor, Tensor]]" = dataclasses.field(default_factory=dict)
 
     def on(
         self, val: Dataset, images: np.ndarray | None, columns: list[int] | None, options: Options
@@ -179,29 +186,44 @@ class _Evaluation:
                 model = network if columns is None else OfClasses(network, columns)
                 moved(model, world.device)
                 progress = world.main and not options.json
-                scores[kind] = evaluate(
+                # First the probe, which refuses several processes.
+                probed = self._probed(network, kind, data, options.probe, progress) if options.probe else {}
+                own = evaluate(
                     model, data, world, self.precision, kernels=kernels, progress=progress, batch_option="--batch"
                 )
-                if options.probe is not None:
-                    scores[kind] |= self._probed(network, data, options.probe, val, progress)
+                scores[kind] = own | probed
         finally:
             data.close()
         return scores
 
     def _probed(
-        self, network: "DeiT | ConvnetStudent", val: "EvaluationData", path: Path, val_set: Dataset, progress: bool
+        self, network: "DeiT | ConvnetStudent", kind: str, val: "EvaluationData", path: Path, progress: bool
     ) -> dict[str, Any]:
         """Scores of both classifiers on frozen features, trained on the features of the images at `path`."""
         from fastdeit.setup import open_evaluation_data
         from fastdeit.training.probes import features, probe
 
-        train = open_dataset(converted(path), "--probe")
-        data = open_evaluation_data(self.recipe, train, self.world, self.precision, self.kernels, say=self.say)
-        try:
-            both = [features(network, each, self.world, self.precision, progress=progress) for each in (data, val)]
-        finally:
-            data.close()
-        return probe(both[0], both[1], max(train.num_classes, val_set.num_classes))
+        if kind not in self.trained:
+            train = open_dataset(converted(path), "--probe")
+            data = open_evaluation_data(self.recipe, train, self.world, self.precision, self.kernels, say=self.say)
+            try:
+                self.trained[kind] = features(network, data, self.world, self.precision, progress=progress)
+            finally:
+                data.close()
+        others = features(network, val, self.world, self.precision, progress=progress)
+        return probe(self.trained[kind], others, val.loader.dataset.num_classes)
+
+
+def _check_probe(path: Path | None, sets: dict[str, Dataset]) -> None:
+    """Raise UserError unless the images to train a probe on have the classes of every data set."""
+    if path is None:
+        return
+    train = open_dataset(converted(path), "--probe")
+    train.close()
+    for name, val in sets.items():
+        check_class_names(str(path), train.class_names, name, val.class_names)
+        if train.num_classes != val.num_classes:
+            raise UserError(f"{path} has {train.num_classes} classes, {name} {val.num_classes}: they must be the same")
 
 
 def _checked(options: Options) -> dict[str, Dataset]:
@@ -216,11 +238,7 @@ def _checked(options: Options) -> dict[str, Dataset]:
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
     sets = {str(path): open_dataset(converted(path), "val") for path in options.val}
-    if options.probe is not None:
-        train = open_dataset(converted(options.probe), "--probe")
-        train.close()
-        for path, val in sets.items():
-            check_class_names(str(options.probe), train.class_names, path, val.class_names)
+    _check_probe(options.probe, sets)
     return sets
 
 

@@ -62,7 +62,8 @@ def knn_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, neighb
         cosine, near = (part @ train.T).topk(min(neighbours, len(train)), dim=1)
         vote = part.new_zeros(len(part), classes)
         votes.append(vote.scatter_add_(1, labels[near], (cosine / TEMPERATURE).exp()))
-    return torch.cat(votes).where(torch.cat(votes) > 0, -torch.inf)
+    total = torch.cat(votes)
+    return total.where(total > 0, -torch.inf)
 
 
 def linear_classifier(

@@ -12,7 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import ImageFolder
 
 from fastdeit import checkpoint
+from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training import probes
 from fastdeit.training.probes import KNN, LINEAR, TEMPERATURE, knn_scores, linear_classifier, probe
 from runs import evaluated, newest, train
 from tiny_datasets import reseal
@@ -92,3 +94,14 @@ def test_other_classes_are_refused_before_anything_is_computed(data, teacher_che
     reseal(tmp_path / "train.beton.json", class_names=["a", "b", "c", "d"])
     with pytest.raises(UserError, match=r"train\.beton and .*val\.beton do not name the same classes"):
         evaluated(teacher_checkpoint, data / "val.beton", probe=tmp_path / "train.beton")
+
+
+@pytest.mark.slow
+def test_the_probe_is_trained_once_for_all_data_sets(data, teacher_checkpoint, monkeypatch, tmp_path):
+    counted, whole = [], probes.features
+    monkeypatch.setattr(probes, "features", lambda *given, **named: counted.append(1) or whole(*given, **named))
+    options = {"loader": "torch", "device": "cpu", "threads": 1, "weights": "model", "probe": data / "train.beton"}
+    sets = (data / "val.beton", data / "train.beton")
+    found = evaluate_checkpoint(Options(checkpoint=teacher_checkpoint, val=sets, **options))
+    assert len(counted) == 3
+    assert found[str(sets[0])] == evaluated(teacher_checkpoint, sets[0], **options)
