@@ -106,15 +106,15 @@ def _scores(made: Recipe) -> dict[str, Any]:
         }
         model = trainer.model
     if isinstance(model, DeiT) and model.distilled:
-        images = torch.stack([_val_image(made, number) for number in range(64)])
+        images = _val_images(made, 64)
         found["cosines"] = [round(value, 4) for value in token_cosines(model.eval().tokens_by_layer(images))]
     return found
 
 
-def _val_image(made: Recipe, number: int) -> torch.Tensor:
-    data = open_dataset(made.data.val, "data.val")
+def _val_images(made: Recipe, count: int) -> torch.Tensor:
+    data, transform = open_dataset(made.data.val, "data.val"), evaluation_transform(made)
     try:
-        return evaluation_transform(made)(decode(data.read(number).tobytes()))
+        return torch.stack([transform(decode(data.read(number).tobytes())) for number in range(count)])
     finally:
         data.close()
 

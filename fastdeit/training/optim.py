@@ -63,7 +63,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
     `scaled` means that a GradScaler takes the step. Raises UserError for an implementation that is not installed, and
     for a name that neither PyTorch nor timm has.
     """
-    cfg = recipe.optim
+    cfg = recipe.filled().optim
     decay_dist_token = bool(recipe.departures.decay_dist_token)
     groups = parameter_groups(model, cfg.weight_decay, decay_dist_token=decay_dist_token, layer_decay=cfg.layer_decay)
     device = next(model.parameters()).device
@@ -77,7 +77,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
         peak = peak_lr(cfg, recipe.run.global_batch)
         captured = cuda and recipe.run.cuda_graphs == "on" and can_be_captured(cfg.name)
         return build_timm_optimizer(_with_tensors(groups, peak) if captured else groups, cfg, peak, capturable=captured)
-    options: dict[str, Any] = {"betas": cfg.betas or (0.9, 0.999), "eps": 1e-8 if cfg.eps is None else cfg.eps}
+    options: dict[str, Any] = {"betas": cfg.betas, "eps": cfg.eps}
     if cuda:
         return torch.optim.AdamW(_with_tensors(groups, cfg.lr), lr=cfg.lr, fused=True, capturable=True, **options)
     # On a CPU only the foreach form gives the same bits on any number of threads.
