@@ -187,7 +187,7 @@ class _Evaluation:
                 moved(model, world.device)
                 progress = world.main and not options.json
                 # First the probe, which refuses several processes.
-                probed = self._probed(network, kind, data, options.probe, progress) if options.probe else {}
+                probed = self._probed(network, kind, data, options.probe, images, progress) if options.probe else {}
                 own = evaluate(
                     model, data, world, self.precision, kernels=kernels, progress=progress, batch_option="--batch"
                 )
@@ -197,15 +197,31 @@ class _Evaluation:
         return scores
 
     def _probed(
-        self, network: "DeiT | ConvnetStudent", kind: str, val: "EvaluationData", path: Path, progress: bool
+        self,
+        network: "DeiT | ConvnetStudent",
+        kind: str,
+        val: "EvaluationData",
+        path: Path,
+        images: np.ndarray | None,
+        progress: bool,
     ) -> dict[str, Any]:
-        """Scores of both classifiers on frozen features, trained on the features of the images at `path`."""
+        """Scores of both classifiers on frozen features, trained on those of the images at `path`.
+
+        images  those of a run's data set that it held out, on which the classifiers are not trained; None: none
+        """
         from fastdeit.setup import open_evaluation_data
         from fastdeit.training.probes import features, probe
 
         if kind not in self.trained:
             train = open_dataset(converted(path), "--probe")
-            data = open_evaluation_data(self.recipe, train, self.world, self.precision, self.kernels, say=self.say)
+            scored, rest = val.loader.dataset, None
+            if train.content_hash == scored.content_hash:
+                if images is not None:
+                    rest = np.setdiff1d(np.arange(len(train)), images)
+                said = "the images that the run held out are left out" if images is not None else "these are the same"
+                self.say(f"--probe {path} has the images of {scored.path}: {said}")
+            shared = self.recipe, train, self.world, self.precision, self.kernels
+            data = open_evaluation_data(*shared, images=rest, say=self.say)
             try:
                 self.trained[kind] = features(network, data, self.world, self.precision, progress=progress)
             finally:

@@ -105,3 +105,17 @@ def test_the_probe_is_trained_once_for_all_data_sets(data, teacher_checkpoint, m
     found = evaluate_checkpoint(Options(checkpoint=teacher_checkpoint, val=sets, **options))
     assert len(counted) == 3
     assert found[str(sets[0])] == evaluated(teacher_checkpoint, sets[0], **options)
+
+
+@pytest.mark.slow
+def test_held_out_images_train_no_probe(tiny, data, monkeypatch, capsys):
+    """Though the command names the run's own training set: 120 images train the probe, 40 are scored."""
+    recipe = tiny(data={"val": None, "hold_out": 0.25, "repeats": 1}, run={"epochs": 1})
+    train(recipe)
+    seen, whole = [], probes.features
+    monkeypatch.setattr(probes, "features", lambda *given, **named: seen.append(whole(*given, **named)) or seen[-1])
+    options = {"loader": "torch", "device": "cpu", "threads": 1, "weights": "model", "probe": data / "train.beton"}
+    found = evaluated(recipe.run.output, **options)["model"]
+    assert [len(labels) for _, labels in seen] == [120, 40]
+    assert (found["images"], found[KNN]["top1"] > 0) == (40, True)
+    assert "the images that the run held out are left out" in capsys.readouterr().out
