@@ -36,12 +36,16 @@ TARGETS = {
 TIMES_TIMM = {"deit_base": 1.15, "deit_small": 1.3, "deit_tiny": 1.3}
 
 
+# DeiT by size, and DeiT III with its optimizer and loss.
+Model = Literal["tiny", "small", "base", "deit3_small", "deit3_medium", "deit3_base", "deit3_large", "deit3_huge"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Time DeiT models on random data, ours and timm's in the same run."""
 
-    models: tuple[Literal["tiny", "small", "base"], ...] = ("tiny", "small", "base")
-    sizes: tuple[int, ...] = (224,)  # side of the square input, pixels
+    models: tuple[Model, ...] = ("tiny", "small", "base")
+    sizes: tuple[int, ...] = ()  # side of the square input, pixels; empty: that of the recipe, 224 for DeiT
     distilled: bool = False  # with the distillation token; training steps then use hard teacher labels
     mode: tuple[Literal["train", "infer"], ...] = ("train", "infer")
     batch: int = 0  # 0: 256 on a GPU, 8 on a CPU
@@ -86,8 +90,12 @@ def cases(options: Options) -> Iterator[ModelCase]:
     device = torch.device(options.device if options.device != "auto" else "cuda" if cuda else "cpu")
     batch = options.batch or (256 if device.type == "cuda" else 8)
     for model in options.models:
-        for size in options.sizes:
-            recipe = RECIPES[f"deit_{model}{'_distilled' if options.distilled else ''}"]()
+        third = model.startswith("deit3")
+        if third and options.distilled:
+            raise UserError(f"--distilled: timm has no {model} with a distillation token to compare with; leave it out")
+        named = RECIPES[model if third else f"deit_{model}{'_distilled' if options.distilled else ''}"]
+        for size in options.sizes or (named().model.img_size,):
+            recipe = named()
             recipe = dataclasses.replace(
                 recipe,
                 model=dataclasses.replace(
@@ -266,7 +274,9 @@ def _warm_up(contender: Contender, seconds: float, base: int, wait: Callable[[],
     contender.trial = timed_window(contender.step, seconds, wait)
     if wait is not None:
         # Reserved, not allocated: PyTorch does not count a replayed graph's memory as allocated.
-        contender.peak_memory_mib = round((torch.cuda.max_memory_reserved() - base) / 2**20, 1)
+        more = torch.cuda.max_memory_reserved() - base
+        # Where earlier contenders have freed memory since, the figure would be too small.
+        contender.peak_memory_mib = round(more / 2**20, 1) if more > 0 else None
 
 
 def _reserved() -> int:

@@ -2,9 +2,10 @@
 
 Our training step is the trainer's own, `fastdeit.training.step`, in the forms that a recipe can choose. timm's does the
 same work: stochastic depth, forward pass, soft-target cross-entropy (and the hard distillation loss with a distillation
-token), backward pass, AdamW, and the average of the weights if requested. Both use the same parameter groups, and
-fused AdamW on a GPU. timm's model also gets what ours has (its whole step as one CUDA graph, recorded in the same way)
-and what could make it faster: each mode of torch.compile, and each fast backend of PyTorch's attention.
+token) or DeiT III's binary cross-entropy, backward pass, AdamW or timm's LAMB, and the average of the weights if
+requested. Both use the same parameter groups, and fused AdamW on a GPU. timm's model also gets what ours has (its step
+as one CUDA graph, recorded in the same way) and what could make it faster: each mode of torch.compile, and each fast
+backend of PyTorch's attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
@@ -33,6 +34,7 @@ from fastdeit.precision import Precision
 from fastdeit.training.graphs import CudaRecorder, Recorder, Replayed
 from fastdeit.training.optim import parameter_groups
 from fastdeit.training.step import TrainingStep
+from fastdeit.training.timm_optim import build_timm_optimizer
 
 CLASSES = 1000
 Step = Callable[[], int]
@@ -92,7 +94,8 @@ def our_model(case: ModelCase, form: Form) -> Any:
 def timm_model(case: ModelCase, *, both_heads: bool, drop_path: float) -> nn.Module:
     """timm's model of the same shape. In training mode with `both_heads` it returns both heads' logits."""
     cfg = case.recipe.model
-    name = f"{case.recipe.name.removesuffix('_384')}_patch16_224"  # the 384 forms differ in img_size alone
+    # The 384 forms differ in img_size alone.
+    name = f"{case.recipe.name.removesuffix('_384')}_patch{cfg.patch_size}_224"
     shape: Any = {"img_size": cfg.img_size, "depth": cfg.depth}
     model: Any = timm.create_model(name, num_classes=CLASSES, drop_path_rate=drop_path, **shape)
     if cfg.distilled and both_heads:
@@ -205,11 +208,16 @@ def _timm_train_step(
     cfg, cuda = case.recipe.filled().optim, case.device.type == "cuda"
     groups = parameter_groups(model, cfg.weight_decay)
     options: dict[str, Any] = {"betas": cfg.betas, "eps": cfg.eps, "capturable": graph and cuda}
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=cuda, **options)
+    adamw = cfg.name == "adamw"
+    optimizer = (
+        torch.optim.AdamW(groups, lr=cfg.lr, fused=cuda, **options)
+        if adamw
+        else build_timm_optimizer(groups, cfg, cfg.lr)
+    )
     ema = ModelEmaV3(model, decay=case.recipe.ema.decay) if case.ema else None
-    soft, hard = SoftTargetCrossEntropy(), nn.CrossEntropyLoss()
+    soft, hard = _timm_loss(case), nn.CrossEntropyLoss()
 
-    def update(tensors: Sequence[Tensor | None]) -> Tensor:
+    def gradients(tensors: Sequence[Tensor | None]) -> Tensor:
         images, targets, labels = tensors
         assert images is not None
         assert targets is not None
@@ -222,19 +230,36 @@ def _timm_train_step(
             else:
                 loss = soft(output, targets)
         loss.backward()
+        return loss.detach()
+
+    def update() -> None:
         optimizer.step()
         if ema is not None:
             ema.update(model)
-        return loss.detach()
+
+    def whole(tensors: Sequence[Tensor | None]) -> Tensor:
+        loss = gradients(tensors)
+        update()
+        return loss
 
     tensors = inputs.data.images, inputs.targets(), inputs.labels
-    run = Replayed(update, recorder or CudaRecorder(case.device)) if graph else update
+    function = whole if adamw else gradients  # as in our graph: timm's LAMB takes its learning rate from the host
+    run = Replayed(function, recorder or CudaRecorder(case.device)) if graph else function
 
     def step() -> int:
         run(tensors)
+        if not adamw:
+            update()
         return case.batch
 
     return step
+
+
+def _timm_loss(case: ModelCase) -> nn.Module:
+    cfg = case.recipe.objective
+    if cfg.loss == "cross_entropy":
+        return SoftTargetCrossEntropy()
+    return BinaryCrossEntropy(smoothing=0.0, target_threshold=cfg.bce_target_thresh, sum_classes=cfg.bce_sum)
 
 
 def disagreement(case: ModelCase, ours: Any) -> str | None:

@@ -1,8 +1,9 @@
 """A training step as one CUDA graph: recorded once, then replayed with a single launch.
 
 The graph holds the whole step: teacher, student, loss, backward pass, the sum of the gradients over the processes,
-clipping, update, average. The networks in it are those that torch.compile made. Its own "reduce-overhead" graphs end at
-a network's border, leave out the update, and copy each network's inputs once more.
+clipping, update, average. Where the update needs the host, the graph ends with the gradients. The networks in it are
+those that torch.compile made. Its own "reduce-overhead" graphs end at a network's border, leave out the update, and
+copy each network's inputs once more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from fastdeit.config import Recipe
 from fastdeit.distributed import World, release_before_leaving
 from fastdeit.pipelines.errors import UserError, fact
 from fastdeit.precision import Precision
-from fastdeit.training.timm_optim import can_be_captured
 
 WARM_UP = 3  # steps before the recording: compilation, choice of algorithms, the optimizer's state
 _FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch 2.11's allocator of pinned memory keeps pointers to them
@@ -27,22 +27,22 @@ _FAILED: list[torch.cuda.CUDAGraph] = []  # PyTorch 2.11's allocator of pinned m
 
 def why_not(recipe: Recipe, world: World, precision: Precision) -> str | None:
     """Why the steps of a resolved recipe cannot be replayed; None if they can."""
-    model, run = recipe.model, recipe.run
+    model = recipe.model
     reasons = (
         (world.device.type != "cuda", "there is no GPU"),
-        (precision.name == "fp16", "fp16 has a loss scale, which skips steps"),
-        (not _captures(recipe), f"{recipe.optim.name} takes its learning rate from the host"),
-        (run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before the update"),
         (model.arch != "deit", f"{model.arch} draws its stochastic depth from PyTorch's generator"),
     )
     return next((reason for applies, reason in reasons if applies), None)
 
 
-def _captures(recipe: Recipe) -> bool:
-    """Whether the update of a recipe's optimizer can be part of a graph."""
-    if recipe.optim.name in ("adamw", "sgd") or recipe.optim.implementation == "apex":
-        return recipe.optim.name == "adamw"
-    return can_be_captured(recipe.optim.name)
+def why_update_stays_out(recipe: Recipe, precision: Precision) -> str | None:
+    """Why a graph of the steps of a resolved recipe ends before the update; None if it holds the update too."""
+    reasons = (
+        (precision.name == "fp16", "fp16's loss scale skips steps"),
+        (recipe.optim.name != "adamw", f"{recipe.optim.name} takes its learning rate from the host"),
+        (recipe.run.loss_sync == "every_step", "run.loss_sync 'every_step' reads each loss before it"),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
 
 
 def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[bool, str]:
@@ -55,11 +55,12 @@ def choose_graphs(recipe: Recipe, world: World, precision: Precision) -> tuple[b
         raise UserError(f"run.cuda_graphs 'on' is not available here: {reason}. Set it to 'auto'")
     if how != "auto":
         return how == "on", "as requested"
-    if reason is None and recipe.optim.name != "adamw":
-        reason = f"timm's {recipe.optim.name} has not run in a graph yet: --run.cuda_graphs on tries it"
     if reason is None and world.size > 1:
         reason = "a graph of several processes has not run on several GPUs yet: --run.cuda_graphs on tries it"
-    return reason is None, reason or "nothing in a step waits for the host"
+    if reason is not None:
+        return False, reason
+    beside = why_update_stays_out(recipe, precision)
+    return True, "nothing in a step waits for the host" if beside is None else f"without the update: {beside}"
 
 
 class RecordingError(UserError):

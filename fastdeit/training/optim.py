@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdeit.config import OptimConfig, Recipe
 from fastdeit.training.apex_optim import build_apex, is_apex, to_apex, to_torch
-from fastdeit.training.timm_optim import build_timm_optimizer, can_be_captured
+from fastdeit.training.timm_optim import build_timm_optimizer
 
 _TOKENS = ("cls_token", "pos_embed")
 
@@ -75,8 +75,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, scaled: bool = False) -
         return build_apex(groups, cfg, capturable=cuda and not scaled)
     if cfg.name != "adamw":
         peak = peak_lr(cfg, recipe.run.global_batch)
-        captured = cuda and recipe.run.cuda_graphs == "on" and can_be_captured(cfg.name)
-        return build_timm_optimizer(_with_tensors(groups, peak) if captured else groups, cfg, peak, capturable=captured)
+        return build_timm_optimizer(groups, cfg, peak)
     options: dict[str, Any] = {"betas": cfg.betas, "eps": cfg.eps}
     if cuda:
         return torch.optim.AdamW(_with_tensors(groups, cfg.lr), lr=cfg.lr, fused=True, capturable=True, **options)

@@ -19,6 +19,7 @@ from fastdeit.training.logs import RunLog
 from fastdeit.training.optim import learning_rate, peak_lr
 from fastdeit.training.progress import duration
 from fastdeit.training.step import TrainingStep
+from fastdeit.training.timm_optim import why_slow
 from fastdeit.version import __version__
 
 FEW_IMAGES = 1000  # an epoch with fewer distinct images makes repeats worth a warning
@@ -88,7 +89,7 @@ def announce(
         sentences.append("repeated augmentation is dropped on one process, as the released code does")
     for sentence in filter(None, sentences):
         log.say(sentence)
-    for warning in warnings:
+    for warning in filter(None, [*warnings, why_slow(training.optimizer, world.device)]):
         log.warn(warning)
 
 

@@ -28,7 +28,7 @@ from fastdeit.pipelines.plan.dropout import draw_dropout_keys
 from fastdeit.precision import COMPILER, Precision, compiles
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.gradients import SharedGradients
-from fastdeit.training.graphs import CudaRecorder, RecordingError, Replayed, choose_graphs
+from fastdeit.training.graphs import CudaRecorder, RecordingError, Replayed, choose_graphs, why_update_stays_out
 from fastdeit.training.objective import LossParts, build_objective
 from fastdeit.training.optim import (
     Ema,
@@ -88,6 +88,7 @@ class TrainingStep:
     group      number of samples in a mixing group
     dropped    (depth,) how many samples of a group each branch of a block skips; None: it computes all
     graphs     whether steps are replayed as one CUDA graph, and why
+    whole      whether that graph holds the update of the weights too
     shared     sums the gradients of several processes; None for one process, and before `distribute`
     warn       takes a sentence for the user
     lr         the learning rate of the last step
@@ -133,6 +134,7 @@ class TrainingStep:
         self.rates = drop_path_rates(cfg.depth, cfg.drop_path, uniform=cfg.drop_path_uniform)
         self.dropped = dropped_samples(self.rates, self.group) if skips_samples(recipe) else None
         self.graphs = choose_graphs(recipe, world, precision)
+        self.whole = why_update_stays_out(recipe, precision) is None
         self.shared: SharedGradients | None = None
         self._replayed: Replayed | None = None
 
@@ -182,8 +184,8 @@ class TrainingStep:
     ) -> LossParts:
         """Update the weights once; returns the mean losses of this process's share.
 
-        `check` is called with the losses before the weights move, and makes the host wait for a GPU. A replayed step
-        does not call it.
+        `check` is called with the losses before the weights move, and makes the host wait for a GPU. A step that is
+        replayed with its update does not call it.
         """
         # A convnet's dropout and stochastic depth draw from PyTorch's generator, so it is seeded by the step too.
         seed = ((self.recipe.run.seed * 1_000_003 + global_step) * 4099 + self.world.rank) % 2**63
@@ -194,9 +196,9 @@ class TrainingStep:
         set_lr(self.optimizer, self.lr)
         inputs = self._inputs(batch, epoch, step, global_step)
         replayed = self._replay(inputs) if self.graphs[0] else None
-        if replayed is not None:
+        if replayed is not None and self.whole:
             return LossParts(*replayed)
-        losses = self._gradients(inputs)
+        losses = self._gradients(inputs) if replayed is None else replayed
         if check is not None:
             check(LossParts(*losses))
         self._update()
@@ -205,7 +207,7 @@ class TrainingStep:
     def _replay(self, inputs: StepInputs) -> Tensor | None:
         """The losses of a replayed step; None if it cannot be recorded, here or on another process: it has not run."""
         if self._replayed is None:
-            self._replayed = Replayed(self._whole, CudaRecorder(self.world.device), self.world.first)
+            self._replayed = Replayed(self._recorded, CudaRecorder(self.world.device), self.world.first)
         try:
             return self._replayed(inputs.tensors())
         except RecordingError as error:
@@ -222,9 +224,10 @@ class TrainingStep:
         )
         return None
 
-    def _whole(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def _recorded(self, tensors: Sequence[Tensor | None]) -> Tensor:
         losses = self._gradients(StepInputs.of(tensors))
-        self._update()
+        if self.whole:
+            self._update()
         return losses
 
     def _inputs(self, batch: TrainBatch, epoch: int, step: int, global_step: int) -> StepInputs:

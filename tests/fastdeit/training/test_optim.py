@@ -21,7 +21,7 @@ from fastdeit.training.optim import (
     peak_lr,
     set_lr,
 )
-from fastdeit.training.timm_optim import check_name
+from fastdeit.training.timm_optim import check_name, why_slow
 from refusals import refused
 from runs import assert_same_state, changed, newest, rewind, train, trained
 
@@ -213,6 +213,18 @@ def test_a_run_with_an_optimizer_of_timm_resumes_to_the_same_bits(tiny, tmp_path
 
 def wsd(**fields):
     return changed(RECIPES["deit_tiny"](), optim={"schedule": "wsd", **fields}, run={"epochs": 20}).resolved()
+
+
+def test_a_lamb_that_launches_tensor_by_tensor_is_named(monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer, gpu = create_optimizer_v2([weight], "lamb"), torch.device("cuda")
+    optimizer.defaults["foreach"] = None  # as timm has it from 1.0.31 on
+    assert why_slow(optimizer, gpu) is None
+    del optimizer.defaults["foreach"]
+    monkeypatch.setattr(timm, "__version__", "1.0.29")
+    assert "timm 1.0.29 launches LAMB's update tensor by tensor" in (why_slow(optimizer, gpu) or "")
+    assert why_slow(optimizer, torch.device("cpu")) is None
+    assert why_slow(create_optimizer_v2([weight], "lion"), gpu) is None
 
 
 def test_warm_up_stable_decay_is_pytorchs():
