@@ -50,7 +50,8 @@ class Trainer:
     def fit(self, *, signals: bool = False) -> dict[str, Scores]:
         """Train to the last epoch, from the newest checkpoint if there is one; returns the last scores.
 
-        The scores are by kind of weights ("model", "ema") and head ("class", "distillation", ...): top1, top5, loss.
+        The scores are by kind of weights ("model", "ema") and head ("class", "distillation", ...): top1, top5, loss and
+        ece.
 
         signals  Ctrl-C, SIGTERM and others end the program with a checkpoint, as in `fastdeit train`; otherwise they do
                  what they do in your program

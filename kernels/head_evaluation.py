@@ -1,4 +1,4 @@
-"""Rank of the true label, decision and loss for every head and both late fusions, in one pass over the logits."""
+"""Rank of the true label, decision, loss and confidence for every head and both late fusions, in one kernel."""
 
 # Triton annotates the result of a reduction as a union of every possible type.
 # pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
@@ -21,14 +21,16 @@ from fastdeit.kernels.variants import Variant
 class HeadEvaluation(NamedTuple):
     """Results per sample and head: (B, 1) without a distillation head, else (B, 4) in the order of `HEADS`.
 
-    rank      int32: classes ranked before the true label; below 5 is a top-5 hit. The lower class wins a tie
-    decision  int32: the class with the largest score
-    loss      float32: cross-entropy with the true label; for `fused_probabilities`, of the mean probability
+    rank        int32: classes ranked before the true label; below 5 is a top-5 hit. The lower class wins a tie
+    decision    int32: the class with the largest score
+    loss        float32: cross-entropy with the true label; for `fused_probabilities`, of the mean probability
+    confidence  float32: probability of the decision
     """
 
     rank: Tensor
     decision: Tensor
     loss: Tensor
+    confidence: Tensor
 
 
 @triton.jit
@@ -60,6 +62,7 @@ def _evaluate_heads(
     rank,
     decision,
     loss,
+    confidence,
     stride_cls,
     stride_dist,
     num_classes,
@@ -108,12 +111,15 @@ def _evaluate_heads(
         valid = (label >= 0) & (label < num_classes)
         if head == 2:
             nll = -tl.log(tl.maximum(label_score * 0.5, 1e-30))
+            sure = best * 0.5
         else:
             nll = row_max + tl.log(total) - label_score
+            sure = 1.0 / total
         offset = sample * HEADS + head
         tl.store(rank + offset, tl.where(valid, label_rank, num_classes))
         tl.store(decision + offset, best_class)
         tl.store(loss + offset, tl.where(valid, nll, float("nan")))
+        tl.store(confidence + offset, sure)
 
 
 def _launch(num_classes: int, heads: int) -> Launch:
@@ -122,7 +128,7 @@ def _launch(num_classes: int, heads: int) -> Launch:
 
 
 @operator("fastdeit::evaluate_heads")
-def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _fake(cls, dist, labels)
     if cls.numel():
         second = cls if dist is None else dist
@@ -134,6 +140,7 @@ def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tenso
             outputs[0],
             outputs[1],
             outputs[2],
+            outputs[3],
             cls.stride(0),
             second.stride(0),
             cls.shape[1],
@@ -143,15 +150,16 @@ def _op(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tenso
 
 
 @_op.register_fake
-def _fake(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(cls: Tensor, dist: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = len(cls), 1 if dist is None else len(HEADS)
     rank, decision = (cls.new_empty(shape, dtype=torch.int32) for _ in range(2))
-    return rank, decision, cls.new_empty(shape, dtype=torch.float32)
+    loss, confidence = (cls.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return rank, decision, loss, confidence
 
 
 @torch.no_grad()
 def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tensor) -> HeadEvaluation:
-    """Rank, decision and loss of a batch, for both heads and both late fusions.
+    """Rank, decision, loss and confidence of a batch, for both heads and both late fusions.
 
     cls_logits, dist_logits  (B, K) float32, float16 or bfloat16; the second may be None
     labels                   (B,) integers
@@ -177,7 +185,8 @@ def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tenso
 def variants() -> list[Variant]:
     """The launches for ImageNet-1k, with one head and with two."""
     low = pointer(torch.bfloat16)
-    signature = {"cls": low, "dist": low, "labels": "*i64", "rank": "*i32", "decision": "*i32", "loss": "*fp32"}
+    signature = {"cls": low, "dist": low, "labels": "*i64", "rank": "*i32", "decision": "*i32"}
+    signature |= dict.fromkeys(("loss", "confidence"), "*fp32")
     signature |= dict.fromkeys(("stride_cls", "stride_dist", "num_classes"), "i32")
     return [
         _launch(1000, heads).variant(

@@ -281,15 +281,17 @@ def head_log_probabilities(cls_logits: Tensor, dist_logits: Tensor | None) -> li
     ]
 
 
-def evaluate_heads(cls_logits: Tensor, dist_logits: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank of the true label, decision and loss of each sample and head, each (B, number of heads).
+def evaluate_heads(
+    cls_logits: Tensor, dist_logits: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rank of the true label, decision, loss and confidence of each sample and head, each (B, number of heads).
 
     cls_logits, dist_logits  (B, K); the second may be None
     labels                   (B,) int64
     """
     scores = torch.stack(head_log_probabilities(cls_logits, dist_logits), 1)
     label_scores = scores.gather(2, labels[:, None, None].expand(-1, scores.shape[1], 1))
-    return (scores > label_scores).sum(2), scores.argmax(2), -label_scores[..., 0]
+    return (scores > label_scores).sum(2), scores.argmax(2), -label_scores[..., 0], scores.amax(2).exp()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     notes = []
 
     def needed(batch: int) -> float:
-        return memory(model, batch, num_classes=images.classes, ema=recipe.ema.enabled)
+        return memory(model, batch, num_classes=images.classes, ema=recipe.ema.enabled, optimizer=recipe.optim.name)
 
     room = (1 - GAPS_SHARE) * card.memory - RESERVED
     fitting = micro
@@ -185,6 +185,7 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
         num_classes=images.classes,
         inputs="patches",
         ema=recipe.ema.enabled,
+        optimizer=recipe.optim.name,
         graph=graph,
     )
     parts = step.parts

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fastdeit.budget.cards import Card
 from fastdeit.config import ModelConfig
@@ -54,9 +54,23 @@ HOST_OPERATOR, HOST_LAUNCH = 104e-6, 3.8e-6
 # Rows and columns of cuBLAS's tile of the output on Hopper (`nvjet_sm90_tst_192x192`). Sums over at least `SPLIT_FROM`
 # rows are split among programs.
 TILE, SPLIT_FROM = 192, 4096
-# Bytes that AdamW moves a parameter: reads weight, gradient and both moments, writes three of them. The average reads
-# two and writes one.
-ADAMW_BYTES, AVERAGE_BYTES = 7 * FP32, 3 * FP32
+AVERAGE_BYTES = 3 * FP32  # a parameter: the average reads two and writes one
+
+
+class _Update(NamedTuple):
+    """What an optimizer costs: bytes moved and held for a parameter beside its weight, gradient and moments; launches.
+
+    AdamW, fused, reads weight, gradient and both moments, and writes three of them. timm's LAMB (from 1.0.31 on) makes
+    some 16 passes over all parameters, which read or write 32 values of each; it holds the clipped gradient, the update
+    and its divisor.
+    """
+
+    moved: float
+    held: float
+    kernels: int
+
+
+UPDATES = {"adamw": _Update(7 * FP32, 0, 8), "lamb": _Update(32 * FP32, 3 * FP32, 60)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,15 +248,19 @@ def parameters(model: ModelConfig, num_classes: int = 1000) -> int:
     return _Shape(_checked(model), 1, num_classes).parameters
 
 
-def memory(model: ModelConfig, batch: int, *, num_classes: int = 1000, ema: bool = False) -> float:
+def memory(
+    model: ModelConfig, batch: int, *, num_classes: int = 1000, ema: bool = False, optimizer: str = "adamw"
+) -> float:
     """Bytes that a training step of `batch` images holds on a GPU: parameters, what backward needs, and the batch.
 
-    2 to 5% less than was reserved on an H200 for Ti, S and B (docs/roof.md). Raises UserError for another `arch`.
+    An `optimizer` that `UPDATES` lacks counts as AdamW. The result is 2 to 5% less than was reserved on an H200 for Ti,
+    S and B (docs/roof.md). Raises UserError for another `arch`.
     """
     shape = _Shape(_checked(model), batch, num_classes)
     stream = BF16 if model.residual_dtype == "bfloat16" else FP32
     # Weight, gradient and both moments; the average; the weights in bf16 that the backward pass reads.
-    states = shape.parameters * (4 * FP32 + FP32 * ema) + shape.matrices * BF16
+    held = _update(optimizer).held
+    states = shape.parameters * (4 * FP32 + FP32 * ema + held) + shape.matrices * BF16
     # A block keeps both sums of the stream, both normalisations, queries, keys, values, the result of attention, and
     # the hidden layer before and after the GELU.
     block = 2 * stream * shape.width + BF16 * (6 * shape.width + 2 * shape.hidden)
@@ -289,11 +307,13 @@ def passes(
     num_classes: int = 1000,
     inputs: Inputs = "images",
     ema: bool = False,
+    optimizer: str = "adamw",
 ) -> list[Pass]:
     """Everything but the GEMMs: see `predict`. Raises UserError for another `arch`."""
     shape = _Shape(_checked(model), batch, num_classes)
     stream = BF16 if model.residual_dtype == "bfloat16" else FP32
-    work = _gelu(shape) + _attention(shape) + _layer_norm(shape, stream) + _sums(shape) + _weights(shape, ema)
+    work = _gelu(shape) + _attention(shape) + _layer_norm(shape, stream) + _sums(shape)
+    work += _weights(shape, ema, optimizer)
     return [each for each in work + _borders(shape, stream, inputs) if each.count]
 
 
@@ -387,17 +407,21 @@ def _sums(shape: _Shape) -> list[Pass]:
     return out
 
 
-def _weights(shape: _Shape, ema: bool) -> list[Pass]:
+def _update(optimizer: str) -> _Update:
+    return UPDATES.get(optimizer, UPDATES["adamw"])
+
+
+def _weights(shape: _Shape, ema: bool, optimizer: str) -> list[Pass]:
     """Passes over the parameters."""
     depth, count = shape.model.depth, shape.parameters
-    matrices = 4 * depth + 1 + shape.heads
+    matrices, update = 4 * depth + 1 + shape.heads, _update(optimizer)
     moved = shape.matrices * (FP32 + BF16)
     # torch.compile casts each weight in a kernel of its own, and each bias that a GEMM adds.
     out = [
         Pass(part=CASTS, name="of weights", count=1, bytes=moved, kernels=matrices),
         Pass(part=CASTS, name="of biases", count=1, kernels=3 * depth + shape.heads),
         Pass(part=CASTS, name="of weight gradients", count=1, bytes=moved, kernels=matrices),
-        Pass(part=OPTIMIZER, name="AdamW", count=1, bytes=ADAMW_BYTES * count, kernels=8),
+        Pass(part=OPTIMIZER, name=optimizer, count=1, bytes=update.moved * count, kernels=update.kernels),
     ]
     return [*out, Pass(part=AVERAGE, name="EMA", count=1, bytes=AVERAGE_BYTES * count, kernels=4)] if ema else out
 
@@ -476,16 +500,18 @@ def predict(
     num_classes: int = 1000,
     inputs: Inputs = "images",
     ema: bool = False,
+    optimizer: str = "adamw",
     graph: bool = True,
 ) -> StepTime:
     """The time of a training step of a DeiT on one GPU, by part.
 
-    model     of a recipe; see the file's docstring for what the model of time leaves out
-    batch     images a step
-    inputs    "images": (B, 3, S, S) float32, as in the throughput benchmark. "patches": bf16 in patches, as the device
-              augmentation writes them
-    ema       average the weights
-    graph     replay the step as one CUDA graph; otherwise the host launches every kernel
+    model      of a recipe; see the file's docstring for what the model of time leaves out
+    batch      images a step
+    inputs     "images": (B, 3, S, S) float32, as in the throughput benchmark. "patches": bf16 in patches, as the device
+               augmentation writes them
+    ema        average the weights
+    optimizer  "adamw" or "lamb"; another one counts as AdamW
+    graph      replay the step as one CUDA graph; otherwise the host launches every kernel
 
     Raises UserError for another `arch` and for a batch below 1.
     """
@@ -493,7 +519,7 @@ def predict(
         raise UserError(f"the batch is {batch}: it must be at least 1")
     work: list[Work] = [
         *gemms(model, batch, num_classes=num_classes),
-        *passes(model, batch, num_classes=num_classes, inputs=inputs, ema=ema),
+        *passes(model, batch, num_classes=num_classes, inputs=inputs, ema=ema, optimizer=optimizer),
     ]
     parts = {part: _total([each for each in work if each.part == part], card) for part in PARTS}
     launches = sum(part.launches for part in parts.values())

@@ -12,6 +12,7 @@ import tyro
 
 from fastdeit import launch
 from fastdeit.cli import parse, program, run
+from fastdeit.commands.per_class import check_new_file, write_classes
 from fastdeit.config import Recipe
 from fastdeit.inputs import (
     check_checkpoint,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Top-1, top-5 and loss of every head of a checkpoint, on one data set or several.
+    """Top-1, top-5, loss and calibration error of every head of a checkpoint, on one data set or several.
 
     Also ReaL accuracy if a data set holds ReaL's labels. A data set may have some of the checkpoint's classes, as
     ImageNet-A and ImageNet-R do: then only these classes can be chosen.
@@ -64,11 +65,12 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    per_class: Path | None = None  # a new CSV file for the scores of each class
     json: bool = False  # print one JSON object instead of a table
 
 
 def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
-    """Scores by data set and kind of weights; on other processes than the main one, none.
+    """Scores by data set and kind of weights, as `evaluate` gives them; on other processes than the main one, none.
 
     Raises UserError where checkpoint, recipe and data sets do not fit together.
     """
@@ -189,9 +191,18 @@ class _Evaluation:
                 # First the probe, which refuses several processes.
                 probed = self._probed(network, kind, data, options.probe, images, progress) if options.probe else {}
                 own = evaluate(
-                    model, data, world, self.precision, kernels=kernels, progress=progress, batch_option="--batch"
+                    model,
+                    data,
+                    world,
+                    self.precision,
+                    kernels=kernels,
+                    progress=progress,
+                    batch_option="--batch",
+                    per_class=val.num_classes if options.per_class else 0,
                 )
                 scores[kind] = own | probed
+                if "classes" in own:
+                    own["classes"]["names"] = val.class_names
         finally:
             data.close()
         return scores
@@ -244,6 +255,8 @@ def _check_probe(path: Path | None, sets: dict[str, Dataset]) -> None:
 
 def _checked(options: Options) -> dict[str, Dataset]:
     """Make the checks that need no PyTorch; return the data sets that the command names. Raises UserError."""
+    if options.per_class is not None:
+        check_new_file(options.per_class)
     if options.recipe is not None:
         recipe_named(options.recipe)
         if options.arch is not None:
@@ -284,11 +297,12 @@ def _with_options(recipe: Recipe, options: Options) -> Recipe:
 def table(results: dict[str, Any]) -> str:
     """The scores as text, one line per head, and a line if PIL had to read images."""
     real = any("real_images" in scores for scores in results.values())
-    lines = [f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8}" + f" {'ReaL %':>8}" * real]
+    heading = f"{'weights':8} {'head':20} {'top-1 %':>8} {'top-5 %':>8} {'loss':>8} {'ECE %':>8}"
+    lines = [heading + f" {'ReaL %':>8}" * real]
     for kind, scores in results.items():
         for head, values in scores.items():
             if isinstance(values, dict):
-                loss = f"{values['loss']:8.4f}" if "loss" in values else ""
+                loss = f"{values['loss']:8.4f} {values['ece']:8.2f}" if "loss" in values else ""
                 line = f"{kind:8} {head:20} {values['top1']:8.2f} {values['top5']:8.2f} {loss}".rstrip()
                 lines.append(line + (f" {values['real']:8.2f}" if "real" in values else ""))
         if real:
@@ -319,7 +333,13 @@ def main() -> None:
         launch.prepare()
         results = evaluate_checkpoint(options)
         if results:
+            classes = {
+                path: {kind: scores.pop("classes", {}) for kind, scores in kinds.items()}
+                for path, kinds in results.items()
+            }
             print(json.dumps(_as_json(results)) if options.json else tables(results))
+            if options.per_class is not None:  # last, so that a full disk costs nothing else
+                write_classes(options.per_class, classes)
 
     run(go)
 

@@ -214,11 +214,11 @@ def _evaluate_heads(s: Inputs) -> Check:
     inputs = [s.draw(s.batch, s.num_classes) for _ in range(1 + s.cfg.distilled)]
     labels = s.classes()
 
-    def as_floats(evaluate: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Function:
+    def as_floats(evaluate: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]) -> Function:
         @torch.no_grad()
         def call(cls: Tensor, dist: Tensor | None = None) -> tuple[Tensor, ...]:
-            rank, decision, loss = evaluate(cls, dist, labels)
-            return rank.to(loss.dtype), decision.to(loss.dtype), loss
+            rank, decision, loss, confidence = evaluate(cls, dist, labels)
+            return rank.to(loss.dtype), decision.to(loss.dtype), loss, confidence
 
         return call
 

@@ -12,7 +12,7 @@ resume      path, epoch, step, global_step, changed (fields that differ from the
 train       (every `run.log_every` steps, and at the end of each epoch) epoch, step, global_step, loss, loss_base,
             loss_distill, lr, images_per_second, data_wait (share of the time spent waiting for data), eta_seconds
 eval        epoch, global_step, weights ("model" or "ema"), images, and for each of class, distillation,
-            fused_probabilities, fused_logits that the model has: top1, top5 (percent), loss; if not 0, fallbacks
+            fused_probabilities, fused_logits that the model has: top1, top5, ece (percent), loss; if not 0, fallbacks
             (how many images PIL read) and replaced (how many held-out images were replaced by others)
 fallbacks   epoch, count, images (dataset indices that the loader's decoder refused and PIL read)
 replaced    epoch, count, images (pairs of dataset indices: one that does not decode, and the one in its place)

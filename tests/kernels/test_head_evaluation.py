@@ -26,8 +26,11 @@ def test_equals_pytorch(device, dtype, classes):
     scores = [one, other, one.softmax(-1) + other.softmax(-1), (one + other) / 2]
     losses = [F.cross_entropy(s, labels, reduction="none") for s in scores]
     losses[2] = F.nll_loss((scores[2] / 2).log(), labels, reduction="none")
+    sure = [score.softmax(-1).amax(1) for score in scores]
+    sure[2] = scores[2].amax(1) / 2
     for head, (score, loss) in enumerate(zip(scores, losses, strict=True)):
         torch.testing.assert_close(found.loss[:, head], loss, rtol=1e-5, atol=1e-5, msg=HEADS[head])
+        torch.testing.assert_close(found.confidence[:, head], sure[head], rtol=1e-5, atol=1e-6, msg=HEADS[head])
         own = score.gather(1, labels[:, None])
         slack = own.abs() * 1e-6
         # Half precision has equal scores: the label stands between those above it and those not below.

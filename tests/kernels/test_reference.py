@@ -59,13 +59,14 @@ def test_bias_gelu_keeps_the_dtype_of_its_input():
 
 def test_heads_are_ranked_as_by_topk():
     cls, dist, labels = logits(3), logits(4), torch.arange(7)
-    rank, decision, loss = reference.evaluate_heads(cls, dist, labels)
+    rank, decision, loss, confidence = reference.evaluate_heads(cls, dist, labels)
     mean = (cls.softmax(-1) + dist.softmax(-1)) / 2
     for head, score in enumerate((cls, dist, mean.log(), (cls + dist) / 2)):
         for k in (1, 5):
             assert torch.equal(rank[:, head] < k, (score.topk(k).indices == labels[:, None]).any(1))
         assert torch.equal(decision[:, head], score.argmax(1))
         torch.testing.assert_close(loss[:, head], F.cross_entropy(score, labels, reduction="none"))
+        torch.testing.assert_close(confidence[:, head], score.softmax(-1).amax(1))
     assert torch.equal(reference.evaluate_heads(cls, None, labels)[0], rank[:, :1])
 
 

@@ -1,5 +1,6 @@
 """`fastdeit-eval` against timm's model, timm's transform and torchvision's data set."""
 
+import csv
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import timm
 import torch
 from judges import timms_outputs, timms_transform
+from sklearn.metrics import classification_report
 from timm.data.real_labels import RealLabelsImagenet
 from timm.utils import accuracy
+from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.datasets import ImageFolder
 
 from fastdeit import checkpoint
@@ -47,6 +50,12 @@ def test_scores_are_those_of_timm(trained, data, images):
         outputs, labels = judge_outputs(recipe, stored[kind], images / "val")
         expected = {head: accuracy(output, labels, (1,))[0].item() for head, output in outputs.items()}
         assert {head: found[kind][head]["top1"] for head in expected} == pytest.approx(expected)
+        sure = {head: output / 2 if "prob" in head else output.softmax(-1) for head, output in outputs.items()}
+        expected = {
+            head: 100 * multiclass_calibration_error(each, labels, each.shape[1], n_bins=15).item()
+            for head, each in sure.items()
+        }
+        assert {head: found[kind][head]["ece"] for head in expected} == pytest.approx(expected, rel=1e-4)
         assert found[kind]["class"]["loss"] == pytest.approx(scores[kind]["class"]["loss"], rel=1e-5)
         assert found[kind]["images"] == 44
 
@@ -118,6 +127,28 @@ def test_command_line(trained, data):
     wrong = run_python("-m", "fastdeit.commands.eval", "missing.pt", "x.beton", status=2)
     assert "missing.pt" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_scores_of_each_class_are_scikit_learns(trained, data, images, tmp_path):
+    recipe, path, _ = trained
+    out = tmp_path / "classes.csv"
+    words = [str(path), str(data / "val.beton"), "--device", "cpu", "--per-class", str(out)]
+    printed, _ = succeed(run_module, "fastdeit.commands.eval", words)
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == 2 * BetonDataset(data / "val.beton").class_names
+    assert {row["weights"] for row in rows} == {"model", "ema"}
+    total = sum(int(row["images"]) * float(row["class top-1"]) for row in rows[:4]) / 44
+    assert f"{total:.1f}" in printed
+    outputs, labels = judge_outputs(recipe, checkpoint.load(path)["ema"], images / "val")
+    report = classification_report(labels, outputs["class"].argmax(1), output_dict=True, zero_division=0)
+    for label, row in enumerate(rows[4:]):
+        assert float(row["class top-1"]) == pytest.approx(100 * report[str(label)]["recall"], abs=0.01)
+        assert int(row["images"]) == report[str(label)]["support"]
+    before = out.read_bytes()
+    refused("exists already", evaluate_checkpoint, Options(checkpoint=path, val=(data / "val.beton",), per_class=out))
+    assert out.read_bytes() == before
 
 
 @pytest.mark.slow
