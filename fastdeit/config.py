@@ -245,6 +245,7 @@ COMPAT_RUN: dict[str, dict[str, str]] = {
 
 # Fields that recipes of older versions lack; with the defaults, the steps are the same as in those versions.
 LATER = {
+    "augment.crop",
     "data.cache_dir",
     "data.fraction",
     "data.hold_out",

@@ -47,6 +47,7 @@ _CELLS = Effect(
     "data.repeats above 1 and departures.placement 'local'",
 )
 _RANDAUGMENT = Effect(lambda r: r.augment.policy == "randaugment", "augment.policy 'randaugment'")
+_RANDOM_RESIZED = Effect(lambda r: r.augment.crop == "random_resized", "augment.crop 'random_resized'")
 _THREE_AUGMENT = Effect(lambda r: r.augment.policy == "three_augment", "augment.policy 'three_augment'")
 _ERASES = Effect(lambda r: r.augment.erase_prob > 0, "augment.erase_prob above 0")
 # An alpha of 0 turns its kind of mixing off, which is never an error.
@@ -127,8 +128,9 @@ EFFECTS: dict[str, Effect] = {
     "data.cell_groups": _CELLS,
     "augment.policy": ALWAYS,
     "augment.randaugment": _RANDAUGMENT,
-    "augment.crop_scale": ALWAYS,
-    "augment.crop_ratio": ALWAYS,
+    "augment.crop": ALWAYS,
+    "augment.crop_scale": _RANDOM_RESIZED,
+    "augment.crop_ratio": _RANDOM_RESIZED,
     "augment.hflip": ALWAYS,
     "augment.interpolation": _RANDAUGMENT,
     "augment.color_jitter": _THREE_AUGMENT,

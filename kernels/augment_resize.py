@@ -58,7 +58,10 @@ def _taps(place, start, taps, reach, S: tl.constexpr, BLOCK: tl.constexpr):
     stretch = tl.maximum(scale, 1.0)
     support = 2.0 * stretch
     inverse = 1.0 / stretch
-    center = ((first + out).to(tl.float64) + 0.5) * scale
+    # Beyond its border the resized crop is reflected.
+    shown = tl.abs(first + out)
+    shown = tl.where(shown >= size_out, 2 * (size_out - 1) - shown, shown)
+    center = (shown.to(tl.float64) + 0.5) * scale
     low = tl.maximum(0, (center - support + 0.5).to(tl.int32))
     length = tl.minimum(size_in, (center + support + 0.5).to(tl.int32)) - low
     length = tl.where(inside, length, 0)
@@ -223,9 +226,9 @@ def crop_resize(
 
     pixels   (bytes,) uint8: images, rows of interleaved RGB
     place    (B, PLACE) int32: height and width of the crop; height and width after resizing; top and left of the
-             (S, S) window kept of that; first and count of the crop's rows (columns, if the vertical pass comes
-             first) that the window needs; whether the vertical pass comes first; whether to mirror; bytes from one
-             row of the image to the next
+             (S, S) window kept of that, which is reflected where the window reaches beyond it; first and count of the
+             crop's rows (columns, if the vertical pass comes first) that the window needs; whether the vertical pass
+             comes first; whether to mirror; bytes from one row of the image to the next
     start    (B, START) int64: the crop's first byte in `pixels`; the sample's first byte in `between`, a multiple of
              16; the first weight of its columns and of its rows in `taps`
     taps     int32 work memory: S weights for every tap of an axis; an axis needs at most

@@ -35,6 +35,16 @@ from fastdeit.recipes.deit3 import (
     deit3_small,
     deit3_small_384,
 )
+from fastdeit.recipes.deit3_21k import (
+    deit3_base_21k,
+    deit3_base_21k_224,
+    deit3_huge_21k,
+    deit3_huge_21k_224,
+    deit3_large_21k,
+    deit3_large_21k_224,
+    deit3_small_21k,
+    deit3_small_21k_224,
+)
 from fastdeit.recipes.small_data import (
     convnet_teacher,
     deit_base_finetune,
@@ -71,6 +81,14 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         deit3_large_224,
         deit3_large_384,
         deit3_huge_224,
+        deit3_small_21k,
+        deit3_base_21k,
+        deit3_large_21k,
+        deit3_huge_21k,
+        deit3_small_21k_224,
+        deit3_base_21k_224,
+        deit3_large_21k_224,
+        deit3_huge_21k_224,
         deit_base_transfer,
         deit_tiny_finetune,
         deit_small_finetune,

@@ -56,6 +56,8 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         )
     d = recipe.departures
     augment = {f"augment.{k}": v for k, v in recipe.to_dict()["augment"].items() if k not in _NO_PIXELS}
+    if augment["augment.crop"] == "random_resized":  # labels of older versions know no other
+        del augment["augment.crop"]
     pixels = data.loader.pixels
     return {
         "data.train (content)": data.loader.dataset.content_hash,

@@ -70,6 +70,13 @@ def _weight(x: float, cubic: bool) -> float:
 
 
 @compiled
+def _reflected(place: int, size: int) -> int:
+    """Where a place of an axis lies, if what is beyond the axis is a reflection of it."""
+    place = abs(place)
+    return 2 * (size - 1) - place if place >= size else place
+
+
+@compiled
 def _find_taps(taps, start, count, weight, size_in, size_out, first, wanted, cubic):
     """Weights of outputs first .. first + wanted - 1 of an axis; returns the number of taps stored per output."""
     scale = size_in / size_out
@@ -78,7 +85,7 @@ def _find_taps(taps, start, count, weight, size_in, size_out, first, wanted, cub
     room = math.ceil(support) * 2 + 1
     inverse = 1.0 / stretch
     for out in range(wanted):
-        center = (first + out + 0.5) * scale
+        center = (_reflected(first + out, size_out) + 0.5) * scale
         low = max(0, int(center - support + 0.5))
         length = min(size_in, int(center + support + 0.5)) - low
         total = 0.0
@@ -100,7 +107,7 @@ def resize(
 
     pixels         (bytes,) uint8, the crop's first byte at `offset`, its rows `pitch` bytes apart, RGB
     height, width  of the crop
-    top, left      of the (size, size) window in the (out_height, out_width) result
+    top, left      of the (size, size) window in the (out_height, out_width) result, which is reflected beyond it
     interpolation  BICUBIC or BILINEAR
     planes         (3 * size * size,) uint8 output, C order of (3, size, size)
     """
@@ -108,12 +115,15 @@ def resize(
     stride = _padded(3 * size)
     taps, start, count = scratch.taps[1], scratch.start[1], scratch.count[1]
     room, first_row, row_count = 0, top, size
-    if height != out_height:
+    # Weights that change nothing also copy an axis.
+    done = height == out_height and top >= 0 and top + size <= height
+    if not done:
         room = _find_taps(taps, start, count, scratch.weight, height, out_height, top, size, cubic)
-        first_row = start[0]
-        row_count = start[size - 1] + count[size - 1] - first_row
-    done = height == out_height
-    if width == out_width:
+        first_row, end = start[0], 0
+        for out in range(size):
+            first_row, end = min(first_row, start[out]), max(end, start[out] + count[out])
+        row_count = end - first_row
+    if width == out_width and left >= 0 and left + size <= width:
         from_row = offset + first_row * pitch + 3 * left
         _split_channels(pixels, from_row, pitch, row_count, size, flip, stride, scratch.rows)
     else:

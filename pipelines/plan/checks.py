@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastdeit.pipelines.batch import DecodedBatch
-from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, NO_MIX, OPS, Plan
+from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CODE, CUTMIX, MIXUP, NO_MIX, OPS, OVERHANG, Plan
 
 _GEOMETRIC = [CODE[name] for name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")]
 
@@ -25,8 +25,9 @@ def check_plan(decoded: DecodedBatch, plan: Plan, size: int) -> None:
     end = decoded.offset[slot] + rows.astype(np.int64) * columns * 3
     _reject((decoded.offset[slot] < 0) | (end > len(decoded.pixels)), plan, "lies beyond the decoded pixels")
     _reject(_outside(plan.crop, rows, columns) | (plan.crop[:, 2:] < 1).any(1), plan, "is cropped outside its image")
-    square = np.concatenate([plan.window[:, 2:], np.full((len(plan), 2), size, np.int32)], axis=1)
-    outside = _outside(square, plan.window[:, 0], plan.window[:, 1])
+    square = np.concatenate([plan.window[:, 2:] + OVERHANG, np.full((len(plan), 2), size, np.int32)], axis=1)
+    sides = plan.window[:, :2]
+    outside = _outside(square, sides[:, 0] + 2 * OVERHANG, sides[:, 1] + 2 * OVERHANG) | (sides < size).any(1)
     _reject(outside, plan, f"keeps a window of {size} x {size} outside its resized crop")
     if decoded.region is not None:
         missing = _beyond(plan.regions(), decoded.region[slot])

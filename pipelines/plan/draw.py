@@ -1,7 +1,7 @@
 """Draws plans: every random number of the recipe, from Philox (see `philox.py` for the counters).
 
-RandomResizedCrop, RandAugment with the "increasing" set, random erasing, and Mixup and CutMix in batch mode have the
-distributions of timm and torchvision. 3-Augment follows Touvron et al., "DeiT III", section 3.
+RandomResizedCrop, RandomCrop, RandAugment with the "increasing" set, random erasing, and Mixup and CutMix in batch mode
+have the distributions of timm and torchvision. 3-Augment follows Touvron et al., "DeiT III", section 3.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from fastdeit.pipelines.plan.plan import (
     INCREASING,
     MIXUP,
     NO_MIX,
+    OVERHANG,
     Plan,
+    resized_sides,
     whole_windows,
 )
 from fastdeit.pipelines.plan.policy import Policy
@@ -149,19 +151,14 @@ class PlanDrawer:
         )
         seed = np.uint64(self.seed)
         height, width = self._height[samples.index], self._width[samples.index]
-        _draw_crops(
-            seed,
-            epoch,
-            plan.index,
-            plan.repeat,
-            height,
-            width,
-            p.crop_scale,
-            p.crop_ratio,
-            p.hflip,
-            plan.crop,
-            plan.flip,
-        )
+        sample = seed, epoch, plan.index, plan.repeat
+        if p.crop == "simple":
+            plan.crop[:] = np.stack([np.zeros_like(height), np.zeros_like(height), height, width], axis=1)
+            plan.window[:, :2] = resized_sides(height, width, self.img_size)
+            _draw_places(*sample, self.img_size, OVERHANG, plan.window)
+        else:
+            _draw_crops(*sample, height, width, p.crop_scale, p.crop_ratio, plan.crop)
+        _draw_flips(*sample, p.hflip, plan.flip)
         interp = {"bilinear": BILINEAR, "bicubic": BICUBIC, "random": 0}[p.interpolation]
         if self._rand is not None:
             r = self._rand
@@ -203,7 +200,7 @@ def _below(word: Word, count: int) -> int:
 
 
 @compiled
-def _draw_crops(seed, epoch, index, repeat, height, width, scale, ratio, hflip, crop, flip):
+def _draw_crops(seed, epoch, index, repeat, height, width, scale, ratio, crop):
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for s in range(len(index)):
         rows, cols = int(height[s]), int(width[s])
@@ -226,7 +223,21 @@ def _draw_crops(seed, epoch, index, repeat, height, width, scale, ratio, hflip, 
             elif cols / rows > ratio[1]:
                 w = int(np.rint(h * ratio[1]))
             crop[s, 0], crop[s, 1], crop[s, 2], crop[s, 3] = (rows - h) // 2, (cols - w) // 2, h, w
-        a, _, _, _ = philox(seed, _FLIP, index[s], epoch, stream)
+
+
+@compiled
+def _draw_places(seed, epoch, index, repeat, size, overhang, window):
+    """torchvision's RandomCrop(size, padding=overhang) of resized images: top and left."""
+    for s in range(len(index)):
+        a, b, _, _ = philox(seed, _CROP, index[s], epoch, SAMPLE | np.uint32(repeat[s]))
+        window[s, 2] = _below(a, window[s, 0] + 2 * overhang - size + 1) - overhang
+        window[s, 3] = _below(b, window[s, 1] + 2 * overhang - size + 1) - overhang
+
+
+@compiled
+def _draw_flips(seed, epoch, index, repeat, hflip, flip):
+    for s in range(len(index)):
+        a, _, _, _ = philox(seed, _FLIP, index[s], epoch, SAMPLE | np.uint32(repeat[s]))
         flip[s] = unit(a) < hflip
 
 

@@ -37,6 +37,7 @@ INCREASING = OPS[1:16]  # timm's "increasing" set of RandAugment, in its order
 CODE = {name: code for code, name in enumerate(OPS)}
 
 BILINEAR, BICUBIC = 2, 3  # PIL's own numbers
+OVERHANG = 4  # pixels that a window may reach beyond its resized crop, which is reflected there
 NO_MIX, MIXUP, CUTMIX = 0, 1, 2
 
 
@@ -48,7 +49,8 @@ class Plan:
     repeat  (B,) int32    which repeat of the image
     crop    (B, 4) int32  top, left, height, width in the decoded image
     window  (B, 4) int32  height and width of the resized crop; top and left, in it, of the output square of side
-                          `img_size`
+                          `img_size`. The square may reach `OVERHANG` pixels beyond, where the resized crop is reflected
+                          without repeating its border, as `numpy.pad(mode="reflect")` does
     flip    (B,) bool
     op      (B, L) int8   codes of `OPS`, applied in order after crop, resize and flip; 0: none
     arg     (B, L) float64
@@ -110,17 +112,28 @@ def _source_range(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(B,) first and end of the inputs that PIL reads for outputs first .. first + wanted - 1."""
     start, end = tap_range(size_in, size_out, first, wanted)
+    low, high = _shown(size_out, first, wanted)
     same = size_in == size_out  # PIL copies such an axis
-    return np.where(same, first, start), np.where(same, first + wanted, end)
+    return np.where(same, low, start), np.where(same, high + 1, end)
+
+
+def _shown(size_out: np.ndarray, first: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """(B,) first and last output of an axis that a window shows, which may be reflected at one end."""
+    end, last = size_out - 1, first + wanted - 1
+    return np.maximum(0, np.minimum(first, 2 * end - last)), np.minimum(end, np.maximum(last, -first))
 
 
 def tap_range(
     size_in: np.ndarray, size_out: np.ndarray, first: np.ndarray, wanted: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(B,) first and end of the inputs with a bicubic weight in outputs first .. first + wanted - 1 of an axis."""
+    """(B,) first and end of the inputs with a bicubic weight in outputs first .. first + wanted - 1 of an axis.
+
+    Outputs beyond the axis are those that are reflected there.
+    """
+    lowest, highest = _shown(size_out, first, wanted)
     scale = size_in / size_out
     support = 2.0 * np.maximum(scale, 1.0)
-    low, high = (first + 0.5) * scale, (first + wanted - 1 + 0.5) * scale
+    low, high = (lowest + 0.5) * scale, (highest + 0.5) * scale
     start = np.maximum(0, (low - support + 0.5).astype(np.int64))
     return start, np.minimum(size_in, (high + support + 0.5).astype(np.int64))
 
@@ -162,13 +175,17 @@ def evaluation_plan(index: np.ndarray, height: np.ndarray, width: np.ndarray, im
 
 
 def _central_windows(height: np.ndarray, width: np.ndarray, img_size: int, eval_crop: float) -> np.ndarray:
-    short = math.floor(img_size / eval_crop)
-    window = np.empty((len(height), 4), np.int32)
+    out = resized_sides(height, width, math.floor(img_size / eval_crop))
+    return np.concatenate([out, np.rint((out - img_size) / 2.0)], axis=1).astype(np.int32)
+
+
+def resized_sides(height: np.ndarray, width: np.ndarray, short: int) -> np.ndarray:
+    """(B, 2) int32: height and width after torchvision's `Resize(short)`, which keeps an image's proportions."""
+    out = np.empty((len(height), 2), np.int32)
     for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
         long = int(short * max(rows, columns) / min(rows, columns))
-        out = (short, long) if rows <= columns else (long, short)
-        window[sample] = *out, round((out[0] - img_size) / 2.0), round((out[1] - img_size) / 2.0)
-    return window
+        out[sample] = (short, long) if rows <= columns else (long, short)
+    return out
 
 
 def rotation_matrices(op: np.ndarray, arg: np.ndarray, size: int) -> np.ndarray:

@@ -10,6 +10,8 @@ class Policy:
 
     policy: Literal["randaugment", "three_augment", "plain"] = "randaugment"
     randaugment: str = "rand-m9-mstd0.5-inc1"  # timm's notation
+    # simple: the short side becomes img_size, then a random square, up to 4 pixels beyond the image (DeiT III's --src)
+    crop: Literal["random_resized", "simple"] = "random_resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # of the image area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5

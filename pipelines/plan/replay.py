@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.plan.philox import NOISE, normal_pair, philox
-from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP, OPS, Plan
+from fastdeit.pipelines.plan.plan import CUTMIX, MIXUP, OPS, OVERHANG, Plan
 
 _GEOMETRIC = {
     "Rotate": "rotate",
@@ -63,12 +63,21 @@ def replay(image: np.ndarray | Image.Image, plan: Plan, sample: int, size: int, 
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     top, left, height, width = (int(v) for v in plan.crop[sample])
-    image = resize(image.convert("RGB").crop((left, top, left + width, top + height)), size, size)
+    out_height, out_width, from_row, from_column = (int(v) for v in plan.window[sample])
+    image = resize(image.convert("RGB").crop((left, top, left + width, top + height)), out_height, out_width)
+    image = _window(image, from_row, from_column, size)
     if plan.flip[sample]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for code, arg, interp in zip(plan.op[sample], plan.arg[sample], plan.interp[sample], strict=True):
         image = _operate(image, OPS[code], float(arg), int(interp), fill)
     return image
+
+
+def _window(image: Image.Image, top: int, left: int, size: int) -> Image.Image:
+    """The square of that place, reflected where it reaches beyond the image."""
+    padded = np.pad(np.asarray(image), ((OVERHANG, OVERHANG), (OVERHANG, OVERHANG), (0, 0)), mode="reflect")
+    rows, columns = slice(top + OVERHANG, top + OVERHANG + size), slice(left + OVERHANG, left + OVERHANG + size)
+    return Image.fromarray(np.ascontiguousarray(padded[rows, columns]))
 
 
 def _operate(image: Image.Image, name: str, arg: float, interp: int, fill: tuple[int, ...]) -> Image.Image:

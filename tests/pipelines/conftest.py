@@ -12,7 +12,7 @@ from fastdeit.pipelines.batch import DecodedBatch
 from fastdeit.pipelines.loaders.choose import LOADERS, open_loader
 from fastdeit.pipelines.loaders.prefetch import make_pool
 from fastdeit.pipelines.plan.order import EvalOrder
-from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, Plan, whole_windows
+from fastdeit.pipelines.plan.plan import BICUBIC, BILINEAR, CUTMIX, NO_MIX, OPS, OVERHANG, Plan, whole_windows
 from ordered import Ordered, need_loader
 
 
@@ -88,6 +88,7 @@ def _make_plan(
 ) -> Plan:
     count = len(decoded.index)
     crop, box = np.zeros((count, 4), np.int32), np.zeros((count, 4), np.int32)
+    window = whole_windows(count, size)
     for sample, slot in enumerate(decoded.source):
         rows, columns = int(decoded.height[slot]), int(decoded.width[slot])
         height, width = int(rng.integers(1, rows + 1)), int(rng.integers(1, columns + 1))
@@ -96,6 +97,13 @@ def _make_plan(
         if rng.random() < 0.1:
             width = min(columns, size)
         crop[sample] = rng.integers(0, rows - height + 1), rng.integers(0, columns - width + 1), height, width
+        if rng.random() < 0.25:  # a window, which may reach beyond its resized crop
+            # Half of these leave an axis as it is.
+            out = [
+                max(size, side if rng.random() < 0.5 else int(rng.integers(size, 2 * size)))
+                for side in crop[sample, 2:]
+            ]
+            window[sample] = *out, *(int(rng.integers(-OVERHANG, side - size + OVERHANG + 1)) for side in out)
         if rng.random() < erase:
             height, width = rng.integers(1, size + 1, 2)
             box[sample] = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1), height, width
@@ -114,7 +122,7 @@ def _make_plan(
         index=decoded.index,
         repeat=rng.integers(0, 3, count).astype(np.int32),
         crop=crop,
-        window=whole_windows(count, size),
+        window=window,
         flip=rng.random(count) < 0.5,
         op=op,
         arg=np.array([[_draw_arg(rng, OPS[code]) for code in row] for row in op]).reshape(count, layers),

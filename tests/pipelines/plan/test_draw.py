@@ -12,7 +12,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup, rand_bbox
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, RandomCrop, RandomResizedCrop
 
 from fastdeit.pipelines.plan.draw import PlanDrawer, RandAugment
 from fastdeit.pipelines.plan.order import EpochOrder
@@ -62,6 +62,21 @@ def test_crop_boxes(source, size):
     assert (ours[:, 0] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all()
     assert (ours[:, 1] + ours[:, 3] <= width).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width", "resized"), [(375, 500, (224, 298)), (900, 90, (2240, 224))])
+def test_places_of_simple_crops(height, width, resized):
+    plan = big_plan(height, width, crop="simple")
+    assert {*map(tuple, plan.window[:, :2].tolist())} == {resized}
+    assert {*map(tuple, plan.crop.tolist())} == {(0, 0, height, width)}
+    torch.manual_seed(5)
+    padded = Image.new("RGB", (resized[1] + 8, resized[0] + 8))
+    theirs = np.array([RandomCrop.get_params(padded, (224, 224))[:2] for _ in range(3000)]) - 4
+    for axis in range(2):
+        places = plan.window[:, 2 + axis]
+        same(places, theirs[:, axis])
+        assert (places.min(), places.max()) == (theirs[:, axis].min(), theirs[:, axis].max()) or resized[axis] > 1000
 
 
 def test_flip_is_fair(plan):
