@@ -12,6 +12,7 @@ import tyro
 
 from fastdeit import launch
 from fastdeit.cli import parse, program, run
+from fastdeit.commands.corruptions import Sets, corrupted_sets, corruption_errors, corruption_table
 from fastdeit.commands.per_class import check_new_file, write_classes
 from fastdeit.config import Recipe
 from fastdeit.inputs import (
@@ -65,6 +66,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    corruptions: Path | None = None  # a folder with ImageNet-C's CORRUPTION/SEVERITY folders: mean corruption error
     per_class: Path | None = None  # a new CSV file for the scores of each class
     json: bool = False  # print one JSON object instead of a table
 
@@ -109,7 +111,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
         evaluation = _Evaluation(opened, recipe, joined, precision, kernels, classes, say)
         out: dict[str, dict[str, Any]] = {}
         for path, val in sets.items():
-            if not options.val:
+            if not (options.val or options.corruptions):
                 which = "" if images is None else f", the {len(images)} images that the run held out"
                 say(f"the run's data set: {path}{which}")
             out[path] = evaluation.on(val, images, columns[path], options)
@@ -262,13 +264,18 @@ def _checked(options: Options) -> dict[str, Dataset]:
         if options.arch is not None:
             raise UserError(f"--recipe {options.recipe} and --arch {options.arch} exclude each other: leave one out")
     check_checkpoint(checkpoint_file(options.checkpoint))
-    whole = [os.path.realpath(path) for path in options.val]  # unlike Path.resolve, it takes a loop of links
-    repeated = next((path for path, own in zip(options.val, whole, strict=True) if whole.count(own) > 1), None)
+    paths = [*options.val, *(path for each in _corrupted(options).values() for path in each)]
+    whole = [os.path.realpath(path) for path in paths]  # unlike Path.resolve, it takes a loop of links
+    repeated = next((path for path, own in zip(paths, whole, strict=True) if whole.count(own) > 1), None)
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
-    sets = {str(path): open_dataset(converted(path), "val") for path in options.val}
+    sets = {str(path): open_dataset(converted(path), "val") for path in paths}
     _check_probe(options.probe, sets)
     return sets
+
+
+def _corrupted(options: Options) -> Sets:
+    return {} if options.corruptions is None else corrupted_sets(options.corruptions)
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:
@@ -337,7 +344,14 @@ def main() -> None:
                 path: {kind: scores.pop("classes", {}) for kind, scores in kinds.items()}
                 for path, kinds in results.items()
             }
-            print(json.dumps(_as_json(results)) if options.json else tables(results))
+            corrupted = _corrupted(options)
+            found = corruption_errors(results, corrupted) if corrupted else {}
+            for path in (str(path) for each in corrupted.values() for path in each):
+                del results[path]
+            if options.json:
+                print(json.dumps({**results, "corruptions": found} if found else _as_json(results)))
+            else:
+                print("\n\n".join(filter(None, [tables(results), corruption_table(found) if found else ""])))
             if options.per_class is not None:  # last, so that a full disk costs nothing else
                 write_classes(options.per_class, classes)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdeit.kernels.reference import HEADS
 from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.formats.files import atomic_write
 
@@ -29,6 +28,8 @@ def write_classes(path: Path, classes: dict[str, dict[str, dict[str, Any]]]) -> 
 
     Raises UserError if there is a file by now, and OSError naming the path.
     """
+    from fastdeit.kernels.reference import HEADS  # here, since it needs PyTorch
+
     check_new_file(path)
     found = [each for kinds in classes.values() for each in kinds.values()]
     heads = [head for head in HEADS if any(head in each for each in found)]

@@ -46,9 +46,9 @@ def assert_whole(path, count):
         assert dataset.check() == []
 
 
-def add_all(writer, dataset):
-    """Add every sample of an open data set."""
-    for i in range(len(dataset)):
+def add_all(writer, dataset, first=0):
+    """Add every sample of an open data set, from number `first` on."""
+    for i in range(first, len(dataset)):
         sides = {"height": int(dataset.height[i]), "width": int(dataset.width[i])}
         mode = JPEG if dataset.is_jpeg(i) else RAW
         writer.add(dataset.read(i).tobytes(), label=int(dataset.label[i]), mode=mode, **sides)

@@ -15,7 +15,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.datasets import ImageFolder
 
 from fastdeit import checkpoint
+from fastdeit.commands import corruptions
+from fastdeit.commands.corruptions import corrupted_sets, corruption_table
 from fastdeit.commands.eval import Options, evaluate_checkpoint, table, tables
+from fastdeit.commands.eval import main as eval_main
+from fastdeit.kernels.reference import HEADS
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
@@ -149,6 +153,43 @@ def test_scores_of_each_class_are_scikit_learns(trained, data, images, tmp_path)
     before = out.read_bytes()
     refused("exists already", evaluate_checkpoint, Options(checkpoint=path, val=(data / "val.beton",), per_class=out))
     assert out.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_mean_corruption_error_of_the_papers_formula(trained, data, tmp_path, monkeypatch, capsys):
+    """Two corruptions in the place of 15; each severity is the validation set with other images left out."""
+    monkeypatch.setattr(corruptions, "ALEXNET", {"snow": 0.8, "fog": 0.5})
+    path, folder, top1 = trained[1], tmp_path / "c", {}
+    shared = {"loader": "torch", "device": "cpu", "threads": 1, "weights": "model"}
+    with BetonDataset(data / "val.beton") as val:
+        for number, name in enumerate(("snow", "fog")):
+            (folder / name).mkdir(parents=True)
+            for severity in range(1, 6):
+                beton, first = folder / name / f"{severity}.beton", number + severity
+                with BetonWriter(beton, len(val) - first) as writer:
+                    add_all(writer, val, first)
+                    writer.finish(class_names=val.class_names)
+                scores = evaluated(checkpoint=path, val=beton, **shared)["model"]
+                top1[name, severity] = np.array([scores[head]["top1"] for head in HEADS])
+    monkeypatch.setattr(
+        "sys.argv", ["fastdeit-eval", str(path), "--corruptions", str(folder), "--json", "--device=cpu"]
+    )
+    capsys.readouterr()
+    eval_main()
+    printed = json.loads(capsys.readouterr().out)
+    found = printed.pop("corruptions")["model"]
+    assert not printed
+    snow, fog = (sum(100 - top1[name, severity] for severity in range(1, 6)) for name in ("snow", "fog"))
+    for i, head in enumerate(HEADS):
+        assert found[head]["mce"] == pytest.approx(100 * (snow[i] / (5 * 80) + fog[i] / (5 * 50)) / 2)
+        assert found[head]["error"] == pytest.approx((snow[i] + fog[i]) / 10)
+    text = corruption_table({"model": found}).splitlines()
+    assert text[1 + 3].split() == ["model", "fused_logits", f"{found['fused_logits']['error']:.2f}",
+                                   f"{found['fused_logits']['mce']:.2f}"]  # fmt: skip
+    assert text[-1].split()[0] == "fog"
+    (folder / "fog" / "2.beton").unlink()
+    refused("there is no .*fog.2 .1 of 10 are missing", corrupted_sets, folder)
+    assert text[-1].split()[-1] == f"{found['fused_probabilities']['corruptions']['fog']['ce']:.1f}"
 
 
 @pytest.mark.slow

@@ -161,6 +161,7 @@ def test_two_processes_label_what_one_does(distilled, tmp_path):
     [
         ("run", {"seed": 1}, "run.seed is 0 there and 1 here"),
         ("augment", {"crop_scale": (0.5, 1.0)}, "augment.crop_scale is"),
+        ("augment", {"crop": "simple"}, "augment.crop is"),
         ("data", {"repeats": 1}, "data.repeats is 3 there and 1 here"),
         ("run", {"global_batch": 16}, "run.global_batch is 32 there and 16 here"),
         ("departures", {"mix_group": 16}, "mixing group size is 8 there and 16 here"),
