@@ -166,8 +166,12 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     micro = min(run.micro_batch or share, share)
     notes = []
 
+    optimizer = (
+        "apex lamb" if (recipe.optim.name, recipe.optim.implementation) == ("lamb", "apex") else recipe.optim.name
+    )
+
     def needed(batch: int) -> float:
-        return memory(model, batch, num_classes=images.classes, ema=recipe.ema.enabled, optimizer=recipe.optim.name)
+        return memory(model, batch, num_classes=images.classes, ema=recipe.ema.enabled, optimizer=optimizer)
 
     room = (1 - GAPS_SHARE) * card.memory - RESERVED
     fitting = micro
@@ -185,7 +189,7 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
         num_classes=images.classes,
         inputs="patches",
         ema=recipe.ema.enabled,
-        optimizer=recipe.optim.name,
+        optimizer=optimizer,
         graph=graph,
     )
     parts = step.parts

@@ -62,7 +62,7 @@ class _Update(NamedTuple):
 
     AdamW, fused, reads weight, gradient and both moments, and writes three of them. timm's LAMB (from 1.0.31 on) makes
     some 16 passes over all parameters, which read or write 32 values of each; it holds the clipped gradient, the update
-    and its divisor.
+    and its divisor. apex's FusedLAMB, by its code and not measured, makes two passes and three norms.
     """
 
     moved: float
@@ -70,7 +70,11 @@ class _Update(NamedTuple):
     kernels: int
 
 
-UPDATES = {"adamw": _Update(7 * FP32, 0, 8), "lamb": _Update(32 * FP32, 3 * FP32, 60)}
+UPDATES = {
+    "adamw": _Update(7 * FP32, 0, 8),
+    "lamb": _Update(32 * FP32, 3 * FP32, 60),
+    "apex lamb": _Update(13 * FP32, 0, 20),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,7 +514,7 @@ def predict(
     inputs     "images": (B, 3, S, S) float32, as in the throughput benchmark. "patches": bf16 in patches, as the device
                augmentation writes them
     ema        average the weights
-    optimizer  "adamw" or "lamb"; another one counts as AdamW
+    optimizer  one of `UPDATES`; another one counts as AdamW
     graph      replay the step as one CUDA graph; otherwise the host launches every kernel
 
     Raises UserError for another `arch` and for a batch below 1.

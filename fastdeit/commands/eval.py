@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,12 +71,14 @@ class Options:
     json: bool = False  # print one JSON object instead of a table
 
 
-def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
+def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
     """Scores by data set and kind of weights, as `evaluate` gives them; on other processes than the main one, none.
+
+    corrupted  more data sets, those of `corruptions`
 
     Raises UserError where checkpoint, recipe and data sets do not fit together.
     """
-    sets = _checked(options)
+    sets = _checked(options, corrupted)
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.loading import open_checkpoint
@@ -111,7 +113,7 @@ def evaluate_checkpoint(options: Options) -> dict[str, dict[str, Any]]:
         evaluation = _Evaluation(opened, recipe, joined, precision, kernels, classes, say)
         out: dict[str, dict[str, Any]] = {}
         for path, val in sets.items():
-            if not (options.val or options.corruptions):
+            if not (options.val or corrupted):
                 which = "" if images is None else f", the {len(images)} images that the run held out"
                 say(f"the run's data set: {path}{which}")
             out[path] = evaluation.on(val, images, columns[path], options)
@@ -255,16 +257,16 @@ def _check_probe(path: Path | None, sets: dict[str, Dataset]) -> None:
             raise UserError(f"{path} has {train.num_classes} classes, {name} {val.num_classes}: they must be the same")
 
 
-def _checked(options: Options) -> dict[str, Dataset]:
+def _checked(options: Options, corrupted: Sequence[Path]) -> dict[str, Dataset]:
     """Make the checks that need no PyTorch; return the data sets that the command names. Raises UserError."""
-    if options.per_class is not None:
+    if options.per_class is not None and os.environ.get("RANK", "0") == "0":  # the main process writes it
         check_new_file(options.per_class)
     if options.recipe is not None:
         recipe_named(options.recipe)
         if options.arch is not None:
             raise UserError(f"--recipe {options.recipe} and --arch {options.arch} exclude each other: leave one out")
     check_checkpoint(checkpoint_file(options.checkpoint))
-    paths = [*options.val, *(path for each in _corrupted(options).values() for path in each)]
+    paths = [*options.val, *corrupted]
     whole = [os.path.realpath(path) for path in paths]  # unlike Path.resolve, it takes a loop of links
     repeated = next((path for path, own in zip(paths, whole, strict=True) if whole.count(own) > 1), None)
     if repeated is not None:
@@ -272,10 +274,6 @@ def _checked(options: Options) -> dict[str, Dataset]:
     sets = {str(path): open_dataset(converted(path), "val") for path in paths}
     _check_probe(options.probe, sets)
     return sets
-
-
-def _corrupted(options: Options) -> Sets:
-    return {} if options.corruptions is None else corrupted_sets(options.corruptions)
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:
@@ -338,20 +336,21 @@ def main() -> None:
         keep_streams()
         options = parse(Options, program("eval"))
         launch.prepare()
-        results = evaluate_checkpoint(options)
+        # Looked up once: hours later, the folder may have changed.
+        named: Sets = {} if options.corruptions is None else corrupted_sets(options.corruptions)
+        corrupted = [path for each in named.values() for path in each]
+        results = evaluate_checkpoint(options, corrupted)
         if results:
             classes = {
                 path: {kind: scores.pop("classes", {}) for kind, scores in kinds.items()}
                 for path, kinds in results.items()
             }
-            corrupted = _corrupted(options)
-            found = corruption_errors(results, corrupted) if corrupted else {}
-            for path in (str(path) for each in corrupted.values() for path in each):
-                del results[path]
+            found = corruption_errors(results, named) if named else {}
             if options.json:
-                print(json.dumps({**results, "corruptions": found} if found else _as_json(results)))
+                print(json.dumps({"data": results, "corruptions": found} if found else _as_json(results)))
             else:
-                print("\n\n".join(filter(None, [tables(results), corruption_table(found) if found else ""])))
+                others = {path: scores for path, scores in results.items() if path not in {*map(str, corrupted)}}
+                print("\n\n".join(filter(None, [tables(others), corruption_table(found) if found else ""])))
             if options.per_class is not None:  # last, so that a full disk costs nothing else
                 write_classes(options.per_class, classes)
 

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import UserError, printable
-from fastdeit.pipelines.formats.files import atomic_write
+from fastdeit.pipelines.formats.files import atomic_write, temporary
 
 
 def check_new_file(path: Path) -> None:
     """Raise UserError unless a file can be made at `path`."""
     if not path.parent.is_dir():
         raise UserError(f"--per-class {path}: there is no folder {path.parent}: make it, or name another place")
-    if os.path.lexists(path):
-        raise UserError(f"--per-class {path}: exists already: name another file, or remove it")
+    for taken in (path, temporary(path)):
+        if len(os.fsencode(taken.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
+            raise UserError(f"--per-class {path}: its name is too long: name another file")
+        if os.path.lexists(taken):
+            raise UserError(f"--per-class {path}: {taken.name} exists already: name another file, or remove it")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--per-class {path}: its folder is not writable: name another place")
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from fastdeit.config import LATER, Recipe
 from fastdeit.recipes import RECIPES
 from fastdeit.report import figures
 from fastdeit.report.elements import Html, Sections, details, element, joined, note, paragraph, table, text
@@ -215,15 +216,19 @@ def _accuracy(sections: Sections, runs: Sequence[Run]) -> None:
                 which = "EMA" if weights == "ema" else weights
                 first = [run.label] if len(runs) > 1 else []
                 name = [*first, _head(head), which]
-                rows.append((*name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"))
-    head = [*(["run"] if len(runs) > 1 else []), "head", "weights", "top-1 %", "top-5 %", "loss"]
-    numbers = range(len(head) - 3, len(head))
+                error = f"{scores['ece']:.2f}" if "ece" in scores else ""
+                rows.append((*name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", error))
+    head = [*(["run"] if len(runs) > 1 else []), "head", "weights", "top-1 %", "top-5 %", "loss", "ECE %"]
+    numbers = range(len(head) - 4, len(head))
     scores = table(head, rows, "Scores of the last evaluation", list(numbers))
     sections.add("accuracy", "Accuracy", drawn, element("h3", "Last evaluation"), scores)
 
 
 def _recipe(runs: Sequence[Run]) -> list[Html]:
-    recipes = [flat(run.recipe) for run in runs]
+    # Runs of older versions lack fields, whose defaults are what those versions did.
+    defaults = flat(Recipe(name="").to_dict())
+    later = {field: defaults[field] for field in LATER}
+    recipes = [later | flat(run.recipe) for run in runs]
     if len(runs) > 1:
         columns, heads = recipes, [run.label for run in runs]
         same = "The runs have the same recipe."

@@ -36,7 +36,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one kind of weights ("model" or "ema"): for each head, top1 and top5 in percent, and loss."""
+    """The scores of one kind of weights ("model" or "ema"): for each head, top1, top5 and ece in percent, and loss.
+
+    Runs of older versions have no ece.
+    """
 
     epoch: int
     step: int
@@ -255,8 +258,12 @@ def _evaluation(event: dict[str, Any]) -> Evaluation:
     weights = event["weights"]
     if not isinstance(weights, str):
         raise TypeError("weights is not a string")
+    names = ("top1", "top5", "loss", "ece")
+    # Logs of older versions have no calibration error.
     scores = {
-        head: {name: _number(event[head], name) for name in ("top1", "top5", "loss")} for head in HEADS if head in event
+        head: {name: _number(event[head], name) for name in names if name != "ece" or name in event[head]}
+        for head in HEADS
+        if head in event
     }
     return Evaluation(_count(event, "epoch"), _count(event, "global_step"), weights, _count(event, "images"), scores)
 

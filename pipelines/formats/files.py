@@ -91,6 +91,11 @@ def read_text(path: Path, most: int) -> str:
         return file.read(size).decode("utf-8")
 
 
+def temporary(path: Path, suffix: str = ".tmp") -> Path:
+    """Where `atomic_write` keeps the bytes of `path` until they are complete."""
+    return path.with_name(path.name + suffix)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` when the block ends: `path` holds the old bytes or all the new ones.
@@ -98,18 +103,18 @@ def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
     The bytes go to `path` + `suffix`, which is synced, renamed and removed on any error. Only a killed process leaves
     it behind. An OSError names a path.
     """
-    temporary = path.with_name(path.name + suffix)
+    partial = temporary(path, suffix)
     try:
         with naming(path):
-            with open(temporary, "wb") as file:
+            with open(partial, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            os.replace(partial, path)
             sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         raise
 
 

@@ -50,6 +50,14 @@ def test_rate_and_memory_are_those_measured(model, batch, residual, figures):
     assert found.fits
 
 
+def test_apexs_lamb_moves_and_holds_less_than_timms():
+    timms, apexs = (
+        plan(recipe("deit3_base", optim={"implementation": kind}), on(8), Images()) for kind in ("torch", "apex")
+    )
+    assert apexs.rate > timms.rate
+    assert apexs.memory < timms.memory
+
+
 def test_measurements_are_there():
     assert len([*measured()]) >= 7
 

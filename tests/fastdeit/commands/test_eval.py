@@ -153,6 +153,10 @@ def test_scores_of_each_class_are_scikit_learns(trained, data, images, tmp_path)
     before = out.read_bytes()
     refused("exists already", evaluate_checkpoint, Options(checkpoint=path, val=(data / "val.beton",), per_class=out))
     assert out.read_bytes() == before
+    other = tmp_path / "other.csv"
+    (tmp_path / "other.csv.tmp").write_text("somebody's")
+    for name, reason in ((other, r"other.csv.tmp exists already"), (tmp_path / ("x" * 254), "name is too long")):
+        refused(reason, evaluate_checkpoint, Options(checkpoint=path, val=(data / "val.beton",), per_class=name))
 
 
 @pytest.mark.slow
@@ -178,7 +182,9 @@ def test_mean_corruption_error_of_the_papers_formula(trained, data, tmp_path, mo
     eval_main()
     printed = json.loads(capsys.readouterr().out)
     found = printed.pop("corruptions")["model"]
-    assert not printed
+    assert printed["data"].keys() == {
+        str(folder / name / f"{i}.beton") for name in ("snow", "fog") for i in range(1, 6)
+    }
     snow, fog = (sum(100 - top1[name, severity] for severity in range(1, 6)) for name in ("snow", "fog"))
     for i, head in enumerate(HEADS):
         assert found[head]["mce"] == pytest.approx(100 * (snow[i] / (5 * 80) + fog[i] / (5 * 50)) / 2)
