@@ -154,6 +154,13 @@ def test_a_run_without_its_network(plain):
     assert "Every field is as in the recipe deit_tiny_distilled." in page.text
 
 
+def test_a_field_that_an_older_version_lacked_is_no_difference(tmp_path):
+    begun = start()
+    assert begun["recipe"]["augment"].pop("crop") == "random_resized"
+    _, page = written(write_run(tmp_path / "run", begun), model=False)
+    assert "Every field is as in the recipe deit_tiny_distilled." in page.text
+
+
 def test_a_run_without_incidents_says_none(tmp_path):
     _, page = written(write_run(tmp_path / "run", start()), model=False)
     assert re.search(r"Incidents\s+none", page.text)
