@@ -144,7 +144,11 @@ def check_strictly(network: nn.Module, state: State, source: str) -> None:
         if keys
     ]
     if faults:
-        raise UserError(f"{source} does not fit this network: {'; '.join(faults)}. Use the recipe it was trained with")
+        # The one difference between DeiT's weights and DeiT III's that an option makes.
+        scaled = [{name for name in names if name.endswith(("ls1.gamma", "ls2.gamma"))} for names in (own, state)]
+        other = "" if bool(scaled[0]) == bool(scaled[1]) else f", or set --model.layer_scale {1e-4 if scaled[1] else 0}"
+        fault = f"{source} does not fit this network: {'; '.join(faults)}"
+        raise UserError(f"{fault}. Use the recipe it was trained with{other}")
     wrong = [name for name in own if own[name].is_floating_point() != state[name].is_floating_point()]
     if wrong:
         raise UserError(
