@@ -83,7 +83,7 @@ def test_the_command_scores_timms_features(tiny, data, images, distilled):
     linear = LogisticRegression(max_iter=5000).fit((rows - scale[1]) / scale[0], labels)
     expected = 100 * linear.score((others - scale[1]) / scale[0], targets)
     assert found[LINEAR]["top1"] == pytest.approx(expected, abs=100 / 44)
-    assert found["class"].keys() == {"top1", "top5", "loss"}
+    assert found["class"].keys() == {"top1", "top5", "loss", "ece"}
 
 
 def test_other_classes_are_refused_before_anything_is_computed(data, teacher_checkpoint, tmp_path):
