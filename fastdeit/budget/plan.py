@@ -165,10 +165,8 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     share = order.rank_batch
     micro = min(run.micro_batch or share, share)
     notes = []
-
-    optimizer = (
-        "apex lamb" if (recipe.optim.name, recipe.optim.implementation) == ("lamb", "apex") else recipe.optim.name
-    )
+    optim = recipe.optim
+    optimizer = "apex lamb" if (optim.name, optim.implementation) == ("lamb", "apex") else optim.name
 
     def needed(batch: int) -> float:
         return memory(model, batch, num_classes=images.classes, ema=recipe.ema.enabled, optimizer=optimizer)

@@ -349,7 +349,8 @@ def main() -> None:
             if options.json:
                 print(json.dumps({"data": results, "corruptions": found} if found else _as_json(results)))
             else:
-                others = {path: scores for path, scores in results.items() if path not in {*map(str, corrupted)}}
+                apart = {*map(str, corrupted)}
+                others = {path: scores for path, scores in results.items() if path not in apart}
                 print("\n\n".join(filter(None, [tables(others), corruption_table(found) if found else ""])))
             if options.per_class is not None:  # last, so that a full disk costs nothing else
                 write_classes(options.per_class, classes)

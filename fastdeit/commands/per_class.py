@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import UserError, printable
-from fastdeit.pipelines.formats.files import atomic_write, temporary
+from fastdeit.pipelines.formats.files import TEMPORARY, atomic_write, beside
 
 
 def check_new_file(path: Path) -> None:
     """Raise UserError unless a file can be made at `path`."""
     if not path.parent.is_dir():
         raise UserError(f"--per-class {path}: there is no folder {path.parent}: make it, or name another place")
-    for taken in (path, temporary(path)):
+    for taken in (path, beside(path, TEMPORARY)):
         if len(os.fsencode(taken.name)) > os.pathconf(path.parent, "PC_NAME_MAX"):
             raise UserError(f"--per-class {path}: its name is too long: name another file")
         if os.path.lexists(taken):

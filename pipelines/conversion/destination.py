@@ -8,12 +8,9 @@ from pathlib import Path
 
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.formats.beton_layout import sidecar_path
+from fastdeit.pipelines.formats.files import beside
 from fastdeit.pipelines.parsing import parse_json
 from fastdeit.pipelines.sources import Source
-
-
-def beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
 
 
 def rejects_path(dest: Path) -> Path:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.console import progress_bar, say
-from fastdeit.pipelines.conversion.destination import beside, check_leftovers, check_rejects, journal_path, rejects_path
+from fastdeit.pipelines.conversion.destination import check_leftovers, check_rejects, journal_path, rejects_path
 from fastdeit.pipelines.conversion.encode import CHANGES, Encoding
 from fastdeit.pipelines.conversion.journal import Journal, Kept, difference
 from fastdeit.pipelines.conversion.workers import ConvertError, Encoded, Reject, encoded
 from fastdeit.pipelines.errors import remedy
-from fastdeit.pipelines.formats.files import atomic_write, mark
+from fastdeit.pipelines.formats.files import atomic_write, beside, mark
 from fastdeit.pipelines.formats.writer import Record, Writer
 from fastdeit.pipelines.sources import Source
 from fastdeit.pipelines.sources.imagenet import real_labels as read_real_labels

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.formats.files import beside
 
 VERSION = 2
 JPEG, RAW = 0, 1
@@ -52,7 +53,7 @@ class BetonError(UserError):
 
 def sidecar_path(path: Path) -> Path:
     """The path of the sidecar of the beton file at `path`."""
-    return path.with_name(path.name + ".json")
+    return beside(path, ".json")
 
 
 def field_descriptors(names: np.ndarray | None = None) -> np.ndarray:

@@ -28,7 +28,7 @@ from fastdeit.pipelines.formats.beton_layout import (
     field_descriptors,
     sidecar_path,
 )
-from fastdeit.pipelines.formats.files import kind, mark, sync_folder
+from fastdeit.pipelines.formats.files import beside, kind, mark, sync_folder
 from fastdeit.pipelines.formats.writer import Record, Writer
 
 _PIECE = 1 << 16  # bytes cleared at once
@@ -58,8 +58,8 @@ class BetonWriter(Writer):
         metadata_end = METADATA_START + self._samples.nbytes
         self._end = metadata_end + -metadata_end % page_size
         self._file: BinaryIO | None = None
-        self._partial = _partial(self.path)
-        self._partial_sidecar = _partial(sidecar_path(self.path))
+        self._partial = beside(self.path, ".partial")
+        self._partial_sidecar = beside(sidecar_path(self.path), ".partial")
         self._own: set[Path] = set()  # of the two, those that this writer made or took over
         self._flushed: int | None = None  # the end of what is known to be on disk
 
@@ -215,7 +215,3 @@ class BetonWriter(Writer):
         self.named = True
         sync_folder(self.path.parent)
         return described_by
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")

@@ -13,6 +13,7 @@ from typing import IO, Any, BinaryIO
 
 from fastdeit.pipelines.errors import UserError, naming, os_sentence
 
+TEMPORARY = ".tmp"  # the end of a file's name while `atomic_write` writes it
 _KINDS = {
     stat.S_IFREG: "a regular file",
     stat.S_IFDIR: "a folder",
@@ -91,19 +92,19 @@ def read_text(path: Path, most: int) -> str:
         return file.read(size).decode("utf-8")
 
 
-def temporary(path: Path, suffix: str = ".tmp") -> Path:
-    """Where `atomic_write` keeps the bytes of `path` until they are complete."""
+def beside(path: Path, suffix: str) -> Path:
+    """The path in the same folder whose name has `suffix` at its end."""
     return path.with_name(path.name + suffix)
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, suffix: str = ".tmp") -> Iterator[BinaryIO]:
+def atomic_write(path: Path, suffix: str = TEMPORARY) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` when the block ends: `path` holds the old bytes or all the new ones.
 
     The bytes go to `path` + `suffix`, which is synced, renamed and removed on any error. Only a killed process leaves
     it behind. An OSError names a path.
     """
-    partial = temporary(path, suffix)
+    partial = beside(path, suffix)
     try:
         with naming(path):
             with open(partial, "wb") as file:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastdeit.pipelines.formats import sidecar
-from fastdeit.pipelines.formats.files import mark, sync_folder, write_synced
+from fastdeit.pipelines.formats.files import beside, mark, sync_folder, write_synced
 from fastdeit.pipelines.formats.shard_layout import (
     END,
     KIND,
@@ -87,7 +87,7 @@ class ShardWriter(Writer):
         self._ends = np.cumsum(shard_sizes(capacity, shards))
         self._shard = self._first = self._end = 0
         self._file: BinaryIO | None = None
-        self._partial, self._old = (self.path.with_name(self.path.name + end) for end in (".partial", ".replaced"))
+        self._partial, self._old = (beside(self.path, end) for end in (".partial", ".replaced"))
         self._started = False
         self._flushed: tuple[int, int] | None = None  # shard and byte up to which everything is on disk
         self.check()

@@ -181,11 +181,9 @@ def _central_windows(height: np.ndarray, width: np.ndarray, img_size: int, eval_
 
 def resized_sides(height: np.ndarray, width: np.ndarray, short: int) -> np.ndarray:
     """(B, 2) int32: height and width after torchvision's `Resize(short)`, which keeps an image's proportions."""
-    out = np.empty((len(height), 2), np.int32)
-    for sample, (rows, columns) in enumerate(zip(height.tolist(), width.tolist(), strict=True)):
-        long = int(short * max(rows, columns) / min(rows, columns))
-        out[sample] = (short, long) if rows <= columns else (long, short)
-    return out
+    least = np.minimum(height, width)
+    # Of the short side this is `short` itself; of the long one torchvision cuts off the fraction, too.
+    return np.stack([(short * side.astype(np.int64) / least).astype(np.int32) for side in (height, width)], axis=1)
 
 
 def rotation_matrices(op: np.ndarray, arg: np.ndarray, size: int) -> np.ndarray:

@@ -40,13 +40,18 @@ def setting(data, tmp_path):
     torch.set_num_threads(threads)
 
 
+# Seeded, since a batch shares its share of Mixup, and four of them may leave few images with a pure colour.
 FIRST_BATCHES = """
+import random
 import sys
+import numpy as np
 import torch
 from benchmarks.loaders.contenders import CONTENDERS
 from benchmarks.loaders.peers.stream import Missing, Setting
 
 setting, out = eval(sys.argv[1]), sys.argv[2]
+for seed in (torch.manual_seed, random.seed, np.random.seed):
+    seed(1)
 try:
     opened = CONTENDERS[setting.name].open(setting)
 except Missing as missing:
@@ -78,11 +83,11 @@ def test_a_peer_gives_the_pictures_it_was_given(name, setting, tmp_path):
     pixels = images
     if name != "ffcv-plain":
         pixels = 255 * (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1))
-    # Some images keep pixels of both colours through whatever was done to them; a wrong order of channels, a wrong
+    # Most images keep pixels of both colours through whatever was done to them; a wrong order of channels, a wrong
     # normalisation or a file read as noise leaves none.
     for colour in COLOURS:
         near = (pixels - torch.tensor(colour, dtype=torch.float32).view(3, 1, 1)).abs().amax(1) < 12
-        assert near.float().mean((1, 2)).gt(0.02).any()
+        assert near.float().mean((1, 2)).gt(0.02).sum() >= 6
 
 
 def test_what_is_not_installed_is_missing(setting, monkeypatch):

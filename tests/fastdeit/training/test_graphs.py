@@ -450,7 +450,10 @@ def test_on_a_gpu_a_recording_that_fails_leaves_nothing(tiny, deterministic, ncc
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_replayed_step_takes_little_of_the_host(nccl):
-    """DeiT-Ti, 256 images of 224 pixels: under 3 ms of the host's time with the launch, beside other tests."""
+    """DeiT-Ti, 256 images of 224 pixels, under 1.5 ms of the host's time with the launch.
+
+    CPU time of the thread, since other tests may run on the same cores.
+    """
     run = {"precision": "bf16", "compile": "off", "cuda_graphs": "on", "global_batch": 256}
     recipe = changed(deit_tiny(), run=run).resolved()
     training = build(recipe, nccl)
@@ -458,12 +461,12 @@ def test_on_a_gpu_a_replayed_step_takes_little_of_the_host(nccl):
     batches, taken = [synthetic(recipe, nccl.device, 256)(i) for i in range(2)], []
     for number in range(WARM_UP + 41):
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = time.thread_time_ns()
         training(batches[number % 2], 0, number, number)
-        taken.append(1e3 * (time.perf_counter() - began))
+        taken.append((time.thread_time_ns() - began) / 1e6)
     median = sorted(taken[WARM_UP + 1 :])[20]
     print(f"host time of a replayed step: {median:.3f} ms; without a graph {taken[WARM_UP - 1]:.3f} ms")
-    assert median < 3
+    assert median < 1.5
 
 
 @pytest.mark.gpu
