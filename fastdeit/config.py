@@ -4,7 +4,7 @@ Named recipes are in `recipes/`. You can override every field on the command lin
 (`--config run.toml`). A run stores its resolved recipe. Default values come from Touvron et al., arXiv 2012.12877,
 Table 9.
 
-This file imports no PyTorch, and of the project only `UserError` and `Policy`.
+This file imports no PyTorch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from fastdeit.pipelines.errors import UserError
+from fastdeit.pipelines.plan.curriculum import Curriculum
 from fastdeit.pipelines.plan.policy import Policy
 
 _YEAR = 366 * 24 * 60  # minutes
@@ -88,6 +90,18 @@ class AugmentConfig(Policy):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Smaller images and weaker augmentation first: EfficientTrain++ (arXiv 2405.08768).
+
+    The run is divided into parts of equal computation, counted in pixels. The learning rate follows the computation,
+    too. Evaluation always takes images of `model.img_size`.
+    """
+
+    sizes: tuple[int, ...] = ()  # side of the training images in each part, pixels; the last one is model.img_size
+    magnitudes: tuple[float, ...] = ()  # RandAugment's m in each part
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What the student learns from the teacher (paper, section 4 and Table 3).
 
@@ -127,6 +141,7 @@ class OptimConfig:
     eps: float | None = None  # None: 1e-8 for adamw, timm's own for its optimizers
     momentum: float = 0.9  # sgd, and optimizers of timm that have one
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up; wsd: constant, then a linear decay
+    warmup_prefix: bool = False  # cosine: it begins after warm-up; False: as in timm, warm-up hides its beginning
     decay_epochs: float = 0.0  # wsd: length of the decay at the end
     layer_decay: float = 1.0  # each block's learning rate is the next block's times this; 1: all the same
     clip_grad: float | None = None
@@ -246,6 +261,8 @@ COMPAT_RUN: dict[str, dict[str, str]] = {
 # Fields that recipes of older versions lack; with the defaults, the steps are the same as in those versions.
 LATER = {
     "augment.crop",
+    "curriculum.magnitudes",
+    "curriculum.sizes",
     "data.cache_dir",
     "data.fraction",
     "data.hold_out",
@@ -260,6 +277,7 @@ LATER = {
     "optim.decay_epochs",
     "optim.layer_decay",
     "optim.schedule",
+    "optim.warmup_prefix",
     "run.checkpoint_minutes",
     "run.checkpoint_patience",
     "run.best_metric",
@@ -269,6 +287,7 @@ LATER = {
     "run.wandb",
 }
 
+_curriculum = lru_cache(maxsize=8)(Curriculum)  # each step asks for it
 SOFT_DEFAULTS = {"paper": (0.1, 3.0), "released": (0.5, 1.0)}  # alpha, tau
 
 
@@ -281,6 +300,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -328,6 +348,10 @@ class Recipe:
     def mixing_group(self, processes: int) -> int:
         """The number of samples in a mixing group; for a resolved recipe."""
         return min(self.departures.mix_group or self.run.global_batch // processes, self.run.global_batch)
+
+    def parts(self) -> Curriculum:
+        """The parts of the run. Raises UserError if they do not fit each other or the run."""
+        return _curriculum(self.run.epochs, self.model.img_size, self.curriculum.sizes, self.curriculum.magnitudes)
 
     def _check(self) -> None:
         run, model, optim = self.run, self.model, self.optim
@@ -380,6 +404,7 @@ class Recipe:
                 f"optim.decay_epochs is {optim.decay_epochs:g}: with optim.schedule 'wsd' it must be from 0 to "
                 f"{after:g}, the epochs after warm-up"
             )
+        self._check_curriculum()
         self._check_objective()
         if not 0 <= self.data.hold_out < 1:
             raise UserError(f"data.hold_out is {self.data.hold_out}: it must be at least 0 and less than 1")
@@ -416,6 +441,15 @@ class Recipe:
             if value is not None and value < least:
                 wanted = f"at least {least}" if least else "0 or more"
                 raise UserError(f"{section}.{name} is {value}: it must be {wanted}")
+
+    def _check_curriculum(self) -> None:
+        model, sizes = self.model, self.curriculum.sizes
+        self.parts()
+        if sizes and model.arch != "deit":
+            raise UserError(f"curriculum.sizes need model.arch 'deit', not '{model.arch}'")
+        for size in sizes:
+            if size % model.patch_size:
+                raise UserError(f"curriculum.sizes has {size}, not a multiple of model.patch_size {model.patch_size}")
 
     def _check_objective(self) -> None:
         objective, smoothing = self.objective, self.augment.label_smoothing

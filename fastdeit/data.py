@@ -195,6 +195,7 @@ def _drawer(recipe: Recipe, dataset: Dataset) -> PlanDrawer:
         dataset.height,
         dataset.width,
         img_size=recipe.model.img_size,
+        curriculum=recipe.parts(),
         cutmix_box="floor" if recipe.departures.cutmix_box == "floor" else "full",
     )
 

@@ -75,6 +75,10 @@ _BCE = Effect(lambda r: r.objective.loss == "bce", "objective.loss 'bce'")
 _NOT_SGD = Effect(lambda r: r.optim.name != "sgd", "an optim.name other than 'sgd'")
 _FUSED = Effect(lambda r: r.optim.name in ("adamw", "lamb"), "optim.name 'adamw' or 'lamb'")
 _NOT_ADAMW = Effect(lambda r: r.optim.name != "adamw", "optim.name 'sgd', or another that has a momentum")
+_COSINE = Effect(
+    lambda r: r.optim.schedule == "cosine" and r.optim.warmup_epochs > 0,
+    "optim.schedule 'cosine' and optim.warmup_epochs above 0",
+)
 _WSD = Effect(lambda r: r.optim.schedule == "wsd", "optim.schedule 'wsd'")
 _WARMUP = Effect(lambda r: r.optim.warmup_epochs > 0, "optim.warmup_epochs above 0")
 _EMA = Effect(lambda r: r.ema.enabled, "ema.enabled True")
@@ -145,6 +149,8 @@ EFFECTS: dict[str, Effect] = {
     "augment.mean": ALWAYS,
     "augment.std": ALWAYS,
     "augment.eval_crop": ALWAYS,  # fastdeit-eval takes it from the stored recipe
+    "curriculum.sizes": ALWAYS,
+    "curriculum.magnitudes": _RANDAUGMENT,
     "objective.loss": ALWAYS,
     "objective.bce_target_thresh": _BCE,
     "objective.bce_sum": _BCE,
@@ -167,6 +173,7 @@ EFFECTS: dict[str, Effect] = {
     "optim.eps": _NOT_SGD,
     "optim.momentum": _NOT_ADAMW,
     "optim.schedule": ALWAYS,
+    "optim.warmup_prefix": _COSINE,
     "optim.decay_epochs": _WSD,
     "optim.layer_decay": ALWAYS,
     "optim.clip_grad": ALWAYS,

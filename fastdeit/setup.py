@@ -202,7 +202,9 @@ def open_teacher(recipe: Recipe, sets: DataSets, world: World) -> Teacher:
 
 def _load_teacher(recipe: Recipe, num_classes: int) -> Teacher:
     augment = recipe.augment
-    return Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
+    teacher = Teacher(recipe.teacher, augment.mean, augment.std, recipe.model.img_size, num_classes)
+    teacher.accept_sizes(recipe.parts().sizes)
+    return teacher
 
 
 def _open_labels(recipe: Recipe, folder: Path, num_classes: int, data: TrainingData, world: World) -> LabelCache:

@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastdeit.config import Recipe
+from fastdeit.config import AugmentConfig, Recipe
 from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.batch import Batch, DecodedBatch, Stage
 from fastdeit.pipelines.device.transfer import CopyingStage, StreamPrefetcher
@@ -68,21 +69,29 @@ class ChosenStage:
     ) -> None:
         # One stream for all batches: it orders their use of the stage's work memory.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        options: dict[str, Any] = {"recipe": recipe, "device": device, "dtype": dtype, "layout": layout}
-        openers: dict[StageName, Callable[[], Stage]] = {
-            "device": lambda: _device_stage(**options),
-            "host": lambda: _host_stage(**options, pool=pool, threads=threads),
+        options: dict[str, Any] = {"augment": recipe.augment, "device": device, "dtype": dtype, "layout": layout}
+        options["patch_size"] = recipe.model.patch_size
+        openers: dict[StageName, Callable[[int], Stage]] = {
+            "device": lambda size: _device_stage(size, **options),
+            "host": lambda size: _host_stage(size, **options, pool=pool, threads=threads),
         }
         self.name: StageName
         self.name, self.reason = choice
+        self._size = recipe.model.img_size if first is None else first[1].img_size
         with self._on_stream():
             if self.name == "auto":
-                self.name, self.reason, self._stage = choose_stage(openers, first, device)
+                sized: dict[StageName, Callable[[], Stage]] = {
+                    name: partial(opener, self._size) for name, opener in openers.items()
+                }
+                self.name, self.reason, self._stage = choose_stage(sized, first, device)
             else:
-                self._stage = openers[self.name]()
+                self._stage = openers[self.name](self._size)
+        self._open = openers[self.name]
 
     def __call__(self, decoded: DecodedBatch, plan: Plan) -> Batch:
-        """Augment `decoded`; the batch is on the device."""
+        """Augment `decoded` to images of the plan's size; the batch is on the device."""
+        if plan.img_size != self._size:  # a curriculum's next part
+            self._stage, self._size = self._open(plan.img_size), plan.img_size
         return self._stage(decoded, plan)
 
     def prefetch(
@@ -142,31 +151,38 @@ def _seconds(stage: Stage, decoded: DecodedBatch, plan: Plan, device: torch.devi
     return time.perf_counter() - start
 
 
-def _device_stage(recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: Layout) -> Stage:
+def _device_stage(
+    size: int, augment: AugmentConfig, patch_size: int, device: torch.device, dtype: torch.dtype, layout: Layout
+) -> Stage:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise UserError("data.stage device needs a GPU, but this run is on the CPU: set --data.stage host, or auto")
     # Imported late: a machine without a GPU may lack Triton.
     from fastdeit.pipelines.device.stage import DeviceStage
 
-    model, augment = recipe.model, recipe.augment
     return DeviceStage(
-        model.img_size, augment.mean, augment.std,
-        device=device, dtype=dtype, layout=layout, patch_size=model.patch_size,
-    )  # fmt: skip
+        size, augment.mean, augment.std, device=device, dtype=dtype, layout=layout, patch_size=patch_size
+    )
 
 
 def _host_stage(
-    recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: Layout, pool: ThreadPoolExecutor, threads: int
+    size: int,
+    augment: AugmentConfig,
+    patch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: Layout,
+    *,
+    pool: ThreadPoolExecutor,
+    threads: int,
 ) -> Stage:
-    model, augment = recipe.model, recipe.augment
     stage = HostStage(
-        model.img_size, augment.mean, augment.std,
+        size, augment.mean, augment.std,
         pool=pool, threads=threads, dtype=dtype if dtype != torch.float16 else torch.float32,
         pinned=device.type == "cuda",
     )  # fmt: skip
     if device.type == "cpu" and layout == "nchw":
         return stage
-    return CopyingStage(stage, device, dtype, patch_size=model.patch_size if layout == "patches" else None)
+    return CopyingStage(stage, device, dtype, patch_size=patch_size if layout == "patches" else None)
 
 
 def image_dtype(recipe: Recipe, precision: Precision, *, teacher: bool) -> torch.dtype:

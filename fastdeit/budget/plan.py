@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastdeit.budget.cards import Card
 from fastdeit.budget.step import AVERAGE, FP32, OPTIMIZER, StepTime, memory, parameters, predict
@@ -74,6 +75,7 @@ class Plan:
     memory       bytes on each GPU
     fits         whether that is less than the card has
     evaluation   seconds of all evaluations
+    earlier      the epochs of a curriculum with smaller images; all else here is of the full size
     notes        what the forecast leaves out or assumes for this run
     """
 
@@ -90,6 +92,7 @@ class Plan:
     fits: bool
     evaluation: float
     notes: tuple[str, ...]
+    earlier: tuple[Earlier, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -109,8 +112,8 @@ class Plan:
 
     @property
     def cores(self) -> float:
-        """Cores that each machine needs for `rate`."""
-        return self.rate * self._core / self.machine.machines
+        """Cores that each machine needs for `rate`, also with a curriculum's smaller images."""
+        return max([self.rate * self._core / self.machine.machines, *(each.plan.cores for each in self.earlier)])
 
     @property
     def speed(self) -> float:
@@ -120,12 +123,14 @@ class Plan:
     @property
     def disk(self) -> float:
         """Bytes a second that all machines read from files that are not in the page cache."""
-        return self.speed / self.repeats * self.images.bytes
+        return max([self.speed / self.repeats * self.images.bytes, *(each.plan.disk for each in self.earlier)])
 
     @property
     def total(self) -> float:
         """Seconds of the run."""
-        return self.epochs * self.steps * self.global_batch / self.speed + self.evaluation
+        own = self.epochs - sum(each.epochs for each in self.earlier)
+        epochs = own / self.speed + sum(each.epochs / each.plan.speed for each in self.earlier)
+        return epochs * self.steps * self.global_batch + self.evaluation
 
     @property
     def bottleneck(self) -> str:
@@ -150,12 +155,40 @@ class Plan:
         return None if price is None else price * self.machine.gpus * self.total / 3600
 
 
+class Earlier(NamedTuple):
+    """The epochs of a curriculum with images of a smaller size, and their forecast."""
+
+    size: int
+    epochs: int
+    plan: Plan
+
+
 def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     """The forecast for a resolved recipe.
 
     Raises UserError for what the model does not know (a convnet student, another precision than bf16), and for a batch
     that cannot be divided among the GPUs.
     """
+    parts, replace = recipe.parts(), dataclasses.replace
+    found = _plan(recipe, machine, images)
+    epochs: dict[int, int] = {}
+    for size, first, end in zip(parts.sizes, parts.starts[:-1], parts.starts[1:], strict=True):
+        epochs[size] = epochs.get(size, 0) + end - first
+    del epochs[recipe.model.img_size]
+    if not epochs:
+        return found
+    run = replace(recipe.run, micro_batch=found.micro_batch)
+    sized = {size: replace(recipe, model=replace(recipe.model, img_size=size), run=run) for size in epochs}
+    note = "the cores' and disks' share is that of images of 224 pixels, also for smaller ones"
+    return replace(
+        found,
+        earlier=tuple(Earlier(size, count, _plan(sized[size], machine, images)) for size, count in epochs.items()),
+        notes=(*found.notes, note),
+    )
+
+
+def _plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
+    """The forecast for a run with images of `model.img_size` only."""
     card, model, run = machine.card, recipe.model, recipe.run
     if run.precision not in ("auto", "bf16"):
         raise UserError(f"the forecast knows bf16, not run.precision '{run.precision}'")

@@ -151,6 +151,10 @@ def lines(name: str, found: Plan) -> list[str]:
             f"{images.train:,} x {found.epochs} epochs, {found.steps:,} steps of {found.global_batch:,} an epoch",
         ),
         ("rate", f"{found.speed:,.0f} images/s, {each:,.0f} a GPU; a step takes: {took}"),
+        *(
+            ("", f"{each.plan.speed:,.0f} images/s in {each.epochs} epochs with images of {each.size} pixels")
+            for each in found.earlier
+        ),
         ("bottleneck", found.bottleneck),
         ("memory", f"{memory} a GPU at {found.micro_batch} images at once{'' if found.fits else ': TOO MUCH'}"),
         ("cores", f"{found.cores:.0f} a machine for decoding photographs of 500 x 375"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -82,11 +82,13 @@ class DeiT(nn.Module):
         """
         super().__init__()
         self.num_classes, self.distilled = num_classes, distilled
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=3, embed_dim=embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans=3, embed_dim=embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
         positions = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
+        self._patch_size, self._grid = patch_size, img_size // patch_size
+        self._resized: dict[int, Tensor] = {}  # number of patches -> matrix that resizes the position embedding
         self.pos_drop = nn.Dropout(0.0)
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self._skips, self._residual_dtype = drop_path_mode == "skip", getattr(torch, residual_dtype)
@@ -180,13 +182,55 @@ class DeiT(nn.Module):
             return None
         return wanted if torch.get_autocast_dtype(device) is wanted else None
 
+    def accept_sizes(self, sizes: Iterable[int]) -> None:
+        """Take images of these sides (pixels) as well, from now on, on the model's present device.
+
+        The position embedding is resized for them in each forward pass, as by timm's `resample_abs_pos_embed`: bicubic
+        with antialias. Raises ValueError for a side that is not a multiple of the patch size.
+        """
+        for size in sizes:
+            if size % self._patch_size:
+                raise ValueError(
+                    f"images of {size} pixels: that is not a multiple of the patch size {self._patch_size}"
+                )
+            if (grid := size // self._patch_size) != self._grid:
+                self._resized[grid**2] = self._resizing(grid).to(self.pos_embed.device)
+
+    def _resizing(self, grid: int) -> Tensor:
+        """The matrix that makes a position embedding of `grid` x `grid` patches from the model's.
+
+        A product, unlike PyTorch's resizing, has a gradient that is the same in each run on a GPU.
+        """
+        patches = self._grid**2
+        unit = torch.eye(patches).view(patches, 1, self._grid, self._grid)
+        resized = F.interpolate(unit, size=(grid, grid), mode="bicubic", antialias=True, align_corners=False)
+        return torch.block_diag(torch.eye(self.pos_embed.shape[1] - patches), resized.flatten(1).T)
+
+    def _positions(self, pixels: Tensor) -> Tensor:
+        """The position embedding for images, or for images in patches."""
+        patches = pixels.shape[1]
+        if pixels.ndim == 4:
+            height, width = pixels.shape[2:]
+            patches = (height // self._patch_size) ** 2 if height == width else 0
+        if patches == self._grid**2:
+            return self.pos_embed
+        if patches not in self._resized:
+            side = self._grid * self._patch_size
+            raise ValueError(
+                f"images of shape {tuple(pixels.shape)}: the model takes {side} x {side} pixels, and the sizes that "
+                f"`accept_sizes` was given"
+            )
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._resized[patches] @ self.pos_embed
+
     def _assemble(self, pixels: Tensor) -> Tensor:
+        positions = self._positions(pixels)
         if pixels.ndim == 3:
             projection = self.patch_embed.proj
             patches = F.linear(pixels, projection.weight.flatten(1), projection.bias)
         else:
             patches = self.patch_embed(pixels)
-        sequence = self.cls_token, self.dist_token, self.pos_embed
+        sequence = self.cls_token, self.dist_token, positions
         return assemble_tokens(patches, *sequence, dtype=self._stream_dtype(pixels))
 
     def _embed(self, pixels: Tensor) -> Tensor:
@@ -218,6 +262,8 @@ class DeiT(nn.Module):
 
     def forward(self, pixels: Tensor) -> StudentOutput:
         """Logits of images (B, 3, S, S), or of images in patches (B, S^2 / P^2, 3 * P * P), channel by channel.
+
+        S is the model's `img_size`, or one of those given to `accept_sizes`.
 
         It never averages the heads' outputs; evaluation does: see `kernels.reference.head_log_probabilities`.
         """

@@ -270,11 +270,11 @@ class _DeiT(DeiT):
 
 class _AssemblingDeiT(_DeiT):
     def _assemble(self, pixels: Tensor) -> Tensor:
-        projection = self.patch_embed.proj
+        projection, positions = self.patch_embed.proj, self._positions(pixels)
         if pixels.ndim == 4:
             # Use the same arithmetic for images and patches: a run with a teacher gets images, others get patches.
             pixels = as_patches(pixels, projection.kernel_size[0])
-        sequence = self.cls_token, self.dist_token, self.pos_embed
+        sequence = self.cls_token, self.dist_token, positions
         dtype = self._stream_dtype(pixels)
         return embed_patches(pixels, projection.weight, projection.bias, *sequence, dtype=dtype)
 

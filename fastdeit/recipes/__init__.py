@@ -45,6 +45,17 @@ from fastdeit.recipes.deit3_21k import (
     deit3_small_21k,
     deit3_small_21k_224,
 )
+from fastdeit.recipes.short import (
+    deit_base_curriculum,
+    deit_base_short_100,
+    deit_base_short_200,
+    deit_small_curriculum,
+    deit_small_short_100,
+    deit_small_short_200,
+    deit_tiny_curriculum,
+    deit_tiny_short_100,
+    deit_tiny_short_200,
+)
 from fastdeit.recipes.small_data import (
     convnet_teacher,
     deit_base_finetune,
@@ -70,6 +81,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         deit_tiny_distilled_384,
         deit_small_distilled_384,
         deit_base_distilled_384,
+        deit_tiny_short_100,
+        deit_small_short_100,
+        deit_base_short_100,
+        deit_tiny_short_200,
+        deit_small_short_200,
+        deit_base_short_200,
+        deit_tiny_curriculum,
+        deit_small_curriculum,
+        deit_base_curriculum,
         deit3_small,
         deit3_medium,
         deit3_base,

@@ -23,10 +23,16 @@ def teacher_warnings(recipe: Recipe, teacher: Teacher, sets: DataSets, world: Wo
     set, or over the training set if there is no validation set.
     """
     out: list[str] = []
-    if teacher.img_size != teacher.student_size:
+    other = ", ".join(str(size) for size in sorted(teacher.student_sizes - {teacher.img_size}))
+    if other and len(teacher.student_sizes) == 1:
         out.append(
-            f"the teacher works at {teacher.img_size} pixels, the student at {teacher.student_size}: every image is "
-            f"resized for the teacher. Set --teacher.img_size {teacher.student_size} if the teacher accepts that size"
+            f"the teacher works at {teacher.img_size} pixels, the student at {other}: every image is resized for the "
+            f"teacher. Set --teacher.img_size {other} if the teacher accepts that size"
+        )
+    elif other:
+        out.append(
+            f"the teacher works at {teacher.img_size} pixels: the curriculum's images of {other} are resized for it, "
+            f"so smaller images save none of its time"
         )
     if not world.main:
         return out

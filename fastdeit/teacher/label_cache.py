@@ -59,6 +59,10 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     if augment["augment.crop"] == "random_resized":  # labels of older versions know no other
         del augment["augment.crop"]
     pixels = data.loader.pixels
+    parts, curriculum = recipe.parts(), {}
+    if parts.count > 1:  # the epochs of its parts depend on the length of the run
+        given = recipe.to_dict()["curriculum"]
+        curriculum = {"run.epochs": parts.epochs, **{f"curriculum.{k}": v for k, v in given.items()}}
     return {
         "data.train (content)": data.loader.dataset.content_hash,
         _PIXELS: pixels,
@@ -75,6 +79,7 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         "departures.epoch_multiple": d.epoch_multiple,
         "departures.cutmix_box": d.cutmix_box,
         **augment,
+        **curriculum,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +76,7 @@ class Teacher(nn.Module):
         mean = cfg.mean or described.get("mean") or default["mean"]
         std = cfg.std or described.get("std") or default["std"]
         self.img_size = int(cfg.img_size or described.get("img_size") or default["input_size"][-1])
-        self.student_size = student_size
+        self.student_sizes = {student_size}
 
         ours, theirs = (torch.tensor(v, dtype=torch.float64) for v in (student_mean, mean))
         our_std, their_std = (torch.tensor(v, dtype=torch.float64) for v in (student_std, std))
@@ -86,6 +86,10 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self._channels_last = False
+
+    def accept_sizes(self, sizes: Iterable[int]) -> None:
+        """Take images of these sides (pixels) from the student as well."""
+        self.student_sizes.update(sizes)
 
     def settle(self, device: torch.device, dtype: torch.dtype | None, *, compiled: bool) -> Teacher:
         """Move to `device` and prepare for autocast to `dtype` (None: float32).
@@ -106,7 +110,7 @@ class Teacher(nn.Module):
             self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             torch.backends.cudnn.benchmark = True
         if compiled:
-            self._forward = torch.compile(self._forward, backend=COMPILER)
+            self._forward = torch.compile(self._forward, backend=COMPILER, dynamic=False)
         return self
 
     def train(self, mode: bool = True) -> Teacher:
@@ -116,16 +120,18 @@ class Teacher(nn.Module):
     def prepare(self, images: Tensor) -> Tensor:
         """The student's batch as input for the teacher's network, (B, 3, T, T) float32.
 
-        Raises ValueError for images of another size than the student's.
+        Raises ValueError for images of a size that the student does not have.
         """
-        if images.shape[2:] != (self.student_size, self.student_size):
+        height, width = images.shape[2:]
+        if height != width or height not in self.student_sizes:
+            sides = " or ".join(map(str, sorted(self.student_sizes)))
             raise ValueError(
-                f"the teacher was built for images of {self.student_size} pixels a side, not {tuple(images.shape[2:])}"
+                f"the teacher was built for images of {sides} pixels a side, not {tuple(images.shape[2:])}"
             )
         images = images.float() * self.scale + self.shift
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        if self.img_size != self.student_size:
+        if self.img_size != height:
             size = (self.img_size, self.img_size)
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
         return images

@@ -146,6 +146,9 @@ def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
 def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step: linear warm-up, then a cosine to `min_lr` at the end of the last epoch.
 
+    With `optim.warmup_prefix` the cosine begins where warm-up ends; otherwise it begins with the run, and warm-up hides
+    its beginning. With a curriculum, time is counted in computation: see `Curriculum.elapsed`.
+
     With `optim.schedule` "wsd" (warm-up, stable, decay) it stays at its peak until the last `decay_epochs`, over which
     it falls linearly to `min_lr` (Haegele et al., arXiv 2405.18392).
 
@@ -157,13 +160,16 @@ def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -
         time = float(max(0, epoch - (departures.schedule_lag or 0)))
     else:
         time = max(0.0, epoch + step / steps_per_epoch - (departures.schedule_lag or 0))
+    time = recipe.parts().elapsed(time)
     top = peak_lr(cfg, recipe.run.global_batch)
     if time < cfg.warmup_epochs:
         return cfg.warmup_lr + (top - cfg.warmup_lr) * time / cfg.warmup_epochs
     if cfg.schedule == "wsd":
         left = recipe.run.epochs - time
         return top if left >= cfg.decay_epochs else cfg.min_lr + (top - cfg.min_lr) * left / cfg.decay_epochs
-    return cfg.min_lr + 0.5 * (top - cfg.min_lr) * (1 + math.cos(math.pi * time / recipe.run.epochs))
+    begin = cfg.warmup_epochs if cfg.warmup_prefix else 0.0
+    angle = math.pi * (time - begin) / (recipe.run.epochs - begin)
+    return cfg.min_lr + 0.5 * (top - cfg.min_lr) * (1 + math.cos(angle))
 
 
 class Ema:

@@ -122,9 +122,14 @@ class TrainingStep:
         self.warn, self.lr = warn, 0.0
         self.parameters = list(model.parameters())
         self.compiled = compiles(recipe, world.device)
+        if isinstance(model, DeiT):
+            model.accept_sizes(recipe.parts().sizes)
         if self.compiled:
-            self.model.compile(backend=COMPILER)
-            self.objective = torch.compile(self.objective, backend=COMPILER)
+            # Each shape has a compiled form of its own, so that no bits depend on which shapes came before. Evaluation
+            # and a curriculum need several.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+            self.model.compile(backend=COMPILER, dynamic=False)
+            self.objective = torch.compile(self.objective, backend=COMPILER, dynamic=False)
         if self.teacher is not None:
             self.teacher.settle(world.device, precision.dtype, compiled=self.compiled)
         self.optimizer = build_optimizer(model, recipe, scaled=precision.name == "fp16")
@@ -137,6 +142,7 @@ class TrainingStep:
         self.whole = why_update_stays_out(recipe, precision) is None
         self.shared: SharedGradients | None = None
         self._replayed: Replayed | None = None
+        self._size = 0  # side of the images of the last step
 
     def distribute(self) -> None:
         """Let the processes of the run share their gradients from now on, starting from the main process's weights.
@@ -169,10 +175,7 @@ class TrainingStep:
         load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
-        if self._replayed is not None:  # a graph recorded earlier would update other tensors
-            self.optimizer.zero_grad()  # these gradients lie in its memory
-            self._replayed.discard()
-            self._replayed = None
+        self._forget_recording()  # a graph recorded earlier would update other tensors
 
     def __call__(
         self,
@@ -192,6 +195,10 @@ class TrainingStep:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds every device, and is slow without a GPU
         if self.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        size = self.recipe.parts().size(epoch)
+        if size != self._size:  # a curriculum's next part
+            self._forget_recording()
+            self._size = size
         self.lr = learning_rate(self.recipe, epoch, step, self.steps_per_epoch)
         set_lr(self.optimizer, self.lr)
         inputs = self._inputs(batch, epoch, step, global_step)
@@ -214,15 +221,20 @@ class TrainingStep:
             if self.recipe.run.cuda_graphs == "on":
                 raise
             reason = error.reason
-        self.optimizer.zero_grad()  # these gradients lie in the memory of the recording
-        self._replayed.discard()
-        self.graphs, self._replayed = (False, reason), None
+        self._forget_recording()
+        self.graphs = False, reason
         self.warn(
             f"a step cannot be recorded as a CUDA graph ({reason}). Training goes on without one, from the same "
             f"weights; launching the kernels one by one costs the host several milliseconds a step. "
             f"--run.cuda_graphs off skips the attempt"
         )
         return None
+
+    def _forget_recording(self) -> None:
+        if self._replayed is not None:
+            self.optimizer.zero_grad()  # these gradients lie in the memory of the recording
+            self._replayed.discard()
+            self._replayed = None
 
     def _recorded(self, tensors: Sequence[Tensor | None]) -> Tensor:
         losses = self._gradients(StepInputs.of(tensors))

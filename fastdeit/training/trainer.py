@@ -381,7 +381,10 @@ class Trainer:
         if not self.meter.steps:
             return []
         window = self.meter.read(wait_seconds, run.global_batch)
-        left = run.epochs * self.data.steps - state.global_step
+        left, parts = run.epochs * self.data.steps - state.global_step, self.recipe.parts()
+        if parts.count > 1:  # later images are larger, and take longer
+            work = sum(parts.work(epoch) for epoch in range(state.epoch, run.epochs)) / parts.work(state.epoch)
+            left = self.data.steps * work - state.step
         eta = left * run.global_batch / window.images_per_second
         # The line names the step it follows; `state` already points at the next one.
         position, lr = {**state.position(), "step": state.step - 1}, self.train_step.lr

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.jit import compiled, inlined
+from fastdeit.pipelines.plan.curriculum import Curriculum
 from fastdeit.pipelines.plan.order import StepSamples
 from fastdeit.pipelines.plan.philox import MIX, SAMPLE, Word, check_seed, normal_pair, philox, unit
 from fastdeit.pipelines.plan.plan import (
@@ -92,6 +93,7 @@ class PlanDrawer:
     seed           the run's seed, unsigned 64 bit
     height, width  (N,) sizes of the data set's images; a crop depends on them
     img_size       side of the output, pixels
+    curriculum     makes the output smaller and RandAugment weaker in earlier epochs; None: all epochs are alike
     cutmix_box     "floor": a CutMix box of odd side loses a row and a column, as in timm before 1.0.29
     """
 
@@ -103,9 +105,11 @@ class PlanDrawer:
         width: np.ndarray,
         *,
         img_size: int,
+        curriculum: Curriculum | None = None,
         cutmix_box: Literal["full", "floor"] = "full",
     ) -> None:
-        self.policy, self.seed, self.img_size, self.cutmix_box = policy, check_seed(seed), img_size, cutmix_box
+        self.policy, self.seed, self.cutmix_box = policy, check_seed(seed), cutmix_box
+        self.curriculum = curriculum or Curriculum(1, img_size)
         for name, alpha in (("mixup_alpha", policy.mixup_alpha), ("cutmix_alpha", policy.cutmix_alpha)):
             if not 0 <= alpha <= 3:
                 raise UserError(f"augment.{name} is {alpha}: it must be from 0 (none) to 3")
@@ -126,6 +130,7 @@ class PlanDrawer:
     def draw(self, samples: StepSamples) -> Plan:
         """The plan of these samples; see `Plan`. Raises UserError if a mixing group cannot be paired."""
         p, count, epoch = self.policy, len(samples.index), samples.epoch
+        size = self.curriculum.size(epoch)
         groups = int(samples.group[-1]) + 1 if count else 0
         if self.mixes and count and (count // groups) % 2:
             raise UserError(
@@ -135,7 +140,7 @@ class PlanDrawer:
             index=samples.index,
             repeat=samples.repeat,
             crop=np.empty((count, 4), np.int32),
-            window=whole_windows(count, self.img_size),
+            window=whole_windows(count, size),
             flip=np.empty(count, np.bool_),
             op=np.zeros((count, self._layers), np.int8),
             arg=np.zeros((count, self._layers), np.float64),
@@ -145,7 +150,7 @@ class PlanDrawer:
             mix=np.full(groups, NO_MIX, np.int8),
             lam=np.ones(groups, np.float64),
             box=np.zeros((groups, 4), np.int32),
-            img_size=self.img_size,
+            img_size=size,
             seed=self.seed,
             epoch=epoch,
         )
@@ -154,17 +159,18 @@ class PlanDrawer:
         sample = seed, epoch, plan.index, plan.repeat
         if p.crop == "simple":
             plan.crop[:] = np.stack([np.zeros_like(height), np.zeros_like(height), height, width], axis=1)
-            plan.window[:, :2] = resized_sides(height, width, self.img_size)
-            _draw_places(*sample, self.img_size, OVERHANG, plan.window)
+            plan.window[:, :2] = resized_sides(height, width, size)
+            _draw_places(*sample, size, OVERHANG, plan.window)
         else:
             _draw_crops(*sample, height, width, p.crop_scale, p.crop_ratio, plan.crop)
         _draw_flips(*sample, p.hflip, plan.flip)
         interp = {"bilinear": BILINEAR, "bicubic": BICUBIC, "random": 0}[p.interpolation]
         if self._rand is not None:
-            r = self._rand
+            r, weaker = self._rand, self.curriculum.magnitude(epoch)
+            magnitude = r.magnitude if weaker is None else weaker
             _draw_randaugment(
                 seed, epoch, plan.index, plan.repeat,
-                r.magnitude, r.magnitude_std, r.magnitude_max, r.prob, interp, plan.op, plan.arg, plan.interp,
+                magnitude, r.magnitude_std, r.magnitude_max, r.prob, interp, plan.op, plan.arg, plan.interp,
             )  # fmt: skip
         elif p.policy == "three_augment":
             _draw_three(seed, epoch, plan.index, plan.repeat, p.color_jitter, plan.op, plan.arg)
@@ -174,7 +180,7 @@ class PlanDrawer:
                 epoch,
                 plan.index,
                 plan.repeat,
-                self.img_size,
+                size,
                 p.erase_prob,
                 p.erase_area,
                 p.erase_aspect,
@@ -182,7 +188,7 @@ class PlanDrawer:
             )
         if self.mixes:
             _draw_mix(
-                seed, epoch, samples.step, samples.first_group, self.img_size, p.mix_prob, p.cutmix_switch_prob,
+                seed, epoch, samples.step, samples.first_group, size, p.mix_prob, p.cutmix_switch_prob,
                 p.mixup_alpha, p.cutmix_alpha, int(self.cutmix_box == "full"), plan.mix, plan.lam, plan.box,
             )  # fmt: skip
         return plan
