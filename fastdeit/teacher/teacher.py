@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.config import LITE0, TeacherConfig
 from fastdeit.inputs import check_teacher
+from fastdeit.loading import open_checkpoint
+from fastdeit.model.deit import StudentOutput, build_model
 from fastdeit.model.timm_vit import size_option
 from fastdeit.model.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
+
+DEIT = "deit"  # a DeiT of any shape, which its checkpoint describes
 
 
 class Teacher(nn.Module):
@@ -56,14 +61,10 @@ class Teacher(nn.Module):
         self.source = source
         self.class_names: list[str] | None = described.get("class_names")
         # A DeiT that fastdeit trained has timm's names, so any timm name may load it.
-        held = described.get("arch", "deit")
-        if held != "deit" and _without_tag(held) != _without_tag(arch):
+        held = described.get("arch", DEIT)
+        if held != DEIT and _without_tag(held) != _without_tag(arch):
             raise UserError(f"{source} holds a {held}: give --teacher.name {held} instead of {arch}")
-        options = size_option(arch, cfg.img_size or described.get("img_size"))
-
-        def build() -> nn.Module:
-            return timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
-
+        build = _builder(cfg, arch, cfg.img_size or described.get("img_size"), num_classes)
         # Checked on the meta device first: the file may claim a resolution of any size.
         shapes = on_meta(build, f"{source}: it does not describe a network")
         if shapes is not None:
@@ -72,7 +73,7 @@ class Teacher(nn.Module):
         self.network = build()
         _check_classes(state, described, self.network, num_classes, source)
         load_strictly(self.network, state, source)
-        default: dict[str, Any] = getattr(self.network, "pretrained_cfg")  # noqa: B009
+        default: dict[str, Any] = getattr(self.network, "pretrained_cfg", {})
         mean = cfg.mean or described.get("mean") or default["mean"]
         std = cfg.std or described.get("std") or default["std"]
         self.img_size = int(cfg.img_size or described.get("img_size") or default["input_size"][-1])
@@ -160,7 +161,10 @@ class Teacher(nn.Module):
         return self.logits(images).argmax(-1)
 
     def _forward(self, images: Tensor) -> Tensor:
-        return self.network(self.prepare(images))
+        out = self.network(self.prepare(images))
+        if isinstance(out, StudentOutput):  # with two heads, the mean of their logits, as in timm
+            return out.cls if out.dist is None else (out.cls + out.dist) / 2
+        return out
 
 
 def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
@@ -168,15 +172,25 @@ def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
     if cfg.name == LITE0:
         check_teacher(cfg)
         return _open_lite0()
-    if not timm.is_model(cfg.name):
+    if cfg.name != DEIT and not timm.is_model(cfg.name):
         close = difflib.get_close_matches(cfg.name, timm.list_models())
         hint = f", such as {', '.join(close)}" if close else ""
-        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor a timm model{hint}")
+        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor {DEIT} nor a timm model{hint}")
     check_teacher(cfg)
     assert cfg.checkpoint is not None
     stored = read_checkpoint(cfg.checkpoint)
     source = str(cfg.checkpoint)
     return stored, state_dict(stored, source=source), source, cfg.name
+
+
+def _builder(cfg: TeacherConfig, arch: str, img_size: int | None, num_classes: int) -> Callable[[], nn.Module]:
+    """Function: the teacher's network, without its weights."""
+    if arch == DEIT:
+        assert cfg.checkpoint is not None
+        shape = replace(open_checkpoint(cfg.checkpoint).recipe.model, img_size=img_size, drop_path=0.0, drop_rate=0.0)
+        return lambda: build_model(shape, num_classes)
+    options = size_option(arch, img_size)
+    return lambda: timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)
 
 
 def _open_lite0() -> tuple[dict[str, Any], State, str, str]:

@@ -12,6 +12,7 @@ from fastdeit.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.teacher.teacher import LITE0, Teacher
 from refusals import refused
+from runs import newest, train, trained
 
 OTHER_MEAN, OTHER_STD = (0.3, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -117,6 +118,27 @@ def test_a_transformer_teaches_at_another_resolution(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(teacher.logits(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_deit_of_any_shape_teaches(tiny, distilled):
+    recipe = tiny(model={"distilled": distilled}, run={"epochs": 1})
+    state = trained(recipe)["model"]
+    name = f"deit_tiny_{'distilled_' * distilled}patch16_224"
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+    judge = timm.create_model(name, num_classes=4, **shape).eval()
+    judge.load_state_dict(state, strict=True)
+    images = torch.randn(5, 3, 32, 32)
+    teacher = Teacher(TeacherConfig(name="deit", checkpoint=newest(recipe)), IMAGENET_MEAN, IMAGENET_STD, 32, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.logits(images), judge(images), rtol=1e-4, atol=1e-5)
+    taught = {"objective": {"distillation": "soft"}, "teacher": {"name": "deit", "checkpoint": newest(recipe)}}
+    train(tiny(**taught, run={"epochs": 1, "output": recipe.run.output / "student"}))
+
+
+def test_a_deit_without_its_recipe_cannot_teach(checkpoint):
+    cfg = checkpoint("deit", arch="deit")
+    refused("does not hold its recipe", Teacher, cfg, IMAGENET_MEAN, IMAGENET_STD, 64, 5)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fastdeit.training import step
 from fastdeit.training.optim import learning_rate
 from refusals import refused
 from runs import assert_same_state, changed, evaluated, final_state, newest, opened, rewind, train, trained
+from steps import Tape, replay_with
 
 GROWING = {"curriculum": {"sizes": (16, 24, 32), "magnitudes": (0.0, 4.0, 9.0)}}
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -138,6 +139,17 @@ def test_resumed_in_each_part_and_at_each_border_it_ends_with_the_same_bits(tiny
     for at in (12, 25, 27, 35, 36, 39):  # the parts begin with steps 25 and 35
         rewind(recipe, at)
         assert_same_state(expected, trained(recipe))
+
+
+def test_replayed_steps_are_recorded_again_for_each_size(tiny, monkeypatch):
+    sections = {**GROWING, "model": {"drop_path": 0.2}}
+    run = {"epochs": 8, "eval_every": 8}
+    eager = trained(tiny(**sections, run={**run, "output": tiny().run.output / "eager"}))
+    tapes = []
+    replay_with(lambda device: tapes.append(Tape()) or tapes[-1], monkeypatch.setattr)
+    assert_same_state(eager["model"], trained(tiny(**sections, run=run))["model"])
+    assert [(tape.ran, tape.recorded, tape.replayed) for tape in tapes] == [(3, 1, 22), (3, 1, 7), (3, 1, 2)]
+    assert [tape.discarded for tape in tapes] == [1, 1, 0]
 
 
 @pytest.mark.slow
