@@ -22,7 +22,7 @@ from fastdeit.pipelines.formats.shard_layout import SIDECAR
 if TYPE_CHECKING:
     from fastdeit.pipelines.sources import Source
 
-_ARCHIVES = (".tar", ".gz", ".tgz", ".parquet", ".zip")
+_ARCHIVES = (".tar", ".gz", ".tgz", ".parquet", ".zip", ".json")
 
 
 def converted(path: Path, cache: Path | None = None, like: Path | None = None) -> Path:
@@ -38,7 +38,7 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     """
     if not path.exists() or path.suffix == ".beton" or (path / SIDECAR).exists():
         return path
-    if path.is_file() and path.suffix not in _ARCHIVES:
+    if path.is_file() and (path.suffix not in _ARCHIVES or path.name.endswith(".beton.json")):
         return path  # its reader says what is wrong with it
     from fastdeit.pipelines.sources import open_source  # here: most runs need none of its libraries
 

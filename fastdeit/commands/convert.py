@@ -30,6 +30,7 @@ class Options:
         webdataset:PATTERN             tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY
         parquet:PATTERN                parquet files: file, folder or glob; #image=COLUMN,label=COLUMN
         cifar:FILE[:SPLIT]             the archives of CIFAR-10 and CIFAR-100
+        coco:FILE                      a list of images in COCO's layout, as iNaturalist's train2018.json
         torchvision:NAME:ROOT[:SPLIT]  a torchvision data set on disk
 
     The word before the colon is optional for files with their usual names, and for folders of such files.
@@ -44,7 +45,8 @@ class Options:
     if fastdeit-convert wrote it."""
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
-    """Part of the source: a subfolder; "train" or "test" for IDX files; the split of a torchvision data set."""
+    """Part of the source: a subfolder; "train" or "test" for IDX files; the split of a torchvision data set;
+    train+val joins two."""
     max_side: int | None = None
     """Reduce longer sides to this many pixels (Lanczos); 500 suffices for training at 224."""
     quality: int = 92

@@ -59,11 +59,19 @@ from fastdeit.recipes.short import (
 from fastdeit.recipes.small_data import (
     convnet_teacher,
     deit_base_finetune,
-    deit_base_transfer,
     deit_small_finetune,
     deit_tiny_finetune,
     fashion_mnist_distilled,
     fashion_mnist_teacher,
+)
+from fastdeit.recipes.transfer import (
+    deit_base_cars,
+    deit_base_cifar10,
+    deit_base_cifar100,
+    deit_base_flowers102,
+    deit_base_inat18,
+    deit_base_inat19,
+    deit_base_transfer,
 )
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -110,6 +118,12 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         deit3_large_21k_224,
         deit3_huge_21k_224,
         deit_base_transfer,
+        deit_base_cifar10,
+        deit_base_cifar100,
+        deit_base_flowers102,
+        deit_base_cars,
+        deit_base_inat18,
+        deit_base_inat19,
         deit_tiny_finetune,
         deit_small_finetune,
         deit_base_finetune,

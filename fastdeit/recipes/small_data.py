@@ -1,4 +1,4 @@
-"""Teachers, and students of small data sets: transfer, fine-tuning on one's own images, Fashion-MNIST."""
+"""Teachers, and students of small data sets: fine-tuning on one's own images, Fashion-MNIST."""
 
 import dataclasses
 
@@ -20,28 +20,6 @@ def convnet_teacher() -> Recipe:
         augment=replace(recipe.augment, policy="plain", erase_prob=0.0, mixup_alpha=0.0, cutmix_alpha=0.0),
         data=replace(recipe.data, repeats=1),
         ema=EmaConfig(enabled=False),
-    )
-
-
-def deit_base_transfer() -> Recipe:
-    """DeiT-B transferred to a small data set (`--model.init`), 1000 epochs: CIFAR-10 99.1 (paper).
-
-    fastdeit-train deit_base_transfer --data.train cifar-train.beton --data.val cifar-test.beton \
-        --model.init runs/deit_base/checkpoints/checkpoint-000375300.pt --run.output runs/cifar
-
-    Hours: not measured.
-    Top-1: CIFAR-10 99.1, CIFAR-100 90.8, Flowers-102 98.4, Stanford Cars 92.1 (paper, DeiT-B at 224 or 384). SGD as the
-    authors ran it on CIFAR-10 and Cars (deit issue 45).
-    """
-    replace = dataclasses.replace
-    recipe = deit_base()
-    return replace(
-        recipe,
-        name="deit_base_transfer",
-        model=replace(recipe.model, drop_path=0.0, finetune=True),
-        augment=replace(recipe.augment, erase_prob=0.0),
-        optim=replace(recipe.optim, name="sgd", lr=0.01, lr_batch=0, weight_decay=1e-4),
-        run=replace(recipe.run, epochs=1000, global_batch=768),
     )
 
 

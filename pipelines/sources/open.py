@@ -7,11 +7,13 @@ from pathlib import Path
 from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.formats.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
+from fastdeit.pipelines.sources.annotations import Annotations
 from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names
 from fastdeit.pipelines.sources.cifar import Cifar
 from fastdeit.pipelines.sources.files import is_folder, listing, open_regular, read_text
 from fastdeit.pipelines.sources.folder import ImageFolder
 from fastdeit.pipelines.sources.idx import Idx, is_idx, open_idx_folder
+from fastdeit.pipelines.sources.joined import Joined
 from fastdeit.pipelines.sources.parquet import Parquet
 from fastdeit.pipelines.sources.patterns import matching_files
 from fastdeit.pipelines.sources.torchvision import Torchvision
@@ -25,6 +27,7 @@ _OPTIONS = {
     "webdataset": ("label",),
     "parquet": ("image", "label"),
     "cifar": (),
+    "coco": (),
 }
 
 
@@ -50,8 +53,11 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
     webdataset:PATTERN               tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY of a .json
     parquet:PATTERN                  parquet files, likewise; #image=COLUMN,label=COLUMN if they are ambiguous
     cifar:FILE[:SPLIT]               CIFAR-10's and CIFAR-100's own archives
+    coco:FILE                        a list of images in COCO's layout, as iNaturalist's train2018.json
 
     The word before the colon is optional for files with their usual names, and for folders of such files.
+
+    A `split` such as "train+val" joins several.
 
     `class_names` sets the order of the labels of an image folder and of ILSVRC2012 (by wnid), and names the labels
     0, 1, ... of other sources.
@@ -59,6 +65,11 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
     text = os.fspath(text)
     if class_names is not None:
         check_class_names(class_names, "class names")
+    if split is not None and "+" in split and not is_folder(Path(text) / split):
+        names = split.split("+")
+        if not all(names) or len(set(names)) < len(names):
+            raise SourceError(f"{text}: --split {split} must join different splits, such as train+val")
+        return Joined([open_source(text, name, class_names) for name in names])
     form, colon, rest = text.partition(":")
     options: dict[str, str] = {}
     if colon and form in _OPTIONS:
@@ -89,6 +100,10 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
         case "parquet":
             files, left_out = matching_files(rest, ".parquet", split)
             return Parquet(rest, files, class_names, options.get("image"), options.get("label"), left_out)
+        case "coco":
+            if split is not None:
+                raise SourceError(f"{text}: one list is one split: leave out --split")
+            return Annotations(Path(rest), class_names)
         case _:
             return Cifar(_file(rest), split, class_names)
 
@@ -151,6 +166,8 @@ def _recognise(path: Path, split: str | None) -> str | None:
         return "imagenetv2"
     if name.startswith("cifar-") and name.endswith((".tar.gz", ".tar")):
         return "cifar"
+    if name.endswith(".json"):
+        return "coco"
     if not is_folder(path):
         return "parquet" if name.endswith(".parquet") else "webdataset" if name.endswith(".tar") else None
     if split is not None and is_folder(path / split):

@@ -19,6 +19,7 @@ from fastdeit.model.fused import fuse
 from fastdeit.option_names import TIMM
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from fastdeit.training.optim import peak_lr
 from refusals import refused
 from runs import changed, parse_file
 
@@ -27,9 +28,7 @@ from runs import changed, parse_file
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("deit_")])
 def test_shapes_are_those_of_timm(name):
     cfg = RECIPES[name]().model
-    reference = name.removesuffix("_384").removesuffix("_transfer").removesuffix("_finetune")
-    distilled = "_distilled" in reference
-    size = reference.removeprefix("deit_").removesuffix("_distilled")
+    size, distilled = name.split("_")[1], "_distilled" in name
     res = 384 if name.endswith("_384") else 224
     with torch.device("meta"):  # shapes alone
         model = timm.create_model(f"deit_{size}{'_distilled' if distilled else ''}_patch16_224", img_size=res)
@@ -69,6 +68,27 @@ def test_the_docstring_states_command_hours_and_accuracy(name):
     parse_recipe(command[1:]).resolved()
     assert any(line.startswith("Hours") for line in lines)
     assert any("op-1" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        # deit issue 45
+        ("cifar10 cifar100 flowers102 cars", ("sgd", 0.01, 1e-4, 1000, 0.0, 0.0)),
+        # deit issue 105
+        ("inat18 inat19", ("adamw", 7.5e-5, 0.05, 360, 0.1, 0.1)),
+    ],
+)
+def test_transfer_is_as_the_authors_wrote(names, expected):
+    for name in names.split():
+        recipe = RECIPES[f"deit_base_{name}"]()
+        optim, run = recipe.optim, recipe.run
+        assert peak_lr(optim, run.global_batch) == optim.lr
+        noise = recipe.model.drop_path, recipe.augment.erase_prob
+        assert (optim.name, optim.lr, optim.weight_decay, run.epochs, *noise) == expected
+        assert (run.global_batch, recipe.data.repeats, optim.warmup_epochs) == (768, 3, 5)
+        augment = recipe.augment
+        assert (augment.mixup_alpha, augment.cutmix_alpha, augment.label_smoothing) == (0.8, 1.0, 0.1)
 
 
 def test_every_departure_is_decided_in_both_columns():
