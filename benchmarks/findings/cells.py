@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,35 @@ class Claim(NamedTuple):
     equal: bool = False
 
 
+class Study(NamedTuple):
+    """A data set and the size of its runs."""
+
+    train: Path
+    val: Path
+    teacher: Path  # a convnet's checkpoint
+    teacher_arch: str
+    epochs: int
+    model: dict[str, Any]
+    augment: dict[str, Any]
+    sizes: tuple[int, ...]  # of the images in the parts of a curriculum
+    transformer: Path | None  # checkpoint of a DeiT that teaches
+    fraction: float = 1.0  # of the training images
+    global_batch: int = 128
+
+
+def _small_images_first(study: Study) -> Changes:
+    """A curriculum with the computation of half the epochs."""
+    sizes = study.sizes
+    epochs = round(study.epochs / 2 * sum((sizes[-1] / size) ** 2 for size in sizes) / len(sizes))
+    magnitudes = tuple(9.0 * part / (len(sizes) - 1) for part in range(len(sizes)))
+    return {"run": {"epochs": epochs}, "curriculum": {"sizes": sizes, "magnitudes": magnitudes}}
+
+
 _TOKEN = {"model": {"distilled": True}}
 _HARD = {**_TOKEN, "objective": {"distillation": "hard"}}
+TAUGHT_BY_TRANSFORMER = "hard, transformer teacher"
 # Each cell: the recipe it starts from, and the fields that it changes.
-CELLS: dict[str, tuple[str, Changes]] = {
+CELLS: dict[str, tuple[str, Changes | Callable[[Study], Changes]]] = {
     "deit": ("deit", {}),
     "hard, distillation token": ("deit", _HARD),
     "soft, distillation token": ("deit", {**_TOKEN, "objective": {"distillation": "soft"}}),
@@ -45,9 +71,15 @@ CELLS: dict[str, tuple[str, Changes]] = {
     "without drop path": ("deit", {"model": {"drop_path": 0.0}}),
     "one lambda a batch": ("deit", {"departures": {"mix_group": 0}}),
     "deit 3": ("deit3", {}),
+    TAUGHT_BY_TRANSFORMER: (
+        "deit",
+        lambda study: {**_HARD, "teacher": {"name": "deit", "checkpoint": study.transformer}},
+    ),
+    "half the epochs": ("deit", lambda study: {"run": {"epochs": study.epochs // 2}}),
+    "small images first": ("deit", _small_images_first),
 }
 
-_2021, _2022 = "arXiv 2012.12877", "arXiv 2204.07118"
+_2021, _2022, _2024 = "arXiv 2012.12877", "arXiv 2204.07118", "arXiv 2405.08768"
 CLAIMS = (
     Claim("hard distillation beats none", f"{_2021}, Table 3", "hard, class token", "deit"),
     Claim("hard distillation beats soft", f"{_2021}, Table 3", "hard, class token", "soft, class token"),
@@ -85,20 +117,23 @@ CLAIMS = (
     Claim("the average of the weights helps", f"{_2021}, Table 8", "deit", "deit", cell_weights="ema"),
     Claim("a lambda for each mixing group helps", "deit issue 63", "deit", "one lambda a batch"),
     Claim("DeiT III's recipe helps", f"{_2022}, Table 4", "deit 3", "deit"),
+    Claim(
+        "a convnet teaches better than a transformer",
+        f"{_2021}, Table 2",
+        "hard, distillation token",
+        TAUGHT_BY_TRANSFORMER,
+        "fused_probabilities",
+        "fused_probabilities",
+    ),
+    Claim(
+        "with small images first, half the computation loses nothing",
+        f"{_2024}, Figure 7",
+        "small images first",
+        "deit",
+        equal=True,
+    ),
+    Claim("small images first beat half the epochs", f"{_2024}, Figure 7", "small images first", "half the epochs"),
 )
-
-
-class Study(NamedTuple):
-    """A data set and the size of its runs."""
-
-    train: Path
-    val: Path
-    teacher: Path  # a checkpoint
-    teacher_arch: str
-    epochs: int
-    model: dict[str, Any]
-    augment: dict[str, Any]
-    global_batch: int = 128
 
 
 def recipe(study: Study, cell: str, seed: int, output: Path) -> Recipe:
@@ -111,10 +146,10 @@ def recipe(study: Study, cell: str, seed: int, output: Path) -> Recipe:
         made,
         name=f"{base}, {cell}",
         model=replace(made.model, **study.model, drop_path=0.1),
-        data=replace(made.data, train=study.train, val=study.val, threads=1),
+        data=replace(made.data, train=study.train, val=study.val, threads=1, fraction=study.fraction),
         augment=replace(made.augment, **study.augment),
         teacher=replace(deit_tiny_distilled().teacher, name=study.teacher_arch, checkpoint=study.teacher),
-        optim=replace(made.optim, lr=lr, lr_batch=0, warmup_epochs=study.epochs / 10),
+        optim=replace(made.optim, lr=lr, lr_batch=0),
         ema=replace(made.ema, decay=0.98),
         run=replace(
             made.run,
@@ -130,6 +165,6 @@ def recipe(study: Study, cell: str, seed: int, output: Path) -> Recipe:
         ),
         departures=replace(made.departures, mix_group=study.global_batch // 16),
     )
-    for section, fields in changes.items():
+    for section, fields in (changes(study) if callable(changes) else changes).items():
         made = replace(made, **{section: replace(getattr(made, section), **fields)})
-    return made
+    return replace(made, optim=replace(made.optim, warmup_epochs=made.run.epochs / 10))

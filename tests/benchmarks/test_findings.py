@@ -9,6 +9,7 @@ from scipy import stats
 from benchmarks.findings import benchmark
 from benchmarks.findings.cells import CELLS, CLAIMS, Study, recipe
 from benchmarks.findings.report import BEGIN, END, by_cell, findings, write
+from benchmarks.record import RESULTS
 from fastdeit.effects import check_given
 from fastdeit.pipelines.errors import UserError
 
@@ -16,8 +17,17 @@ from fastdeit.pipelines.errors import UserError
 @pytest.fixture
 def study(tmp_path):
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    paths = tmp_path / "train.beton", tmp_path / "val.beton", tmp_path / "teacher.pt"
-    return Study(*paths, "resnet10t", 4, shape, {"hflip": 0.0})
+    return Study(
+        train=tmp_path / "train.beton",
+        val=tmp_path / "val.beton",
+        teacher=tmp_path / "teacher.pt",
+        teacher_arch="resnet10t",
+        epochs=12,
+        model=shape,
+        augment={"hflip": 0.0},
+        sizes=(16, 16, 24, 24, 32, 32),
+        transformer=tmp_path / "transformer.pt",
+    )
 
 
 def test_every_cell_is_a_recipe_whose_changes_have_an_effect(study, tmp_path):
@@ -27,6 +37,23 @@ def test_every_cell_is_a_recipe_whose_changes_have_an_effect(study, tmp_path):
         check_given(made, base)
         assert (made.name == base.name) or made != base
         assert made.run.seed == 3
+
+
+def test_small_images_first_take_the_computation_of_half_the_epochs(study, tmp_path):
+    parts = recipe(study._replace(epochs=40), "small images first", 0, tmp_path).resolved().parts()
+    assert parts.epochs == 45
+    assert sum(parts.work(epoch) for epoch in range(45)) == pytest.approx(20, rel=0.03)
+
+
+def test_runs_of_earlier_versions_need_not_be_repeated(study, tmp_path):
+    """The hashes of the study's settings are those in the results."""
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    augment = {"hflip": 0.0, "crop_scale": (0.6, 1.0), "crop_ratio": (0.85, 1.18), "eval_crop": 1.0}
+    digits = study._replace(epochs=40, model=shape, augment=augment)
+    lines = (RESULTS / "findings.jsonl").read_text().splitlines()
+    held = {record["cell"]: record["settings"] for record in map(json.loads, lines) if record["data"] == "digits"}
+    for cell, settings in held.items():
+        assert benchmark.settings(recipe(digits, cell, 0, tmp_path)) == settings
 
 
 def test_every_claim_compares_two_cells_of_the_study():
