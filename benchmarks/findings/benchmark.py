@@ -53,9 +53,7 @@ class Options:
     data: Literal["digits", "fashion-mnist"] = "digits"
     train: Path | None = None  # Fashion-MNIST's training images, converted
     val: Path | None = None  # its test images, converted
-    teacher: Path | None = None  # a checkpoint of fashion_mnist_teacher
-    transformer: Path | None = None  # a checkpoint of a DeiT for Fashion-MNIST, which teaches in one cell
-    fraction: float = 0.1  # of Fashion-MNIST's training images
+    fraction: float = 0.1  # of Fashion-MNIST's training images, to train on
     cells: tuple[str, ...] = ()  # names of cells; none: all
     seeds: int = 5
     epochs: int = 0  # 0: 40 on digits, 12 on Fashion-MNIST
@@ -109,23 +107,24 @@ def _trained(made: Recipe) -> Path:
 
 
 def _fashion_mnist(options: Options) -> Study:
-    if options.train is None or options.val is None or options.teacher is None:
-        raise UserError("--data fashion-mnist needs --train, --val and --teacher: see docs/benchmarks.md")
-    base = RECIPES["fashion_mnist_distilled"]().augment
-    shape = {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    if options.train is None or options.val is None:
+        raise UserError("--data fashion-mnist needs --train and --val: see docs/benchmarks.md")
+    base, teacher = RECIPES["fashion_mnist_distilled"]().augment, RECIPES["fashion_mnist_teacher"]()
+    data = {"train": options.train, "val": options.val, "fraction": options.fraction}
+    teacher = replace(teacher, data=replace(teacher.data, **data))
+    run = {"epochs": 30, "eval_every": 30, "tensorboard": False, "progress": False, "device": "cpu"}
+    teacher = replace_run(teacher, output=options.folder / "fashion-mnist" / f"teacher-{options.fraction:g}", **run)
     names = ("crop_scale", "crop_ratio", "eval_crop", "mean", "std")
-    augment = {name: getattr(base, name) for name in names}
-    epochs = options.epochs or 12
     return Study(
         train=options.train,
         val=options.val,
-        teacher=options.teacher,
+        teacher=_trained(teacher),
         teacher_arch="resnet10t",
-        epochs=epochs,
-        model=shape,
-        augment=augment,
-        sizes=(16, 16, 20, 20, 28, 28),
-        transformer=options.transformer,
+        epochs=options.epochs or 12,
+        model={"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2},
+        augment={name: getattr(base, name) for name in names},
+        sizes=(14, 14, 21, 21, 28, 28),
+        transformer=None,
         fraction=options.fraction,
     )
 
@@ -194,7 +193,7 @@ def _train_all(options: Options) -> None:
     study = _digits(options, cells) if options.data == "digits" else _fashion_mnist(options)
     if study.transformer is None and TAUGHT_BY_TRANSFORMER in cells:
         cells.remove(TAUGHT_BY_TRANSFORMER)
-        print(f"without --transformer, the cell '{TAUGHT_BY_TRANSFORMER}' is left out", file=sys.stderr, flush=True)
+        print(f"{options.data}: no cell '{TAUGHT_BY_TRANSFORMER}'", file=sys.stderr, flush=True)
     done = {
         (record["data"], record["cell"], record["seed"], record["settings"])
         for record in (read(options.results) if options.results.exists() else [])

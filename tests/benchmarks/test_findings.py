@@ -138,5 +138,5 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path, capsys):
     assert not [*(tmp_path / "digits").glob("run-*")]
     with pytest.raises(UserError, match="there is no cell 'deti'"):
         benchmark.main(["--cells", "deti"])
-    with pytest.raises(UserError, match="needs --train, --val and --teacher"):
+    with pytest.raises(UserError, match="needs --train and --val"):
         benchmark.main(["--data", "fashion-mnist"])
