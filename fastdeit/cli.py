@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from fastdeit.config import COMPAT, COMPAT_RUN, LATER, SOFT_DEFAULTS, Recipe, upgraded
+from fastdeit.config import LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.help import page
 from fastdeit.option_names import check_options, with_values
@@ -23,6 +23,7 @@ from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
 from fastdeit.pipelines.terminal import colours, escape_streams
 from fastdeit.recipes import RECIPES, recipe_named
+from fastdeit.sections import COMPAT, COMPAT_RUN
 from fastdeit.streams import hold_descriptors
 from fastdeit.version import __version__
 

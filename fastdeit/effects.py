@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastdeit.config import LITE0, Recipe
+from fastdeit.config import Recipe
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import LITE0
 
 
 class Effect(NamedTuple):

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastdeit.config import LITE0, Recipe, TeacherConfig
+from fastdeit.config import Recipe
 from fastdeit.effects import fields, skips_samples
 from fastdeit.pipelines.errors import UserError, os_sentence
 from fastdeit.pipelines.formats import dataset as datasets
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.pipelines.formats.files import check_regular, misfetched
+from fastdeit.sections import LITE0, TeacherConfig
 from fastdeit.subsets import divide
 
 if TYPE_CHECKING:

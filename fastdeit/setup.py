@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdeit.config import LITE0, Recipe
+from fastdeit.config import Recipe
 from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import DataSets, check_class_names
@@ -32,6 +32,7 @@ from fastdeit.pipelines.formats.local_copy import local_copy
 from fastdeit.pipelines.host.stage import compile_sentence
 from fastdeit.pipelines.loaders.prefetch import usable_cores
 from fastdeit.precision import Precision, allow_tf32, resolve
+from fastdeit.sections import LITE0
 from fastdeit.stage_choice import image_dtype, image_layout
 from fastdeit.teacher.label_cache import LabelCache, pixel_key
 from fastdeit.teacher.teacher import Teacher

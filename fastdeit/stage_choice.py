@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fastdeit.config import AugmentConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.batch import Batch, DecodedBatch, Stage
 from fastdeit.pipelines.device.transfer import CopyingStage, StreamPrefetcher
@@ -20,6 +20,7 @@ from fastdeit.pipelines.host.stage import HostStage
 from fastdeit.pipelines.loaders.prefetch import Prefetcher
 from fastdeit.pipelines.plan.plan import Plan
 from fastdeit.precision import Precision
+from fastdeit.sections import AugmentConfig
 
 T = TypeVar("T")
 Layout = Literal["nchw", "patches"]

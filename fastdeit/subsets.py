@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdeit.config import DataConfig
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import DataConfig
 
 _SEED = 0x5EED  # not the run's: runs with other seeds use the same images
 

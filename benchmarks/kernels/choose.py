@@ -23,7 +23,6 @@ from benchmarks.kernels.benchmark import Clock, gpu_clock
 from benchmarks.record import RESULTS, append, environment, first_line
 from benchmarks.render import Table
 from fastdeit.cli import parse, parse_recipe, run
-from fastdeit.config import ModelConfig
 from fastdeit.model import kernel_table
 from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.kernel_checks import failure, training_check, with_backend
@@ -32,6 +31,7 @@ from fastdeit.model.kernel_table import OURS, Key, Row, candidates
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision, allow_tf32, resolve
 from fastdeit.recipes import RECIPES
+from fastdeit.sections import ModelConfig
 
 CALLS = 10  # calls of a candidate whose gradients must have the same bits
 

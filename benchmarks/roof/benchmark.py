@@ -16,8 +16,8 @@ from benchmarks.throughput.report import is_ours
 from fastdeit.budget.cards import find_card
 from fastdeit.budget.step import Inputs, gemms, predict
 from fastdeit.cli import parse, run
-from fastdeit.config import ModelConfig
 from fastdeit.recipes import RECIPES
+from fastdeit.sections import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from fastdeit.budget.cards import Card
-from fastdeit.config import ModelConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.plan.drop_path import drop_path_rates, dropped_samples
+from fastdeit.sections import ModelConfig
 
 Inputs = Literal["images", "patches"]
 Product = Literal["forward", "input gradient", "weight gradient"]

@@ -13,10 +13,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdeit.config import ModelConfig
 from fastdeit.kernels.reference import Kept, assemble_tokens, select_kept
 from fastdeit.model.drop_path import DropPath, SkipPath, kept_samples
 from fastdeit.model.dropout import KeyedDropout
+from fastdeit.sections import ModelConfig
 
 
 class StudentOutput(NamedTuple):

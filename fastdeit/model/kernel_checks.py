@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from fastdeit.config import ModelConfig
 from fastdeit.kernels import reference
 from fastdeit.kernels.attention import attention
 from fastdeit.kernels.bias_gelu import bias_gelu
@@ -23,6 +22,7 @@ from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.drop_path import kept_samples
 from fastdeit.pipelines.errors import fact
 from fastdeit.precision import Precision
+from fastdeit.sections import ModelConfig
 
 BATCH = 3
 Function = Callable[..., tuple[Tensor, ...]]

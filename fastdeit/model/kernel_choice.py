@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fastdeit.config import ModelConfig
 from fastdeit.distributed import World
 from fastdeit.model import kernel_table
 from fastdeit.model.timm_vit import as_deit
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
+from fastdeit.sections import ModelConfig
 
 # Operations, and their names in a log.
 MODEL_OPS = {

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from fastdeit.config import ModelConfig
 from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.parsing import read_json
 from fastdeit.precision import Precision
+from fastdeit.sections import ModelConfig
 
 PATH = Path(__file__).with_name("kernel_table.json")
 COMMAND = "python -m benchmarks tune --choose"

@@ -9,12 +9,12 @@ import timm
 import torch
 from torch import nn
 
-from fastdeit.config import ModelConfig
 from fastdeit.model.attention_backend import use_backend
 from fastdeit.model.deit import DeiT, StudentOutput, build_model
 from fastdeit.model.kernel_choice import MODEL_OPS, TORCH, Kernels
 from fastdeit.model.timm_vit import size_option
 from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.sections import ModelConfig
 
 
 class ConvnetStudent(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from timm.layers import LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from fastdeit.config import ModelConfig
+from fastdeit.sections import ModelConfig
 
 
 def size_option(arch: str, img_size: int | None) -> dict[str, Any]:

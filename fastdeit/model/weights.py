@@ -16,10 +16,10 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
-from fastdeit.config import ModelConfig
 from fastdeit.model.deit import DeiT
 from fastdeit.model.networks import ConvnetStudent, build_network
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import ModelConfig
 
 State = dict[str, Tensor]
 T = TypeVar("T")

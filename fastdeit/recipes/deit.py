@@ -6,7 +6,8 @@
 
 import dataclasses
 
-from fastdeit.config import (
+from fastdeit.config import Recipe
+from fastdeit.sections import (
     AugmentConfig,
     DataConfig,
     Departures,
@@ -14,7 +15,6 @@ from fastdeit.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
-    Recipe,
     RunConfig,
 )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from fastdeit.config import (
+from fastdeit.config import Recipe
+from fastdeit.sections import (
     AugmentConfig,
     DataConfig,
     Departures,
@@ -17,7 +18,6 @@ from fastdeit.config import (
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
-    Recipe,
     RunConfig,
 )
 

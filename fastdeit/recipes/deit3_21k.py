@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdeit.config import DataConfig, Departures, ObjectiveConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.recipes.deit3 import deit3_base, deit3_huge, deit3_large, deit3_small
+from fastdeit.sections import DataConfig, Departures, ObjectiveConfig
 
 
 def _simple(

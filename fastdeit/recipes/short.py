@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastdeit.config import CurriculumConfig, DataConfig, Departures, EmaConfig, OptimConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.recipes.deit import deit_base, deit_small, deit_tiny
+from fastdeit.sections import CurriculumConfig, DataConfig, Departures, EmaConfig, OptimConfig
 
 # Ten parts: side of the images, and RandAugment's magnitude, which is the number of the part (_ET_pp_main_deitS.py).
 _SIZES = (96, 96, 160, 160, 160, 160, 192, 192, 224, 224)

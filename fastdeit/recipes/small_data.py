@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from fastdeit.config import Departures, EmaConfig, ModelConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.recipes.deit import deit_base, deit_small, deit_tiny, deit_tiny_distilled
+from fastdeit.sections import Departures, EmaConfig, ModelConfig
 
 
 def convnet_teacher() -> Recipe:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
-from fastdeit.config import LITE0, TeacherConfig
 from fastdeit.inputs import check_teacher
 from fastdeit.loading import open_checkpoint
 from fastdeit.model.deit import StudentOutput, build_model
@@ -23,6 +22,7 @@ from fastdeit.model.timm_vit import size_option
 from fastdeit.model.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
+from fastdeit.sections import LITE0, TeacherConfig
 
 DEIT = "deit"  # a DeiT of any shape, which its checkpoint describes
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from fastdeit.config import OptimConfig
 from fastdeit.pipelines.errors import UserError, fact
+from fastdeit.sections import OptimConfig
 
 DEVICE = "cuda"  # the only device that its kernels run on
 _BUILD = "build it from https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or set"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdeit import checkpoint
-from fastdeit.config import RunConfig
 from fastdeit.pipelines.machine import MachineError
+from fastdeit.sections import RunConfig
 from fastdeit.training.best import best_names
 from fastdeit.training.logs import RunLog
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.config import RunConfig
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import RunConfig
 from fastdeit.training.logs import RunLog
 from fastdeit.training.state import RunState
 from fastdeit.training.step import TrainingStep

@@ -5,11 +5,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastdeit.config import Departures, ObjectiveConfig
 from fastdeit.kernels import reference
 from fastdeit.kernels.reference import BinaryTargets, LossParts, MixedLabels
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import Departures, ObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)

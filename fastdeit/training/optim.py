@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdeit.config import OptimConfig, Recipe
+from fastdeit.config import Recipe
+from fastdeit.sections import OptimConfig
 from fastdeit.training.apex_optim import build_apex, is_apex, to_apex, to_torch
 from fastdeit.training.timm_optim import build_timm_optimizer
 

@@ -14,9 +14,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastdeit.config import RunConfig
 from fastdeit.distributed import World
 from fastdeit.pipelines.errors import UserError, naming
+from fastdeit.sections import RunConfig
 
 WARM_UP = 6  # steps before the first profiled one, for compilation and the recording of a CUDA graph
 DISPATCH, REST = "Python and dispatch", "other"

@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
-from fastdeit.config import OptimConfig
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import OptimConfig
 
 # timm lists these too; here NVIDIA's apex has a switch of its own, and nothing has tested bitsandbytes.
 _OTHER_PACKAGES = {"fused": "--optim.name lamb --optim.implementation apex, or adamw", "bnb": "a name without bnb"}

@@ -18,12 +18,12 @@ import torch
 
 from fastdeit import checkpoint
 from fastdeit.checkpoint_file import DamagedError, ForeignError
-from fastdeit.config import TeacherConfig
 from fastdeit.distributed import world
 from fastdeit.model.networks import build_network
 from fastdeit.model.weights import load_weights
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
+from fastdeit.sections import TeacherConfig
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.resume import restore, set_damaged_aside
 from fastdeit.training.resume_checks import check_position

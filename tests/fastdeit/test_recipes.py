@@ -12,13 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdeit.cli import parse_recipe, recipe_from_dict
-from fastdeit.config import COMPAT, COMPAT_RUN, Departures, Recipe, RunConfig
+from fastdeit.config import Recipe
 from fastdeit.effects import fields
 from fastdeit.model.deit import build_model
 from fastdeit.model.fused import fuse
 from fastdeit.option_names import TIMM
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
+from fastdeit.sections import COMPAT, COMPAT_RUN, Departures, RunConfig
 from fastdeit.training.optim import peak_lr
 from refusals import refused
 from runs import changed, parse_file

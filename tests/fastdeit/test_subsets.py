@@ -11,7 +11,6 @@ from sklearn.model_selection import train_test_split
 
 from fastdeit import create_loader, load
 from fastdeit.commands.eval import table
-from fastdeit.config import DataConfig
 from fastdeit.data import TrainingData
 from fastdeit.distributed import world
 from fastdeit.inputs import open_dataset
@@ -20,6 +19,7 @@ from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.report.network import look
 from fastdeit.report.pictures import Missing
 from fastdeit.report.runs import read_run
+from fastdeit.sections import DataConfig
 from fastdeit.subsets import divide
 from refusals import refused
 from runs import evaluated, newest, opened, train

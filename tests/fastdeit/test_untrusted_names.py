@@ -16,10 +16,10 @@ from fastdeit.cli import run
 from fastdeit.commands import convert, doctor, train
 from fastdeit.commands import eval as evaluate
 from fastdeit.commands.doctor_checks import Check
-from fastdeit.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.inputs import check_class_names
 from fastdeit.model.weights import describe
 from fastdeit.pipelines.errors import printable
+from fastdeit.sections import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.teacher.teacher import Teacher
 from fastdeit.training.startup import _labels_sentence

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeit.config import ModelConfig, RunConfig
 from fastdeit.data import TrainBatch
 from fastdeit.distributed import World
 from fastdeit.inputs import open_data_sets
@@ -24,6 +23,7 @@ from fastdeit.model.kernel_choice import TORCH, choose_kernels
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.batch import Batch
 from fastdeit.precision import Precision, resolve
+from fastdeit.sections import ModelConfig, RunConfig
 from fastdeit.setup import copied_here
 from fastdeit.signals import StopSignals
 from fastdeit.training import step

@@ -8,10 +8,11 @@ import torch
 from benchmarks.kernels import choose
 from benchmarks.kernels.benchmark import Clock
 from benchmarks.kernels.choose import Options, cases, training_call
-from fastdeit.config import ModelConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.model import kernel_table
 from fastdeit.model.kernel_choice import OPS
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import ModelConfig
 
 CPU = torch.device("cpu")
 CFG = ModelConfig(img_size=16, patch_size=8, embed_dim=32, num_heads=2, distilled=True, num_classes=10)

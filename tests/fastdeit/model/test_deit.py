@@ -6,9 +6,9 @@ import timm
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
 from fastdeit.pipelines.plan.drop_path import draw_drop_path, draw_fixed_drop_path, drop_path_rates
+from fastdeit.sections import ModelConfig
 from operators import Scale
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import refusals
-from fastdeit.config import ModelConfig
 from fastdeit.kernels.reference import Kept, add_branch, select_kept
 from fastdeit.model.deit import build_model
 from fastdeit.model.drop_path import kept_samples
 from fastdeit.model.fused import fuse
 from fastdeit.pipelines.plan.drop_path import draw_fixed_drop_path
+from fastdeit.sections import ModelConfig
 
 refused = partial(refusals.refused, error=ValueError)
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.testing import assert_close as near
 
-from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
 from fastdeit.model.fused import fuse
+from fastdeit.sections import ModelConfig
 from operators import Scale
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastdeit.config import ModelConfig
 from fastdeit.distributed import World
 from fastdeit.model import kernel_checks, kernel_choice, kernel_table
 from fastdeit.model.kernel_choice import OPS, Kernels, choose_kernels
@@ -14,6 +13,7 @@ from fastdeit.model.kernel_table import Row, Table, decide, key, read, write
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import Precision
+from fastdeit.sections import ModelConfig
 from refusals import refused
 from steps import in_two_processes, kernels_on_two_cards
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from fastdeit.config import ModelConfig
 from fastdeit.model.deit import build_model
 from fastdeit.model.networks import build_network
 from fastdeit.model.weights import load_weights, read_checkpoint
+from fastdeit.sections import ModelConfig
 from refusals import refused
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -8,8 +8,8 @@ import timm
 import torch
 from torchvision.transforms.v2.functional import normalize, resize
 
-from fastdeit.config import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.teacher.teacher import LITE0, Teacher
 from refusals import refused
 from runs import newest, train, trained

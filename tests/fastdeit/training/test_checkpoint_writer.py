@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.config import RunConfig
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
+from fastdeit.sections import RunConfig
 from fastdeit.training import trainer
 from fastdeit.training.best import best_names, note_best
 from fastdeit.training.checkpoint_writer import CheckpointWriter, copied

@@ -9,13 +9,13 @@ from timm.layers import resample_abs_pos_embed
 from timm.scheduler import CosineLRScheduler
 
 import fastdeit
-from fastdeit.config import ModelConfig
 from fastdeit.data import TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import open_dataset
 from fastdeit.model.deit import build_model
 from fastdeit.model.fused import fuse
 from fastdeit.recipes import RECIPES, deit_small
+from fastdeit.sections import ModelConfig
 from fastdeit.teacher import teacher
 from fastdeit.training import step
 from fastdeit.training.optim import learning_rate

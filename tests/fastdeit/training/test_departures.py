@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fastdeit.config import COMPAT, COMPAT_RUN, Departures
 from fastdeit.data import EvaluationData, TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import open_dataset
 from fastdeit.precision import resolve
 from fastdeit.recipes import deit_tiny
+from fastdeit.sections import COMPAT, COMPAT_RUN, Departures
 from fastdeit.training.evaluation import headline
 from fastdeit.training.objective import build_objective
 from refusals import refused

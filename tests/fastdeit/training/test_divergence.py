@@ -8,8 +8,8 @@ import torch
 
 import steps
 from fastdeit import checkpoint
-from fastdeit.config import RunConfig
 from fastdeit.distributed import World
+from fastdeit.sections import RunConfig
 from fastdeit.training.best import best_names, forget_best, note_best
 from fastdeit.training.divergence import DivergedError, DivergenceGuard, LossBand
 from fastdeit.training.objective import LossParts

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import fastdeit.model.kernel_choice
-from fastdeit.config import ModelConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.distributed import World, world
 from fastdeit.model.kernel_checks import failure
 from fastdeit.model.kernel_choice import OPS, choose_kernels
@@ -18,6 +18,7 @@ from fastdeit.model.timm_vit import as_deit
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.precision import Precision
 from fastdeit.recipes import convnet_teacher
+from fastdeit.sections import ModelConfig
 from fastdeit.setup import build_student
 from fastdeit.teacher.labelling import label_run
 from refusals import refused

@@ -10,10 +10,11 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.task.distillation import LogitDistillationTask
 from timm.task.token_distillation import TokenDistillationTask
 
-from fastdeit.config import AugmentConfig, Departures, ObjectiveConfig, Recipe
+from fastdeit.config import Recipe
 from fastdeit.kernels.reference import head_log_probabilities
 from fastdeit.model.deit import StudentOutput
 from fastdeit.pipelines.errors import UserError
+from fastdeit.sections import AugmentConfig, Departures, ObjectiveConfig
 from fastdeit.training.objective import build_objective
 from refusals import refused
 

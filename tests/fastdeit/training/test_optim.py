@@ -9,8 +9,8 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV2
 
-from fastdeit.config import OptimConfig
 from fastdeit.recipes import RECIPES, deit_tiny_finetune
+from fastdeit.sections import OptimConfig
 from fastdeit.training.optim import (
     Ema,
     build_optimizer,

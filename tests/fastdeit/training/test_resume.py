@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastdeit import checkpoint
-from fastdeit.config import COMPAT_RUN
 from fastdeit.pipelines.conversion.convert import convert
+from fastdeit.sections import COMPAT_RUN
 from refusals import refused
 from runs import assert_same_state, evaluated, final_state, newest, train, trained
 from system import wait_for

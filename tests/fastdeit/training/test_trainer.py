@@ -10,11 +10,11 @@ import torch._dynamo
 
 import steps
 from fastdeit import checkpoint
-from fastdeit.config import Departures
 from fastdeit.distributed import world
 from fastdeit.model.networks import build_network
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.recipes import convnet_teacher, deit_tiny, deit_tiny_384
+from fastdeit.sections import Departures
 from fastdeit.teacher import teacher
 from fastdeit.training import step
 from fastdeit.training.best import best_names
