@@ -14,7 +14,8 @@ from benchmarks.roof.report import Forecast, gemm_table, part_table, summary_tab
 from benchmarks.tables import read
 from benchmarks.throughput.report import is_ours
 from fastdeit.budget.cards import find_card
-from fastdeit.budget.step import Inputs, gemms, predict
+from fastdeit.budget.step import predict
+from fastdeit.budget.work import Inputs, gemms
 from fastdeit.cli import parse, run
 from fastdeit.recipes import RECIPES
 from fastdeit.sections import ModelConfig

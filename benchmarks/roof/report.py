@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from benchmarks.profiles import by_group, kernels_of
 from benchmarks.render import Record, Table
 from fastdeit.budget.cards import Card
-from fastdeit.budget.step import GAPS, Gemm, StepTime
+from fastdeit.budget.step import StepTime
+from fastdeit.budget.work import GAPS, Gemm
 
 
 @dataclass(frozen=True)

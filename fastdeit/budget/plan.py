@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastdeit.budget.cards import Card
-from fastdeit.budget.step import AVERAGE, FP32, OPTIMIZER, StepTime, memory, parameters, predict
+from fastdeit.budget.step import StepTime, memory, parameters, predict
+from fastdeit.budget.work import AVERAGE, FP32, OPTIMIZER
 from fastdeit.config import Recipe
 from fastdeit.inputs import epoch_order
 from fastdeit.pipelines.errors import UserError

@@ -152,3 +152,19 @@ def test_the_fewest_gpus_for_a_deadline():
 )
 def test_what_the_forecast_does_not_know_is_refused(made, machine, message):
     refused(message, plan, made, machine, Images())
+
+
+def test_a_curriculum_takes_the_time_of_runs_of_its_sizes():
+    made = recipe("deit_small_curriculum")
+    found = plan(made, on(8, cores=64), Images())
+    hours = found.evaluation
+    for size, epochs in ((96, 218), (160, 157), (192, 54), (224, 40)):
+        shape = {"img_size": size}
+        alone = recipe("deit_small_short_100", model=shape, run={"epochs": epochs, "micro_batch": found.micro_batch})
+        part = plan(alone, on(8, cores=64), Images())
+        hours += part.total - part.evaluation
+    assert found.total == pytest.approx(hours, rel=1e-6)
+    # Nothing else limits the GPUs: about the time of 200 epochs at full size.
+    free, full = plan(made, on(8), Images()), plan(recipe("deit_small_short_200"), on(8), Images())
+    assert free.total - free.evaluation == pytest.approx(full.total - full.evaluation, rel=0.15)
+    assert free.cores > 3 * full.cores

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.profiles import PROFILES, newest
 from benchmarks.tables import read
 from fastdeit.budget.cards import CARDS, find_card
-from fastdeit.budget.step import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, kept_samples, parameters, passes, predict
+from fastdeit.budget.step import parameters, predict
+from fastdeit.budget.work import ATTENTION, GELU, LAYER_NORM, TOKENS, gemms, kept_samples, passes
 from fastdeit.model import fused
 from fastdeit.model.deit import build_model
 from fastdeit.recipes import RECIPES
