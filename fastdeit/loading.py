@@ -22,6 +22,7 @@ from fastdeit.model.networks import ConvnetStudent, build_network
 from fastdeit.model.weights import check_described, describe, load_weights, state_dict
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import convnet_teacher, recipe_of
+from fastdeit.sections import CurriculumConfig
 from fastdeit.training.evaluation import headline_head
 
 Weights = Literal["model", "ema"]
@@ -113,7 +114,9 @@ def open_checkpoint(path: Path, recipe: str | Recipe | None = None, img_size: in
         raise UserError(f"{path} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
     size = base.model.img_size if img_size is None else img_size
     model = replace(base.model, init=None, finetune=False, num_classes=classes or base.model.num_classes, img_size=size)
-    return OpenedCheckpoint(path, stored, described, replace(base, model=model).resolved())
+    # A curriculum leads to the size that the network was trained for.
+    curriculum = base.curriculum if size == base.model.img_size else CurriculumConfig()
+    return OpenedCheckpoint(path, stored, described, replace(base, model=model, curriculum=curriculum).resolved())
 
 
 def _own_recipe(path: Path, stored: dict[str, Any]) -> Recipe:

@@ -191,6 +191,7 @@ def test_the_checkpoint_is_of_the_models_size_and_the_log_tells_the_parts(tiny, 
     assert fastdeit.load(newest(recipe)).recipe.model.img_size == 32
     assert final_state(recipe)["model"]["pos_embed"].shape == (1, 18, 48)
     assert evaluated(newest(recipe))["model"]["class"]["top1"] == scores["model"]["class"]["top1"]
+    assert evaluated(newest(recipe), img_size=48)["model"]["images"] == 44
 
 
 def test_warm_up_before_the_cosine_is_timms_and_follows_the_computation():
