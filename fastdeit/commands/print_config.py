@@ -20,7 +20,7 @@ def print_config(recipe: Recipe) -> None:
     main = launch.rank() == 0
     if main:
         print(json.dumps(recipe.to_dict(), indent=2), flush=True)
-    for sentence in [_differences(recipe), *_choices(recipe)]:
+    for sentence in filter(None, [_differences(recipe), recipe.parts().sentence(), *_choices(recipe)]):
         if main:
             say(sentence, "stderr")
 

@@ -1,6 +1,5 @@
 """What a run logs before its first step: its choices, and settings that are probably mistakes."""
 
-import itertools
 import math
 
 import torch
@@ -76,7 +75,7 @@ def announce(
         model,
         None if evaluates(recipe) else NO_ACCURACY,
         lr_sentence(recipe),
-        parts_sentence(recipe),
+        recipe.parts().sentence(),
         mode_sentence(recipe),
         skip_sentence(training),
         f"CUDA graphs {'on' if replayed else 'off'}: {why}" if world.device.type == "cuda" else None,
@@ -168,27 +167,6 @@ def lr_sentence(recipe: Recipe) -> str:
     warm_up = f" after {cfg.warmup_epochs:g} epochs of warm-up" if cfg.warmup_epochs else ""
     layers = f", each layer's {cfg.layer_decay:g} times the next layer's" if cfg.layer_decay != 1 else ""
     return f"learning rate {peak_lr(cfg, batch):g}{scaled}{warm_up}{layers}, {cfg.name}"
-
-
-def parts_sentence(recipe: Recipe) -> str | None:
-    """What each part of a curriculum trains on; None without one."""
-    parts = recipe.parts()
-    if parts.count == 1:
-        return None
-    lengths = [end - first for first, end in itertools.pairwise(parts.starts)]
-    epochs = dict.fromkeys(parts.sizes, 0)
-    for size, length in zip(parts.sizes, lengths, strict=True):
-        epochs[size] += length
-    images = ", ".join(f"{size} pixels in {count} epochs" for size, count in epochs.items()) if len(epochs) > 1 else ""
-    magnitudes = ", ".join(f"{magnitude:g}" for magnitude in parts.magnitudes)
-    what = [
-        *([f"images of {images}"] if images else []),
-        *([f"RandAugment's magnitude {magnitudes}"] if magnitudes else []),
-    ]
-    return (
-        f"curriculum in {parts.count} parts of equal computation: {'; '.join(what)}. Warm-up and learning rate follow "
-        f"the computation"
-    )
 
 
 def mode_sentence(recipe: Recipe) -> str | None:

@@ -81,6 +81,21 @@ class Curriculum:
         """The computation of an image of this epoch, as a share of one of the model's size."""
         return (self.size(epoch) / self.sizes[-1]) ** 2
 
+    def sentence(self) -> str | None:
+        """What the parts train on, for the log; None if there is only one."""
+        if self.count == 1:
+            return None
+        epochs = dict.fromkeys(self.sizes, 0)
+        for size, (first, end) in zip(self.sizes, itertools.pairwise(self.starts), strict=True):
+            epochs[size] += end - first
+        images = ", ".join(f"{size} pixels in {count} epochs" for size, count in epochs.items())
+        magnitudes = ", ".join(f"{magnitude:g}" for magnitude in self.magnitudes)
+        return (
+            f"curriculum in {self.count} parts of equal computation: images of {images}"
+            f"{magnitudes and f'; RandAugment of magnitude {magnitudes}'}. Warm-up and learning rate follow the "
+            f"computation"
+        )
+
 
 def _each_has_epochs(starts: list[int]) -> bool:
     return all(first < end for first, end in itertools.pairwise(starts))

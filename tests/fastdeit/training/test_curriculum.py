@@ -187,7 +187,7 @@ def test_the_checkpoint_is_of_the_models_size_and_the_log_tells_the_parts(tiny, 
     assert scores["model"]["images"] == 44
     said = capsys.readouterr().out
     assert "images of 16 pixels in 5 epochs, 24 pixels in 2 epochs, 32 pixels in 1 epochs" in said
-    assert "RandAugment's magnitude 0, 4, 9" in said
+    assert "RandAugment of magnitude 0, 4, 9" in said
     assert fastdeit.load(newest(recipe)).recipe.model.img_size == 32
     assert final_state(recipe)["model"]["pos_embed"].shape == (1, 18, 48)
     assert evaluated(newest(recipe))["model"]["class"]["top1"] == scores["model"]["class"]["top1"]
