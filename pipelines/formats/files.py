@@ -107,7 +107,8 @@ def atomic_write(path: Path, suffix: str = TEMPORARY) -> Iterator[BinaryIO]:
     partial = beside(path, suffix)
     try:
         with naming(path):
-            with open(partial, "wb") as file:
+            partial.unlink(missing_ok=True)  # of a killed process; a link's target is not ours to overwrite
+            with open(partial, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
