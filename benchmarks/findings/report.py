@@ -87,7 +87,7 @@ def claims_table(found: Sequence[Finding]) -> str:
             each.claim.source,
             f"{each.mean:+.2f}" + (f" +- {each.spread:.2f}" if math.isfinite(each.spread) else ""),
             str(len(each.differences)),
-            f"{each.p:.3f}" if len(each.differences) >= FEWEST else "",
+            ("< 0.001" if each.p < 0.0005 else f"{each.p:.3f}") if len(each.differences) >= FEWEST else "",
             each.verdict,
         )
         for each in found

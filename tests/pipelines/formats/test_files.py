@@ -10,10 +10,15 @@ from fastdeit.pipelines.formats.files import atomic_write
 def test_the_file_is_the_old_one_until_all_of_the_new_one_is_written(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), atomic_write(path) as file:
-        file.write(b"ne")
-        file.flush()
-        raise RuntimeError
+
+    def interrupted():
+        with atomic_write(path) as file:
+            file.write(b"ne")
+            file.flush()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b"old"
     with atomic_write(path) as file:
