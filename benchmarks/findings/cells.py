@@ -77,6 +77,10 @@ CELLS: dict[str, tuple[str, Changes | Callable[[Study], Changes]]] = {
     ),
     "half the epochs": ("deit", lambda study: {"run": {"epochs": study.epochs // 2}}),
     "small images first": ("deit", _small_images_first),
+    "small images first, full RandAugment": (
+        "deit",
+        lambda study: {**_small_images_first(study), "curriculum": {"sizes": study.sizes}},
+    ),
 }
 
 _2021, _2022, _2024 = "arXiv 2012.12877", "arXiv 2204.07118", "arXiv 2405.08768"
@@ -133,6 +137,12 @@ CLAIMS = (
         equal=True,
     ),
     Claim("small images first beat half the epochs", f"{_2024}, Figure 7", "small images first", "half the epochs"),
+    Claim(
+        "so do the sizes alone, without weaker RandAugment",
+        f"{_2024}, section 4",
+        "small images first, full RandAugment",
+        "half the epochs",
+    ),
 )
 
 
