@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from benchmarks.findings.cells import CELLS, TAUGHT_BY_TRANSFORMER, Study, recipe
@@ -26,12 +27,10 @@ from benchmarks.tables import read
 from fastdeit.cli import parse, run
 from fastdeit.commands.demo import teacher_recipe, write_digits
 from fastdeit.config import Recipe
+from fastdeit.data import evaluation_batch
 from fastdeit.distributed import world
-from fastdeit.inputs import open_dataset
-from fastdeit.loading import evaluation_transform
 from fastdeit.model.deit import DeiT, token_cosines
 from fastdeit.pipelines.conversion.convert import convert
-from fastdeit.pipelines.conversion.encode import decode
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 from fastdeit.training.trainer import Trainer
@@ -147,19 +146,12 @@ def _scores(made: Recipe) -> dict[str, Any]:
             }
             for weights, heads in scores.items()
         }
-        model = trainer.model
-    if isinstance(model, DeiT) and model.distilled:
-        images = _val_images(made, 64)
-        found["cosines"] = [round(value, 4) for value in token_cosines(model.eval().tokens_by_layer(images))]
+        model, val = trainer.model, trainer.sets.val
+        if isinstance(model, DeiT) and model.distilled and val is not None:
+            with evaluation_batch(trainer.recipe, val, joined, np.arange(64)) as batch:
+                tokens = model.eval().tokens_by_layer(batch.images)
+            found["cosines"] = [round(value, 4) for value in token_cosines(tokens)]
     return found
-
-
-def _val_images(made: Recipe, count: int) -> torch.Tensor:
-    data, transform = open_dataset(made.data.val, "data.val"), evaluation_transform(made)
-    try:
-        return torch.stack([transform(decode(data.read(number).tobytes())) for number in range(count)])
-    finally:
-        data.close()
 
 
 def settings(made: Recipe) -> str:
