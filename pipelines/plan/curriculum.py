@@ -8,6 +8,8 @@ from fractions import Fraction
 
 from fastdeit.pipelines.errors import UserError
 
+MOST = 100  # parts
+
 
 class Curriculum:
     """A run in parts that take equal computation, as in EfficientTrain++ (Wang et al., arXiv 2405.08768, section 4).
@@ -30,6 +32,9 @@ class Curriculum:
                 f"curriculum.sizes has {len(sizes)} parts, but curriculum.magnitudes has {len(magnitudes)}: "
                 f"give both as many, or leave one of them empty"
             )
+        count = max(len(sizes), len(magnitudes), 1)
+        if count > MOST:
+            raise UserError(f"the curriculum has {count} parts: it may have at most {MOST}")
         if any(size < 1 for size in sizes):
             raise UserError(f"curriculum.sizes are {', '.join(map(str, sizes))}: each must be at least 1")
         if sizes and sizes[-1] != img_size:
@@ -39,12 +44,11 @@ class Curriculum:
             )
         if not all(0 <= magnitude <= 10 for magnitude in magnitudes):
             raise UserError(f"curriculum.magnitudes are {', '.join(map(str, magnitudes))}: each must be from 0 to 10")
-        count = max(len(sizes), len(magnitudes), 1)
         self.epochs, self.count = epochs, count
         self.sizes = tuple(sizes) or (img_size,) * count
         self.magnitudes = tuple(magnitudes)
         shares = [Fraction(1, size * size) for size in self.sizes]
-        self._ends = [sum(shares[: part + 1]) / sum(shares) for part in range(count)]
+        self._ends = [end / sum(shares) for end in itertools.accumulate(shares)]
         self.starts = self._starts(epochs)
         if not _each_has_epochs(self.starts):
             enough = next((n for n in range(epochs + 1, 10_000) if _each_has_epochs(self._starts(n))), None)
