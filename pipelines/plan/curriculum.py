@@ -35,6 +35,8 @@ class Curriculum:
         count = max(len(sizes), len(magnitudes), 1)
         if count > MOST:
             raise UserError(f"the curriculum has {count} parts: it may have at most {MOST}")
+        if img_size < 1 or epochs < 1:
+            raise UserError(f"model.img_size is {img_size} and run.epochs {epochs}: both must be at least 1")
         if any(size < 1 for size in sizes):
             raise UserError(f"curriculum.sizes are {', '.join(map(str, sizes))}: each must be at least 1")
         if sizes and sizes[-1] != img_size:

@@ -62,6 +62,7 @@ def test_an_epochs_plan_is_that_of_a_run_with_its_size_and_magnitude(policy):
         ((300, 224, (96, 224), (1, 2, 3)), "curriculum.sizes has 2 parts, but curriculum.magnitudes has 3"),
         ((300, 384, (96, 224)), "curriculum.sizes end with 224, but model.img_size is 384"),
         ((300, 224, (), (9,) * 101), "the curriculum has 101 parts: it may have at most 100"),
+        ((300, 0), "model.img_size is 0 and run.epochs 300: both must be at least 1"),
         ((300, 224, (0, 224)), "each must be at least 1"),
         ((300, 224, (), (9, 11)), "each must be from 0 to 10"),
         ((11, 224, TEN), "too short for the 10 parts of the curriculum: set --run.epochs 18 or more"),
