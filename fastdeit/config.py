@@ -125,7 +125,9 @@ class Recipe:
 
     def parts(self) -> Curriculum:
         """The parts of the run. Raises UserError if they do not fit each other or the run."""
-        return _curriculum(self.run.epochs, self.model.img_size, self.curriculum.sizes, self.curriculum.magnitudes)
+        cfg = self.curriculum
+        magnitudes = cfg.magnitudes if self.augment.policy == "randaugment" else ()
+        return _curriculum(self.run.epochs, self.model.img_size, tuple(cfg.sizes), tuple(magnitudes))
 
     def _check(self) -> None:
         run, model, optim = self.run, self.model, self.optim

@@ -26,7 +26,8 @@ from fastdeit.subsets import divide
 class ImageLoader:
     """The batches of a data set, decoded, augmented and mixed as a recipe says: an iterable over one epoch at a time.
 
-    Each batch is (images, targets) on the loader's device: `images` (B, 3, S, S) normalised; `targets` (B,) int64, or
+    Each batch is (images, targets) on the loader's device: `images` (B, 3, S, S) normalised, with a curriculum of
+    another S in some epochs; `targets` (B,) int64, or
     (B, num_classes) float32 where the recipe mixes images or smooths labels. Its loss is then
     `torch.nn.functional.cross_entropy(output, targets)`.
 
@@ -62,7 +63,7 @@ class ImageLoader:
         train       False: the evaluation transform, every image once; the last batch may be smaller. With the
                     recipe's `data.hold_out`, only the images that it holds out
         seed        None: the recipe's
-        img_size    None: the recipe's
+        img_size    None: the recipe's. Another one leaves out a curriculum's sizes
         device      None: the current GPU, or the CPU without one
         dtype       of the images: float32 or bfloat16
         threads     that decode; 0: this process's share of the cores
@@ -168,9 +169,11 @@ def _with(
     run = replace(recipe.run, seed=recipe.run.seed if seed is None else seed)
     run = replace(run, global_batch=batch_size * world.size) if train else replace(run, eval_batch=batch_size)
     group = recipe.departures.mix_group or batch_size
+    resized = img_size is not None and img_size != recipe.model.img_size
     return replace(
         recipe,
         model=replace(recipe.model, img_size=recipe.model.img_size if img_size is None else img_size),
+        curriculum=replace(recipe.curriculum, sizes=()) if resized else recipe.curriculum,
         data=replace(recipe.data, train=path, val=None, threads=threads),
         departures=replace(recipe.departures, mix_group=0 if batch_size % group else group),
         run=run,

@@ -107,7 +107,7 @@ def open_checkpoint(path: Path, recipe: str | Recipe | None = None, img_size: in
     if named is not None:
         base = named
     elif isinstance(stored.get("recipe"), dict):
-        base = _own_recipe(path, stored)
+        base = own_recipe(path, stored)
         weights = state_dict(stored, ema=not any(stored.get(key) for key in ("model", "state_dict")), source=str(path))
         check_described(base.model, classes or base.model.num_classes, weights, str(path))
     else:
@@ -119,7 +119,8 @@ def open_checkpoint(path: Path, recipe: str | Recipe | None = None, img_size: in
     return OpenedCheckpoint(path, stored, described, replace(base, model=model, curriculum=curriculum).resolved())
 
 
-def _own_recipe(path: Path, stored: dict[str, Any]) -> Recipe:
+def own_recipe(path: Path, stored: dict[str, Any]) -> Recipe:
+    """The recipe that a checkpoint's content holds. Raises UserError if it cannot be used."""
     try:
         recipe = recipe_from_dict(stored["recipe"], file=path)
     except UserError as error:

@@ -22,6 +22,7 @@ from fastdeit.pipelines.formats.shard_layout import SIDECAR
 if TYPE_CHECKING:
     from fastdeit.pipelines.sources import Source
 
+_BY_NAME = ("folder", "coco", "imagenet train", "imagenet val")  # kinds of sources that find their classes by name
 _ARCHIVES = (".tar", ".gz", ".tgz", ".parquet", ".zip", ".json")
 
 
@@ -42,8 +43,14 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
         return path  # its reader says what is wrong with it
     from fastdeit.pipelines.sources import open_source  # here: most runs need none of its libraries
 
-    names = _class_names(like)
-    source = open_source(str(path.resolve()), class_names=names)
+    place, names = _place(path), _class_names(like)
+    source = open_source(str(place), class_names=names)
+    if names is not None and source.describe()["kind"] not in _BY_NAME:
+        # Given names would rename such a source's labels, not reorder them. A data set with names of its own keeps
+        # them; whoever reads both compares them.
+        own = open_source(str(place))
+        if own.class_names is not None:
+            source, names = own, None
     cache = cache or _users_cache()
     cache.mkdir(parents=True, exist_ok=True)
     dest = cache / f"{path.resolve().stem}-{_fingerprint(source)[:16]}.beton"
@@ -52,8 +59,13 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     with one_at_a_time(dest, partial(say, name="stderr"), "convert") as held:
         if not dest.exists():
             say(f"{path} is converted to {dest}, this once ({len(source)} images)", "stderr")
-            _convert(path, dest, None if names is None else like, held)
+            _convert(place, dest, None if names is None else like, held)
     return dest
+
+
+def _place(path: Path) -> Path:
+    """The path without links, but that of a list itself: its images lie beside the name that the user gave."""
+    return Path(os.path.abspath(path)) if path.suffix == ".json" else path.resolve()
 
 
 def with_converted_data(recipe: Recipe) -> Recipe:
@@ -101,7 +113,7 @@ def _convert(path: Path, dest: Path, like: Path | None, held: IO[Any] | None) ->
 
     package = str(Path(__file__).parents[1])  # in a checkout that is not installed
     places = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "fastdeit.commands.convert", str(path.resolve()), str(dest)]
+    command = [sys.executable, "-m", "fastdeit.commands.convert", str(path), str(dest)]
     journal = journal_path(dest)
     resumes = journal.exists()
     command += ["--resume"] if resumes else []

@@ -26,6 +26,8 @@ def create_model(
     recipe    name of a recipe, or a recipe with `model.arch` "deit"
     img_size  side of the images, pixels; None: the recipe's
 
+    With a recipe that has a curriculum, the network takes images of each of its sizes.
+
     In training mode a distilled network returns the logits (B, K) of both heads, as `objective` takes them, and in eval
     mode their mean. `fastdeit.fuse(model.cuda())` puts in the kernels. Raises UserError for an unknown recipe, another
     arch, and a size that is not a multiple of the patches'.
@@ -50,6 +52,7 @@ def create_model(
         "proj_drop_rate": cfg.drop_rate,
         "pos_drop_rate": cfg.drop_rate,
         **({"no_embed_class": True} if cfg.no_embed_class else {}),
+        **({"dynamic_img_size": True} if made.curriculum.sizes else {}),
     }
     if cfg.distilled and cfg.no_embed_class:
         raise UserError("timm has no network with a distillation token without a position: set distilled to False")

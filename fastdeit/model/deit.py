@@ -189,7 +189,7 @@ class DeiT(nn.Module):
         with antialias. Raises ValueError for a side that is not a multiple of the patch size.
         """
         for size in sizes:
-            if size % self._patch_size:
+            if size < 1 or size % self._patch_size:
                 raise ValueError(
                     f"images of {size} pixels: that is not a multiple of the patch size {self._patch_size}"
                 )
@@ -211,7 +211,7 @@ class DeiT(nn.Module):
         patches = pixels.shape[1]
         if pixels.ndim == 4:
             height, width = pixels.shape[2:]
-            patches = (height // self._patch_size) ** 2 if height == width else 0
+            patches = (height // self._patch_size) ** 2 if height == width and height % self._patch_size == 0 else 0
         if patches == self._grid**2:
             return self.pos_embed
         if patches not in self._resized:
@@ -221,7 +221,7 @@ class DeiT(nn.Module):
                 f"`accept_sizes` was given"
             )
         with torch.autocast(pixels.device.type, enabled=False):
-            return self._resized[patches] @ self.pos_embed
+            return self._resized[patches].to(self.pos_embed.dtype) @ self.pos_embed
 
     def _assemble(self, pixels: Tensor) -> Tensor:
         positions = self._positions(pixels)

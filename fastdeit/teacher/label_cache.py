@@ -60,9 +60,12 @@ def pixel_key(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         del augment["augment.crop"]
     pixels = data.loader.pixels
     parts, curriculum = recipe.parts(), {}
-    if parts.count > 1:  # the epochs of its parts depend on the length of the run
-        given = recipe.to_dict()["curriculum"]
-        curriculum = {"run.epochs": parts.epochs, **{f"curriculum.{k}": v for k, v in given.items()}}
+    if not parts.plain:  # the epochs of its parts depend on the length of the run
+        curriculum = {
+            "run.epochs": parts.epochs,
+            "curriculum.sizes": list(parts.sizes),
+            "curriculum.magnitudes": list(parts.magnitudes),
+        }
     return {
         "data.train (content)": data.loader.dataset.content_hash,
         _PIXELS: pixels,

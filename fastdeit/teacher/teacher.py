@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.inputs import check_teacher
-from fastdeit.loading import open_checkpoint
+from fastdeit.loading import own_recipe
 from fastdeit.model.deit import StudentOutput, build_model
 from fastdeit.model.timm_vit import size_option
 from fastdeit.model.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
@@ -64,7 +65,7 @@ class Teacher(nn.Module):
         held = described.get("arch", DEIT)
         if held != DEIT and _without_tag(held) != _without_tag(arch):
             raise UserError(f"{source} holds a {held}: give --teacher.name {held} instead of {arch}")
-        build = _builder(cfg, arch, cfg.img_size or described.get("img_size"), num_classes)
+        build = _builder(arch, cfg.img_size or described.get("img_size"), num_classes, stored, source)
         # Checked on the meta device first: the file may claim a resolution of any size.
         shapes = on_meta(build, f"{source}: it does not describe a network")
         if shapes is not None:
@@ -183,11 +184,18 @@ def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
     return stored, state_dict(stored, source=source), source, cfg.name
 
 
-def _builder(cfg: TeacherConfig, arch: str, img_size: int | None, num_classes: int) -> Callable[[], nn.Module]:
+def _builder(
+    arch: str, img_size: int | None, num_classes: int, stored: dict[str, Any], source: str
+) -> Callable[[], nn.Module]:
     """Function: the teacher's network, without its weights."""
     if arch == DEIT:
-        assert cfg.checkpoint is not None
-        shape = replace(open_checkpoint(cfg.checkpoint).recipe.model, img_size=img_size, drop_path=0.0, drop_rate=0.0)
+        if not isinstance(stored.get("recipe"), dict):
+            raise UserError(
+                f"{source} does not hold the recipe of its network: name the network as timm does, such as "
+                f"--teacher.name deit_small_patch16_224"
+            )
+        model = own_recipe(Path(source), stored).model
+        shape = replace(model, img_size=img_size or model.img_size, drop_path=0.0, drop_rate=0.0)
         return lambda: build_model(shape, num_classes)
     options = size_option(arch, img_size)
     return lambda: timm.create_model(arch, pretrained=False, num_classes=num_classes, **options)

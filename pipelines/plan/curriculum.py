@@ -37,8 +37,10 @@ class Curriculum:
             raise UserError(f"the curriculum has {count} parts: it may have at most {MOST}")
         if img_size < 1 or epochs < 1:
             raise UserError(f"model.img_size is {img_size} and run.epochs {epochs}: both must be at least 1")
-        if any(size < 1 for size in sizes):
-            raise UserError(f"curriculum.sizes are {', '.join(map(str, sizes))}: each must be at least 1")
+        if not all(1 <= size <= max(img_size, sizes[-1]) for size in sizes):
+            raise UserError(
+                f"curriculum.sizes are {', '.join(map(str, sizes))}: each must be from 1 to model.img_size, {img_size}"
+            )
         if sizes and sizes[-1] != img_size:
             raise UserError(
                 f"curriculum.sizes end with {sizes[-1]}, but model.img_size is {img_size}: the last part must train on "
@@ -62,6 +64,11 @@ class Curriculum:
 
     def _starts(self, epochs: int) -> list[int]:
         return [0, *(round(end * epochs) for end in self._ends)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all epochs have the model's size and the policy's own magnitude."""
+        return not self.magnitudes and set(self.sizes) == {self.sizes[-1]}
 
     def part(self, epoch: int) -> int:
         """The part that an epoch is in; the last one for all epochs after the run."""
@@ -88,16 +95,18 @@ class Curriculum:
         return (self.size(epoch) / self.sizes[-1]) ** 2
 
     def sentence(self) -> str | None:
-        """What the parts train on, for the log; None if there is only one."""
-        if self.count == 1:
+        """What the parts train on, for the log; None if that is the same as without a curriculum."""
+        if self.plain:
             return None
         epochs = dict.fromkeys(self.sizes, 0)
         for size, (first, end) in zip(self.sizes, itertools.pairwise(self.starts), strict=True):
             epochs[size] += end - first
-        images = ", ".join(f"{size} pixels in {count} epochs" for size, count in epochs.items())
+        images = ", ".join(
+            f"{size} pixels in {count} epoch{'s' if count > 1 else ''}" for size, count in epochs.items()
+        )
         magnitudes = ", ".join(f"{magnitude:g}" for magnitude in self.magnitudes)
         return (
-            f"curriculum in {self.count} parts of equal computation: images of {images}"
+            f"curriculum in {self.count} part{'s' if self.count > 1 else ''} of equal computation: images of {images}"
             f"{magnitudes and f'; RandAugment of magnitude {magnitudes}'}. Warm-up and learning rate follow the "
             f"computation"
         )

@@ -1,4 +1,4 @@
-"""Images that a JSON file in COCO's layout lists with their classes, as iNaturalist 2017 to 2021 do."""
+"""Images that a JSON file in COCO's layout lists with their classes, as iNaturalist 2017 to 2019 do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import numpy as np
 
 from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.parsing import parse_json
-from fastdeit.pipelines.sources.base import SourceError, is_image, read_image, shown
+from fastdeit.pipelines.sources.base import (
+    SourceError,
+    check_class_names,
+    class_labels,
+    is_image,
+    read_image,
+    shown,
+)
 from fastdeit.pipelines.sources.files import is_left_out, open_regular
 
 MAX_LIST = 192 << 20  # bytes; iNaturalist 2018's training list takes 130 MB
@@ -20,10 +27,11 @@ class Annotations:
     """The images of a file with the lists `images`, `annotations` and `categories`.
 
     Paths of images are relative to the file's folder. A label is the rank of its category by `id`, also among those
-    without images, so that all parts of a data set agree. Two categories of one name are told apart by their
-    supercategory or id. Format: https://github.com/visipedia/inat_comp.
+    without images, so that all parts of a data set agree; with `class_names` it is the place of its name among them.
+    Two categories of one name are told apart by their supercategory or id. Format:
+    https://github.com/visipedia/inat_comp.
 
-    Raises SourceError for another file, and for an image with several categories.
+    Raises SourceError for another file, for an image with several categories, and for one that is listed twice.
     """
 
     in_memory = False
@@ -32,10 +40,12 @@ class Annotations:
         self.path = path
         lists = self._read()
         categories = sorted(lists["categories"], key=lambda each: self._number(each, "id"))
-        label = {each["id"]: rank for rank, each in enumerate(categories)}
-        if len(label) < len(categories):
+        if len({each["id"] for each in categories}) < len(categories):
             raise self._error("two categories have the same id")
-        self.class_names = class_names or self._names(categories)
+        names = self._names(categories)
+        place = class_labels(names, class_names or names, str(path))
+        self.class_names = list(place)
+        label = {each["id"]: place[name] for each, name in zip(categories, names, strict=True)}
         of_image: dict[int, int] = {}
         for each in lists["annotations"]:
             image, category = self._number(each, "image_id"), self._number(each, "category_id")
@@ -46,8 +56,13 @@ class Annotations:
         self._files: list[str] = []
         labels: list[int] = []
         self._left_out = Counter(files_that_are_no_images=0, hidden_files=0, images_without_category=0)
+        seen: set[int | str] = set()
         for each in lists["images"]:
-            name, number = self._file_name(each), of_image.get(self._number(each, "id"))
+            name, image = self._file_name(each), self._number(each, "id")
+            if name in seen or image in seen:
+                raise self._error(f"image {image}, {shown(name)}, is listed twice")
+            seen |= {name, image}
+            number = of_image.get(image)
             if number is None:
                 self._left_out["images_without_category"] += 1
             elif any(map(is_left_out, PurePosixPath(name).parts)):
@@ -67,6 +82,10 @@ class Annotations:
     def _read(self) -> dict[str, list[dict[str, Any]]]:
         with open_regular(self.path) as file:
             data = file.read(MAX_LIST + 1)
+        if len(data) > MAX_LIST:
+            raise self._error(
+                f"is larger than {MAX_LIST >> 20} MiB, too large for a list of images: convert folders of them instead"
+            )
         names = ("images", "annotations", "categories")
         try:
             lists = parse_json(data, MAX_LIST)
@@ -86,7 +105,7 @@ class Annotations:
 
     def _file_name(self, entry: dict[str, Any]) -> str:
         name = entry.get("file_name")
-        if not isinstance(name, str) or not name or "\0" in name:
+        if not isinstance(name, str) or not name or "\0" in name or not _is_text(name):
             raise self._error(f"an image has file_name {shown(name)}")
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -94,14 +113,18 @@ class Annotations:
         return name
 
     def _names(self, categories: list[dict[str, Any]]) -> list[str]:
-        names = [str(each.get("name", each["id"])) for each in categories]
+        for each in categories:
+            name = each.get("name", "-")
+            if not isinstance(name, str) or not name or not _is_text(name):
+                raise self._error(f"category {each['id']} has name {shown(name)}")
+        names = [each.get("name", str(each["id"])) for each in categories]
         for other in ("supercategory", "id"):
             count = Counter(names)
             names = [
                 f"{name} ({each.get(other, '')})" if count[name] > 1 else name
                 for name, each in zip(names, categories, strict=True)
             ]
-        return names
+        return check_class_names(names, f"{self.path}: names of categories")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -119,3 +142,8 @@ class Annotations:
     def read(self, index: int) -> tuple[bytes, int, str]:
         name = self.name(index)
         return read_image(Path(name)), int(self._labels[index]), name
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name has no half of a surrogate pair, which JSON allows and files and terminals do not take."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)

@@ -23,7 +23,7 @@ class Joined:
         for part in parts[1:]:
             if part.class_names != self.class_names:
                 raise SourceError(
-                    f"{part.describe()['path']}: the splits that are to be joined have different classes: "
+                    f"{part.name(0)}: the splits that are to be joined have different classes: "
                     f"give all of them one list with --class-names"
                 )
 

@@ -65,8 +65,12 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
     text = os.fspath(text)
     if class_names is not None:
         check_class_names(class_names, "class names")
+    if split is None and text.partition(":")[0] in ("torchvision", "imagenet", "cifar"):
+        before, _, last = text.rpartition(":")
+        if "+" in last and ":" in before and not os.path.lexists(last):
+            text, split = before, last
     if split is not None and "+" in split and not is_folder(Path(text) / split):
-        names = split.split("+")
+        names = [os.path.normpath(name) if name else "" for name in split.split("+")]
         if not all(names) or len(set(names)) < len(names):
             raise SourceError(f"{text}: --split {split} must join different splits, such as train+val")
         return Joined([open_source(text, name, class_names) for name in names])

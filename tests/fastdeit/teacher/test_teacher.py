@@ -138,7 +138,15 @@ def test_a_deit_of_any_shape_teaches(tiny, distilled):
 
 def test_a_deit_without_its_recipe_cannot_teach(checkpoint):
     cfg = checkpoint("deit", arch="deit")
-    refused("does not hold its recipe", Teacher, cfg, IMAGENET_MEAN, IMAGENET_STD, 64, 5)
+    refused(
+        "does not hold the recipe of its network: name the network as timm does",
+        Teacher,
+        cfg,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        64,
+        5,
+    )
 
 
 @pytest.mark.parametrize(

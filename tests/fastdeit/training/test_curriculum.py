@@ -17,6 +17,7 @@ from fastdeit.model.fused import fuse
 from fastdeit.recipes import RECIPES, deit_small
 from fastdeit.sections import ModelConfig
 from fastdeit.teacher import teacher
+from fastdeit.teacher.label_cache import pixel_key
 from fastdeit.training import step
 from fastdeit.training.optim import learning_rate
 from refusals import refused
@@ -112,18 +113,17 @@ def test_two_processes_make_the_batches_of_one(tiny):
 
 
 def test_create_loader_grows_too(data):
-    recipe = changed(deit_small(), model={"img_size": 32}, data={"loader": "torch"}, run={"epochs": 8}, **GROWING)
+    shape = {"img_size": 32, "patch_size": 8}
+    recipe = changed(deit_small(), model=shape, data={"loader": "torch"}, run={"epochs": 8}, **GROWING)
     with fastdeit.create_loader(data / "train.beton", recipe, batch_size=32, device="cpu", epoch=4) as loader:
         sides = [{images.shape[-1] for images, _ in loader} for _ in range(6)]
     assert sides == [{16}, {24}, {24}, {32}, {32}, {32}]  # after the run's epochs, the last part goes on
-    refused(
-        "curriculum.sizes end with 32, but model.img_size is 48",
-        fastdeit.create_loader,
-        data / "train.beton",
-        recipe,
-        batch_size=32,
-        img_size=48,
-    )
+    model = fastdeit.create_model(recipe, num_classes=4)
+    for epoch in (4, 5, 7):
+        with fastdeit.create_loader(data / "train.beton", recipe, batch_size=32, device="cpu", epoch=epoch) as loader:
+            assert model(next(iter(loader))[0]).shape == (32, 4)
+    with fastdeit.create_loader(data / "train.beton", recipe, batch_size=32, device="cpu", img_size=48) as loader:
+        assert next(iter(loader))[0].shape == (32, 3, 48, 48)
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_the_checkpoint_is_of_the_models_size_and_the_log_tells_the_parts(tiny, 
     scores = train(recipe)
     assert scores["model"]["images"] == 44
     said = capsys.readouterr().out
-    assert "images of 16 pixels in 5 epochs, 24 pixels in 2 epochs, 32 pixels in 1 epochs" in said
+    assert "images of 16 pixels in 5 epochs, 24 pixels in 2 epochs, 32 pixels in 1 epoch;" in said
     assert "RandAugment of magnitude 0, 4, 9" in said
     assert fastdeit.load(newest(recipe)).recipe.model.img_size == 32
     assert final_state(recipe)["model"]["pos_embed"].shape == (1, 18, 48)
@@ -209,6 +209,23 @@ def test_warm_up_before_the_cosine_is_timms_and_follows_the_computation():
     for part in range(10):  # each is a tenth of the computation, and so of the schedule
         expected = judge._get_lr(469 * part)[0]
         assert learning_rate(recipe, parts.starts[part], 0, 312) == pytest.approx(expected, rel=1e-9)
+
+
+def test_labels_of_other_pixels_are_not_taken(tiny):
+    """One magnitude for the whole run changes the pixels; sizes that are all the model's do not."""
+    run = {"epochs": 8}
+    cases = {"none": {}, "one": {"magnitudes": (0.0,)}, "same": {"sizes": (32, 32)}, "growing": GROWING["curriculum"]}
+    keys, pixels = {}, {}
+    for name, curriculum in cases.items():
+        recipe = tiny(curriculum=curriculum, run=run)
+        with opened(TrainingData, recipe) as data:
+            keys[name] = pixel_key(recipe, data)
+            pixels[name] = next(data.flow(0))[-1].images.clone()
+    for name in cases:
+        same = pixels[name].shape == pixels["none"].shape and torch.equal(pixels[name], pixels["none"])
+        assert (keys[name] == keys["none"]) == same == (name in ("none", "same"))
+    plain = tiny(curriculum={"magnitudes": (0.0,)}, augment={"policy": "plain"}).parts()
+    assert plain.sentence() is None
 
 
 @pytest.mark.parametrize(

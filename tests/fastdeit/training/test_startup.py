@@ -217,7 +217,7 @@ def test_a_run_on_a_known_card_has_a_forecast(monkeypatch):
     found = forecast_run(known, sets)
     assert found is not None
     sentence = forecast_sentence(found)
-    wanted = r"forecast: .* for the whole run at [\d,]+ images/s; what limits it is .* \(fastdeit budget\)"
+    wanted = r"forecast: .* for the whole run, at [\d,]+ images/s; what limits it is .* \(fastdeit budget\)"
     assert re.fullmatch(wanted, sentence)
     assert forecast_run(training_on(deit_tiny(), "NVIDIA T4", monkeypatch), sets) is None
     assert forecast_run(training_on(deit_tiny(), "NVIDIA H200 MIG 1g.18gb", monkeypatch), sets) is None

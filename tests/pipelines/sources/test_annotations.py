@@ -10,7 +10,8 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
-from archives import refused
+from archives import jpeg, parquet, refused
+from fastdeit.on_demand import converted
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.pipelines.conversion.workers import ConvertError
 from fastdeit.pipelines.formats.dataset import open_dataset
@@ -125,11 +126,60 @@ def test_categories_of_one_name_are_told_apart(inat):
         ({"images": [{"id": 90, "file_name": "../x.jpg"}]}, "'../x.jpg', outside of the list's folder"),
         ({"images": [{"id": 90, "file_name": "/etc/x.jpg"}]}, "'/etc/x.jpg', outside of the list's folder"),
         ({"images": [{"id": 90, "file_name": 4}]}, "an image has file_name 4"),
+        ({"images": [{"id": 90, "file_name": "\ud800.jpg"}]}, r"an image has file_name '\\ud800.jpg'"),
+        ({"images": [{"id": 90, "file_name": "a.jpg"}, {"id": 90, "file_name": "b.jpg"}]}, "'b.jpg', is listed twice"),
+        ({"images": [{"id": 90, "file_name": "a.jpg"}, {"id": 91, "file_name": "a.jpg"}]}, "'a.jpg', is listed twice"),
+        ({"categories": [{"id": 0, "name": ""}]}, "category 0 has name ''"),
+        ({"categories": [{"id": 0, "name": ["x"]}]}, "category 0 has name a list"),
+        (
+            {"categories": [{"id": i, "name": name} for i, name in enumerate(("A", "A", "A () (0)"))]},
+            r"names of categories, line 3: 'A \(\) \(0\)' is there twice",
+        ),
     ],
 )
 def test_other_lists_are_refused(inat, lists, reason):
     change(inat / "train2018.json", **lists)
     refused(reason, inat / "train2018.json")
+
+
+def test_class_names_order_the_labels(inat):
+    names = ["Dama", "Lutra", "Acer", "Corvus", "Bufo"]
+    source = open_source(inat / "train2018.json", None, names)
+    assert source.class_names == names
+    assert [source.read(i)[1] for i in range(4)] == [2, 4, 3, 0]
+    refused("class 'Corvus' is not in the list", inat / "train2018.json", None, ["Acer", "Bufo", "Dama"])
+
+
+def test_a_list_that_is_too_large_says_so(inat, monkeypatch):
+    monkeypatch.setattr("fastdeit.pipelines.sources.annotations.MAX_LIST", 100)
+    refused("too large for a list of images: convert folders", inat / "train2018.json")
+
+
+def test_lists_that_are_converted_on_demand_keep_their_classes(inat, tmp_path, monkeypatch):
+    """The validation list may name fewer classes than the training list; a link to a list is not followed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    val = json.loads((inat / "val2018.json").read_text())
+    change(inat / "val2018.json", categories=[each for each in val["categories"] if each["name"] == "Bufo"])
+    train = converted(inat / "train2018.json")
+    own = converted(inat / "val2018.json", like=train)
+    assert open_dataset(own).class_names == open_dataset(train).class_names
+    assert open_dataset(own).label.tolist() == [1]
+    (tmp_path / "elsewhere").mkdir()
+    (inat / "val2018.json").rename(tmp_path / "elsewhere" / "list.json")
+    (inat / "val2018.json").symlink_to(tmp_path / "elsewhere" / "list.json")
+    assert open_dataset(converted(inat / "val2018.json", like=train)).label.tolist() == [1]
+
+
+def test_archives_with_other_names_are_not_renamed_on_demand(tmp_path, monkeypatch):
+    """A parquet file may name its labels itself: the names of another data set would only take their place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("train/cat/1.png", "train/cow/2.png"):
+        picture(tmp_path / name)
+    name, data = parquet(jpeg)
+    (tmp_path / name).write_bytes(data)
+    train = converted(tmp_path / "train")
+    assert open_dataset(train).class_names == ["cat", "cow"]
+    assert open_dataset(converted(tmp_path / name, like=train)).class_names == ["cat", "dog"]
 
 
 def test_what_is_no_list_is_refused(inat, tmp_path):
@@ -164,6 +214,8 @@ def test_train_and_val_of_flowers_are_joined(flowers):
         assert source.read(i) == (path.read_bytes(), label, str(path))
     refused("must join different splits", f"torchvision:Flowers102:{flowers}", "train+train")
     refused("must join different splits", f"torchvision:Flowers102:{flowers}", "train+")
+    same = open_source(f"torchvision:Flowers102:{flowers}:train+val")
+    assert [same.name(i) for i in range(5)] == [source.name(i) for i in range(5)]
     refused("cannot find or open it there", f"torchvision:Flowers102:{flowers}", "train+other")
 
 
@@ -176,6 +228,7 @@ def test_folders_are_joined_if_their_classes_are_the_same(tmp_path):
         for label, name in ((0, "train/a/1.png"), (1, "train/b/2.png"), (0, "val/a/3.png"), (1, "val/b/4.png"))
     ]
     assert source.inputs() == [*open_source(tmp_path, "train").inputs(), *open_source(tmp_path, "val").inputs()]
+    refused("must join different splits", tmp_path, "train+train/")
     refused("have different classes: give all of them one list with --class-names", tmp_path, "train+few")
     assert open_source(tmp_path, "train+few", ["a", "b"]).class_names == ["a", "b"]
     (tmp_path / "train+val" / "c").mkdir(parents=True)
