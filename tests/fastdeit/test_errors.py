@@ -15,6 +15,7 @@ import torchvision
 from fastdeit import checkpoint
 from fastdeit.cli import run
 from fastdeit.pipelines.errors import UserError, fact, naming
+from fastdeit.pipelines.formats import files
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.sources import open_source
 from fastdeit.teacher.label_cache import LabelCache
@@ -96,11 +97,11 @@ def test_a_real_full_disk_is_named():
 
 
 @pytest.mark.parametrize("size", [3, 100_000])
-def test_a_checkpoint_on_a_full_disk(tmp_path, size):
+def test_a_checkpoint_on_a_full_disk(tmp_path, monkeypatch, size):
     """`/dev/full` stands in for it; PyTorch's writer reports it as a RuntimeError about its own positions."""
     path = tmp_path / "checkpoint-000000002.pt"
     checkpoint.save(tmp_path / "checkpoint-000000001.pt", {"weight": torch.ones(3)})
-    (tmp_path / "checkpoint-000000002.pt.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(files, "open", lambda *_: open("/dev/full", "wb"), raising=False)
     with pytest.raises(
         UserError, match=r"checkpoint-000000002\.pt: cannot be written: No space left on device.*untouched"
     ):
