@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import os
 import signal
 from types import SimpleNamespace
@@ -101,7 +102,7 @@ def test_a_checkpoint_on_a_full_disk(tmp_path, monkeypatch, size):
     """`/dev/full` stands in for it; PyTorch's writer reports it as a RuntimeError about its own positions."""
     path = tmp_path / "checkpoint-000000002.pt"
     checkpoint.save(tmp_path / "checkpoint-000000001.pt", {"weight": torch.ones(3)})
-    monkeypatch.setattr(files, "open", lambda *_: Path("/dev/full").open("wb"), raising=False)
+    monkeypatch.setattr(files, "open", lambda *_: io.FileIO("/dev/full", "w"), raising=False)
     with pytest.raises(
         UserError, match=r"checkpoint-000000002\.pt: cannot be written: No space left on device.*untouched"
     ):
