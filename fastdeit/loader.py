@@ -26,10 +26,9 @@ from fastdeit.subsets import divide
 class ImageLoader:
     """The batches of a data set, decoded, augmented and mixed as a recipe says: an iterable over one epoch at a time.
 
-    Each batch is (images, targets) on the loader's device: `images` (B, 3, S, S) normalised, with a curriculum of
-    another S in some epochs; `targets` (B,) int64, or
-    (B, num_classes) float32 where the recipe mixes images or smooths labels. Its loss is then
-    `torch.nn.functional.cross_entropy(output, targets)`.
+    Each batch is (images, targets) on the loader's device: `images` (B, 3, S, S) normalised; `targets` (B,) int64, or
+    (B, num_classes) float32 where the recipe mixes images or smooths labels. With a curriculum, S depends on the epoch.
+    The loss is then `torch.nn.functional.cross_entropy(output, targets)`.
 
     Iterating goes from (`epoch`, `step`) to the end of that epoch. Both always name the batch that comes next, so
     `state_dict` at any moment resumes after the last batch that was given out, with the same bits, and a loop that was
@@ -63,7 +62,7 @@ class ImageLoader:
         train       False: the evaluation transform, every image once; the last batch may be smaller. With the
                     recipe's `data.hold_out`, only the images that it holds out
         seed        None: the recipe's
-        img_size    None: the recipe's. Another one leaves out a curriculum's sizes
+        img_size    None: the recipe's. Another size turns off the recipe's `curriculum.sizes`
         device      None: the current GPU, or the CPU without one
         dtype       of the images: float32 or bfloat16
         threads     that decode; 0: this process's share of the cores

@@ -114,7 +114,7 @@ def open_checkpoint(path: Path, recipe: str | Recipe | None = None, img_size: in
         raise UserError(f"{path} does not hold its recipe: name it, e.g. --recipe deit_small_distilled")
     size = base.model.img_size if img_size is None else img_size
     model = replace(base.model, init=None, finetune=False, num_classes=classes or base.model.num_classes, img_size=size)
-    # A curriculum leads to the size that the network was trained for.
+    # A curriculum must end at the model's size, so another size drops it.
     curriculum = base.curriculum if size == base.model.img_size else CurriculumConfig()
     return OpenedCheckpoint(path, stored, described, replace(base, model=model, curriculum=curriculum).resolved())
 

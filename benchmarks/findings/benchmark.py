@@ -36,7 +36,7 @@ from fastdeit.recipes import RECIPES
 from fastdeit.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-# Fields of a recipe that are younger than the first runs; they count where they are not at their defaults.
+# Recipe fields newer than the first results; at their defaults they do not change the hash of the settings.
 NEWER = (
     ("augment", "crop"),
     ("curriculum", "sizes"),
@@ -185,7 +185,7 @@ def _train_all(options: Options) -> None:
     study = _digits(options, cells) if options.data == "digits" else _fashion_mnist(options)
     if study.transformer is None and TAUGHT_BY_TRANSFORMER in cells:
         cells.remove(TAUGHT_BY_TRANSFORMER)
-        print(f"{options.data}: no cell '{TAUGHT_BY_TRANSFORMER}'", file=sys.stderr, flush=True)
+        print(f"{options.data}: skipping '{TAUGHT_BY_TRANSFORMER}': no such teacher", file=sys.stderr, flush=True)
     done = {
         (record["data"], record["cell"], record["seed"], record["settings"])
         for record in (read(options.results) if options.results.exists() else [])

@@ -130,15 +130,15 @@ CLAIMS = (
         "fused_probabilities",
     ),
     Claim(
-        "with small images first, half the computation loses nothing",
+        "small images first, half the compute: same accuracy",
         f"{_2024}, Figure 7",
         "small images first",
         "deit",
         equal=True,
     ),
-    Claim("small images first beat half the epochs", f"{_2024}, Figure 7", "small images first", "half the epochs"),
+    Claim("small images first beats half the epochs", f"{_2024}, Figure 7", "small images first", "half the epochs"),
     Claim(
-        "so do the sizes alone, without weaker RandAugment",
+        "small images first with full RandAugment beats half the epochs",
         f"{_2024}, section 4",
         "small images first, full RandAugment",
         "half the epochs",

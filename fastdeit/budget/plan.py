@@ -76,7 +76,7 @@ class Plan:
     memory       bytes on each GPU
     fits         whether that is less than the card has
     evaluation   seconds of all evaluations
-    earlier      the epochs of a curriculum with smaller images; all else here is of the full size
+    earlier      forecasts for a curriculum's smaller images; `step`, `seconds`, `memory`, `rate`: full size only
     notes        what the forecast leaves out or assumes for this run
     """
 
@@ -180,7 +180,7 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
         return found
     run = replace(recipe.run, micro_batch=found.micro_batch)
     sized = {size: replace(recipe, model=replace(recipe.model, img_size=size), run=run) for size in epochs}
-    note = "the cores' and disks' share is that of images of 224 pixels, also for smaller ones"
+    note = "decoding and disk reads are assumed to cost as much for smaller images as at 224 pixels"
     return replace(
         found,
         earlier=tuple(Earlier(size, count, _plan(sized[size], machine, images)) for size, count in epochs.items()),

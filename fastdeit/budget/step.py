@@ -2,7 +2,7 @@
 
 `predict` takes a recipe's model configuration and a card, and needs no GPU. It models the step that fastdeit runs on a
 GPU with its kernels and torch.compile: bf16 products, AdamW, stochastic depth in either mode, the last block reduced to
-the prefix tokens. `work.py` counts what it does; its starts of kernels and its numbers of launches come from profiles.
+the prefix tokens. `work.py` counts the work; kernel start-up times and launch counts come from profiles.
 
 Not in the model: a teacher that runs beside the student, clipping, micro-batches, fp32 and fp16, several GPUs.
 """

@@ -152,7 +152,7 @@ def lines(name: str, found: Plan) -> list[str]:
         ),
         ("rate", f"{found.speed:,.0f} images/s, {each:,.0f} a GPU; a step takes: {took}"),
         *(
-            ("", f"{each.plan.speed:,.0f} images/s in {each.epochs} epochs with images of {each.size} pixels")
+            ("", f"{each.plan.speed:,.0f} images/s for the {each.epochs} epochs at {each.size} pixels")
             for each in found.earlier
         ),
         ("bottleneck", found.bottleneck),

@@ -30,7 +30,7 @@ class Options:
         webdataset:PATTERN             tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY
         parquet:PATTERN                parquet files: file, folder or glob; #image=COLUMN,label=COLUMN
         cifar:FILE[:SPLIT]             the archives of CIFAR-10 and CIFAR-100
-        coco:FILE                      a list of images in COCO's layout, as iNaturalist's train2018.json
+        coco:FILE                      a JSON list in COCO format, such as iNaturalist's train2018.json
         torchvision:NAME:ROOT[:SPLIT]  a torchvision data set on disk
 
     The word before the colon is optional for files with their usual names, and for folders of such files.
@@ -46,7 +46,7 @@ class Options:
     format: Literal["beton", "webdataset"] = "beton"
     split: str | None = None
     """Part of the source: a subfolder; "train" or "test" for IDX files; the split of a torchvision data set;
-    train+val joins two."""
+    "train+val" joins two splits."""
     max_side: int | None = None
     """Reduce longer sides to this many pixels (Lanczos); 500 suffices for training at 224."""
     quality: int = 92

@@ -183,7 +183,7 @@ class DeiT(nn.Module):
         return wanted if torch.get_autocast_dtype(device) is wanted else None
 
     def accept_sizes(self, sizes: Iterable[int]) -> None:
-        """Take images of these sides (pixels) as well, from now on, on the model's present device.
+        """Also accept square images of these sizes (pixels). Call it once the model is on its final device.
 
         The position embedding is resized for them in each forward pass, as by timm's `resample_abs_pos_embed`: bicubic
         with antialias. Raises ValueError for a side that is not a multiple of the patch size.
@@ -197,9 +197,9 @@ class DeiT(nn.Module):
                 self._resized[grid**2] = self._resizing(grid).to(self.pos_embed.device)
 
     def _resizing(self, grid: int) -> Tensor:
-        """The matrix that makes a position embedding of `grid` x `grid` patches from the model's.
+        """Matrix that resizes the model's position embedding to `grid` x `grid` patches.
 
-        A product, unlike PyTorch's resizing, has a gradient that is the same in each run on a GPU.
+        A matrix product has a deterministic gradient on a GPU; the backward pass of PyTorch's interpolation has not.
         """
         patches = self._grid**2
         unit = torch.eye(patches).view(patches, 1, self._grid, self._grid)

@@ -1,7 +1,8 @@
 """Short schedules, and a curriculum: Wang et al., EfficientTrain++, arXiv 2405.08768, and the authors' commands.
 
-All have the authors' hyperparameters: batch 4,096, no repeated augmentation, no average of the weights. A mixing group
-is the batch that one of their GPUs had at 224 pixels.
+All use the hyperparameters of the authors' scripts: batch 4,096, no repeated augmentation, no average of the weights.
+The scripts cover DeiT-Ti and DeiT-S; the DeiT-B recipes use the same values. A mixing group has 256 images, the
+per-GPU batch of their DeiT-S script at 192 and 224 pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from fastdeit.config import Recipe
 from fastdeit.recipes.deit import deit_base, deit_small, deit_tiny
 from fastdeit.sections import CurriculumConfig, DataConfig, Departures, EmaConfig, OptimConfig
 
-# Ten parts: side of the images, and RandAugment's magnitude, which is the number of the part (_ET_pp_main_deitS.py).
+# Ten parts: image size, and RandAugment's magnitude, equal to the index of the part (_ET_pp_main_deitS.py).
 _SIZES = (96, 96, 160, 160, 160, 160, 192, 192, 224, 224)
 _MAGNITUDES = tuple(map(float, range(10)))
 
@@ -42,7 +43,7 @@ def _short(recipe: Recipe, name: str, *, epochs: int, warmup: float, drop_path: 
 
 
 def _curriculum(recipe: Recipe) -> Recipe:
-    # The computation of 200 epochs at 224 pixels.
+    # 469 epochs cost as much as 200 epochs at 224 pixels; warm-up is 20% of the run.
     recipe = _short(recipe, "curriculum", epochs=469, warmup=93.8, drop_path=0.1)
     return dataclasses.replace(recipe, curriculum=CurriculumConfig(sizes=_SIZES, magnitudes=_MAGNITUDES))
 
@@ -120,7 +121,7 @@ def deit_base_short_200() -> Recipe:
 
 
 def deit_tiny_curriculum() -> Recipe:
-    """DeiT-Ti, 469 epochs of growing images, which cost 200 at 224: 73.7 top-1 (authors).
+    """DeiT-Ti, 469 epochs on growing images, at the compute of 200 at 224 pixels: 73.7 top-1 (authors).
 
     fastdeit-train deit_tiny_curriculum --data.train train.beton --data.val val.beton \
         --run.output runs/deit_tiny_curriculum
@@ -132,7 +133,7 @@ def deit_tiny_curriculum() -> Recipe:
 
 
 def deit_small_curriculum() -> Recipe:
-    """DeiT-S, 469 epochs of growing images, which cost 200 at 224: 81.0 top-1 (authors).
+    """DeiT-S, 469 epochs on growing images, at the compute of 200 at 224 pixels: 81.0 top-1 (authors).
 
     fastdeit-train deit_small_curriculum --data.train train.beton --data.val val.beton \
         --run.output runs/deit_small_curriculum
@@ -144,7 +145,7 @@ def deit_small_curriculum() -> Recipe:
 
 
 def deit_base_curriculum() -> Recipe:
-    """DeiT-B, 469 epochs of growing images, which cost 200 at 224.
+    """DeiT-B, 469 epochs on growing images, at the compute of 200 at 224 pixels.
 
     fastdeit-train deit_base_curriculum --data.train train.beton --data.val val.beton \
         --run.output runs/deit_base_curriculum

@@ -31,8 +31,8 @@ def teacher_warnings(recipe: Recipe, teacher: Teacher, sets: DataSets, world: Wo
         )
     elif other:
         out.append(
-            f"the teacher works at {teacher.img_size} pixels: the curriculum's images of {other} are resized for it, "
-            f"so smaller images save none of its time"
+            f"the teacher works at {teacher.img_size} pixels: the curriculum's images of {other} pixels are resized "
+            f"for it, so the curriculum does not speed up the teacher"
         )
     if not world.main:
         return out

@@ -176,7 +176,7 @@ def _open(cfg: TeacherConfig) -> tuple[dict[str, Any], State, str, str]:
     if cfg.name != DEIT and not timm.is_model(cfg.name):
         close = difflib.get_close_matches(cfg.name, timm.list_models())
         hint = f", such as {', '.join(close)}" if close else ""
-        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0} nor {DEIT} nor a timm model{hint}")
+        raise UserError(f"teacher.name '{cfg.name}' is neither {LITE0}, {DEIT} nor a timm model{hint}")
     check_teacher(cfg)
     assert cfg.checkpoint is not None
     stored = read_checkpoint(cfg.checkpoint)

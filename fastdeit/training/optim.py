@@ -147,8 +147,8 @@ def peak_lr(cfg: OptimConfig, global_batch: int) -> float:
 def learning_rate(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step: linear warm-up, then a cosine to `min_lr` at the end of the last epoch.
 
-    With `optim.warmup_prefix` the cosine begins where warm-up ends; otherwise it begins with the run, and warm-up hides
-    its beginning. With a curriculum, time is counted in computation: see `Curriculum.elapsed`.
+    With `optim.warmup_prefix` the cosine starts when warm-up ends. Otherwise it starts at epoch 0, and warm-up replaces
+    its first epochs. With a curriculum, time is measured in compute: see `Curriculum.elapsed`.
 
     With `optim.schedule` "wsd" (warm-up, stable, decay) it stays at its peak until the last `decay_epochs`, over which
     it falls linearly to `min_lr` (Haegele et al., arXiv 2405.18392).

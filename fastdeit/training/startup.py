@@ -121,7 +121,7 @@ def forecast_run(training: TrainingStep, sets: DataSets) -> Plan | None:
 
 
 def forecast_sentence(forecast: Plan) -> str:
-    largest = " with the largest images" if forecast.earlier else ""
+    largest = " at full size" if forecast.earlier else ""
     return (
         f"forecast: {duration(forecast.total)} for the whole run, at {forecast.speed:,.0f} images/s{largest}; what "
         f"limits it is {forecast.bottleneck} (fastdeit budget)"

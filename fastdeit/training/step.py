@@ -125,8 +125,8 @@ class TrainingStep:
         if isinstance(model, DeiT):
             model.accept_sizes(recipe.parts().sizes)
         if self.compiled:
-            # Each shape has a compiled form of its own, so that no bits depend on which shapes came before. Evaluation
-            # and a curriculum need several.
+            # Compile each shape separately, so that results do not depend on which shapes came before. Evaluation and a
+            # curriculum need several shapes.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
             self.model.compile(backend=COMPILER, dynamic=False)
             self.objective = torch.compile(self.objective, backend=COMPILER, dynamic=False)

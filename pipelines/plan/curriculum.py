@@ -30,7 +30,7 @@ class Curriculum:
         if sizes and magnitudes and len(sizes) != len(magnitudes):
             raise UserError(
                 f"curriculum.sizes has {len(sizes)} parts, but curriculum.magnitudes has {len(magnitudes)}: "
-                f"give both as many, or leave one of them empty"
+                f"give both the same number, or leave one of them empty"
             )
         count = max(len(sizes), len(magnitudes), 1)
         if count > MOST:
@@ -91,7 +91,7 @@ class Curriculum:
         return self.epochs * (part + (time - first) / (end - first)) / self.count
 
     def work(self, epoch: int) -> float:
-        """The computation of an image of this epoch, as a share of one of the model's size."""
+        """Cost of one image in this epoch, relative to an image of the model's size."""
         return (self.size(epoch) / self.sizes[-1]) ** 2
 
     def sentence(self) -> str | None:

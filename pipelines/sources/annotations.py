@@ -1,4 +1,4 @@
-"""Images that a JSON file in COCO's layout lists with their classes, as iNaturalist 2017 to 2019 do."""
+"""Images and classes from a JSON file in COCO format, such as the lists of iNaturalist 2017 to 2019."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ MAX_LIST = 192 << 20  # bytes; iNaturalist 2018's training list takes 130 MB
 class Annotations:
     """The images of a file with the lists `images`, `annotations` and `categories`.
 
-    Paths of images are relative to the file's folder. A label is the rank of its category by `id`, also among those
-    without images, so that all parts of a data set agree; with `class_names` it is the place of its name among them.
-    Two categories of one name are told apart by their supercategory or id. Format:
+    Image paths are relative to the file's folder. Labels number the categories in order of `id`. Categories without
+    images count too, so train and val agree. With `class_names`, a label is the index of the category's name in that
+    list. Categories that share a name get their supercategory, then their id, appended. Format:
     https://github.com/visipedia/inat_comp.
 
-    Raises SourceError for another file, for an image with several categories, and for one that is listed twice.
+    Raises SourceError for a file in another format, an image with several categories, or an image listed twice.
     """
 
     in_memory = False
@@ -52,7 +52,7 @@ class Annotations:
             if category not in label:
                 raise self._error(f"image {image} has category {category}, which `categories` lacks")
             if of_image.setdefault(image, label[category]) != label[category]:
-                raise self._error(f"image {image} has several categories: it lists objects, not one class an image")
+                raise self._error(f"image {image} has several categories: a list of objects, not of classified images")
         self._files: list[str] = []
         labels: list[int] = []
         self._left_out = Counter(files_that_are_no_images=0, hidden_files=0, images_without_category=0)
@@ -73,7 +73,7 @@ class Annotations:
                 self._files.append(name)
                 labels.append(number)
         if not self._files:
-            raise self._error("no image in it has a category. Is it the list of a test set?")
+            raise self._error("no usable image: all lack a category (a test list?), are hidden, or are not image files")
         self._labels = np.array(labels, np.int64)
 
     def _error(self, reason: str) -> SourceError:
@@ -84,7 +84,7 @@ class Annotations:
             data = file.read(MAX_LIST + 1)
         if len(data) > MAX_LIST:
             raise self._error(
-                f"is larger than {MAX_LIST >> 20} MiB, too large for a list of images: convert folders of them instead"
+                f"larger than {MAX_LIST >> 20} MiB, too large for a list of images: convert folders of them instead"
             )
         names = ("images", "annotations", "categories")
         try:
@@ -145,5 +145,5 @@ class Annotations:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a name has no half of a surrogate pair, which JSON allows and files and terminals do not take."""
+    """Whether `name` has no lone surrogates: JSON allows them, file systems and terminals do not."""
     return not any("\ud800" <= character <= "\udfff" for character in name)

@@ -53,11 +53,11 @@ def open_source(text: str | os.PathLike[str], split: str | None = None, class_na
     webdataset:PATTERN               tar shards: file, folder, glob or train-{000..127}.tar; #label=KEY of a .json
     parquet:PATTERN                  parquet files, likewise; #image=COLUMN,label=COLUMN if they are ambiguous
     cifar:FILE[:SPLIT]               CIFAR-10's and CIFAR-100's own archives
-    coco:FILE                        a list of images in COCO's layout, as iNaturalist's train2018.json
+    coco:FILE                        a JSON list in COCO format, such as iNaturalist's train2018.json
 
     The word before the colon is optional for files with their usual names, and for folders of such files.
 
-    A `split` such as "train+val" joins several.
+    `split` may join several splits: "train+val".
 
     `class_names` sets the order of the labels of an image folder and of ILSVRC2012 (by wnid), and names the labels
     0, 1, ... of other sources.

@@ -1,4 +1,4 @@
-"""Runs whose images grow: timm judges the model and the schedule, runs of one size the batches, resumes the bits."""
+"""Curriculum runs, checked against timm (model, schedule), single-size runs (batches) and resumed runs (bits)."""
 
 import copy
 

@@ -1,10 +1,12 @@
-"""Atomic writing: the old file or all of the new one, and nobody else's file."""
+"""Atomic writing: the old file or all of the new one, nobody else's file; folders that cannot be synced."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from fastdeit.pipelines.formats.files import atomic_write
+from fastdeit.pipelines.formats.files import atomic_write, sync_folder
+from refusals import refused
 
 
 def test_the_file_is_the_old_one_until_all_of_the_new_one_is_written(tmp_path):
@@ -45,3 +47,13 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
     with atomic_write(tmp_path / "x.json", ".tmp") as file:
         file.write(b"new")
     assert (tmp_path / "x.json").read_bytes() == b"new"
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error():
+    """As under WSL, where each checkpoint in /mnt/c would fail; the judge is /proc, which refuses in the same way."""
+    folder = os.open("/proc", os.O_RDONLY)
+    try:
+        refused("Invalid argument", os.fsync, folder, error=OSError)
+    finally:
+        os.close(folder)
+    sync_folder(Path("/proc"))

@@ -115,7 +115,7 @@ def test_categories_of_one_name_are_told_apart(inat):
     [
         ({"images": None}, "has no list `images` of objects; a list in COCO's layout has images, annotations, cat"),
         ({"categories": [3]}, "has no list `categories` of objects"),
-        ({"annotations": []}, "no image in it has a category. Is it the list of a test set"),
+        ({"annotations": []}, "no usable image: all lack a category"),
         ({"annotations": [{"image_id": 90, "category_id": 9}]}, "image 90 has category 9, which `categories` lacks"),
         ({"annotations": [{"image_id": "90", "category_id": 1}]}, "an entry has image_id '90' instead of a number"),
         (
