@@ -164,17 +164,19 @@ def draw(found: Mapping[str, Sequence[Finding]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "findings"
-    rows = max(len(each) for each in found.values())
-    figure = Figure(figsize=(9 if len(found) > 1 else 7, 0.32 * rows + 1.2), layout="constrained")
+    claims = [claim for claim in CLAIMS if any(claim == each.claim for chosen in found.values() for each in chosen)]
+    row = {claim.text: len(claims) - 1 - place for place, claim in enumerate(claims)}  # the first one is on top
+    figure = Figure(figsize=(9 if len(found) > 1 else 7, 0.32 * len(row) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
     for panel, (data, chosen) in zip(panels, found.items(), strict=True):
-        for row, each in enumerate(reversed(chosen)):
+        for each in chosen:
             sure = each.p < SURE and len(each.differences) >= FEWEST
-            colour = "#8a8a8a" if not sure else "#2f8f4e" if each.mean > 0 else "#b5432f"
+            holds = each.mean > 0 and not each.claim.equal
+            colour = "#8a8a8a" if not sure else "#2f8f4e" if holds else "#b5432f"
             spread = each.spread if math.isfinite(each.spread) else 0.0
-            panel.errorbar(each.mean, row, xerr=spread, fmt="o", color=colour, ms=4, capsize=2)
+            panel.errorbar(each.mean, row[each.claim.text], xerr=spread, fmt="o", color=colour, ms=4, capsize=2)
         panel.axvline(0, color="#444444", lw=0.8)
-        panel.set_yticks(range(len(chosen)), [each.claim.text for each in reversed(chosen)])
+        panel.set_yticks(list(row.values()), list(row))
         panel.set(title=data, xlabel="difference in top-1, points")
         panel.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

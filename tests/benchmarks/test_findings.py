@@ -8,7 +8,7 @@ from scipy import stats
 
 from benchmarks.findings import benchmark
 from benchmarks.findings.cells import CELLS, CLAIMS, Study, recipe
-from benchmarks.findings.report import BEGIN, END, by_cell, findings, write
+from benchmarks.findings.report import BEGIN, END, by_cell, draw, findings, write
 from benchmarks.record import RESULTS
 from fastdeit.effects import check_given
 from fastdeit.pipelines.errors import UserError
@@ -140,3 +140,17 @@ def test_a_study_goes_on_where_it_was_interrupted(tmp_path, capsys):
         benchmark.main(["--cells", "deti"])
     with pytest.raises(UserError, match="needs --train and --val"):
         benchmark.main(["--data", "fashion-mnist"])
+
+
+def test_points_stand_beside_their_claims_where_a_data_set_lacks_one(tmp_path, monkeypatch):
+    """Both panels of the picture share the labels of the left one."""
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    digits = findings(by_cell(records([60.0, 61.0, 62.0], [50.0, 50.9, 52.2]), "digits"))
+    assert len(digits) == 2
+    found = {"digits": digits, "few": [finding(digits)], "other": digits[1:]}
+    draw(found, tmp_path / "x.svg")
+    for panel, chosen in zip(figures[0].axes, found.values(), strict=True):
+        names = dict(zip(panel.get_yticks(), (label.get_text() for label in panel.get_yticklabels()), strict=True))
+        points = [line.get_xydata()[0] for line in panel.get_lines() if line.get_marker() == "o"]
+        assert {names[y]: x for x, y in points} == {each.claim.text: pytest.approx(each.mean) for each in chosen}
