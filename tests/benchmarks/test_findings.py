@@ -150,7 +150,8 @@ def test_points_stand_beside_their_claims_where_a_data_set_lacks_one(tmp_path, m
     assert len(digits) == 2
     found = {"digits": digits, "few": [finding(digits)], "other": digits[1:]}
     draw(found, tmp_path / "x.svg")
+    left = figures[0].axes[0]
+    names = dict(zip(left.get_yticks(), (label.get_text() for label in left.get_yticklabels()), strict=True))
     for panel, chosen in zip(figures[0].axes, found.values(), strict=True):
-        names = dict(zip(panel.get_yticks(), (label.get_text() for label in panel.get_yticklabels()), strict=True))
         points = [line.get_xydata()[0] for line in panel.get_lines() if line.get_marker() == "o"]
         assert {names[y]: x for x, y in points} == {each.claim.text: pytest.approx(each.mean) for each in chosen}
