@@ -170,11 +170,8 @@ def plan(recipe: Recipe, machine: Machine, images: Images) -> Plan:
     Raises UserError for what the model does not know (a convnet student, another precision than bf16), and for a batch
     that cannot be divided among the GPUs.
     """
-    parts, replace = recipe.parts(), dataclasses.replace
-    found = _plan(recipe, machine, images)
-    epochs: dict[int, int] = {}
-    for size, first, end in zip(parts.sizes, parts.starts[:-1], parts.starts[1:], strict=True):
-        epochs[size] = epochs.get(size, 0) + end - first
+    replace, found = dataclasses.replace, _plan(recipe, machine, images)
+    epochs = recipe.parts().epochs_by_size()
     del epochs[recipe.model.img_size]
     if not epochs:
         return found

@@ -94,13 +94,18 @@ class Curriculum:
         """Cost of one image in this epoch, relative to an image of the model's size."""
         return (self.size(epoch) / self.sizes[-1]) ** 2
 
+    def epochs_by_size(self) -> dict[int, int]:
+        """The number of epochs that train on images of each size, in the order of the parts."""
+        epochs = dict.fromkeys(self.sizes, 0)
+        for size, (first, end) in zip(self.sizes, itertools.pairwise(self.starts), strict=True):
+            epochs[size] += end - first
+        return epochs
+
     def sentence(self) -> str | None:
         """What the parts train on, for the log; None if that is the same as without a curriculum."""
         if self.plain:
             return None
-        epochs = dict.fromkeys(self.sizes, 0)
-        for size, (first, end) in zip(self.sizes, itertools.pairwise(self.starts), strict=True):
-            epochs[size] += end - first
+        epochs = self.epochs_by_size()
         images = ", ".join(
             f"{size} pixels in {count} epoch{'s' if count > 1 else ''}" for size, count in epochs.items()
         )

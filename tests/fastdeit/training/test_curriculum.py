@@ -152,6 +152,19 @@ def test_replayed_steps_are_recorded_again_for_each_size(tiny, monkeypatch):
     assert [tape.discarded for tape in tapes] == [1, 1, 0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_on_a_gpu_the_graph_of_each_size_has_the_bits_of_the_steps(tiny, compile):
+    found = []
+    for graphs in ("off", "on"):
+        torch._dynamo.reset()
+        run = {"epochs": 8, "eval_every": 8, "device": "cuda", "cuda_graphs": graphs, "compile": compile}
+        output = tiny().run.output / graphs
+        recipe = tiny(**GROWING, model={"drop_path": 0.2, "kernels": "triton"}, run={**run, "output": output})
+        found.append(trained(recipe)["model"])
+    assert_same_state(*found)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_run(tiny, taught, monkeypatch):
     for module in (step, teacher):
