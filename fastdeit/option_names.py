@@ -87,11 +87,13 @@ def _name(option: str) -> str:
 
 def _meant(typed: str, names: list[str]) -> str:
     name = _name(typed)
-    if (here := TIMM.get(typed.replace("_", "-"))) is not None:
-        meaning = next((field.meaning for field in FIRST if field.name == here), "")
-        return f"did you mean --{here}?" + (f" ({meaning})" if meaning else "")
     last = name.rpartition(".")[2]
     near = [each for each in names if each.rpartition(".")[2] == last]
+    # timm's name, alone or after the name of a section: --data.batch_size
+    here = TIMM.get(typed.replace("_", "-")) or (TIMM.get("--" + last.replace("_", "-")) if not near else None)
+    if here is not None:
+        meaning = next((field.meaning for field in FIRST if field.name == here), "")
+        return f"did you mean --{here}?" + (f" ({meaning})" if meaning else "")
     near = near or difflib.get_close_matches(name, [*names, *_OTHERS, *_ELSEWHERE], n=3, cutoff=0.8)
     if len(last) > 4:  # too many short words are alike
         alike = difflib.get_close_matches(last, {each.rpartition(".")[2] for each in names}, n=3, cutoff=0.8)

@@ -241,6 +241,8 @@ def test_a_stored_recipe_of_wrong_types_is_refused():
     [
         ("--lr", r"did you mean --optim\.lr\? \(for a batch of optim\.lr_batch"),
         ("--batch-size", r"did you mean --run\.global_batch\? \(images a step on all GPUs together"),
+        ("--data.batch_size", r"did you mean --run\.global_batch\? \(images a step on all GPUs together"),
+        ("--train.epochs", r"did you mean --run\.epochs\?"),
         ("--mixup", r"did you mean --augment\.mixup_alpha\?"),
         ("--distilled", r"did you mean --model\.distilled\?"),
         ("--run.epoch", r"did you mean --run\.epochs\?"),

@@ -42,14 +42,17 @@ def setting(data, tmp_path):
 
 # Seeded, since a batch shares its share of Mixup, and four of them may leave few images with a pure colour.
 FIRST_BATCHES = """
+import os
 import random
 import sys
+import tempfile
 import numpy as np
 import torch
 from benchmarks.loaders.contenders import CONTENDERS
 from benchmarks.loaders.peers.stream import Missing, Setting
 
 setting, out = eval(sys.argv[1]), sys.argv[2]
+tempfile.tempdir = os.path.dirname(out)  # DALI's files, which a forked process leaves behind
 for seed in (torch.manual_seed, random.seed, np.random.seed):
     seed(1)
 try:
