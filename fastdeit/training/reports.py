@@ -21,13 +21,20 @@ from fastdeit.training.state import RunState
 
 def report_resume(log: RunLog, state: RunState, resumed: Resumed, recipe: Recipe, processes: int) -> None:
     """Log which checkpoint the run continues from, now on `processes` processes, and what has changed since."""
-    log.event("resume", path=str(resumed.path), changed=resumed.changed, **state.position())
-    log.say(f"resumed from {resumed.path}: epoch {state.epoch + 1}, step {state.step}")
+    log.event("resume", path=str(resumed.path), changed=resumed.changed, rounding=resumed.rounding, **state.position())
+    ended = state.epoch == recipe.run.epochs
+    where = "no step is left" if ended else f"epoch {state.epoch + 1}, step {state.step}"
+    log.say(f"resumed from {resumed.path}: {where}")
     sentence = other_processes_sentence(recipe, resumed.processes, processes)
     if sentence is not None:
         log.say(sentence)
     for phrase in resumed.changed:
         log.say(f"changed on resuming: {phrase}")
+    if resumed.rounding and not ended:
+        log.warn(
+            f"the checkpoint was written with {', '.join(resumed.rounding)}: the last bits of the weights may differ "
+            f"from those of an uninterrupted run"
+        )
 
 
 def report_window(log: RunLog, window: Window, *, eta: float, lr: float, position: dict[str, int]) -> None:

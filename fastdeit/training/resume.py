@@ -13,7 +13,15 @@ from fastdeit.model.kernel_choice import Kernels
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.training.best import forget_best
-from fastdeit.training.resume_checks import check_log, check_position, check_state, damage_remedy, stored_kernels
+from fastdeit.training.resume_checks import (
+    check_log,
+    check_position,
+    check_rounding,
+    check_state,
+    damage_remedy,
+    stored_kernels,
+)
+from fastdeit.training.rounding import rounding, rounding_changes
 from fastdeit.training.run_record import began_from
 from fastdeit.training.state import START, RunState
 from fastdeit.training.step import TrainingStep
@@ -69,8 +77,8 @@ def snapshot(
 
     `model` and `ema` are state dicts in timm's names; `epoch`, `step`, `counted_from` and `skipped` are those of
     `RunState`, and `rewinds` its `diverged` and `rewinds`. `kernels` is the choice of kernels, with the version of the
-    table that made it. `class_names`, `arch`, `num_classes`, `img_size`, `mean` and `std` describe the network to a run
-    that takes it as its teacher.
+    table that made it; `rounding` comes from the function of that name. `class_names`, `arch`, `num_classes`,
+    `img_size`, `mean` and `std` describe the network to a run that takes it as its teacher.
     """
     recipe = training.recipe
     return {
@@ -83,6 +91,7 @@ def snapshot(
         "rewinds": [state.diverged, state.rewinds],
         "effective": effective,
         "kernels": training.kernels.event(),
+        "rounding": rounding(training.world),
         "log": log,
         "class_names": class_names,
         "arch": recipe.model.arch,
@@ -175,11 +184,13 @@ class Resumed:
 
     path       of its file
     changed    a phrase for each thing that changed since
+    rounding   a phrase for each of device, threads and versions that differs: the last bits may differ
     log        the log's sums at that step; None if an older version wrote the checkpoint
     """
 
     path: Path
     changed: list[str]
+    rounding: list[str]
     log: dict[str, Any] | None
 
     @property
@@ -285,14 +296,14 @@ def go_back(state: RunState, training: TrainingStep, before: int) -> Resumed:
 
 def _load(stored: dict[str, Any], path: Path, state: RunState, training: TrainingStep, changed: list[str]) -> Resumed:
     check_state(stored, path, training)
-    log = check_log(stored, path)
+    log, before = check_log(stored, path), check_rounding(stored, path)
     training.load(stored)
     state.epoch, state.step, state.global_step = (stored[name] for name in ("epoch", "step", "global_step"))
     state.counted_from = stored.get("counted_from", list(START))
     state.skipped.update(stored.get("skipped", []))
     if not state.rewinds and not changed:  # a run that goes back now counts on; another recipe begins to count anew
         state.diverged, state.rewinds = stored.get("rewinds", (0, 0))
-    return Resumed(path, changed, log)
+    return Resumed(path, changed, rounding_changes(before, rounding(training.world)), log)
 
 
 def _differences(stored: dict[str, Any], recipe: Recipe, effective: dict[str, Any]) -> list[str]:

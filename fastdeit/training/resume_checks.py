@@ -14,6 +14,7 @@ from fastdeit.checkpoint import MOST_STEPS, NOT_OURS
 from fastdeit.model.attention_backend import BACKENDS
 from fastdeit.model.kernel_choice import OPS, Kernels
 from fastdeit.pipelines.errors import UserError
+from fastdeit.training.rounding import Rounding
 from fastdeit.training.state import START
 from fastdeit.training.step import TrainingStep
 
@@ -92,6 +93,16 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
     _check_optimizer(path, state["optimizer"], training, state["global_step"])
     if state["scaler"] is not None:
         _check_scaler(path, state["scaler"])
+
+
+def check_rounding(state: dict[str, Any], path: Path) -> Rounding:
+    """Device, threads and versions in a checkpoint; empty if an older version wrote it. Raises UserError otherwise."""
+    stored = state.get("rounding", {})
+    if not isinstance(stored, dict) or not all(
+        isinstance(value, str | int | None) and len(str(value)) <= 200 for value in stored.values()
+    ):
+        raise UserError(f"{path}: its field 'rounding' does not hold names and numbers; {NOT_OURS}")
+    return stored
 
 
 def check_log(state: dict[str, Any], path: Path) -> dict[str, Any] | None:

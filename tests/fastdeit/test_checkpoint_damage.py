@@ -252,6 +252,9 @@ EDITS = [
     (("kernels", "ops"), ["a"], "'kernels' is not a choice that this version knows"),
     (("kernels", "attention"), "quick", "'kernels' is not a choice that this version knows"),
     (("kernels",), [], "'kernels' is not a choice that this version knows"),
+    (("rounding",), ["torch"], "'rounding' does not hold names and numbers"),
+    (("rounding", "torch"), [], "'rounding' does not hold names and numbers"),
+    (("rounding", "device"), "x" * 201, "'rounding' does not hold names and numbers"),
     (("scaler",), {"scale": -1.0}, "'scaler' is not the state of a loss scale"),
 ]
 

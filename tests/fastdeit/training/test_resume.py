@@ -15,7 +15,7 @@ from fastdeit import checkpoint
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.sections import COMPAT_RUN
 from refusals import refused
-from runs import assert_same_state, evaluated, final_state, newest, train, trained
+from runs import assert_same_state, evaluated, final_state, newest, rewind, train, trained
 from system import wait_for
 
 
@@ -151,6 +151,34 @@ def test_other_data_is_refused(tiny, images, tmp_path):
     convert(str(images / "train"), tmp_path / "other.beton", shuffle_seed=5, progress=False)
     train(first)
     refused(r"another data\.train", train, tiny(run={"epochs": 1}, data={"train": tmp_path / "other.beton"}))
+
+
+@pytest.mark.slow
+def test_resuming_where_sums_round_otherwise_warns(tiny, events):
+    def warned():
+        return [e["text"] for e in events(recipe.run.output, "warning") if "last bits" in e["text"]]
+
+    recipe = tiny(run={"epochs": 1, "checkpoint_every": 3})
+    train(recipe)
+    rewind(recipe, 3)
+    train(recipe)
+    assert warned() == []
+    rewind(recipe, 3)
+    state = checkpoint.load(newest(recipe))
+    now = dict(state["rounding"])
+    assert {"device", "CPU threads", "torch", "pillow"} <= now.keys()
+    state["rounding"].update(device="NVIDIA X\x1b", torch="1.0")
+    torch.save(state, newest(recipe))
+    train(recipe)
+    (text,) = warned()
+    assert f"device NVIDIA X\x1b (now {now['device']}), torch 1.0 (now {now['torch']}): the last bits" in text
+    assert checkpoint.load(newest(recipe))["rounding"] == now  # those of the last step
+    train(recipe)  # no step is left
+    del state["rounding"]  # an older version's
+    rewind(recipe, 3)
+    torch.save(state, newest(recipe))
+    train(recipe)
+    assert len(warned()) == 1
 
 
 @pytest.mark.slow
