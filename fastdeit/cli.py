@@ -17,7 +17,7 @@ from fastdeit.config import LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.help import page
 from fastdeit.option_names import check_options, with_values
-from fastdeit.pipelines.console import discard
+from fastdeit.pipelines.console import answer, discard, settle
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
@@ -44,9 +44,6 @@ def run(main: Callable[[], T]) -> T:
     """
     hold_descriptors()
     escape_streams()
-    if sys.argv[1:] == ["--version"]:
-        print(f"fastdeit {__version__}")
-        sys.exit()
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -62,7 +59,10 @@ def run(main: Callable[[], T]) -> T:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sentence: str | None = None
     try:
-        return main()
+        if sys.argv[1:] == ["--version"]:
+            answer(f"fastdeit {__version__}")
+            sys.exit()
+        return _flushed(main)
     except KeyboardInterrupt:
         came.append(signal.SIGINT)
     except Exception as error:
@@ -83,7 +83,21 @@ def run(main: Callable[[], T]) -> T:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     print(f"error: {printable(sentence)}", file=sys.stderr)
+    settle()
     sys.exit(2)
+
+
+def _flushed(main: Callable[[], T]) -> T:
+    """Call `main`, then flush stdout: argparse leaves its help in the buffer, and Python's own flush fails late."""
+    try:
+        result = main()
+    except SystemExit:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return result
 
 
 def _reader_has_gone() -> bool:
@@ -198,7 +212,7 @@ def _help(args: list[str]) -> list[str]:
     """Print a recipe's short page if `args` ask for it; else the words for tyro's page of all fields."""
     if args and args[0] in RECIPES and {"-h", "--help"} & set(args):
         recipe = RECIPES[args[0]]
-        print(page(recipe(), (recipe.__doc__ or "").partition("\n")[0], program("train")))
+        answer(page(recipe(), (recipe.__doc__ or "").partition("\n")[0], program("train")))
         sys.exit()
     return ["--help" if word == "--help-all" else word for word in args]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from fastdeit.pipelines.errors import printable
+from fastdeit.pipelines.machine import machine_error
 from fastdeit.pipelines.terminal import Escaping
 
 
@@ -26,6 +27,21 @@ def _print(text: str, name: Literal["stdout", "stderr"]) -> str | None:
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     return None
+
+
+def answer(text: str) -> None:
+    """Print the lines that a command exists to print.
+
+    Raises MachineError if they cannot be written, also where streams survive that (`Steady`), and BrokenPipeError if
+    nobody reads them.
+    """
+    stream = sys.stdout.unwrapped if isinstance(sys.stdout, Steady) else sys.stdout
+    try:
+        print(text, file=Escaping(stream), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise machine_error(error, "standard output cannot be written") from error
 
 
 def report(text: str, what: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from fastdeit.pipelines.errors import printable
 
+_RESET = "\x1b[0m"  # colorama, which numba imports, writes it to a terminal when the program ends
+
 
 class Escaping:
     """A text stream that escapes unprintable characters; it forwards everything else to the stream.
@@ -22,13 +24,18 @@ class Escaping:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        shown = text if Escaping._coloured else printable(text, keep="\n\t\r")
+        shown = text if Escaping._coloured or text == _RESET else printable(text, keep="\n\t\r")
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
         self._stream.flush()
+
+    @property
+    def unwrapped(self) -> Any:
+        """The stream that it writes to."""
+        return self._stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

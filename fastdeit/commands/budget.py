@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdeit.cli import parse_recipe, program, run
 from fastdeit.config import Recipe
+from fastdeit.pipelines.console import answer
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import RECIPES
 
@@ -98,13 +99,13 @@ def budget() -> None:
     found = plan(recipe, machine, images)
     enough = None if own.deadline is None else fewest_gpus(recipe, machine, images, own.deadline)
     if own.json:
-        print(json.dumps(as_json(found) | ({} if own.deadline is None else {"gpus_for_deadline": enough})), flush=True)
+        answer(json.dumps(as_json(found) | ({} if own.deadline is None else {"gpus_for_deadline": enough})))
         return
-    print(*lines(recipe.name, found), sep="\n", flush=True)
+    answer("\n".join(lines(recipe.name, found)))
     if own.deadline is not None:
         meets = found.fits and found.total <= 3600 * own.deadline
         verdict = f"{own.deadline:g} hours: {'met' if meets else 'missed'}"
-        print(f"{verdict}; {_enough(enough, machine.card.name)}", flush=True)
+        answer(f"{verdict}; {_enough(enough, machine.card.name)}")
 
 
 def _enough(gpus: int | None, card: str) -> str:

@@ -10,6 +10,7 @@ from fastdeit.cli import run
 from fastdeit.commands import budget
 from fastdeit.commands.main import COMMANDS
 from fastdeit.config import Recipe
+from fastdeit.pipelines.console import answer
 from fastdeit.recipes import RECIPES
 
 Choices = dict[str, tuple[str, ...]]  # the options of a command, each with its values; empty: a file or a number
@@ -132,7 +133,7 @@ def main() -> None:
             epilog="Write it to a file that your shell reads; docs/training.md names one.",
         )
         parser.add_argument("shell", choices=["bash", "zsh"])
-        print(script(parser.parse_args(sys.argv[1:]).shell), end="")
+        answer(script(parser.parse_args(sys.argv[1:]).shell).removesuffix("\n"))
 
     run(go)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from fastdeit.cli import program, run
 from fastdeit.commands.doctor_checks import CHECKS, Check, sentence
+from fastdeit.pipelines.console import answer
 
 
 def examine() -> list[Check]:
@@ -54,10 +55,10 @@ def doctor(argv: Sequence[str] | None) -> bool:
     checks = examine()
     possible, conclusion = verdict(checks)
     if options.json:
-        answer = json.dumps({"can_train": possible, "checks": [dataclasses.asdict(c) for c in checks]}, indent=2)
+        page = json.dumps({"can_train": possible, "checks": [dataclasses.asdict(c) for c in checks]}, indent=2)
     else:
-        answer = f"{render(checks, min(shutil.get_terminal_size().columns, 120))}\n\n{conclusion}"
-    print(answer, flush=True)
+        page = f"{render(checks, min(shutil.get_terminal_size().columns, 120))}\n\n{conclusion}"
+    answer(page)
     return possible
 
 

@@ -25,6 +25,7 @@ from fastdeit.inputs import (
 )
 from fastdeit.on_demand import converted
 from fastdeit.pipelines import console
+from fastdeit.pipelines.console import answer
 from fastdeit.pipelines.errors import UserError, printable
 from fastdeit.pipelines.formats.dataset import Dataset
 from fastdeit.recipes import recipe_named
@@ -333,8 +334,8 @@ def _as_json(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     def go() -> None:
-        keep_streams()
         options = parse(Options, program("eval"))
+        keep_streams()
         launch.prepare()
         # Looked up once: hours later, the folder may have changed.
         named: Sets = {} if options.corruptions is None else corrupted_sets(options.corruptions)
@@ -346,14 +347,16 @@ def main() -> None:
                 for path, kinds in results.items()
             }
             found = corruption_errors(results, named) if named else {}
-            if options.json:
-                print(json.dumps({"data": results, "corruptions": found} if found else _as_json(results)))
-            else:
-                apart = {*map(str, corrupted)}
-                others = {path: scores for path, scores in results.items() if path not in apart}
-                print("\n\n".join(filter(None, [tables(others), corruption_table(found) if found else ""])))
-            if options.per_class is not None:  # last, so that a full disk costs nothing else
-                write_classes(options.per_class, classes)
+            try:
+                if options.json:
+                    answer(json.dumps({"data": results, "corruptions": found} if found else _as_json(results)))
+                else:
+                    apart = {*map(str, corrupted)}
+                    others = {path: scores for path, scores in results.items() if path not in apart}
+                    answer("\n\n".join(filter(None, [tables(others), corruption_table(found) if found else ""])))
+            finally:  # a full disk costs one of the two, not both
+                if options.per_class is not None:
+                    write_classes(options.per_class, classes)
 
     run(go)
 

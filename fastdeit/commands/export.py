@@ -103,8 +103,9 @@ def stored_scores(path: Path, weights: str) -> dict[str, dict[str, float]] | Non
 
 def main() -> None:
     def go() -> None:
+        options = parse(Options, program("export"))
         keep_streams()
-        export(parse(Options, program("export")))
+        export(options)
 
     run(go)
 

@@ -35,8 +35,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
 
 
 def label() -> None:
-    keep_streams()
     own, recipe = parse(sys.argv[1:])
+    keep_streams()
     launch.prepare()
     recipe = with_converted_data(recipe)
     sets = check_inputs(recipe, world=launch.size(), labels=False) if launch.rank() == 0 else None

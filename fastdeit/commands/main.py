@@ -44,10 +44,10 @@ def main(args: Sequence[str] | None = None) -> None:
     escape_streams()
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] in (["-h"], ["--help"]):
-        print(usage())
+        _answer(usage())
         return
     if words == ["--version"]:
-        print(f"fastdeit {__version__}")
+        _answer(f"fastdeit {__version__}")
         return
     if not words or words[0] not in COMMANDS:
         print(_mistake(words), file=sys.stderr)
@@ -55,6 +55,13 @@ def main(args: Sequence[str] | None = None) -> None:
     # The commands read the rest of the words from here, and name themselves after the first.
     sys.argv = [f"fastdeit {words[0]}", *words[1:]]
     importlib.import_module(f"fastdeit.commands.{words[0]}").main()
+
+
+def _answer(text: str) -> None:
+    from fastdeit.cli import run
+    from fastdeit.pipelines.console import answer
+
+    run(lambda: answer(text))
 
 
 def _mistake(words: Sequence[str]) -> str:

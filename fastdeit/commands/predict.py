@@ -13,7 +13,7 @@ import tyro
 
 from fastdeit.cli import parse, program, run
 from fastdeit.launch import announce_start
-from fastdeit.pipelines.console import say
+from fastdeit.pipelines.console import answer, say
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.sources.base import IMG_EXTENSIONS, is_image
 from fastdeit.streams import keep_streams
@@ -122,7 +122,7 @@ def predict(options: Options) -> int:
                 batch = torch.stack(images)
                 with enough_for("predicting", batch, "--batch", joined.device):
                     probabilities = loaded.probabilities(batch.to(joined.device)).cpu()
-                _print(names, probabilities, loaded.class_names, options)
+                _answer(names, probabilities, loaded.class_names, options)
                 done += len(names)
         rate = done / max(time.monotonic() - began, 1e-9)
         by = f"the weights '{loaded.weights}' of {loaded.path} on {joined.device.type}"
@@ -130,7 +130,7 @@ def predict(options: Options) -> int:
     return BAD if bad else 0
 
 
-def _print(names: list[str], probabilities: Any, class_names: list[str] | None, options: Options) -> None:
+def _answer(names: list[str], probabilities: Any, class_names: list[str] | None, options: Options) -> None:
     top = probabilities.topk(min(options.topk, probabilities.shape[1]))
     for name, values, labels in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
         called = [str(label) if class_names is None else class_names[label] for label in labels]
@@ -139,16 +139,17 @@ def _print(names: list[str], probabilities: Any, class_names: list[str] | None, 
                 {"label": label, "name": each, "probability": round(value, 6)}
                 for label, each, value in zip(labels, called, values, strict=True)
             ]
-            print(json.dumps({"image": name, "classes": found}))
+            answer(json.dumps({"image": name, "classes": found}))
         else:
             shown = ", ".join(f"{each} {100 * value:.1f}%" for each, value in zip(called, values, strict=True))
-            print(f"{name}: {shown}")
+            answer(f"{name}: {shown}")
 
 
 def main() -> None:
     def go() -> int:
+        options = parse(Options, program("predict"))
         keep_streams()
-        return predict(parse(Options, program("predict")))
+        return predict(options)
 
     sys.exit(run(go))
 

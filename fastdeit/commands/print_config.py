@@ -7,7 +7,7 @@ from fastdeit import launch
 from fastdeit.config import Recipe
 from fastdeit.effects import fields
 from fastdeit.inputs import check_inputs
-from fastdeit.pipelines.console import say
+from fastdeit.pipelines.console import answer, say
 from fastdeit.recipes import RECIPES
 
 
@@ -19,7 +19,7 @@ def print_config(recipe: Recipe) -> None:
     """
     main = launch.rank() == 0
     if main:
-        print(json.dumps(recipe.to_dict(), indent=2), flush=True)
+        answer(json.dumps(recipe.to_dict(), indent=2))
     for sentence in filter(None, [_differences(recipe), recipe.parts().sentence(), *_choices(recipe)]):
         if main:
             say(sentence, "stderr")

@@ -109,8 +109,9 @@ def _look(runs: "Sequence[Run]", options: Options) -> "list[Findings]":
 
 def main() -> None:
     def go() -> None:
+        options = parse(Options, program("report"))
         keep_streams()
-        report(parse(Options, program("report")))
+        report(options)
 
     run(go)
 

@@ -13,11 +13,9 @@ PRINT = "--print-config"
 
 
 def train() -> None:
-    prints = PRINT in sys.argv
-    if not prints:  # a run outlives its terminal, but a recipe that cannot be printed is an error
-        keep_streams()
     trainer = Trainer(parse_recipe([word for word in sys.argv[1:] if word != PRINT]))
-    if not prints:
+    if PRINT not in sys.argv:
+        keep_streams()  # a run outlives its terminal
         trainer.fit(signals=True)
         return
     launch.prepare()

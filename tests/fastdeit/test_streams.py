@@ -7,9 +7,11 @@ import signal
 import sys
 
 import pytest
+from PIL import Image
 
 from fastdeit import checkpoint
 from run_logs import run_log
+from runs import train
 from system import run
 
 PRINTS = """
@@ -94,12 +96,38 @@ def test_a_full_disk_costs_events_and_says_how_many(tmp_path, small_files, event
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["budget deit_tiny", "budget deit_tiny --json", "train deit_tiny --print-config"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "budget deit_tiny", "budget deit_tiny --json", "train deit_tiny --print-config", "train deit_tiny --help",
+        "doctor", "doctor --help", "completion bash", "--help", "--version", "train --version",
+    ],
+)  # fmt: skip
 def test_an_answer_that_cannot_be_written_is_an_error(words):
     """Unlike a run, these commands are nothing but their output."""
-    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full', timeout=60, status=2)
+    _refuses_a_full_stdout(words)
+
+
+def _refuses_a_full_stdout(words):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} > /dev/full', timeout=120, status=2, env=buffered)
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.slow
+def test_scores_that_cannot_be_printed_are_an_error(tiny, tmp_path):
+    """A run outlives its output; the commands that read its checkpoint do not."""
+    recipe = tiny(run={"epochs": 1})
+    train(recipe)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 30)).save(image)
+    classes = tmp_path / "classes.csv"
+    _refuses_a_full_stdout(f"eval {recipe.run.output} {recipe.data.val} --device cpu --per-class {classes}")
+    assert classes.read_text().startswith("data,weights,class,")  # what can be written is
+    _refuses_a_full_stdout(f"eval {recipe.run.output} {recipe.data.val} --device cpu --json")
+    _refuses_a_full_stdout(f"predict {recipe.run.output} {image} --device cpu")
 
 
 @pytest.mark.slow

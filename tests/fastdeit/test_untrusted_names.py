@@ -3,6 +3,7 @@
 Judge: the characters that terminals act on, from ECMA-48 and Unicode's bidirectional algorithm (UAX 9).
 """
 
+import io
 import json
 import sys
 import tarfile
@@ -19,6 +20,7 @@ from fastdeit.commands.doctor_checks import Check
 from fastdeit.inputs import check_class_names
 from fastdeit.model.weights import describe
 from fastdeit.pipelines.errors import printable
+from fastdeit.pipelines.terminal import Escaping
 from fastdeit.sections import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.teacher.teacher import Teacher
@@ -249,6 +251,14 @@ def test_the_log_holds_the_name_and_prints_it_escaped(tmp_path, capsys):
     line = (tmp_path / "log.jsonl").read_text()
     assert line.isascii()
     assert json.loads(line)["text"] == NAME
+
+
+def test_a_reset_of_the_colours_passes_alone():
+    """colorama writes it when a program ends; within a name it is escaped."""
+    stream = io.StringIO()
+    for text in ("\x1b[0m", "name\x1b[0m"):
+        Escaping(stream).write(text)
+    assert stream.getvalue() == "\x1b[0mname\\x1b[0m"
 
 
 def test_readable_names_stay():
