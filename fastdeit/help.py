@@ -28,11 +28,14 @@ FIRST = (
     Field("model.init", "--pretrained-path", "checkpoint to fine-tune"),
 )
 
+_CURRICULUM = Field("curriculum.sizes", "", "side of the images in each part, pixels; none: no curriculum")
+
 
 def page(recipe: Recipe, purpose: str, program: str) -> str:
     """The help of a recipe, 30 lines at most; `purpose` is its first sentence, `program` what the user typed."""
     values = fields(recipe)
-    rows = [(f"--{field.name}", _shown(values[field.name]), field.timm, field.meaning) for field in FIRST]
+    first = (*FIRST, _CURRICULUM) if recipe.curriculum.sizes else FIRST
+    rows = [(f"--{field.name}", _shown(values[field.name]), field.timm, _meaning(field, values)) for field in first]
     heads = ("option", "default", "timm", "")
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(3)]
     lines = [
@@ -52,5 +55,13 @@ def page(recipe: Recipe, purpose: str, program: str) -> str:
     ])  # fmt: skip
 
 
+def _meaning(field: Field, values: dict[str, Any]) -> str:
+    if field.name == "optim.lr" and not values["optim.lr_batch"]:
+        return f"for a batch of {values['run.global_batch']}; does not scale with it (optim.lr_batch 0)"
+    return field.meaning
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]}, ..., {value[-1]}"
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,6 +13,7 @@ from fastdeit.inputs import DataSets
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.checksums import unchecked
 from fastdeit.pipelines.loaders.prefetch import usable_cores
+from fastdeit.recipes import RECIPES
 from fastdeit.setup import data_sentences
 from fastdeit.teacher.label_cache import LabelCache
 from fastdeit.training.logs import RunLog
@@ -203,10 +204,25 @@ def recipe_warnings(recipe: Recipe, sets: DataSets, *, steps: int, repeats: int)
     repeats  copies of each image in a batch
     """
     return [
+        *_other_batch(recipe),
         *_warm_up(recipe, steps),
         *_average(recipe, steps),
         *_few_images(recipe, len(sets.train_images), steps, repeats),
         *_same_data(recipe, sets),
+    ]
+
+
+def _other_batch(recipe: Recipe) -> list[str]:
+    """For a named recipe with another batch, but with its own learning rate, which does not scale."""
+    if recipe.optim.lr_batch or recipe.name not in RECIPES:
+        return []
+    named, batch, lr = RECIPES[recipe.name](), recipe.run.global_batch, recipe.optim.lr
+    if batch == named.run.global_batch or lr != named.optim.lr:
+        return []
+    return [
+        f"run.global_batch is {batch} instead of the recipe's {named.run.global_batch}, but its learning rate {lr:g} "
+        f"does not scale with the batch (optim.lr_batch 0). Set --optim.lr, or scale it with --optim.lr_batch "
+        f"{named.run.global_batch}"
     ]
 
 

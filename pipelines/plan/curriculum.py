@@ -105,10 +105,12 @@ class Curriculum:
         """What the parts train on, for the log; None if that is the same as without a curriculum."""
         if self.plain:
             return None
-        epochs = self.epochs_by_size()
-        images = ", ".join(
-            f"{size} pixels in {count} epoch{'s' if count > 1 else ''}" for size, count in epochs.items()
-        )
+        spans = zip(self.sizes, itertools.pairwise(self.starts), strict=True)
+        counts = [
+            (size, sum(end - first for _, (first, end) in parts))
+            for size, parts in itertools.groupby(spans, key=lambda span: span[0])
+        ]
+        images = ", ".join(f"{size} pixels in {count} epoch{'s' if count > 1 else ''}" for size, count in counts)
         magnitudes = ", ".join(f"{magnitude:g}" for magnitude in self.magnitudes)
         return (
             f"curriculum in {self.count} part{'s' if self.count > 1 else ''} of equal computation: images of {images}"

@@ -55,6 +55,16 @@ def test_the_short_page_fits_a_screen(name):
     assert all(any(f"--{field.name} " in line for line in lines) for field in FIRST)
 
 
+def test_the_short_page_says_what_holds_for_its_recipe():
+    scaled, fixed, grows = (
+        page(RECIPES[name](), "", "") for name in ("deit_tiny", "deit3_small", "deit_tiny_curriculum")
+    )
+    assert "scales with run.global_batch" in scaled
+    assert "for a batch of 2048; does not scale" in fixed
+    assert "--curriculum.sizes    96, ..., 224" in grows
+    assert "--curriculum.sizes" not in fixed
+
+
 @pytest.mark.slow
 def test_help_and_help_all():
     short = run_python("-m", "fastdeit.train", "deit_small", "--help").stdout

@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.scheduler import CosineLRScheduler
 
 import fastdeit
+from fastdeit.cli import parse_recipe
 from fastdeit.data import TrainingData
 from fastdeit.distributed import World
 from fastdeit.inputs import open_dataset
@@ -139,6 +140,17 @@ def test_resumed_in_each_part_and_at_each_border_it_ends_with_the_same_bits(tiny
     for at in (12, 25, 27, 35, 36, 39):  # the parts begin with steps 25 and 35
         rewind(recipe, at)
         assert_same_state(expected, trained(recipe))
+
+
+@pytest.mark.slow
+def test_without_its_curriculum_a_run_does_not_resume(tiny):
+    train(tiny(curriculum={"sizes": (16, 24, 32)}, run={"epochs": 9}))
+    refused(r"curriculum\.sizes = .*, this run has \[\]", train, tiny(run={"epochs": 9}))
+
+
+def test_a_recipes_curriculum_can_be_switched_off():
+    parts = parse_recipe(["deit_tiny_curriculum", "--curriculum.sizes", "--curriculum.magnitudes"]).parts()
+    assert (parts.count, parts.plain) == (1, True)
 
 
 def test_replayed_steps_are_recorded_again_for_each_size(tiny, monkeypatch):

@@ -90,6 +90,25 @@ def test_the_papers_recipes_raise_no_warning(name, data):
     val.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "sections", "warns"),
+    [
+        ("deit_small_short_100", {"run": {"global_batch": 64}}, True),
+        ("deit_small_short_100", {"run": {"global_batch": 64}, "optim": {"lr_batch": 4096}}, False),
+        ("deit_small_short_100", {"run": {"global_batch": 64}, "optim": {"lr": 1e-4}}, False),
+        ("deit_small_short_100", {}, False),
+        ("deit_base_cifar10", {"run": {"global_batch": 64}}, True),
+        ("deit_small", {"run": {"global_batch": 64}}, False),
+    ],
+)
+def test_a_learning_rate_that_does_not_scale_with_another_batch_warns(name, sections, warns, data):
+    recipe = changed(RECIPES[name](), **sections).filled()
+    with open_dataset(data / "train.beton") as train_set:
+        sets = DataSets(train_set, None, 4, np.arange(160), None)
+        texts = recipe_warnings(recipe, sets, steps=20_000, repeats=1)
+    assert any("does not scale with the batch" in text for text in texts) == warns
+
+
 def test_a_run_without_validation_images_says_how_to_have_some(tiny, capsys, tmp_path):
     train(tiny(data={"val": None}, run={"epochs": 1}))
     assert "give --data.val or --data.hold_out 0.1" in capsys.readouterr().out

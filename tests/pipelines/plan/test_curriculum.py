@@ -40,6 +40,11 @@ def drawer(policy, parts=None, img_size=64):
     return PlanDrawer(policy, 3, *sizes, img_size=img_size, curriculum=parts)
 
 
+def test_the_sentence_keeps_the_order_of_the_parts():
+    sentence = Curriculum(60, 32, (24, 24, 16, 32, 16, 32)).sentence()
+    assert "images of 24 pixels in 16 epochs, 16 pixels in 17 epochs, 32 pixels in 5 epochs, 16 pixels in" in sentence
+
+
 @pytest.mark.parametrize("policy", ["randaugment", "three_augment"])
 def test_an_epochs_plan_is_that_of_a_run_with_its_size_and_magnitude(policy):
     sizes, magnitudes = (32, 48, 64), (0, 4.5, 9)
