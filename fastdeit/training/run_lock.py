@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastdeit.pipelines.errors import UserError, naming
-from fastdeit.pipelines.formats.files import is_at
+from fastdeit.pipelines.formats.files import is_at, open_regular
 from fastdeit.pipelines.locks import lock
-from fastdeit.pipelines.parsing import parse_json
+from fastdeit.pipelines.parsing import parse_json, read_json
 
 NAME = "run.lock"
+_LINE = b'{"event": '  # each line of a run's log begins so
 HEARTBEAT = 10.0  # seconds between two touches of the file by its holder
 
 
@@ -27,10 +28,11 @@ class RunLock:
     It uses flock, which the system releases when the process ends. The file names its holder. On a shared file system
     flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds. A
     lock from another machine, or without flock, counts as held while those touches go on. Raises UserError, naming
-    host and process, if another run holds the folder.
+    host and process, if another run holds the folder, or naming a recipe or a log there that no run wrote.
     """
 
     def __init__(self, folder: Path) -> None:
+        _check_files(folder)
         self.path, self.notes = folder / NAME, list[str]()
         self._ended = threading.Event()
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -139,3 +141,26 @@ def _process(holder: dict[str, Any]) -> str:
     if not holder:
         return "another run"
     return f"process {holder.get('pid')} on host {holder.get('host')} (since {holder.get('since')})"
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError if `folder` has a recipe or a log that no run wrote: a run would write over them."""
+    for path, is_ours in ((folder / "recipe.json", _is_recipe), (folder / "log.jsonl", _is_log)):
+        if path.exists() and not is_ours(path):
+            raise UserError(f"{path} was not written by a run: move it, or {_ELSEWHERE}")
+
+
+def _is_recipe(path: Path) -> bool:
+    try:
+        stored = read_json(path)
+    except ValueError:
+        return False
+    sections = ("model", "data", "run")
+    return isinstance(stored, dict) and all(isinstance(stored.get(section), dict) for section in sections)
+
+
+def _is_log(path: Path) -> bool:
+    with open(open_regular(path), "rb") as file:
+        head = file.read(len(_LINE))
+    # A full disk may have cut the first line short, and a crash of the machine may have left zeros.
+    return _LINE.startswith(head) or head.startswith(b"\0")

@@ -49,6 +49,33 @@ def test_a_second_run_is_refused_by_host_and_process_until_the_first_is_dead(tmp
     assert not (tmp_path / NAME).exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["", "abc", "abc\n", '{"x": 1}', "[]", '{"model": 1, "data": {}, "run": {}}', "[" * 10**5]
+)
+def test_a_folder_with_somebodys_recipe_is_refused(tmp_path, text):
+    (tmp_path / "recipe.json").write_text(text)
+    refused(r"recipe\.json was not written by a run: move it, or give another --run\.output", RunLock, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+    assert (tmp_path / "recipe.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("abc", False), ("abc\n", False), ('{"loss": 1}\n', False), ("[" * 10**5, False),
+        ("", True), ('{"event": "start", "time": 1.0}\n', True), ('{"ev', True), ("\0" * 4096, True),
+    ],
+)  # fmt: skip
+def test_a_folder_with_somebodys_log_is_refused(tmp_path, text, ours):
+    """A log of ours may have been cut short, or filled with zeros by a crash of the machine."""
+    (tmp_path / "log.jsonl").write_text(text)
+    if ours:
+        RunLock(tmp_path).close()
+    else:
+        refused(r"log\.jsonl was not written by a run", RunLock, tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == text
+
+
 def test_a_lock_that_only_another_machine_sees_counts_while_it_is_touched(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.2)
     path = tmp_path / NAME
