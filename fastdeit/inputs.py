@@ -97,28 +97,31 @@ def open_data_sets(recipe: Recipe, *, val: bool = True) -> DataSets:
 
     Raises UserError if one cannot be opened, or if their classes do not agree.
     """
-    train = open_dataset(recipe.data.train, "data.train")
+    train = open_dataset(recipe.data.train, "--data.train")
     num_classes = recipe.model.num_classes or train.num_classes
     check_classes(train, num_classes)
     subsets = divide(recipe.data, train.label)
     if not val or recipe.data.val is None:
         held_out = train if val and recipe.data.hold_out else None
         return DataSets(train, held_out, num_classes, subsets.train, subsets.held_out)
-    val_set = open_dataset(recipe.data.val, "data.val")
+    val_set = open_dataset(recipe.data.val, "--data.val")
     check_class_names(str(train.path), train.class_names, str(val_set.path), val_set.class_names)
     check_classes(val_set, num_classes)
     return DataSets(train, val_set, num_classes, subsets.train, np.arange(len(val_set)))
 
 
-def open_dataset(path: Path | None, option: str) -> Dataset:
+def open_dataset(path: Path | None, option: str = "") -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
+
+    option  that gave the path, for messages; empty: none did
 
     Raises UserError if it is not given, missing, damaged or of another kind.
     """
     if path is None:
-        raise UserError(f"no data set: give --{option} a folder of images, or what fastdeit-convert wrote")
+        raise UserError(f"no data set: give {option} a folder of images, or what fastdeit-convert wrote")
     if not path.exists():
-        raise UserError(f"--{option} {path}: there is no such file or folder (fastdeit-convert makes one)")
+        named = f"{option} {path}".strip()
+        raise UserError(f"{named}: there is no such file or folder (fastdeit-convert makes one)")
     return datasets.open_dataset(path)
 
 
@@ -136,7 +139,7 @@ def open_runs_set(path: Path | None, option: str, started: Path | None, content:
         raise UserError(f"the run has no {option}")
     if not path.exists():
         raise UserError(f"the run's {option}, {path}, does not exist: put it back, or evaluate on another data set")
-    dataset = open_dataset(path, option)
+    dataset = open_dataset(path)
     if content is not None and dataset.content_hash != content:
         raise UserError(
             f"the run's {option}, {path}, no longer holds the images that the run trained on: "

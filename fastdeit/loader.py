@@ -73,7 +73,7 @@ class ImageLoader:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give at least 1")
         path = converted(Path(path), recipe.data.cache_dir)
-        dataset, world = open_dataset(path, "path"), _world(device)
+        dataset, world = open_dataset(path), _world(device)
         self.recipe = _with(recipe, path, world, batch_size, seed, img_size, threads, train=train)
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.epoch, self.step, self._train = epoch, step, train

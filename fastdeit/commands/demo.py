@@ -103,7 +103,7 @@ def _pictures(folder: Path, recipe: Recipe, weights: Path, teacher_top1: float) 
     plots.curves(folder / "student" / "log.jsonl", pictures[0], teacher_top1=teacher_top1)
 
     recipe = recipe.resolved()
-    data_set = open_dataset(recipe.data.train, "data.train")
+    data_set = open_dataset(recipe.data.train, "--data.train")
     with world("cpu") as joined:
         data = TrainingData(recipe, data_set, joined)
         samples = data.order.step(0, 0)
@@ -140,7 +140,7 @@ def demo(folder: Path) -> None:
         for split in ("train", "val"):
             convert(str(folder / "images" / split), folder / f"{split}.beton", mode="auto")
     for split in ("train", "val"):
-        open_dataset(folder / f"{split}.beton", f"data.{split}").close()
+        open_dataset(folder / f"{split}.beton", f"--data.{split}").close()
 
     print("\n== teacher: a small convnet ==")
     teacher_scores, teacher = _train(teacher_recipe(folder))

@@ -17,7 +17,6 @@ from fastdeit.commands.per_class import check_new_file, write_classes
 from fastdeit.config import Recipe
 from fastdeit.inputs import (
     check_checkpoint,
-    check_class_names,
     checkpoint_file,
     class_columns,
     open_dataset,
@@ -98,7 +97,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
     if not sets:
         own, images = _runs_own(opened)
         sets = {str(own.path): own}
-        _check_probe(options.probe, sets)
+    probed = _probe_columns(options.probe, sets)
     names = opened.described.get("class_names")
     classes, columns = _classes(str(options.checkpoint), names, recipe.model.num_classes, sets)
     with world(options.device) as joined:
@@ -117,7 +116,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
             if not (options.val or corrupted):
                 which = "" if images is None else f", the {len(images)} images that the run held out"
                 say(f"the run's data set: {path}{which}")
-            out[path] = evaluation.on(val, images, columns[path], options)
+            out[path] = evaluation.on(val, images, columns[path], probed[path], options)
     return out if joined.main else {}
 
 
@@ -162,9 +161,14 @@ class _Evaluation:
     trained: "dict[str, tuple[Tensor, Tensor]]" = dataclasses.field(default_factory=dict)
 
     def on(
-        self, val: Dataset, images: np.ndarray | None, columns: list[int] | None, options: Options
+        self,
+        val: Dataset,
+        images: np.ndarray | None,
+        columns: list[int] | None,
+        probe_columns: list[int] | None,
+        options: Options,
     ) -> dict[str, Any]:
-        """Scores by kind of weights, of the network's classes `columns` (None: all)."""
+        """Scores by kind of weights, of the network's classes `columns` and the probes' `probe_columns` (None: all)."""
         from fastdeit.memory import moved
         from fastdeit.model.networks import OfClasses
         from fastdeit.pipelines.formats.checksums import unchecked
@@ -180,6 +184,15 @@ class _Evaluation:
         without = unchecked(val.path, val.checksums)
         if world.main and without is not None:
             console.say(without, "stderr")
+        if options.probe is not None and images is None and world.main:
+            trained = open_dataset(converted(options.probe), "--probe")
+            trained.close()
+            if _same_images(trained, val):
+                console.say(
+                    f"warning: --probe {options.probe} has the images of {val.path}: the probes are scored on what "
+                    f"they were trained on",
+                    "stderr",
+                )
         kinds: list[Literal["model", "ema"]] = ["model", "ema"] if options.weights == "both" else [options.weights]
         if options.weights == "both" and not self.opened.has_average:
             kinds = ["model"]
@@ -194,7 +207,9 @@ class _Evaluation:
                 moved(model, world.device)
                 progress = world.main and not options.json
                 # First the probe, which refuses several processes.
-                probed = self._probed(network, kind, data, options.probe, images, progress) if options.probe else {}
+                probed = {}
+                if options.probe is not None:
+                    probed = self._probed(network, kind, data, options.probe, images, probe_columns, progress)
                 own = evaluate(
                     model,
                     data,
@@ -219,23 +234,23 @@ class _Evaluation:
         val: "EvaluationData",
         path: Path,
         images: np.ndarray | None,
+        columns: list[int] | None,
         progress: bool,
     ) -> dict[str, Any]:
         """Scores of both classifiers on frozen features, trained on those of the images at `path`.
 
-        images  those of a run's data set that it held out, on which the classifiers are not trained; None: none
+        images   those of a run's data set that it held out, on which the classifiers are not trained; None: none
+        columns  the classes of the images at `path` that `val` has, in its order; None: all
         """
         from fastdeit.setup import open_evaluation_data
         from fastdeit.training.probes import features, probe
 
         if kind not in self.trained:
             train = open_dataset(converted(path), "--probe")
-            scored, rest = val.loader.dataset, None
-            if train.content_hash == scored.content_hash:
-                if images is not None:
-                    rest = np.setdiff1d(np.arange(len(train)), images)
-                said = "the images that the run held out are left out" if images is not None else "these are the same"
-                self.say(f"--probe {path} has the images of {scored.path}: {said}")
+            rest = None
+            if images is not None and _same_images(train, val.loader.dataset):
+                rest = np.setdiff1d(np.arange(len(train)), images)
+                self.say(f"--probe {path}: the images that the run held out are left out")
             shared = self.recipe, train, self.world, self.precision, self.kernels
             data = open_evaluation_data(*shared, images=rest, say=self.say)
             try:
@@ -243,23 +258,50 @@ class _Evaluation:
             finally:
                 data.close()
         others = features(network, val, self.world, self.precision, progress=progress)
-        return probe(self.trained[kind], others, val.loader.dataset.num_classes)
+        return probe(_of_classes(*self.trained[kind], columns), others, val.loader.dataset.num_classes)
 
 
-def _check_probe(path: Path | None, sets: dict[str, Dataset]) -> None:
-    """Raise UserError unless the images to train a probe on have the classes of every data set."""
+def _same_images(one: Dataset, other: Dataset) -> bool:
+    return one.content_hash is not None and one.content_hash == other.content_hash
+
+
+def _of_classes(features: "Tensor", labels: "Tensor", columns: list[int] | None) -> "tuple[Tensor, Tensor]":
+    """The features (N, D) whose labels (N,) are among `columns`, and their places there; None: all as they are."""
+    import torch
+
+    if columns is None:
+        return features, labels
+    place = labels.new_full((max(int(labels.max()), *columns) + 1,), -1)
+    place[columns] = torch.arange(len(columns), device=place.device)
+    kept = place[labels] >= 0
+    return features[kept], place[labels[kept]]
+
+
+def _probe_columns(path: Path | None, sets: dict[str, Dataset]) -> dict[str, list[int] | None]:
+    """Which classes of the images to train a probe on each data set has; None: all.
+
+    Raises UserError for a data set with other classes.
+    """
     if path is None:
-        return
+        return dict.fromkeys(sets)
     train = open_dataset(converted(path), "--probe")
     train.close()
+    names, classes = train.class_names, train.num_classes
+    columns = {name: class_columns(str(path), names, name, val.class_names) for name, val in sets.items()}
     for name, val in sets.items():
-        check_class_names(str(path), train.class_names, name, val.class_names)
-        if train.num_classes != val.num_classes:
-            raise UserError(f"{path} has {train.num_classes} classes, {name} {val.num_classes}: they must be the same")
+        if columns[name] is None and classes != val.num_classes:
+            raise UserError(
+                f"{path} has {classes} classes, {name} {val.num_classes}, and nothing names them: convert both with "
+                f"the same --class-names"
+            )
+    return columns
 
 
 def _checked(options: Options, corrupted: Sequence[Path]) -> dict[str, Dataset]:
     """Make the checks that need no PyTorch; return the data sets that the command names. Raises UserError."""
+    for name, least in (("batch", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least {least}")
     if options.per_class is not None and os.environ.get("RANK", "0") == "0":  # the main process writes it
         check_new_file(options.per_class)
     if options.recipe is not None:
@@ -272,8 +314,8 @@ def _checked(options: Options, corrupted: Sequence[Path]) -> dict[str, Dataset]:
     repeated = next((path for path, own in zip(paths, whole, strict=True) if whole.count(own) > 1), None)
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
-    sets = {str(path): open_dataset(converted(path), "val") for path in paths}
-    _check_probe(options.probe, sets)
+    sets = {str(path): open_dataset(converted(path)) for path in paths}
+    _probe_columns(options.probe, sets)
     return sets
 
 

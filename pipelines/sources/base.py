@@ -81,7 +81,7 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
     for name in found:
         if name not in label:
             raise SourceError(
-                f"{where}: class '{name}' is not in the list of class names: add it, or leave out --class-names"
+                f"{where}: class '{name}' is not in the list of class names: add it there, or remove its images"
             )
     return label
 

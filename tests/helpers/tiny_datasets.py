@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from fastdeit.pipelines.formats.beton import BetonDataset
 from fastdeit.pipelines.formats.beton_layout import JPEG, MIN_PAGE, RAW, sidecar_path
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from fastdeit.pipelines.formats.dataset import open_dataset
@@ -159,3 +160,16 @@ class Items:
         if isinstance(self.items[index], BaseException):
             raise self.items[index]
         return self.items[index], index % 3, self.name(index)
+
+
+def some_classes(source, path, names):
+    """A data set of those images of `source` that are of the classes `names`."""
+    with BetonDataset(source) as data:
+        kept = [i for i, label in enumerate(data.label) if data.class_names[label] in names]
+        with BetonWriter(path, len(kept)) as writer:
+            for i in kept:
+                sides = {"height": int(data.height[i]), "width": int(data.width[i])}
+                label = names.index(data.class_names[data.label[i]])
+                writer.add(data.read(i).tobytes(), label=label, mode=JPEG if data.is_jpeg(i) else RAW, **sides)
+            writer.finish(class_names=names)
+    return path

@@ -22,13 +22,12 @@ from fastdeit.commands.eval import main as eval_main
 from fastdeit.kernels.reference import HEADS
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.beton import BetonDataset
-from fastdeit.pipelines.formats.beton_layout import JPEG, RAW
 from fastdeit.pipelines.formats.beton_writer import BetonWriter
 from forked import run_module, succeed
 from refusals import refused
 from runs import evaluated, newest, train
 from system import run_python
-from tiny_datasets import add_all, reseal
+from tiny_datasets import add_all, reseal, some_classes
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +217,6 @@ def test_several_data_sets(trained, data, capsys):
     assert tables(found).count("fused_probabilities") == 4
     assert f"{both[1]}\nweights" in tables(found)
     refused("is named twice", evaluate_checkpoint, Options(checkpoint=path, val=(both[0], both[0])))
-
-
-def some_classes(source, path, names):
-    """A data set of those images of `source` that are of the classes `names`."""
-    with BetonDataset(source) as data:
-        kept = [i for i, label in enumerate(data.label) if data.class_names[label] in names]
-        with BetonWriter(path, len(kept)) as writer:
-            for i in kept:
-                sides = {"height": int(data.height[i]), "width": int(data.width[i])}
-                label = names.index(data.class_names[data.label[i]])
-                writer.add(data.read(i).tobytes(), label=label, mode=JPEG if data.is_jpeg(i) else RAW, **sides)
-            writer.finish(class_names=names)
-    return path
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from fastdeit.commands.eval import Options, evaluate_checkpoint
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training import probes
 from fastdeit.training.probes import KNN, LINEAR, TEMPERATURE, knn_scores, linear_classifier, probe
+from refusals import refused
 from runs import evaluated, newest, train
-from tiny_datasets import reseal
+from tiny_datasets import reseal, some_classes
 
 
 def clusters(seed, count=200, classes=6):
@@ -97,13 +98,31 @@ def test_other_classes_are_refused_before_anything_is_computed(data, teacher_che
 
 
 @pytest.mark.slow
-def test_the_probe_is_trained_once_for_all_data_sets(data, teacher_checkpoint, monkeypatch, tmp_path):
+def test_of_a_data_set_with_some_classes_the_probe_learns_these(tiny, data, tmp_path):
+    recipe = tiny()
+    train(recipe)
+    options = {"loader": "torch", "device": "cpu", "threads": 1, "weights": "model"}
+    names = ["class3", "class0"]
+    few, of_few = (
+        some_classes(data / f"{split}.beton", tmp_path / f"{split}.beton", names) for split in ("val", "train")
+    )
+    found = evaluated(recipe.run.output, few, probe=data / "train.beton", **options)["model"]
+    expected = evaluated(recipe.run.output, few, probe=of_few, **options)["model"]
+    assert found[KNN] == expected[KNN]
+    assert found[LINEAR]["top1"] == pytest.approx(expected[LINEAR]["top1"], abs=100 / 22)
+    refused("do not name the same classes", evaluated, recipe.run.output, data / "val.beton", probe=of_few, **options)
+
+
+@pytest.mark.slow
+def test_the_probe_is_trained_once_for_all_data_sets(data, teacher_checkpoint, monkeypatch, capsys):
     counted, whole = [], probes.features
     monkeypatch.setattr(probes, "features", lambda *given, **named: counted.append(1) or whole(*given, **named))
     options = {"loader": "torch", "device": "cpu", "threads": 1, "weights": "model", "probe": data / "train.beton"}
     sets = (data / "val.beton", data / "train.beton")
     found = evaluate_checkpoint(Options(checkpoint=teacher_checkpoint, val=sets, **options))
     assert len(counted) == 3
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: --probe")]
+    assert f"has the images of {sets[1]}: the probes are scored on what they were trained on" in warning
     assert found[str(sets[0])] == evaluated(teacher_checkpoint, sets[0], **options)
 
 
