@@ -44,7 +44,7 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
     from fastdeit.pipelines.sources import open_source  # here: most runs need none of its libraries
 
     place, names = _place(path), _class_names(like)
-    source = open_source(str(place), class_names=names)
+    source = _opened(place, names, like)
     if names is not None and source.describe()["kind"] not in _BY_NAME:
         # For these sources `class_names` would rename the labels, not reorder them. If the source has class names, keep
         # them; a later check compares them with those of `like`.
@@ -61,6 +61,19 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
             say(f"{path} is converted to {dest}, this once ({len(source)} images)", "stderr")
             _convert(place, dest, None if names is None else like, held)
     return dest
+
+
+def _opened(place: Path, names: list[str] | None, like: Path | None) -> Source:
+    from fastdeit.pipelines.sources import SourceError, open_source
+
+    try:
+        return open_source(str(place), class_names=names)
+    except SourceError as error:
+        if "--split" in str(error):
+            raise SourceError(f"{error} of fastdeit-convert, and use what it writes in place of {place}") from error
+        if names is None:
+            raise
+        raise SourceError(f"{error}. The class names are those of {like}") from error
 
 
 def _place(path: Path) -> Path:

@@ -150,12 +150,14 @@ def data_sentences(data: TrainingData) -> list[str]:
 
 
 def build_student(
-    recipe: Recipe, num_classes: int, kernels: Kernels, world: World
+    recipe: Recipe, num_classes: int, kernels: Kernels, world: World, class_names: list[str] | None = None
 ) -> tuple[DeiT | ConvnetStudent, list[str]]:
     """The student with its initial weights, from `run.seed` or `model.init`; messages about the loading."""
     torch.manual_seed(recipe.run.seed)
     model = moved(build_network(recipe.model, num_classes, kernels), world.device)
-    messages = load_weights(model, recipe.model.init) if recipe.model.init is not None else []
+    messages: list[str] = []
+    if recipe.model.init is not None:
+        messages = load_weights(model, recipe.model.init, class_names=class_names)
     if isinstance(model, ConvnetStudent) and model.left:
         shown, more = "; ".join(model.left[:4]), len(model.left) - 4
         messages.append(

@@ -96,7 +96,10 @@ def budget() -> None:
         card=find_card(own.gpu), gpus=own.gpus, cores=own.cores, network=1e9 * own.network, price=own.price
     )
     images = images_of(own, recipe)
-    found = plan(recipe, machine, images)
+    try:
+        found = plan(recipe, machine, images)
+    except UserError as error:
+        raise UserError(f"{error} (--gpus {own.gpus})") from error
     enough = None if own.deadline is None else fewest_gpus(recipe, machine, images, own.deadline)
     if own.json:
         answer(json.dumps(as_json(found) | ({} if own.deadline is None else {"gpus_for_deadline": enough})))
@@ -144,6 +147,8 @@ def lines(name: str, found: Plan) -> list[str]:
     machine, images = found.machine, found.images
     each = found.speed / machine.gpus
     took = ", ".join(f"{what} {1e3 * seconds:.1f} ms" for what, seconds in found.seconds.items() if seconds > 5e-5)
+    whole = found.epochs - sum(part.epochs for part in found.earlier)
+    last = f", in the {whole} epochs at full size" if found.earlier else ""
     memory = f"{found.memory / 1e9:.1f} of {machine.card.memory / 1e9:.0f} GB"
     rows = [
         ("time", f"{duration(found.total)}, of which {duration(found.evaluation)} of evaluation"),
@@ -151,9 +156,9 @@ def lines(name: str, found: Plan) -> list[str]:
             "images",
             f"{images.train:,} x {found.epochs} epochs, {found.steps:,} steps of {found.global_batch:,} an epoch",
         ),
-        ("rate", f"{found.speed:,.0f} images/s, {each:,.0f} a GPU; a step takes: {took}"),
+        ("rate", f"{found.speed:,.0f} images/s, {each:,.0f} a GPU{last}; the GPU's part of a step: {took}"),
         *(
-            ("", f"{each.plan.speed:,.0f} images/s for the {each.epochs} epochs at {each.size} pixels")
+            ("", f"{each.plan.speed:,.0f} images/s in the {each.epochs} epochs at {each.size} pixels")
             for each in found.earlier
         ),
         ("bottleneck", found.bottleneck),

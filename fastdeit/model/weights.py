@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,8 +80,16 @@ def describe(stored: dict[str, Any], source: str) -> dict[str, Any]:
     return out
 
 
-def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *, ema: bool = False) -> list[str]:
+def load_weights(
+    model: nn.Module,
+    path_or_dict: Path | str | dict[str, Any],
+    *,
+    ema: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> list[str]:
     """Load weights into a network; returns a sentence for each adaptation, for the caller to log.
+
+    class_names  what the network will tell apart; a sentence says if the checkpoint's head was trained for others
 
     In every network, a head with another number of classes keeps its fresh weights. In a DeiT also:
     - a patch projection with another patch size is resampled (timm's `resample_patch_embed`);
@@ -108,7 +116,8 @@ def load_weights(model: nn.Module, path_or_dict: Path | str | dict[str, Any], *,
         messages += _adapt_patches(state, fresh)
         messages += _adapt_positions(state, network, source)
         messages += _adapt_distillation(state, fresh)
-    messages += _adapt_heads(state, fresh, head_names(network))
+    resets = _adapt_heads(state, fresh, head_names(network))
+    messages += resets or _other_classes(stored, class_names)
     narrow = {str(v.dtype).removeprefix("torch.") for k, v in state.items() if k in fresh and v.dtype != fresh[k].dtype}
     if narrow:
         messages.append(f"weights stored as {', '.join(sorted(narrow))} are converted to the network's own format")
@@ -215,6 +224,20 @@ def _adapt_heads(state: State, fresh: State, heads: tuple[str, ...]) -> list[str
                 state[name] = fresh[name]
             messages.append(f"{head} reset: the checkpoint has {len(weight)} classes, this model {classes}")
     return messages
+
+
+def _other_classes(stored: dict[str, Any], names: Sequence[str] | None) -> list[str]:
+    """A sentence if the checkpoint has as many classes as `names`, but with other names, or in another order."""
+    before = stored.get("class_names")
+    if not isinstance(before, list) or names is None or len(before) != len(names):
+        return []
+    at = next((i for i, (a, b) in enumerate(zip(before, names, strict=True)) if a != b), None)
+    if at is None:
+        return []
+    return [
+        f"the head keeps its weights, though they are for other classes: class {at} is '{before[at]!s:.80}' in the "
+        f"checkpoint, '{names[at]}' here"
+    ]
 
 
 def _adapt_patches(state: State, fresh: State) -> list[str]:

@@ -157,7 +157,7 @@ class Trainer:
 
         if self.gpus.fault is not None:
             self.messages.append(self.gpus.fault)
-        model, messages = build_student(recipe, sets.num_classes, kernels, world)
+        model, messages = build_student(recipe, sets.num_classes, kernels, world, sets.train.class_names)
         self.messages += messages
         self.teaching = open_teaching(recipe, sets, self.data, world)
         steps, repeats = self.data.steps, self.data.repeats

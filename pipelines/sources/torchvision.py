@@ -84,8 +84,9 @@ class Torchvision:
             return {**options, "split": split}
         if "train" in parameters and split in ("train", "test"):
             return {**options, "train": split == "train"}
-        known = "only train and test" if "train" in parameters else "no splits"
-        raise SourceError(f"{self._text}: it has {known}, not '{split}'")
+        if "train" in parameters:
+            raise SourceError(f"{self._text}: it has only the splits train and test, not '{split}'")
+        raise SourceError(f"{self._text}: torchvision's class takes no split: leave out '{split}'")
 
     def __reduce__(self) -> tuple[type[Torchvision], tuple[Any, ...]]:
         return Torchvision, self._arguments

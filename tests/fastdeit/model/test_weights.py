@@ -128,6 +128,20 @@ def test_deit_3_is_resized_as_timm_does():
     torch.testing.assert_close(ours(images).cls, judge(images))
 
 
+def test_a_head_for_other_classes_is_named():
+    old, ours = student(), student()
+    names = [f"class {i}" for i in range(len(old.state_dict()["head.bias"]))]
+    stored = {"model": old.state_dict(), "class_names": names}
+    others = [*names[:2], "other", *names[3:]]
+    assert load_weights(ours, stored, class_names=names) == load_weights(ours, stored) == []
+    (sentence,) = load_weights(ours, stored, class_names=others)
+    assert "for other classes: class 2 is 'class 2' in the checkpoint, 'other' here" in sentence
+    assert torch.equal(ours.state_dict()["head.weight"], old.state_dict()["head.weight"])
+    more = student(classes=len(names) + 1)
+    (sentence,) = load_weights(more, stored, class_names=[*names, "new"])
+    assert "head reset" in sentence
+
+
 @pytest.mark.parametrize("img_size", [32, 48])
 def test_a_token_is_added_to_deit_3_and_taken_out_again(img_size):
     old = released_deit_3()

@@ -244,7 +244,7 @@ def test_torchvision_files_are_taken_as_they_are(tmp_path):
     assert not source.in_memory
     for i, (path, label) in enumerate(judge.samples):
         assert source.read(i) == (Path(path).read_bytes(), label, str(path))
-    refused("no splits, not 'train'", f"torchvision:EuroSAT:{tmp_path}:train")
+    refused("torchvision's class takes no split: leave out 'train'", f"torchvision:EuroSAT:{tmp_path}:train")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_torchvision_files_are_taken_as_they_are(tmp_path):
     [
         ("torchvision:CIFAR10:{}", None, "cannot find or open it there"),
         ("torchvision:SVHN:{}", "nosuch", "cannot find or open it there"),
-        ("torchvision:CIFAR10:{}", "val", "only train and test, not 'val'"),
+        ("torchvision:CIFAR10:{}", "val", "only the splits train and test, not 'val'"),
         ("torchvision:CIFAR10:{}:test", "train", "names the split 'test', --split names 'train'"),
         ("torchvision:Cifar-10:{}", None, "no data set named 'Cifar-10'; did you mean .*CIFAR10"),
         ("torchvision:CIFAR10", None, "write torchvision:NAME:ROOT"),
