@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from benchmarks.findings.cells import CELLS, TAUGHT_BY_TRANSFORMER, Study, recipe
 from benchmarks.findings.report import write
@@ -56,7 +55,6 @@ class Options:
     cells: tuple[str, ...] = ()  # names of cells; none: all
     seeds: int = 5
     epochs: int = 0  # 0: 40 on digits, 12 on Fashion-MNIST
-    threads: int = 1  # of PyTorch; the results are the same with any number
     folder: Path = Path("runs/findings")  # for data and runs, which are deleted when their line is written
     results: Path = RESULTS / "findings.jsonl"
     report: Path | None = None  # the page to write, such as docs/findings.md; None: none
@@ -174,7 +172,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         raise UserError(f"there is no cell '{min(unknown)}': choose from {', '.join(map(repr, CELLS))}")
     if not options.only_report:
-        torch.set_num_threads(options.threads)
         _train_all(options)
     if options.report is not None:
         write(read(options.results), options.report)

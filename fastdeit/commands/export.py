@@ -1,6 +1,7 @@
 """`fastdeit export`: a checkpoint in the layouts of timm, transformers, ONNX and torch.export."""
 
 import dataclasses
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -76,7 +77,15 @@ def export(options: Options) -> None:
             folder.mkdir()
             FORMATS[name](loaded, folder)
             (folder / "README.md").write_text(text)
-            folder.rename(options.dest / name)
+            try:
+                folder.rename(options.dest / name)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise UserError(
+                    f"{options.dest / name} has been written by another program since this export began: name another "
+                    f"DEST"
+                ) from error
         say(f"{options.dest / name}: weights '{loaded.weights}' of {path}")
 
 

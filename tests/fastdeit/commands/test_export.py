@@ -9,7 +9,7 @@ import torch
 
 from fastdeit.commands import export as command
 from fastdeit.commands.export import Options, export
-from fastdeit.exporting import Classifier
+from fastdeit.exporting import FORMATS, Classifier
 from fastdeit.loading import load
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.machine import MachineError
@@ -123,6 +123,18 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(trained, tmp_path, monk
     monkeypatch.setattr("fastdeit.exporting.Classifier.forward", lambda self, images: self.model(images).cls * 2)
     refused(r"differ by .* from the model's", export, Options(checkpoint=path, dest=tmp_path, formats=("torch",)))
     assert [each.name for each in tmp_path.iterdir()] == ["timm"]
+
+
+@pytest.mark.slow
+def test_an_export_that_another_overtakes_says_so(trained, tmp_path, monkeypatch):
+    def overtaken(loaded, folder):
+        (tmp_path / "timm").mkdir()
+        (tmp_path / "timm" / "other").write_text("of the other")
+
+    monkeypatch.setitem(FORMATS, "timm", overtaken)
+    options = Options(checkpoint=trained["plain"], dest=tmp_path, formats=("timm",))
+    refused(r"timm has been written by another program since this export began", export, options)
+    assert [str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")] == ["timm", "timm/other"]
 
 
 def test_mistakes(tmp_path):
