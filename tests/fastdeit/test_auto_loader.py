@@ -142,7 +142,7 @@ class Joined(World):
 
 def test_all_processes_take_the_choice_of_the_first(tiny, fastest):
     recipe = tiny(data={"loader": "auto"})
-    train, val = (open_dataset(path, "data") for path in (recipe.data.train, recipe.data.val))
+    train, val = (open_dataset(path) for path in (recipe.data.train, recipe.data.val))
     for name in ("one", "torch"):
         asked = fastest(name)
         for rank in (0, 1):

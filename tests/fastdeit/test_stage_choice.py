@@ -58,7 +58,7 @@ def opened(tiny, alone):
     ):
         sections = {"model": {"img_size": 16}, "run": {"global_batch": 8, "eval_batch": 5}, **sections}
         recipe = tiny(data={"stage": stage, "loader": loader}, departures={"mix_group": 4}, **sections)
-        dataset = open_dataset(path or recipe.data.train, "data")
+        dataset = open_dataset(path or recipe.data.train)
         there.append(kind(recipe, dataset, world, dtype, layout, *arguments))
         return there[-1]
 

@@ -97,7 +97,7 @@ def test_no_class_with_two_images():
 
 def test_a_run_is_judged_by_images_that_it_never_saw(tiny, data, capsys):
     recipe = tiny(data={"val": None, "hold_out": 0.25, "fraction": 0.8, "repeats": 1})
-    held = divide(recipe.data, open_dataset(recipe.data.train, "data.train").label).held_out
+    held = divide(recipe.data, open_dataset(recipe.data.train).label).held_out
     assert len(held) == 40
     with create_loader(recipe.data.train, recipe, batch_size=32, device="cpu") as loader:
         assert loader._data.order.length == 96

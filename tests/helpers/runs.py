@@ -47,7 +47,7 @@ def evaluated(checkpoint, val=None, **options):
 def opened(kind, recipe, dataset=None):
     """`TrainingData` or `EvaluationData` of a recipe in this process alone; of its own data set, or of `dataset`."""
     with world(recipe.run.device) as joined:
-        dataset = dataset or open_dataset(recipe.data.train if kind is TrainingData else recipe.data.val, "data")
+        dataset = dataset or open_dataset(recipe.data.train if kind is TrainingData else recipe.data.val)
         with closing(kind(recipe, dataset, joined)) as data:
             yield data
 

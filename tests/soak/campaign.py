@@ -142,7 +142,7 @@ def soak(options: Options, data: Path, consume: Callable[[TrainBatch], object] |
     gc.freeze()  # imported objects: collecting them at every epoch's end would take longer than a short epoch
     with Watch(options.sample_seconds) as watch, tqdm(total=round(total), unit="s", desc="soak", disable=None) as bar:
         for epoch in range(sys.maxsize):
-            dataset = open_dataset(data, "data")
+            dataset = open_dataset(data)
             loading = TrainingData(_recipe(options, epochs=epoch + 1), dataset, alone)
             with loading.batches(epoch) as batches:
                 for batch in batches:

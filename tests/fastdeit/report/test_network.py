@@ -100,7 +100,7 @@ def test_cosines_are_those_of_timms_tokens(found, judge, reported):
 
 @pytest.mark.slow
 def test_samples_are_those_that_were_trained_on(found, reported):
-    train_set = open_dataset(reported.data.train, "data.train")
+    train_set = open_dataset(reported.data.train)
     with opened(TrainingData, reported, train_set) as data, data.batches(0) as batches:
         batch = next(iter(batches)).data
     assert reported.departures.mix_group < SAMPLES

@@ -102,7 +102,7 @@ def test_the_batches_are_those_of_runs_of_one_size(tiny):
 
 def test_two_processes_make_the_batches_of_one(tiny):
     recipe = tiny(**GROWING, run={"epochs": 8})
-    dataset = open_dataset(recipe.data.train, "data.train")
+    dataset = open_dataset(recipe.data.train)
     shares = [TrainingData(recipe, dataset, World(rank, 2, 2, torch.device("cpu"))) for rank in range(2)]
     with opened(TrainingData, recipe) as whole:
         for epoch in (4, 5, 7):

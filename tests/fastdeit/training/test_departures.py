@@ -32,7 +32,7 @@ def released(tiny):
 
 
 def training(recipe, world=ALONE):
-    data = TrainingData(recipe, open_dataset(recipe.data.train, "data.train"), world)
+    data = TrainingData(recipe, open_dataset(recipe.data.train), world)
     data.close()
     return data
 
@@ -71,7 +71,7 @@ def test_cutmix_box(released):
 
 def test_eval_sharding(released):
     recipe = released("eval_sharding")
-    val = open_dataset(recipe.data.val, "data.val")
+    val = open_dataset(recipe.data.val)
     counts = []
     partition = changed(recipe, run={"eval_sharding": None}).resolved()
     for r in (recipe, partition):

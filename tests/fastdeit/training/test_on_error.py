@@ -40,7 +40,7 @@ def test_a_run_fails_by_default_and_goes_on_with_replace(tiny, events, damaged):
 
 def test_a_batch_has_the_label_of_the_image_it_shows(tiny, damaged):
     recipe = tiny(data={"train": damaged, "on_error": "replace", "repeats": 2}, run={"epochs": 6})
-    dataset = open_dataset(damaged, "data.train")
+    dataset = open_dataset(damaged)
     labels = dataset.label.copy()
     labels[BAD] = labels[BAD + 1] = 3  # classes are stored one behind another
     dataset.label = np.where(np.arange(len(labels)) == BAD, 0, labels)

@@ -17,7 +17,7 @@ def shards(data, tmp_path_factory):
     """The samples of `train.beton` and `val.beton`, in shards of 50 at most."""
     folder = tmp_path_factory.mktemp("shards")
     for split in ("train", "val"):
-        with open_dataset(data / f"{split}.beton", f"data.{split}") as beton:
+        with open_dataset(data / f"{split}.beton") as beton:
             with ShardWriter(folder / split, len(beton), shard_size=50) as writer:
                 add_all(writer, beton)
                 sidecar = writer.finish(class_names=beton.class_names)
@@ -62,7 +62,9 @@ def test_evaluation_reads_a_folder(teacher_checkpoint, data, shards):
 
 
 def test_what_is_no_data_set_is_said(tmp_path):
-    refused(r"give --data\.train a folder of images, or what fastdeit-convert wrote", open_dataset, None, "data.train")
+    refused(
+        r"give --data\.train a folder of images, or what fastdeit-convert wrote", open_dataset, None, "--data.train"
+    )
     with pytest.raises(UserError, match=r"--data\.train .*nowhere: there is no such file or folder"):
-        open_dataset(tmp_path / "nowhere", "data.train")
-    refused(r"is not a data set of fastdeit-convert: it has no samples\.npy", open_dataset, tmp_path, "data.train")
+        open_dataset(tmp_path / "nowhere", "--data.train")
+    refused(r"is not a data set of fastdeit-convert: it has no samples\.npy", open_dataset, tmp_path)
