@@ -114,7 +114,7 @@ def load_weights(
         # The authors' DeiT III (arXiv 2204.07118) names the factors of LayerScale otherwise than timm does.
         state = {_GAMMA.sub(r"\1ls\2.gamma", name): value for name, value in state.items()}
         messages += _adapt_patches(state, fresh)
-        messages += _adapt_positions(state, network, source)
+        messages += resize_positions(state, network, source)
         messages += _adapt_distillation(state, fresh)
     resets = _adapt_heads(state, fresh, head_names(network))
     messages += resets or _other_classes(stored, class_names)
@@ -251,7 +251,8 @@ def _adapt_patches(state: State, fresh: State) -> list[str]:
     return [f"patch projection resampled from {tuple(old.shape[2:])} to {tuple(new.shape[2:])} pixels"]
 
 
-def _adapt_positions(state: State, model: DeiT, source: str) -> list[str]:
+def resize_positions(state: State, model: DeiT, source: str) -> list[str]:
+    """Resize the position embedding in `state` to the grid of `model`, as timm does; a sentence if it had another."""
     positions = state.get("pos_embed")
     if positions is None or positions.ndim != 3 or positions.shape[2] != model.pos_embed.shape[2]:
         return []

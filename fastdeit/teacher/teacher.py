@@ -18,9 +18,18 @@ from torch import Tensor, nn
 from fastdeit.checkpoint import read_checkpoint
 from fastdeit.inputs import check_teacher
 from fastdeit.loading import own_recipe
-from fastdeit.model.deit import StudentOutput, build_model
+from fastdeit.model.deit import DeiT, StudentOutput, build_model
 from fastdeit.model.timm_vit import size_option
-from fastdeit.model.weights import State, check_strictly, describe, head_names, load_strictly, on_meta, state_dict
+from fastdeit.model.weights import (
+    State,
+    check_strictly,
+    describe,
+    head_names,
+    load_strictly,
+    on_meta,
+    resize_positions,
+    state_dict,
+)
 from fastdeit.pipelines.errors import UserError
 from fastdeit.precision import COMPILER
 from fastdeit.sections import LITE0, TeacherConfig
@@ -53,7 +62,8 @@ class Teacher(nn.Module):
 
         `cfg.checkpoint` has any layout that `weights.state_dict` reads. A fastdeit checkpoint also describes its
         network: `arch`, `num_classes`, `img_size`, `mean`, `std`. Resolution, mean and deviation come from `cfg`, else
-        from the checkpoint, else from timm's configuration. Raises UserError, with the remedy, if the package or the
+        from the checkpoint, else from timm's configuration; for another resolution, a DeiT of fastdeit resizes its
+        position embedding. Raises UserError, with the remedy, if the package or the
         checkpoint is missing, does not fit, or has another number of classes than the student.
         """
         super().__init__()
@@ -69,6 +79,8 @@ class Teacher(nn.Module):
         # Checked on the meta device first: the file may claim a resolution of any size.
         shapes = on_meta(build, f"{source}: it does not describe a network")
         if shapes is not None:
+            if isinstance(shapes, DeiT) and cfg.img_size is not None:  # chosen by the user, not by the file
+                resize_positions(state, shapes, source)
             _check_classes(state, described, shapes, num_classes, source)
             check_strictly(shapes, state, source)
         self.network = build()

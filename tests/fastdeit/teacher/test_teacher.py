@@ -126,12 +126,15 @@ def test_a_deit_of_any_shape_teaches(tiny, distilled):
     state = trained(recipe)["model"]
     name = f"deit_tiny_{'distilled_' * distilled}patch16_224"
     shape = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
-    judge = timm.create_model(name, num_classes=4, **shape).eval()
+    judge = timm.create_model(name, num_classes=4, dynamic_img_size=True, **shape).eval()
     judge.load_state_dict(state, strict=True)
-    images = torch.randn(5, 3, 32, 32)
-    teacher = Teacher(TeacherConfig(name="deit", checkpoint=newest(recipe)), IMAGENET_MEAN, IMAGENET_STD, 32, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(teacher.logits(images), judge(images), rtol=1e-4, atol=1e-5)
+    for size, chosen in ((32, None), (48, 48)):
+        images = torch.randn(5, 3, size, size)
+        cfg = TeacherConfig(name="deit", checkpoint=newest(recipe), img_size=chosen)
+        teacher = Teacher(cfg, IMAGENET_MEAN, IMAGENET_STD, size, 4)
+        assert teacher.img_size == size
+        with torch.no_grad():
+            torch.testing.assert_close(teacher.logits(images), judge(images), rtol=1e-4, atol=1e-5)
     taught = {"objective": {"distillation": "soft"}, "teacher": {"name": "deit", "checkpoint": newest(recipe)}}
     train(tiny(**taught, run={"epochs": 1, "output": recipe.run.output / "student"}))
 
