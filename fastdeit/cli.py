@@ -88,7 +88,7 @@ def run(main: Callable[[], T]) -> T:
 
 
 def _flushed(main: Callable[[], T]) -> T:
-    """Call `main`, then flush stdout: argparse leaves its help in the buffer, and Python's own flush fails late."""
+    """Call `main`, then flush stdout. Otherwise Python would do so at exit, too late to report an error."""
     try:
         result = main()
     except SystemExit:

@@ -76,7 +76,7 @@ _BCE = Effect(lambda r: r.objective.loss == "bce", "objective.loss 'bce'")
 _NOT_SGD = Effect(lambda r: r.optim.name != "sgd", "an optim.name other than 'sgd'")
 _FUSED = Effect(lambda r: r.optim.name in ("adamw", "lamb"), "optim.name 'adamw' or 'lamb'")
 _NOT_ADAMW = Effect(lambda r: r.optim.name != "adamw", "optim.name 'sgd', or another that has a momentum")
-_OTHER_SIZES = Effect(  # none at all switches a recipe's curriculum off
+_OTHER_SIZES = Effect(  # an empty list removes the recipe's sizes
     lambda r: not r.curriculum.sizes or any(size != r.model.img_size for size in r.curriculum.sizes),
     "a size other than model.img_size",
 )

@@ -28,7 +28,7 @@ FIRST = (
     Field("model.init", "--pretrained-path", "checkpoint to fine-tune"),
 )
 
-_CURRICULUM = Field("curriculum.sizes", "", "side of the images in each part, pixels; none: no curriculum")
+_CURRICULUM = Field("curriculum.sizes", "", "image size in each part; see also curriculum.magnitudes")
 
 
 def page(recipe: Recipe, purpose: str, program: str) -> str:

@@ -113,7 +113,7 @@ def open_data_sets(recipe: Recipe, *, val: bool = True) -> DataSets:
 def open_dataset(path: Path | None, option: str = "") -> Dataset:
     """The data set at `path`: a .beton file or a folder of shards.
 
-    option  that gave the path, for messages; empty: none did
+    option  the option that gave the path, for messages; empty if no option did
 
     Raises UserError if it is not given, missing, damaged or of another kind.
     """

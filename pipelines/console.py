@@ -30,11 +30,13 @@ def _print(text: str, name: Literal["stdout", "stderr"]) -> str | None:
 
 
 def answer(text: str) -> None:
-    """Print the lines that a command exists to print.
+    """Print a command's results; nothing if stdout is closed.
 
-    Raises MachineError if they cannot be written, also where streams survive that (`Steady`), and BrokenPipeError if
-    nobody reads them.
+    Raises MachineError if they cannot be written, even if stdout is a `Steady`, which otherwise hides such failures,
+    and BrokenPipeError if the reader has gone.
     """
+    if sys.stdout is None:
+        return
     stream = sys.stdout.unwrapped if isinstance(sys.stdout, Steady) else sys.stdout
     try:
         print(text, file=Escaping(stream), flush=True)

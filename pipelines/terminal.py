@@ -8,14 +8,14 @@ from typing import Any
 
 from fastdeit.pipelines.errors import printable
 
-_RESET = "\x1b[0m"  # colorama, which numba imports, writes it to a terminal when the program ends
+_RESET = "\x1b[0m"  # colorama writes this to a terminal at exit; numba imports colorama
 
 
 class Escaping:
     """A text stream that escapes unprintable characters; it forwards everything else to the stream.
 
-    Newlines, tabs and carriage returns, which progress bars need, pass. Characters that the stream's encoding lacks are
-    escaped too.
+    Newlines, tabs and carriage returns pass, because progress bars need them; so does a lone colour reset. Characters
+    that the stream's encoding lacks are escaped too.
     """
 
     _coloured = False  # whether `colours` lets everything pass

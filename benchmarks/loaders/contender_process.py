@@ -55,7 +55,7 @@ class ContenderProcess:
                 stderr=errors,
                 text=True,
                 cwd=Path(__file__).parents[2],
-                env={**os.environ, "TMPDIR": str(folder)},  # DALI's files, which a killed process leaves behind
+                env={**os.environ, "TMPDIR": str(folder)},  # DALI leaves files behind if its process is killed
                 start_new_session=True,
             )
         contender = cls(setting, process, log)

@@ -96,10 +96,7 @@ def budget() -> None:
         card=find_card(own.gpu), gpus=own.gpus, cores=own.cores, network=1e9 * own.network, price=own.price
     )
     images = images_of(own, recipe)
-    try:
-        found = plan(recipe, machine, images)
-    except UserError as error:
-        raise UserError(f"{error} (--gpus {own.gpus})") from error
+    found = plan(recipe, machine, images)
     enough = None if own.deadline is None else fewest_gpus(recipe, machine, images, own.deadline)
     if own.json:
         answer(json.dumps(as_json(found) | ({} if own.deadline is None else {"gpus_for_deadline": enough})))
@@ -156,7 +153,7 @@ def lines(name: str, found: Plan) -> list[str]:
             "images",
             f"{images.train:,} x {found.epochs} epochs, {found.steps:,} steps of {found.global_batch:,} an epoch",
         ),
-        ("rate", f"{found.speed:,.0f} images/s, {each:,.0f} a GPU{last}; the GPU's part of a step: {took}"),
+        ("rate", f"{found.speed:,.0f} images/s, {each:,.0f} a GPU{last}; a step, without the loader, takes: {took}"),
         *(
             ("", f"{each.plan.speed:,.0f} images/s in the {each.epochs} epochs at {each.size} pixels")
             for each in found.earlier

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -12,6 +12,9 @@ from fastdeit.cli import parse, program, run
 from fastdeit.pipelines.console import settle
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.formats.dataset import open_dataset
+
+if TYPE_CHECKING:
+    from fastdeit.pipelines.sources import Source
 
 _SHARDS = ("shard_size", "nodes")
 _SOURCE = ("split", "class_names")  # how to read SOURCE
@@ -86,7 +89,6 @@ def convert_options(options: Options) -> int:
     if options.format == "beton":
         _refuse(options, _SHARDS, "without --format webdataset")
     from fastdeit.pipelines.conversion.convert import convert
-    from fastdeit.pipelines.sources import open_source
 
     if options.dest.suffix in (".tar", ".parquet") and options.dest.is_file():
         raise UserError(
@@ -94,7 +96,7 @@ def convert_options(options: Options) -> int:
             f"or the shell passes its second match as DEST"
         )
     report = convert(
-        open_source(options.source, options.split, class_names(options.class_names)),
+        _opened(options.source, options),
         options.dest,
         format=options.format,
         max_side=options.max_side,
@@ -115,7 +117,6 @@ def convert_options(options: Options) -> int:
 def verify_options(options: Options, dest: Path) -> int:
     """Check the data set `dest`; the exit status."""
     from fastdeit.pipelines.conversion.verify import verify
-    from fastdeit.pipelines.sources import open_source
 
     if options.source is not None:
         raise UserError("--verify takes only DEST; give the source to compare with as --against SOURCE")
@@ -124,8 +125,17 @@ def verify_options(options: Options, dest: Path) -> int:
     _refuse(options, of_conversions, "with --verify, which converts nothing")
     if not against:
         _refuse(options, _SOURCE, "without --against")
-    source = against and open_source(against, options.split, class_names(options.class_names))
+    source = against and _opened(against, options)
     return 0 if verify(dest, source or None, workers=options.workers).ok else BAD
+
+
+def _opened(source: str, options: Options) -> "Source":
+    from fastdeit.pipelines.sources import UnlistedClassError, open_source
+
+    try:
+        return open_source(source, options.split, class_names(options.class_names))
+    except UnlistedClassError as error:
+        raise UnlistedClassError(f"{error}. The list is --class-names {options.class_names}") from error
 
 
 def _refuse(options: Options, names: Collection[str], where: str) -> None:

@@ -168,7 +168,10 @@ class _Evaluation:
         probe_columns: list[int] | None,
         options: Options,
     ) -> dict[str, Any]:
-        """Scores by kind of weights, of the network's classes `columns` and the probes' `probe_columns` (None: all)."""
+        """Scores by kind of weights.
+
+        The network chooses among its classes `columns`; the probes are trained on `probe_columns` (None: all).
+        """
         from fastdeit.memory import moved
         from fastdeit.model.networks import OfClasses
         from fastdeit.pipelines.formats.checksums import unchecked
@@ -239,8 +242,9 @@ class _Evaluation:
     ) -> dict[str, Any]:
         """Scores of both classifiers on frozen features, trained on those of the images at `path`.
 
-        images   those of a run's data set that it held out, on which the classifiers are not trained; None: none
-        columns  the classes of the images at `path` that `val` has, in its order; None: all
+        images   indices of the images that the run held out; the classifiers are not trained on them. None: it held
+                 out none
+        columns  for each class of `val`, its index among the classes of the images at `path`; None: the same classes
         """
         from fastdeit.setup import open_evaluation_data
         from fastdeit.training.probes import features, probe
@@ -266,7 +270,10 @@ def _same_images(one: Dataset, other: Dataset) -> bool:
 
 
 def _of_classes(features: "Tensor", labels: "Tensor", columns: list[int] | None) -> "tuple[Tensor, Tensor]":
-    """The features (N, D) whose labels (N,) are among `columns`, and their places there; None: all as they are."""
+    """Keep the features (N, D) whose labels (N,) are in `columns`; replace each label by its index in `columns`.
+
+    None keeps all, as they are.
+    """
     import torch
 
     if columns is None:
@@ -278,9 +285,9 @@ def _of_classes(features: "Tensor", labels: "Tensor", columns: list[int] | None)
 
 
 def _probe_columns(path: Path | None, sets: dict[str, Dataset]) -> dict[str, list[int] | None]:
-    """Which classes of the images to train a probe on each data set has; None: all.
+    """For each data set, the indices of its classes among those of the probe's training images; None: the same.
 
-    Raises UserError for a data set with other classes.
+    Raises UserError if a data set has classes that the training images lack.
     """
     if path is None:
         return dict.fromkeys(sets)
@@ -291,8 +298,8 @@ def _probe_columns(path: Path | None, sets: dict[str, Dataset]) -> dict[str, lis
     for name, val in sets.items():
         if columns[name] is None and classes != val.num_classes:
             raise UserError(
-                f"{path} has {classes} classes, {name} {val.num_classes}, and nothing names them: convert both with "
-                f"the same --class-names"
+                f"{path} has {classes} classes, {name} {val.num_classes}, and at least one of them has no class "
+                f"names: convert both with the same --class-names"
             )
     return columns
 
@@ -396,7 +403,7 @@ def main() -> None:
                     apart = {*map(str, corrupted)}
                     others = {path: scores for path, scores in results.items() if path not in apart}
                     answer("\n\n".join(filter(None, [tables(others), corruption_table(found) if found else ""])))
-            finally:  # a full disk costs one of the two, not both
+            finally:  # write the CSV even if printing fails
                 if options.per_class is not None:
                     write_classes(options.per_class, classes)
 

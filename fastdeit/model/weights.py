@@ -89,7 +89,7 @@ def load_weights(
 ) -> list[str]:
     """Load weights into a network; returns a sentence for each adaptation, for the caller to log.
 
-    class_names  what the network will tell apart; a sentence says if the checkpoint's head was trained for others
+    class_names  the network's classes; a sentence says if the checkpoint's head was trained for others
 
     In every network, a head with another number of classes keeps its fresh weights. In a DeiT also:
     - a patch projection with another patch size is resampled (timm's `resample_patch_embed`);
@@ -235,7 +235,7 @@ def _other_classes(stored: dict[str, Any], names: Sequence[str] | None) -> list[
     if at is None:
         return []
     return [
-        f"the head keeps its weights, though they are for other classes: class {at} is '{before[at]!s:.80}' in the "
+        f"the head keeps its weights, but its classes or their order differ: class {at} is '{before[at]!s:.80}' in the "
         f"checkpoint, '{names[at]}' here"
     ]
 

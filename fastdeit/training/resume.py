@@ -184,7 +184,7 @@ class Resumed:
 
     path       of its file
     changed    a phrase for each thing that changed since
-    rounding   a phrase for each of device, threads and versions that differs: the last bits may differ
+    rounding   a phrase for each difference in device, threads or versions; with any, the last bits may differ
     log        the log's sums at that step; None if an older version wrote the checkpoint
     """
 

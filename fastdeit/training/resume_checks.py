@@ -96,7 +96,10 @@ def check_state(state: dict[str, Any], path: Path, training: TrainingStep) -> No
 
 
 def check_rounding(state: dict[str, Any], path: Path) -> Rounding:
-    """Device, threads and versions in a checkpoint; empty if an older version wrote it. Raises UserError otherwise."""
+    """Device, threads and versions in a checkpoint; empty if an older version wrote it.
+
+    Raises UserError if the field is malformed.
+    """
     stored = state.get("rounding", {})
     if not isinstance(stored, dict) or not all(
         isinstance(value, str | int | None) and len(str(value)) <= 200 for value in stored.values()

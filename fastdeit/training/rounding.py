@@ -1,4 +1,4 @@
-"""What decides how a step rounds, besides the recipe: device, threads, versions."""
+"""Device, threads and versions: they decide how a step rounds, as the number of processes does."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from fastdeit.distributed import World
 from fastdeit.training.run_record import version
 from fastdeit.version import __version__
 
-# Packages that compute a step: the pixels, the plan, the model.
+# Packages that compute the plan, the pixels and the model.
 _PACKAGES = ("torch", "triton", "timm", "numpy", "numba", "pillow")
 
 Rounding = Mapping[str, str | int | None]
@@ -18,7 +18,7 @@ def rounding(world: World) -> dict[str, str | int | None]:
     """Device, threads and versions of this process.
 
     device       the GPU's name; on a CPU, its instruction set
-    CPU threads  of PyTorch, which divides its sums among them; None on a GPU
+    CPU threads  number of PyTorch's threads, among which it divides sums; None on a GPU
 
     Every other key is a package with its version, None if it is not installed.
     """
@@ -35,4 +35,11 @@ def rounding(world: World) -> dict[str, str | int | None]:
 
 def rounding_changes(before: Rounding, now: Rounding) -> list[str]:
     """A phrase for each key of `now` that had another value `before`."""
-    return [f"{name} {before[name]} (now {now[name]})" for name in now if name in before and before[name] != now[name]]
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if "device" in changed:  # the number of threads goes with it
+        changed = [name for name in changed if None not in (before[name], now[name]) or name != "CPU threads"]
+    return [f"{name} {_shown(before[name])} (now {_shown(now[name])})" for name in changed]
+
+
+def _shown(value: str | int | None) -> str:
+    return "missing" if value is None else str(value)

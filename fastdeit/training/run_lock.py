@@ -16,7 +16,7 @@ from fastdeit.pipelines.locks import lock
 from fastdeit.pipelines.parsing import parse_json, read_json
 
 NAME = "run.lock"
-_LINE = b'{"event": '  # each line of a run's log begins so
+_LINE = b'{"event": '  # start of every line in a run's log
 HEARTBEAT = 10.0  # seconds between two touches of the file by its holder
 
 
@@ -27,8 +27,8 @@ class RunLock:
 
     It uses flock, which the system releases when the process ends. The file names its holder. On a shared file system
     flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds. A
-    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError, naming
-    host and process, if another run holds the folder, or naming a recipe or a log there that no run wrote.
+    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError if
+    another run holds the folder, naming host and process, or if the folder has a recipe or a log that no run wrote.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,7 +144,7 @@ def _process(holder: dict[str, Any]) -> str:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UserError if `folder` has a recipe or a log that no run wrote: a run would write over them."""
+    """Raise UserError if `folder` has a recipe or a log that no run wrote: a run would write into them."""
     for path, is_ours in ((folder / "recipe.json", _is_recipe), (folder / "log.jsonl", _is_log)):
         if path.exists() and not is_ours(path):
             raise UserError(f"{path} was not written by a run: move it, or {_ELSEWHERE}")

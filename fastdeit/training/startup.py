@@ -213,7 +213,7 @@ def recipe_warnings(recipe: Recipe, sets: DataSets, *, steps: int, repeats: int)
 
 
 def _other_batch(recipe: Recipe) -> list[str]:
-    """For a named recipe with another batch, but with its own learning rate, which does not scale."""
+    """A warning if the batch of a named recipe was changed, but not its learning rate, which does not scale."""
     if recipe.optim.lr_batch or recipe.name not in RECIPES:
         return []
     named, batch, lr = RECIPES[recipe.name](), recipe.run.global_batch, recipe.optim.lr

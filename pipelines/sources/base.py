@@ -21,6 +21,10 @@ class SourceError(UserError):
     """A source that cannot be opened or read; says which file or sample, why, and what to do."""
 
 
+class UnlistedClassError(SourceError):
+    """A class of the source that the given class names lack."""
+
+
 class SampleError(UserError):
     """One sample that cannot be used, in a usable source; says which, why, and what to do."""
 
@@ -80,8 +84,8 @@ def class_labels(found: list[str], class_names: list[str] | None, where: str) ->
     label = {name: i for i, name in enumerate(class_names or sorted(found))}
     for name in found:
         if name not in label:
-            raise SourceError(
-                f"{where}: class '{name}' is not in the list of class names: add it there, or remove its images"
+            raise UnlistedClassError(
+                f"{where}: class '{name}' is not in the list of class names: add it to the list, or remove its images"
             )
     return label
 

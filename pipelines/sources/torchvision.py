@@ -86,7 +86,7 @@ class Torchvision:
             return {**options, "train": split == "train"}
         if "train" in parameters:
             raise SourceError(f"{self._text}: it has only the splits train and test, not '{split}'")
-        raise SourceError(f"{self._text}: torchvision's class takes no split: leave out '{split}'")
+        raise SourceError(f"{self._text}: this data set of torchvision has no splits: leave out '{split}'")
 
     def __reduce__(self) -> tuple[type[Torchvision], tuple[Any, ...]]:
         return Torchvision, self._arguments

@@ -100,7 +100,7 @@ def test_a_conversion_that_outlives_its_run_is_waited_for(begin, tmp_path, capfd
     made = converted(tree, tmp_path / "cache")
     process.communicate(timeout=60)
     assert f"waiting for another process to convert to {made}" in capfd.readouterr().err
-    assert len(open_dataset(made, "x")) == 3000
+    assert len(open_dataset(made)) == 3000
 
 
 @pytest.mark.slow
@@ -112,7 +112,18 @@ def test_an_interrupted_conversion_goes_on(begin, tmp_path):
     assert beton_files(cache) == []
     done = run_python("-c", CODE, tree, cache, status=0)
     assert "continued after" in done.stderr
-    assert len(open_dataset(beton_files(cache)[0], "x")) == 3000
+    assert len(open_dataset(beton_files(cache)[0])) == 3000
+
+
+def test_a_class_that_the_training_set_lacks_and_a_split_are_explained(data, images, tmp_path):
+    shutil.copytree(images / "val", tmp_path / "val")
+    (tmp_path / "val" / "class1").rename(tmp_path / "val" / "other")
+    listed = r"class 'other' is not in the list of class names: .*\. The list holds the classes of .*train\.beton"
+    refused(listed, converted, tmp_path / "val", tmp_path / "cache", data / "train.beton")
+    (tmp_path / "empty").mkdir()
+    message = refused("no class folders in it", converted, tmp_path / "empty", tmp_path / "cache", data / "train.beton")
+    assert "The list holds" not in message
+    refused(r"choose one with --split\. Only fastdeit-convert has it", converted, images, tmp_path / "cache")
 
 
 @pytest.mark.slow
@@ -176,7 +187,7 @@ def test_a_script_without_a_guard_may_open_a_folder(images, tmp_path):
 
 
 def test_a_data_set_in_the_cache_is_not_copied_again(data):
-    dataset = open_dataset(data / "train.beton", "x")
+    dataset = open_dataset(data / "train.beton")
     assert local_copy(dataset, data, print) is dataset
 
 

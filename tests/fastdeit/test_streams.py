@@ -117,6 +117,13 @@ def _refuses_a_full_stdout(words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", ["budget deit_tiny", "train deit_tiny --help", "--help", "--version"])
+def test_a_closed_stdout_is_no_error(words):
+    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} >&-', timeout=60, status=0)
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
 def test_scores_that_cannot_be_printed_are_an_error(tiny, tmp_path):
     """A run outlives its output; the commands that read its checkpoint do not."""
     recipe = tiny(run={"epochs": 1})
@@ -125,7 +132,7 @@ def test_scores_that_cannot_be_printed_are_an_error(tiny, tmp_path):
     Image.new("RGB", (40, 30)).save(image)
     classes = tmp_path / "classes.csv"
     _refuses_a_full_stdout(f"eval {recipe.run.output} {recipe.data.val} --device cpu --per-class {classes}")
-    assert classes.read_text().startswith("data,weights,class,")  # what can be written is
+    assert classes.read_text().startswith("data,weights,class,")  # the CSV is written all the same
     _refuses_a_full_stdout(f"eval {recipe.run.output} {recipe.data.val} --device cpu --json")
     _refuses_a_full_stdout(f"predict {recipe.run.output} {image} --device cpu")
 

@@ -253,7 +253,7 @@ def test_the_log_holds_the_name_and_prints_it_escaped(tmp_path, capsys):
     assert json.loads(line)["text"] == NAME
 
 
-def test_a_reset_of_the_colours_passes_alone():
+def test_a_colour_reset_passes_only_on_its_own():
     """colorama writes it when a program ends; within a name it is escaped."""
     stream = io.StringIO()
     for text in ("\x1b[0m", "name\x1b[0m"):

@@ -163,7 +163,7 @@ class Items:
 
 
 def some_classes(source, path, names):
-    """A data set of those images of `source` that are of the classes `names`."""
+    """Write a data set with only those images of `source` whose class is in `names`; returns its path."""
     with BetonDataset(source) as data:
         kept = [i for i, label in enumerate(data.label) if data.class_names[label] in names]
         with BetonWriter(path, len(kept)) as writer:

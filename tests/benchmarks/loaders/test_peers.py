@@ -52,7 +52,7 @@ from benchmarks.loaders.contenders import CONTENDERS
 from benchmarks.loaders.peers.stream import Missing, Setting
 
 setting, out = eval(sys.argv[1]), sys.argv[2]
-tempfile.tempdir = os.path.dirname(out)  # DALI's files, which a forked process leaves behind
+tempfile.tempdir = os.path.dirname(out)  # DALI leaves files behind in a forked process
 for seed in (torch.manual_seed, random.seed, np.random.seed):
     seed(1)
 try:

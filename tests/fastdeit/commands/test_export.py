@@ -126,7 +126,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(trained, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_an_export_that_another_overtakes_says_so(trained, tmp_path, monkeypatch):
+def test_an_export_is_an_error_if_another_wrote_the_folder_first(trained, tmp_path, monkeypatch):
     def overtaken(loaded, folder):
         (tmp_path / "timm").mkdir()
         (tmp_path / "timm" / "other").write_text("of the other")

@@ -55,7 +55,7 @@ def test_the_short_page_fits_a_screen(name):
     assert all(any(f"--{field.name} " in line for line in lines) for field in FIRST)
 
 
-def test_the_short_page_says_what_holds_for_its_recipe():
+def test_the_short_page_depends_on_the_recipe():
     scaled, fixed, grows = (
         page(RECIPES[name](), "", "") for name in ("deit_tiny", "deit3_small", "deit_tiny_curriculum")
     )

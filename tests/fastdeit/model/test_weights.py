@@ -128,14 +128,14 @@ def test_deit_3_is_resized_as_timm_does():
     torch.testing.assert_close(ours(images).cls, judge(images))
 
 
-def test_a_head_for_other_classes_is_named():
+def test_a_head_for_other_classes_gives_a_message():
     old, ours = student(), student()
     names = [f"class {i}" for i in range(len(old.state_dict()["head.bias"]))]
     stored = {"model": old.state_dict(), "class_names": names}
     others = [*names[:2], "other", *names[3:]]
     assert load_weights(ours, stored, class_names=names) == load_weights(ours, stored) == []
     (sentence,) = load_weights(ours, stored, class_names=others)
-    assert "for other classes: class 2 is 'class 2' in the checkpoint, 'other' here" in sentence
+    assert "its classes or their order differ: class 2 is 'class 2' in the checkpoint, 'other' here" in sentence
     assert torch.equal(ours.state_dict()["head.weight"], old.state_dict()["head.weight"])
     more = student(classes=len(names) + 1)
     (sentence,) = load_weights(more, stored, class_names=[*names, "new"])

@@ -143,7 +143,7 @@ def test_resumed_in_each_part_and_at_each_border_it_ends_with_the_same_bits(tiny
 
 
 @pytest.mark.slow
-def test_without_its_curriculum_a_run_does_not_resume(tiny):
+def test_a_run_does_not_resume_without_its_curriculum(tiny):
     train(tiny(curriculum={"sizes": (16, 24, 32)}, run={"epochs": 9}))
     refused(r"curriculum\.sizes = .*, this run has \[\]", train, tiny(run={"epochs": 9}))
 

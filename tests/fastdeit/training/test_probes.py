@@ -98,7 +98,7 @@ def test_other_classes_are_refused_before_anything_is_computed(data, teacher_che
 
 
 @pytest.mark.slow
-def test_of_a_data_set_with_some_classes_the_probe_learns_these(tiny, data, tmp_path):
+def test_the_probe_learns_only_the_classes_of_the_scored_data_set(tiny, data, tmp_path):
     recipe = tiny()
     train(recipe)
     options = {"loader": "torch", "device": "cpu", "threads": 1, "weights": "model"}

@@ -14,6 +14,7 @@ import torch
 from fastdeit import checkpoint
 from fastdeit.pipelines.conversion.convert import convert
 from fastdeit.sections import COMPAT_RUN
+from fastdeit.training.rounding import rounding_changes
 from refusals import refused
 from runs import assert_same_state, evaluated, final_state, newest, rewind, train, trained
 from system import wait_for
@@ -154,7 +155,7 @@ def test_other_data_is_refused(tiny, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_resuming_where_sums_round_otherwise_warns(tiny, events):
+def test_resuming_on_another_device_or_version_warns(tiny, events):
     def warned():
         return [e["text"] for e in events(recipe.run.output, "warning") if "last bits" in e["text"]]
 
@@ -173,6 +174,10 @@ def test_resuming_where_sums_round_otherwise_warns(tiny, events):
     (text,) = warned()
     assert f"device NVIDIA X\x1b (now {now['device']}), torch 1.0 (now {now['torch']}): the last bits" in text
     assert checkpoint.load(newest(recipe))["rounding"] == now  # those of the last step
+    assert rounding_changes({**now, "device": "x", "CPU threads": 4}, {**now, "CPU threads": None}) == [
+        f"device x (now {now['device']})"
+    ]
+    assert rounding_changes({**now, "triton": None}, {**now, "triton": "3"}) == ["triton missing (now 3)"]
     train(recipe)  # no step is left
     del state["rounding"]  # an older version's
     rewind(recipe, 3)

@@ -101,7 +101,7 @@ def test_the_papers_recipes_raise_no_warning(name, data):
         ("deit_small", {"run": {"global_batch": 64}}, False),
     ],
 )
-def test_a_learning_rate_that_does_not_scale_with_another_batch_warns(name, sections, warns, data):
+def test_changing_only_the_batch_warns_if_the_learning_rate_does_not_scale(name, sections, warns, data):
     recipe = changed(RECIPES[name](), **sections).filled()
     with open_dataset(data / "train.beton") as train_set:
         sets = DataSets(train_set, None, 4, np.arange(160), None)

@@ -244,7 +244,7 @@ def test_torchvision_files_are_taken_as_they_are(tmp_path):
     assert not source.in_memory
     for i, (path, label) in enumerate(judge.samples):
         assert source.read(i) == (Path(path).read_bytes(), label, str(path))
-    refused("torchvision's class takes no split: leave out 'train'", f"torchvision:EuroSAT:{tmp_path}:train")
+    refused("this data set of torchvision has no splits: leave out 'train'", f"torchvision:EuroSAT:{tmp_path}:train")
 
 
 @pytest.mark.parametrize(
