@@ -17,7 +17,7 @@ from fastdeit.config import LATER, SOFT_DEFAULTS, Recipe, upgraded
 from fastdeit.effects import check_given, fields
 from fastdeit.help import page
 from fastdeit.option_names import check_options, with_values
-from fastdeit.pipelines.console import answer, discard, settle
+from fastdeit.pipelines.console import Steady, answer, discard, settle
 from fastdeit.pipelines.errors import UserError, os_sentence, printable
 from fastdeit.pipelines.formats.files import check_regular, read_text
 from fastdeit.pipelines.parsing import MAX_TOML, parse_json, parse_toml
@@ -91,17 +91,23 @@ def _flushed(main: Callable[[], T]) -> T:
     """Call `main`, then flush stdout. Otherwise Python would do so at exit, too late to report an error."""
     try:
         result = main()
-    except SystemExit:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+    except SystemExit as end:
+        if not end.code:  # any other status says that the command has failed already
+            _flush()
         raise
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    _flush()
     return result
+
+
+def _flush() -> None:
+    if not sys.stdout.closed:
+        sys.stdout.flush()
 
 
 def _reader_has_gone() -> bool:
     """Whether stdout is a pipe or socket that nobody reads any more."""
+    if isinstance(sys.stdout, Steady) and isinstance(sys.stdout.failure, BrokenPipeError):
+        return True  # it leads to /dev/null by now
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -64,15 +64,17 @@ def converted(path: Path, cache: Path | None = None, like: Path | None = None) -
 
 
 def _opened(place: Path, names: list[str] | None, like: Path | None) -> Source:
-    from fastdeit.pipelines.sources import SourceError, UnlistedClassError, open_source
+    from fastdeit.pipelines.sources import SourceError, SplitNeededError, UnlistedClassError, open_source
 
     try:
         return open_source(str(place), class_names=names)
     except SourceError as error:
-        if "--split" in str(error):
+        if isinstance(error, SplitNeededError):
             raise SourceError(f"{error}. Only fastdeit-convert has it: give the file that it writes instead") from error
         if isinstance(error, UnlistedClassError):
-            raise UnlistedClassError(f"{error}. The list holds the classes of {like}") from error
+            raise SourceError(
+                f"{error}. The list holds the classes of {like}: to add one, convert both with a common --class-names"
+            ) from error
         raise
 
 

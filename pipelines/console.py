@@ -30,15 +30,17 @@ def _print(text: str, name: Literal["stdout", "stderr"]) -> str | None:
 
 
 def answer(text: str) -> None:
-    """Print a command's results; nothing if stdout is closed.
+    """Print a command's results.
 
     Raises MachineError if they cannot be written, even if stdout is a `Steady`, which otherwise hides such failures,
     and BrokenPipeError if the reader has gone.
     """
-    if sys.stdout is None:
-        return
-    stream = sys.stdout.unwrapped if isinstance(sys.stdout, Steady) else sys.stdout
+    stream: Any = sys.stdout
     try:
+        if isinstance(stream, Steady):
+            if stream.failure is not None:
+                raise stream.failure
+            stream = stream.unwrapped
         print(text, file=Escaping(stream), flush=True)
     except BrokenPipeError:
         raise
@@ -64,14 +66,15 @@ def progress_bar(notes: list[str], shown: bool = True, **options: Any) -> tqdm:
 class Steady(Escaping):
     """A text stream whose failed writes are noted, not raised, and that escapes unprintable characters.
 
-    lost    the sentence to note, once, with {error} for the reason
-    faults  where it is noted
-    failed  whether any write has failed
+    lost     the sentence to note, once, with {error} for the reason
+    faults   where it is noted
+    failure  the error of the first write that failed
     """
 
     def __init__(self, stream: Any, lost: str, faults: list[str]) -> None:
         super().__init__(stream)
-        self._lost, self._faults, self.failed = lost, faults, False
+        self._lost, self._faults = lost, faults
+        self.failure: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
         self._try(lambda: super(Steady, self).write(text))
@@ -84,8 +87,8 @@ class Steady(Escaping):
         try:
             call()
         except (OSError, ValueError) as error:  # ValueError: a closed file
-            if not self.failed:
-                self.failed = True
+            if self.failure is None:
+                self.failure = error
                 self._faults.append(self._lost.format(error=getattr(error, "strerror", None) or error))
             if isinstance(error, BrokenPipeError):
                 discard(self._stream)

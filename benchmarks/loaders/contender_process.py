@@ -55,7 +55,7 @@ class ContenderProcess:
                 stderr=errors,
                 text=True,
                 cwd=Path(__file__).parents[2],
-                env={**os.environ, "TMPDIR": str(folder)},  # DALI leaves files behind if its process is killed
+                env=_environment(setting.name, folder),
                 start_new_session=True,
             )
         contender = cls(setting, process, log)
@@ -121,6 +121,11 @@ class ContenderProcess:
             "peak_memory_mib": round(self.peak_memory_mib, 1),
             "remarks": remarks,
         }
+
+
+def _environment(name: str, folder: Path) -> dict[str, str]:
+    """DALI leaves temporary files behind when it is killed; others have sockets there, whose paths must be short."""
+    return {**os.environ, "TMPDIR": str(folder)} if "dali" in name else {**os.environ}
 
 
 def members(pid: int) -> list[psutil.Process]:

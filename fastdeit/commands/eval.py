@@ -78,7 +78,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
 
     Raises UserError where checkpoint, recipe and data sets do not fit together.
     """
-    sets = _checked(options, corrupted)
+    sets, probe = _checked(options, corrupted)
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.loading import open_checkpoint
@@ -97,7 +97,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
     if not sets:
         own, images = _runs_own(opened)
         sets = {str(own.path): own}
-    probed = _probe_columns(options.probe, sets)
+    probed = _probe_columns(probe, sets)
     names = opened.described.get("class_names")
     classes, columns = _classes(str(options.checkpoint), names, recipe.model.num_classes, sets)
     with world(options.device) as joined:
@@ -110,7 +110,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
             said.append(f"the newest checkpoint of the run: {opened.path}")
         for sentence in (*said, kernels.sentence()):
             say(sentence)
-        evaluation = _Evaluation(opened, recipe, joined, precision, kernels, classes, say)
+        evaluation = _Evaluation(opened, recipe, joined, precision, kernels, classes, probe, say)
         out: dict[str, dict[str, Any]] = {}
         for path, val in sets.items():
             if not (options.val or corrupted):
@@ -148,6 +148,7 @@ def _classes(
 class _Evaluation:
     """What the evaluations of one checkpoint on several data sets share.
 
+    probe    the converted images to train probes on
     trained  features and labels of the images to train probes on, by kind of weights, once they are computed
     """
 
@@ -157,6 +158,7 @@ class _Evaluation:
     precision: "Precision"
     kernels: "Kernels"
     classes: int
+    probe: Path | None
     say: Callable[[str], object]
     trained: "dict[str, tuple[Tensor, Tensor]]" = dataclasses.field(default_factory=dict)
 
@@ -187,8 +189,8 @@ class _Evaluation:
         without = unchecked(val.path, val.checksums)
         if world.main and without is not None:
             console.say(without, "stderr")
-        if options.probe is not None and images is None and world.main:
-            trained = open_dataset(converted(options.probe), "--probe")
+        if self.probe is not None and images is None and world.main:
+            trained = open_dataset(self.probe)
             trained.close()
             if _same_images(trained, val):
                 console.say(
@@ -211,8 +213,8 @@ class _Evaluation:
                 progress = world.main and not options.json
                 # First the probe, which refuses several processes.
                 probed = {}
-                if options.probe is not None:
-                    probed = self._probed(network, kind, data, options.probe, images, probe_columns, progress)
+                if self.probe is not None:
+                    probed = self._probed(network, kind, data, self.probe, images, probe_columns, progress)
                 own = evaluate(
                     model,
                     data,
@@ -250,8 +252,7 @@ class _Evaluation:
         from fastdeit.training.probes import features, probe
 
         if kind not in self.trained:
-            train = open_dataset(converted(path), "--probe")
-            rest = None
+            train, rest = open_dataset(path), None
             if images is not None and _same_images(train, val.loader.dataset):
                 rest = np.setdiff1d(np.arange(len(train)), images)
                 self.say(f"--probe {path}: the images that the run held out are left out")
@@ -287,11 +288,11 @@ def _of_classes(features: "Tensor", labels: "Tensor", columns: list[int] | None)
 def _probe_columns(path: Path | None, sets: dict[str, Dataset]) -> dict[str, list[int] | None]:
     """For each data set, the indices of its classes among those of the probe's training images; None: the same.
 
-    Raises UserError if a data set has classes that the training images lack.
+    Raises UserError if a data set has classes that the training images lack, or none of their images has its classes.
     """
     if path is None:
         return dict.fromkeys(sets)
-    train = open_dataset(converted(path), "--probe")
+    train = open_dataset(path)
     train.close()
     names, classes = train.class_names, train.num_classes
     columns = {name: class_columns(str(path), names, name, val.class_names) for name, val in sets.items()}
@@ -301,11 +302,17 @@ def _probe_columns(path: Path | None, sets: dict[str, Dataset]) -> dict[str, lis
                 f"{path} has {classes} classes, {name} {val.num_classes}, and at least one of them has no class "
                 f"names: convert both with the same --class-names"
             )
+        wanted = columns[name]
+        if not (np.isin(train.label, wanted).any() if wanted else len(train)):
+            raise UserError(f"{path} has no images of the classes of {name}: name other images to train the probe on")
     return columns
 
 
-def _checked(options: Options, corrupted: Sequence[Path]) -> dict[str, Dataset]:
-    """Make the checks that need no PyTorch; return the data sets that the command names. Raises UserError."""
+def _checked(options: Options, corrupted: Sequence[Path]) -> tuple[dict[str, Dataset], Path | None]:
+    """Make the checks that need no PyTorch; return the data sets and the probe that the command names, converted.
+
+    Raises UserError.
+    """
     for name, least in (("batch", 1), ("threads", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}: it must be at least {least}")
@@ -322,8 +329,11 @@ def _checked(options: Options, corrupted: Sequence[Path]) -> dict[str, Dataset]:
     if repeated is not None:
         raise UserError(f"{repeated} is named twice: name each data set once")
     sets = {str(path): open_dataset(converted(path)) for path in paths}
-    _probe_columns(options.probe, sets)
-    return sets
+    probe = options.probe and converted(options.probe)
+    if probe is not None:
+        open_dataset(probe, "--probe").close()
+    _probe_columns(probe, sets)
+    return sets, probe
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:

@@ -8,7 +8,8 @@ start       run (the id in `run.json`), recipe, fastdeit, torch, world, device, 
             kernels, optimizer, loader, stage, steps_per_epoch, parameters, peak_lr (after scaling with the batch),
             forecast_seconds (of the whole run, or null)
 warning     text
-resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text)
+resume      path, epoch, step, global_step, changed (fields that differ from the checkpoint's, as text),
+            rounding (differences of device, threads and versions, as text)
 train       (every `run.log_every` steps, and at the end of each epoch) epoch, step, global_step, loss, loss_base,
             loss_distill, lr, images_per_second, data_wait (share of the time spent waiting for data), eta_seconds
 eval        epoch, global_step, weights ("model" or "ema"), images, and for each of class, distillation,

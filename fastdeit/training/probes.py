@@ -99,7 +99,7 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: in
     Features are standardised for the linear one, by mean and deviation of the training images.
     """
     (rows, labels), (others, targets) = train, test
-    deviation, mean = torch.std_mean(rows, dim=0)
+    deviation, mean = torch.std_mean(rows, dim=0, correction=0)
     scaled, scaled_others = ((each - mean) / deviation.clamp_min(1e-6) for each in (rows, others))
     with torch.enable_grad():
         linear = linear_classifier(scaled, labels, classes)

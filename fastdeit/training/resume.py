@@ -91,7 +91,7 @@ def snapshot(
         "rewinds": [state.diverged, state.rewinds],
         "effective": effective,
         "kernels": training.kernels.event(),
-        "rounding": rounding(training.world),
+        "rounding": rounding(training.world, effective[_PIXELS]),
         "log": log,
         "class_names": class_names,
         "arch": recipe.model.arch,
@@ -303,7 +303,9 @@ def _load(stored: dict[str, Any], path: Path, state: RunState, training: Trainin
     state.skipped.update(stored.get("skipped", []))
     if not state.rewinds and not changed:  # a run that goes back now counts on; another recipe begins to count anew
         state.diverged, state.rewinds = stored.get("rewinds", (0, 0))
-    return Resumed(path, changed, rounding_changes(before, rounding(training.world)), log)
+    return Resumed(
+        path, changed, rounding_changes(before, rounding(training.world, stored["effective"].get(_PIXELS))), log
+    )
 
 
 def _differences(stored: dict[str, Any], recipe: Recipe, effective: dict[str, Any]) -> list[str]:

@@ -101,8 +101,13 @@ def check_rounding(state: dict[str, Any], path: Path) -> Rounding:
     Raises UserError if the field is malformed.
     """
     stored = state.get("rounding", {})
+
+    def is_short(value: Any) -> bool:
+        return isinstance(value, str) and len(value) <= 200
+
     if not isinstance(stored, dict) or not all(
-        isinstance(value, str | int | None) and len(str(value)) <= 200 for value in stored.values()
+        is_short(name) and (is_short(value) or value is None or (type(value) is int and 0 <= value < 1 << 20))
+        for name, value in stored.items()
     ):
         raise UserError(f"{path}: its field 'rounding' does not hold names and numbers; {NOT_OURS}")
     return stored

@@ -9,27 +9,30 @@ from fastdeit.training.run_record import version
 from fastdeit.version import __version__
 
 # Packages that compute the plan, the pixels and the model.
+_DECODERS = {"ffcv": ("ffcv",), "nvjpeg": ("nvidia-dali-cuda120", "nvidia-dali-cuda130")}
 _PACKAGES = ("torch", "triton", "timm", "numpy", "numba", "pillow")
 
 Rounding = Mapping[str, str | int | None]
 
 
-def rounding(world: World) -> dict[str, str | int | None]:
+def rounding(world: World, pixels: object) -> dict[str, str | int | None]:
     """Device, threads and versions of this process.
+
+    pixels  those that the loader decodes to: the versions of its libraries count if they decide the pixels
 
     device       the GPU's name; on a CPU, its instruction set
     CPU threads  number of PyTorch's threads, among which it divides sums; None on a GPU
 
     Every other key is a package with its version, None if it is not installed.
     """
-    gpu = world.device.type == "cuda"
+    gpu, packages = world.device.type == "cuda", (*_PACKAGES, *_DECODERS.get(str(pixels), ()))
     return {
         "device": torch.cuda.get_device_name(world.device)
         if gpu
         else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
         "CPU threads": None if gpu else torch.get_num_threads(),
         "fastdeit": __version__,
-        **{name: version(name) for name in _PACKAGES},
+        **{name: version(name) for name in packages},
     }
 
 

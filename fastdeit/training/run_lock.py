@@ -27,12 +27,11 @@ class RunLock:
 
     It uses flock, which the system releases when the process ends. The file names its holder. On a shared file system
     flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds. A
-    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError if
-    another run holds the folder, naming host and process, or if the folder has a recipe or a log that no run wrote.
+    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError,
+    naming host and process, if another run holds the folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        _check_files(folder)
         self.path, self.notes = folder / NAME, list[str]()
         self._ended = threading.Event()
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -143,10 +142,15 @@ def _process(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on host {holder.get('host')} (since {holder.get('since')})"
 
 
-def _check_files(folder: Path) -> None:
-    """Raise UserError if `folder` has a recipe or a log that no run wrote: a run would write into them."""
+def check_files(folder: Path) -> None:
+    """Raise UserError if `folder` has a recipe or a log that no run wrote: a run would write into them.
+
+    A folder with checkpoints is a run's, whatever has become of its other files.
+    """
+    if any(folder.glob("checkpoints/checkpoint-*.pt")):
+        return
     for path, is_ours in ((folder / "recipe.json", _is_recipe), (folder / "log.jsonl", _is_log)):
-        if path.exists() and not is_ours(path):
+        if path.is_file() and not is_ours(path):
             raise UserError(f"{path} was not written by a run: move it, or {_ELSEWHERE}")
 
 

@@ -214,10 +214,11 @@ def recipe_warnings(recipe: Recipe, sets: DataSets, *, steps: int, repeats: int)
 
 def _other_batch(recipe: Recipe) -> list[str]:
     """A warning if the batch of a named recipe was changed, but not its learning rate, which does not scale."""
-    if recipe.optim.lr_batch or recipe.name not in RECIPES:
+    if recipe.name not in RECIPES:
         return []
     named, batch, lr = RECIPES[recipe.name](), recipe.run.global_batch, recipe.optim.lr
-    if batch == named.run.global_batch or lr != named.optim.lr:
+    scales = recipe.optim.lr_batch or named.optim.lr_batch
+    if scales or batch == named.run.global_batch or lr != named.optim.lr:
         return []
     return [
         f"run.global_batch is {batch} instead of the recipe's {named.run.global_batch}, but its learning rate {lr:g} "

@@ -21,6 +21,10 @@ class SourceError(UserError):
     """A source that cannot be opened or read; says which file or sample, why, and what to do."""
 
 
+class SplitNeededError(SourceError):
+    """A source of several splits, none of which was chosen."""
+
+
 class UnlistedClassError(SourceError):
     """A class of the source that the given class names lack."""
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdeit.pipelines.errors import fact
 from fastdeit.pipelines.sources import tar
-from fastdeit.pipelines.sources.base import SourceError, class_number
+from fastdeit.pipelines.sources.base import SourceError, SplitNeededError, class_number
 
 MAX_UNZIPPED = 200 << 20  # bytes; the archives hold 186 MB
 MAX_WIDE = 1 << 20  # bytes of a text with characters beyond Latin-1, which Python may keep in four bytes each
@@ -47,7 +47,7 @@ class Cifar:
         self.path = path
         self.split = split
         if split not in ("train", "test"):
-            raise SourceError(f"{path}: choose --split train or --split test")
+            raise SplitNeededError(f"{path}: choose --split train or --split test")
         self._archive = tar.Archive(path, MAX_UNZIPPED)
         members = tar.index(self._archive, str(path))
         files = {

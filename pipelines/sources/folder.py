@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeit.pipelines.sources.base import SPLITS, SourceError, class_labels, is_image, read_image
+from fastdeit.pipelines.sources.base import SPLITS, SourceError, SplitNeededError, class_labels, is_image, read_image
 from fastdeit.pipelines.sources.files import Listing, listing
 
 
@@ -88,7 +88,9 @@ class ImageFolder:
         if not folders:
             raise SourceError(f"{root}: no class folders in it: give a folder with one folder of images for each class")
         if all(name.lower() in SPLITS for name in folders):
-            raise SourceError(f"{root}: holds the splits {', '.join(folders)}, not classes: choose one with --split")
+            raise SplitNeededError(
+                f"{root}: holds the splits {', '.join(folders)}, not classes: choose one with --split"
+            )
         label = class_labels(folders, class_names, str(root))
         self.class_names = list(label)
         self._files: list[str] = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.formats.bounds import most_unpacked
-from fastdeit.pipelines.sources.base import SourceError
+from fastdeit.pipelines.sources.base import SourceError, SplitNeededError
 from fastdeit.pipelines.sources.files import listing, open_regular
 
 MAX_BYTES = 4 << 30  # of an array, held in memory
@@ -96,7 +96,7 @@ def is_idx(path: Path) -> bool:
 def open_idx_folder(folder: Path, split: str | None, class_names: list[str] | None) -> Idx:
     words = {"train": ("train",), "test": ("t10k", "test")}.get(split or "")
     if words is None:
-        raise SourceError(f"{folder}: holds IDX files: choose --split train or --split test")
+        raise SplitNeededError(f"{folder}: holds IDX files: choose --split train or --split test")
     inside = listing(folder, lambda name: is_idx(Path(name)) and any(word in name for word in words))
     found = [folder / name for name in inside.files]
     # A plain file takes precedence over its gzipped twin.

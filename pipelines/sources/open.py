@@ -8,7 +8,7 @@ from fastdeit.pipelines.formats.beton_layout import MAX_CLASSES
 from fastdeit.pipelines.formats.shard_layout import NODES
 from fastdeit.pipelines.sources import imagenet
 from fastdeit.pipelines.sources.annotations import Annotations
-from fastdeit.pipelines.sources.base import Source, SourceError, check_class_names
+from fastdeit.pipelines.sources.base import Source, SourceError, SplitNeededError, check_class_names
 from fastdeit.pipelines.sources.cifar import Cifar
 from fastdeit.pipelines.sources.files import is_folder, listing, open_regular, read_text
 from fastdeit.pipelines.sources.folder import ImageFolder
@@ -151,7 +151,7 @@ def _open_imagenet(path: Path, split: str | None, class_names: list[str] | None,
             split = there[0]
         if split not in tars:
             found = ", ".join(tars[known].name for known in there) or "neither tar of ILSVRC2012"
-            raise SourceError(f"{path}: holds {found}: choose --split train or --split val")
+            raise SplitNeededError(f"{path}: holds {found}: choose --split train or --split val")
         path = tars[split]
     elif split is not None and split != ("train" if "train" in path.name else "val"):
         raise SourceError(f"{path}: one file is one split: leave out --split, or name the folder")

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from fastdeit.pipelines.sources.base import SPLITS, SourceError
+from fastdeit.pipelines.sources.base import SPLITS, SourceError, SplitNeededError
 from fastdeit.pipelines.sources.files import is_folder, listing
 
 MAX_FILES = 10**6
@@ -109,7 +109,7 @@ def _of_split(folder: Path, suffix: str, split: str | None) -> tuple[list[Path],
     if split is not None:
         files = [file for file in files if split in words[file]]
     elif len(found) > 1:
-        raise SourceError(f"{folder}: holds the splits {', '.join(found)}: choose one with --split")
+        raise SplitNeededError(f"{folder}: holds the splits {', '.join(found)}: choose one with --split")
     if not files:
         of = "" if split is None else f" of the split '{split}'; found: {', '.join(found) or 'none'}"
         raise SourceError(f"{folder}: no *{suffix} files{of}: check the path")

@@ -124,6 +124,14 @@ def test_a_closed_stdout_is_no_error(words):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", ["train deit_tiny --run.epochs abc", "eval x --bad", "convert --bad", "report --bad"])
+def test_mistakes_are_explained_where_stdout_is_closed(words):
+    done = run("bash", "-c", f'"{sys.executable}" -m fastdeit {words} >&-', timeout=60, status=2)
+    assert "Traceback" not in done.stderr
+    assert words.split()[-1] in done.stderr
+
+
+@pytest.mark.slow
 def test_scores_that_cannot_be_printed_are_an_error(tiny, tmp_path):
     """A run outlives its output; the commands that read its checkpoint do not."""
     recipe = tiny(run={"epochs": 1})
@@ -135,6 +143,9 @@ def test_scores_that_cannot_be_printed_are_an_error(tiny, tmp_path):
     assert classes.read_text().startswith("data,weights,class,")  # the CSV is written all the same
     _refuses_a_full_stdout(f"eval {recipe.run.output} {recipe.data.val} --device cpu --json")
     _refuses_a_full_stdout(f"predict {recipe.run.output} {image} --device cpu")
+    scores = f'"{sys.executable}" -m fastdeit eval {recipe.run.output} {recipe.data.val} --device cpu'
+    gone = run("bash", "-c", f"{scores} | true; exit ${{PIPESTATUS[0]}}", timeout=120, status=128 + signal.SIGPIPE)
+    assert gone.stderr == ""
 
 
 @pytest.mark.slow

@@ -73,6 +73,21 @@ def test_a_folder_that_is_removed_is_made_anew_with_a_checkpoint(tiny, straight,
     assert_same_state(straight, final_state(recipe))
 
 
+def test_a_log_and_a_lock_that_are_replaced_during_the_run_end_nothing(tiny, straight, events, after_step):
+    recipe = tiny()
+    log, lock = recipe.run.output / "log.jsonl", recipe.run.output / "run.lock"
+
+    def rotate():
+        lock.unlink()
+        log.unlink()
+        log.write_text("rotated\n")
+
+    after_step(3, rotate)
+    train(recipe)
+    assert log.read_text().startswith("rotated\n")
+    assert_same_state(straight, final_state(recipe))
+
+
 def test_a_checkpoint_that_is_removed_is_written_anew(tiny, straight, events, after_step, capsys):
     recipe = tiny()
     folder = recipe.run.output / "checkpoints"

@@ -111,6 +111,15 @@ def test_the_probe_learns_only_the_classes_of_the_scored_data_set(tiny, data, tm
     assert found[KNN] == expected[KNN]
     assert found[LINEAR]["top1"] == pytest.approx(expected[LINEAR]["top1"], abs=100 / 22)
     refused("do not name the same classes", evaluated, recipe.run.output, data / "val.beton", probe=of_few, **options)
+    others = some_classes(data / "train.beton", tmp_path / "others.beton", ["class1", "class2"])
+    reseal(tmp_path / "others.beton.json", class_names=["class1", "class2", "class0", "class3"])
+    refused("has no images of the classes of", evaluated, recipe.run.output, few, probe=others, **options)
+
+
+def test_one_image_trains_a_probe():
+    rows, labels = clusters(0)
+    found = probe((rows[:1], labels[:1]), (rows, labels), 6)
+    assert found[KNN]["top1"] == pytest.approx(100 * (labels == labels[0]).float().mean().item())
 
 
 @pytest.mark.slow

@@ -99,6 +99,7 @@ def test_the_papers_recipes_raise_no_warning(name, data):
         ("deit_small_short_100", {}, False),
         ("deit_base_cifar10", {"run": {"global_batch": 64}}, True),
         ("deit_small", {"run": {"global_batch": 64}}, False),
+        ("deit_small", {"run": {"global_batch": 64}, "optim": {"lr_batch": 0}}, False),
     ],
 )
 def test_changing_only_the_batch_warns_if_the_learning_rate_does_not_scale(name, sections, warns, data):
