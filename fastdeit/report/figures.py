@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastdeit.pipelines.errors import UserError, printable
-from fastdeit.recipes.curves import SOURCE, curve
-from fastdeit.report.runs import Run, published, trains_a_recipe_on_imagenet
+from fastdeit.recipes.curves import curve, whose
+from fastdeit.report.runs import Run, published, trains_a_recipe_on_its_data
 
 Figure = dict[str, Any]  # `data` and `layout` of plotly.js
 
@@ -147,11 +147,11 @@ def accuracy(runs: Sequence[Run]) -> Figure:
     layout: Figure = _axes("epoch", "validation top-1, %") | {"shapes": [], "annotations": []}
     if all(e.epoch < _FEW_EPOCHS for run in runs for e in run.evaluations):
         layout["xaxis"]["dtick"] = 1
-    for name in sorted({str(run.recipe.get("name")) for run in runs if trains_a_recipe_on_imagenet(run)}):
+    for name in sorted({str(run.recipe.get("name")) for run in runs if trains_a_recipe_on_its_data(run)}):
         points = curve(name)
         if points:
             x, y = (list(side) for side in zip(*points, strict=True))
-            data.append(_line(x, y, f"{name}, {SOURCE}", "#7d8b99", "dot"))
+            data.append(_line(x, y, f"{name}, {whose(name)}", "#7d8b99", "dot"))
     papers = sorted({paper for run in runs if (paper := published(run)) is not None})
     for number, (top1, source) in enumerate(papers):
         line = {"color": "#7d8b99", "dash": "dash", "width": 1}

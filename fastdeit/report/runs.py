@@ -15,7 +15,7 @@ import numpy as np
 from fastdeit.pipelines.errors import UserError
 from fastdeit.pipelines.parsing import read_json
 from fastdeit.recipes import RECIPES
-from fastdeit.recipes.curves import is_imagenet
+from fastdeit.recipes.curves import has_its_data
 from fastdeit.report.incidents import Incident, incident
 from fastdeit.training.log_lines import numbered_events
 
@@ -276,19 +276,19 @@ def flat(recipe: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def trains_a_recipe_on_imagenet(run: Run) -> bool:
-    """Whether a run has a named recipe, and data of the size of ImageNet-1k."""
+def trains_a_recipe_on_its_data(run: Run) -> bool:
+    """Whether a run has a named recipe, and data of the size that the recipe's source used, mostly ImageNet-1k's."""
     recipe, start = run.recipe, run.starts[-1]
     batch = int(recipe["run"]["global_batch"])
     images = int(start["steps_per_epoch"]) * batch
     classes = recipe.get("model", {}).get("num_classes")
-    sizes = {each.images for each in run.evaluations} or {50_000}
-    return recipe.get("name") in RECIPES and all(is_imagenet(images, batch, classes, size) for size in sizes)
+    name, sizes = recipe.get("name"), {each.images for each in run.evaluations}
+    return name in RECIPES and all(has_its_data(name, images, batch, classes, size) for size in sizes or {None})
 
 
 def published(run: Run) -> tuple[float, str] | None:
-    """The top-1 that the source of the run's recipe states, and the source; None if the data set is not ImageNet."""
-    if not trains_a_recipe_on_imagenet(run):
+    """The top-1 that the source of the run's recipe states, and the source; None on other data."""
+    if not trains_a_recipe_on_its_data(run):
         return None
     return _top1(RECIPES[run.recipe["name"]].__doc__ or "")
 

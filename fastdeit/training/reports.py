@@ -5,7 +5,7 @@ from typing import Any
 
 from fastdeit.config import Recipe
 from fastdeit.recipes import RECIPES
-from fastdeit.recipes.curves import SOURCE, band, is_imagenet
+from fastdeit.recipes.curves import band, has_its_data, whose
 from fastdeit.training.data_wait import Wait, event
 from fastdeit.training.divergence import DivergedError
 from fastdeit.training.evaluation import Scores, headline
@@ -17,6 +17,12 @@ from fastdeit.training.progress import duration
 from fastdeit.training.resume import Resumed
 from fastdeit.training.startup import other_processes_sentence
 from fastdeit.training.state import RunState
+
+# Fields of a model that decide what it can learn.
+_NETWORK = (
+    "arch", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "distilled", "layer_scale",
+    "no_embed_class", "drop_rate", "drop_path",
+)  # fmt: skip
 
 
 def report_resume(log: RunLog, state: RunState, resumed: Resumed, recipe: Recipe, processes: int) -> None:
@@ -113,25 +119,27 @@ def report_top1(log: RunLog, state: RunState, scores: dict[str, Scores], late_fu
 
 
 def report_pace(log: RunLog, state: RunState, recipe: Recipe, training: int, classes: int, scores: Scores) -> None:
-    """Warn if the top-1 of the weights is far below that of a published run of the recipe at the same epoch.
+    """Warn if the top-1 of the weights is far below that of a known run of the recipe at the same epoch.
 
     training  images of an epoch
     """
     known = band(recipe.name, state.epoch)
-    if known is None or recipe.name not in RECIPES or recipe.model.distilled:
+    if known is None or recipe.name not in RECIPES:
         return
     named = RECIPES[recipe.name]().filled()
-    same = all(getattr(recipe, each) == getattr(named, each) for each in ("augment", "objective", "optim"))
+    sections = ("augment", "curriculum", "objective", "optim")
+    same = all(getattr(recipe, each) == getattr(named, each) for each in sections)
+    same &= all(getattr(recipe.model, each) == getattr(named.model, each) for each in _NETWORK)
     if not same or recipe.run.epochs != named.run.epochs:
         return
-    if not is_imagenet(training, recipe.run.global_batch, classes, scores["images"]):
+    if not has_its_data(recipe.name, training, recipe.run.global_batch, classes, scores["images"]):
         return
     expected, least = known
     top1 = scores["class"]["top1"]
     log.event("pace", epoch=state.epoch - 1, top1=top1, expected=round(expected, 2), least=round(least, 2))
     if top1 < least:
         log.warn(
-            f"epoch {state.epoch}: top-1 {top1:.2f}% is below {least:.1f}%; {SOURCE} of {recipe.name} had "
+            f"epoch {state.epoch}: top-1 {top1:.2f}% is below {least:.1f}%; {whose(recipe.name)} of {recipe.name} had "
             f"{expected:.1f}% there. Look for what differs (fastdeit report shows both curves) before training on"
         )
 
