@@ -116,6 +116,14 @@ def _reader_has_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def check_least(options: object, **least: int) -> None:
+    """Raise UserError if an attribute of `options` is below its least value; None passes."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise UserError(f"--{name} {value}: give at least {bound}")
+
+
 def program(command: str) -> str:
     """The name under which a command was called: `fastdeit train`, or `fastdeit-train`."""
     typed = f"fastdeit {command}"

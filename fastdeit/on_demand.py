@@ -68,14 +68,12 @@ def _opened(place: Path, names: list[str] | None, like: Path | None) -> Source:
 
     try:
         return open_source(str(place), class_names=names)
-    except SourceError as error:
-        if isinstance(error, SplitNeededError):
-            raise SourceError(f"{error}. Only fastdeit-convert has it: give the file that it writes instead") from error
-        if isinstance(error, UnlistedClassError):
-            raise SourceError(
-                f"{error}. The list holds the classes of {like}: to add one, convert both with a common --class-names"
-            ) from error
-        raise
+    except SplitNeededError as error:
+        raise SourceError(f"{error}. Only fastdeit-convert has it: give the file that it writes instead") from error
+    except UnlistedClassError as error:
+        raise SourceError(
+            f"{error}. The list holds the classes of {like}: to add one, convert both with a common --class-names"
+        ) from error
 
 
 def _place(path: Path) -> Path:

@@ -14,7 +14,7 @@ from fastdeit.on_demand import with_converted_data
 from fastdeit.pipelines.errors import UserError
 from fastdeit.recipes import recipe_of
 from fastdeit.signals import StopSignals
-from fastdeit.training.run_lock import RunLock, check_files
+from fastdeit.training.run_lock import take_folder
 
 Scores = dict[str, Any]
 
@@ -63,8 +63,7 @@ class Trainer:
             lock = None
             if launch.rank() == 0:
                 sets = check_inputs(recipe, world=launch.size())
-                check_files(Path(recipe.run.output))
-                lock = RunLock(Path(recipe.run.output))
+                lock = take_folder(Path(recipe.run.output))
                 stack.callback(lock.close)
             else:
                 sets = open_data_sets(recipe)

@@ -123,9 +123,9 @@ class ContenderProcess:
         }
 
 
-def _environment(name: str, folder: Path) -> dict[str, str]:
+def _environment(name: str, folder: Path) -> dict[str, str] | None:
     """DALI leaves temporary files behind when it is killed; others have sockets there, whose paths must be short."""
-    return {**os.environ, "TMPDIR": str(folder)} if "dali" in name else {**os.environ}
+    return {**os.environ, "TMPDIR": str(folder)} if "dali" in name else None
 
 
 def members(pid: int) -> list[psutil.Process]:

@@ -9,7 +9,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastdeit.cli import parse_recipe, program, run
+from fastdeit.cli import check_least, parse_recipe, program, run
 from fastdeit.config import Recipe
 from fastdeit.pipelines.console import answer
 from fastdeit.pipelines.errors import UserError
@@ -43,10 +43,7 @@ def arguments() -> argparse.ArgumentParser:
 def parse(args: list[str]) -> tuple[argparse.Namespace, Recipe]:
     """The hardware, and the resolved recipe. Raises UserError for a number that makes no sense."""
     own, rest = arguments().parse_known_args(args)
-    for name in ("gpus", "cores", "images"):
-        value = getattr(own, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: give at least 1")
+    check_least(own, gpus=1, cores=1, images=1)
     for name in ("price", "deadline", "network"):
         value = getattr(own, name)
         if value is not None and not 0 < value < math.inf:

@@ -11,9 +11,10 @@ import numpy as np
 import tyro
 
 from fastdeit import launch
-from fastdeit.cli import parse, program, run
+from fastdeit.cli import check_least, parse, program, run
 from fastdeit.commands.corruptions import Sets, corrupted_sets, corruption_errors, corruption_table
 from fastdeit.commands.per_class import check_new_file, write_classes
+from fastdeit.commands.probe_images import probe_columns, same_images
 from fastdeit.config import Recipe
 from fastdeit.inputs import (
     check_checkpoint,
@@ -78,7 +79,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
 
     Raises UserError where checkpoint, recipe and data sets do not fit together.
     """
-    sets, probe = _checked(options, corrupted)
+    sets, probe, probed = _checked(options, corrupted)
     # Imported here: mistakes in the command are found without waiting for PyTorch.
     from fastdeit.distributed import world
     from fastdeit.loading import open_checkpoint
@@ -97,7 +98,7 @@ def evaluate_checkpoint(options: Options, corrupted: Sequence[Path] = ()) -> dic
     if not sets:
         own, images = _runs_own(opened)
         sets = {str(own.path): own}
-    probed = _probe_columns(probe, sets)
+        probed = probe_columns(probe, sets)
     names = opened.described.get("class_names")
     classes, columns = _classes(str(options.checkpoint), names, recipe.model.num_classes, sets)
     with world(options.device) as joined:
@@ -192,7 +193,7 @@ class _Evaluation:
         if self.probe is not None and images is None and world.main:
             trained = open_dataset(self.probe)
             trained.close()
-            if _same_images(trained, val):
+            if same_images(trained, val):
                 console.say(
                     f"warning: --probe {options.probe} has the images of {val.path}: the probes are scored on what "
                     f"they were trained on",
@@ -249,11 +250,11 @@ class _Evaluation:
         columns  for each class of `val`, its index among the classes of the images at `path`; None: the same classes
         """
         from fastdeit.setup import open_evaluation_data
-        from fastdeit.training.probes import features, probe
+        from fastdeit.training.probes import features, of_classes, probe
 
         if kind not in self.trained:
             train, rest = open_dataset(path), None
-            if images is not None and _same_images(train, val.loader.dataset):
+            if images is not None and same_images(train, val.loader.dataset):
                 rest = np.setdiff1d(np.arange(len(train)), images)
                 self.say(f"--probe {path}: the images that the run held out are left out")
             shared = self.recipe, train, self.world, self.precision, self.kernels
@@ -263,59 +264,17 @@ class _Evaluation:
             finally:
                 data.close()
         others = features(network, val, self.world, self.precision, progress=progress)
-        return probe(_of_classes(*self.trained[kind], columns), others, val.loader.dataset.num_classes)
+        return probe(of_classes(*self.trained[kind], columns), others, val.loader.dataset.num_classes)
 
 
-def _same_images(one: Dataset, other: Dataset) -> bool:
-    return one.content_hash is not None and one.content_hash == other.content_hash
-
-
-def _of_classes(features: "Tensor", labels: "Tensor", columns: list[int] | None) -> "tuple[Tensor, Tensor]":
-    """Keep the features (N, D) whose labels (N,) are in `columns`; replace each label by its index in `columns`.
-
-    None keeps all, as they are.
-    """
-    import torch
-
-    if columns is None:
-        return features, labels
-    place = labels.new_full((max(int(labels.max()), *columns) + 1,), -1)
-    place[columns] = torch.arange(len(columns), device=place.device)
-    kept = place[labels] >= 0
-    return features[kept], place[labels[kept]]
-
-
-def _probe_columns(path: Path | None, sets: dict[str, Dataset]) -> dict[str, list[int] | None]:
-    """For each data set, the indices of its classes among those of the probe's training images; None: the same.
-
-    Raises UserError if a data set has classes that the training images lack, or none of their images has its classes.
-    """
-    if path is None:
-        return dict.fromkeys(sets)
-    train = open_dataset(path)
-    train.close()
-    names, classes = train.class_names, train.num_classes
-    columns = {name: class_columns(str(path), names, name, val.class_names) for name, val in sets.items()}
-    for name, val in sets.items():
-        if columns[name] is None and classes != val.num_classes:
-            raise UserError(
-                f"{path} has {classes} classes, {name} {val.num_classes}, and at least one of them has no class "
-                f"names: convert both with the same --class-names"
-            )
-        wanted = columns[name]
-        if not (np.isin(train.label, wanted).any() if wanted else len(train)):
-            raise UserError(f"{path} has no images of the classes of {name}: name other images to train the probe on")
-    return columns
-
-
-def _checked(options: Options, corrupted: Sequence[Path]) -> tuple[dict[str, Dataset], Path | None]:
-    """Make the checks that need no PyTorch; return the data sets and the probe that the command names, converted.
+def _checked(
+    options: Options, corrupted: Sequence[Path]
+) -> tuple[dict[str, Dataset], Path | None, dict[str, list[int] | None]]:
+    """Make the checks that need no PyTorch; return the data sets and the probe's, converted, and `probe_columns`.
 
     Raises UserError.
     """
-    for name, least in (("batch", 1), ("threads", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}: it must be at least {least}")
+    check_least(options, batch=1, threads=0)
     if options.per_class is not None and os.environ.get("RANK", "0") == "0":  # the main process writes it
         check_new_file(options.per_class)
     if options.recipe is not None:
@@ -330,10 +289,7 @@ def _checked(options: Options, corrupted: Sequence[Path]) -> tuple[dict[str, Dat
         raise UserError(f"{repeated} is named twice: name each data set once")
     sets = {str(path): open_dataset(converted(path)) for path in paths}
     probe = options.probe and converted(options.probe)
-    if probe is not None:
-        open_dataset(probe, "--probe").close()
-    _probe_columns(probe, sets)
-    return sets, probe
+    return sets, probe, probe_columns(probe, sets)
 
 
 def _runs_own(opened: "OpenedCheckpoint") -> tuple[Dataset, np.ndarray | None]:

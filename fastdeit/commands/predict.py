@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastdeit.cli import parse, program, run
+from fastdeit.cli import check_least, parse, program, run
 from fastdeit.launch import announce_start
 from fastdeit.pipelines.console import answer, say
 from fastdeit.pipelines.errors import UserError
@@ -82,9 +82,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def predict(options: Options) -> int:
     """Print the classes of all images; returns the exit status."""
-    for name, least in (("topk", 1), ("batch", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: give at least {least}")
+    check_least(options, topk=1, batch=1, workers=0)
     paths = images_of(options.images)
     if not paths:
         raise UserError("no images: name files or folders, or give their paths on stdin")

@@ -43,6 +43,19 @@ def features(
     return torch.cat(rows), torch.cat(labels)
 
 
+def of_classes(features: Tensor, labels: Tensor, columns: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Keep the features (N, D) whose labels (N,) are in `columns`; replace each label by its index in `columns`.
+
+    None keeps all, as they are.
+    """
+    if columns is None:
+        return features, labels
+    place = labels.new_full((max(int(labels.max()), *columns) + 1,), -1)
+    place[columns] = torch.arange(len(columns), device=place.device)
+    kept = place[labels] >= 0
+    return features[kept], place[labels[kept]]
+
+
 def _read(model: Any, images: Tensor) -> Tensor:
     if isinstance(model, DeiT):
         return model.forward_features(images)[:, : model.num_prefix_tokens].flatten(1)

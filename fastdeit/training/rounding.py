@@ -8,9 +8,9 @@ from fastdeit.distributed import World
 from fastdeit.training.run_record import version
 from fastdeit.version import __version__
 
-# Packages that compute the plan, the pixels and the model.
-_DECODERS = {"ffcv": ("ffcv",), "nvjpeg": ("nvidia-dali-cuda120", "nvidia-dali-cuda130")}
+# Packages that compute the plan, the pixels and the model, and those that decode to certain pixels.
 _PACKAGES = ("torch", "triton", "timm", "numpy", "numba", "pillow")
+_DECODERS = {"ffcv": ("ffcv",), "nvjpeg": ("nvidia-dali-cuda120", "nvidia-dali-cuda130")}
 
 Rounding = Mapping[str, str | int | None]
 
@@ -26,10 +26,9 @@ def rounding(world: World, pixels: object) -> dict[str, str | int | None]:
     Every other key is a package with its version, None if it is not installed.
     """
     gpu, packages = world.device.type == "cuda", (*_PACKAGES, *_DECODERS.get(str(pixels), ()))
+    device = torch.cuda.get_device_name(world.device) if gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "device": torch.cuda.get_device_name(world.device)
-        if gpu
-        else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device,
         "CPU threads": None if gpu else torch.get_num_threads(),
         "fastdeit": __version__,
         **{name: version(name) for name in packages},

@@ -7,7 +7,7 @@ from fastdeit.config import Recipe
 from fastdeit.pipelines.formats.files import atomic_write
 from fastdeit.pipelines.machine import machine_error
 from fastdeit.training import run_record
-from fastdeit.training.run_lock import RunLock, check_files
+from fastdeit.training.run_lock import RunLock, take_folder
 
 RECIPE = "recipe.json"
 
@@ -23,8 +23,7 @@ class RunFolder:
     def __init__(self, recipe: Recipe, lock: RunLock | None = None) -> None:
         """`lock` is taken here unless the caller has taken it already."""
         self._recipe, self._path = recipe, Path(recipe.run.output)
-        check_files(self._path)
-        self._lock = lock or RunLock(self._path)
+        self._lock = lock or take_folder(self._path)
         self._files: dict[str, bytes] = {}  # as last written
         self.notes = list(self._lock.notes)
 

@@ -27,8 +27,8 @@ class RunLock:
 
     It uses flock, which the system releases when the process ends. The file names its holder. On a shared file system
     flock may hold on one machine only, or not at all, so the holder also touches the file every `HEARTBEAT` seconds. A
-    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError,
-    naming host and process, if another run holds the folder.
+    lock from another machine, or without flock, counts as held while those touches go on. Raises UserError, naming
+    host and process, if another run holds the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,11 +142,17 @@ def _process(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on host {holder.get('host')} (since {holder.get('since')})"
 
 
-def check_files(folder: Path) -> None:
-    """Raise UserError if `folder` has a recipe or a log that no run wrote: a run would write into them.
+def take_folder(folder: Path) -> RunLock:
+    """The lock of a folder in which a run starts.
 
-    A folder with checkpoints is a run's, whatever has become of its other files.
+    Raises UserError if another run holds it, or if it has a recipe or a log that no run wrote: the run would write into
+    them. A folder with checkpoints is a run's, whatever has become of its other files.
     """
+    _check_files(folder)
+    return RunLock(folder)
+
+
+def _check_files(folder: Path) -> None:
     if any(folder.glob("checkpoints/checkpoint-*.pt")):
         return
     for path, is_ours in ((folder / "recipe.json", _is_recipe), (folder / "log.jsonl", _is_log)):

@@ -111,6 +111,12 @@ def test_a_released_checkpoint_needs_a_recipe(trained, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "value", "least"), [("batch", 0, 1), ("threads", -1, 0)])
+def test_numbers_that_are_too_small_are_refused_by_their_option(trained, data, name, value, least):
+    refused(f"--{name} {value}: give at least {least}", evaluated, trained[1], data / "val.beton", **{name: value})
+
+
+@pytest.mark.slow
 def test_a_head_of_other_classes_is_refused(data, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"model": timm.create_model("deit_tiny_patch16_224", num_classes=7).state_dict()}, released)

@@ -14,7 +14,7 @@ import pytest
 
 from fastdeit.pipelines.errors import UserError
 from fastdeit.training import run_lock
-from fastdeit.training.run_lock import NAME, RunLock, check_files
+from fastdeit.training.run_lock import NAME, RunLock, take_folder
 from refusals import refused
 from system import refusing, wait_for
 
@@ -54,7 +54,7 @@ def test_a_second_run_is_refused_by_host_and_process_until_the_first_is_dead(tmp
 )
 def test_a_folder_with_somebodys_recipe_is_refused(tmp_path, text):
     (tmp_path / "recipe.json").write_text(text)
-    refused(r"recipe\.json was not written by a run: move it, or give another --run\.output", check_files, tmp_path)
+    refused(r"recipe\.json was not written by a run: move it, or give another --run\.output", take_folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
     assert (tmp_path / "recipe.json").read_text() == text
 
@@ -70,13 +70,13 @@ def test_a_folder_with_somebodys_log_is_refused(tmp_path, text, ours):
     """A log of ours may have been cut short, or filled with zeros by a crash of the machine."""
     (tmp_path / "log.jsonl").write_text(text)
     if ours:
-        check_files(tmp_path)
+        take_folder(tmp_path).close()
     else:
-        refused(r"log\.jsonl was not written by a run", check_files, tmp_path)
+        refused(r"log\.jsonl was not written by a run", take_folder, tmp_path)
     assert (tmp_path / "log.jsonl").read_text() == text
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-000000005.pt").touch()
-    check_files(tmp_path)  # a run's folder, whatever became of its log
+    take_folder(tmp_path).close()  # a run's folder, whatever became of its log
 
 
 def test_a_lock_that_only_another_machine_sees_counts_while_it_is_touched(tmp_path, monkeypatch):
